@@ -1,0 +1,1 @@
+"""Batch jobs: JSONL in, JSONL out."""

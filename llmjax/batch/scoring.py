@@ -1,0 +1,72 @@
+"""``llmjax score``: a JSONL of texts in, their log-probabilities out."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from typing import IO, Any
+
+from llmjax.batch.rows import parse_object
+from llmjax.errors import LlmjaxError, RequestError
+from llmjax.llm import LLM
+from llmjax.outputs import Score
+
+
+@dataclasses.dataclass
+class ScoreSummary:
+    """Over all texts of a job: rows, failures, and the pooled log-probabilities."""
+
+    rows: int = 0
+    failed: int = 0
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+
+    def describe(self) -> str:
+        """One line: NLL and perplexity of all tokens together, with standard errors."""
+        if not self.logprobs:
+            return f"{self.rows} rows scored, {self.failed} failed; no token has another before it"
+        pooled = Score([], list(self.logprobs), [])
+        return (
+            f"{self.rows} rows scored, {self.failed} failed; {len(self.logprobs)} tokens, "
+            f"NLL {pooled.nll:.5f} ± {pooled.nll_standard_error:.5f}, "
+            f"perplexity {pooled.perplexity:.4f} ± {pooled.perplexity_standard_error:.4f}"
+        )
+
+
+def run(llm: LLM, lines: Iterable[str], output: IO[str]) -> ScoreSummary:
+    """Scores every row; a bad row becomes an output row with an error and the others go on.
+
+    Args:
+      llm: the model.
+      lines: JSON objects with ``text`` or ``token_ids``, and optionally ``id``.
+      output: gets one JSON line a row: ``id``, ``token_ids``, ``logprobs``, ``top1``, ``nll``, ``perplexity`` and standard errors.
+    """
+    summary = ScoreSummary()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        row_id: Any = None
+        try:
+            row = parse_object(line)
+            row_id = row.get("id", number)
+            (score,) = llm.score([_text(row)])
+            summary.rows += 1
+            summary.logprobs += score.scored
+            result = {"id": row_id, **score.to_dict(), "numerics": llm.model.numerics.name}
+        except LlmjaxError as error:
+            summary.failed += 1
+            result = {"id": row_id, "line": number, "error": f"line {number}: {error}"}
+        output.write(json.dumps(result, ensure_ascii=False) + "\n")
+        output.flush()
+    return summary
+
+
+def _text(row: dict[str, Any]) -> str | list[int]:
+    unknown = sorted(set(row) - {"id", "text", "token_ids"})
+    if unknown or ("text" in row) == ("token_ids" in row):
+        raise RequestError(f"expected id and one of text, token_ids; found {', '.join(row) or 'none'}")
+    if "text" in row:
+        if not isinstance(row["text"], str):
+            raise RequestError(f"text: expected a string, found {type(row['text']).__name__}")
+        return row["text"]
+    if not isinstance(row["token_ids"], list):
+        raise RequestError(f"token_ids: expected a list, found {type(row['token_ids']).__name__}")
+    return row["token_ids"]

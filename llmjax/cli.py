@@ -1,0 +1,273 @@
+"""The ``llmjax`` command: each verb calls one library function.
+
+Data goes to stdout or the named file, progress and logs to stderr.  Exit codes: 0 fine, 1 the work failed in part, 2 wrong usage or
+bad input.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from llmjax.errors import LlmjaxError, RequestError
+
+if TYPE_CHECKING:  # the verbs import what they need: `llmjax --help` must not wait for JAX
+    from llmjax.llm import LLM
+    from llmjax.runtime.params import SamplingParams
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        _compile_cache(args)
+        return args.run(args)
+    except LlmjaxError as error:
+        print(f"llmjax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("llmjax: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left: not an error, and nothing more can be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmjax", description="On-device LLM inference in pure JAX.", allow_abbrev=False
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    def verb(name: str, run: Any, text: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=text, description=text, parents=parents, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    model, sampling = _model_flags(), _sampling_flags()
+    generate = verb("generate", _generate, "Continue a prompt; the text streams to stdout.", model, sampling)
+    generate.add_argument("--prompt", required=True, help="the text, or - for stdin")
+    generate.add_argument(
+        "--show-prompt", action="store_true", help="print the text and the token ids as fed, to stderr"
+    )
+    generate.add_argument(
+        "--chat", action="store_true", help="render the prompt as a user message with the chat template"
+    )
+    generate.add_argument("--system", help="system message for --chat")
+
+    chat = verb("chat", _chat, "Talk with a model, a line at a time.", model, sampling)
+    chat.add_argument("--system", help="system message")
+
+    batch = verb("batch", _batch, "Run a JSONL of prompts into a JSONL of answers, in order.", model, sampling)
+    batch.add_argument("--input", required=True, help="JSONL file, or - for stdin")
+    batch.add_argument("--output", required=True, help="JSONL file, or - for stdout")
+
+    score = verb("score", _score, "Log-probabilities, NLL and perplexity of given texts.", model)
+    score.add_argument("--input", required=True, help='JSONL of {"text": ...} or {"token_ids": [...]}, or - for stdin')
+    score.add_argument("--output", required=True, help="JSONL file, or - for stdout")
+
+    inspect = verb("inspect", _inspect, "Say what a checkpoint is and whether llmjax runs it, from its headers alone.")
+    inspect.add_argument("path", metavar="PATH")
+    inspect.add_argument("--json", action="store_true")
+    return parser
+
+
+def _model_flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    group = flags.add_argument_group("model")
+    group.add_argument("--model", required=True, help="a checkpoint's path, or smollm2 for the installed demo model")
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="how weights are stored (default: as they are)"
+    )
+    group.add_argument("--numerics", default="fast", help="reference, hf or fast (default)")
+    group.add_argument("--max-batch", type=int, default=8, metavar="N", help="decode slots (default 8)")
+    group.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long")
+    group.add_argument("--no-compile-cache", action="store_true", help="compile anew, keep nothing")
+    return flags
+
+
+def _sampling_flags() -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False)
+    group = flags.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to generate (default 256)")
+    group.add_argument("--min-tokens", type=int, metavar="N")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default 1)")
+    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--min-p", type=float, metavar="P")
+    group.add_argument("--seed", type=int, metavar="S", help="the job's seed (default 0)")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end the text here; may be repeated")
+    group.add_argument("--stop-token-ids", type=lambda s: [int(i) for i in s.split(",")], metavar="ID,ID")
+    group.add_argument("--ignore-eos", action="store_true", default=None)
+    group.add_argument("--logprobs", type=int, metavar="K", help="batch: report the K most likely tokens")
+    return flags
+
+
+def _compile_cache(args: argparse.Namespace) -> None:
+    """Keeps compiled programs between runs; only the command line does this, importing llmjax changes nothing global."""
+    if getattr(args, "no_compile_cache", True):
+        return
+    import jax
+
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(base / "llmjax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _llm(args: argparse.Namespace) -> "tuple[LLM, float]":
+    """The model and the seconds it took to load."""
+    from llmjax.llm import LLM
+
+    began = time.monotonic()
+    llm = LLM(
+        args.model,
+        max_batch=args.max_batch,
+        numerics=args.numerics,
+        dtype=args.dtype,
+        seed=getattr(args, "seed", None) or 0,
+        truncate_prompt=args.truncate_prompt,
+    )
+    return llm, time.monotonic() - began
+
+
+def _params(args: argparse.Namespace) -> "SamplingParams":
+    """Sampling parameters from flags; ``--seed`` is the job's, so rows differ."""
+    from llmjax.runtime.params import SamplingParams
+
+    given = {f.name: getattr(args, f.name) for f in fields(SamplingParams) if f.name != "seed"}
+    if args.seed is not None:
+        SamplingParams(seed=args.seed)
+    return SamplingParams(**{k: v for k, v in given.items() if v is not None})
+
+
+def _generate(args: argparse.Namespace) -> int:
+    params = _params(args)
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not prompt:
+        raise RequestError("prompt: empty, expected some text")
+    llm, _ = _llm(args)
+    if args.chat or args.system:
+        request = llm.chat_request(_messages(args.system, prompt), params)
+    else:
+        request = llm.request(prompt, params)
+    if args.show_prompt:
+        print(f"prompt: {request.prompt!r}\nids: {request.ids}", file=sys.stderr)
+    _print_stream(llm, request)
+    return 0
+
+
+def _messages(system: str | None, user: str) -> list[dict[str, str]]:
+    return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": user}]
+
+
+def _print_stream(llm: "LLM", request: Any) -> str:
+    text = ""
+    for update in llm.run([request], burst=1):
+        text += update.piece
+        print(update.piece, end="", flush=True)
+    print()
+    return text
+
+
+def _chat(args: argparse.Namespace) -> int:
+    params = _params(args)
+    llm, _ = _llm(args)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("end with Ctrl-D; /reset forgets the conversation", file=sys.stderr)
+    while True:
+        with contextlib.suppress(EOFError):
+            line = input("> ") if interactive else next(sys.stdin, None)
+            if line is not None:
+                line = line.strip()
+                if line == "/reset":
+                    messages = messages[:1] if args.system else []
+                elif line:
+                    messages.append({"role": "user", "content": line})
+                    answer = _print_stream(llm, llm.chat_request(messages, params))
+                    messages.append({"role": "assistant", "content": answer})
+                continue
+        return 0
+
+
+def _batch(args: argparse.Namespace) -> int:
+    from llmjax.batch.job import run
+    from llmjax.batch.progress import Reporter
+
+    params = _params(args)
+    with _input(args.input) as lines, _output(args.output, args.input) as out:
+        llm, load_seconds = _llm(args)
+        total = None if args.input == "-" else _count_rows(args.input)
+        summary = run(llm, lines, out, params, total=total, reporter=Reporter())
+    generate = summary.seconds - summary.compile_seconds
+    print(
+        f"{summary.rows} rows answered, {summary.failed} failed; {summary.prompt_tokens} prompt and "
+        f"{summary.completion_tokens} answer tokens; load {load_seconds:.1f} s, compile {summary.compile_seconds:.1f} s, "
+        f"generate {generate:.1f} s ({summary.completion_tokens / max(generate, 1e-9):.0f} tok/s)",
+        file=sys.stderr,
+    )
+    return 1 if summary.failed else 0
+
+
+def _score(args: argparse.Namespace) -> int:
+    from llmjax.batch.scoring import run
+
+    with _input(args.input) as lines, _output(args.output, args.input) as out:
+        llm, _ = _llm(args)
+        summary = run(llm, lines, out)
+    print(summary.describe(), file=sys.stderr)
+    return 1 if summary.failed else 0
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from llmjax.inspection import inspect
+
+    report = inspect(args.path)
+    print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if args.json else report.to_text())
+    return 0 if report.supported else 1
+
+
+def _input(path: str) -> contextlib.AbstractContextManager[IO[str]]:
+    if path == "-":
+        return contextlib.nullcontext(sys.stdin)
+    try:
+        return open(path, encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"{path}: cannot read the input: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _output(path: str, source: str) -> Iterator[IO[str]]:
+    """The output, opened before the model is loaded so that a wrong path costs nothing."""
+    if path == "-":
+        yield sys.stdout
+        return
+    if source != "-" and os.path.exists(path) and os.path.samefile(path, source):
+        raise RequestError(f"{path}: the output is the input file")
+    try:
+        file = open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"{path}: cannot write the output: {error.strerror}") from None
+    try:
+        with file:
+            yield file
+    except OSError as error:
+        raise RequestError(
+            f"{path}: writing the output failed: {error.strerror}; rows written so far are whole"
+        ) from None
+
+
+def _count_rows(path: str) -> int:
+    with open(path, "rb") as file:
+        return sum(1 for line in file if line.strip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""``LLM``: generate, stream, chat and score, with vLLM's names."""
+
+import dataclasses
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmjax.errors import RequestError, TokenizerError
+from llmjax.loading import load
+from llmjax.model import Model, check_ids
+from llmjax.outputs import RequestOutput, Score
+from llmjax.runtime.engine import Engine, Update
+from llmjax.runtime.params import SamplingParams
+from llmjax.runtime.row import Request
+from llmjax.runtime.sampling import row_seed
+from llmjax.text.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Message = dict[str, Any]
+
+
+class LLM:
+    """A model ready to generate.
+
+    Args:
+      model: a path (see ``llmjax.load``) or a loaded ``Model``.
+      max_batch: decode slots of the compiled program; part of what fixes a result's last bits.
+      numerics: profile for a model given as a path.
+      dtype: storage dtype for a model given as a path.
+      seed: the job's seed: rows without their own draw by it and their id; a single prompt uses it as it is.
+      chunk: prompt tokens a prefill call takes.
+      block: cache positions attention folds at a time.
+      truncate_prompt: keep the last tokens of a prompt that is too long, instead of refusing it.
+
+    Raises:
+      LlmjaxError: see ``llmjax.load``.
+    """
+
+    def __init__(
+        self,
+        model: Model | str | Path,
+        *,
+        max_batch: int = 8,
+        numerics: str = "fast",
+        dtype: str | None = None,
+        seed: int = 0,
+        chunk: int = 128,
+        block: int = 128,
+        truncate_prompt: bool = False,
+    ):
+        if not isinstance(model, Model):
+            model = load(model, numerics=numerics, dtype=dtype)
+        self.model = model
+        self.seed = seed
+        self.truncate_prompt = truncate_prompt
+        self.engine = Engine(model, slots=max_batch, chunk=chunk, block=block)
+        self._lock = threading.Lock()  # one run at a time owns the slots
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer.
+
+        Raises:
+          TokenizerError: the checkpoint has none.
+        """
+        if self.model.tokenizer is None:
+            raise TokenizerError(f"{self.model.path}: no tokenizer files, so prompts must be token ids")
+        return self.model.tokenizer
+
+    def request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        forced: Sequence[int] = (),
+    ) -> Request:
+        """Checks a prompt and its parameters and settles everything they leave open.
+
+        Args:
+          prompt: text, or token ids taken as they are.
+          params: defaults to ``SamplingParams()``.
+          request_id: names the row; None for a single prompt, which draws with the job's seed itself.
+          forced: see ``Request``.
+
+        Raises:
+          RequestError: an empty prompt, one longer than the context, or ids outside the vocabulary.
+        """
+        params = params or SamplingParams()
+        text = prompt if isinstance(prompt, str) else None
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [*prompt]
+        if text == "" or not ids:
+            raise RequestError("prompt: empty, expected some text or at least one token id")
+        context = self.model.context_length
+        if len(ids) >= context:
+            if not self.truncate_prompt:
+                raise RequestError(
+                    f"prompt: {len(ids)} tokens, longer than the model's context of {context} less one for the answer; "
+                    "shorten it, or ask for truncation (truncate_prompt, --truncate-prompt)"
+                )
+            room = min(params.max_tokens or context // 2, context - 1)
+            bos = ids[:1] if ids[0] == (self.model.tokenizer and self.model.tokenizer.bos_id) else []
+            ids = bos + ids[len(ids) - (context - room) + len(bos) :]
+        check_ids(ids, self.model, "prompt")
+        for token in params.stop_token_ids:
+            if token >= self.model.config.vocab_size:
+                raise RequestError(
+                    f"stop_token_ids: {token} is outside the vocabulary (0 to {self.model.config.vocab_size - 1})"
+                )
+        room = context - len(ids)
+        params = dataclasses.replace(
+            params, max_tokens=min(params.max_tokens or room, room), min_tokens=min(params.min_tokens, room)
+        )
+        seed = params.seed
+        if seed is None:
+            seed = self.seed if request_id is None else row_seed(self.seed, request_id)
+        return Request(request_id or "0", text, ids, params, seed, tuple(forced))
+
+    def chat_request(
+        self, messages: Sequence[Message], params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> Request:
+        """As ``request``, for a conversation rendered with the checkpoint's chat template (which writes BOS itself)."""
+        messages = list(messages)
+        request = self.request(self.tokenizer.encode_chat(messages), params, request_id=request_id)
+        return dataclasses.replace(request, prompt=self.tokenizer.render_chat(messages))
+
+    def run(self, requests: Iterable[Request], *, burst: int | None = None) -> Iterator[Update]:
+        """The engine's updates for requests, one run at a time."""
+        with self._lock:
+            yield from self.engine.run(requests, **({} if burst is None else {"burst": burst}))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """Continues one prompt or many.
+
+        Args:
+          prompts: a text, a list of token ids, or a list of those.
+          sampling_params: for all, or one for each.
+
+        Returns:
+          an output for each prompt, in order.
+
+        Raises:
+          RequestError: before anything runs, naming the prompt by its place.
+        """
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
+        params = _per_prompt(sampling_params, len(many))
+        requests = []
+        for i, (prompt, p) in enumerate(zip(many, params, strict=True)):
+            try:
+                requests.append(self.request(prompt, p, request_id=None if single else str(i)))
+            except RequestError as error:
+                raise error if single else RequestError(f"prompt {i}: {error}") from None
+        return self._finished(requests)
+
+    def _finished(self, requests: list[Request]) -> list[RequestOutput]:
+        done = {u.row.request.request_id: u.row for u in self.run(requests) if u.row.finish_reason}
+        return [done[r.request_id].output(self.model.numerics.name) for r in requests]
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
+        """Pieces of text as they become certain; concatenated they are what ``generate`` returns."""
+        for update in self.run([self.request(prompt, sampling_params)], burst=1):
+            if update.piece:
+                yield update.piece
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or many, rendered with the checkpoint's own chat template.
+
+        Args:
+          messages: ``[{"role": "user", "content": "..."}, ...]``, or a list of those.
+          sampling_params: for all.
+        """
+        single = len(messages) > 0 and isinstance(messages[0], dict)
+        chats: list[Any] = [messages] if single else list(messages)
+        requests = [
+            self.chat_request(chat, sampling_params, request_id=None if single else str(i))
+            for i, chat in enumerate(chats)
+        ]
+        return self._finished(requests)
+
+    def score(self, texts_or_ids: Prompt | Sequence[Prompt]) -> list[Score]:
+        """Per-token log-probabilities of given texts or token ids, teacher forced through the chunked prefill.
+
+        Raises:
+          RequestError: an empty text, or one longer than the context.
+        """
+        single = isinstance(texts_or_ids, str) or (len(texts_or_ids) > 0 and isinstance(texts_or_ids[0], int))
+        many: list[Prompt] = [texts_or_ids] if single else list(texts_or_ids)  # type: ignore[list-item, arg-type]
+        scores = []
+        for i, text in enumerate(many):
+            if len(text) == 0:
+                raise RequestError(f"text {i}: empty, expected some text or at least one token id")
+            ids = self.tokenizer.encode(text) if isinstance(text, str) else [*text]
+            check_ids(ids, self.model, f"text {i}")
+            with self._lock:
+                logprobs, best = self.engine.score(ids)
+            scores.append(Score(list(ids), [None, *map(float, logprobs)], [None, *map(int, best)]))
+        return scores
+
+
+def _per_prompt(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> Sequence[SamplingParams | None]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * count
+    if len(params) != count:
+        raise RequestError(f"sampling_params: expected one, or one for each of {count} prompts, found {len(params)}")
+    return params

@@ -1,0 +1,104 @@
+"""A loaded model: configuration, parameters, tokenizer, and its logits without a cache."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax.errors import RequestError
+from llmjax.models.config import DecoderConfig
+from llmjax.models.context import Context
+from llmjax.models.registry import Architecture
+from llmjax.numerics import Numerics
+from llmjax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass
+class Model:
+    """What ``llmjax.load`` returns.
+
+    Attributes:
+      architecture: the registry's entry.
+      config: dimensions and options, hashable.
+      params: the Flax module's own tree; ``params["layers_3"]["attn"]["q"]["weight"]`` is ``[out, in]``.
+      numerics: the profile everything is computed under.
+      tokenizer: None when the checkpoint brings none; prompts must then be token ids.
+      eos_ids: every token that ends a text, of the tokenizer's files and of ``generation_config.json``.
+      path: where it was read from.
+    """
+
+    architecture: Architecture
+    config: DecoderConfig
+    params: dict[str, Any]
+    numerics: Numerics
+    tokenizer: Tokenizer | None
+    eos_ids: tuple[int, ...]
+    path: Path
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and output together that the model was made for."""
+        return self.config.max_position_embeddings
+
+    @functools.cached_property
+    def module(self) -> Any:
+        """The Flax module, for ``module.apply({"params": params}, ids [B, T], Context)``."""
+        return self.config.module()
+
+    def apply(self, params: dict[str, Any], ids: jax.Array) -> jax.Array:
+        """Logits float32 ``[B, T, V]`` of ``ids`` int32 ``[B, T]``, no cache: a pure function of its arguments, to trace or differentiate."""
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+        ctx = Context(positions, self.numerics)
+        return self.module.apply({"params": params}, ids, ctx).astype(jnp.float32)
+
+    @functools.cached_property
+    def _logits(self) -> Any:
+        return jax.jit(self.apply)
+
+    def logits(self, batch: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Teacher-forced logits of token id lists of any lengths, without a cache.
+
+        Rows are computed one at a time, padded on the right to a power of two: a row's logits do not depend on the others.
+
+        Args:
+          batch: non-empty lists of token ids.
+
+        Returns:
+          for each row float32 ``[T_i, V]``.
+
+        Raises:
+          RequestError: an empty row, an id outside the vocabulary, or a row longer than the context.
+        """
+        rows = []
+        for index, ids in enumerate(batch):
+            checked = check_ids(ids, self, f"row {index}")
+            padded = np.zeros((1, max(16, 1 << (len(ids) - 1).bit_length())), np.int32)
+            padded[0, : len(ids)] = checked
+            rows.append(np.asarray(self._logits(self.params, padded)[0, : len(ids)]))
+        return rows
+
+
+def check_ids(ids: Sequence[int], model: Model, what: str) -> np.ndarray:
+    """Token ids as int32 ``[T]``.
+
+    Raises:
+      RequestError: none, too many for the context, not integers, or outside the vocabulary.
+    """
+    array = np.asarray(ids)
+    if array.size == 0:
+        raise RequestError(f"{what}: empty, expected at least one token")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise RequestError(f"{what}: expected a list of token ids, found {ids!r:.80}")
+    if len(array) > model.context_length:
+        raise RequestError(f"{what}: {len(array)} tokens, longer than the model's context of {model.context_length}")
+    wrong = array[(array < 0) | (array >= model.config.vocab_size)]
+    if wrong.size:
+        raise RequestError(
+            f"{what}: token id {wrong[0]} is outside the vocabulary (0 to {model.config.vocab_size - 1})"
+        )
+    return array.astype(np.int32)

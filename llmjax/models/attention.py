@@ -1,0 +1,221 @@
+"""Causal attention, with and without a cache, and the position encodings that act inside it.
+
+Shapes: ``B`` batch, ``T`` query positions, ``S`` cache positions, ``N`` query heads, ``K`` key/value heads, ``G = N / K``, ``H`` head
+width.  A window of ``W`` means a token sees itself and the ``W - 1`` before it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from llmjax.models.context import Context
+
+# Not -inf: the running maximum of a block that is masked for some row must stay finite, or exp(-inf - -inf) makes NaN.
+MASKED = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Frequency-dependent rope scaling of Llama 3.1 (transformers ``rope_type: llama3``)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding, half-split pairing (Su et al. 2021, arXiv:2104.09864; the pairing is Hugging Face's rotate_half).
+
+    Attributes:
+      theta: the base.
+      dims: how many leading dimensions of each head rotate; the rest pass through (partial rotary).
+      linear: positions are divided by this factor (``rope_type: linear``).
+      llama3: scaling of ``rope_type: llama3``.
+    """
+
+    theta: float
+    dims: int
+    linear: float = 1.0
+    llama3: Llama3Scaling | None = None
+
+    def frequencies(self) -> np.ndarray:
+        """float32 ``[dims / 2]``, in float32 arithmetic as transformers does: float64 angles differ visibly after a few hundred tokens."""
+        exponent = np.arange(0, self.dims, 2, dtype=np.float32) / np.float32(self.dims)
+        inv = np.float32(1.0) / np.power(np.float32(self.theta), exponent)
+        if self.linear != 1.0:
+            inv = inv / np.float32(self.linear)
+        if self.llama3 is not None:
+            s = self.llama3
+            wavelength = np.float32(2 * np.pi) / inv
+            old = s.original_max_position_embeddings
+            smooth = (old / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+            blended = (1 - smooth) * inv / s.factor + smooth * inv
+            slow, fast = wavelength > old / s.low_freq_factor, wavelength < old / s.high_freq_factor
+            inv = np.where(slow, inv / s.factor, np.where(fast, inv, blended)).astype(np.float32)
+        return inv
+
+    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Rotates ``x [B, T, N, H]`` at ``positions [B, T]``, in x's dtype with angles in float32."""
+        angles = positions[..., None].astype(jnp.float32) * self.frequencies()
+        cos, sin = (f(angles)[:, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+        half = self.dims // 2
+        first, second, rest = x[..., :half], x[..., half : self.dims], x[..., self.dims :]
+        return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1)
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """float32 ``[N]`` (Press et al. 2021, arXiv:2108.12409).
+
+    For a head count that is no power of two: the slopes of the next lower power, then every other slope of the doubled series.
+    """
+
+    def series(n: int) -> list[float]:
+        return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
+
+    lower = 2 ** int(np.floor(np.log2(num_heads)))
+    return np.array(series(lower) + series(2 * lower)[0::2][: num_heads - lower], np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """How raw products ``q . k`` become attention scores: everything here is static.
+
+    Attributes:
+      scale: multiplies ``q . k`` (and the ALiBi bias, which Falcon adds before scaling).
+      softcap: ``cap * tanh(s / cap)`` after the scale and before the mask (Gemma 2); None for none.
+      window: sliding window in tokens, itself included; None for all of the past.
+      alibi: add ``slope[head] * key position``.
+    """
+
+    scale: float
+    softcap: float | None = None
+    window: int | None = None
+    alibi: bool = False
+
+    def __call__(
+        self, products: jax.Array, queries: jax.Array, keys: jax.Array, ctx: Context
+    ) -> tuple[jax.Array, jax.Array]:
+        """Scores and the mask of what each query may see.
+
+        Args:
+          products: ``[B, K, G, T, S]``.
+          queries: int32 positions ``[B, T]``.
+          keys: int32 positions ``[S]``.
+          ctx: for the ALiBi rounding of the profile.
+
+        Returns:
+          ``(scores, mask)``, scores as products, mask broadcastable to them.
+        """
+        scores = products
+        if self.alibi:
+            scores = scores + _alibi_bias(products.shape, keys, ctx.numerics.round_alibi)
+        scores = scores * jnp.asarray(self.scale, scores.dtype)
+        if self.softcap is not None:
+            cap = jnp.asarray(self.softcap, scores.dtype)
+            scores = cap * jnp.tanh(scores / cap)
+        mask = keys[None, None, :] <= queries[:, :, None]
+        if self.window is not None:
+            mask &= keys[None, None, :] > queries[:, :, None] - self.window
+        return scores, mask[:, None, None]
+
+
+def _alibi_bias(shape: tuple[int, ...], keys: jax.Array, rounded: bool) -> jax.Array:
+    """float32 ``[K, G, 1, S]``; ``rounded`` rounds slopes, positions and product to bfloat16 (transformers' build_alibi_tensor)."""
+    _, num_kv, groups, _, _ = shape
+    slopes = jnp.asarray(alibi_slopes(num_kv * groups).reshape(num_kv, groups, 1, 1))
+    positions = keys.astype(jnp.float32)
+
+    def round_(x: jax.Array) -> jax.Array:  # reduce_precision: XLA may drop a pair of casts, never this
+        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if rounded else x
+
+    return round_(round_(slopes) * round_(positions))
+
+
+def _grouped(q: jax.Array, num_kv: int) -> jax.Array:
+    """``[B, T, N, H] -> [B, K, G, T, H]``."""
+    b, t, n, h = q.shape
+    return q.reshape(b, t, num_kv, n // num_kv, h).transpose(0, 2, 3, 1, 4)
+
+
+def _ungrouped(x: jax.Array) -> jax.Array:
+    """``[B, K, G, T, H] -> [B, T, N, H]``."""
+    b, k, g, t, h = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(b, t, k * g, h)
+
+
+def dense_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, scores: Scores, ctx: Context
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over the tokens of this call, written as in the paper; differentiable.
+
+    Args:
+      q: ``[B, T, N, H]``.
+      k: ``[B, T, K, H]``.
+      v: ``[B, T, K, H]``.
+      scores: the layer's rule.
+      ctx: positions must be ``arange(T)`` in every row.
+
+    Returns:
+      output ``[B, T, N, H]`` and the probabilities ``[B, K, G, T, T]``.
+    """
+    dtype = q.dtype
+    products = _einsum("BKGTH,BSKH->BKGTS", _grouped(q, k.shape[2]), k).astype(dtype)
+    s, mask = scores(products, ctx.positions, jnp.arange(k.shape[1]), ctx)
+    probs = jax.nn.softmax(jnp.where(mask, s.astype(jnp.float32), MASKED), axis=-1).astype(dtype)
+    out = _einsum("BKGTS,BSKH->BKGTH", probs, v).astype(dtype)
+    return _ungrouped(out), probs
+
+
+def cached_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, scores: Scores, ctx: Context) -> jax.Array:
+    """Attention over a cache, folding blocks of fixed size with a running softmax (Milakov & Gimelshein 2018, arXiv:1805.02867).
+
+    The trip count follows the tokens in use, not the cache's length.  A block that is masked for a row is the exact identity for it,
+    so neither its neighbours' lengths nor the cache's length move a bit of a row's result.
+
+    Args:
+      q: ``[B, T, N, H]``.
+      cache_k: ``[R, K, S, H]`` with R >= B rows, this call's tokens already written; S a multiple of ``ctx.block``.
+      cache_v: as cache_k.
+      scores: the layer's rule.
+      ctx: positions, slot, block.
+
+    Returns:
+      ``[B, T, N, H]`` in q's dtype.
+    """
+    batch, _, _, width = q.shape
+    num_kv = cache_k.shape[1]
+    size = (batch, num_kv, ctx.block, width)
+    qg = _grouped(q, num_kv).astype(cache_k.dtype)
+    first = jnp.int32(0)
+    if scores.window is not None:
+        first = jnp.maximum(0, jnp.min(ctx.positions) - scores.window + 1) // ctx.block
+    last = jnp.max(ctx.positions) // ctx.block + 1
+
+    def fold(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        top, total, acc = carry
+        start = (ctx.slot, 0, i * ctx.block, 0)
+        keys = lax.dynamic_slice(cache_k, start, size)
+        values = lax.dynamic_slice(cache_v, start, size)
+        products = _einsum("BKGTH,BKSH->BKGTS", qg, keys)
+        s, mask = scores(products, ctx.positions, i * ctx.block + jnp.arange(ctx.block), ctx)
+        new_top = jnp.maximum(top, jnp.max(jnp.where(mask, s, MASKED), -1, keepdims=True))
+        p = jnp.where(mask, jnp.exp(s - new_top), 0.0)
+        shrink = jnp.exp(top - new_top)
+        total = total * shrink + jnp.sum(p, -1, keepdims=True)
+        acc = acc * shrink + _einsum("BKGTS,BKSH->BKGTH", p.astype(values.dtype), values)
+        return new_top, total, acc
+
+    stats = jnp.zeros((*qg.shape[:-1], 1), jnp.float32)
+    zero = (stats + MASKED, stats, jnp.zeros(qg.shape, jnp.float32))
+    _, total, acc = lax.fori_loop(first, last, fold, zero)
+    return _ungrouped(acc / total).astype(q.dtype)
+
+
+def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Einsum with a float32 sum at the highest precision (no TF32 on GPUs)."""
+    return jnp.einsum(equation, a, b, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)

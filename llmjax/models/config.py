@@ -1,0 +1,72 @@
+"""What the runtime needs to know of any decoder, whatever its architecture."""
+
+import dataclasses
+from typing import Self
+
+from flax import linen as nn
+
+from llmjax.models.hf_config import Reader
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Dimensions common to all architectures, by Hugging Face's names.  Frozen and hashable: configs are static in compiled programs.
+
+    Attributes:
+      vocab_size: V, rows of the embedding (may exceed the tokenizer's).
+      hidden_size: D.
+      intermediate_size: F.
+      num_hidden_layers: L.
+      num_attention_heads: N.
+      num_key_value_heads: K.
+      head_dim: H.
+      max_position_embeddings: the context length, in tokens.
+      tie_word_embeddings: the head is the embedding table.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_hf(cls, config: Reader) -> Self:
+        """Reads ``config.json``; leaves it to the caller to ``finish`` the reader."""
+        raise NotImplementedError
+
+    def module(self) -> nn.Module:
+        """The Flax module: ``module.apply({"params": p}, ids [B, T], Context) -> logits [B, T, V]``."""
+        raise NotImplementedError
+
+
+def dimensions(r: Reader, *, tied: bool, context: int | None = None) -> dict[str, int | bool]:
+    """The fields of ``DecoderConfig``, read from the keys most architectures share.
+
+    Args:
+      r: the config.
+      tied: the architecture's default for an absent ``tie_word_embeddings``.
+      context: its default context length.
+    """
+    hidden, heads = r.size("hidden_size"), r.size("num_attention_heads")
+    kv = r.size("num_key_value_heads", heads)
+    head_dim = r.get("head_dim")
+    if head_dim is None and hidden % heads:
+        r.problem(f"hidden_size: {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is absent")
+    if heads % kv:
+        r.problem(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads {kv}")
+    return {
+        "vocab_size": r.size("vocab_size"),
+        "hidden_size": hidden,
+        "intermediate_size": r.size("intermediate_size"),
+        "num_hidden_layers": r.size("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": r.size("head_dim", max(1, hidden // heads)),
+        "max_position_embeddings": r.size("max_position_embeddings", context),
+        "tie_word_embeddings": r.flag("tie_word_embeddings", tied),
+    }

@@ -1,0 +1,49 @@
+"""What travels beside the activations through a model: one explicit argument instead of attributes on every module."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from llmjax.numerics import Numerics
+
+
+@struct.dataclass
+class Context:
+    """Where the tokens of this call stand, and how to compute.
+
+    Attributes:
+      positions: int32 ``[B, T]``, each token's position in its own sequence.  Rows are right-padded; padding lies after the tokens,
+        so the causal rule alone keeps it out of sight.
+      numerics: the profile (static).
+      block: cache positions folded at a time by cached attention (static).
+      slot: int32 ``[]``, the cache row of batch row 0; batch row ``b`` owns cache row ``slot + b``.  Unused without a cache.
+      active: bool ``[B]``; rows that are False leave the cache as it is.  ``None`` means all are active.
+      last: int32 ``[B]``; when given, the head runs on token ``last[b]`` of each row alone and logits are ``[B, 1, V]``.
+    """
+
+    positions: jax.Array
+    numerics: Numerics = struct.field(pytree_node=False)
+    block: int = struct.field(pytree_node=False, default=128)
+    slot: jax.Array | int = 0
+    active: jax.Array | None = None
+    last: jax.Array | None = None
+
+    def select_last(self, x: jax.Array) -> jax.Array:
+        """``[B, T, D] -> [B, 1, D]`` where only the last token's logits are wanted, else ``x``."""
+        if self.last is None:
+            return x
+        return jnp.take_along_axis(x, self.last[:, None, None], axis=1)
+
+
+def tap(module: nn.Module, name: str, value: jax.Array) -> jax.Array:
+    """Names an activation for ``llmjax.trace``: the module's path and ``name`` (the path alone when empty), joined by dots.
+
+    Costs nothing unless the ``taps`` collection is being collected.
+    """
+    module.sow("taps", TAP + name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    return value
+
+
+# Keeps a tap's name apart from a submodule's of the same name, which Linen would refuse.
+TAP = "tap:"

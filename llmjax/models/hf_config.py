@@ -1,0 +1,178 @@
+"""Strict reading of Hugging Face's ``config.json``.
+
+Every key is used, known to be irrelevant, or refused by name: a key that is silently dropped is how a model loses its sliding window.
+Files come in two dialects, transformers 4 (``rope_theta``, ``rope_scaling``, ``torch_dtype``) and 5 (``rope_parameters``, ``dtype``).
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from llmjax.errors import ConfigError
+from llmjax.models.attention import Llama3Scaling, Rope
+from llmjax.models.layers import ACTIVATIONS
+
+# Bookkeeping, training-only settings and generation defaults: none of them changes a logit.
+IRRELEVANT = frozenset(
+    """
+    _name_or_path _attn_implementation_autoset add_cross_attention architectures attention_dropout attn_pdrop auto_map
+    bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout
+    id2label initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length min_length model_type
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states output_scores
+    pad_token_id prefix pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty resid_pdrop
+    return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config transformers_version
+    typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache is_llama_config rope_interleaved
+    """.split()
+)
+# rope_interleaved is written by SmolLM's training code with the value false; true is refused in Reader.finish.
+_MUST_BE_FALSE = ("add_cross_attention", "is_encoder_decoder", "rope_interleaved")
+
+
+class Reader:
+    """Takes keys out of a config and reports, all at once, what it could not accept.
+
+    Args:
+      config: the parsed file.
+      where: how error messages call it.
+    """
+
+    def __init__(self, config: Mapping[str, Any], where: str):
+        self._config, self._where = dict(config), where
+        self._seen: set[str] = set()
+        self._problems: list[str] = []
+
+    def problem(self, text: str) -> None:
+        """Adds a line to the error that ``finish`` raises."""
+        self._problems.append(text)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it stands, ``default`` where the key is absent or null."""
+        self._seen.add(key)
+        value = self._config.get(key)
+        return default if value is None else value
+
+    def ignore(self, *keys: str) -> None:
+        """Marks keys as irrelevant for this architecture."""
+        self._seen.update(keys)
+
+    def _checked(self, key: str, default: Any, kinds: tuple[type, ...], what: str, ok: Callable[[Any], bool]) -> Any:
+        value = self.get(key, default)
+        if value is None:
+            self.problem(f"{key}: missing, expected {what}")
+        elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or not ok(value):
+            self.problem(f"{key}: expected {what}, found {value!r}")
+        else:
+            return value
+        return kinds[-1](1)  # any value that lets the reading go on to collect the other problems
+
+    def size(self, key: str, default: int | None = None) -> int:
+        """A positive integer."""
+        return self._checked(key, default, (int,), "a positive integer", lambda v: v > 0)
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive number."""
+        return float(self._checked(key, default, (int, float), "a positive number", lambda v: 0 < v < float("inf")))
+
+    def flag(self, key: str, default: bool) -> bool:
+        """A boolean."""
+        return self._checked(key, default, (bool,), "true or false", lambda v: True)
+
+    def optional_number(self, key: str) -> float | None:
+        """A positive number, or None where the key is absent or null."""
+        return None if self.get(key) is None else self.number(key)
+
+    def expect(self, key: str, allowed: Collection[Any], default: Any = None) -> Any:
+        """A value out of a list of supported ones; anything else is refused by name."""
+        value = self.get(key, default)
+        if value not in allowed:
+            self.problem(f"{key}: {value!r} is not supported, expected {' or '.join(map(repr, allowed))}")
+            return next(iter(allowed))
+        return value
+
+    def activation(self, key: str, default: str | None = None) -> str:
+        """The name of an activation function in ``layers.ACTIVATIONS``."""
+        return self.expect(key, tuple(ACTIVATIONS), default)
+
+    def rope(self, head_dim: int, *, theta: float = 10000.0, fraction: float = 1.0) -> Rope:
+        """The rotary embedding, from either dialect.
+
+        Args:
+          head_dim: H.
+          theta: the class default for an absent base.
+          fraction: the class default for an absent ``partial_rotary_factor``.
+        """
+        parameters = self.get("rope_parameters")
+        scaling = self.get("rope_scaling")
+        spec: dict[str, Any] = {}
+        for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+            if value is not None and not isinstance(value, dict):
+                self.problem(f"{key}: expected an object, found {value!r}")
+            elif value:
+                spec.update(value)
+        theta = spec.pop("rope_theta", self.get("rope_theta", theta))
+        fraction = spec.pop("partial_rotary_factor", self.get("partial_rotary_factor", fraction))
+        return self._build_rope(spec, theta, fraction, head_dim)
+
+    def _build_rope(self, spec: dict[str, Any], theta: Any, fraction: Any, head_dim: int) -> Rope:
+        if not isinstance(theta, int | float) or isinstance(theta, bool) or not 0 < theta < float("inf"):
+            self.problem(f"rope_theta: expected a positive number, found {theta!r}")
+            theta = 1.0
+        if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
+            self.problem(f"partial_rotary_factor: expected a number in (0, 1], found {fraction!r}")
+            fraction = 1.0
+        dims = int(head_dim * fraction)
+        if dims % 2 or dims == 0:
+            self.problem(f"rotary width: {head_dim} * {fraction} = {dims}, expected a positive even number")
+            dims = 2
+        kind = spec.pop("rope_type", None)
+        kind = spec.pop("type", None) if kind is None else (spec.pop("type", None), kind)[1]
+        rope = Rope(float(theta), dims)
+        if kind in (None, "default"):
+            # transformers keeps these beside rope_type "default" and ignores them
+            spec.pop("factor", None), spec.pop("original_max_position_embeddings", None)
+        elif kind == "linear":
+            rope = Rope(float(theta), dims, linear=self._rope_number(spec, "factor"))
+            spec.pop("original_max_position_embeddings", None)
+        elif kind == "llama3":
+            rope = Rope(
+                float(theta),
+                dims,
+                llama3=Llama3Scaling(
+                    self._rope_number(spec, "factor"),
+                    self._rope_number(spec, "low_freq_factor"),
+                    self._rope_number(spec, "high_freq_factor"),
+                    int(self._rope_number(spec, "original_max_position_embeddings")),
+                ),
+            )
+        else:
+            self.problem(f"rope_type: {kind!r} is not supported, expected 'default', 'linear' or 'llama3'")
+            return rope
+        for key in sorted(spec):
+            self.problem(f"rope parameter {key}: {spec[key]!r} is not understood for rope_type {kind or 'default'!r}")
+        return rope
+
+    def _rope_number(self, spec: dict[str, Any], key: str) -> float:
+        value = spec.pop(key, None)
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            self.problem(f"rope parameter {key}: expected a positive number, found {value!r}")
+            return 1.0
+        return float(value)
+
+    def finish(self) -> None:
+        """Raises for everything that was wrong or left over.
+
+        Raises:
+          ConfigError: one line per problem.
+        """
+        for key in _MUST_BE_FALSE:
+            if self._config.get(key):
+                self.problem(f"{key}: {self._config[key]!r} is not supported, expected false")
+        for key in sorted(set(self._config) - self._seen - IRRELEVANT):
+            if self._config[key] is not None:
+                self.problem(
+                    f"{key}: llmjax does not know this key (value {self._config[key]!r}) and will not guess what it changes"
+                )
+        if self._problems:
+            raise ConfigError(f"{self._where}: " + "\n  ".join(["unsupported configuration:", *self._problems]))

@@ -1,0 +1,222 @@
+"""The blocks that architecture files are written with.
+
+Parameters keep the values and the layout of the checkpoint: ``[out, in]`` weights, norms without the 1 added, nothing folded in.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from llmjax.matmul import matmul
+from llmjax.models.attention import Rope, Scores, cached_attention, dense_attention
+from llmjax.models.context import Context, tap
+
+_normal = nn.initializers.normal(0.02)
+
+
+def parameter(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]) -> jax.Array:
+    """A parameter of ``module``: read where it is present, initialised (float32) where it is not.
+
+    ``Module.param`` checks the value against the initialiser's shape and so refuses packed leaves; a leaf that is present was checked
+    when the checkpoint was read.
+    """
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, shape, jnp.float32)
+
+
+class Projection(nn.Module):
+    """``x [..., in] -> x . W^T + b [..., out]``: the seam every product with a weight goes through.
+
+    Its name in the tree is its role (``q``, ``gate``, ...).
+    """
+
+    features: int
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        weight = parameter(self, "weight", _normal, (self.features, x.shape[-1]))
+        y = matmul(x, weight, ctx.numerics)
+        if self.bias:
+            y = y + parameter(self, "bias", nn.initializers.zeros, (self.features,))
+        return tap(self, "", y.astype(ctx.numerics.activations))
+
+
+class Embedding(nn.Module):
+    """Token embedding ``[V, D]``; ``attend`` uses the same table as a tied head."""
+
+    vocab_size: int
+    features: int
+
+    def setup(self) -> None:
+        self.weight = parameter(self, "weight", _normal, (self.vocab_size, self.features))
+
+    def __call__(self, ids: jax.Array, ctx: Context) -> jax.Array:
+        """int32 ``[B, T] -> [B, T, D]``."""
+        return jnp.take(self.weight, ids, axis=0).astype(ctx.numerics.activations)
+
+    def attend(self, x: jax.Array, ctx: Context) -> jax.Array:
+        """``[B, T, D] -> [B, T, V]``."""
+        return matmul(x, self.weight, ctx.numerics).astype(ctx.numerics.activations)
+
+
+class RMSNorm(nn.Module):
+    """``w * x / sqrt(mean(x^2) + eps)`` (Zhang & Sennrich 2019, arXiv:1910.07467), normalised in float32 and rounded before the weight,
+    as Llama does."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = parameter(self, "weight", nn.initializers.ones, (x.shape[-1],))
+        return tap(self, "", weight.astype(x.dtype) * _rms_normalised(x, self.eps).astype(x.dtype))
+
+
+class UnitOffsetRMSNorm(nn.Module):
+    """``(1 + w) * x / sqrt(mean(x^2) + eps)``, all of it in float32 before rounding, as Gemma does."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = parameter(self, "weight", nn.initializers.zeros, (x.shape[-1],))
+        y = _rms_normalised(x, self.eps) * (1.0 + weight.astype(jnp.float32))
+        return tap(self, "", y.astype(x.dtype))
+
+
+def _rms_normalised(x: jax.Array, eps: float) -> jax.Array:
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+
+
+class LayerNorm(nn.Module):
+    """``(x - mean) / sqrt(var + eps) * w + b`` in float32 (Ba et al. 2016, arXiv:1607.06450)."""
+
+    eps: float
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = parameter(self, "weight", nn.initializers.ones, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, -1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps) * weight.astype(jnp.float32)
+        if self.bias:
+            y = y + parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+        return tap(self, "", y.astype(x.dtype))
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped key/value heads (Ainslie et al. 2023, arXiv:2305.13245).
+
+    With a ``cache`` collection (``k``, ``v``: ``[R, K, S, H]``) the tokens are written at their positions and attend to all that is
+    there; without one they attend to each other.
+
+    Attributes:
+      num_heads: N.
+      num_kv_heads: K.
+      head_dim: H; ``N * H`` need not be the model's width.
+      scores: scale, soft-cap, window, ALiBi.
+      rope: rotary embedding, or None.
+      qkv_bias: q, k and v have biases.
+      out_bias: o has one.
+      qk_norm: makes the norm of each head's query and key (before the rotation) from its name; None for none.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scores: Scores
+    rope: Rope | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: Callable[[str], nn.Module] | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        def heads(name: str, count: int) -> jax.Array:
+            y = Projection(count * self.head_dim, self.qkv_bias, name=name)(x, ctx)
+            return y.reshape(*y.shape[:2], count, self.head_dim)
+
+        q, k, v = heads("q", self.num_heads), heads("k", self.num_kv_heads), heads("v", self.num_kv_heads)
+        if self.qk_norm is not None:
+            q, k = self.qk_norm("q_norm")(q), self.qk_norm("k_norm")(k)
+        if self.rope is not None:
+            q = tap(self, "q_rot", self.rope(q, ctx.positions))
+            k = tap(self, "k_rot", self.rope(k, ctx.positions))
+        if self.has_variable("cache", "k"):
+            out = cached_attention(q, self._write("k", k, ctx), self._write("v", v, ctx), self.scores, ctx)
+        else:
+            out, probs = dense_attention(q, k, v, self.scores, ctx)
+            tap(self, "probs", probs)
+        out = tap(self, "out", out.reshape(*out.shape[:2], -1))
+        return Projection(x.shape[-1], self.out_bias, name="o")(out, ctx)
+
+    def _write(self, name: str, new: jax.Array, ctx: Context) -> jax.Array:
+        """Puts ``new [B, T, K, H]`` at each token's position and returns the whole cache."""
+        cache = self.get_variable("cache", name)
+        positions = ctx.positions
+        if ctx.active is not None:
+            positions = jnp.where(ctx.active[:, None], positions, cache.shape[2])  # out of range: dropped
+        rows = ctx.slot + jnp.arange(new.shape[0])[:, None]
+        cache = cache.at[rows, :, positions].set(new.astype(cache.dtype), mode="drop", unique_indices=True)
+        self.put_variable("cache", name, cache)
+        return cache
+
+
+class GatedMLP(nn.Module):
+    """``down(act(gate(x)) * up(x))`` (Shazeer 2020, arXiv:2002.05202)."""
+
+    hidden: int
+    activation: Callable[[jax.Array], jax.Array]
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        gate = Projection(self.hidden, self.bias, name="gate")(x, ctx)
+        up = Projection(self.hidden, self.bias, name="up")(x, ctx)
+        y = tap(self, "act", self.activation(gate)) * up
+        return Projection(x.shape[-1], self.bias, name="down")(y, ctx)
+
+
+class MLP(nn.Module):
+    """``down(act(up(x)))``."""
+
+    hidden: int
+    activation: Callable[[jax.Array], jax.Array]
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        y = tap(self, "act", self.activation(Projection(self.hidden, self.bias, name="up")(x, ctx)))
+        return Projection(x.shape[-1], self.bias, name="down")(y, ctx)
+
+
+def _in_float32(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """Evaluates in float32 and rounds once, as torch does for bfloat16 inputs."""
+
+    def activation(x: jax.Array) -> jax.Array:
+        return function(x.astype(jnp.float32)).astype(x.dtype)
+
+    return activation
+
+
+gelu_tanh = _in_float32(partial(jax.nn.gelu, approximate=True))
+gelu_erf = _in_float32(partial(jax.nn.gelu, approximate=False))
+silu = _in_float32(jax.nn.silu)
+relu = _in_float32(jax.nn.relu)
+
+# By the names transformers' configs use.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": silu,
+    "swish": silu,
+    "relu": relu,
+    "gelu": gelu_erf,
+    "gelu_new": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+}

@@ -1,0 +1,106 @@
+"""Llama (Touvron et al. 2023, arXiv:2302.13971; grouped heads from arXiv:2307.09288), and what shares its shape: SmolLM2, TinyLlama."""
+
+import dataclasses
+
+import jax
+from flax import linen as nn
+
+from llmjax.models.attention import Rope, Scores
+from llmjax.models.config import DecoderConfig, dimensions
+from llmjax.models.context import Context, tap
+from llmjax.models.hf_config import Reader
+from llmjax.models.layers import ACTIVATIONS, Attention, Embedding, GatedMLP, Projection, RMSNorm
+from llmjax.models.names import hf_names
+from llmjax.models.registry import Architecture
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig(DecoderConfig):
+    """``LlamaForCausalLM``."""
+
+    rms_norm_eps: float
+    hidden_act: str
+    attention_bias: bool  # on q, k, v and o alike
+    mlp_bias: bool
+    rope: Rope
+
+    @classmethod
+    def from_hf(cls, r: Reader) -> "LlamaConfig":
+        """See ``DecoderConfig.from_hf``."""
+        shared = dimensions(r, tied=False, context=2048)
+        return cls(
+            **shared,
+            rms_norm_eps=r.number("rms_norm_eps", 1e-6),
+            hidden_act=r.activation("hidden_act", "silu"),
+            attention_bias=r.flag("attention_bias", False),
+            mlp_bias=r.flag("mlp_bias", False),
+            rope=r.rope(shared["head_dim"]),
+        )
+
+    def module(self) -> "Llama":
+        """See ``DecoderConfig.module``."""
+        return Llama(self)
+
+
+class Block(nn.Module):
+    """Pre-norm, sequential residual."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        c = self.config
+        h = RMSNorm(c.rms_norm_eps, name="attn_norm")(x)
+        attention = Attention(
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+            Scores(scale=c.head_dim**-0.5),
+            rope=c.rope,
+            qkv_bias=c.attention_bias,
+            out_bias=c.attention_bias,
+            name="attn",
+        )
+        x = tap(self, "resid_attn", x + attention(h, ctx))
+        h = RMSNorm(c.rms_norm_eps, name="mlp_norm")(x)
+        mlp = GatedMLP(c.intermediate_size, ACTIVATIONS[c.hidden_act], c.mlp_bias, name="mlp")
+        return tap(self, "resid", x + mlp(h, ctx))
+
+
+class Llama(nn.Module):
+    """ids ``[B, T]`` to logits ``[B, T, V]``."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, ids: jax.Array, ctx: Context) -> jax.Array:
+        c = self.config
+        embed = Embedding(c.vocab_size, c.hidden_size, name="embed")
+        x = tap(self, "embed", embed(ids, ctx))
+        for i in range(c.num_hidden_layers):
+            x = Block(c, name=f"layers_{i}")(x, ctx)
+        x = RMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
+        if c.tie_word_embeddings:
+            return tap(self, "logits", embed.attend(x, ctx))
+        return tap(self, "logits", Projection(c.vocab_size, name="head")(x, ctx))
+
+
+HF_NAMES = hf_names(
+    attn_norm="input_layernorm",
+    q="self_attn.q_proj",
+    k="self_attn.k_proj",
+    v="self_attn.v_proj",
+    o="self_attn.o_proj",
+    mlp_norm="post_attention_layernorm",
+    gate="mlp.gate_proj",
+    up="mlp.up_proj",
+    down="mlp.down_proj",
+)
+
+ARCHITECTURE = Architecture(
+    model_type="llama",
+    config=LlamaConfig,
+    hf_names=lambda config: HF_NAMES,
+    gguf="llama",
+    dropped=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+)

@@ -1,0 +1,73 @@
+"""Which source tensor fills which parameter, as data.
+
+A table maps a canonical module (``layers.{}.attn.q``) to the module's name in the source (``model.layers.{}.self_attn.q_proj``); the
+ending (``.weight``, ``.bias``) is the same on both sides.  Where a parameter is a part or a rearrangement of source tensors, the
+table holds a ``From`` instead of a name.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+def _only(arrays: list[np.ndarray]) -> np.ndarray:
+    (array,) = arrays
+    return array
+
+
+@dataclasses.dataclass(frozen=True)
+class From:
+    """How one module's parameters are made from source tensors.
+
+    Attributes:
+      modules: source modules, ``{}`` standing for the layer's number.
+      make: builds the parameter from the source tensors, in order.
+      source_shape: the shape each source tensor must have, given the parameter's.
+    """
+
+    modules: tuple[str, ...]
+    make: Callable[[list[np.ndarray]], np.ndarray] = _only
+    source_shape: Callable[[Shape], Shape] = lambda shape: shape
+
+
+Names = Mapping[str, str | From]
+
+
+def hf_names(
+    *,
+    embed: str = "model.embed_tokens",
+    layer: str = "model.layers.{}.",
+    final_norm: str = "model.norm",
+    head: str = "lm_head",
+    **roles: str | From,
+) -> dict[str, str | From]:
+    """A table in Hugging Face's names.
+
+    Args:
+      embed: the token embedding.
+      layer: what every layer's names begin with.
+      final_norm: the norm before the head.
+      head: the head, where it is not tied.
+      **roles: per layer, ``q="self_attn.q_proj"`` and so on; the role's place in our tree is ``ROLES[role]``.
+    """
+    table: dict[str, str | From] = {"embed": embed, "final_norm": final_norm, "head": head}
+    for role, name in roles.items():
+        if isinstance(name, From):
+            name = dataclasses.replace(name, modules=tuple(layer + m for m in name.modules))
+        else:
+            name = layer + name
+        table["layers.{}." + ROLES[role]] = name
+    return table
+
+
+ROLES: dict[str, str] = {
+    "attn_norm": "attn_norm",
+    "post_attn_norm": "post_attn_norm",
+    "mlp_norm": "mlp_norm",
+    "post_mlp_norm": "post_mlp_norm",
+    **{r: f"attn.{r}" for r in ("q", "k", "v", "o", "q_norm", "k_norm")},
+    **{r: f"mlp.{r}" for r in ("gate", "up", "down")},
+}

@@ -1,0 +1,59 @@
+"""Numerics profiles: how everything is computed, by name.
+
+``dtype`` says how unquantized weights are stored; a profile says what is done with them and wins where the two seem to clash.
+The profiles are the ones a result may name; each records itself in every output.
+
+=============  =====================================================================================================
+``reference``  float32 activations and products at the highest matmul precision; the formulas of the papers.
+``hf``         what transformers computes in the checkpoint's dtype, its roundings included.
+``fast``       bfloat16 products where weights are stored so, float32 elsewhere; never quantizes activations.
+=============  =====================================================================================================
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from llmjax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Numerics:
+    """A profile, resolved for one model.  Hashable: it is static in every compiled program.
+
+    Attributes:
+      name: the profile's name.
+      activations: dtype of the residual stream, of norms' outputs and of everything elementwise.
+      products: dtype both operands of a product have; the sum is always float32, then rounded to ``activations``.
+        ``None`` keeps each weight's own dtype.
+      round_alibi: build ALiBi from bfloat16 slopes and positions, as transformers' Falcon does even in a float32 model.
+    """
+
+    name: str
+    activations: jnp.dtype
+    products: jnp.dtype
+    round_alibi: bool = False
+
+
+PROFILES: tuple[str, ...] = ("reference", "hf", "fast")
+
+
+def resolve(name: str, stored: jnp.dtype) -> Numerics:
+    """Returns profile ``name`` for a model whose weights are stored as ``stored``.
+
+    ``fast`` multiplies in bfloat16 only when the weights are bfloat16: in float16 a large activation (Phi-2 has them) becomes inf,
+    and a wrong number is worse than a slow one.
+
+    Raises:
+      ConfigError: unknown profile.
+    """
+    float32 = jnp.dtype(jnp.float32)
+    stored = jnp.dtype(stored)
+    if name == "reference":
+        return Numerics(name, activations=float32, products=float32)
+    if name == "hf":
+        return Numerics(name, activations=stored, products=stored, round_alibi=True)
+    if name == "fast":
+        bf16 = jnp.dtype(jnp.bfloat16)
+        return Numerics(name, activations=float32, products=bf16 if stored == bf16 else float32)
+    raise ConfigError(f"numerics: unknown profile {name!r}; expected one of {', '.join(PROFILES)}")

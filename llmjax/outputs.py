@@ -1,0 +1,106 @@
+"""What generation and scoring return, in vLLM's names."""
+
+import dataclasses
+import math
+from typing import Any
+
+from llmjax.runtime.params import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionOutput:
+    """One continuation.
+
+    Attributes:
+      index: which of the request's samples.
+      text: without the stop string or end-of-text token.
+      token_ids: all generated tokens, the one that ended the text included.
+      cumulative_logprob: sum of the tokens' log-probabilities.
+      token_logprobs: natural log of each token's probability under the model (before temperature and filters).
+      logprobs: for each token the most likely ids and their log-probabilities, the chosen one included; None if not asked for.
+      finish_reason: ``stop`` or ``length``.
+      stop_reason: the stop string or token id that ended the text; None for the model's own end-of-text token or ``length``.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float
+    token_logprobs: list[float]
+    logprobs: list[dict[int, float]] | None
+    finish_reason: str
+    stop_reason: str | int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOutput:
+    """The answer to one prompt.
+
+    Attributes:
+      request_id: the row's id; a prompt's place in the list unless one was given.
+      prompt: the text, None when the prompt was given as ids.
+      prompt_token_ids: the ids as fed, BOS included.
+      outputs: the continuations.
+      params: what was in force; ``max_tokens`` is what the context left room for.
+      seed: alone with these ids and params it gives the same tokens again.
+      numerics: the profile.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    params: SamplingParams
+    seed: int
+    numerics: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """Log-probabilities of a given text.
+
+    Attributes:
+      token_ids: the text's tokens, BOS included where the checkpoint adds it.
+      logprobs: natural log of the probability of each token given those before it; None for the first, which nothing precedes.
+      top1: the most likely token at each place; None for the first.
+    """
+
+    token_ids: list[int]
+    logprobs: list[float | None]
+    top1: list[int | None]
+
+    @property
+    def scored(self) -> list[float]:
+        """The log-probabilities that exist."""
+        return [p for p in self.logprobs if p is not None]
+
+    @property
+    def nll(self) -> float:
+        """Mean negative log-likelihood, nats a token; NaN for a single token."""
+        return -math.fsum(self.scored) / len(self.scored) if self.scored else math.nan
+
+    @property
+    def nll_standard_error(self) -> float:
+        """Standard error of ``nll``, tokens taken as independent; NaN below two tokens."""
+        n = len(self.scored)
+        if n < 2:
+            return math.nan
+        return math.sqrt(math.fsum((-p - self.nll) ** 2 for p in self.scored) / (n - 1) / n)
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(nll)``."""
+        return math.exp(self.nll)
+
+    @property
+    def perplexity_standard_error(self) -> float:
+        """First-order: ``perplexity * nll_standard_error``."""
+        return self.perplexity * self.nll_standard_error
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON would hold it; NaN becomes null."""
+        numbers = {
+            name: getattr(self, name)
+            for name in ("nll", "nll_standard_error", "perplexity", "perplexity_standard_error")
+        }
+        return {**dataclasses.asdict(self), **{k: None if math.isnan(v) else v for k, v in numbers.items()}}

@@ -1,0 +1,28 @@
+"""The key/value cache: one pair of buffers a layer, a row per decode slot."""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from llmjax.models.config import DecoderConfig
+from llmjax.numerics import Numerics
+
+
+def make_cache(config: DecoderConfig, numerics: Numerics, slots: int, length: int) -> dict[str, Any]:
+    """A zeroed ``cache`` collection: ``layers_i / attn / {k, v}``, each ``[slots, K, length, H]`` in the dtype products run in."""
+    shape = (slots, config.num_key_value_heads, length, config.head_dim)
+
+    def layer() -> dict[str, Any]:
+        return {"attn": {name: jnp.zeros(shape, numerics.products) for name in ("k", "v")}}
+
+    return {f"layers_{i}": layer() for i in range(config.num_hidden_layers)}
+
+
+def bucket(tokens: int, unit: int, context: int) -> int:
+    """The cache length for ``tokens``: a power of two times ``unit``, so that few programs serve all lengths; never far above what
+    ``context`` can use."""
+    most = -(-context // unit) * unit
+    length = unit
+    while length < tokens:
+        length *= 2
+    return min(length, most)

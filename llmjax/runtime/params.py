@@ -1,0 +1,100 @@
+"""``SamplingParams``: what a request asks of the sampler and the stopping rules, in vLLM's names."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llmjax.errors import RequestError
+
+MAX_LOGPROBS = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How to continue a prompt.
+
+    The draw (``llmjax.runtime.sampling``) orders candidates by logit, ties by lower id, then applies temperature, top-k, top-p, min-p.
+
+    Attributes:
+      temperature: divides the logits; 0 is greedy (the highest logit, ties to the lower id).
+      top_k: keep the k best candidates; 0 or -1 keeps all.
+      top_p: keep the shortest run of best candidates whose probability reaches this; in (0, 1].
+      min_p: keep candidates at least this fraction as probable as the best; in [0, 1].
+      seed: 0 to 2**64 - 1.  None: derived from the job's seed and the row's id; every result names the seed it used.
+      max_tokens: most tokens to generate; None for as many as the context holds.
+      min_tokens: no end-of-text or stop token before this many.
+      stop: strings that end the text; cut from it, wherever the token borders fall.
+      stop_token_ids: tokens that end the text, beside the model's own.
+      ignore_eos: do not stop at the model's end-of-text tokens.
+      logprobs: report this many most likely tokens at each step (at most 20); None for none.
+
+    Raises:
+      RequestError: a value out of range, with the field, the value and the range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = 256
+    min_tokens: int = 0
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        object.__setattr__(self, "stop", tuple(stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
+        for field, (kind, ok, what) in _RULES.items():
+            value = getattr(self, field)
+            if value is None and field in _OPTIONAL:
+                continue
+            if not _is(value, kind) or not ok(value):
+                raise RequestError(f"{field}: expected {what}, found {value!r}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens: expected at most max_tokens {self.max_tokens}, found {self.min_tokens}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SamplingParams":
+        """From parsed JSON; a key that is no field is refused by name."""
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            known = ", ".join(f.name for f in dataclasses.fields(cls))
+            raise RequestError(f"unknown sampling parameter {', '.join(unknown)}; expected {known}")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON would hold it."""
+        return dataclasses.asdict(self)
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind == "flag":
+        return isinstance(value, bool)
+    if isinstance(value, bool):
+        return False
+    if kind == "number":
+        return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int) if kind == "integer" else isinstance(value, tuple)
+
+
+_OPTIONAL = {"seed", "max_tokens", "logprobs"}
+_Rule = tuple[str, Callable[[Any], bool], str]
+_RULES: dict[str, _Rule] = {
+    "temperature": ("number", lambda v: 0 <= v <= 100, "a number from 0 (greedy) to 100"),
+    "top_k": ("integer", lambda v: v >= 0, "an integer from 0 (all), or -1"),
+    "top_p": ("number", lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
+    "min_p": ("number", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+    "seed": ("integer", lambda v: 0 <= v < 2**64, "an integer from 0 to 2**64 - 1"),
+    "max_tokens": ("integer", lambda v: v >= 1, "a positive integer"),
+    "min_tokens": ("integer", lambda v: v >= 0, "an integer from 0"),
+    "stop": ("list", lambda v: all(isinstance(s, str) and s for s in v), "non-empty strings"),
+    "stop_token_ids": ("list", lambda v: all(_is(i, "integer") and i >= 0 for i in v), "token ids"),
+    "ignore_eos": ("flag", lambda v: True, "true or false"),
+    "logprobs": ("integer", lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),
+}

@@ -1,0 +1,119 @@
+"""One row of a batch on the host: its text as tokens arrive, and the stop strings in it."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from llmjax.outputs import CompletionOutput, RequestOutput
+from llmjax.runtime.params import SamplingParams
+from llmjax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A prompt ready to run.
+
+    Attributes:
+      request_id: names the row; a row without a seed of its own draws by it.
+      prompt: the text, if it was one.
+      ids: token ids, not empty.
+      params: ``max_tokens`` is set and fits the context.
+      seed: what the row draws with.
+      forced: tokens to impose instead of the first draws; their log-probabilities are reported all the same.
+    """
+
+    request_id: str
+    prompt: str | None
+    ids: list[int]
+    params: SamplingParams
+    seed: int
+    forced: tuple[int, ...] = ()
+
+
+class Row:
+    """Collects a request's tokens and text and decides when it is finished.
+
+    Attributes:
+      finish_reason: None while the row goes on.
+    """
+
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, eos_ids: Sequence[int]):
+        self.request = request
+        self.finish_reason: str | None = None
+        self._stop_reason: str | int | None = None
+        self._eos = () if request.params.ignore_eos else tuple(eos_ids)
+        self._detokenizer = tokenizer.detokenizer() if tokenizer is not None else None
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._alternatives: list[dict[int, float]] = []
+        self._text = ""
+        self._shown = 0
+
+    @property
+    def forced(self) -> tuple[int, ...]:
+        """Tokens still to be imposed."""
+        return self.request.forced[len(self._token_ids) :]
+
+    def push(self, token: int, logprob: float, alternatives: dict[int, float]) -> str:
+        """Takes the next token; returns text that can no longer change (a possible beginning of a stop string is held back)."""
+        params = self.request.params
+        self._token_ids.append(token)
+        self._logprobs.append(logprob)
+        self._alternatives.append({**alternatives, token: logprob})
+        ends = len(self._token_ids) > params.min_tokens
+        if ends and token in params.stop_token_ids:
+            self._finish("stop", token)
+        elif ends and token in self._eos:
+            self._finish("stop", None)
+        else:
+            if self._detokenizer is not None:
+                self._append(self._detokenizer.push(token))
+            if self.finish_reason is None and len(self._token_ids) == params.max_tokens:
+                self._finish("length", None)
+        return self._show()
+
+    def _finish(self, reason: str, stop: str | int | None) -> None:
+        self.finish_reason, self._stop_reason = reason, stop
+        if self._detokenizer is not None and not isinstance(stop, str):
+            self._append(self._detokenizer.flush())
+
+    def _append(self, piece: str) -> None:
+        stops = self.request.params.stop
+        longest = max(map(len, stops), default=1)
+        searched = max(0, len(self._text) - longest + 1)
+        self._text += piece
+        found = [(at, s) for s in stops if (at := self._text.find(s, searched)) >= 0]
+        if found:
+            at, stop = min(found)
+            self._text = self._text[:at]
+            self.finish_reason, self._stop_reason = "stop", stop
+
+    def _show(self) -> str:
+        end = len(self._text)
+        if self.finish_reason is None:
+            end -= max((_overlap(self._text, s) for s in self.request.params.stop), default=0)
+        piece = self._text[self._shown : end]
+        self._shown = max(self._shown, end)
+        return piece
+
+    def output(self, numerics: str) -> RequestOutput:
+        """The finished row as the caller gets it."""
+        assert self.finish_reason is not None
+        request = self.request
+        completion = CompletionOutput(
+            index=0,
+            text=self._text,
+            token_ids=self._token_ids,
+            cumulative_logprob=sum(self._logprobs),
+            token_logprobs=self._logprobs,
+            logprobs=None if request.params.logprobs is None else self._alternatives,
+            finish_reason=self.finish_reason,
+            stop_reason=self._stop_reason,
+        )
+        return RequestOutput(
+            request.request_id, request.prompt, request.ids, [completion], request.params, request.seed, numerics
+        )
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest proper beginning of ``stop`` that ``text`` ends with."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,146 @@
+"""The draw: which token follows, given logits, parameters and a key.  Defined here, so that another runtime can replay it.
+
+For one row, in float32:
+
+1. Candidates stand in descending logit order, ties by lower id.  ``x_i = exp((l_i - l_0) / temperature)``.
+2. ``top_k`` keeps the first k; ``Z`` is the mass (sum of x) of what is kept.
+3. ``top_p`` keeps the shortest run whose mass reaches ``top_p * Z``, at least one candidate.
+4. ``min_p`` keeps candidates with ``x_i >= min_p``; ``Z`` is now the mass of what is left.
+5. ``u`` is uniform in [0, 1): the upper 24 bits of the first word of ``threefry2x32(row key, (0, step))`` over ``2**24``, which is
+   ``jax.random.fold_in(key, step)``; ``step`` counts the row's generated tokens from 0.
+6. The token is the first candidate whose cumulative mass exceeds ``u * Z``; where rounding leaves none, the last one kept.
+
+Temperature 0 takes the first candidate.  A row's key is ``jax.random.key(seed)`` of its own seed, or
+``fold_in(key(job seed), first 32 bits of sha256(row id))``; as a seed that is the key's two words in one 64-bit integer.
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+# Candidates looked at before the whole vocabulary is sorted: a sort of 256,000 logits takes as long as a decode step.
+HEAD = 512
+
+_IMPL = "threefry2x32"  # by name: jax_default_prng_impl must not change a draw
+
+
+class Knobs(NamedTuple):
+    """Sampling parameters of all rows, each ``[B]``: temperature, top_p, min_p float32; top_k int32; key uint32 ``[B, 2]``."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    key: jax.Array
+
+
+def key_words(seed: int) -> np.ndarray:
+    """uint32 ``[2]``: the key of a seed; equal to ``jax.random.key(seed)`` for seeds that fit it."""
+    return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
+
+
+def row_seed(job_seed: int, row_id: str) -> int:
+    """The seed of a row that brings none: a function of the job's seed and the row's id, not of its place in the batch."""
+    number = int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:4], "big")
+    high, low = np.asarray(_fold_in(key_words(job_seed), np.uint32(number)))
+    return int(high) << 32 | int(low)
+
+
+@jax.jit
+def _fold_in(words: jax.Array, data: jax.Array) -> jax.Array:
+    key = jax.random.wrap_key_data(words, impl=_IMPL)
+    return jax.random.key_data(jax.random.fold_in(key, data))
+
+
+def uniform(words: jax.Array, step: jax.Array) -> jax.Array:
+    """float32 in [0, 1) from a key's words uint32 ``[2]`` and a step int32 ``[]``."""
+    return (_fold_in(words, step)[0] >> 8).astype(jnp.float32) * jnp.float32(2.0**-24)
+
+
+def draw(logits: jax.Array, knobs: Knobs, step: jax.Array) -> jax.Array:
+    """Draws a token for each row.
+
+    Args:
+      logits: float32 ``[B, V]``; -inf bars a token.
+      knobs: per row.
+      step: int32 ``[B]``, tokens generated so far.
+
+    Returns:
+      int32 ``[B]``.
+    """
+    size = min(HEAD, logits.shape[-1])
+    best, ids = best_candidates(logits, size)
+    u = jax.vmap(uniform)(knobs.key, step)
+
+    def sampled() -> jax.Array:
+        tokens, settled = jax.vmap(_from_head)(logits, best, ids, knobs, u)
+
+        def resort(row: tuple[jax.Array, ...]) -> jax.Array:
+            row_logits, row_u, token, done, *rest = row
+            return lax.cond(done, lambda: token, lambda: _from_all(row_logits, Knobs(*rest), row_u))
+
+        return lax.map(resort, (logits, u, tokens, settled | (knobs.temperature == 0), *knobs))
+
+    tokens = lax.cond(jnp.any(knobs.temperature > 0), sampled, lambda: ids[:, 0])
+    return jnp.where(knobs.temperature > 0, tokens, ids[:, 0])
+
+
+def best_candidates(logits: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """The ``size`` highest logits of each row and their ids, the lower id first among equals.
+
+    The barrier keeps a later slice of the result out of XLA's top-k, which it would turn into a sort of the whole vocabulary: 40 times
+    slower on the CPU (jaxlib 0.10).
+    """
+    best, ids = lax.optimization_barrier(lax.top_k(logits, size))
+    return best, ids
+
+
+def _weights(logits: jax.Array, top: jax.Array, temperature: jax.Array) -> jax.Array:
+    return jnp.exp((logits - top) / jnp.where(temperature > 0, temperature, 1.0))
+
+
+def _kept(x: jax.Array, cumulative: jax.Array, mass: jax.Array, top_k: jax.Array, knobs: Knobs) -> jax.Array:
+    """How many of the sorted candidates ``x [C]`` survive top-k, top-p and min-p (each keeps a prefix)."""
+    index = jnp.arange(x.shape[0])
+    before = cumulative - x
+    in_p = (knobs.top_p >= 1) | (before < knobs.top_p * mass)
+    keep = (index < top_k) & in_p & (x >= knobs.min_p) | (index == 0)
+    return jnp.sum(jnp.cumsum(~keep) == 0)
+
+
+def _pick(cumulative: jax.Array, ids: jax.Array, kept: jax.Array, mass: jax.Array, u: jax.Array) -> jax.Array:
+    return ids[jnp.minimum(jnp.sum(cumulative <= u * mass), kept - 1)]
+
+
+def _from_head(
+    logits: jax.Array, best: jax.Array, ids: jax.Array, knobs: Knobs, u: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The draw of one row from its best candidates, and whether they settle it."""
+    size, vocab = best.shape[0], logits.shape[0]
+    x = _weights(best, best[0], knobs.temperature)
+    cumulative = jnp.cumsum(x)
+    top_k = jnp.where(knobs.top_k == 0, vocab, jnp.minimum(knobs.top_k, vocab))
+    in_head = top_k <= size
+    everything = jnp.sum(_weights(logits, best[0], knobs.temperature))
+    mass = jnp.where(in_head, cumulative[jnp.minimum(top_k, size) - 1], everything)
+    kept = _kept(x, cumulative, mass, top_k, knobs)
+    cut_inside = in_head | (kept < size) | (size == vocab)
+    untouched = (knobs.top_k == 0) & (knobs.top_p >= 1) & (knobs.min_p == 0)
+    token = _pick(cumulative, ids, kept, jnp.where(cut_inside, cumulative[kept - 1], mass), u)
+    return token, cut_inside | (untouched & (u * mass < cumulative[-1]))
+
+
+def _from_all(logits: jax.Array, knobs: Knobs, u: jax.Array) -> jax.Array:
+    """The draw of one row from the whole vocabulary, sorted."""
+    vocab = logits.shape[0]
+    best, ids = lax.top_k(logits, vocab)
+    x = _weights(best, best[0], knobs.temperature)
+    cumulative = jnp.cumsum(x)
+    top_k = jnp.where(knobs.top_k == 0, vocab, jnp.minimum(knobs.top_k, vocab))
+    mass = cumulative[top_k - 1]
+    kept = _kept(x, cumulative, mass, top_k, knobs)
+    return _pick(cumulative, ids, kept, cumulative[kept - 1], u)

