@@ -1,6 +1,7 @@
 """A pure-JAX reference implementation of on-device LLM inference.
 
-The public names are imported when first used: ``import llmjax`` alone loads neither JAX nor a tokenizer, and changes nothing global.
+The public names are imported when first used: ``import llmjax`` alone loads neither JAX nor a tokenizer, and changes
+nothing global.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """The ``llmjax`` command: each verb calls one library function.
 
-Data goes to stdout or the named file, progress and logs to stderr.  Exit codes: 0 fine, 1 the work failed in part, 2 wrong usage or
-bad input.
+Data goes to stdout or the named file, progress and logs to stderr.  Exit codes: 0 fine, 1 the work failed in part, 2
+wrong usage or bad input.
 """
 
 import argparse
@@ -110,7 +110,8 @@ def _sampling_flags() -> argparse.ArgumentParser:
 
 
 def _compile_cache(args: argparse.Namespace) -> None:
-    """Keeps compiled programs between runs; only the command line does this, importing llmjax changes nothing global."""
+    """Keeps compiled programs between runs; only the command line does this, importing llmjax changes nothing
+    global."""
     if getattr(args, "no_compile_cache", True):
         return
     import jax
@@ -206,13 +207,7 @@ def _batch(args: argparse.Namespace) -> int:
         llm, load_seconds = _llm(args)
         total = None if args.input == "-" else _count_rows(args.input)
         summary = run(llm, lines, out, params, total=total, reporter=Reporter())
-    generate = summary.seconds - summary.compile_seconds
-    print(
-        f"{summary.rows} rows answered, {summary.failed} failed; {summary.prompt_tokens} prompt and "
-        f"{summary.completion_tokens} answer tokens; load {load_seconds:.1f} s, compile {summary.compile_seconds:.1f} s, "
-        f"generate {generate:.1f} s ({summary.completion_tokens / max(generate, 1e-9):.0f} tok/s)",
-        file=sys.stderr,
-    )
+    print(f"{summary.describe()}; load {load_seconds:.1f} s", file=sys.stderr)
     return 1 if summary.failed else 0
 
 

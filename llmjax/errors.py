@@ -1,7 +1,7 @@
 """Every error llmjax raises for a user's mistake or a bad file.
 
-A message names the file, the thing, what was expected, what was found and the likely fix.  The command line prints the message
-alone and exits with 2 (bad input) or 1 (the work failed); a traceback means a bug in llmjax.
+A message names the file, the thing, what was expected, what was found and the likely fix.  The command line prints the
+message alone and exits with 2 (bad input) or 1 (the work failed); a traceback means a bug in llmjax.
 """
 
 

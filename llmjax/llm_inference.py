@@ -79,7 +79,9 @@ class LlmInference:
         return "".join(self._pieces(text))
 
     def generate_response_async(self, text: str) -> "Future[str]":
-        """Answers in another thread; ``result_listener`` gets ``(piece, False)`` as text arrives and ``("", True)`` at the end.
+        """Answers in another thread.
+
+        ``result_listener`` gets ``(piece, False)`` as text arrives and ``("", True)`` at the end.
 
         Returns:
           a future of the whole answer, which also carries the error.

@@ -1,4 +1,5 @@
-"""From a checkpoint on disk to a ``Model``: match names, check shapes from headers alone, then read tensor by tensor."""
+"""From a checkpoint on disk to a ``Model``: match names, check shapes from headers alone, then read tensor by
+tensor."""
 
 import dataclasses
 import importlib.util
@@ -10,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from converters.source import Source, TensorSpec, open_source
+
 from llmjax import numerics as numerics_lib
 from llmjax.errors import CheckpointError, ConfigError, TokenizerError
 from llmjax.model import Model
@@ -153,13 +154,14 @@ def load(
 
     Args:
       path: where it is.  Nothing is ever downloaded.
-      dtype: how weights are stored: ``float32``, ``bfloat16``, ``float16``; None keeps each tensor's own (block-quantized GGUF tensors
-        become float32, which holds their values exactly).
+      dtype: how weights are stored: ``float32``, ``bfloat16``, ``float16``; None keeps each tensor's own
+        (block-quantized GGUF tensors become float32, which holds their values exactly).
       numerics: the profile that says how everything is computed (``llmjax.numerics``).
       check_finite: refuse weights that are NaN or infinite (reads every value once more).
 
     Raises:
-      CheckpointError: the file is missing, damaged, or its tensors do not fit its configuration; all such problems at once.
+      CheckpointError: the file is missing, damaged, or its tensors do not fit its configuration; all such problems at
+        once.
       ConfigError: the configuration asks for something llmjax does not do.
       TokenizerError: the tokenizer files are damaged or of an unknown kind.
     """

@@ -1,7 +1,8 @@
 """The one place that decides how a product ``x . W`` runs.
 
-Definition: ``y[..., o] = sum_i float32(x[..., i]) * float32(W[o, i])``, both operands first rounded to the profile's product dtype,
-the sum in float32.  Weights are output-major ``[out, in]``: Hugging Face's layout, and the one XLA:CPU reads at memory speed.
+Definition: ``y[..., o] = sum_i float32(x[..., i]) * float32(W[o, i])``, both operands first rounded to the profile's
+product dtype, the sum in float32.  Weights are output-major ``[out, in]``: Hugging Face's layout, and the one XLA:CPU
+reads at memory speed.
 """
 
 import jax
@@ -10,14 +11,16 @@ from jax import lax
 
 from llmjax.numerics import Numerics
 
-# Below this many rows XLA:CPU sends bfloat16 products down a path ten times slower than memory (jaxlib 0.10); zero rows are free.
+# Below this many rows XLA:CPU sends bfloat16 products down a path ten times slower than memory (jaxlib 0.10); zero rows
+# are free.
 MIN_ROWS = 4
 
 
 def matmul(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.Array:
     """``x [..., in] . weight [out, in] -> float32 [..., out]``, in the profile's product dtype with a float32 sum."""
     if weight.dtype != numerics.products:
-        # Without the barrier XLA moves the conversion of every weight out of the decode loop and holds a second, converted model.
+        # Without the barrier XLA moves the conversion of every weight out of the decode loop and holds a second,
+        # converted model.
         x, weight = lax.optimization_barrier((x, weight))
         weight = weight.astype(numerics.products)
     x = x.astype(numerics.products)

@@ -51,7 +51,8 @@ class Model:
         return self.config.module()
 
     def apply(self, params: dict[str, Any], ids: jax.Array) -> jax.Array:
-        """Logits float32 ``[B, T, V]`` of ``ids`` int32 ``[B, T]``, no cache: a pure function of its arguments, to trace or differentiate."""
+        """Logits float32 ``[B, T, V]`` of ``ids`` int32 ``[B, T]``, no cache: a pure function of its arguments, to
+        trace or differentiate."""
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         ctx = Context(positions, self.numerics)
         return self.module.apply({"params": params}, ids, ctx).astype(jnp.float32)
@@ -63,7 +64,8 @@ class Model:
     def logits(self, batch: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Teacher-forced logits of token id lists of any lengths, without a cache.
 
-        Rows are computed one at a time, padded on the right to a power of two: a row's logits do not depend on the others.
+        Rows are computed one at a time, padded on the right to a power of two: a row's logits do not depend on the
+        others.
 
         Args:
           batch: non-empty lists of token ids.

@@ -1,7 +1,7 @@
 """Numerics profiles: how everything is computed, by name.
 
-``dtype`` says how unquantized weights are stored; a profile says what is done with them and wins where the two seem to clash.
-The profiles are the ones a result may name; each records itself in every output.
+``dtype`` says how unquantized weights are stored; a profile says what is done with them and wins where the two seem to
+clash. The profiles are the ones a result may name; each records itself in every output.
 
 =============  =====================================================================================================
 ``reference``  float32 activations and products at the highest matmul precision; the formulas of the papers.
@@ -41,8 +41,8 @@ PROFILES: tuple[str, ...] = ("reference", "hf", "fast")
 def resolve(name: str, stored: jnp.dtype) -> Numerics:
     """Returns profile ``name`` for a model whose weights are stored as ``stored``.
 
-    ``fast`` multiplies in bfloat16 only when the weights are bfloat16: in float16 a large activation (Phi-2 has them) becomes inf,
-    and a wrong number is worse than a slow one.
+    ``fast`` multiplies in bfloat16 only when the weights are bfloat16: in float16 a large activation (Phi-2 has them)
+    becomes inf, and a wrong number is worse than a slow one.
 
     Raises:
       ConfigError: unknown profile.

@@ -17,9 +17,11 @@ class CompletionOutput:
       token_ids: all generated tokens, the one that ended the text included.
       cumulative_logprob: sum of the tokens' log-probabilities.
       token_logprobs: natural log of each token's probability under the model (before temperature and filters).
-      logprobs: for each token the most likely ids and their log-probabilities, the chosen one included; None if not asked for.
+      logprobs: for each token the most likely ids and their log-probabilities, the chosen one included; None if not
+        asked for.
       finish_reason: ``stop`` or ``length``.
-      stop_reason: the stop string or token id that ended the text; None for the model's own end-of-text token or ``length``.
+      stop_reason: the stop string or token id that ended the text; None for the model's own end-of-text token or
+        ``length``.
     """
 
     index: int
@@ -61,7 +63,8 @@ class Score:
 
     Attributes:
       token_ids: the text's tokens, BOS included where the checkpoint adds it.
-      logprobs: natural log of the probability of each token given those before it; None for the first, which nothing precedes.
+      logprobs: natural log of the probability of each token given those before it; None for the first, which nothing
+        precedes.
       top1: the most likely token at each place; None for the first.
     """
 

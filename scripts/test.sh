@@ -44,7 +44,7 @@ say "installed in $SECONDS s"
 failed=
 check() {
   say "$*"
-  "$PY" -m "$@" || failed="$failed${failed:+, }$1"
+  "$PY" -m "$@" || failed="$failed${failed:+, }$*"
 }
 
 cd "$ROOT"

@@ -37,7 +37,8 @@ def run(llm: LLM, lines: Iterable[str], output: IO[str]) -> ScoreSummary:
     Args:
       llm: the model.
       lines: JSON objects with ``text`` or ``token_ids``, and optionally ``id``.
-      output: gets one JSON line a row: ``id``, ``token_ids``, ``logprobs``, ``top1``, ``nll``, ``perplexity`` and standard errors.
+      output: gets one JSON line a row: ``id``, ``token_ids``, ``logprobs``, ``top1``, ``nll``, ``perplexity`` and
+        standard errors.
     """
     summary = ScoreSummary()
     for number, line in enumerate(lines, 1):

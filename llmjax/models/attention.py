@@ -1,7 +1,7 @@
 """Causal attention, with and without a cache, and the position encodings that act inside it.
 
-Shapes: ``B`` batch, ``T`` query positions, ``S`` cache positions, ``N`` query heads, ``K`` key/value heads, ``G = N / K``, ``H`` head
-width.  A window of ``W`` means a token sees itself and the ``W - 1`` before it.
+Shapes: ``B`` batch, ``T`` query positions, ``S`` cache positions, ``N`` query heads, ``K`` key/value heads, ``G = N / K``,
+``H`` head width.  A window of ``W`` means a token sees itself and the ``W - 1`` before it.
 """
 
 import dataclasses
@@ -29,7 +29,8 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding, half-split pairing (Su et al. 2021, arXiv:2104.09864; the pairing is Hugging Face's rotate_half).
+    """Rotary position embedding, half-split pairing (Su et al. 2021, arXiv:2104.09864; the pairing is Hugging Face's
+    rotate_half).
 
     Attributes:
       theta: the base.
@@ -44,7 +45,8 @@ class Rope:
     llama3: Llama3Scaling | None = None
 
     def frequencies(self) -> np.ndarray:
-        """float32 ``[dims / 2]``, in float32 arithmetic as transformers does: float64 angles differ visibly after a few hundred tokens."""
+        """float32 ``[dims / 2]``, in float32 arithmetic as transformers does: float64 angles differ visibly after a few
+        hundred tokens."""
         exponent = np.arange(0, self.dims, 2, dtype=np.float32) / np.float32(self.dims)
         inv = np.float32(1.0) / np.power(np.float32(self.theta), exponent)
         if self.linear != 1.0:
@@ -71,7 +73,8 @@ class Rope:
 def alibi_slopes(num_heads: int) -> np.ndarray:
     """float32 ``[N]`` (Press et al. 2021, arXiv:2108.12409).
 
-    For a head count that is no power of two: the slopes of the next lower power, then every other slope of the doubled series.
+    For a head count that is no power of two: the slopes of the next lower power, then every other slope of the doubled
+    series.
     """
 
     def series(n: int) -> list[float]:
@@ -125,7 +128,8 @@ class Scores:
 
 
 def _alibi_bias(shape: tuple[int, ...], keys: jax.Array, rounded: bool) -> jax.Array:
-    """float32 ``[K, G, 1, S]``; ``rounded`` rounds slopes, positions and product to bfloat16 (transformers' build_alibi_tensor)."""
+    """float32 ``[K, G, 1, S]``; ``rounded`` rounds slopes, positions and product to bfloat16 (transformers'
+    build_alibi_tensor)."""
     _, num_kv, groups, _, _ = shape
     slopes = jnp.asarray(alibi_slopes(num_kv * groups).reshape(num_kv, groups, 1, 1))
     positions = keys.astype(jnp.float32)
@@ -172,10 +176,11 @@ def dense_attention(
 
 
 def cached_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, scores: Scores, ctx: Context) -> jax.Array:
-    """Attention over a cache, folding blocks of fixed size with a running softmax (Milakov & Gimelshein 2018, arXiv:1805.02867).
+    """Attention over a cache, folding blocks of fixed size with a running softmax (Milakov & Gimelshein 2018,
+    arXiv:1805.02867).
 
-    The trip count follows the tokens in use, not the cache's length.  A block that is masked for a row is the exact identity for it,
-    so neither its neighbours' lengths nor the cache's length move a bit of a row's result.
+    The trip count follows the tokens in use, not the cache's length.  A block that is masked for a row is the exact
+    identity for it, so neither its neighbours' lengths nor the cache's length move a bit of a row's result.
 
     Args:
       q: ``[B, T, N, H]``.

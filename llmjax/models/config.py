@@ -10,7 +10,8 @@ from llmjax.models.hf_config import Reader
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Dimensions common to all architectures, by Hugging Face's names.  Frozen and hashable: configs are static in compiled programs.
+    """Dimensions common to all architectures, by Hugging Face's names.  Frozen and hashable: configs are static in
+    compiled programs.
 
     Attributes:
       vocab_size: V, rows of the embedding (may exceed the tokenizer's).

@@ -13,13 +13,15 @@ class Context:
     """Where the tokens of this call stand, and how to compute.
 
     Attributes:
-      positions: int32 ``[B, T]``, each token's position in its own sequence.  Rows are right-padded; padding lies after the tokens,
-        so the causal rule alone keeps it out of sight.
+      positions: int32 ``[B, T]``, each token's position in its own sequence.  Rows are right-padded; padding lies after
+        the tokens, so the causal rule alone keeps it out of sight.
       numerics: the profile (static).
       block: cache positions folded at a time by cached attention (static).
-      slot: int32 ``[]``, the cache row of batch row 0; batch row ``b`` owns cache row ``slot + b``.  Unused without a cache.
+      slot: int32 ``[]``, the cache row of batch row 0; batch row ``b`` owns cache row ``slot + b``.  Unused without a
+        cache.
       active: bool ``[B]``; rows that are False leave the cache as it is.  ``None`` means all are active.
-      last: int32 ``[B]``; when given, the head runs on token ``last[b]`` of each row alone and logits are ``[B, 1, V]``.
+      last: int32 ``[B]``; when given, the head runs on token ``last[b]`` of each row alone and logits are ``[B, 1,
+        V]``.
     """
 
     positions: jax.Array
@@ -37,7 +39,8 @@ class Context:
 
 
 def tap(module: nn.Module, name: str, value: jax.Array) -> jax.Array:
-    """Names an activation for ``llmjax.trace``: the module's path and ``name`` (the path alone when empty), joined by dots.
+    """Names an activation for ``llmjax.trace``: the module's path and ``name`` (the path alone when empty), joined by
+    dots.
 
     Costs nothing unless the ``taps`` collection is being collected.
     """

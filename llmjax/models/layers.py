@@ -1,6 +1,7 @@
 """The blocks that architecture files are written with.
 
-Parameters keep the values and the layout of the checkpoint: ``[out, in]`` weights, norms without the 1 added, nothing folded in.
+Parameters keep the values and the layout of the checkpoint: ``[out, in]`` weights, norms without the 1 added, nothing
+folded in.
 """
 
 from collections.abc import Callable
@@ -20,8 +21,8 @@ _normal = nn.initializers.normal(0.02)
 def parameter(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]) -> jax.Array:
     """A parameter of ``module``: read where it is present, initialised (float32) where it is not.
 
-    ``Module.param`` checks the value against the initialiser's shape and so refuses packed leaves; a leaf that is present was checked
-    when the checkpoint was read.
+    ``Module.param`` checks the value against the initialiser's shape and so refuses packed leaves; a leaf that is
+    present was checked when the checkpoint was read.
     """
     if module.has_variable("params", name):
         return module.get_variable("params", name)
@@ -65,8 +66,8 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """``w * x / sqrt(mean(x^2) + eps)`` (Zhang & Sennrich 2019, arXiv:1910.07467), normalised in float32 and rounded before the weight,
-    as Llama does."""
+    """``w * x / sqrt(mean(x^2) + eps)`` (Zhang & Sennrich 2019, arXiv:1910.07467), normalised in float32 and rounded
+    before the weight, as Llama does."""
 
     eps: float
 
@@ -113,8 +114,8 @@ class LayerNorm(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with grouped key/value heads (Ainslie et al. 2023, arXiv:2305.13245).
 
-    With a ``cache`` collection (``k``, ``v``: ``[R, K, S, H]``) the tokens are written at their positions and attend to all that is
-    there; without one they attend to each other.
+    With a ``cache`` collection (``k``, ``v``: ``[R, K, S, H]``) the tokens are written at their positions and attend to
+    all that is there; without one they attend to each other.
 
     Attributes:
       num_heads: N.

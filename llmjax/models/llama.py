@@ -1,4 +1,5 @@
-"""Llama (Touvron et al. 2023, arXiv:2302.13971; grouped heads from arXiv:2307.09288), and what shares its shape: SmolLM2, TinyLlama."""
+"""Llama (Touvron et al. 2023, arXiv:2302.13971; grouped heads from arXiv:2307.09288), and what shares its shape:
+SmolLM2, TinyLlama."""
 
 import dataclasses
 

@@ -1,8 +1,8 @@
 """Which source tensor fills which parameter, as data.
 
-A table maps a canonical module (``layers.{}.attn.q``) to the module's name in the source (``model.layers.{}.self_attn.q_proj``); the
-ending (``.weight``, ``.bias``) is the same on both sides.  Where a parameter is a part or a rearrangement of source tensors, the
-table holds a ``From`` instead of a name.
+A table maps a canonical module (``layers.{}.attn.q``) to the module's name in the source
+(``model.layers.{}.self_attn.q_proj``); the ending (``.weight``, ``.bias``) is the same on both sides.  Where a
+parameter is a part or a rearrangement of source tensors, the table holds a ``From`` instead of a name.
 """
 
 import dataclasses

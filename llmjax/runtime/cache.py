@@ -9,7 +9,8 @@ from llmjax.numerics import Numerics
 
 
 def make_cache(config: DecoderConfig, numerics: Numerics, slots: int, length: int) -> dict[str, Any]:
-    """A zeroed ``cache`` collection: ``layers_i / attn / {k, v}``, each ``[slots, K, length, H]`` in the dtype products run in."""
+    """A zeroed ``cache`` collection: ``layers_i / attn / {k, v}``, each ``[slots, K, length, H]`` in the dtype products
+    run in."""
     shape = (slots, config.num_key_value_heads, length, config.head_dim)
 
     def layer() -> dict[str, Any]:
@@ -19,8 +20,8 @@ def make_cache(config: DecoderConfig, numerics: Numerics, slots: int, length: in
 
 
 def bucket(tokens: int, unit: int, context: int) -> int:
-    """The cache length for ``tokens``: a power of two times ``unit``, so that few programs serve all lengths; never far above what
-    ``context`` can use."""
+    """The cache length for ``tokens``: a power of two times ``unit``, so that few programs serve all lengths; never far
+    above what ``context`` can use."""
     most = -(-context // unit) * unit
     length = unit
     while length < tokens:

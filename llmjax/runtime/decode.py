@@ -1,7 +1,7 @@
 """Prefill and decode: one pure step behind the loop, the stream and forced tokens.
 
-A decode program always has the same number of slots and prefill always the same chunk, so a row's bits depend neither on its
-neighbours nor on its slot.
+A decode program always has the same number of slots and prefill always the same chunk, so a row's bits depend neither
+on its neighbours nor on its slot.
 """
 
 from typing import Any, NamedTuple
@@ -145,7 +145,8 @@ def score_chunk(
       start: int32 ``[]``.
 
     Returns:
-      the cache, log-probabilities float32 ``[C]`` of the targets, and the most likely token int32 ``[C]`` at each place.
+      the cache, log-probabilities float32 ``[C]`` of the targets, and the most likely token int32 ``[C]`` at each
+      place.
     """
     ctx = Context(start + jnp.arange(ids.shape[1])[None], numerics, block, 0)
     logits, out = module.apply({"params": params, "cache": cache}, ids, ctx, mutable=["cache"])
@@ -180,7 +181,8 @@ def decode(
     forced: jax.Array,
     steps: jax.Array,
 ) -> tuple[State, Produced]:
-    """Generates up to ``steps`` tokens in every active row, and stops early when a row ends so that its slot can be refilled.
+    """Generates up to ``steps`` tokens in every active row, and stops early when a row ends so that its slot can be
+    refilled.
 
     Args:
       module: static.

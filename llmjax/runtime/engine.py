@@ -26,7 +26,8 @@ MIN_LENGTH = 1024
 
 @dataclasses.dataclass
 class Progress:
-    """Counts since the engine was made: tokens through prefill and decode, decode steps, rows' slots busy summed over steps."""
+    """Counts since the engine was made: tokens through prefill and decode, decode steps, rows' slots busy summed over
+    steps."""
 
     prefill_tokens: int = 0
     decode_tokens: int = 0
@@ -44,8 +45,8 @@ class Update:
 class Engine:
     """Runs requests through one model.
 
-    For one setting of (slots, chunk, block), one machine and one jaxlib, a row's tokens and log-probabilities are the same in every
-    bit alone, among any neighbours, in any order and in any slot.
+    For one setting of (slots, chunk, block), one machine and one jaxlib, a row's tokens and log-probabilities are the
+    same in every bit alone, among any neighbours, in any order and in any slot.
 
     Args:
       model: the model.
@@ -207,7 +208,8 @@ class Engine:
                 yield Update(row, piece)
 
     def score(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities float32 ``[T - 1]`` of each token after the first, and the most likely token int32 ``[T - 1]`` there."""
+        """Log-probabilities float32 ``[T - 1]`` of each token after the first, and the most likely token int32 ``[T -
+        1]`` there."""
         array = np.asarray(ids, np.int32)
         length = self._bucket(len(array))
         cache = make_cache(self.model.config, self.model.numerics, 1, length)

@@ -14,7 +14,8 @@ MAX_LOGPROBS = 20
 class SamplingParams:
     """How to continue a prompt.
 
-    The draw (``llmjax.runtime.sampling``) orders candidates by logit, ties by lower id, then applies temperature, top-k, top-p, min-p.
+    The draw (``llmjax.runtime.sampling``) orders candidates by logit, ties by lower id, then applies temperature,
+    top-k, top-p, min-p.
 
     Attributes:
       temperature: divides the logits; 0 is greedy (the highest logit, ties to the lower id).

@@ -3,9 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
+from llmjax.text.tokenizer import Tokenizer
+
 from llmjax.outputs import CompletionOutput, RequestOutput
 from llmjax.runtime.params import SamplingParams
-from llmjax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Row:
         return self.request.forced[len(self._token_ids) :]
 
     def push(self, token: int, logprob: float, alternatives: dict[int, float]) -> str:
-        """Takes the next token; returns text that can no longer change (a possible beginning of a stop string is held back)."""
+        """Takes the next token; returns text that can no longer change (a possible beginning of a stop string is held
+        back)."""
         params = self.request.params
         self._token_ids.append(token)
         self._logprobs.append(logprob)

@@ -1,4 +1,5 @@
-"""The draw: which token follows, given logits, parameters and a key.  Defined here, so that another runtime can replay it.
+"""The draw: which token follows, given logits, parameters and a key.  Defined here, so that another runtime can replay
+it.
 
 For one row, in float32:
 
@@ -6,12 +7,15 @@ For one row, in float32:
 2. ``top_k`` keeps the first k; ``Z`` is the mass (sum of x) of what is kept.
 3. ``top_p`` keeps the shortest run whose mass reaches ``top_p * Z``, at least one candidate.
 4. ``min_p`` keeps candidates with ``x_i >= min_p``; ``Z`` is now the mass of what is left.
-5. ``u`` is uniform in [0, 1): the upper 24 bits of the first word of ``threefry2x32(row key, (0, step))`` over ``2**24``, which is
+5. ``u`` is uniform in [0, 1): the upper 24 bits of the first word of ``threefry2x32(row key, (0, step))`` over
+``2**24``, which is
    ``jax.random.fold_in(key, step)``; ``step`` counts the row's generated tokens from 0.
-6. The token is the first candidate whose cumulative mass exceeds ``u * Z``; where rounding leaves none, the last one kept.
+6. The token is the first candidate whose cumulative mass exceeds ``u * Z``; where rounding leaves none, the last one
+kept.
 
 Temperature 0 takes the first candidate.  A row's key is ``jax.random.key(seed)`` of its own seed, or
-``fold_in(key(job seed), first 32 bits of sha256(row id))``; as a seed that is the key's two words in one 64-bit integer.
+``fold_in(key(job seed), first 32 bits of sha256(row id))``; as a seed that is the key's two words in one 64-bit
+integer.
 """
 
 import hashlib
@@ -29,7 +33,8 @@ _IMPL = "threefry2x32"  # by name: jax_default_prng_impl must not change a draw
 
 
 class Knobs(NamedTuple):
-    """Sampling parameters of all rows, each ``[B]``: temperature, top_p, min_p float32; top_k int32; key uint32 ``[B, 2]``."""
+    """Sampling parameters of all rows, each ``[B]``: temperature, top_p, min_p float32; top_k int32; key uint32 ``[B,
+    2]``."""
 
     temperature: jax.Array
     top_k: jax.Array
@@ -44,7 +49,8 @@ def key_words(seed: int) -> np.ndarray:
 
 
 def row_seed(job_seed: int, row_id: str) -> int:
-    """The seed of a row that brings none: a function of the job's seed and the row's id, not of its place in the batch."""
+    """The seed of a row that brings none: a function of the job's seed and the row's id, not of its place in the
+    batch."""
     number = int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:4], "big")
     high, low = np.asarray(_fold_in(key_words(job_seed), np.uint32(number)))
     return int(high) << 32 | int(low)
@@ -92,8 +98,8 @@ def draw(logits: jax.Array, knobs: Knobs, step: jax.Array) -> jax.Array:
 def best_candidates(logits: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """The ``size`` highest logits of each row and their ids, the lower id first among equals.
 
-    The barrier keeps a later slice of the result out of XLA's top-k, which it would turn into a sort of the whole vocabulary: 40 times
-    slower on the CPU (jaxlib 0.10).
+    The barrier keeps a later slice of the result out of XLA's top-k, which it would turn into a sort of the whole
+    vocabulary: 40 times slower on the CPU (jaxlib 0.10).
     """
     best, ids = lax.optimization_barrier(lax.top_k(logits, size))
     return best, ids

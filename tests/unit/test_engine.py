@@ -1,4 +1,5 @@
-"""The engine's promises: same bits alone and in company, one compilation, cache equal to no cache, stream equal to loop."""
+"""The engine's promises: same bits alone and in company, one compilation, cache equal to no cache, stream equal to
+loop."""
 
 import dataclasses
 
