@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmjax.llm_inference import LlmInference, LlmInferenceOptions
     from llmjax.loading import load
     from llmjax.model import Model
+    from llmjax.oracle.trace import Trace, trace
     from llmjax.outputs import CompletionOutput, RequestOutput, Score
     from llmjax.runtime.params import SamplingParams
 
@@ -37,7 +38,9 @@ _HOME = {
     "LLM": "llm",
     "LlmInference": "llm_inference",
     "LlmInferenceOptions": "llm_inference",
+    "Trace": "oracle.trace",
     "load": "loading",
+    "trace": "oracle.trace",
     "Model": "model",
     "CompletionOutput": "outputs",
     "RequestOutput": "outputs",
@@ -62,8 +65,10 @@ __all__ = [
     "SamplingParams",
     "Score",
     "TokenizerError",
+    "Trace",
     "inspect",
     "load",
+    "trace",
 ]
 
 

@@ -72,6 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--input", required=True, help='JSONL of {"text": ...} or {"token_ids": [...]}, or - for stdin')
     score.add_argument("--output", required=True, help="JSONL file, or - for stdout")
 
+    trace = verb("trace", _trace, "Write a model's named activations for one prompt.", model)
+    what = trace.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="the text, or - for stdin")
+    what.add_argument("--ids", type=_id_list, metavar="ID,ID", help="token ids, taken as they are")
+    trace.add_argument("--output", required=True, metavar="DIR", help="a new directory")
+    trace.add_argument("--taps", action="append", metavar="GLOB", help="names to keep, * by default; may be repeated")
+    trace.set_defaults(numerics="reference")
+
     inspect = verb("inspect", _inspect, "Say what a checkpoint is and whether llmjax runs it, from its headers alone.")
     inspect.add_argument("path", metavar="PATH")
     inspect.add_argument("--json", action="store_true")
@@ -103,7 +111,7 @@ def _sampling_flags() -> argparse.ArgumentParser:
     group.add_argument("--min-p", type=float, metavar="P")
     group.add_argument("--seed", type=int, metavar="S", help="the job's seed (default 0)")
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the text here; may be repeated")
-    group.add_argument("--stop-token-ids", type=lambda s: [int(i) for i in s.split(",")], metavar="ID,ID")
+    group.add_argument("--stop-token-ids", type=_id_list, metavar="ID,ID")
     group.add_argument("--ignore-eos", action="store_true", default=None)
     group.add_argument("--logprobs", type=int, metavar="K", help="batch: report the K most likely tokens")
     return flags
@@ -149,9 +157,7 @@ def _params(args: argparse.Namespace) -> "SamplingParams":
 
 def _generate(args: argparse.Namespace) -> int:
     params = _params(args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if not prompt:
-        raise RequestError("prompt: empty, expected some text")
+    prompt = _prompt(args.prompt)
     llm, _ = _llm(args)
     if args.chat or args.system:
         request = llm.chat_request(_messages(args.system, prompt), params)
@@ -219,6 +225,34 @@ def _score(args: argparse.Namespace) -> int:
         summary = run(llm, lines, out)
     print(summary.describe(), file=sys.stderr)
     return 1 if summary.failed else 0
+
+
+def _trace(args: argparse.Namespace) -> int:
+    from llmjax.loading import load
+    from llmjax.oracle.trace import trace
+
+    model = load(args.model, dtype=args.dtype, numerics=args.numerics)
+    ids = args.ids
+    if ids is None:
+        if model.tokenizer is None:
+            raise RequestError(f"{args.model}: no tokenizer files, so give --ids instead of --prompt")
+        ids = model.tokenizer.encode(_prompt(args.prompt))
+    result = trace(model, ids, args.taps or ["*"])
+    result.save(args.output)
+    print(f"{len(result.activations)} activations of {len(ids)} tokens in {args.output}", file=sys.stderr)
+    return 0
+
+
+def _id_list(text: str) -> list[int]:
+    return [int(i) for i in text.split(",")]
+
+
+def _prompt(text: str) -> str:
+    """The prompt as given, or all of stdin for ``-``."""
+    prompt = sys.stdin.read() if text == "-" else text
+    if not prompt:
+        raise RequestError("prompt: empty, expected some text")
+    return prompt
 
 
 def _inspect(args: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """Causal attention, with and without a cache, and the position encodings that act inside it.
 
-Shapes: ``B`` batch, ``T`` query positions, ``S`` cache positions, ``N`` query heads, ``K`` key/value heads, ``G = N / K``,
-``H`` head width.  A window of ``W`` means a token sees itself and the ``W - 1`` before it.
+Shapes: ``B`` batch, ``T`` query positions, ``S`` cache positions, ``N`` query heads, ``K`` key/value heads,
+``G = N / K``, ``H`` head width.  A window of ``W`` means a token sees itself and the ``W - 1`` before it.
 """
 
 import dataclasses

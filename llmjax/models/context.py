@@ -8,8 +8,7 @@ from flax import struct
 from llmjax.numerics import Numerics
 
 
-@struct.dataclass
-class Context:
+class Context(struct.PyTreeNode):
     """Where the tokens of this call stand, and how to compute.
 
     Attributes:

@@ -21,8 +21,7 @@ from llmjax.runtime.sampling import Knobs, best_candidates, draw
 BURST = 32
 
 
-@struct.dataclass
-class State:
+class State(struct.PyTreeNode):
     """Everything the step reads and writes; ``B`` is the number of slots.
 
     Attributes:

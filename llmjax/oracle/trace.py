@@ -1,0 +1,130 @@
+"""Named activations of one forward pass.
+
+Names are the parameter tree's paths with dots: ``embed`` (after any scaling), ``layers.3.attn_norm``, ``layers.3.attn.q``,
+``.k``, ``.v`` (before the rotation), ``.q_rot``, ``.k_rot``, ``.probs``, ``.out`` (heads joined, before ``o``), ``.o``,
+``layers.3.resid_attn``, ``layers.3.mlp.gate``, ``.up``, ``.act``, ``.down``, ``layers.3.resid``, ``final_norm``,
+``logits``.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax.errors import RequestError
+from llmjax.loading import canonical
+from llmjax.model import Model, check_ids
+from llmjax.models.context import TAP, Context
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Activations by name, and how they came about.
+
+    Attributes:
+      activations: float32 arrays without the batch dimension: ``[T, D]``, heads ``[T, N, H]``, ``probs`` ``[N, T, T]``,
+        ``logits`` ``[T, V]``.
+      manifest: model, token ids, profile, versions, device.
+    """
+
+    activations: dict[str, np.ndarray]
+    manifest: dict[str, Any]
+
+    def save(self, directory: str | Path) -> None:
+        """Writes ``activations.safetensors`` and ``manifest.json`` into a new directory that appears only when whole.
+
+        Raises:
+          RequestError: the directory exists and is not empty, or cannot be written.
+        """
+        from safetensors.numpy import save_file
+
+        target = Path(directory)
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise RequestError(f"{target}: exists already and is not an empty directory; name a new one")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+            try:
+                save_file(self.activations, temporary / "activations.safetensors")
+                (temporary / "manifest.json").write_text(json.dumps(self.manifest, indent=2) + "\n")
+                temporary.chmod(0o755)
+                os.replace(temporary, target)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+        except OSError as error:
+            raise RequestError(f"{target}: cannot write the trace: {error.strerror or error}") from None
+
+
+def trace(model: Model, token_ids: Sequence[int], taps: str | Sequence[str] = "*") -> Trace:
+    """Runs ``token_ids`` through the model without a cache and returns the activations whose names match.
+
+    What is not asked for is not computed beyond what the logits need.
+
+    Args:
+      model: the model; its profile decides the numbers.
+      token_ids: as fed, BOS included.
+      taps: a glob (``*`` matches dots too) or several.
+
+    Raises:
+      RequestError: bad ids, or a glob that matches nothing.
+    """
+    ids = check_ids(token_ids, model, "token_ids")
+    globs = [taps] if isinstance(taps, str) else list(taps)
+
+    def run(params: Any, ids: jax.Array) -> dict[str, jax.Array]:
+        ctx = Context(jnp.arange(ids.shape[1])[None], model.numerics)
+        _, collected = model.module.apply({"params": params}, ids, ctx, mutable=["taps"])
+        return {name: x for name, x in _named(collected["taps"]) if any(fnmatchcase(name, g) for g in globs)}
+
+    found = jax.jit(run)(model.params, ids[None])
+    if not found:
+        raise RequestError(f"taps: {', '.join(globs)} matches no activation; see llmjax.oracle.trace for the names")
+    activations = {name: _to_numpy(x) for name, x in sorted(found.items(), key=lambda item: _order(item[0]))}
+    return Trace(activations, _manifest(model, ids, globs))
+
+
+def _named(tree: Any) -> Iterator[tuple[str, jax.Array]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = canonical(path)
+        yield name.replace(f".{TAP}", ".").removeprefix(TAP).rstrip("."), leaf
+
+
+def _to_numpy(x: jax.Array) -> np.ndarray:
+    """Without the batch dimension; ``probs [1, K, G, T, T]`` as ``[N, T, T]``."""
+    array = np.asarray(x[0], np.float32)
+    return array.reshape(-1, *array.shape[2:]) if array.ndim == 4 else array
+
+
+def _order(name: str) -> list[tuple[int, int | str]]:
+    """Layers by number, what stands before and after them in its place."""
+    first = {"embed": 0, "layers": 1, "final_norm": 2, "head": 3, "logits": 4}
+    head, *rest = name.split(".")
+    return [(0, first.get(head, 5)), *((0, int(p)) if p.isdigit() else (1, p) for p in rest)]
+
+
+def _manifest(model: Model, ids: np.ndarray, globs: list[str]) -> dict[str, Any]:
+    return {
+        "model": str(model.path),
+        "model_type": model.architecture.model_type,
+        "tokenizer_sha256": model.tokenizer.fingerprint() if model.tokenizer else None,
+        "token_ids": ids.tolist(),
+        "token_ids_sha256": hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest(),
+        "numerics": model.numerics.name,
+        "stored_dtype": str(model.params["embed"]["weight"].dtype),
+        "taps": globs,
+        "llmjax": version("llmjax"),
+        "jax": jax.__version__,
+        "device": str(jax.devices()[0].device_kind),
+    }
