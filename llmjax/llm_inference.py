@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 from llmjax.errors import RequestError
@@ -62,7 +62,7 @@ class LlmInference:
             raise RequestError(f"top_k: expected a positive integer, found {options.top_k!r}")
         return cls(options, LLM(options.model_path, max_batch=4))
 
-    def _pieces(self, text: str):  # type: ignore[no-untyped-def]
+    def _pieces(self, text: str) -> Iterator[str]:
         if self._closed:
             raise RequestError("LlmInference: this task is closed")
         tokens = len(self._llm.tokenizer.encode(text))

@@ -30,8 +30,8 @@ class Summary:
         generate = max(self.seconds - self.compile_seconds, 1e-9)
         return (
             f"{self.rows} rows answered, {self.failed} failed; {self.prompt_tokens} prompt and "
-            f"{self.completion_tokens} answer tokens ({self.completion_tokens / generate:.0f} tok/s); generate {generate:.1f} s, "
-            f"compile {self.compile_seconds:.1f} s"
+            f"{self.completion_tokens} answer tokens ({self.completion_tokens / generate:.0f} tok/s); "
+            f"generate {generate:.1f} s, compile {self.compile_seconds:.1f} s"
         )
 
 

@@ -1,7 +1,7 @@
 """What the runtime needs to know of any decoder, whatever its architecture."""
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 from flax import linen as nn
 
@@ -45,7 +45,7 @@ class DecoderConfig:
         raise NotImplementedError
 
 
-def dimensions(r: Reader, *, tied: bool, context: int | None = None) -> dict[str, int | bool]:
+def dimensions(r: Reader, *, tied: bool, context: int | None = None) -> dict[str, Any]:
     """The fields of ``DecoderConfig``, read from the keys most architectures share.
 
     Args:

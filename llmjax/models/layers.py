@@ -159,7 +159,7 @@ class Attention(nn.Module):
 
     def _write(self, name: str, new: jax.Array, ctx: Context) -> jax.Array:
         """Puts ``new [B, T, K, H]`` at each token's position and returns the whole cache."""
-        cache = self.get_variable("cache", name)
+        cache: jax.Array = self.get_variable("cache", name)
         positions = ctx.positions
         if ctx.active is not None:
             positions = jnp.where(ctx.active[:, None], positions, cache.shape[2])  # out of range: dropped

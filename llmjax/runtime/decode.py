@@ -53,14 +53,14 @@ class Produced(NamedTuple):
     """What one burst generated; ``M`` is ``BURST``.
 
     Attributes:
-      count: int32 ``[B]``, tokens of each row.
+      lengths: int32 ``[B]``, tokens of each row.
       tokens: int32 ``[B, M]``.
       logprobs: float32 ``[B, M]``, log-softmax of the model's own logits at the token.
       top_ids: int32 ``[B, M, MAX_LOGPROBS]``, most likely tokens where ``want_logprobs``.
       top_logprobs: float32, as top_ids.
     """
 
-    count: jax.Array
+    lengths: jax.Array
     tokens: jax.Array
     logprobs: jax.Array
     top_ids: jax.Array
@@ -210,7 +210,7 @@ def decode(
         state, produced, i = carry
         token, record = _choose(state, forced[:, i])
         produced = Produced(
-            produced.count + state.active,
+            produced.lengths + state.active,
             *(old.at[:, i].set(new) for old, new in zip(produced[1:], (token, *record), strict=True)),
         )
         return _advance(module, numerics, block, params, state, token), produced, i + 1

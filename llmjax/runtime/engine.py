@@ -172,15 +172,15 @@ class Engine:
         stops[[i for i in ends if i < len(stops)]] = True
         return {
             "knobs": Knobs(
-                np.float32(params.temperature),
-                np.int32(params.top_k),
-                np.float32(params.top_p),
-                np.float32(params.min_p),
-                key_words(request.seed),
+                jnp.float32(params.temperature),
+                jnp.int32(params.top_k),
+                jnp.float32(params.top_p),
+                jnp.float32(params.min_p),
+                jnp.asarray(key_words(request.seed)),
             ),
             "stops": stops,
             "min_tokens": np.int32(params.min_tokens),
-            "max_tokens": np.int32(params.max_tokens),
+            "max_tokens": np.int32(params.max_tokens or 0),
             "want_logprobs": np.bool_(bool(params.logprobs)),
         }
 
@@ -189,7 +189,7 @@ class Engine:
         for slot, row in list(rows.items()):
             piece = ""
             wanted = row.request.params.logprobs or 0
-            for i in range(int(produced.count[slot])):
+            for i in range(int(produced.lengths[slot])):
                 best = zip(produced.top_ids[slot, i, :wanted], produced.top_logprobs[slot, i, :wanted], strict=True)
                 piece += row.push(
                     int(produced.tokens[slot, i]),
