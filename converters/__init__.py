@@ -1,0 +1,1 @@
+"""Readers of checkpoint formats (NumPy only), and the converters between them."""

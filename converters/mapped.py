@@ -1,0 +1,42 @@
+"""A read-only memory map whose pages can be given back."""
+
+import mmap
+from pathlib import Path
+
+import numpy as np
+
+from llmjax.errors import CheckpointError
+
+
+class MappedFile:
+    """A file mapped into memory.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      CheckpointError: it cannot be read, or is empty.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:
+            raise CheckpointError(f"{path}: the file is empty") from None
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot read the file: {error.strerror}") from None
+        self.bytes = np.frombuffer(self._map, np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.bytes)
+
+    def release(self, start: int, length: int) -> None:
+        """Tells the system that the pages inside the range are not needed now; reading them again is allowed."""
+        if not hasattr(self._map, "madvise"):
+            return
+        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (start + length) // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
