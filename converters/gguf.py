@@ -19,7 +19,19 @@ from llmjax.errors import CheckpointError
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4
 _STRING, _ARRAY, _BOOL = 8, 9, 7
-_SCALARS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1", 10: "<u8", 11: "<i8", 12: "<f8"}
+_SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "<u1",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
 # Types whose values are the bytes themselves.
 _PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 # Rows expanded at a time: the temporaries of a block-quantized type are several times its float32 size.
@@ -247,7 +259,9 @@ class GgufSource:
         out = np.empty((rows, spec.shape[-1]), np.float32)
         step = max(1, _CHUNK_VALUES // spec.shape[-1])
         try:
-            with np.errstate(over="ignore", invalid="ignore"):  # damaged scales show as inf or NaN, which is the caller's check
+            with np.errstate(
+                over="ignore", invalid="ignore"
+            ):  # damaged scales show as inf or NaN, which is the caller's check
                 for i in range(0, rows, step):
                     out[i : i + step] = quants.dequantize(packed[i : i + step], kind)
         except NotImplementedError:

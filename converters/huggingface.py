@@ -82,7 +82,9 @@ class HuggingFaceSource:
             raise CheckpointError(f"{found}: expected an object 'weight_map' from tensor names to file names")
         shards = sorted(set(weight_map.values()))
         problems = [f"{s!r} is not a plain file name" for s in shards if Path(s).name != s or s in (".", "..")]
-        problems += [f"shard {s} is missing" for s in shards if Path(s).name == s and not (self.directory / s).is_file()]
+        problems += [
+            f"shard {s} is missing" for s in shards if Path(s).name == s and not (self.directory / s).is_file()
+        ]
         if problems:
             raise CheckpointError(f"{found}: " + "\n  ".join(["shards cannot be read:", *problems]))
         return [self.directory / s for s in shards], weight_map

@@ -80,7 +80,9 @@ class SafetensorsFile:
 
         spec, (start, stop) = self._specs[name], self._span[name]
         if spec.dtype != "BF16" and spec.dtype not in _DTYPES:
-            raise CheckpointError(f"{self.path}: tensor {name}: type {spec.dtype} is not supported; expected F32, F16 or BF16")
+            raise CheckpointError(
+                f"{self.path}: tensor {name}: type {spec.dtype} is not supported; expected F32, F16 or BF16"
+            )
         dtype = ml_dtypes.bfloat16 if spec.dtype == "BF16" else _DTYPES[spec.dtype]
         raw = self._file.bytes[self._base + start : self._base + stop]
         return np.frombuffer(raw, dtype).reshape(spec.shape)

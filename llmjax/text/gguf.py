@@ -14,9 +14,7 @@ from llmjax.text.tokenizer import Tokenizer, load_backend
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA3 = (
-    _CASELESS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3 = _CASELESS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 # How a pre-tokenizer kind splits a text, in order; the names are llama.cpp's.
@@ -119,8 +117,12 @@ def _sentencepiece(
 ) -> tokenizers.Tokenizer:
     scores = [float(s) for s in entries.get("scores", None)]
     if len(scores) != len(tokens):
-        raise TokenizerError(f"{entries.where}: tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens")
+        raise TokenizerError(
+            f"{entries.where}: tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens"
+        )
     prefix = entries.get("add_space_prefix", bool, True)
-    unknown = ids["unknown"] if ids["unknown"] is not None else next((i for i, t in enumerate(types) if t == UNKNOWN), None)
+    unknown = (
+        ids["unknown"] if ids["unknown"] is not None else next((i for i, t in enumerate(types) if t == UNKNOWN), None)
+    )
     vocabulary = Vocabulary(tokens, scores, types, prefix, ids["bos"], ids["eos"], unknown)
     return sentencepiece.build(vocabulary, entries.where)

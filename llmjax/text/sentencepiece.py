@@ -87,9 +87,7 @@ def build(model: Vocabulary, where: str) -> tokenizers.Tokenizer:
         raise TokenizerError(f"{where}: piece {twice!r} appears twice in the vocabulary")
     if model.unk_id is None:
         raise TokenizerError(f"{where}: the vocabulary has no unknown piece")
-    mergeable = {
-        p: i for p, i in vocab.items() if model.types[i] in (NORMAL, USER_DEFINED, UNUSED) and len(p) > 1
-    }
+    mergeable = {p: i for p, i in vocab.items() if model.types[i] in (NORMAL, USER_DEFINED, UNUSED) and len(p) > 1}
     merges = sorted(
         ((-model.scores[i], vocab[a], vocab[b], a, b) for p, i in mergeable.items() for a, b in _splits(p, vocab)),
     )
@@ -105,9 +103,7 @@ def build(model: Vocabulary, where: str) -> tokenizers.Tokenizer:
     steps = [normalizers.Prepend("▁")] if model.add_dummy_prefix else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if model.add_dummy_prefix else []
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     for piece, kind in zip(model.pieces, model.types, strict=True):
         if kind in (CONTROL, UNKNOWN, USER_DEFINED):
             special = kind != USER_DEFINED
