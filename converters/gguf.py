@@ -1,8 +1,8 @@
 """GGUF files, memory-mapped.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.  The header is parsed here, every count and offset checked
-against the file, because ``gguf.GGUFReader`` trusts both and takes seconds on a vocabulary; what block-quantized values
-mean is the ``gguf`` package's business.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.  The header is parsed here, every count and offset
+checked against the file, because ``gguf.GGUFReader`` trusts both and takes seconds on a vocabulary; what
+block-quantized values mean is the ``gguf`` package's business.
 """
 
 import math
@@ -134,7 +134,7 @@ class GgufSource:
         self.config: dict[str, Any] = {}
         self.generation_config: dict[str, Any] | None = None
         self._file = MappedFile(self.path)
-        cursor = _Cursor(memoryview(self._file.bytes), self.path)
+        cursor = _Cursor(self._file.bytes.data, self.path)
         tensors = self._header(cursor)
         self.metadata = self._metadata(cursor)
         self._specs, self._offsets = self._table(cursor, tensors)
@@ -259,9 +259,8 @@ class GgufSource:
         out = np.empty((rows, spec.shape[-1]), np.float32)
         step = max(1, _CHUNK_VALUES // spec.shape[-1])
         try:
-            with np.errstate(
-                over="ignore", invalid="ignore"
-            ):  # damaged scales show as inf or NaN, which is the caller's check
+            # Damaged scales show as inf or NaN, which is the caller's check.
+            with np.errstate(over="ignore", invalid="ignore"):
                 for i in range(0, rows, step):
                     out[i : i + step] = quants.dequantize(packed[i : i + step], kind)
         except NotImplementedError:

@@ -1,7 +1,7 @@
 """One safetensors file, memory-mapped.  Format: https://github.com/huggingface/safetensors#format.
 
-The official library checks the header (lengths, JSON, offsets without holes or overlaps, shapes against sizes); this adds
-views of the map, bfloat16, and giving pages back, which its NumPy side does not have.
+The official library checks the header (lengths, JSON, offsets without holes or overlaps, shapes against sizes); this
+adds views of the map, bfloat16, and giving pages back, which its NumPy side does not have.
 """
 
 import json
@@ -44,7 +44,7 @@ class SafetensorsFile:
             raise CheckpointError(
                 f"{path}: damaged or truncated safetensors file: {error}; download it again"
             ) from None
-        (length,) = struct.unpack_from("<Q", self._file.bytes)
+        (length,) = struct.unpack_from("<Q", self._file.bytes.data)
         header = json.loads(bytes(self._file.bytes[8 : 8 + length]), object_pairs_hook=self._unique)
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         self._base = 8 + length

@@ -1,9 +1,9 @@
 """Named activations of one forward pass.
 
 Names are the parameter tree's paths with dots: ``embed`` (after any scaling), ``layers.3.attn_norm``,
-``layers.3.attn.q``, ``.k``, ``.v`` (before the rotation), ``.q_rot``, ``.k_rot``, ``.probs``, ``.out`` (heads joined, before ``o``), ``.o``,
-``layers.3.resid_attn``, ``layers.3.mlp.gate``, ``.up``, ``.act``, ``.down``, ``layers.3.resid``, ``final_norm``,
-``logits``.
+``layers.3.attn.q``, ``.k``, ``.v`` (before the rotation), ``.q_rot``, ``.k_rot``, ``.probs``, ``.out`` (heads joined,
+before ``o``), ``.o``, ``layers.3.resid_attn``, ``layers.3.mlp.gate``, ``.up``, ``.act``, ``.down``, ``layers.3.resid``,
+``final_norm``, ``logits``.
 """
 
 import dataclasses

@@ -8,6 +8,7 @@ import tokenizers
 
 from llmjax.errors import TokenizerError
 from llmjax.text import sentencepiece
+from llmjax.text.detokenize import decoder_kind
 from llmjax.text.tokenizer import Tokenizer, load_backend
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -22,7 +23,7 @@ def read(directory: Path) -> Tokenizer:
     file = directory / "tokenizer.json"
     if file.exists():
         backend = load_backend(lambda: tokenizers.Tokenizer.from_file(str(file)), str(file))
-        kind = "sentencepiece" if _uses_metaspace(backend) else "bpe"
+        kind = "bpe" if decoder_kind(backend, str(file))[0] else "sentencepiece"
         _add_tokens(backend, config)
         bos_in_file = _adds_bos(backend, special.get("bos_token"))
     else:
@@ -79,10 +80,6 @@ def _special(directory: Path, config: dict[str, Any]) -> dict[str, str]:
             if isinstance(value, str):
                 result[name] = value
     return result
-
-
-def _uses_metaspace(backend: tokenizers.Tokenizer) -> bool:
-    return "▁" in json.dumps(json.loads(backend.to_str()).get("decoder"), ensure_ascii=False)
 
 
 def _adds_bos(backend: tokenizers.Tokenizer, bos: str | None) -> bool:

@@ -1,12 +1,14 @@
-"""SentencePiece vocabularies as `tokenizers` objects, by the rules the published ``tokenizer.json`` files were made with.
+"""SentencePiece vocabularies as `tokenizers` objects, by the rules the published ``tokenizer.json`` files were made
+with.
 
 Merges are not stored in such a vocabulary: two pieces may merge whenever the joined piece exists, the best score first.
-CONTROL and USER_DEFINED pieces become added tokens, so their strings in a text become their ids (SentencePiece itself would
-split a CONTROL piece's string; transformers does not, and llmjax follows transformers).
+CONTROL and USER_DEFINED pieces become added tokens, so their strings in a text become their ids (SentencePiece itself
+would split a CONTROL piece's string; transformers does not, and llmjax follows transformers).
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers
@@ -46,7 +48,9 @@ def parse(data: bytes, where: str) -> Vocabulary:
       TokenizerError: it is damaged, or not a BPE model.
     """
     import sentencepiece as spm
-    from sentencepiece import sentencepiece_model_pb2 as proto
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2  # generated code, without types
 
     model = proto.ModelProto()
     try:

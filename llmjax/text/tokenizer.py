@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from llmjax.errors import TokenizerError
-from llmjax.text.detokenize import IncrementalDetokenizer
+from llmjax.text.detokenize import IncrementalDetokenizer, decoder_kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,18 @@ class Tokenizer:
 
     def detokenizer(self) -> IncrementalDetokenizer:
         """A fresh incremental decoder."""
-        return IncrementalDetokenizer(self.decode)
+        return IncrementalDetokenizer(self._text_piece, *self._decoder_kind)
+
+    @functools.cached_property
+    def _decoder_kind(self) -> tuple[bool, bool]:
+        return decoder_kind(self.backend, self.where)
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
+
+    def _text_piece(self, token: int) -> str:
+        return "" if token in self._special_ids else self.piece(token)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
         """The conversation as the checkpoint's template writes it.
