@@ -1,22 +1,24 @@
 """A Hugging Face model directory: ``config.json`` and weights in one or several files."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from converters.source import TensorSpec
+from converters.jsonfile import read_json
+from converters.source import TensorSpec, problems_error, shown
 from llmjax.errors import CheckpointError
 
-# As transformers looks for them.
-_PREFERENCE = (
+# As transformers looks for them, the first one found.
+WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+
+_T = TypeVar("_T")
 
 
 class _File(Protocol):
@@ -33,11 +35,11 @@ class HuggingFaceSource:
 
     Args:
       directory: holds ``config.json``.
-      files: the weights files; None looks for them by their usual names.
+      files: the weights files, or one index; None looks for them by their usual names.
       path: what the user named, for messages.
 
     Raises:
-      CheckpointError: no or bad ``config.json``, no weights, missing or contradictory shards; all at once.
+      CheckpointError: no or bad ``config.json``, no weights, damaged, missing or contradictory files; all at once.
     """
 
     format = "huggingface"
@@ -46,62 +48,78 @@ class HuggingFaceSource:
         self.directory = directory
         self.path = path or directory
         self.metadata: dict[str, Any] = {}
-        config = read_json(directory / "config.json")
-        if config is None:
-            raise CheckpointError(
-                f"{self.path}: no config.json in {directory}; expected a Hugging Face model directory or a *.gguf file"
-            )
-        self.config = config
-        self.generation_config = read_json(directory / "generation_config.json")
-        weight_map: dict[str, str] | None = None
-        if files is None:
-            files, weight_map = self._find_files()
-        self._files = [_open(file) for file in files]
         self._home: dict[str, _File] = {}
-        problems = []
-        for file in self._files:
+        problems: list[str] = []
+        self.config = self._read_config(problems)
+        self.generation_config = _collect(problems, read_json, directory / "generation_config.json")
+        index, files = self._find_files(files, problems)
+        shards = {path.name: _collect(problems, _open, path) for path in files}
+        for file in filter(None, shards.values()):
             for name in file.names():
                 if name in self._home:
-                    problems.append(f"tensor {name} is in {self._home[name].path.name} and in {file.path.name}")
+                    other = self._home[name].path.name
+                    problems.append(f"{file.path}: tensor {shown(name)} is in {other}, too")
                 self._home.setdefault(name, file)
-        if weight_map is not None:
-            problems += self._contradictions(weight_map)
+        problems += self._contradictions(index, [name for name, file in shards.items() if file is None])
+        if len(problems) == 1:
+            raise CheckpointError(problems[0])
         if problems:
-            shown = [*problems[:20], *([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])]
-            raise CheckpointError(f"{self.path}: " + "\n  ".join(["the shards do not fit together:", *shown]))
+            raise problems_error(self.path, "cannot read the checkpoint", problems)
 
-    def _find_files(self) -> tuple[list[Path], dict[str, str] | None]:
-        found = next((self.directory / n for n in _PREFERENCE if (self.directory / n).exists()), None)
-        if found is None:
-            raise CheckpointError(f"{self.directory}: no weights; expected one of {', '.join(_PREFERENCE)}")
-        if found.suffix != ".json":
-            return [found], None
-        index = read_json(found) or {}
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise CheckpointError(f"{found}: expected an object 'weight_map' from tensor names to file names")
-        shards = sorted(set(weight_map.values()))
-        problems = [f"{s!r} is not a plain file name" for s in shards if Path(s).name != s or s in (".", "..")]
-        problems += [
-            f"shard {s} is missing" for s in shards if Path(s).name == s and not (self.directory / s).is_file()
-        ]
-        if problems:
-            raise CheckpointError(f"{found}: " + "\n  ".join(["shards cannot be read:", *problems]))
-        return [self.directory / s for s in shards], weight_map
+    def _read_config(self, problems: list[str]) -> dict[str, Any]:
+        path = self.directory / "config.json"
+        before = len(problems)
+        config = _collect(problems, read_json, path)
+        if config is None:
+            if len(problems) == before:
+                problems.append(
+                    f"{path}: no such file; expected a Hugging Face model directory (weights with config.json beside "
+                    "them) or a *.gguf file"
+                )
+            return {}
+        if not isinstance(config.get("model_type"), str):
+            problems.append(f"{path}: expected model_type, a string; copy config.json from the model's own repository")
+        return config
 
-    def _contradictions(self, weight_map: dict[str, str]) -> list[str]:
+    def _find_files(self, files: Sequence[Path] | None, problems: list[str]) -> tuple[dict[str, str], list[Path]]:
+        """The index (empty where there is none) and the weights files."""
+        if files is None:
+            found = next((self.directory / n for n in WEIGHTS if (self.directory / n).exists()), None)
+            if found is None:
+                problems.append(f"{self.directory}: no weights; looked for {', '.join(WEIGHTS)}{self._others()}")
+                return {}, []
+            files = [found]
+        if len(files) != 1 or files[0].suffix != ".json":
+            return {}, list(files)
+        index = _collect(problems, _read_index, files[0])
+        if index is None:
+            return {}, []
+        return index, [self.directory / shard for shard in sorted(set(index.values()))]
+
+    def _others(self) -> str:
+        others = sorted(p.name for p in self.directory.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+        if not others:
+            return ""
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        return f"; found {', '.join(map(shown, others[:5]))}{more}: name the file, or a pattern, to read them"
+
+    def _contradictions(self, index: dict[str, str], unread: list[str]) -> list[str]:
+        """Where the index and the shards disagree; a shard that could not be read has its own message."""
         problems = []
-        for name, shard in weight_map.items():
+        for name, shard in index.items():
             if name not in self._home:
-                problems.append(f"tensor {name} is missing; the index says it is in {shard}")
+                if shard not in unread:
+                    problems.append(f"tensor {shown(name)} is missing; the index says it is in {shown(shard)}")
             elif self._home[name].path.name != shard:
-                problems.append(f"tensor {name} is in {self._home[name].path.name}; the index says {shard}")
-        problems += [
-            f"tensor {name} in {file.path.name} is not in the index"
-            for name, file in self._home.items()
-            if name not in weight_map
-        ]
-        return problems
+                found = self._home[name].path.name
+                problems.append(f"tensor {shown(name)} is in {shown(found)}; the index says {shown(shard)}")
+        if index:
+            problems += [
+                f"tensor {shown(name)} in {shown(file.path.name)} is not in the index"
+                for name, file in self._home.items()
+                if name not in index
+            ]
+        return [f"{self.directory}: {problem}" for problem in problems]
 
     def names(self) -> list[str]:
         """See ``Source``."""
@@ -135,20 +153,24 @@ def _open(path: Path) -> _File:
     raise CheckpointError(f"{path}: unknown kind of weights file; expected *.safetensors, *.bin or *.gguf")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object from a file; None where there is no such file.
-
-    Raises:
-      CheckpointError: it cannot be read, or is no JSON object.
-    """
+def _collect(problems: list[str], read: Callable[[Path], _T], path: Path) -> _T | None:
+    """What ``read`` returns, or None and its error among the problems."""
     try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+        return read(path)
+    except CheckpointError as error:
+        problems.append(str(error))
         return None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot read the file: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor names to names of files beside the index."""
+    index = read_json(path) or {}
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{path}: expected a non-empty object 'weight_map' from tensor names to file names")
+    tricks = [s for s in sorted(set(weight_map.values())) if s in ("", ".", "..") or any(c in s for c in "/\\:\0")]
+    if tricks:
+        raise problems_error(
+            path, "expected names of files beside the index, found", [f"'{shown(s)}'" for s in tricks], most=5
+        )
+    return weight_map

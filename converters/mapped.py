@@ -1,5 +1,6 @@
 """A read-only memory map whose pages can be given back."""
 
+import contextlib
 import mmap
 from pathlib import Path
 
@@ -34,9 +35,10 @@ class MappedFile:
 
     def release(self, start: int, length: int) -> None:
         """Tells the system that the pages inside the range are not needed now; reading them again is allowed."""
-        if not hasattr(self._map, "madvise"):
+        if not hasattr(mmap, "MADV_DONTNEED"):
             return
         first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
         last = (start + length) // mmap.PAGESIZE * mmap.PAGESIZE
         if last > first:
-            self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+            with contextlib.suppress(OSError):  # advice that the system may decline
+                self._map.madvise(mmap.MADV_DONTNEED, first, last - first)

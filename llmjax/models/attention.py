@@ -106,25 +106,33 @@ class Scores:
         """Scores and the mask of what each query may see.
 
         Args:
-          products: ``[B, K, G, T, S]``.
+          products: float32 ``[B, K, G, T, S]``.
           queries: int32 positions ``[B, T]``.
           keys: int32 positions ``[S]``.
-          ctx: for the ALiBi rounding of the profile.
+          ctx: for the roundings of the profile.
 
         Returns:
           ``(scores, mask)``, scores as products, mask broadcastable to them.
         """
-        scores = products
-        if self.alibi:
-            scores = scores + _alibi_bias(products.shape, keys, ctx.numerics.round_alibi)
-        scores = scores * jnp.asarray(self.scale, scores.dtype)
+        dtype = ctx.numerics.activations
+        if self.alibi:  # transformers' Falcon runs torch's fused attention, which rounds the bias but not the scores
+            bias = _alibi_bias(products.shape, keys, ctx.numerics.round_alibi) * jnp.float32(self.scale)
+            scores = products * jnp.float32(self.scale) + bias.astype(dtype).astype(jnp.float32)
+        else:
+            scores = (products.astype(dtype) * jnp.float32(self.scale)).astype(dtype)
         if self.softcap is not None:
-            cap = jnp.asarray(self.softcap, scores.dtype)
-            scores = cap * jnp.tanh(scores / cap)
+            scores = softcap(scores, self.softcap)
+        scores = scores.astype(jnp.float32)
         mask = keys[None, None, :] <= queries[:, :, None]
         if self.window is not None:
             mask &= keys[None, None, :] > queries[:, :, None] - self.window
         return scores, mask[:, None, None]
+
+
+def softcap(x: jax.Array, cap: float) -> jax.Array:
+    """``cap * tanh(x / cap)``, every step rounded to x's dtype."""
+    y = jnp.tanh((x / jnp.float32(cap)).astype(x.dtype))
+    return (y * jnp.float32(cap)).astype(x.dtype)
 
 
 def _alibi_bias(shape: tuple[int, ...], keys: jax.Array, rounded: bool) -> jax.Array:
@@ -168,9 +176,9 @@ def dense_attention(
       output ``[B, T, N, H]`` and the probabilities ``[B, K, G, T, T]``.
     """
     dtype = q.dtype
-    products = _einsum("BKGTH,BSKH->BKGTS", _grouped(q, k.shape[2]), k).astype(dtype)
+    products = _einsum("BKGTH,BSKH->BKGTS", _grouped(q, k.shape[2]), k)
     s, mask = scores(products, ctx.positions, jnp.arange(k.shape[1]), ctx)
-    probs = jax.nn.softmax(jnp.where(mask, s.astype(jnp.float32), MASKED), axis=-1).astype(dtype)
+    probs = jax.nn.softmax(jnp.where(mask, s, MASKED), axis=-1).astype(dtype)
     out = _einsum("BKGTS,BSKH->BKGTH", probs, v).astype(dtype)
     return _ungrouped(out), probs
 

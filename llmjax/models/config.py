@@ -45,18 +45,26 @@ class DecoderConfig:
         raise NotImplementedError
 
 
-def dimensions(r: Reader, *, tied: bool, context: int | None = None) -> dict[str, Any]:
+def dimensions(
+    r: Reader,
+    *,
+    tied: bool,
+    context: int | None = None,
+    kv_heads: int | None = None,
+    head_dim: int | None = None,
+) -> dict[str, Any]:
     """The fields of ``DecoderConfig``, read from the keys most architectures share.
 
     Args:
       r: the config.
       tied: the architecture's default for an absent ``tie_word_embeddings``.
       context: its default context length.
+      kv_heads: its default for an absent ``num_key_value_heads``; None means as many as query heads.
+      head_dim: its default for an absent ``head_dim``; None means the width shared among the heads.
     """
     hidden, heads = r.size("hidden_size"), r.size("num_attention_heads")
-    kv = r.size("num_key_value_heads", heads)
-    head_dim = r.get("head_dim")
-    if head_dim is None and hidden % heads:
+    kv = r.size("num_key_value_heads", kv_heads or heads)
+    if r.get("head_dim", head_dim) is None and hidden % heads:
         r.problem(f"hidden_size: {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is absent")
     if heads % kv:
         r.problem(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads {kv}")
@@ -67,7 +75,7 @@ def dimensions(r: Reader, *, tied: bool, context: int | None = None) -> dict[str
         "num_hidden_layers": r.size("num_hidden_layers"),
         "num_attention_heads": heads,
         "num_key_value_heads": kv,
-        "head_dim": r.size("head_dim", max(1, hidden // heads)),
+        "head_dim": r.size("head_dim", head_dim or max(1, hidden // heads)),
         "max_position_embeddings": r.size("max_position_embeddings", context),
         "tie_word_embeddings": r.flag("tie_word_embeddings", tied),
     }

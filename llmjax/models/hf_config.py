@@ -6,11 +6,13 @@ sliding window.  Files come in two dialects, transformers 4 (``rope_theta``, ``r
 """
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from llmjax.errors import ConfigError
 from llmjax.models.attention import Llama3Scaling, Rope
 from llmjax.models.layers import ACTIVATIONS
+
+T = TypeVar("T")
 
 # Bookkeeping, training-only settings and generation defaults: none of them changes a logit.
 IRRELEVANT = frozenset(
@@ -85,6 +87,11 @@ class Reader:
         """A positive number, or None where the key is absent or null."""
         return None if self.get(key) is None else self.number(key)
 
+    def nullable(self, read: Callable[[str, Any], T], key: str, default: Any) -> T | None:
+        """``read(key, default)``, for keys whose null means "none" rather than "the default"."""
+        self._seen.add(key)
+        return None if key in self._config and self._config[key] is None else read(key, default)
+
     def expect(self, key: str, allowed: Collection[Any], default: Any = None) -> Any:
         """A value out of a list of supported ones; anything else is refused by name."""
         value = self.get(key, default)
@@ -97,13 +104,14 @@ class Reader:
         """The name of an activation function in ``layers.ACTIVATIONS``."""
         return self.expect(key, tuple(ACTIVATIONS), default)
 
-    def rope(self, head_dim: int, *, theta: float = 10000.0, fraction: float = 1.0) -> Rope:
+    def rope(self, head_dim: int, *, theta: float = 10000.0, fraction: float | None = None) -> Rope:
         """The rotary embedding, from either dialect.
 
         Args:
           head_dim: H.
           theta: the class default for an absent base.
-          fraction: the class default for an absent ``partial_rotary_factor``.
+          fraction: the class default for an absent ``partial_rotary_factor``; None for architectures that always
+            rotate the whole head, where transformers has no such option.
         """
         parameters = self.get("rope_parameters")
         scaling = self.get("rope_scaling")
@@ -114,7 +122,11 @@ class Reader:
             elif value:
                 spec.update(value)
         theta = spec.pop("rope_theta", self.get("rope_theta", theta))
+        whole, fraction = fraction is None, 1.0 if fraction is None else fraction
         fraction = spec.pop("partial_rotary_factor", self.get("partial_rotary_factor", fraction))
+        if whole and fraction != 1:
+            self.problem(f"partial_rotary_factor: {fraction!r} is not supported here, expected 1.0")
+            fraction = 1.0
         return self._build_rope(spec, theta, fraction, head_dim)
 
     def _build_rope(self, spec: dict[str, Any], theta: Any, fraction: Any, head_dim: int) -> Rope:

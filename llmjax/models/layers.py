@@ -4,6 +4,7 @@ Parameters keep the values and the layout of the checkpoint: ``[out, in]`` weigh
 folded in.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -33,36 +34,54 @@ class Projection(nn.Module):
     """``x [..., in] -> x . W^T + b [..., out]``: the seam every product with a weight goes through.
 
     Its name in the tree is its role (``q``, ``gate``, ...).
+
+    Attributes:
+      features: out.
+      bias: has one.
+      bias_apart: the product is rounded before the bias is added, not only after (Falcon was trained so).
     """
 
     features: int
     bias: bool = False
+    bias_apart: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         weight = parameter(self, "weight", _normal, (self.features, x.shape[-1]))
         y = matmul(x, weight, ctx.numerics)
+        if self.bias_apart:
+            y = y.astype(ctx.numerics.activations)
         if self.bias:
-            y = y + parameter(self, "bias", nn.initializers.zeros, (self.features,))
+            y = y + parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         return tap(self, "", y.astype(ctx.numerics.activations))
 
 
 class Embedding(nn.Module):
-    """Token embedding ``[V, D]``; ``attend`` uses the same table as a tied head."""
+    """Token embedding ``[V, D]``; ``attend`` uses the same table as a tied head.
+
+    Attributes:
+      vocab_size: V.
+      features: D.
+      scale: multiplies what is looked up, not the head (Gemma); rounded to the dtype of the activations, as
+        transformers does.
+    """
 
     vocab_size: int
     features: int
+    scale: float = 1.0
 
     def setup(self) -> None:
         self.weight = parameter(self, "weight", _normal, (self.vocab_size, self.features))
 
     def __call__(self, ids: jax.Array, ctx: Context) -> jax.Array:
         """int32 ``[B, T] -> [B, T, D]``."""
-        return jnp.take(self.weight, ids, axis=0).astype(ctx.numerics.activations)
+        x = jnp.take(self.weight, ids, axis=0).astype(ctx.numerics.activations)
+        return x if self.scale == 1.0 else x * jnp.float32(self.scale).astype(x.dtype)
 
-    def attend(self, x: jax.Array, ctx: Context) -> jax.Array:
-        """``[B, T, D] -> [B, T, V]``."""
-        return matmul(x, self.weight, ctx.numerics).astype(ctx.numerics.activations)
+    def attend(self, x: jax.Array, ctx: Context, bias: jax.Array | None = None) -> jax.Array:
+        """``[B, T, D] -> [B, T, V]``, ``bias [V]`` added where the head has one."""
+        y = matmul(x, self.weight, ctx.numerics)
+        return (y if bias is None else y + bias.astype(y.dtype)).astype(ctx.numerics.activations)
 
 
 class RMSNorm(nn.Module):
@@ -103,12 +122,16 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = parameter(self, "weight", nn.initializers.ones, (x.shape[-1],))
-        y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, -1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps) * weight.astype(jnp.float32)
+        y = standardised(x, self.eps) * weight.astype(jnp.float32)
         if self.bias:
             y = y + parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
         return tap(self, "", y.astype(x.dtype))
+
+
+def standardised(x: jax.Array, eps: float) -> jax.Array:
+    """``(x - mean) / sqrt(var + eps)`` over the last dimension, float32."""
+    x = x.astype(jnp.float32)
+    return _rms_normalised(x - jnp.mean(x, -1, keepdims=True), eps)
 
 
 class Attention(nn.Module):
@@ -126,6 +149,7 @@ class Attention(nn.Module):
       qkv_bias: q, k and v have biases.
       out_bias: o has one.
       qk_norm: makes the norm of each head's query and key (before the rotation) from its name; None for none.
+      projection: makes q, k, v and o.
     """
 
     num_heads: int
@@ -136,11 +160,12 @@ class Attention(nn.Module):
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: Callable[[str], nn.Module] | None = None
+    projection: Callable[..., nn.Module] = Projection
 
     @nn.compact
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         def heads(name: str, count: int) -> jax.Array:
-            y = Projection(count * self.head_dim, self.qkv_bias, name=name)(x, ctx)
+            y = self.projection(count * self.head_dim, self.qkv_bias, name=name)(x, ctx)
             return y.reshape(*y.shape[:2], count, self.head_dim)
 
         q, k, v = heads("q", self.num_heads), heads("k", self.num_kv_heads), heads("v", self.num_kv_heads)
@@ -155,7 +180,7 @@ class Attention(nn.Module):
             out, probs = dense_attention(q, k, v, self.scores, ctx)
             tap(self, "probs", probs)
         out = tap(self, "out", out.reshape(*out.shape[:2], -1))
-        return Projection(x.shape[-1], self.out_bias, name="o")(out, ctx)
+        return self.projection(x.shape[-1], self.out_bias, name="o")(out, ctx)
 
     def _write(self, name: str, new: jax.Array, ctx: Context) -> jax.Array:
         """Puts ``new [B, T, K, H]`` at each token's position and returns the whole cache."""
@@ -190,11 +215,12 @@ class MLP(nn.Module):
     hidden: int
     activation: Callable[[jax.Array], jax.Array]
     bias: bool = False
+    projection: Callable[..., nn.Module] = Projection
 
     @nn.compact
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
-        y = tap(self, "act", self.activation(Projection(self.hidden, self.bias, name="up")(x, ctx)))
-        return Projection(x.shape[-1], self.bias, name="down")(y, ctx)
+        y = tap(self, "act", self.activation(self.projection(self.hidden, self.bias, name="up")(x, ctx)))
+        return self.projection(x.shape[-1], self.bias, name="down")(y, ctx)
 
 
 def _in_float32(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
@@ -211,13 +237,24 @@ gelu_erf = _in_float32(partial(jax.nn.gelu, approximate=False))
 silu = _in_float32(jax.nn.silu)
 relu = _in_float32(jax.nn.relu)
 
+
+def gelu_new(x: jax.Array) -> jax.Array:
+    """GELU's tanh form with every step rounded to x's dtype, as transformers writes it out under this name."""
+
+    def times(a: jax.Array, b: float) -> jax.Array:  # the constants stay float32
+        return (a * jnp.float32(b)).astype(x.dtype)
+
+    cube = (x.astype(jnp.float32) ** 3).astype(x.dtype)
+    return times(x, 0.5) * (1 + jnp.tanh(times(x + times(cube, 0.044715), (2 / math.pi) ** 0.5)))
+
+
 # By the names transformers' configs use.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": silu,
     "swish": silu,
     "relu": relu,
     "gelu": gelu_erf,
-    "gelu_new": gelu_tanh,
+    "gelu_new": gelu_new,
     "gelu_fast": gelu_tanh,
     "gelu_pytorch_tanh": gelu_tanh,
 }

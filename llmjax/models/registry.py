@@ -35,9 +35,10 @@ class Architecture:
 
 def architectures() -> dict[str, Architecture]:
     """All of them, by model_type."""
-    from llmjax.models import llama
+    from llmjax.models import falcon, gemma, gemma2, llama, phi, stablelm
 
-    return {m.ARCHITECTURE.model_type: m.ARCHITECTURE for m in (llama,)}
+    modules = (gemma, gemma2, phi, falcon, stablelm, llama)
+    return {m.ARCHITECTURE.model_type: m.ARCHITECTURE for m in modules}
 
 
 def find(config: Mapping[str, Any], where: str) -> Architecture:

@@ -4,10 +4,11 @@ import datetime
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
 import jinja2.sandbox
 
 from llmjax.errors import RequestError, TokenizerError
@@ -20,8 +21,7 @@ class _Refused(Exception):
 def render(
     template: str,
     messages: Sequence[Mapping[str, Any]],
-    add_generation_prompt: bool,
-    special: Mapping[str, str],
+    variables: Mapping[str, Any],
     where: str,
 ) -> str:
     """Renders a conversation.
@@ -29,59 +29,113 @@ def render(
     Args:
       template: Jinja source.
       messages: each with ``role`` and ``content``.
-      add_generation_prompt: end with the opening of the model's turn.
-      special: special tokens by name.
+      variables: what else the template may name.
       where: the template's file, for messages.
 
     Raises:
-      TokenizerError: the template is broken.
+      TokenizerError: the template is broken or does what the sandbox forbids.
       RequestError: the messages are malformed, or the template refuses them.
     """
-    _check(messages)
+    check_messages(messages)
+    # Absent and null are the same to the templates that ask for these.
+    names = {"tools": None, "documents": None, **variables}
     try:
-        return _compiled(template).render(
-            messages=list(messages), add_generation_prompt=add_generation_prompt, **special
-        )
+        compiled = _compile(template)
+    except jinja2.TemplateError as error:
+        line = getattr(error, "lineno", None)
+        raise TokenizerError(
+            f"{where}: the chat template is broken{f' in line {line}' if line else ''}: {error}"
+        ) from None
+    try:
+        return compiled.render(messages=_plain(messages), **{name: _plain(value) for name, value in names.items()})
     except _Refused as error:
         raise RequestError(f"messages: the chat template refuses them: {error}") from None
-    except jinja2.TemplateError as error:
+    except jinja2.sandbox.SecurityError as error:
         raise TokenizerError(f"{where}: the chat template failed: {error}") from None
-    except (TypeError, KeyError, ValueError) as error:
-        raise RequestError(f"messages: the chat template cannot use them: {error}") from None
+    except Exception as error:  # a template may run into any error on messages it did not expect
+        raise RequestError(f"messages: the chat template cannot use them: {type(error).__name__}: {error}") from None
 
 
-def _check(messages: Sequence[Mapping[str, Any]]) -> None:
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
+    """Checks a conversation's form, whatever the template.
+
+    Raises:
+      RequestError: it is not a list of messages with ``role`` and ``content``.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise RequestError(f"messages: expected a non-empty list of objects, found {messages!r:.80}")
     for i, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+        if not isinstance(message, Mapping):
             raise RequestError(f"messages[{i}]: expected an object with 'role' and 'content', found {message!r:.80}")
+        role = message.get("role")
+        if not isinstance(role, str) or not role:
+            raise RequestError(f"messages[{i}].role: expected a string, found {role!r:.80}")
+        content = message.get("content")
+        if content is None and "tool_calls" in message:
+            continue
+        parts = isinstance(content, list) and all(isinstance(part, Mapping) for part in content)
+        if not isinstance(content, str) and not parts:
+            found = repr(content)[:80] if "content" in message else "none"
+            raise RequestError(f"messages[{i}].content: expected a string or a list of parts, found {found}")
+
+
+def _plain(value: Any) -> Any:
+    """A copy made of JSON's types alone: a template's reach ends at data, and it changes nothing of
+    the caller's."""
+    if isinstance(value, str):
+        return str.__str__(value)  # a subclass, such as an enumeration, may print itself otherwise
+    for kind in (bool, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, Sequence):
+        return [_plain(item) for item in value]
+    return None if value is None else f"<{type(value).__name__}>"
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled(template: str) -> jinja2.Template:
+def _compile(template: str) -> jinja2.Template:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment.globals["strftime_now"] = _strftime_now
     return environment.from_string(template)
 
 
 class _Generation(jinja2.ext.Extension):
-    """``{% generation %}`` marks the assistant's text for training; here it is transparent."""
+    """``{% generation %}`` marks the assistant's text for training; here it only is a scope."""
 
     tags = {"generation"}
 
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Any) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+# Jinja's own filter escapes HTML.
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
-def _raise(message: str) -> None:
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+def _raise(message: str) -> NoReturn:
     raise _Refused(message)

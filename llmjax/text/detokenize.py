@@ -1,102 +1,148 @@
-"""Text as it grows token by token: never half a UTF-8 character, and in the end exactly what decoding all ids gives."""
+"""Text as it grows token by token, never half a UTF-8 character.
+
+A decoder of a tokenizer file is one of three kinds here, each with constant work per token:
+
+* ``ByteStream``: every token is bytes (GPT-2, Llama 3, Qwen, ...).
+* ``PieceStream``: tokens are text, with byte tokens ``<0xE2>`` for what the vocabulary lacks
+  (SentencePiece: Gemma, Llama 2, ...).
+* ``WholeText``: any other decoder; its text comes out at the end only.
+"""
 
 import codecs
-import json
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
-import tokenizers
-
-from llmjax.errors import TokenizerError
-
-_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>", re.ASCII)
 
 
-def _byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable Latin-1 stands for itself, the rest for code points from 256 on."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+class IncrementalDetokenizer(Protocol):
+    """Decodes a growing list of ids; the pieces joined are exactly ``Tokenizer.decode`` of all ids.
 
-
-_ALPHABET = _byte_level_alphabet()
-
-
-class IncrementalDetokenizer:
-    """Decodes ids one by one; what it has given out never changes.
-
-    Two kinds of decoder exist among the models llmjax runs.  Byte-level ones join bytes and read them as UTF-8.
-    SentencePiece ones join pieces, write ``▁`` as a space, and read each *run* of byte pieces as UTF-8 on its own,
-    every byte of it as U+FFFD where the run is not valid: a run is therefore held back until it ends.
-
-    Args:
-      piece: a token's entry in the vocabulary; empty for what is no text (special tokens, ids beyond the vocabulary).
-      byte_level: which kind.
-      strip_first_space: drop one space at the very beginning (vocabularies that put one before every text).
+    A character is given out when its last byte has arrived, a replacement character (U+FFFD) when
+    the bytes can no longer become valid.
     """
 
-    def __init__(self, piece: Callable[[int], str], byte_level: bool, strip_first_space: bool):
-        self._piece, self._byte_level, self._strip = piece, byte_level, strip_first_space
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    def push(self, token: int) -> str:
+        """Takes the next id; returns new text that can no longer change, often empty."""
+
+    def flush(self) -> str:
+        """Ends the text and returns what was held back, complete or not."""
+
+
+class ByteStream:
+    """For decoders that join the tokens' bytes and read them as UTF-8.
+
+    Args:
+      token_bytes: what an id contributes; empty for special tokens.
+    """
+
+    def __init__(self, token_bytes: Callable[[int], bytes]):
+        self._token_bytes = token_bytes
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token: int) -> str:
+        """See ``IncrementalDetokenizer``."""
+        return self._utf8.decode(self._token_bytes(token))
+
+    def flush(self) -> str:
+        """See ``IncrementalDetokenizer``."""
+        return self._utf8.decode(b"", final=True)
+
+
+class PieceStream:
+    """For SentencePiece-type decoders.
+
+    Their rule for byte tokens: a whole run of them is valid UTF-8, or every byte of the run becomes
+    one replacement character.  So a run's text is certain only when the run ends, and is held back
+    until then.
+
+    Args:
+      piece: an id's text or byte, or None where it contributes nothing (it then ends no run).
+      strip: how many spaces to take off the beginning of the text.
+    """
+
+    def __init__(self, piece: Callable[[int], str | bytes | None], strip: int):
+        self._piece = piece
+        self._strip = strip
         self._run = bytearray()
 
     def push(self, token: int) -> str:
-        """Takes the next id and returns the text that is now certain."""
+        """See ``IncrementalDetokenizer``."""
         piece = self._piece(token)
-        if not piece:
+        if piece is None:
             return ""
-        if self._byte_level:
-            return self._decoder.decode(byte_level_bytes(piece))
-        byte = _BYTE.fullmatch(piece)
-        if byte:
-            self._run.append(int(byte[1], 16))
+        if isinstance(piece, bytes):
+            self._run += piece
             return ""
-        return self._first(self._end_run() + piece.replace("▁", " "))
+        return self._stripped(self._end_run() + piece)
 
     def flush(self) -> str:
-        """The text of what is left, complete or not."""
-        if self._byte_level:
-            return self._decoder.decode(b"", final=True)
-        return self._first(self._end_run())
+        """See ``IncrementalDetokenizer``."""
+        return self._stripped(self._end_run())
 
     def _end_run(self) -> str:
-        run, self._run = bytes(self._run), bytearray()
+        run, self._run = self._run, bytearray()
         try:
-            return run.decode("utf-8")
+            return run.decode()
         except UnicodeDecodeError:
             return "\ufffd" * len(run)
 
-    def _first(self, text: str) -> str:
-        if self._strip and text:
-            self._strip = False
-            return text.removeprefix(" ")
+    def _stripped(self, text: str) -> str:
+        while self._strip and text:
+            if text[0] != " ":
+                self._strip = 0
+                break
+            self._strip -= 1
+            text = text[1:]
         return text
 
 
+class WholeText:
+    """For decoders whose text can change with every further token.
+
+    Args:
+      decode: ids to text.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]):
+        self._decode = decode
+        self._ids: list[int] = []
+
+    def push(self, token: int) -> str:
+        """See ``IncrementalDetokenizer``."""
+        self._ids.append(token)
+        return ""
+
+    def flush(self) -> str:
+        """See ``IncrementalDetokenizer``."""
+        ids, self._ids = self._ids, []
+        return self._decode(ids)
+
+
+def sentencepiece_piece(piece: str) -> str | bytes:
+    """What a SentencePiece entry stands for: a byte for ``<0xE2>``, else text with real spaces."""
+    match = _BYTE_PIECE.fullmatch(piece)
+    return bytes.fromhex(match[1]) if match else piece.replace("▁", " ")
+
+
 def byte_level_bytes(piece: str) -> bytes:
-    """The bytes a byte-level piece stands for; an added token outside the alphabet stands for its own UTF-8."""
+    """What an entry of a byte-level vocabulary stands for.
+
+    Entries spell each byte as one printable character; an added token that uses any other
+    character is plain text.
+    """
+    alphabet = _byte_alphabet()
     try:
-        return bytes(_ALPHABET[letter] for letter in piece)
+        return bytes(alphabet[char] for char in piece)
     except KeyError:
         return piece.encode()
 
 
-def decoder_kind(backend: tokenizers.Tokenizer, where: str) -> tuple[bool, bool]:
-    """``(byte_level, strip_first_space)`` of a tokenizer's decoder.
-
-    Raises:
-      TokenizerError: a decoder of another kind.
-    """
-    decoder = json.loads(backend.to_str()).get("decoder") or {}
-    steps = decoder.get("decoders") if decoder.get("type") == "Sequence" else [decoder]
-    kinds = [step.get("type") for step in steps]
-    if kinds == ["ByteLevel"]:
-        return True, False
-    if kinds in (["Replace", "ByteFallback", "Fuse"], ["Replace", "ByteFallback", "Fuse", "Strip"]):
-        strip = steps[3] if len(steps) == 4 else None
-        expected = [None, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]
-        if steps[0] == {"type": "Replace", "pattern": {"String": "▁"}, "content": " "} and strip in expected:
-            return False, strip is not None
-    raise TokenizerError(
-        f"{where}: decoder {' + '.join(map(str, kinds))} is not supported; expected ByteLevel, or Replace + ByteFallback + Fuse"
-    )
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 as itself, the other bytes from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(0x100) if byte not in printable)
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}

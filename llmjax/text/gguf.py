@@ -1,128 +1,196 @@
-"""The tokenizer in a GGUF file's metadata (``tokenizer.ggml.*``)."""
+"""The tokenizer in a GGUF file's metadata (``tokenizer.ggml.*``).
 
-from collections.abc import Mapping
+Keys and defaults: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and llama.cpp's
+``llama-vocab.cpp``.
+"""
+
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from llmjax.errors import TokenizerError
 from llmjax.text import sentencepiece
-from llmjax.text.sentencepiece import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
-from llmjax.text.tokenizer import Tokenizer, load_backend
+from llmjax.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
+from llmjax.text.sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary
+from llmjax.text.tokenizer import Tokenizer, add_tokens, load_backend
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CASELESS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA3 = _CASELESS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-
-# How a pre-tokenizer kind splits a text, in order; the names are llama.cpp's.
-_SPLITS: dict[str, tuple[str, ...]] = {
-    "gpt-2": (_GPT2,),
-    "gpt2": (_GPT2,),
-    "phi-2": (_GPT2,),
-    "smollm": (r"\p{N}", _GPT2),
-    "llama-bpe": (_LLAMA3,),
-    "llama3": (_LLAMA3,),
-    "qwen2": (_QWEN2,),
-    "stablelm2": (_QWEN2,),
-}
-_NFC = ("qwen2",)
+_IDS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+_SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 
 
 def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     """See ``llmjax.text.tokenizer.from_gguf``."""
     entries = _Entries(metadata, str(path))
-    model = entries.get("model", str)
-    tokens = entries.get("tokens", list)
-    types = [int(t) for t in entries.get("token_type", None, [1] * len(tokens))]
-    if len(types) != len(tokens):
-        raise TokenizerError(f"{path}: tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
-    if len(set(tokens)) != len(tokens):
-        twice = next(t for i, t in enumerate(tokens) if t in tokens[:i])
-        raise TokenizerError(f"{path}: tokenizer.ggml.tokens: {twice!r} appears twice")
-    ids = {n: _id(entries, f"{n}_token_id", len(tokens)) for n in ("bos", "eos", "unknown", "padding", "eot", "eom")}
-    if model == "gpt2":
-        backend = load_backend(lambda: _byte_level(entries, tokens, types), str(path))
-        add_bos = False
-    elif model == "llama":
-        backend = load_backend(lambda: _sentencepiece(entries, tokens, types, ids), str(path))
+    model = entries.text("model")
+    if model not in ("gpt2", "llama"):
+        raise TokenizerError(
+            f"{path}: tokenizer.ggml.model {model!r} is not supported; expected 'gpt2' (byte-level BPE) or 'llama' "
+            "(SentencePiece BPE)"
+        )
+    tokens = entries.strings("tokens")
+    types = entries.numbers("token_type", len(tokens), default=NORMAL)
+    defaults = _SENTENCEPIECE_IDS if model == "llama" else {}
+    names = ("bos", "eos", "unknown", "padding", "eot", "eom")
+    ids = {n: entries.token_id(f"{n}_token_id", len(tokens), defaults.get(n)) for n in names}
+    dummy_prefix = False
+    if model == "llama":
+        vocabulary = Vocabulary(
+            pieces=tokens,
+            scores=entries.numbers("scores", len(tokens)),
+            types=types,
+            add_dummy_prefix=entries.flag("add_space_prefix", True),
+            bos_id=ids["bos"],
+            eos_id=ids["eos"],
+            unk_id=ids["unknown"],
+        )
+        backend, dummy_prefix = sentencepiece.build(vocabulary, str(path), everywhere=True)
         add_bos = True
     else:
-        raise TokenizerError(f"{path}: tokenizer.ggml.model {model!r} is not supported; expected 'gpt2' or 'llama'")
-    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+        _refuse_twice(tokens, str(path))
+        kind = _pre_tokenizer(entries)
+        merges = entries.strings("merges")
+        backend = _byte_level(tokens, merges, types, kind, str(path))
+        add_bos = kind.add_bos
+    special = {_IDS[n]: tokens[i] for n, i in ids.items() if n in _IDS and i is not None}
+    # As transformers does: what the file names is special even where its type does not say so.
+    add_tokens(backend, [tokenizers.AddedToken(t, normalized=False) for t in special.values()], special=True)
+    ends = {i for n in ("eos", "eot", "eom") if (i := ids[n]) is not None}
+    bos, eos = ids["bos"], ids["eos"]
+    template = metadata.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise TokenizerError(f"{path}: tokenizer.chat_template: expected a string, found {type(template).__name__}")
     return Tokenizer(
         backend=backend,
-        kind="bpe" if model == "gpt2" else "sentencepiece",
-        bos_id=ids["bos"],
-        eos_ids=tuple(sorted({i for n in ("eos", "eot", "eom") if (i := ids[n]) is not None})),
-        add_bos=entries.get("add_bos_token", bool, add_bos),
-        chat_template=metadata.get("tokenizer.chat_template"),
-        special={names[n]: tokens[i] for n, i in ids.items() if n in names and i is not None},
+        bos_id=bos,
+        eos_ids=tuple(sorted(ends)),
+        prefix_ids=(bos,) if entries.flag("add_bos_token", add_bos) and bos is not None else (),
+        suffix_ids=(eos,) if entries.flag("add_eos_token", False) and eos is not None else (),
+        chat_template=template,
+        special=special,
         where=str(path),
+        dummy_prefix=dummy_prefix,
     )
 
 
 class _Entries:
+    """The metadata, with every entry's type and length checked."""
+
     def __init__(self, metadata: Mapping[str, Any], where: str):
         self._metadata, self.where = metadata, where
 
-    def get(self, key: str, kind: type | None, default: Any = None) -> Any:
-        key = f"tokenizer.ggml.{key}"
-        value = self._metadata.get(key, default)
+    def text(self, key: str) -> str:
+        value = self._get(key)
+        return value if isinstance(value, str) else self._refuse(key, "a string", value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        return bool(value) if isinstance(value, bool | np.bool_) else self._refuse(key, "bool", value)
+
+    def token_id(self, key: str, size: int, default: int | None) -> int | None:
+        value = self._get(key, -1 if default is None or default >= size else default)
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            self._refuse(key, "a token id", value)
+        # Converters write the largest uint32 where there is no such token.
+        if value < 0 or value == 0xFFFFFFFF:
+            return None
+        return int(value) if value < size else self._refuse(key, f"an id below {size}", value)
+
+    def strings(self, key: str) -> list[str]:
+        value = self._get(key)
+        if not isinstance(value, list):
+            self._refuse(key, "list", value)
+        bad = next((i for i, v in enumerate(value) if not isinstance(v, str)), None)
+        return value if bad is None else self._refuse(f"{key}[{bad}]", "a string", value[bad])
+
+    def numbers(self, key: str, size: int, default: int | None = None) -> list[Any]:
+        value = self._get(key, None if default is None else [default] * size)
+        if not isinstance(value, list | tuple | np.ndarray):
+            self._refuse(key, "list", value)
+        try:
+            array = np.asarray(value)
+        except ValueError:  # lists of unequal length in it
+            array = np.array(None)
+        if array.ndim != 1 or array.dtype.kind not in "iuf" or not np.isfinite(array).all():
+            self._refuse(key, "a list of finite numbers", value)
+        if len(array) != size:
+            raise TokenizerError(
+                f"{self.where}: tokenizer.ggml.{key} has {len(array)} entries for {size} tokens; expected one a token"
+            )
+        return array.tolist()
+
+    def _get(self, key: str, default: Any = None) -> Any:
+        value = self._metadata.get(f"tokenizer.ggml.{key}", default)
         if value is None:
-            raise TokenizerError(f"{self.where}: {key} is missing; the file has no usable tokenizer")
-        if kind is not None and not isinstance(value, kind):
-            raise TokenizerError(f"{self.where}: {key}: expected {kind.__name__}, found {type(value).__name__}")
+            raise TokenizerError(
+                f"{self.where}: tokenizer.ggml.{key} is missing; convert the model again with a current converter"
+            )
         return value
 
-
-def _id(entries: _Entries, key: str, size: int) -> int | None:
-    value = entries.get(key, None, -1)
-    if not isinstance(value, int) or value >= size:
-        raise TokenizerError(f"{entries.where}: tokenizer.ggml.{key}: expected an id below {size}, found {value!r}")
-    return value if value >= 0 else None
-
-
-def _byte_level(entries: _Entries, tokens: list[str], types: list[int]) -> tokenizers.Tokenizer:
-    kind = entries.get("pre", str, "missing")
-    if kind not in _SPLITS:
+    def _refuse(self, key: str, expected: str, found: Any) -> Any:
+        kind = "" if expected.startswith("an id below") else f"{type(found).__name__} "
         raise TokenizerError(
-            f"{entries.where}: tokenizer.ggml.pre {kind!r} is not supported (how text is split before merging); "
-            f"llmjax has {', '.join(_SPLITS)}"
+            f"{self.where}: tokenizer.ggml.{key}: expected {expected}, found {kind}{' '.join(repr(found)[:60].split())}"
         )
-    merges = [tuple(m.split(" ")) for m in entries.get("merges", list)]
-    bad = next((m for m in merges if len(m) != 2), None)
-    if bad:
-        raise TokenizerError(f"{entries.where}: tokenizer.ggml.merges: expected two pieces, found {' '.join(bad)!r}")
-    vocab = {t: i for i, t in enumerate(tokens)}
-    backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in _SPLITS[kind]]
+
+
+def _pre_tokenizer(entries: _Entries) -> PreTokenizer:
+    name = entries.text("pre")
+    if name not in PRE_TOKENIZERS:
+        raise TokenizerError(
+            f"{entries.where}: tokenizer.ggml.pre {name!r} is not supported (how text is split before merging); "
+            f"expected one of {', '.join(sorted(PRE_TOKENIZERS))}"
+        )
+    return PRE_TOKENIZERS[name]
+
+
+def _refuse_twice(tokens: Sequence[str], where: str) -> None:
+    ids = {token: i for i, token in enumerate(tokens)}
+    if len(ids) != len(tokens):
+        i, twice = next((i, t) for i, t in enumerate(tokens) if ids[t] != i)
+        raise TokenizerError(f"{where}: tokenizer.ggml.tokens: {twice!r} appears twice: ids {i} and {ids[twice]}")
+
+
+def _byte_level(
+    tokens: list[str], merges: list[str], types: list[Any], kind: PreTokenizer, where: str
+) -> tokenizers.Tokenizer:
+    vocab = {token: i for i, token in enumerate(tokens)}
+    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
+    try:
+        model = models.BPE(vocab, pairs, ignore_merges=kind.ignore_merges)
+    except Exception as error:
+        _refuse_merges(merges, vocab, where)
+        raise TokenizerError(f"{where}: the tokenizer cannot be built: {error}") from None
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.patterns]
+    backend = load_backend(lambda: tokenizers.Tokenizer(model), where)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    if kind in _NFC:
+    if kind.nfc:
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
-    for token, token_type in zip(tokens, types, strict=True):
-        if token_type in (CONTROL, UNKNOWN, USER_DEFINED):
-            special = token_type != USER_DEFINED
-            backend.add_tokens([tokenizers.AddedToken(token, special=special, normalized=False)])
+    for wanted, special in ((CONTROL, UNKNOWN), True), ((USER_DEFINED,), False):
+        found = [
+            tokenizers.AddedToken(token, normalized=False)
+            for token, token_type in zip(tokens, types, strict=True)
+            if token_type in wanted
+        ]
+        add_tokens(backend, found, special=special)
     return backend
 
 
-def _sentencepiece(
-    entries: _Entries, tokens: list[str], types: list[int], ids: Mapping[str, int | None]
-) -> tokenizers.Tokenizer:
-    scores = [float(s) for s in entries.get("scores", None)]
-    if len(scores) != len(tokens):
-        raise TokenizerError(
-            f"{entries.where}: tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens"
-        )
-    prefix = entries.get("add_space_prefix", bool, True)
-    unknown = (
-        ids["unknown"] if ids["unknown"] is not None else next((i for i, t in enumerate(types) if t == UNKNOWN), None)
-    )
-    vocabulary = Vocabulary(tokens, scores, types, prefix, ids["bos"], ids["eos"], unknown)
-    return sentencepiece.build(vocabulary, entries.where)
+def _refuse_merges(merges: Sequence[str], vocab: Mapping[str, int], where: str) -> None:
+    """Names the first merge the vocabulary has no use for."""
+    for i, merge in enumerate(merges):
+        pair = merge.split(" ")
+        if len(pair) != 2 or not all(pair):
+            raise TokenizerError(f"{where}: tokenizer.ggml.merges[{i}]: expected two pieces, found {merge!r}")
+        for piece in (*pair, "".join(pair)):
+            if piece not in vocab:
+                raise TokenizerError(
+                    f"{where}: the tokenizer cannot be built: tokenizer.ggml.merges[{i}] {merge!r} needs {piece!r}, "
+                    "which is not among the tokens; tokens and merges belong to different models"
+                )

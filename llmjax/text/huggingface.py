@@ -1,6 +1,12 @@
-"""The tokenizer files of a Hugging Face directory."""
+"""The tokenizer files of a Hugging Face directory.
+
+``tokenizer.json`` says everything about ids, its post-processor about BOS (transformers 5 ignores
+``add_bos_token`` beside it).  For a ``tokenizer.model`` it is ``add_bos_token`` in
+``tokenizer_config.json``, or the tokenizer class's documented default.
+"""
 
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,60 +14,93 @@ import tokenizers
 
 from llmjax.errors import TokenizerError
 from llmjax.text import sentencepiece
-from llmjax.text.detokenize import decoder_kind
-from llmjax.text.tokenizer import Tokenizer, load_backend
+from llmjax.text.tokenizer import Tokenizer, add_tokens, load_backend, read_file
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-# Classes that add BOS where tokenizer_config.json does not say (transformers' defaults).
-_ADD_BOS = ("GemmaTokenizer", "LlamaTokenizer", "CodeLlamaTokenizer")
+_NAMED = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "sep_token",
+    "cls_token",
+    "mask_token",
+)
+# The documented default of these classes is to add BOS; a directory without tokenizer_config.json
+# says nothing, and the models that come so (Gemma, Llama) need it.
+_ADD_BOS = ("GemmaTokenizer", "LlamaTokenizer", "CodeLlamaTokenizer", "")
+# Special by the class alone, whatever the files say.
+_CLASS_SPECIAL = {"GemmaTokenizer": {"mask_token": "<mask>"}}
 
 
 def read(directory: Path) -> Tokenizer:
     """See ``llmjax.text.tokenizer.from_huggingface``."""
-    config = _object(directory / "tokenizer_config.json")
+    config_file = directory / "tokenizer_config.json"
+    config = _object(config_file)
+    file = next((f for n in ("tokenizer.json", "tokenizer.model") if (f := directory / n).exists()), None)
+    if file is None:
+        hint = ""
+        if (directory / "vocab.json").exists():
+            hint = "; vocab.json and merges.txt alone are not read: save_pretrained() of transformers"
+            hint += " makes a tokenizer.json of them"
+        raise TokenizerError(f"{directory}: no tokenizer; expected tokenizer.json or tokenizer.model{hint}")
     special = _special(directory, config)
-    file = directory / "tokenizer.json"
-    if file.exists():
-        backend = load_backend(lambda: tokenizers.Tokenizer.from_file(str(file)), str(file))
-        kind = "bpe" if decoder_kind(backend, str(file))[0] else "sentencepiece"
-        _add_tokens(backend, config)
-        bos_in_file = _adds_bos(backend, special.get("bos_token"))
+    dummy_prefix = False
+    if file.name == "tokenizer.json":
+        backend = load_backend(lambda: tokenizers.Tokenizer.from_str(_text(read_file(file), file)), str(file))
     else:
-        file = directory / "tokenizer.model"
-        if not file.exists():
-            raise TokenizerError(f"{directory}: no tokenizer; expected tokenizer.json or tokenizer.model")
-        model = sentencepiece.parse(file.read_bytes(), str(file))
-        backend = sentencepiece.build(model, str(file))
-        kind = "sentencepiece"
-        _add_tokens(backend, config)
-        special = sentencepiece.special_tokens(model) | special
-        bos_in_file = False
-    add_bos = config.get("add_bos_token")
-    if add_bos is None:
-        name = str(config.get("tokenizer_class", "")).removesuffix("Fast")
-        add_bos = bos_in_file or (file.name == "tokenizer.model" and name in (*_ADD_BOS, ""))
-    bos, eos = special.get("bos_token"), special.get("eos_token")
-    eos_id = backend.token_to_id(eos) if eos else None
+        vocabulary = sentencepiece.parse(read_file(file), str(file))
+        wanted = config.get("add_prefix_space")
+        backend, dummy_prefix = sentencepiece.build(
+            vocabulary,
+            str(file),
+            dummy_prefix=wanted if isinstance(wanted, bool) else None,
+            everywhere=config.get("legacy") is True,
+        )
+        special = sentencepiece.special_tokens(vocabulary) | special
+    _add_listed(backend, directory, config, config_file)
+    class_name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    by_class = _CLASS_SPECIAL.get(class_name, {})
+    special = {n: t for n, t in by_class.items() if backend.token_to_id(t) is not None} | special
+    _add_named(backend, special, config, config_file)
+    backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
+    bos, eos = (_token_id(backend, special.get(name)) for name in ("bos_token", "eos_token"))
+    prefix, suffix = _affixes(backend)
+    if file.name == "tokenizer.model":
+        add_bos = config.get("add_bos_token")
+        if add_bos is None:
+            add_bos = class_name in _ADD_BOS
+        prefix = (bos,) if add_bos and bos is not None else ()
+        suffix = (eos,) if config.get("add_eos_token") and eos is not None else ()
+    if bos is None and len(prefix) == 1:
+        bos = prefix[0]
     return Tokenizer(
         backend=backend,
-        kind=kind,
-        bos_id=backend.token_to_id(bos) if bos else None,
-        eos_ids=() if eos_id is None else (eos_id,),
-        add_bos=bool(add_bos),
+        bos_id=bos,
+        eos_ids=() if eos is None else (eos,),
+        prefix_ids=prefix,
+        suffix_ids=suffix,
         chat_template=_chat_template(directory, config),
         special=special,
         where=str(file),
+        dummy_prefix=dummy_prefix,
     )
+
+
+def _text(data: bytes, path: Path) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise TokenizerError(
+            f"{path}: expected UTF-8 text, found byte {data[error.start]:#04x} at {error.start}"
+        ) from None
 
 
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except OSError as error:
-        raise TokenizerError(f"{path}: cannot read the file: {error.strerror}") from None
+    try:
+        value = json.loads(_text(read_file(path), path))
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
@@ -69,50 +108,96 @@ def _object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _special(directory: Path, config: dict[str, Any]) -> dict[str, str]:
+def _token(value: Any, path: Path, thing: str) -> tokenizers.AddedToken:
+    """A token as these files write it: a string, or an object with ``content`` and flags."""
+    entry: Mapping[str, Any] = {"content": value} if isinstance(value, str) else value
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), str):
+        raise TokenizerError(
+            f"{path}: {thing}: expected a token's string or an object with 'content', found {value!r:.80}"
+        )
+    flags = {n: bool(entry.get(n, False)) for n in ("single_word", "lstrip", "rstrip", "normalized")}
+    return tokenizers.AddedToken(entry["content"], special=bool(entry.get("special")), **flags)
+
+
+def _special(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """Special tokens by name; tokenizer_config.json wins over special_tokens_map.json."""
-    result = {}
-    for source in (_object(directory / "special_tokens_map.json"), config):
-        for name in _NAMED:
-            value = source.get(name)
-            if isinstance(value, dict):
-                value = value.get("content")
-            if isinstance(value, str):
-                result[name] = value
+    result: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = directory / name
+        source = config if name == "tokenizer_config.json" else _object(path)
+        named = {n: source[n] for n in _NAMED if source.get(n) is not None}
+        result |= {n: _token(value, path, n).content for n, value in named.items()}
     return result
 
 
-def _adds_bos(backend: tokenizers.Tokenizer, bos: str | None) -> bool:
-    """Whether the file's own post-processor puts BOS first."""
-    first = backend.encode("a", add_special_tokens=True).ids[:1]
-    return bos is not None and first == [backend.token_to_id(bos)]
-
-
-def _add_tokens(backend: tokenizers.Tokenizer, config: dict[str, Any]) -> None:
-    """Tokens that only tokenizer_config.json knows (``added_tokens_decoder``), at the ids it gives."""
-    known = backend.get_added_tokens_decoder()
-    entries = config.get("added_tokens_decoder") or {}
+def _add_listed(backend: tokenizers.Tokenizer, directory: Path, config: Mapping[str, Any], config_file: Path) -> None:
+    """Tokens that only ``added_tokens_decoder`` (or the older added_tokens.json) knows."""
+    path, entries = config_file, config.get("added_tokens_decoder")
+    if entries is None:
+        path = directory / "added_tokens.json"
+        entries = {str(number): content for content, number in _object(path).items()}
+    if not isinstance(entries, Mapping) or not all(str(key).isdecimal() for key in entries):
+        raise TokenizerError(f"{path}: added_tokens_decoder: expected an object of ids to tokens")
+    known = {t.content for t in backend.get_added_tokens_decoder().values()}
     for key in sorted(entries, key=int):
-        entry = entries[key]
-        if int(key) in known and known[int(key)].content == entry.get("content"):
+        token = _token(entries[key], path, f"added token {key}")
+        if token.content in known:
             continue
-        token = tokenizers.AddedToken(
-            entry["content"],
-            single_word=entry.get("single_word", False),
-            lstrip=entry.get("lstrip", False),
-            rstrip=entry.get("rstrip", False),
-            normalized=entry.get("normalized", False),
-            special=entry.get("special", False),
-        )
-        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+        add_tokens(backend, [token], special=token.special)
+        found = backend.token_to_id(token.content)
+        if found != int(key):
+            raise TokenizerError(
+                f"{path}: added token {token.content!r}: expected id {key}, found {found} when added "
+                "to the vocabulary; the file belongs to another tokenizer"
+            )
 
 
-def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
-    file = directory / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    template = _object(directory / "chat_template.json").get("chat_template", config.get("chat_template"))
-    if isinstance(template, list):  # several named ones: the one called default
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+def _add_named(
+    backend: tokenizers.Tokenizer,
+    special: Mapping[str, str],
+    config: Mapping[str, Any],
+    config_file: Path,
+) -> None:
+    """Marks named tokens as special ones, as transformers does; new ones get the next ids."""
+    more: list[Any] = []
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        value = config.get(name) or []
+        more += value.values() if isinstance(value, Mapping) else value
+    tokens = [_token(value, config_file, "special token") for value in [*special.values(), *more]]
+    for token in tokens:
+        token.special = True
+    add_tokens(backend, tokens, special=True)
+
+
+def _affixes(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the file's own post-processor puts before and behind a text."""
+    if backend.post_processor is None:
+        return (), ()
+    encoding = backend.encode("a", add_special_tokens=True)
+    inner = [i for i, s in enumerate(encoding.special_tokens_mask) if not s]
+    if not inner:
+        return tuple(encoding.ids), ()
+    return tuple(encoding.ids[: inner[0]]), tuple(encoding.ids[inner[-1] + 1 :])
+
+
+def _token_id(backend: tokenizers.Tokenizer, token: str | None) -> int | None:
+    return None if token is None else backend.token_to_id(token)
+
+
+def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
+    path = directory / "chat_template.jinja"
+    if path.exists():
+        return _text(read_file(path), path)
+    path = directory / "chat_template.json"
+    template = _object(path).get("chat_template")
+    if template is None:
+        path, template = directory / "tokenizer_config.json", config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = dict(_named_templates(template)).get("default")
+    if template is not None and not isinstance(template, str):
+        raise TokenizerError(f"{path}: chat_template: expected a string, found {type(template).__name__}")
+    return template
+
+
+def _named_templates(entries: list[Any]) -> Iterator[tuple[Any, Any]]:
+    return ((e.get("name"), e.get("template")) for e in entries if isinstance(e, Mapping))

@@ -1,9 +1,8 @@
-"""SentencePiece vocabularies as `tokenizers` objects, by the rules the published ``tokenizer.json`` files were made
-with.
+"""SentencePiece BPE vocabularies as `tokenizers` objects.
 
-Merges are not stored in such a vocabulary: two pieces may merge whenever the joined piece exists, the best score first.
-CONTROL and USER_DEFINED pieces become added tokens, so their strings in a text become their ids (SentencePiece itself
-would split a CONTROL piece's string; transformers does not, and llmjax follows transformers).
+Such a vocabulary stores no merges: two pieces may merge whenever the joined piece exists, the best
+score first.  CONTROL pieces become special tokens, so their strings in a text become their ids
+(SentencePiece itself would split them as text; transformers does not, and llmjax follows it).
 """
 
 import dataclasses
@@ -14,6 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 from llmjax.errors import TokenizerError
+from llmjax.text.tokenizer import Tokenizer, add_tokens, load_backend
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -23,7 +23,7 @@ class Vocabulary:
     """Pieces of a SentencePiece BPE model.
 
     Attributes:
-      pieces: in id order.
+      pieces: in id order, ``▁`` for a space.
       scores: as stored; higher merges first.
       types: NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED or BYTE.
       add_dummy_prefix: put a space before the text.
@@ -41,11 +41,29 @@ class Vocabulary:
     unk_id: int | None
 
 
+def read(data: bytes, where: str, *, add_bos: bool, chat_template: str | None) -> Tokenizer:
+    """See ``llmjax.text.tokenizer.from_sentencepiece``."""
+    vocabulary = parse(data, where)
+    backend, dummy_prefix = build(vocabulary, where)
+    bos, eos = vocabulary.bos_id, vocabulary.eos_id
+    return Tokenizer(
+        backend=backend,
+        bos_id=bos,
+        eos_ids=() if eos is None else (eos,),
+        prefix_ids=(bos,) if add_bos and bos is not None else (),
+        suffix_ids=(),
+        chat_template=chat_template,
+        special=special_tokens(vocabulary),
+        where=where,
+        dummy_prefix=dummy_prefix,
+    )
+
+
 def parse(data: bytes, where: str) -> Vocabulary:
     """Reads a ``tokenizer.model``.
 
     Raises:
-      TokenizerError: it is damaged, or not a BPE model.
+      TokenizerError: it is damaged, not a BPE model, or normalizes text in a way llmjax does not.
     """
     import sentencepiece as spm
     from sentencepiece import sentencepiece_model_pb2
@@ -56,20 +74,34 @@ def parse(data: bytes, where: str) -> Vocabulary:
     try:
         model.ParseFromString(data)
         processor = spm.SentencePieceProcessor(model_proto=data)
-    except Exception as error:
-        raise TokenizerError(f"{where}: not a SentencePiece model, or a damaged one: {error}") from None
-    if model.trainer_spec.model_type != proto.TrainerSpec.BPE:
-        kind = proto.TrainerSpec.ModelType.Name(model.trainer_spec.model_type)
-        raise TokenizerError(f"{where}: SentencePiece model of type {kind}; expected BPE")
-    if model.normalizer_spec.precompiled_charsmap:
-        raise TokenizerError(f"{where}: normalizer {model.normalizer_spec.name!r} is not supported; expected identity")
-    ids = [i if i >= 0 else None for i in (processor.bos_id(), processor.eos_id(), processor.unk_id())]
+    except Exception as error:  # protobuf's own class, RuntimeError and others
+        raise TokenizerError(
+            f"{where}: not a SentencePiece model, or a damaged one: {error or 'it does not parse'}"
+        ) from None
+    spec, trainer = model.normalizer_spec, model.trainer_spec
+    refused = []
+    if trainer.model_type != proto.TrainerSpec.BPE:
+        kind = proto.TrainerSpec.ModelType.Name(trainer.model_type)
+        refused.append(f"model type: expected BPE, found {kind}")
+    if spec.precompiled_charsmap:
+        refused.append(f"normalizer: expected identity, found {spec.name!r}")
+    if spec.remove_extra_whitespaces:
+        refused.append("remove_extra_whitespaces: expected false, found true")
+    if not spec.escape_whitespaces:
+        refused.append("escape_whitespaces: expected true, found false")
+    if trainer.treat_whitespace_as_suffix:
+        refused.append("treat_whitespace_as_suffix: expected false, found true")
+    if refused:
+        raise TokenizerError(f"{where}: SentencePiece model not supported: {'; '.join(refused)}")
+    bos, eos, unk = processor.bos_id(), processor.eos_id(), processor.unk_id()
     return Vocabulary(
-        [p.piece for p in model.pieces],
-        [p.score for p in model.pieces],
-        [p.type for p in model.pieces],
-        model.normalizer_spec.add_dummy_prefix,
-        *ids,
+        pieces=[p.piece for p in model.pieces],
+        scores=[p.score for p in model.pieces],
+        types=[p.type for p in model.pieces],
+        add_dummy_prefix=spec.add_dummy_prefix,
+        bos_id=bos if bos >= 0 else None,
+        eos_id=eos if eos >= 0 else None,
+        unk_id=unk if unk >= 0 else None,
     )
 
 
@@ -79,42 +111,66 @@ def special_tokens(model: Vocabulary) -> dict[str, str]:
     return {name: model.pieces[i] for name, i in ids.items() if i is not None}
 
 
-def build(model: Vocabulary, where: str) -> tokenizers.Tokenizer:
-    """The tokenizer of a vocabulary.
+def build(
+    model: Vocabulary, where: str, *, dummy_prefix: bool | None = None, everywhere: bool = False
+) -> tuple[tokenizers.Tokenizer, bool]:
+    """The tokenizer of a vocabulary, and whether the caller must still put the dummy prefix.
+
+    Args:
+      model: the vocabulary.
+      where: the file, for messages.
+      dummy_prefix: instead of the vocabulary's own.
+      everywhere: begin every stretch between added tokens with the dummy prefix (llama.cpp, and
+        transformers' "legacy" mode), not only the text.
 
     Raises:
       TokenizerError: a piece appears twice, or there is none for unknown text.
     """
     vocab = {piece: i for i, piece in enumerate(model.pieces)}
     if len(vocab) != len(model.pieces):
-        twice = next(p for i, p in enumerate(model.pieces) if vocab[p] != i)
-        raise TokenizerError(f"{where}: piece {twice!r} appears twice in the vocabulary")
+        i, twice = next((i, p) for i, p in enumerate(model.pieces) if vocab[p] != i)
+        raise TokenizerError(f"{where}: piece {twice!r} appears twice: ids {i} and {vocab[twice]}")
     if model.unk_id is None:
-        raise TokenizerError(f"{where}: the vocabulary has no unknown piece")
-    mergeable = {p: i for p, i in vocab.items() if model.types[i] in (NORMAL, USER_DEFINED, UNUSED) and len(p) > 1}
-    merges = sorted(
-        ((-model.scores[i], vocab[a], vocab[b], a, b) for p, i in mergeable.items() for a, b in _splits(p, vocab)),
+        raise TokenizerError(f"{where}: the vocabulary has no piece for unknown text")
+    unk = model.pieces[model.unk_id]
+    prefix = model.add_dummy_prefix if dummy_prefix is None else dummy_prefix
+    backend = load_backend(
+        lambda: tokenizers.Tokenizer(
+            models.BPE(
+                vocab,
+                _merges(model),
+                unk_token=unk,
+                fuse_unk=True,
+                byte_fallback=BYTE in model.types,
+            )
+        ),
+        where,
     )
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab,
-            [(a, b) for *_, a, b in merges],
-            unk_token=model.pieces[model.unk_id],
-            fuse_unk=True,
-            byte_fallback=BYTE in model.types,
-        )
-    )
-    steps = [normalizers.Prepend("▁")] if model.add_dummy_prefix else []
+    steps = [normalizers.Prepend("▁")] if prefix and everywhere else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if model.add_dummy_prefix else []
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    for piece, kind in zip(model.pieces, model.types, strict=True):
-        if kind in (CONTROL, UNKNOWN, USER_DEFINED):
-            special = kind != USER_DEFINED
-            backend.add_tokens([tokenizers.AddedToken(piece, special=special, normalized=False)])
-    return backend
+    typed = list(zip(model.pieces, model.types, strict=True))
+    special = [tokenizers.AddedToken(p, normalized=False) for p, t in typed if t in (CONTROL, UNKNOWN)]
+    add_tokens(backend, special, special=True)
+    # SentencePiece finds these in the normalized text ("▁▁" for two spaces).  The library would
+    # normalize their own strings, too, which a prepended space spoils.
+    normalized = not steps
+    defined = [tokenizers.AddedToken(p, normalized=normalized) for p, t in typed if t == USER_DEFINED]
+    add_tokens(backend, defined, special=False)
+    return backend, prefix and not everywhere
 
 
-def _splits(piece: str, vocab: dict[str, int]) -> list[tuple[str, str]]:
-    pairs = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-    return [(a, b) for a, b in pairs if a in vocab and b in vocab]
+def _merges(model: Vocabulary) -> list[tuple[str, str]]:
+    """Pairs that join to a piece, best first; among the splits of one piece, the longest left part
+    first, as in the published conversions."""
+    usable = {p for p, t in zip(model.pieces, model.types, strict=True) if t in (NORMAL, USER_DEFINED, UNUSED)}
+    found = [
+        (-score, -i, piece)
+        for piece, score in zip(model.pieces, model.scores, strict=True)
+        if len(piece) > 1 and piece in usable
+        for i in range(1, len(piece))
+        if piece[:i] in usable and piece[i:] in usable
+    ]
+    found.sort(key=lambda item: item[:2])
+    return [(piece[:-i], piece[-i:]) for _, i, piece in found]

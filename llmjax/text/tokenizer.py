@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from llmjax.errors import TokenizerError
-from llmjax.text.detokenize import IncrementalDetokenizer, decoder_kind
+from llmjax.errors import RequestError, TokenizerError
+from llmjax.text import detokenize
+from llmjax.text.detokenize import IncrementalDetokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,28 +20,41 @@ class Tokenizer:
     """Text to token ids and back.
 
     Attributes:
-      backend: the `tokenizers` object; its post-processor is not used, BOS is put by ``encode``.
-      kind: ``bpe`` (byte-level) or ``sentencepiece``.
+      backend: the `tokenizers` object; its post-processor, padding and truncation are not used.
       bos_id: None where the vocabulary has none.
-      eos_ids: tokens that end a text, of the tokenizer's files alone.
-      add_bos: whether ``encode`` begins with BOS, as the checkpoint's files say.
+      eos_ids: tokens that end a text, of the tokenizer's files alone, in ascending order.
+      prefix_ids: what ``encode`` puts before a text by the checkpoint's policy: BOS, or nothing.
+      suffix_ids: what it puts behind one: nothing, for almost every checkpoint.
       chat_template: Jinja source, or None.
       special: strings a chat template may name: ``bos_token``, ``eos_token``, ...
       where: the file, for messages.
+      dummy_prefix: ``encode`` puts a space before a text that does not begin with a special token
+        (SentencePiece's ``add_dummy_prefix``, where ``backend`` does not do it itself).
     """
 
     backend: tokenizers.Tokenizer
-    kind: str
     bos_id: int | None
     eos_ids: tuple[int, ...]
-    add_bos: bool
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
     chat_template: str | None
     special: Mapping[str, str]
     where: str
+    dummy_prefix: bool = False
+
+    @property
+    def add_bos(self) -> bool:
+        """Whether ``encode`` begins with BOS unless told otherwise."""
+        return self.bos_id is not None and self.bos_id in self.prefix_ids
+
+    @functools.cached_property
+    def kind(self) -> str:
+        """``bpe`` (byte-level) or ``sentencepiece``."""
+        return "sentencepiece" if self._decoder[0] == "pieces" else "bpe"
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """Ids the tokenizer knows: one more than the highest."""
+        """Ids the tokenizer knows, added tokens included: one more than the highest."""
         return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
@@ -47,60 +62,137 @@ class Tokenizer:
 
         Args:
           text: any string.
-          add_bos: None for the checkpoint's own policy.
+          add_bos: None for the checkpoint's own policy (which may put EOS behind the text, too).
+
+        Raises:
+          RequestError: the text is no valid Unicode text, or BOS is wanted and there is none.
         """
-        ids = self.backend.encode(text, add_special_tokens=False).ids
-        if self.bos_id is not None and (self.add_bos if add_bos is None else add_bos):
-            return [self.bos_id, *ids]
-        return ids
+        if add_bos and self.bos_id is None:
+            raise RequestError(f"add_bos: {self.where} has no BOS token; leave add_bos out")
+        if self.dummy_prefix and isinstance(text, str) and text and not text.startswith(self._special_strings):
+            text = " " + text
+        try:
+            ids = self.backend.encode(text, add_special_tokens=False).ids
+        except (TypeError, UnicodeEncodeError):
+            raise RequestError(_not_text(text)) from None
+        if add_bos is None:
+            return [*self.prefix_ids, *ids, *self.suffix_ids]
+        return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of ``ids``.  Ids beyond the vocabulary (padding rows of real embeddings) are nothing."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """Text of ``ids``, as transformers gives it without ``clean_up_tokenization_spaces``.
+
+        Ids from ``vocab_size`` on (embeddings of real models have padding rows) decode to nothing.
+
+        Raises:
+          RequestError: an id is negative.
+        """
+        known = [int(i) for i in ids if i < self.vocab_size]
+        if min(known, default=0) < 0:
+            raise RequestError(f"ids: expected token ids from 0 on, found {min(known)}")
+        return self.backend.decode(known, skip_special_tokens=skip_special_tokens)
 
     def piece(self, token: int) -> str:
-        """The vocabulary's entry as stored; empty for an id beyond it."""
-        return self.backend.id_to_token(token) or ""
+        """The vocabulary's entry as stored; empty for an id it does not know."""
+        return self.backend.id_to_token(token) or "" if 0 <= token < self.vocab_size else ""
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token contributes to a text; empty for special and unknown ids."""
+        if token in self._special_ids:
+            return b""
+        form, _ = self._decoder
+        if form == "bytes":
+            return detokenize.byte_level_bytes(self.piece(token))
+        if form == "whole":
+            return self.decode([token]).encode()
+        part = detokenize.sentencepiece_piece(self.piece(token))
+        return part if isinstance(part, bytes) else part.encode()
 
     def detokenizer(self) -> IncrementalDetokenizer:
-        """A fresh incremental decoder."""
-        return IncrementalDetokenizer(self._text_piece, *self._decoder_kind)
+        """A fresh incremental decoder, special tokens skipped."""
+        form, strip = self._decoder
+        if form == "bytes":
+            return detokenize.ByteStream(self.token_bytes)
+        if form == "whole":
+            return detokenize.WholeText(self.decode)
+        return detokenize.PieceStream(self._part, strip)
 
-    @functools.cached_property
-    def _decoder_kind(self) -> tuple[bool, bool]:
-        return decoder_kind(self.backend, self.where)
-
-    @functools.cached_property
-    def _special_ids(self) -> frozenset[int]:
-        return frozenset(i for i, token in self.backend.get_added_tokens_decoder().items() if token.special)
-
-    def _text_piece(self, token: int) -> str:
-        return "" if token in self._special_ids else self.piece(token)
-
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
         """The conversation as the checkpoint's template writes it.
+
+        Args:
+          messages: each with ``role`` and ``content``.
+          add_generation_prompt: end with the opening of the model's turn.
+          **variables: further names the template may use (``tools``, ``enable_thinking``, ...).
 
         Raises:
           TokenizerError: the checkpoint has no template, or it is broken.
           RequestError: the messages are malformed, or the template refuses them.
         """
-        from llmjax.text.chat import render
+        from llmjax.text import chat  # imports Jinja
 
         if self.chat_template is None:
-            raise TokenizerError(f"{self.where}: no chat template; give a plain prompt instead")
-        return render(self.chat_template, messages, add_generation_prompt, self.special, self.where)
+            raise TokenizerError(
+                f"{self.where}: no chat template; give a plain prompt, or put the model's "
+                "chat_template.jinja beside tokenizer.json"
+            )
+        names = {**self.special, **variables, "add_generation_prompt": add_generation_prompt}
+        return chat.render(self.chat_template, messages, names, self.where)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of the rendered conversation; the template writes BOS itself where it wants one."""
-        return self.encode(self.render_chat(messages, add_generation_prompt=add_generation_prompt), add_bos=False)
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """Ids of the rendered conversation; the template writes BOS itself where it wants one."""
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return self.encode(text, add_bos=False)
 
     def fingerprint(self) -> str:
-        """sha256 of everything that decides ids."""
-        state = f"{self.backend.to_str()}\n{self.bos_id}\n{self.add_bos}"
-        return hashlib.sha256(state.encode()).hexdigest()
+        """sha256, in hex, of everything that decides ids."""
+        rest = [self.bos_id, self.eos_ids, self.prefix_ids, self.suffix_ids, self.dummy_prefix]
+        return hashlib.sha256(f"{self.backend.to_str()}\n{rest}".encode()).hexdigest()
+
+    @functools.cached_property
+    def _decoder(self) -> tuple[str, int]:
+        return decoder_form(self.backend)
+
+    @functools.cached_property
+    def _special_ids(self) -> frozenset[int]:
+        # The flag of an added token is not updated when the token is named special later on, but
+        # decoding goes by the name.
+        added = self.backend.get_added_tokens_decoder()
+        named = set(self.special.values())
+        return frozenset(i for i, t in added.items() if t.special or t.content in named)
+
+    @functools.cached_property
+    def _special_strings(self) -> tuple[str, ...]:
+        return tuple(self.piece(i) for i in self._special_ids)
+
+    def _part(self, token: int) -> str | bytes | None:
+        if token in self._special_ids or not (piece := self.piece(token)):
+            return None
+        return detokenize.sentencepiece_piece(piece)
 
 
-def from_huggingface(directory: Path) -> Tokenizer:
+def _not_text(text: Any) -> str:
+    if not isinstance(text, str):
+        return f"text: expected a string, found {type(text).__name__}"
+    at = next(i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff")
+    return (
+        f"text: character {at} is half a surrogate pair ({text[at]!r}), which no UTF-8 text has; decode its source anew"
+    )
+
+
+def from_huggingface(directory: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory: ``tokenizer.json``, else ``tokenizer.model``.
 
     Raises:
@@ -111,22 +203,96 @@ def from_huggingface(directory: Path) -> Tokenizer:
     return huggingface.read(Path(directory))
 
 
-def from_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
+def from_gguf(metadata: Mapping[str, Any], path: str | Path) -> Tokenizer:
     """The tokenizer in a GGUF file's metadata.
+
+    Args:
+      metadata: the file's keys and values; arrays as lists or NumPy arrays.
+      path: the file, for messages.
 
     Raises:
       TokenizerError: entries are missing, of the wrong type or length, or of an unknown kind.
     """
     from llmjax.text import gguf
 
-    return gguf.read(metadata, path)
+    return gguf.read(metadata, Path(path))
 
 
-def load_backend(build: Any, where: str) -> tokenizers.Tokenizer:
-    """Runs ``build()``, whose failures (the library raises bare ``Exception``) become a TokenizerError."""
+def from_sentencepiece(
+    model: bytes | str | Path,
+    *,
+    add_bos: bool = True,
+    chat_template: str | None = None,
+    where: str = "tokenizer.model",
+) -> Tokenizer:
+    """The tokenizer of a ``tokenizer.model`` file, or of its bytes (as bundles carry them).
+
+    Args:
+      model: the file or its bytes.
+      add_bos: whether ``encode`` begins with BOS; the file itself does not say.
+      chat_template: Jinja source.
+      where: how messages call the bytes.
+
+    Raises:
+      TokenizerError: it is missing, damaged, or not a BPE model.
+    """
+    from llmjax.text import sentencepiece
+
+    if not isinstance(model, bytes):
+        where, model = str(model), read_file(Path(model))
+    return sentencepiece.read(model, where, add_bos=add_bos, chat_template=chat_template)
+
+
+def read_file(path: Path) -> bytes:
+    """The file's bytes.
+
+    Raises:
+      TokenizerError: it cannot be read.
+    """
     try:
-        return build()
+        return path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path}: cannot read the file: {error.strerror}") from None
+
+
+def load_backend(build: Callable[[], tokenizers.Tokenizer], where: str) -> tokenizers.Tokenizer:
+    """Runs ``build()``; what the library raises becomes a TokenizerError."""
+    try:
+        backend = build()
     except TokenizerError:
         raise
-    except Exception as error:
-        raise TokenizerError(f"{where}: the tokenizer cannot be built: {error}") from None
+    except BaseException as error:
+        # The library raises bare Exception, and a BaseException where its Rust code panics.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        text = " ".join(str(error).split())
+        raise TokenizerError(f"{where}: the tokenizer cannot be built: {text}") from None
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+def add_tokens(backend: tokenizers.Tokenizer, tokens: Iterable[tokenizers.AddedToken], *, special: bool) -> None:
+    """Adds tokens in one go: every call of the library's rebuilds its search tables."""
+    todo = list(tokens)
+    if todo:
+        (backend.add_special_tokens if special else backend.add_tokens)(todo)
+
+
+def decoder_form(backend: tokenizers.Tokenizer) -> tuple[str, int]:
+    """How the backend turns tokens into text: ``bytes``, ``pieces`` or ``whole`` (see
+    ``llmjax.text.detokenize``), and the number of spaces it takes off the beginning."""
+    if backend.decoder is None:
+        return "whole", 0
+    state = json.loads(backend.decoder.__getstate__())
+    steps = state["decoders"] if state["type"] == "Sequence" else [state]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"]:
+        return "bytes", 0
+    if kinds[:3] != ["Replace", "ByteFallback", "Fuse"]:
+        return "whole", 0
+    if steps[0]["pattern"] != {"String": "▁"} or steps[0]["content"] != " ":
+        return "whole", 0
+    if kinds[3:] == ["Strip"] and steps[3]["content"] == " " and steps[3]["stop"] == 0:
+        return "pieces", steps[3]["start"]
+    return ("whole", 0) if kinds[3:] else ("pieces", 0)

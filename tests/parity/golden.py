@@ -1,0 +1,45 @@
+"""The committed golden files, and the models they belong to."""
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import llmjax
+from tests.parity import checkpoints
+
+FOLDER = Path(__file__).parents[1] / "golden"
+NAMES = sorted(p.stem for p in FOLDER.glob("*.npz"))
+
+# Of the logits' largest value; float32 sums in another order reach a third of it.
+TOLERANCE = 3e-5
+
+
+@functools.cache
+def arrays(name: str) -> dict[str, np.ndarray]:
+    """What transformers computed (scripts/make_golden.py)."""
+    with np.load(FOLDER / f"{name}.npz") as file:
+        return {k: file[k] for k in file.files}
+
+
+def meta(name: str) -> dict[str, Any]:
+    """``config``, ``shapes``, ``seed``, and ``rows`` of the long prompt that were kept."""
+    return json.loads(str(arrays(name)["meta"]))
+
+
+def load(name: str, numerics: str = "reference", dtype: str = "float32") -> llmjax.Model:
+    """The variant's model, through files on disk as a user's would be."""
+    m = meta(name)
+    with tempfile.TemporaryDirectory() as folder:
+        path = checkpoints.write(Path(folder), m["config"], m["shapes"], m["seed"], dtype)
+        return llmjax.load(path, numerics=numerics)
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference over the largest expected value; infinite where something is not finite."""
+    if not np.isfinite(found).all():
+        return float("inf")
+    return float(np.abs(found - expected).max() / np.abs(expected).max())

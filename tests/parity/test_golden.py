@@ -1,0 +1,76 @@
+"""Every architecture against what transformers computed once: no torch needed."""
+
+import numpy as np
+import pytest
+
+import llmjax
+from llmjax.models.registry import architectures
+from tests.parity import golden
+from tests.parity.golden import TOLERANCE, arrays, error, meta
+from tests.parity.variants import VARIANTS
+
+
+@pytest.fixture(scope="module", params=golden.NAMES)
+def case(request):
+    return request.param, golden.load(request.param)
+
+
+def test_every_architecture_has_variants_and_every_variant_a_file():
+    assert {c["model_type"] for c in VARIANTS.values()} == set(architectures())
+    assert set(VARIANTS) == set(golden.NAMES), "run scripts/make_golden.py"
+    for name, config in VARIANTS.items():
+        assert meta(name)["config"] == config, f"{name} changed: run scripts/make_golden.py {name}"
+
+
+def test_logits(case, record_property):
+    name, model = case
+    expected = arrays(name)
+    short, long = model.logits([expected["short"].tolist(), expected["long"].tolist()])
+    errors = error(short, expected["logits_short"]), error(long[meta(name)["rows"]], expected["logits_long"])
+    record_property("errors", errors)
+    assert max(errors) <= TOLERANCE, errors
+
+
+def test_hidden_states_of_every_layer(case):
+    name, model = case
+    expected = arrays(name)
+    trace = llmjax.trace(model, expected["short"].tolist(), ["embed", "layers.*.resid"])
+    for found, wanted in zip(trace.activations.values(), expected["hidden"], strict=True):
+        assert error(found, wanted) <= TOLERANCE
+
+
+def test_cached_generation_and_scores(case):
+    """Chunks, blocks and windows smaller than the prompts, through the engine."""
+    name, model = case
+    expected = arrays(name)
+    llm = llmjax.LLM(model, max_batch=4, chunk=16, block=32)
+    out = llm.generate(expected["short"][:7].tolist(), llmjax.SamplingParams(temperature=0, max_tokens=24))
+    assert out[0].outputs[0].token_ids == expected["greedy"].tolist()
+    ids = expected["long"].tolist()
+    (score,) = llm.score([ids])
+    rows = [r for r in meta(name)["rows"] if r + 1 < len(ids)]
+    wide = expected["logits_long"][: len(rows)].astype(np.float64)
+    log_probs = wide - np.logaddexp.reduce(wide, -1, keepdims=True)
+    wanted = [log_probs[i, ids[r + 1]] for i, r in enumerate(rows)]
+    assert error(np.array([score.logprobs[r + 1] for r in rows]), np.array(wanted)) <= 3 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", [n for n in golden.NAMES if "hf_logits_short" in arrays(n)])
+def test_profile_hf_is_transformers_where_it_differs_from_the_paper(name):
+    """Falcon's ALiBi in bfloat16: visible from position 256 on, or with head counts that are no power of two."""
+    expected = arrays(name)
+    model = golden.load(name, "hf")
+    short, long = model.logits([expected["short"].tolist(), expected["long"].tolist()])
+    assert error(short, expected["hf_logits_short"]) <= TOLERANCE
+    assert error(long[meta(name)["rows"]], expected["hf_logits_long"]) <= TOLERANCE
+    assert error(expected["logits_long"], expected["hf_logits_long"]) > 30 * TOLERANCE
+
+
+def test_rows_do_not_depend_on_their_batch(case):
+    name, model = case
+    expected = arrays(name)
+    short, long = expected["short"].tolist(), expected["long"].tolist()
+    together = model.logits([short, long[:1], short[:9]])
+    for ids, found in zip([short, long[:1], short[:9]], together, strict=True):
+        np.testing.assert_array_equal(model.logits([ids])[0], found)
+    assert error(together[2], expected["logits_short"][:9]) <= TOLERANCE

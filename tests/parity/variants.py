@@ -1,0 +1,132 @@
+"""Tiny adversarial models of every architecture: the options and proportions that hide bugs when they are at their defaults.
+
+Widths whose square root bfloat16 cannot hold, heads * width != D, windows shorter than the prompt, soft-caps that bite,
+head counts that are no power of two, vocabulary rows that no prompt uses.  The suite is generated from the registry: an
+architecture that is not here fails ``test_golden.py``.
+"""
+
+VOCAB = 160
+
+_LLAMA = {
+    "model_type": "llama",
+    "vocab_size": VOCAB,
+    "hidden_size": 56,
+    "intermediate_size": 104,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+_GEMMA = {
+    "model_type": "gemma",
+    "vocab_size": VOCAB,
+    "hidden_size": 72,
+    "intermediate_size": 120,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 18,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": None,
+}
+_GEMMA2 = _GEMMA | {
+    "model_type": "gemma2",
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 11,
+    "sliding_window": 8,
+    "attn_logit_softcapping": 4.0,
+    "final_logit_softcapping": 6.0,
+}
+_PHI = {
+    "model_type": "phi",
+    "vocab_size": VOCAB,
+    "hidden_size": 80,
+    "intermediate_size": 136,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.4,
+    "hidden_act": "gelu_new",
+    "resid_pdrop": 0.1,
+    "tie_word_embeddings": False,
+}
+_FALCON = {
+    "model_type": "falcon",
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 16,
+    "alibi": True,
+    "bias": True,
+    "multi_query": False,
+    "new_decoder_architecture": False,
+    "parallel_attn": False,
+    "layer_norm_epsilon": 1e-5,
+}
+_STABLELM = {
+    "model_type": "stablelm",
+    "vocab_size": VOCAB,
+    "hidden_size": 96,
+    "intermediate_size": 136,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-5,
+    "rope_theta": 10000,
+    "partial_rotary_factor": 0.25,
+    "hidden_act": "silu",
+    "use_qkv_bias": False,
+    "tie_word_embeddings": False,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+VARIANTS: dict[str, dict] = {
+    "llama": _LLAMA,
+    "llama_biases_tied": _LLAMA
+    | {"attention_bias": True, "mlp_bias": True, "head_dim": 10, "tie_word_embeddings": True, "num_key_value_heads": 4},
+    "llama_linear": _LLAMA | {"rope_scaling": {"type": "linear", "factor": 3.0}},
+    "llama_llama3": _LLAMA | {"rope_scaling": _LLAMA3, "rope_theta": 500000.0, "num_key_value_heads": 1},
+    "gemma_mqa": _GEMMA,
+    "gemma_mha_wide": _GEMMA
+    | {"hidden_size": 52, "head_dim": 16, "num_key_value_heads": 4, "intermediate_size": 416, "hidden_act": "gelu"},
+    "gemma_gqa_bias": _GEMMA | {"num_attention_heads": 6, "num_key_value_heads": 2, "attention_bias": True},
+    "gemma2": _GEMMA2,
+    "gemma2_window_1": _GEMMA2 | {"sliding_window": 1, "num_key_value_heads": 4, "attn_logit_softcapping": None},
+    "gemma2_layer_types": _GEMMA2
+    | {
+        "layer_types": ["full_attention", "full_attention", "sliding_attention", "sliding_attention"],
+        "sliding_window": 5,
+        "final_logit_softcapping": None,
+        "num_key_value_heads": 1,
+    },
+    "phi": _PHI,
+    "phi_gqa_qk_norm": _PHI | {"num_key_value_heads": 2, "qk_layernorm": True, "partial_rotary_factor": 0.5},
+    "falcon_rw": _FALCON,
+    "falcon_11_heads_untied": _FALCON
+    | {"hidden_size": 66, "num_attention_heads": 11, "tie_word_embeddings": False, "ffn_hidden_size": 100},
+    "falcon_6_heads_no_bias": _FALCON | {"hidden_size": 60, "num_attention_heads": 6, "bias": False},
+    "stablelm": _STABLELM,
+    "stablelm_qkv_bias_qk_norm": _STABLELM
+    | {"use_qkv_bias": True, "qk_layernorm": True, "num_key_value_heads": 2, "partial_rotary_factor": 0.5},
+    "stablelm_parallel_tied": _STABLELM | {"use_parallel_residual": True, "tie_word_embeddings": True},
+}

@@ -1,0 +1,193 @@
+"""The command line: what it prints where, exit codes, and one clear line for every user's mistake."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from llmjax.cli import main
+
+
+@pytest.fixture(scope="module")
+def answer(smollm2_path):
+    """`llmjax generate` in a process of its own, as a user runs it."""
+
+    def run(*args, stdin=""):
+        command = [sys.executable, "-m", "llmjax.cli", *args]
+        return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+def failing(capsys, *args):
+    """Runs a command that must fail; returns its exit code and the one line (or list) it prints."""
+    code = main(list(args))
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    assert err.startswith("llmjax: ")
+    return code, err
+
+
+def test_generate_streams_to_stdout(answer):
+    done = answer("generate", "--model", "smollm2", "--prompt", "-", "--temperature", "0", "--max-tokens", "12", stdin="The capital of France is")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(" Paris.")
+    assert done.stderr == ""
+
+
+def test_show_prompt(answer):
+    done = answer(
+        "generate", "--model", "smollm2", "--chat", "--prompt", "hi", "--max-tokens", "1", "--show-prompt"
+    )
+    assert "<|im_start|>user\\nhi<|im_end|>" in done.stderr
+    assert "ids: [1, 9690," in done.stderr
+
+
+def test_batch_rows_in_order_bad_ones_reported(answer, tmp_path):
+    lines = [
+        '{"id": "a", "prompt": "One, two,", "max_tokens": 4}',
+        '{"id": "b", "prompt": "x", "temperature": -1}',
+        "{not json",
+        "",
+        '{"id": "a", "prompt": "again"}',
+        '{"messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 3}',
+        '{"id": "e", "prompt": ""}',
+        '{"id": "f", "prompt_token_ids": [504, 3575], "max_tokens": 2, "logprobs": 2}',
+        '{"id": "g", "prompt": "x", "promt": "y"}',
+        '{"id": "h", "prompt": "x", "prompt_token_ids": [1]}',
+        "[1]",
+    ]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(lines) + "\n")
+    done = answer("batch", "--model", "smollm2", "--input", str(source), "--output", str(target), "--temperature", "0")
+    assert done.returncode == 1
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [r["id"] for r in rows] == ["a", "b", None, "a", "6", "e", "f", "g", "h", None]
+    errors = {r["line"]: r["error"] for r in rows if "error" in r}
+    assert sorted(errors) == [2, 3, 5, 7, 9, 10, 11]
+    assert errors[2] == "line 2: temperature: expected a number from 0 (greedy) to 100, found -1"
+    assert "not valid JSON" in errors[3]
+    assert "was used by an earlier row" in errors[5]
+    assert "unknown key promt" in errors[9]
+    assert "found prompt, prompt_token_ids" in errors[10]
+    good = {r["id"]: r for r in rows if "error" not in r}
+    assert good["a"]["usage"]["completion_tokens"] == 4
+    assert len(good["f"]["logprobs"]) == 2 <= len(good["f"]["logprobs"][0])
+    assert "3 rows answered, 7 failed" in done.stderr
+
+
+def test_score(answer, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "The capital of France is Paris."}\n{"token_ids": [504, 3575, 282]}\n{"text": 5}\n')
+    done = answer("score", "--model", "smollm2", "--input", str(source), "--output", "-", "--numerics", "reference")
+    assert done.returncode == 1
+    first, second, third = map(json.loads, done.stdout.splitlines())
+    assert first["logprobs"][0] is None and len(first["logprobs"]) == len(first["token_ids"]) == 7
+    assert first["nll"] == pytest.approx(-sum(first["logprobs"][1:]) / 6)
+    assert first["logprobs"][1:3] == pytest.approx(second["logprobs"][1:], abs=1e-5)
+    assert "line 3: text: expected a string, found int" in third["error"]
+    assert "8 tokens, NLL" in done.stderr
+
+
+def test_chat_keeps_the_conversation(answer):
+    done = answer("chat", "--model", "smollm2", "--temperature", "0", "--max-tokens", "20", stdin="My name is Bob.\nWhat is my name?\n")
+    assert done.returncode == 0, done.stderr
+    assert "Bob" in done.stdout.split("\n", 1)[1]
+
+
+def test_inspect(capsys, smollm2_path):
+    assert main(["inspect", "smollm2", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["supported"] and report["parameters"] == 134_515_008
+    assert report["config"]["num_hidden_layers"] == 30
+    assert {t["dtype"] for t in report["tensors"]} == {"Q4_1", "Q8_0", "F32"}
+    assert all(t["fills"] for t in report["tensors"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "-1"], "temperature: expected a number from 0"),
+        (["--top-p", "0"], "top_p: expected a number above 0"),
+        (["--max-tokens", "0"], "max_tokens: expected a positive integer"),
+        (["--seed", "-1"], "seed: expected an integer from 0"),
+        (["--numerics", "exact"], "numerics: unknown profile 'exact'"),
+        (["--max-batch", "2"], "slots: expected an integer of at least 4"),
+        (["--prompt", ""], "prompt: empty"),
+        (["--prompt", "x " * 9000], "tokens, longer than the model's context of 8192"),
+        (["--stop-token-ids", "49152"], "stop_token_ids: 49152 is outside the vocabulary"),
+    ],
+)
+def test_bad_requests(capsys, smollm2_path, flags, message):
+    code, err = failing(capsys, "generate", "--model", "smollm2", "--prompt", "hi", *flags)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_truncate_prompt(capsys, tmp_path, answer):
+    done = answer("generate", "--model", "smollm2", "--prompt", "-", "--truncate-prompt", "--max-tokens", "2", stdin="one two three " * 4000)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bad_models(capsys, tmp_path, smollm2_path):
+    data = smollm2_path.read_bytes()
+    empty, directory, cut, table, foreign, type_ = (tmp_path / n for n in ("empty.gguf", "d", "cut.gguf", "t.gguf", "f.gguf", "y.gguf"))
+    empty.write_bytes(b"")
+    directory.mkdir()
+    cut.write_bytes(data[: len(data) // 2])
+    table.write_bytes(data[:2_000_000])
+    foreign.write_bytes(data.replace(b"llama", b"mamba"))
+    name = b"token_embd.weight"
+    at = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4 + 16
+    type_.write_bytes(data[:at] + struct.pack("<I", 199) + data[at + 4 :])
+    expected = {
+        tmp_path / "none": "no such file or directory",
+        directory: "no config.json",
+        empty: "the file is empty",
+        cut: "truncated or damaged GGUF",
+        table: "truncated GGUF",
+        foreign: "general.architecture 'mamba' is not supported",
+        type_: "tensor token_embd.weight: type 199 is not known",
+    }
+    for path, message in expected.items():
+        code, err = failing(capsys, "generate", "--model", str(path), "--prompt", "hi")
+        assert code == 2 and message in err and str(path) in err, (path, err)
+
+
+def test_unwritable_output_is_found_before_the_model_is_loaded(capsys, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "x"}\n')
+    for target, message in (
+        (tmp_path / "no" / "out.jsonl", "cannot write the output: No such file"),
+        (tmp_path, "cannot write the output: Is a directory"),
+        (source, "the output is the input file"),
+    ):
+        code, err = failing(capsys, "batch", "--model", "nowhere", "--input", str(source), "--output", str(target))
+        assert code == 2 and message in err
+    assert source.read_text() == '{"prompt": "x"}\n'
+    code, err = failing(capsys, "batch", "--model", "x", "--input", str(tmp_path / "none"), "--output", "-")
+    assert code == 2 and "cannot read the input: No such file" in err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk(answer, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "x", "max_tokens": 2}\n')
+    done = answer("batch", "--model", "smollm2", "--input", str(source), "--output", "/dev/full")
+    assert done.returncode == 2
+    assert "/dev/full: writing the output failed: No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("args", [[], ["dance"], ["generate", "--model", "x"], ["generate", "--prompt", "x"]])
+def test_wrong_usage(args):
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    assert stopped.value.code == 2
+
+
+def test_importing_llmjax_loads_no_jax():
+    code = "import sys, llmjax; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

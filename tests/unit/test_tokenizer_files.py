@@ -1,0 +1,248 @@
+"""Tokenizers of directories and ``tokenizer.model`` files: BOS policy, added tokens, SentencePiece's own ids."""
+
+import io
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from llmjax import RequestError, TokenizerError
+from llmjax.text.tokenizer import from_huggingface, from_sentencepiece
+
+DATA = Path(__file__).parents[1] / "data/tokenizers"
+JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+MODEL = ("tokenizer.model", *JSON[1:])
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Makes a directory of some of a case's files with a changed tokenizer_config.json; ... deletes a key."""
+
+    def make(name, files=JSON, **changes):
+        for file in files:
+            shutil.copy(DATA / name / file, tmp_path)
+        path = tmp_path / "tokenizer_config.json"
+        config = json.loads(path.read_text()) | changes
+        path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+        return tmp_path
+
+    return make
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("setting", [True, False, ...])
+def test_tokenizer_json_decides_about_bos_alone(directory, setting):
+    """As transformers 5 does it."""
+    assert from_huggingface(directory("llama", add_bos_token=setting)).add_bos
+    assert not from_huggingface(directory("phi2", add_bos_token=setting)).add_bos
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [
+        ({"add_bos_token": True}, [2]),
+        ({"add_bos_token": False}, []),
+        ({"add_bos_token": ...}, [2]),  # the class's default
+        ({"add_bos_token": ..., "tokenizer_class": "T5Tokenizer"}, []),
+    ],
+)
+def test_bos_of_a_sentencepiece_model(directory, changes, first):
+    tokenizer = from_huggingface(directory("gemma_2b", MODEL, **changes))
+    assert tokenizer.encode("") == first
+    assert tokenizer.encode("", add_bos=True) == [2]
+    assert tokenizer.encode("", add_bos=False) == []
+
+
+def test_eos_behind_a_text(directory):
+    assert from_huggingface(directory("gemma_2b", MODEL, add_eos_token=True)).encode("") == [2, 1]
+
+
+def test_bos_where_there_is_none():
+    tokenizer = from_huggingface(DATA / "qwen2")
+    assert tokenizer.bos_id is None and not tokenizer.add_bos
+    with pytest.raises(RequestError, match="has no BOS token"):
+        tokenizer.encode("x", add_bos=True)
+
+
+def test_truncation_and_padding_in_the_file_are_ignored(directory):
+    folder = directory("llama")
+    truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+    edit(folder / "tokenizer.json", truncation=truncation, padding=padding)
+    for text in ("a", "a long text"):
+        assert from_huggingface(folder).encode(text) == from_huggingface(DATA / "llama").encode(text)
+
+
+def test_named_tokens_are_special(directory):
+    """transformers makes them so, whether the file does or not; new ones get the next ids."""
+    tokenizer = from_huggingface(directory("phi2", pad_token="    ", additional_special_tokens=["<new>"]))
+    assert tokenizer.vocab_size == 398
+    ids = tokenizer.encode("a    b<new>")
+    assert 393 in ids and ids[-1] == 397
+    assert tokenizer.decode(ids) == "ab"
+    stream = tokenizer.detokenizer()
+    assert "".join(map(stream.push, ids)) + stream.flush() == "ab"
+
+
+def test_added_tokens_of_the_config(directory):
+    added = {"397": {"content": "<a>", "special": True}, "398": {"content": "<b>"}}
+    tokenizer = from_huggingface(directory("phi2", added_tokens_decoder=added))
+    assert tokenizer.encode("<a><b>") == [397, 398] and tokenizer.decode([397, 398]) == "<b>"
+
+
+def test_added_tokens_of_the_older_file(directory):
+    folder = directory("phi2", added_tokens_decoder=...)
+    (folder / "added_tokens.json").write_text('{"<b>": 398, "<a>": 397}')
+    assert from_huggingface(folder).encode("<a><b>") == [397, 398]
+
+
+def test_ids_beyond_the_vocabulary():
+    tokenizer = from_huggingface(DATA / "gemma_2b")
+    assert tokenizer.decode([432, 480, 10**12]) == "T"
+    assert (tokenizer.piece(480), tokenizer.token_bytes(10**12)) == ("", b"")
+    with pytest.raises(RequestError, match="found -1"):
+        tokenizer.decode([1, -1])
+
+
+def test_half_a_surrogate_pair():
+    with pytest.raises(RequestError, match="character 1 is half a surrogate pair"):
+        from_huggingface(DATA / "llama").encode("a\ud800b")
+    with pytest.raises(RequestError, match="expected a string, found bytes"):
+        from_huggingface(DATA / "llama").encode(b"a")
+
+
+def test_fingerprint(directory):
+    original = from_huggingface(DATA / "phi2").fingerprint()
+    assert original == from_huggingface(directory("phi2")).fingerprint()
+    assert original != from_huggingface(directory("phi2", pad_token="<new>")).fingerprint()
+
+
+def test_named_chat_templates(directory):
+    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ bos_token }}!"}]
+    tokenizer = from_huggingface(directory("gemma_2b", chat_template=templates))
+    assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == "<bos>!"
+    assert tokenizer.encode_chat([{"role": "user", "content": "x"}])[0] == tokenizer.bos_id
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer_config.json", "{", "tokenizer_config.json: not valid JSON"),
+        ("tokenizer_config.json", "[]", "tokenizer_config.json: expected a JSON object, found list"),
+        ("tokenizer_config.json", '{"bos_token": 5}', "tokenizer_config.json: bos_token: .*found 5"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "chat_template: expected a string, found int"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "expected an object of ids to tokens"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"397": 5}}', "added token 397: .*found 5"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"500": "<a>"}}', "'<a>': expected id 500, found 397"),
+        ("special_tokens_map.json", '{"eos_token": []}', r"special_tokens_map.json: eos_token: .*found \[\]"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja: expected UTF-8 text, found byte 0xff at 0"),
+        ("chat_template.json", "3", "chat_template.json: expected a JSON object, found int"),
+    ],
+)
+def test_damaged_files(directory, file, content, message):
+    folder = directory("phi2")
+    (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(TokenizerError, match=message):
+        from_huggingface(folder)
+
+
+def test_the_older_gpt2_files_are_named(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(TokenizerError, match="no tokenizer; .*vocab.json and merges.txt alone are not read"):
+        from_huggingface(tmp_path)
+
+
+TEXTS = [
+    *" \t\n<>|'-=.0123456789abcdeT",
+    "  ",
+    "   ",
+    "▁",
+    "é",
+    "日本",
+    "😀",
+    "the ",
+    "software",
+    "<x>",
+    "<0x41>",
+    "aaa",
+]
+
+
+def random_text(rng, length=40):
+    return "".join(rng.choice(TEXTS) for _ in range(rng.randrange(length)))
+
+
+def train(**options):
+    """A SentencePiece BPE model, as bytes."""
+    rng, model = random.Random(0), io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(random_text(rng) for _ in range(300)),
+        model_writer=model,
+        **{"model_type": "bpe", "vocab_size": 400, "hard_vocab_limit": False, "minloglevel": 2}
+        | {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "character_coverage": 0.98}
+        | options,
+    )
+    return model.getvalue()
+
+
+@pytest.mark.parametrize("user_defined", [[], ["\n", "▁▁", "▁▁▁", "<x>"]], ids=["plain", "user-defined"])
+@pytest.mark.parametrize("byte_fallback", [True, False])
+@pytest.mark.parametrize("dummy_prefix", [True, False])
+def test_the_ids_and_texts_of_sentencepiece(dummy_prefix, byte_fallback, user_defined):
+    data = train(add_dummy_prefix=dummy_prefix, byte_fallback=byte_fallback, user_defined_symbols=user_defined)
+    tokenizer, own = from_sentencepiece(data), sentencepiece.SentencePieceProcessor(model_proto=data)
+    rng = random.Random(1)
+    for _ in range(200):
+        text = random_text(rng)
+        ids = own.encode(text)
+        assert tokenizer.encode(text) == [own.bos_id(), *ids], text
+        assert tokenizer.decode(ids) == own.decode([i for i in ids if i != own.unk_id()])
+
+
+def test_the_dummy_prefix_and_special_tokens(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(train(byte_fallback=True))
+
+    def pieces(text):
+        tokenizer = from_huggingface(tmp_path)
+        return [tokenizer.piece(i) for i in tokenizer.encode(text, add_bos=False)]
+
+    assert pieces("</s>a</s>a") == ["</s>", "a", "</s>", "a"]
+    assert pieces("a</s>a")[0][0] == "▁"
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": true}')
+    assert [p[0] for p in pieces("</s>a</s>a")] == ["<", "▁", "<", "▁"]
+    (tmp_path / "tokenizer_config.json").write_text('{"add_prefix_space": false}')
+    assert pieces("a</s>a") == ["a", "</s>", "a"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_type": "unigram"}, "model type: expected BPE, found UNIGRAM"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "normalizer: expected identity, found 'nmt_nfkc'"),
+        ({"remove_extra_whitespaces": True}, "remove_extra_whitespaces: expected false, found true"),
+        ({"treat_whitespace_as_suffix": True}, "treat_whitespace_as_suffix: expected false, found true"),
+    ],
+)
+def test_sentencepiece_models_that_are_refused(options, message):
+    with pytest.raises(TokenizerError, match=f"^blob: SentencePiece model not supported: .*{message}"):
+        from_sentencepiece(train(**options), where="blob")
+
+
+def test_a_missing_model_file(tmp_path):
+    with pytest.raises(TokenizerError, match="no.model: cannot read the file: No such file"):
+        from_sentencepiece(tmp_path / "no.model")
+
+
+def test_heavy_imports_wait():
+    code = "import sys, llmjax.text, llmjax.text.tokenizer; print({'jax', 'jinja2', 'sentencepiece'} & {*sys.modules})"
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "set()\n"
