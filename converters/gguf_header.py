@@ -27,8 +27,8 @@ _SCALARS = {
     12: "<f8",
 }
 _MAX_DEPTH = 4
-# An inner array takes 12 bytes in the file and many times that in Python.
-_MAX_INNER = 1 << 20
+# Of a whole file: an inner array takes 12 bytes there and hundreds in Python.
+_MAX_INNER = 1 << 16
 
 
 class Cursor:
@@ -41,6 +41,7 @@ class Cursor:
 
     def __init__(self, data: memoryview, where: Path):
         self.data, self.where, self.at = data, where, 0
+        self._inner = 0
 
     def take(self, size: int, what: str) -> int:
         """Advances over ``size`` bytes and returns where they begin.
@@ -105,10 +106,11 @@ class Cursor:
             return self._strings(count, what)
         if kind != _ARRAY:
             return self._numbers(kind, count, what)
-        if depth == _MAX_DEPTH or count > _MAX_INNER:
+        self._inner += count
+        if depth == _MAX_DEPTH or self._inner > _MAX_INNER:
             raise CheckpointError(
-                f"{self.where}: {what}: expected at most {_MAX_DEPTH} levels of arrays and {_MAX_INNER} arrays in one; "
-                "the header is damaged"
+                f"{self.where}: {what}: expected at most {_MAX_DEPTH} levels of arrays, and {_MAX_INNER} inner arrays in "
+                "the file; the header is damaged"
             )
         return [self._array(what, depth + 1) for _ in range(count)]
 

@@ -93,12 +93,15 @@ class Scores:
       softcap: ``cap * tanh(s / cap)`` after the scale and before the mask (Gemma 2); None for none.
       window: sliding window in tokens, itself included; None for all of the past.
       alibi: add ``slope[head] * key position``.
+      fused: round as torch's fused attention does, which transformers uses for Falcon: scores stay float32, and
+        probabilities are rounded before they are normalised.
     """
 
     scale: float
     softcap: float | None = None
     window: int | None = None
     alibi: bool = False
+    fused: bool = False
 
     def __call__(
         self, products: jax.Array, queries: jax.Array, keys: jax.Array, ctx: Context
@@ -114,12 +117,11 @@ class Scores:
         Returns:
           ``(scores, mask)``, scores as products, mask broadcastable to them.
         """
-        dtype = ctx.numerics.activations
-        if self.alibi:  # transformers' Falcon runs torch's fused attention, which rounds the bias but not the scores
+        dtype = jnp.float32 if self.fused else ctx.numerics.activations
+        scores = (products.astype(dtype) * jnp.float32(self.scale)).astype(dtype)
+        if self.alibi:
             bias = _alibi_bias(products.shape, keys, ctx.numerics.round_alibi) * jnp.float32(self.scale)
-            scores = products * jnp.float32(self.scale) + bias.astype(dtype).astype(jnp.float32)
-        else:
-            scores = (products.astype(dtype) * jnp.float32(self.scale)).astype(dtype)
+            scores = scores + bias.astype(ctx.numerics.activations).astype(dtype)
         if self.softcap is not None:
             scores = softcap(scores, self.softcap)
         scores = scores.astype(jnp.float32)
@@ -178,7 +180,13 @@ def dense_attention(
     dtype = q.dtype
     products = _einsum("BKGTH,BSKH->BKGTS", _grouped(q, k.shape[2]), k)
     s, mask = scores(products, ctx.positions, jnp.arange(k.shape[1]), ctx)
-    probs = jax.nn.softmax(jnp.where(mask, s, MASKED), axis=-1).astype(dtype)
+    s = jnp.where(mask, s, MASKED)
+    if scores.fused:
+        unnormalised = jnp.exp(s - lax.stop_gradient(jnp.max(s, -1, keepdims=True)))
+        total = jnp.sum(unnormalised, -1, keepdims=True)
+        out = _einsum("BKGTS,BSKH->BKGTH", unnormalised.astype(dtype), v) / total
+        return _ungrouped(out.astype(dtype)), (unnormalised / total).astype(dtype)
+    probs = jax.nn.softmax(s, axis=-1).astype(dtype)
     out = _einsum("BKGTS,BSKH->BKGTH", probs, v).astype(dtype)
     return _ungrouped(out), probs
 

@@ -80,7 +80,7 @@ class Block(nn.Module):
             c.num_attention_heads,
             c.num_key_value_heads,
             c.head_dim,
-            Scores(scale=c.head_dim**-0.5, alibi=True),
+            Scores(scale=c.head_dim**-0.5, alibi=True, fused=True),
             qkv_bias=c.bias,
             out_bias=c.bias,
             projection=FalconLinear,

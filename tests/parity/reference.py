@@ -53,6 +53,12 @@ def float32_alibi() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def as_it_is() -> Iterator[None]:
+    """transformers unchanged."""
+    yield
+
+
 @torch.no_grad()
 def logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
     """float32 ``[T, V]``."""

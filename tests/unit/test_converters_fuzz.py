@@ -69,7 +69,7 @@ def damage(whole, rng):
         elif kind < 0.95:
             other = rng.randrange(len(data))
             data[at : at + 16] = data[other : other + 16]
-        else:
+        elif len(data) > 1:
             del data[rng.randrange(1, len(data)) :]
     return bytes(data)
 

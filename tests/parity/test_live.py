@@ -1,0 +1,69 @@
+"""Every architecture against the transformers that is installed: new weights, its own config dialect, bfloat16."""
+
+import json
+
+import numpy as np
+import pytest
+
+import llmjax
+from tests.parity import checkpoints, golden
+from tests.parity.golden import TOLERANCE, error, meta
+
+torch = pytest.importorskip("torch", reason="parity extra not installed")
+pytest.importorskip("transformers", reason="parity extra not installed")
+reference = pytest.importorskip("tests.parity.reference")
+
+SEED = 77
+
+
+@pytest.fixture(scope="module", params=golden.NAMES)
+def name(request):
+    return request.param
+
+
+def ids_of(name: str) -> list[int]:
+    return np.random.RandomState(SEED).randint(0, 150, 45).tolist()
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL(p || q) of each row of logits."""
+    log_p, log_q = (x.astype(np.float64) - np.logaddexp.reduce(x.astype(np.float64), -1, keepdims=True) for x in (p, q))
+    return (np.exp(log_p) * (log_p - log_q)).sum(-1)
+
+
+def test_new_weights_saved_by_transformers(name, tmp_path):
+    """save_pretrained writes the config and the tensors in its current dialect; both must be read."""
+    m = meta(name)
+    theirs = reference.load(checkpoints.write(tmp_path / "a", m["config"], m["shapes"], SEED), m["config"]["model_type"])
+    theirs.save_pretrained(tmp_path / "b")
+    assert "dtype" in json.loads((tmp_path / "b/config.json").read_text())
+    ids = ids_of(name)
+    for folder, profile in (("a", "reference"), ("b", "hf")):
+        found = llmjax.load(tmp_path / folder, numerics=profile).logits([ids])[0]
+        with reference.float32_alibi() if profile == "reference" else reference.as_it_is():
+            assert error(found, reference.logits(theirs, ids)) <= TOLERANCE
+
+
+def test_bfloat16_rounds_as_transformers_does(name, tmp_path):
+    """Profile hf: at most twice as far from transformers' bfloat16 run as that is from its own float32 run."""
+    m = meta(name)
+    folder = checkpoints.write(tmp_path, m["config"], m["shapes"], SEED, "bfloat16")
+    ids = ids_of(name)
+    theirs, exact = (
+        reference.logits(reference.load(folder, m["config"]["model_type"], dtype), ids)
+        for dtype in ("bfloat16", "float32")
+    )
+    ours = llmjax.load(folder, numerics="hf").logits([ids])[0]
+    assert ours.dtype == np.float32
+    assert kl(theirs, ours).mean() <= 2 * kl(theirs, exact).mean()
+    exact_ours = llmjax.load(folder, numerics="reference").logits([ids])[0]
+    if m["config"]["model_type"] != "falcon":  # whose bfloat16 ALiBi `reference` does not share
+        assert error(exact_ours, exact) <= TOLERANCE
+
+
+def test_float16_files(tmp_path):
+    m = meta("phi")
+    folder = checkpoints.write(tmp_path, m["config"], m["shapes"], SEED, "float16")
+    ids = ids_of("phi")
+    expected = reference.logits(reference.load(folder, "phi", "float32"), ids)
+    assert error(llmjax.load(folder).logits([ids])[0], expected) <= TOLERANCE
