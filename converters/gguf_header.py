@@ -109,8 +109,8 @@ class Cursor:
         self._inner += count
         if depth == _MAX_DEPTH or self._inner > _MAX_INNER:
             raise CheckpointError(
-                f"{self.where}: {what}: expected at most {_MAX_DEPTH} levels of arrays, and {_MAX_INNER} inner arrays in "
-                "the file; the header is damaged"
+                f"{self.where}: {what}: expected at most {_MAX_DEPTH} levels of arrays, and {_MAX_INNER} inner "
+                "arrays in the file; the header is damaged"
             )
         return [self._array(what, depth + 1) for _ in range(count)]
 

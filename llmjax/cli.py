@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +20,7 @@ from llmjax.errors import LlmjaxError, RequestError
 
 if TYPE_CHECKING:  # the verbs import what they need: `llmjax --help` must not wait for JAX
     from llmjax.llm import LLM
+    from llmjax.model import Model
     from llmjax.runtime.params import SamplingParams
 
 
@@ -26,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
     args = _parser().parse_args(argv)
     try:
-        _compile_cache(args)
-        return args.run(args)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"llmjax: warning: {message}", file=sys.stderr)
+            _compile_cache(args)
+            return args.run(args)
     except LlmjaxError as error:
         print(f"llmjax: {error}", file=sys.stderr)
         return 2
@@ -96,6 +100,7 @@ def _model_flags() -> argparse.ArgumentParser:
     group.add_argument("--numerics", default="fast", help="reference, hf or fast (default)")
     group.add_argument("--max-batch", type=int, default=8, metavar="N", help="decode slots (default 8)")
     group.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long")
+    group.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
     group.add_argument("--no-compile-cache", action="store_true", help="compile anew, keep nothing")
     return flags
 
@@ -129,16 +134,20 @@ def _compile_cache(args: argparse.Namespace) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def _model(args: argparse.Namespace) -> "Model":
+    from llmjax.loading import load
+
+    return load(args.model, dtype=args.dtype, numerics=args.numerics, check_finite=args.check_finite)
+
+
 def _llm(args: argparse.Namespace) -> "tuple[LLM, float]":
     """The model and the seconds it took to load."""
     from llmjax.llm import LLM
 
     began = time.monotonic()
     llm = LLM(
-        args.model,
+        _model(args),
         max_batch=args.max_batch,
-        numerics=args.numerics,
-        dtype=args.dtype,
         seed=getattr(args, "seed", None) or 0,
         truncate_prompt=args.truncate_prompt,
     )
@@ -228,10 +237,9 @@ def _score(args: argparse.Namespace) -> int:
 
 
 def _trace(args: argparse.Namespace) -> int:
-    from llmjax.loading import load
     from llmjax.oracle.trace import trace
 
-    model = load(args.model, dtype=args.dtype, numerics=args.numerics)
+    model = _model(args)
     ids = args.ids
     if ids is None:
         if model.tokenizer is None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from converters.source import Source, open_source
-
 from llmjax.errors import ConfigError, LlmjaxError, TokenizerError
 from llmjax.loading import Plan, describe, find_model, make_plan, read_tokenizer
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,7 @@ class LLM:
             bos = ids[:1] if ids[0] == (self.model.tokenizer and self.model.tokenizer.bos_id) else []
             ids = bos + ids[len(ids) - (context - room) + len(bos) :]
         check_ids(ids, self.model, "prompt")
+        self._warn_without_bos(ids)
         for token in params.stop_token_ids:
             if token >= self.model.config.vocab_size:
                 raise RequestError(
@@ -116,6 +118,15 @@ class LLM:
         if seed is None:
             seed = self.seed if request_id is None else row_seed(self.seed, request_id)
         return Request(request_id or "0", text, ids, params, seed, tuple(forced))
+
+    def _warn_without_bos(self, ids: list[int]) -> None:
+        bos = self.model.tokenizer.bos_id if self.model.tokenizer else None
+        if self.model.architecture.needs_bos and bos is not None and ids[0] != bos:
+            warnings.warn(
+                f"prompt does not begin with BOS (id {bos}); {self.model.architecture.model_type} models answer such "
+                "prompts with nonsense",
+                stacklevel=3,
+            )
 
     def chat_request(
         self, messages: Sequence[Message], params: SamplingParams | None = None, *, request_id: str | None = None

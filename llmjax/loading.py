@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from converters.source import Source, TensorSpec, open_source
 
+from converters.source import Source, TensorSpec, open_source
+from llmjax import configs
 from llmjax import numerics as numerics_lib
 from llmjax.errors import CheckpointError, ConfigError, TokenizerError
 from llmjax.model import Model
@@ -149,6 +150,7 @@ def load(
     dtype: str | None = None,
     numerics: str = "reference",
     check_finite: bool = False,
+    random_weights: bool = False,
 ) -> Model:
     """Loads a checkpoint: a Hugging Face directory, a ``*.gguf`` file, or ``smollm2`` for the installed demo model.
 
@@ -158,6 +160,7 @@ def load(
         (block-quantized GGUF tensors become float32, which holds their values exactly).
       numerics: the profile that says how everything is computed (``llmjax.numerics``).
       check_finite: refuse weights that are NaN or infinite (reads every value once more).
+      random_weights: for ``config:NAME`` alone: build the full-size model with random weights instead of reading any.
 
     Raises:
       CheckpointError: the file is missing, damaged, or its tensors do not fit its configuration; all such problems at
@@ -168,6 +171,8 @@ def load(
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"dtype: unknown {dtype!r}; expected one of {', '.join(DTYPES)}")
     numerics_lib.resolve(numerics, jnp.dtype(jnp.float32))  # a wrong name fails before the reading
+    if random_weights or str(path).startswith(configs.PREFIX):
+        return _random_model(str(path), dtype or "float32", numerics, random_weights)
     source = open_source(find_model(path))
     try:
         plan = make_plan(source)
@@ -196,6 +201,35 @@ def load(
     )
 
 
+def _random_model(name: str, dtype: str, numerics: str, random_weights: bool) -> Model:
+    if not random_weights:
+        raise ConfigError(f"{name}: a configuration has no weights; ask for random ones (random_weights=True)")
+    if not name.startswith(configs.PREFIX):
+        raise ConfigError(
+            f"{name}: random_weights goes with {configs.PREFIX}NAME, not with a checkpoint that has weights"
+        )
+    facts = configs.read(name)
+    architecture, config = read_config(facts["config"], name)
+    params: dict[str, Any] = {}
+    random = np.random.default_rng(0)
+    for parameter, shape in parameter_shapes(config).items():
+        _put(params, parameter, jnp.asarray(_random(random, parameter, shape, jnp.dtype(dtype))))
+    resolved = numerics_lib.resolve(numerics, jnp.dtype(dtype))
+    return Model(architecture, config, params, resolved, None, (facts["special_tokens"]["eos"]["id"],), Path(name))
+
+
+def _random(random: np.random.Generator, name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
+    """Uniform with standard deviation 0.02, norms at 1 and biases at 0; in slices, so that only the result is large."""
+    if len(shape) == 1:
+        return np.full(shape, 0 if name.endswith("bias") else 1, dtype)
+    value = np.empty(shape, dtype)
+    step = max(1, (1 << 22) // int(np.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        part = random.random(value[start : start + step].shape, np.float32)
+        value[start : start + step] = (part - 0.5) * np.float32(0.02 * 12**0.5)
+    return value
+
+
 def read_tokenizer(source: Source) -> Tokenizer | None:
     """The checkpoint's tokenizer; None for a directory that has no tokenizer files at all."""
     from llmjax.text import tokenizer
@@ -208,12 +242,11 @@ def read_tokenizer(source: Source) -> Tokenizer | None:
 
 
 def _eos_ids(source: Source, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    ids = set(tokenizer.eos_ids if tokenizer else ())
-    if source.format == "huggingface":
-        for config in (source.generation_config or {}, source.config):
-            value = config.get("eos_token_id")
-            ids.update([value] if isinstance(value, int) else value or [])
-    return tuple(sorted(ids))
+    """The tokenizer's, and those of generation_config.json or, without one, of config.json (as transformers does)."""
+    config = source.config if source.generation_config is None else source.generation_config
+    found = config.get("eos_token_id")
+    ids = [found] if isinstance(found, int) else found or []
+    return tuple(sorted({*ids, *(tokenizer.eos_ids if tokenizer else ())}))
 
 
 def _read_params(source: Source, plan: Plan, dtype: str | None, check_finite: bool) -> dict[str, Any]:

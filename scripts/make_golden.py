@@ -3,7 +3,8 @@
 
     python scripts/make_golden.py [VARIANT ...]
 
-Run it when a variant is added or changed; the files are committed, so that parity is tested without torch.  Weights are not
+Run it when a variant is added or changed; the files are committed, so that parity is tested without torch.  Weights are
+not
 in them: they follow from names, shapes and a seed (tests/parity/checkpoints.py).
 """
 

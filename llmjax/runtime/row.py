@@ -3,10 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from llmjax.text.tokenizer import Tokenizer
-
 from llmjax.outputs import CompletionOutput, RequestOutput
 from llmjax.runtime.params import SamplingParams
+from llmjax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

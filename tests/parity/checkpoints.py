@@ -14,8 +14,8 @@ DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.f
 
 
 def values(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
-    """Norm weights and biases far from 1 and 0, so that a norm or bias that is dropped or swapped shows; one embedding row is
-    tiny, so that a wrong epsilon does."""
+    """Norm weights and biases far from 1 and 0, so that a norm or bias that is dropped or swapped shows; one embedding
+    row is tiny, so that a wrong epsilon does."""
     random = np.random.RandomState(zlib.crc32(f"{seed} {name}".encode()))  # its stream is frozen, Generator's is not
     x = random.standard_normal(shape)
     if name.endswith("bias"):

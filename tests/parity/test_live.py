@@ -34,7 +34,9 @@ def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
 def test_new_weights_saved_by_transformers(name, tmp_path):
     """save_pretrained writes the config and the tensors in its current dialect; both must be read."""
     m = meta(name)
-    theirs = reference.load(checkpoints.write(tmp_path / "a", m["config"], m["shapes"], SEED), m["config"]["model_type"])
+    theirs = reference.load(
+        checkpoints.write(tmp_path / "a", m["config"], m["shapes"], SEED), m["config"]["model_type"]
+    )
     theirs.save_pretrained(tmp_path / "b")
     assert "dtype" in json.loads((tmp_path / "b/config.json").read_text())
     ids = ids_of(name)

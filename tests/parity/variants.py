@@ -1,4 +1,5 @@
-"""Tiny adversarial models of every architecture: the options and proportions that hide bugs when they are at their defaults.
+"""Tiny adversarial models of every architecture: the options and proportions that hide bugs when they are at their
+defaults.
 
 Widths whose square root bfloat16 cannot hold, heads * width != D, windows shorter than the prompt, soft-caps that bite,
 head counts that are no power of two, vocabulary rows that no prompt uses.  The suite is generated from the registry: an

@@ -32,16 +32,25 @@ def failing(capsys, *args):
 
 
 def test_generate_streams_to_stdout(answer):
-    done = answer("generate", "--model", "smollm2", "--prompt", "-", "--temperature", "0", "--max-tokens", "12", stdin="The capital of France is")
+    done = answer(
+        "generate",
+        "--model",
+        "smollm2",
+        "--prompt",
+        "-",
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "12",
+        stdin="The capital of France is",
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(" Paris.")
     assert done.stderr == ""
 
 
 def test_show_prompt(answer):
-    done = answer(
-        "generate", "--model", "smollm2", "--chat", "--prompt", "hi", "--max-tokens", "1", "--show-prompt"
-    )
+    done = answer("generate", "--model", "smollm2", "--chat", "--prompt", "hi", "--max-tokens", "1", "--show-prompt")
     assert "<|im_start|>user\\nhi<|im_end|>" in done.stderr
     assert "ids: [1, 9690," in done.stderr
 
@@ -93,7 +102,16 @@ def test_score(answer, tmp_path):
 
 
 def test_chat_keeps_the_conversation(answer):
-    done = answer("chat", "--model", "smollm2", "--temperature", "0", "--max-tokens", "20", stdin="My name is Bob.\nWhat is my name?\n")
+    done = answer(
+        "chat",
+        "--model",
+        "smollm2",
+        "--temperature",
+        "0",
+        "--max-tokens",
+        "20",
+        stdin="My name is Bob.\nWhat is my name?\n",
+    )
     assert done.returncode == 0, done.stderr
     assert "Bob" in done.stdout.split("\n", 1)[1]
 
@@ -127,13 +145,25 @@ def test_bad_requests(capsys, smollm2_path, flags, message):
 
 
 def test_truncate_prompt(capsys, tmp_path, answer):
-    done = answer("generate", "--model", "smollm2", "--prompt", "-", "--truncate-prompt", "--max-tokens", "2", stdin="one two three " * 4000)
+    done = answer(
+        "generate",
+        "--model",
+        "smollm2",
+        "--prompt",
+        "-",
+        "--truncate-prompt",
+        "--max-tokens",
+        "2",
+        stdin="one two three " * 4000,
+    )
     assert done.returncode == 0, done.stderr
 
 
 def test_bad_models(capsys, tmp_path, smollm2_path):
     data = smollm2_path.read_bytes()
-    empty, directory, cut, table, foreign, type_ = (tmp_path / n for n in ("empty.gguf", "d", "cut.gguf", "t.gguf", "f.gguf", "y.gguf"))
+    empty, directory, cut, table, foreign, type_ = (
+        tmp_path / n for n in ("empty.gguf", "d", "cut.gguf", "t.gguf", "f.gguf", "y.gguf")
+    )
     empty.write_bytes(b"")
     directory.mkdir()
     cut.write_bytes(data[: len(data) // 2])

@@ -1,0 +1,239 @@
+"""Strict configs: every key is used, irrelevant, or refused by name; absent keys take transformers' class defaults."""
+
+import pytest
+
+from llmjax.errors import ConfigError
+from llmjax.models.attention import Rope
+from llmjax.models.registry import architectures, read_config
+
+SIZES = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+RW = {"alibi": True, "multi_query": False, "parallel_attn": False}
+MINIMAL = {
+    "llama": SIZES,
+    "gemma": SIZES | {"num_key_value_heads": 1, "head_dim": 20},
+    "gemma2": SIZES,
+    "phi": SIZES,
+    "falcon": {k: v for k, v in SIZES.items() if k != "intermediate_size"} | RW,
+    "stablelm": SIZES | {"num_key_value_heads": 4},
+}
+EVERY = pytest.mark.parametrize("kind", sorted(MINIMAL))
+
+
+def read(kind, drop=(), **changes):
+    config = {"model_type": kind, **MINIMAL[kind], **changes}
+    return read_config({k: v for k, v in config.items() if k not in drop}, "config.json")[1]
+
+
+def refusal(kind, drop=(), **changes):
+    with pytest.raises(ConfigError) as error:
+        read(kind, drop, **changes)
+    return str(error.value)
+
+
+@EVERY
+def test_known_architectures(kind):
+    assert kind in architectures()
+
+
+@EVERY
+def test_an_unknown_key_is_refused_by_name_and_value(kind):
+    assert "mystery: llmjax does not know this key (value 7)" in refusal(kind, mystery=7)
+
+
+@EVERY
+def test_all_problems_come_at_once(kind):
+    message = refusal(kind, drop=["vocab_size"], mystery=7, num_hidden_layers="three")
+    for problem in ("mystery", "vocab_size: missing", "num_hidden_layers: expected a positive integer, found 'three'"):
+        assert problem in message
+
+
+@EVERY
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])
+def test_sizes_are_never_guessed(kind, key):
+    assert f"{key}: missing" in refusal(kind, drop=[key])
+
+
+@EVERY
+def test_bookkeeping_and_training_keys_are_irrelevant(kind):
+    noise = {"torch_dtype": "bfloat16", "dtype": "float16", "use_cache": True, "initializer_range": 0.02}
+    noise |= {"attention_dropout": 0.1, "hidden_dropout": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
+    assert read(kind, **noise) == read(kind)
+
+
+@EVERY
+def test_unknown_activation(kind):
+    key = {"gemma2": "hidden_activation", "falcon": "activation"}.get(kind, "hidden_act")
+    assert f"{key}: 'xielu' is not supported" in refusal(kind, **{key: "xielu"})
+
+
+@EVERY
+def test_config_is_hashable(kind):
+    assert hash(read(kind)) == hash(read(kind))
+
+
+ROTARY = pytest.mark.parametrize("kind", sorted(set(MINIMAL) - {"falcon"}))
+
+
+@ROTARY
+def test_both_rope_dialects(kind):
+    old = read(kind, rope_theta=5e3, rope_scaling={"type": "linear", "factor": 2.0})
+    new = read(kind, rope_parameters={"rope_type": "linear", "rope_theta": 5e3, "factor": 2.0})
+    assert old == new
+    assert (old.rope.theta, old.rope.linear) == (5e3, 2.0)
+
+
+@ROTARY
+@pytest.mark.parametrize("rope_type", ["yarn", "dynamic", "longrope", "proportional"])
+def test_other_rope_types_are_refused(kind, rope_type):
+    message = refusal(kind, rope_parameters={"rope_type": rope_type, "factor": 2.0})
+    assert f"rope_type: '{rope_type}' is not supported" in message
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma", "gemma2"])
+def test_whole_heads_rotate(kind):
+    assert read(kind, partial_rotary_factor=1.0) == read(kind)
+    assert "partial_rotary_factor: 0.5 is not supported here" in refusal(kind, partial_rotary_factor=0.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "default"), [("phi", 8), ("stablelm", 4)], ids=["phi: half of 16", "stablelm: a quarter of 16"]
+)
+def test_partial_rotation(kind, default):
+    assert read(kind).rope == Rope(10000.0, default)
+    assert read(kind, partial_rotary_factor=0.4).rope.dims == 6
+    assert read(kind, rope_parameters={"partial_rotary_factor": 0.4, "rope_theta": 1e4}).rope.dims == 6
+    assert "rotary width: 16 * 0.2 = 3" in refusal(kind, partial_rotary_factor=0.2)
+
+
+def test_class_defaults_of_heads():
+    assert read("gemma", drop=["head_dim"]).head_dim == 256
+    assert read("gemma2").head_dim == 256
+    assert read("gemma2").num_key_value_heads == 4
+    assert read("phi").num_key_value_heads == 4
+    assert read("gemma", drop=["num_key_value_heads"], num_attention_heads=16).num_key_value_heads == 16
+    message = refusal("stablelm", drop=["num_key_value_heads"])
+    assert "num_attention_heads: 4 is not a multiple of num_key_value_heads 32" in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [("llama", False), ("gemma", True), ("gemma2", True), ("phi", False), ("falcon", True), ("stablelm", False)],
+)
+def test_class_default_of_the_head(kind, tied):
+    assert read(kind).tie_word_embeddings is tied
+    assert read(kind, tie_word_embeddings=not tied).tie_word_embeddings is not tied
+
+
+@pytest.mark.parametrize(
+    ("kind", "context"),
+    [("llama", 2048), ("gemma", 8192), ("gemma2", 8192), ("phi", 2048), ("falcon", 2048), ("stablelm", 4096)],
+)
+def test_class_default_of_the_context(kind, context):
+    assert read(kind).max_position_embeddings == context
+
+
+class TestGemma:
+    def test_gelu_means_tanh(self):
+        assert read("gemma", hidden_act="gelu").hidden_act == "gelu_pytorch_tanh"
+
+    def test_hidden_activation_may_only_agree(self):
+        expected = read("gemma")
+        assert read("gemma", hidden_act="gelu", hidden_activation=None) == expected
+        assert read("gemma", hidden_act="gelu", hidden_activation="gelu_pytorch_tanh") == expected
+        assert "hidden_activation: 'relu' contradicts hidden_act" in refusal("gemma", hidden_activation="relu")
+
+    @pytest.mark.parametrize("kind", ["gemma", "gemma2"])
+    def test_bidirectional_attention(self, kind):
+        read(kind, use_bidirectional_attention=False)
+        message = refusal(kind, use_bidirectional_attention=True)
+        assert "use_bidirectional_attention: True is not supported" in message
+
+    def test_attention_bias_is_honoured(self):
+        assert read("gemma", attention_bias=True).attention_bias
+
+
+class TestGemma2:
+    def test_layers_alternate_and_the_first_slides(self):
+        assert read("gemma2", sliding_window=8).windows == (8, None, 8, None)
+        assert read("gemma2").windows == (4096, None, 4096, None)
+
+    def test_layer_types_win(self):
+        types = ["full_attention", "full_attention", "sliding_attention", "full_attention"]
+        assert read("gemma2", sliding_window=8, layer_types=types).windows == (None, None, 8, None)
+
+    @pytest.mark.parametrize(
+        "types", [["full_attention"] * 3, ["chunked_attention"] * 4, "full_attention", [["full_attention"]] * 4]
+    )
+    def test_wrong_layer_types(self, types):
+        assert "layer_types: expected 4 of" in refusal("gemma2", layer_types=types)
+
+    def test_null_window(self):
+        assert "sliding_window: null" in refusal("gemma2", sliding_window=None)
+        full = read("gemma2", sliding_window=None, layer_types=["full_attention"] * 4)
+        assert full.windows == (None,) * 4
+
+    def test_caps_absent_null_and_given(self):
+        caps = ("attn_logit_softcapping", "final_logit_softcapping")
+        assert [getattr(read("gemma2"), c) for c in caps] == [50.0, 30.0]
+        assert [getattr(read("gemma2", **{c: None}), c) for c in caps] == [None, None]
+        assert [getattr(read("gemma2", **{c: 7}), c) for c in caps] == [7.0, 7.0]
+        assert "final_logit_softcapping: expected a positive number, found 0" in refusal(
+            "gemma2", final_logit_softcapping=0
+        )
+
+    def test_hidden_act_is_not_the_activation(self):
+        assert read("gemma2", hidden_act="relu", cache_implementation="hybrid") == read("gemma2")
+
+
+class TestFalcon:
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("alibi", False),
+            ("multi_query", True),
+            ("parallel_attn", True),
+            ("new_decoder_architecture", True),
+            ("apply_residual_connection_post_layernorm", True),
+            ("num_kv_heads", 1),
+            ("head_dim", 8),
+            ("n_embed", 32),
+        ],
+    )
+    def test_other_layouts_are_refused(self, key, value):
+        assert f"{key}: {value} is not supported" in refusal("falcon", **{key: value})
+
+    @pytest.mark.parametrize("key", ["alibi", "multi_query", "parallel_attn"])
+    def test_an_absent_key_means_falcon_7b(self, key):
+        assert f"{key}: " in refusal("falcon", drop=[key])
+
+    @pytest.mark.parametrize("key", ["n_head", "n_layer"])
+    def test_names_of_refined_web_model(self, key):
+        assert f"{key}: llmjax does not know this key" in refusal("falcon", **{key: 4})
+
+    def test_mlp_width_defaults_to_four_times_the_model(self):
+        assert read("falcon").intermediate_size == 256
+        assert read("falcon", ffn_hidden_size=100).intermediate_size == 100
+
+    def test_keys_of_other_layouts_are_irrelevant(self):
+        others = {"rope_theta": 5e3, "rope_scaling": {"type": "dynamic"}, "num_ln_in_parallel_attn": 2}
+        assert read("falcon", **others) == read("falcon")
+
+    def test_heads_must_divide_the_width(self):
+        assert "hidden_size: 64 is not a multiple of num_attention_heads 5" in refusal("falcon", num_attention_heads=5)
+
+
+class TestStableLm:
+    def test_head_width_is_not_free(self):
+        assert "head_dim: 20 is not supported, expected 16" in refusal("stablelm", head_dim=20)
+
+    @pytest.mark.parametrize("key", ["use_qkv_bias", "qk_layernorm", "use_parallel_residual"])
+    def test_options_are_honoured(self, key):
+        assert getattr(read("stablelm"), key) is False
+        assert getattr(read("stablelm", **{key: True}), key) is True
+        assert f"{key}: expected true or false, found 'yes'" in refusal("stablelm", **{key: "yes"})
