@@ -113,7 +113,7 @@ class GgufSource:
             try:
                 dtype = GGMLQuantizationType(kind)
             except ValueError:
-                problems.append(f"{label} is of type {kind}, which the gguf package does not know; a newer one may")
+                problems.append(f"{label}: type {kind} is not known to the gguf package; a newer gguf may know it")
                 continue
             block, block_bytes = GGML_QUANT_SIZES[dtype]
             if min(shape, default=1) < 1 or (shape[-1] if shape else 1) % block:

@@ -59,7 +59,7 @@ class Model:
 
     @functools.cached_property
     def _logits(self) -> Any:
-        return jax.jit(self.apply)
+        return jax.jit(self.apply, compiler_options=self.numerics.compiler_options)
 
     def logits(self, batch: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Teacher-forced logits of token id lists of any lengths, without a cache.

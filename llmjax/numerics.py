@@ -34,6 +34,12 @@ class Numerics:
     products: jnp.dtype
     round_alibi: bool = False
 
+    @property
+    def compiler_options(self) -> dict[str, bool]:
+        """For ``jax.jit``.  XLA may leave out a rounding to bfloat16 between two operations; ``hf`` is made of such
+        roundings."""
+        return {"xla_allow_excess_precision": False} if self.name == "hf" else {}
+
 
 PROFILES: tuple[str, ...] = ("reference", "hf", "fast")
 

@@ -88,7 +88,7 @@ def trace(model: Model, token_ids: Sequence[int], taps: str | Sequence[str] = "*
         _, collected = model.module.apply({"params": params}, ids, ctx, mutable=["taps"])
         return {name: x for name, x in _named(collected["taps"]) if any(fnmatchcase(name, g) for g in globs)}
 
-    found = jax.jit(run)(model.params, ids[None])
+    found = jax.jit(run, compiler_options=model.numerics.compiler_options)(model.params, ids[None])
     if not found:
         raise RequestError(f"taps: {', '.join(globs)} matches no activation; see llmjax.oracle.trace for the names")
     activations = {name: _to_numpy(x) for name, x in sorted(found.items(), key=lambda item: _order(item[0]))}

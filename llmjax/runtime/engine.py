@@ -83,7 +83,7 @@ class Engine:
             self.traces[function.__name__] += 1
             return function(*static, *args)
 
-        jitted = jax.jit(traced, donate_argnums=donate)
+        jitted = jax.jit(traced, donate_argnums=donate, compiler_options=self.model.numerics.compiler_options)
 
         def call(*args: Any) -> Any:
             traces, began = self.traces.total(), time.monotonic()

@@ -47,7 +47,8 @@ def test_new_weights_saved_by_transformers(name, tmp_path):
 
 
 def test_bfloat16_rounds_as_transformers_does(name, tmp_path):
-    """Profile hf: at most twice as far from transformers' bfloat16 run as that is from its own float32 run."""
+    """Profile hf: closer to transformers' bfloat16 run than that is to its own float32 run, by far except for Falcon,
+    whose fused attention torch evaluates in a way of its own."""
     m = meta(name)
     folder = checkpoints.write(tmp_path, m["config"], m["shapes"], SEED, "bfloat16")
     ids = ids_of(name)
@@ -57,7 +58,8 @@ def test_bfloat16_rounds_as_transformers_does(name, tmp_path):
     )
     ours = llmjax.load(folder, numerics="hf").logits([ids])[0]
     assert ours.dtype == np.float32
-    assert kl(theirs, ours).mean() <= 2 * kl(theirs, exact).mean()
+    allowed = 1.5 if m["config"]["model_type"] == "falcon" else 0.9
+    assert kl(theirs, ours).mean() <= allowed * kl(theirs, exact).mean()
     exact_ours = llmjax.load(folder, numerics="reference").logits([ids])[0]
     if m["config"]["model_type"] != "falcon":  # whose bfloat16 ALiBi `reference` does not share
         assert error(exact_ours, exact) <= TOLERANCE

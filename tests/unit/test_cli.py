@@ -1,5 +1,6 @@
 """The command line: what it prints where, exit codes, and one clear line for every user's mistake."""
 
+import io
 import json
 import os
 import struct
@@ -7,19 +8,22 @@ import subprocess
 import sys
 
 import pytest
+import safetensors
 
+import llmjax
+from llmjax import cli
 from llmjax.cli import main
 
 
 @pytest.fixture(scope="module")
-def answer(smollm2_path):
-    """`llmjax generate` in a process of its own, as a user runs it."""
+def llm(smollm2_path):
+    return llmjax.LLM(smollm2_path)
 
-    def run(*args, stdin=""):
-        command = [sys.executable, "-m", "llmjax.cli", *args]
-        return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
 
-    return run
+@pytest.fixture
+def shared(llm, monkeypatch):
+    """The verbs run in this process, on a model that is loaded and compiled once."""
+    monkeypatch.setattr(cli, "_llm", lambda args: (llm, 0.0))
 
 
 def failing(capsys, *args):
@@ -31,31 +35,26 @@ def failing(capsys, *args):
     return code, err
 
 
-def test_generate_streams_to_stdout(answer):
-    done = answer(
-        "generate",
-        "--model",
-        "smollm2",
-        "--prompt",
-        "-",
-        "--temperature",
-        "0",
-        "--max-tokens",
-        "12",
-        stdin="The capital of France is",
+def test_generate_streams_to_stdout(smollm2_path):
+    """In a process of its own, as a user runs it."""
+    command = [sys.executable, "-m", "llmjax.cli", "generate", "--model", "smollm2", "--prompt", "-"]
+    flags = ["--temperature", "0", "--max-tokens", "12"]
+    done = subprocess.run(
+        command + flags, input="The capital of France is", capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(" Paris.")
     assert done.stderr == ""
 
 
-def test_show_prompt(answer):
-    done = answer("generate", "--model", "smollm2", "--chat", "--prompt", "hi", "--max-tokens", "1", "--show-prompt")
-    assert "<|im_start|>user\\nhi<|im_end|>" in done.stderr
-    assert "ids: [1, 9690," in done.stderr
+def test_show_prompt(shared, capsys):
+    assert main(["generate", "--model", "x", "--chat", "--prompt", "hi", "--max-tokens", "1", "--show-prompt"]) == 0
+    err = capsys.readouterr().err
+    assert "<|im_start|>user\\nhi<|im_end|>" in err
+    assert "ids: [1, 9690," in err
 
 
-def test_batch_rows_in_order_bad_ones_reported(answer, tmp_path):
+def test_batch_rows_in_order_bad_ones_reported(shared, capsys, tmp_path):
     lines = [
         '{"id": "a", "prompt": "One, two,", "max_tokens": 4}',
         '{"id": "b", "prompt": "x", "temperature": -1}',
@@ -68,52 +67,74 @@ def test_batch_rows_in_order_bad_ones_reported(answer, tmp_path):
         '{"id": "g", "prompt": "x", "promt": "y"}',
         '{"id": "h", "prompt": "x", "prompt_token_ids": [1]}',
         "[1]",
+        '{"id": "i", "messages": []}',
+        '{"id": "j", "prompt_token_ids": [1, "a"]}',
+        '{"id": "k", "prompt_token_ids": [99999]}',
     ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(lines) + "\n")
-    done = answer("batch", "--model", "smollm2", "--input", str(source), "--output", str(target), "--temperature", "0")
-    assert done.returncode == 1
+    args = ["batch", "--model", "x", "--input", str(source), "--output", str(target), "--temperature", "0"]
+    assert main(args) == 1
     rows = [json.loads(line) for line in target.read_text().splitlines()]
-    assert [r["id"] for r in rows] == ["a", "b", None, "a", "6", "e", "f", "g", "h", None]
+    assert [r["id"] for r in rows] == ["a", "b", None, "a", "6", "e", "f", "g", "h", None, "i", "j", "k"]
     errors = {r["line"]: r["error"] for r in rows if "error" in r}
-    assert sorted(errors) == [2, 3, 5, 7, 9, 10, 11]
+    assert sorted(errors) == [2, 3, 5, 7, 9, 10, 11, 12, 13, 14]
     assert errors[2] == "line 2: temperature: expected a number from 0 (greedy) to 100, found -1"
     assert "not valid JSON" in errors[3]
     assert "was used by an earlier row" in errors[5]
     assert "unknown key promt" in errors[9]
     assert "found prompt, prompt_token_ids" in errors[10]
+    assert "messages: expected a non-empty list" in errors[12]
+    assert "outside the vocabulary" in errors[14]
     good = {r["id"]: r for r in rows if "error" not in r}
     assert good["a"]["usage"]["completion_tokens"] == 4
     assert len(good["f"]["logprobs"]) == 2 <= len(good["f"]["logprobs"][0])
-    assert "3 rows answered, 7 failed" in done.stderr
+    assert "3 rows answered, 10 failed" in capsys.readouterr().err
 
 
-def test_score(answer, tmp_path):
+def test_score(shared, capsys, tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text('{"text": "The capital of France is Paris."}\n{"token_ids": [504, 3575, 282]}\n{"text": 5}\n')
-    done = answer("score", "--model", "smollm2", "--input", str(source), "--output", "-", "--numerics", "reference")
-    assert done.returncode == 1
-    first, second, third = map(json.loads, done.stdout.splitlines())
+    assert main(["score", "--model", "x", "--input", str(source), "--output", "-"]) == 1
+    out, err = capsys.readouterr()
+    first, second, third = map(json.loads, out.splitlines())
     assert first["logprobs"][0] is None and len(first["logprobs"]) == len(first["token_ids"]) == 7
     assert first["nll"] == pytest.approx(-sum(first["logprobs"][1:]) / 6)
     assert first["logprobs"][1:3] == pytest.approx(second["logprobs"][1:], abs=1e-5)
     assert "line 3: text: expected a string, found int" in third["error"]
-    assert "8 tokens, NLL" in done.stderr
+    assert "8 tokens, NLL" in err
 
 
-def test_chat_keeps_the_conversation(answer):
-    done = answer(
-        "chat",
-        "--model",
-        "smollm2",
-        "--temperature",
-        "0",
-        "--max-tokens",
-        "20",
-        stdin="My name is Bob.\nWhat is my name?\n",
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Bob" in done.stdout.split("\n", 1)[1]
+def test_chat_keeps_the_conversation(shared, llm, capsys, monkeypatch):
+    asked = []
+
+    def recorded(messages, params):
+        asked.append([m["content"] for m in messages])
+        return request(messages, params)
+
+    request = llm.chat_request
+    monkeypatch.setattr(llm, "chat_request", recorded)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("My name is Bob.\nWhat is my name?\n/reset\nHello.\n"))
+    assert main(["chat", "--model", "x", "--system", "Be kind.", "--max-tokens", "6", "--temperature", "0"]) == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert asked[0] == ["Be kind.", "My name is Bob."]
+    assert asked[1] == ["Be kind.", "My name is Bob.", answers[0], "What is my name?"]
+    assert asked[2] == ["Be kind.", "Hello."]
+
+
+def test_trace(capsys, tmp_path, smollm2_path):
+    args = ["trace", "--model", "smollm2", "--ids", "504,3575,282", "--taps", "layers.3.*", "--taps", "logits"]
+    assert main([*args, "--output", str(tmp_path / "t")]) == 0
+    assert "17 activations of 3 tokens" in capsys.readouterr().err
+    manifest = json.loads((tmp_path / "t/manifest.json").read_text())
+    assert manifest["token_ids"] == [504, 3575, 282] and manifest["numerics"] == "reference"
+    with safetensors.safe_open(tmp_path / "t/activations.safetensors", "numpy") as file:
+        assert file.get_tensor("logits").shape == (3, 49152)
+        assert file.get_tensor("layers.3.attn.probs").shape == (9, 3, 3)
+    for extra, message in (([], "exists already"), (["--taps", "no.such"], "matches no activation")):
+        code, err = failing(capsys, *args[:5], *extra, "--output", str(tmp_path / ("u" if extra else "t")))
+        assert code == 2 and message in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["t"]
 
 
 def test_inspect(capsys, smollm2_path):
@@ -132,31 +153,23 @@ def test_inspect(capsys, smollm2_path):
         (["--top-p", "0"], "top_p: expected a number above 0"),
         (["--max-tokens", "0"], "max_tokens: expected a positive integer"),
         (["--seed", "-1"], "seed: expected an integer from 0"),
-        (["--numerics", "exact"], "numerics: unknown profile 'exact'"),
-        (["--max-batch", "2"], "slots: expected an integer of at least 4"),
         (["--prompt", ""], "prompt: empty"),
         (["--prompt", "x " * 9000], "tokens, longer than the model's context of 8192"),
         (["--stop-token-ids", "49152"], "stop_token_ids: 49152 is outside the vocabulary"),
     ],
 )
-def test_bad_requests(capsys, smollm2_path, flags, message):
-    code, err = failing(capsys, "generate", "--model", "smollm2", "--prompt", "hi", *flags)
+def test_bad_requests(shared, capsys, flags, message):
+    code, err = failing(capsys, "generate", "--model", "x", "--prompt", "hi", *flags)
     assert code == 2 and message in err and err.count("\n") == 1
 
 
-def test_truncate_prompt(capsys, tmp_path, answer):
-    done = answer(
-        "generate",
-        "--model",
-        "smollm2",
-        "--prompt",
-        "-",
-        "--truncate-prompt",
-        "--max-tokens",
-        "2",
-        stdin="one two three " * 4000,
-    )
-    assert done.returncode == 0, done.stderr
+def test_bad_settings(capsys, smollm2_path):
+    for flags, message in (
+        (["--numerics", "exact"], "numerics: unknown profile 'exact'"),
+        (["--max-batch", "2"], "slots: expected an integer of at least 4"),
+    ):
+        code, err = failing(capsys, "generate", "--model", "smollm2", "--prompt", "hi", *flags)
+        assert code == 2 and message in err and err.count("\n") == 1
 
 
 def test_bad_models(capsys, tmp_path, smollm2_path):
@@ -167,17 +180,17 @@ def test_bad_models(capsys, tmp_path, smollm2_path):
     empty.write_bytes(b"")
     directory.mkdir()
     cut.write_bytes(data[: len(data) // 2])
-    table.write_bytes(data[:2_000_000])
+    table.write_bytes(data[:1_000_000])
     foreign.write_bytes(data.replace(b"llama", b"mamba"))
     name = b"token_embd.weight"
     at = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4 + 16
     type_.write_bytes(data[:at] + struct.pack("<I", 199) + data[at + 4 :])
     expected = {
         tmp_path / "none": "no such file or directory",
-        directory: "no config.json",
+        directory: "config.json",
         empty: "the file is empty",
         cut: "truncated or damaged GGUF",
-        table: "truncated GGUF",
+        table: "truncated",
         foreign: "general.architecture 'mamba' is not supported",
         type_: "tensor token_embd.weight: type 199 is not known",
     }
@@ -202,13 +215,12 @@ def test_unwritable_output_is_found_before_the_model_is_loaded(capsys, tmp_path)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_full_disk(answer, tmp_path):
+def test_full_disk(shared, capsys, tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text('{"prompt": "x", "max_tokens": 2}\n')
-    done = answer("batch", "--model", "smollm2", "--input", str(source), "--output", "/dev/full")
-    assert done.returncode == 2
-    assert "/dev/full: writing the output failed: No space left" in done.stderr
-    assert "Traceback" not in done.stderr
+    code, err = failing(capsys, "batch", "--model", "x", "--input", str(source), "--output", "/dev/full")
+    assert code == 2
+    assert "/dev/full: writing the output failed: No space left" in err
 
 
 @pytest.mark.parametrize("args", [[], ["dance"], ["generate", "--model", "x"], ["generate", "--prompt", "x"]])

@@ -252,8 +252,8 @@ def test_a_type_that_cannot_be_expanded_is_listed_and_refused_when_read(opened):
         (build([string_pair("general.alignment", "32")]), "expected a power of two, found 32"),
         (build(entries=[entry("a", (1,) * 5)]), "tensor a: expected at most 4 dimensions, found 5"),
         (build(entries=[text("a") + b"\xff" * 4]), "tensor a: expected at most 4 dimensions, found 4294967295"),
-        (build(entries=[entry("a", kind=999)]), "tensor a is of type 999, which the gguf package does not know"),
-        (build(entries=[entry("a", kind=4)]), "tensor a is of type 4,"),
+        (build(entries=[entry("a", kind=999)]), "tensor a: type 999 is not known to the gguf package"),
+        (build(entries=[entry("a", kind=4)]), "tensor a: type 4 is not known"),
         (build(entries=[entry("a", (33,), kind=2)]), r"tensor a: shape \[33\] does not fit type Q4_0"),
         (build(entries=[entry("a", (), kind=2)]), r"tensor a: shape \[\] does not fit type Q4_0"),
         (build(entries=[entry("a", (4, 0))]), r"tensor a: shape \[0, 4\] does not fit type F32"),
@@ -273,7 +273,7 @@ def test_damaged_headers(refused, content, message):
 def test_problems_of_several_tensors_come_together(refused):
     bad = [entry("a", kind=999), entry("b", (33,), kind=2), entry("c"), entry("c")]
     refused(
-        build(entries=bad), r"(?s)tensors that cannot be read:\n  tensor a .*\n  tensor b.*\n  tensor c appears twice"
+        build(entries=bad), r"(?s)tensors that cannot be read:\n  tensor a: .*\n  tensor b.*\n  tensor c appears twice"
     )
 
 
