@@ -1,0 +1,96 @@
+"""MediaPipe's face: its option names and defaults, synchronous and with listeners."""
+
+import dataclasses
+import threading
+
+import pytest
+
+import llmjax
+from llmjax import LlmInference, LlmInferenceOptions, RequestError
+
+
+@pytest.fixture(scope="module")
+def task(smollm2_path):
+    with LlmInference.create_from_options(LlmInferenceOptions(str(smollm2_path), max_tokens=24, temperature=0.0)) as t:
+        yield t
+
+
+def test_defaults_are_mediapipes():
+    options = LlmInferenceOptions("m")
+    assert (options.max_tokens, options.top_k, options.temperature, options.random_seed) == (512, 40, 0.8, 0)
+
+
+def test_response_counts_prompt_and_output_together(task):
+    prompt = "The capital of France is"
+    text = task.generate_response(prompt)
+    assert text.startswith(" Paris")
+    assert task.size_in_tokens(prompt) == 5
+    assert task.size_in_tokens(text) <= 24 - 5
+
+
+def test_a_prompt_that_leaves_no_room(task):
+    with pytest.raises(RequestError, match="leave no room for an answer within max_tokens 24"):
+        task.generate_response("word " * 40)
+
+
+def with_listeners(task, **listeners):
+    other = LlmInference(dataclasses.replace(task._options, **listeners), task._llm)
+    return other
+
+
+def test_async_gives_pieces_then_done(task):
+    seen = []
+    other = with_listeners(task, result_listener=lambda piece, done: seen.append((piece, done)))
+    future = other.generate_response_async("The capital of France is")
+    text = future.result(timeout=120)
+    assert text == task.generate_response("The capital of France is")
+    pieces, flags = zip(*seen, strict=True)
+    assert "".join(pieces) == text and flags == (*[False] * (len(seen) - 1), True)
+    assert len(seen) > 3
+
+
+def test_async_errors_reach_the_listener_and_the_future(task):
+    errors = []
+    other = with_listeners(task, result_listener=lambda *_: None, error_listener=errors.append)
+    future = other.generate_response_async("word " * 40)
+    with pytest.raises(RequestError, match="leave no room"):
+        future.result(timeout=60)
+    assert [type(e) for e in errors] == [RequestError]
+    assert other.generate_response_async("hi").result(timeout=60) is not None
+
+
+def test_one_answer_at_a_time(task):
+    go = threading.Event()
+    other = with_listeners(task, result_listener=lambda *_: go.wait(60))
+    future = other.generate_response_async("The capital of France is")
+    with pytest.raises(RequestError, match="still under way"):
+        other.generate_response_async("hi")
+    go.set()
+    future.result(timeout=120)
+
+
+def test_async_needs_a_listener(task):
+    with pytest.raises(RequestError, match="result_listener"):
+        task.generate_response_async("hi")
+
+
+def test_closed(task):
+    other = with_listeners(task)
+    other.close()
+    with pytest.raises(RequestError, match="closed"):
+        other.generate_response("hi")
+    assert task.generate_response("The capital")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"top_k": 0}, "top_k"), ({"temperature": -1.0}, "temperature"), ({"max_tokens": 1}, "max_tokens")],
+)
+def test_bad_options_are_found_before_loading(change, message):
+    with pytest.raises(RequestError, match=message):
+        LlmInference.create_from_options(LlmInferenceOptions("nowhere", **change))
+
+
+def test_missing_model():
+    with pytest.raises(llmjax.CheckpointError, match="no such file"):
+        LlmInference.create_from_options(LlmInferenceOptions("nowhere"))

@@ -1,0 +1,201 @@
+"""From files to a model: everything wrong with a checkpoint is reported at once; what is right is exact."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import llmjax
+from llmjax import CheckpointError, ConfigError, TokenizerError, configs
+from llmjax.loading import parameter_shapes
+from llmjax.models.registry import architectures, read_config
+from tests.parity import checkpoints, golden
+from tests.parity.golden import arrays, meta
+
+MISSION = {
+    "gemma-2b": 2_506_172_416,
+    "gemma-2b-it": 2_506_172_416,
+    "gemma-7b": 8_537_680_896,
+    "gemma-1.1-7b-it": 8_537_680_896,
+    "gemma-2-2b": 2_614_341_888,
+    "gemma-2-2b-it": 2_614_341_888,
+    "phi-2": 2_779_683_840,
+    "falcon-rw-1b": 1_311_625_216,
+    "stablelm-3b-4e1t": 2_795_443_200,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    m = meta("llama")
+    return checkpoints.write(tmp_path / "m", m["config"], m["shapes"], m["seed"])
+
+
+def edit(folder, change):
+    """Rewrites the tensors; ``change`` gets and edits the dict."""
+    tensors = dict(load_file(folder / "model.safetensors"))
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_all_tensor_problems_in_one_error(folder):
+    def change(tensors):
+        del tensors["model.norm.weight"]
+        tensors["model.layers.1.self_attn.k_proj.weight"] = np.zeros((3, 5), np.float32)
+        tensors["model.layers.0.self_attn.extra.weight"] = np.zeros(2, np.float32)
+        tensors["model.layers.9.mlp.up_proj.weight"] = np.zeros(2, np.float32)
+
+    edit(folder, change)
+    with pytest.raises(CheckpointError) as caught:
+        llmjax.load(folder)
+    message = str(caught.value)
+    assert "missing tensor model.norm.weight, needed for final_norm.weight [56]" in message
+    assert "k_proj.weight: expected shape [28, 56], found [3, 5]" in message
+    assert "self_attn.extra.weight [2] is not part of a llama model" in message
+    assert "model.layers.9.mlp.up_proj.weight [2] is not part of" in message
+    assert message.count("\n") == 4
+    report = llmjax.inspect(folder)
+    assert not report.supported and len(report.problems) == 4
+
+
+def test_known_leftovers_are_dropped(folder):
+    edit(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(7, np.float32)}))
+    llmjax.load(folder)
+    uses = {t["name"]: t["use"] for t in llmjax.inspect(folder).tensors if not t["fills"]}
+    assert uses == {"model.layers.0.self_attn.rotary_emb.inv_freq": "known, not needed"}
+
+
+def test_a_tied_head_must_repeat_the_embedding(tmp_path):
+    m = meta("llama_biases_tied")
+    folder = checkpoints.write(tmp_path, m["config"], m["shapes"], m["seed"])
+    edit(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
+    ids = arrays("llama_biases_tied")["short"].tolist()
+    found = llmjax.load(folder).logits([ids])[0]
+    np.testing.assert_array_equal(found, golden.load("llama_biases_tied").logits([ids])[0])
+    edit(folder, lambda t: t["lm_head.weight"].__setitem__((3, 3), 9.0))
+    with pytest.raises(CheckpointError, match="lm_head.weight differs from model.embed_tokens.weight"):
+        llmjax.load(folder)
+
+
+def test_stored_values_are_unchanged(folder):
+    model = llmjax.load(folder)
+    source = load_file(folder / "model.safetensors")
+    np.testing.assert_array_equal(
+        model.params["layers_1"]["attn"]["q"]["weight"], source["model.layers.1.self_attn.q_proj.weight"]
+    )
+    np.testing.assert_array_equal(model.params["embed"]["weight"], source["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_dtype_is_how_weights_are_stored(folder, dtype):
+    leaves = jax.tree.leaves(llmjax.load(folder, dtype=dtype).params)
+    assert {str(leaf.dtype) for leaf in leaves} == {dtype}
+    with pytest.raises(ConfigError, match="dtype: unknown 'int8'"):
+        llmjax.load(folder, dtype="int8")
+
+
+def test_bfloat16_values_are_the_reference(tmp_path):
+    """float32 arithmetic on bfloat16 weights equals the same weights stored as float32."""
+    m = meta("gemma_mqa")
+    folder = checkpoints.write(tmp_path, m["config"], m["shapes"], m["seed"], "bfloat16")
+    ids = [[5, 9, 2, 77]]
+    stored, widened = llmjax.load(folder), llmjax.load(folder, dtype="float32")
+    assert stored.params["embed"]["weight"].dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(stored.logits(ids)[0], widened.logits(ids)[0])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_check_finite(folder, value):
+    edit(folder, lambda t: t["model.layers.2.mlp.up_proj.weight"].__setitem__((1, 1), value))
+    with pytest.raises(CheckpointError, match=r"NaN or infinite values in:\n  layers.2.mlp.up.weight"):
+        llmjax.load(folder, check_finite=True)
+    llmjax.load(folder)
+
+
+def test_a_tokenizer_of_another_model(folder, tmp_path):
+    source = golden.FOLDER.parent / "data/tokenizers/llama"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    with pytest.raises(TokenizerError, match="the tokenizer has 413 tokens, the model's embedding only 160 rows"):
+        llmjax.load(folder)
+
+
+def test_every_end_of_text_token_counts(folder):
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 3]}')
+    assert llmjax.load(folder).eos_ids == (3, 7)
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 5}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert llmjax.load(folder).eos_ids == (5,)
+
+
+def test_unknown_architecture(folder):
+    (folder / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ConfigError, match="model_type 'mamba' is not supported; llmjax has falcon, gemma"):
+        llmjax.load(folder)
+    report = llmjax.inspect(folder)
+    assert not report.supported and report.model_type == "mamba" and "mamba" in report.to_text()
+
+
+def test_gradients_flow_through_every_parameter():
+    """The researcher's use: the model is a pure function."""
+    for name in ("llama", "gemma2", "phi_gqa_qk_norm", "falcon_rw", "stablelm_qkv_bias_qk_norm"):
+        model = golden.load(name)
+        ids = jnp.asarray(arrays(name)["short"])[None]
+
+        def loss(params, model=model, ids=ids):
+            log_probs = jax.nn.log_softmax(model.apply(params, ids[:, :-1]))
+            return -jnp.take_along_axis(log_probs, ids[:, 1:, None], -1).mean()
+
+        value, grads = jax.jit(jax.value_and_grad(loss))(model.params)
+        assert np.isfinite(value)
+        silent = [p for p, g in jax.tree_util.tree_leaves_with_path(grads) if not np.abs(g).max() > 0]
+        # Adding one number to all keys of a head moves no softmax: only a key bias without a norm may be silent.
+        assert all("'k'" in str(p) and "bias" in str(p) for p in silent), silent
+        step = jax.tree.map(lambda p, g: p - 1e-3 * g, model.params, grads)
+        assert loss(step) < value
+
+
+@pytest.mark.parametrize("name", configs.names())
+def test_published_checkpoints(name):
+    facts = configs.read(name)
+    _, config = read_config(facts["config"], name)
+    count = sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    assert count == facts["parameters"] == MISSION.get(name, count)
+    assert all(token["id"] < config.vocab_size for token in facts["special_tokens"].values())
+
+
+def test_the_mission_has_its_configurations():
+    assert set(MISSION) <= set(configs.names())
+    assert {configs.read(n)["config"]["model_type"] for n in configs.names()} == set(architectures())
+
+
+def test_random_weights():
+    model = llmjax.load("config:smollm2-135m-instruct", random_weights=True, dtype="bfloat16")
+    assert {str(x.dtype) for x in jax.tree.leaves(model.params)} == {"bfloat16"}
+    assert sum(x.size for x in jax.tree.leaves(model.params)) == 134_515_008
+    assert 0.019 < float(jnp.std(model.params["embed"]["weight"].astype(jnp.float32))) < 0.021
+    for path, message in (("config:gemma", "no such configuration"), ("somewhere", "goes with config:NAME")):
+        with pytest.raises(ConfigError, match=message):
+            llmjax.load(path, random_weights=True)
+    with pytest.raises(ConfigError, match="no weights"):
+        llmjax.load("config:gemma-2b")
+
+
+def test_a_gemma_prompt_without_bos_warns(tmp_path):
+    source = golden.FOLDER.parent / "data/tokenizers/gemma_2b"
+    m = meta("gemma_mqa")
+    config = m["config"] | {"vocab_size": 480}
+    shapes = m["shapes"] | {"model.embed_tokens.weight": [480, 72]}
+    folder = checkpoints.write(tmp_path, config, shapes, 0)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    llm = llmjax.LLM(folder)
+    assert llm.request("hello").ids[0] == 2
+    with pytest.warns(UserWarning, match=r"does not begin with BOS \(id 2\)"):
+        llm.request([5, 6])
