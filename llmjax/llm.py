@@ -11,6 +11,7 @@ from llmjax.errors import RequestError, TokenizerError
 from llmjax.loading import load
 from llmjax.model import Model, check_ids
 from llmjax.outputs import RequestOutput, Score
+from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine, Update
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request
@@ -136,10 +137,10 @@ class LLM:
         request = self.request(self.tokenizer.encode_chat(messages), params, request_id=request_id)
         return dataclasses.replace(request, prompt=self.tokenizer.render_chat(messages))
 
-    def run(self, requests: Iterable[Request], *, burst: int | None = None) -> Iterator[Update]:
-        """The engine's updates for requests, one run at a time."""
+    def run(self, requests: Iterable[Request], *, burst: int = BURST, reserve: int = 0) -> Iterator[Update]:
+        """``Engine.run``, one run at a time."""
         with self._lock:
-            yield from self.engine.run(requests, **({} if burst is None else {"burst": burst}))
+            yield from self.engine.run(requests, burst=burst, reserve=reserve)
 
     def generate(
         self,

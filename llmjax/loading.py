@@ -213,16 +213,17 @@ def _random_model(name: str, dtype: str, numerics: str, random_weights: bool) ->
     params: dict[str, Any] = {}
     random = np.random.default_rng(0)
     for parameter, shape in parameter_shapes(config).items():
-        _put(params, parameter, jnp.asarray(_random(random, parameter, shape, jnp.dtype(dtype))))
+        _put(params, parameter, jax.device_put(_random(random, parameter, shape, jnp.dtype(dtype))))
     resolved = numerics_lib.resolve(numerics, jnp.dtype(dtype))
     return Model(architecture, config, params, resolved, None, (facts["special_tokens"]["eos"]["id"],), Path(name))
 
 
 def _random(random: np.random.Generator, name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> np.ndarray:
     """Uniform with standard deviation 0.02, norms at 1 and biases at 0; in slices, so that only the result is large."""
+    value = _aligned(shape, dtype)
     if len(shape) == 1:
-        return np.full(shape, 0 if name.endswith("bias") else 1, dtype)
-    value = np.empty(shape, dtype)
+        value[:] = 0 if name.endswith("bias") else 1
+        return value
     step = max(1, (1 << 22) // int(np.prod(shape[1:])))
     for start in range(0, shape[0], step):
         part = random.random(value[start : start + step].shape, np.float32)
@@ -256,7 +257,7 @@ def _read_params(source: Source, plan: Plan, dtype: str | None, check_finite: bo
         value = _read_one(source, assignment, dtype)
         if check_finite and not _finite(value):
             bad.append(f"{assignment.parameter} (from {', '.join(s.name for s in assignment.sources)})")
-        _put(params, assignment.parameter, jnp.asarray(value))
+        _put(params, assignment.parameter, jax.device_put(value))
     if bad:
         raise CheckpointError(f"{source.path}: " + "\n  ".join(["NaN or infinite values in:", *bad]))
     for spec in plan.tied:
@@ -274,10 +275,20 @@ def _read_params(source: Source, plan: Plan, dtype: str | None, check_finite: bo
 def _read_one(source: Source, assignment: Assignment, dtype: str | None) -> np.ndarray:
     """A parameter in memory of its own, the mapped pages it came from given back."""
     value = assignment.make([source.read(s.name) for s in assignment.sources])
-    value = np.array(value, dtype=jnp.dtype(dtype) if dtype else None, order="C")
+    own = _aligned(value.shape, jnp.dtype(dtype) if dtype else value.dtype)
+    own[...] = value
     for spec in assignment.sources:
         source.release(spec.name)
-    return value
+    return own
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that begins at a multiple of 64 bytes: ``jax.device_put`` then uses it as it is on the CPU,
+    without a second copy."""
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _finite(value: np.ndarray, rows: int = 4096) -> bool:

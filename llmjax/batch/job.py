@@ -13,6 +13,9 @@ from llmjax.llm import LLM
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request
 
+# Positions of the cache a job begins with: most rows fit, and a longer one makes it grow.
+RESERVE = 1024
+
 
 @dataclasses.dataclass
 class Summary:
@@ -78,7 +81,7 @@ def run(
                 lines_of[row.request.request_id] = row.line
                 yield row.request
 
-    for update in llm.run(requests()):
+    for update in llm.run(requests(), reserve=RESERVE):
         if update.row.finish_reason:
             result = update.row.output(llm.model.numerics.name)
             summary.rows += 1

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from llmjax.bits import from_storage
 from llmjax.models.context import Context
 
 # Not -inf: the running maximum of a block that is masked for some row must stay finite, or exp(-inf - -inf) makes NaN.
@@ -200,7 +201,8 @@ def cached_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, score
 
     Args:
       q: ``[B, T, N, H]``.
-      cache_k: ``[R, K, S, H]`` with R >= B rows, this call's tokens already written; S a multiple of ``ctx.block``.
+      cache_k: ``[R, K, S, H]``, as ``bits.storage`` of the products' dtype, with R >= B rows, this call's tokens
+        already written; S a multiple of ``ctx.block``.
       cache_v: as cache_k.
       scores: the layer's rule.
       ctx: positions, slot, block.
@@ -211,7 +213,8 @@ def cached_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, score
     batch, _, _, width = q.shape
     num_kv = cache_k.shape[1]
     size = (batch, num_kv, ctx.block, width)
-    qg = _grouped(q, num_kv).astype(cache_k.dtype)
+    dtype = ctx.numerics.products
+    qg = _grouped(q, num_kv).astype(dtype)
     first = jnp.int32(0)
     if scores.window is not None:
         first = jnp.maximum(0, jnp.min(ctx.positions) - scores.window + 1) // ctx.block
@@ -220,8 +223,8 @@ def cached_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, score
     def fold(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, acc = carry
         start = (ctx.slot, 0, i * ctx.block, 0)
-        keys = lax.dynamic_slice(cache_k, start, size)
-        values = lax.dynamic_slice(cache_v, start, size)
+        keys = from_storage(lax.dynamic_slice(cache_k, start, size), dtype)
+        values = from_storage(lax.dynamic_slice(cache_v, start, size), dtype)
         products = _einsum("BKGTH,BKSH->BKGTS", qg, keys)
         s, mask = scores(products, ctx.positions, i * ctx.block + jnp.arange(ctx.block), ctx)
         new_top = jnp.maximum(top, jnp.max(jnp.where(mask, s, MASKED), -1, keepdims=True))

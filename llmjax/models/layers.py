@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from llmjax.bits import look_up, to_storage
 from llmjax.matmul import matmul
 from llmjax.models.attention import Rope, Scores, cached_attention, dense_attention
 from llmjax.models.context import Context, tap
@@ -75,7 +76,7 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: jax.Array, ctx: Context) -> jax.Array:
         """int32 ``[B, T] -> [B, T, D]``."""
-        x = jnp.take(self.weight, ids, axis=0).astype(ctx.numerics.activations)
+        x = look_up(self.weight, ids).astype(ctx.numerics.activations)
         return x if self.scale == 1.0 else x * jnp.float32(self.scale).astype(x.dtype)
 
     def attend(self, x: jax.Array, ctx: Context, bias: jax.Array | None = None) -> jax.Array:
@@ -189,7 +190,8 @@ class Attention(nn.Module):
         if ctx.active is not None:
             positions = jnp.where(ctx.active[:, None], positions, cache.shape[2])  # out of range: dropped
         rows = ctx.slot + jnp.arange(new.shape[0])[:, None]
-        cache = cache.at[rows, :, positions].set(new.astype(cache.dtype), mode="drop", unique_indices=True)
+        new = to_storage(new.astype(ctx.numerics.products))
+        cache = cache.at[rows, :, positions].set(new, mode="drop", unique_indices=True)
         self.put_variable("cache", name, cache)
         return cache
 

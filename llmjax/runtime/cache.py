@@ -4,17 +4,18 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from llmjax.bits import storage
 from llmjax.models.config import DecoderConfig
 from llmjax.numerics import Numerics
 
 
 def make_cache(config: DecoderConfig, numerics: Numerics, slots: int, length: int) -> dict[str, Any]:
-    """A zeroed ``cache`` collection: ``layers_i / attn / {k, v}``, each ``[slots, K, length, H]`` in the dtype products
-    run in."""
+    """A zeroed ``cache`` collection: ``layers_i / attn / {k, v}``, each ``[slots, K, length, H]`` in the
+    storage of the dtype products run in."""
     shape = (slots, config.num_key_value_heads, length, config.head_dim)
 
     def layer() -> dict[str, Any]:
-        return {"attn": {name: jnp.zeros(shape, numerics.products) for name in ("k", "v")}}
+        return {"attn": {name: jnp.zeros(shape, storage(numerics.products)) for name in ("k", "v")}}
 
     return {f"layers_{i}": layer() for i in range(config.num_hidden_layers)}
 

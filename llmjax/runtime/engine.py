@@ -20,8 +20,8 @@ from llmjax.runtime.sampling import Knobs, key_words
 
 # One-row products take a slow path on the CPU (llmjax.matmul), so fewer slots would be slower, not faster.
 MIN_SLOTS = 4
-# Below this the smallest cache is not worth a program of its own.
-MIN_LENGTH = 1024
+# Below this a smaller cache saves too little to be worth a program of its own.
+MIN_LENGTH = 256
 
 
 @dataclasses.dataclass
@@ -114,16 +114,21 @@ class Engine:
             self._length = length
         return self._state
 
-    def run(self, requests: Iterable[Request], *, burst: int = BURST) -> Iterator[Update]:
+    def run(self, requests: Iterable[Request], *, burst: int = BURST, reserve: int = 0) -> Iterator[Update]:
         """Runs requests as slots become free, in any mix of lengths.
 
         Args:
           requests: taken one by one, only when a slot is free.
+          reserve: cache positions to begin with, where the longest request is not known: a cache that grows on the way
+            means compiling again.
           burst: tokens a row may produce before its text is looked at; the same program whatever the number.
 
         Yields:
           an update whenever a row has new text or has finished, rows in any order.
         """
+        if isinstance(requests, list):
+            reserve = max([reserve, *(len(r.ids) + (r.params.max_tokens or 0) for r in requests)])
+        self._ensure(min(reserve, self.model.context_length))
         queue = iter(requests)
         rows: dict[int, Row] = {}
         self._state = None if self._state is None else self._state.replace(active=jnp.zeros(self.slots, jnp.bool_))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llmjax import LLM, RequestError, SamplingParams
+from llmjax.runtime import decode
 from llmjax.runtime.engine import Engine
 from tests.tiny import random_ids, random_model
 
@@ -206,3 +207,19 @@ def test_every_profile_runs_and_stays_deterministic(profile, dtype):
     together = results(llm, reqs)
     assert results(llm, reqs[::-1]) == together
     assert results(llm, reqs[3:4]) == {reqs[3].request_id: together[reqs[3].request_id]}
+
+
+def test_no_program_holds_a_second_copy_of_a_weight():
+    """bfloat16 weights: neither the embedding lookup nor a product may convert a whole table, in or out of the loop."""
+    model = random_model("fast", "bfloat16", vocab_size=20_000, hidden_size=96, tie_word_embeddings=True)
+    llm = LLM(model, max_batch=4, chunk=16, block=16)
+    table = model.params["embed"]["weight"].nbytes
+    llm.generate([1, 2, 3], SamplingParams(max_tokens=2, temperature=0))
+    state = llm.engine._state
+    static = (model.module, model.numerics, 16, model.params, state)
+    slot, ids = np.int32(0), np.zeros((1, 16), np.int32)
+    forced = np.full((4, decode.BURST), -1, np.int32)
+    for program, args in ((decode.decode, (forced, slot)), (decode.prefill, (ids, slot, slot, slot))):
+        compiled = jax.jit(program, static_argnums=(0, 1, 2), donate_argnums=4).lower(*static, *args).compile()
+        assert compiled.memory_analysis().temp_size_in_bytes < table
+        assert "f32[20000,96]" not in compiled.as_text().split("ENTRY")[1]
