@@ -1,5 +1,6 @@
 """``LLM``: generate, stream, chat and score, with vLLM's names."""
 
+import contextlib
 import dataclasses
 import threading
 import warnings
@@ -58,6 +59,7 @@ class LLM:
         self.truncate_prompt = truncate_prompt
         self.engine = Engine(model, slots=max_batch, chunk=chunk, block=block)
         self._lock = threading.Lock()  # one run at a time owns the slots
+        self._owner: int | None = None  # the thread whose run that is
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -138,9 +140,24 @@ class LLM:
         return dataclasses.replace(request, prompt=self.tokenizer.render_chat(messages))
 
     def run(self, requests: Iterable[Request], *, burst: int = BURST, reserve: int = 0) -> Iterator[Update]:
-        """``Engine.run``, one run at a time."""
-        with self._lock:
+        """``Engine.run``, one run at a time: another thread waits for its turn.
+
+        Raises:
+          RequestError: this thread is in the middle of another run, such as a stream that was not read to its end.
+        """
+        with self._turn():
             yield from self.engine.run(requests, burst=burst, reserve=reserve)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        if self._owner == threading.get_ident():
+            raise RequestError("this LLM is in the middle of a run; read the stream to its end, or close() it, first")
+        with self._lock:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
 
     def generate(
         self,
@@ -213,7 +230,7 @@ class LLM:
                 raise RequestError(f"text {i}: empty, expected some text or at least one token id")
             ids = self.tokenizer.encode(text) if isinstance(text, str) else [*text]
             check_ids(ids, self.model, f"text {i}")
-            with self._lock:
+            with self._turn():
                 logprobs, best = self.engine.score(ids)
             scores.append(Score(list(ids), [None, *map(float, logprobs)], [None, *map(int, best)]))
         return scores

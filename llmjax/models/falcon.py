@@ -14,7 +14,7 @@ from llmjax.models.attention import Scores
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
-from llmjax.models.layers import ACTIVATIONS, MLP, Attention, Embedding, LayerNorm, Projection
+from llmjax.models.layers import ACTIVATIONS, MLP, Attention, Embedding, LayerNorm, Projection, language_head
 from llmjax.models.names import From, Names, Shape, hf_names
 from llmjax.models.registry import Architecture
 
@@ -105,9 +105,7 @@ class Falcon(nn.Module):
         for i in range(c.num_hidden_layers):
             x = Block(c, name=f"layers_{i}")(x, ctx)
         x = LayerNorm(c.layer_norm_epsilon, name="final_norm")(ctx.select_last(x))
-        if c.tie_word_embeddings:
-            return tap(self, "logits", embed.attend(x, ctx))
-        return tap(self, "logits", Projection(c.vocab_size, name="head")(x, ctx))
+        return tap(self, "logits", language_head(embed, x, ctx, tied=c.tie_word_embeddings))
 
 
 def _names(config: FalconConfig) -> Names:

@@ -9,7 +9,7 @@ from llmjax.models.attention import Rope, Scores
 from llmjax.models.config import DecoderConfig, dimensions
 from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
-from llmjax.models.layers import ACTIVATIONS, Attention, Embedding, GatedMLP, Projection, UnitOffsetRMSNorm
+from llmjax.models.layers import ACTIVATIONS, Attention, Embedding, GatedMLP, UnitOffsetRMSNorm, language_head
 from llmjax.models.names import hf_names
 from llmjax.models.registry import Architecture
 
@@ -90,9 +90,7 @@ class Gemma(nn.Module):
         for i in range(c.num_hidden_layers):
             x = Block(c, name=f"layers_{i}")(x, ctx)
         x = UnitOffsetRMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
-        if c.tie_word_embeddings:
-            return tap(self, "logits", embed.attend(x, ctx))
-        return tap(self, "logits", Projection(c.vocab_size, name="head")(x, ctx))
+        return tap(self, "logits", language_head(embed, x, ctx, tied=c.tie_word_embeddings))
 
 
 HF_NAMES = hf_names(

@@ -10,7 +10,7 @@ from llmjax.models.attention import Rope, Scores, softcap
 from llmjax.models.config import DecoderConfig, dimensions
 from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
-from llmjax.models.layers import ACTIVATIONS, Attention, Embedding, GatedMLP, Projection, UnitOffsetRMSNorm
+from llmjax.models.layers import ACTIVATIONS, Attention, Embedding, GatedMLP, UnitOffsetRMSNorm, language_head
 from llmjax.models.names import hf_names
 from llmjax.models.registry import Architecture
 
@@ -105,10 +105,7 @@ class Gemma2(nn.Module):
         for i, window in enumerate(c.windows):
             x = Block(c, window, name=f"layers_{i}")(x, ctx)
         x = UnitOffsetRMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
-        if c.tie_word_embeddings:
-            logits = embed.attend(x, ctx)
-        else:
-            logits = Projection(c.vocab_size, name="head")(x, ctx)
+        logits = language_head(embed, x, ctx, tied=c.tie_word_embeddings)
         if c.final_logit_softcapping is not None:
             logits = softcap(logits, c.final_logit_softcapping)
         return tap(self, "logits", logits)

@@ -85,6 +85,12 @@ class Embedding(nn.Module):
         return (y if bias is None else y + bias.astype(y.dtype)).astype(ctx.numerics.activations)
 
 
+def language_head(embed: Embedding, x: jax.Array, ctx: Context, *, tied: bool) -> jax.Array:
+    """``[B, T, D] -> [B, T, V]``: with the embedding's table where the config ties them, else by a projection
+    ``head``."""
+    return embed.attend(x, ctx) if tied else Projection(embed.vocab_size, name="head")(x, ctx)
+
+
 class RMSNorm(nn.Module):
     """``w * x / sqrt(mean(x^2) + eps)`` (Zhang & Sennrich 2019, arXiv:1910.07467), normalised in float32 and rounded
     before the weight, as Llama does."""

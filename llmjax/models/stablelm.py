@@ -18,7 +18,7 @@ from llmjax.models.layers import (
     Embedding,
     GatedMLP,
     LayerNorm,
-    Projection,
+    language_head,
     parameter,
     standardised,
 )
@@ -108,9 +108,7 @@ class StableLm(nn.Module):
         for i in range(c.num_hidden_layers):
             x = Block(c, name=f"layers_{i}")(x, ctx)
         x = LayerNorm(c.layer_norm_eps, name="final_norm")(ctx.select_last(x))
-        if c.tie_word_embeddings:
-            return tap(self, "logits", embed.attend(x, ctx))
-        return tap(self, "logits", Projection(c.vocab_size, name="head")(x, ctx))
+        return tap(self, "logits", language_head(embed, x, ctx, tied=c.tie_word_embeddings))
 
 
 def _names(config: StableLmConfig) -> Names:

@@ -26,8 +26,7 @@ MIN_LENGTH = 256
 
 @dataclasses.dataclass
 class Progress:
-    """Counts since the engine was made: tokens through prefill and decode, decode steps, rows' slots busy summed over
-    steps."""
+    """Counts since the engine was made: tokens through prefill and decode, and rows finished."""
 
     prefill_tokens: int = 0
     decode_tokens: int = 0
@@ -98,7 +97,7 @@ class Engine:
         return int(np.lcm(self.chunk, self.block))
 
     def _bucket(self, tokens: int) -> int:
-        return bucket(max(tokens, min(MIN_LENGTH, self.model.context_length)), self._unit(), self.model.context_length)
+        return bucket(max(tokens, MIN_LENGTH), self._unit(), self.model.context_length)
 
     def _ensure(self, tokens: int) -> State:
         """A state whose cache holds ``tokens`` a row; a longer cache keeps the rows that are in it."""
@@ -128,16 +127,23 @@ class Engine:
         """
         if isinstance(requests, list):
             reserve = max([reserve, *(len(r.ids) + (r.params.max_tokens or 0) for r in requests)])
-        self._ensure(min(reserve, self.model.context_length))
-        queue = iter(requests)
+        self._state = self._ensure(reserve).replace(active=jnp.zeros(self.slots, jnp.bool_))
+        try:
+            yield from self._run(iter(requests), burst)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            self._state = None  # an interrupted program may have consumed its buffers
+            raise
+
+    def _run(self, queue: Iterator[Request], burst: int) -> Iterator[Update]:
         rows: dict[int, Row] = {}
-        self._state = None if self._state is None else self._state.replace(active=jnp.zeros(self.slots, jnp.bool_))
-        exhausted = False
+        more = True
         while True:
-            while not exhausted and len(rows) < self.slots:
+            while more and len(rows) < self.slots:
                 request = next(queue, None)
                 if request is None:
-                    exhausted = True
+                    more = False
                     break
                 slot = next(s for s in range(self.slots) if s not in rows)
                 rows[slot] = self._start(slot, request)

@@ -223,3 +223,27 @@ def test_no_program_holds_a_second_copy_of_a_weight():
         compiled = jax.jit(program, static_argnums=(0, 1, 2), donate_argnums=4).lower(*static, *args).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < table
         assert "f32[20000,96]" not in compiled.as_text().split("ENTRY")[1]
+
+
+def test_a_stream_left_open_is_told_not_waited_for(llm):
+    request = llm.request([1, 2, 3], SamplingParams(max_tokens=50, temperature=0))
+    stream = llm.run([request], burst=1)
+    for _ in zip(range(2), llm.run([llm.request([5], SamplingParams(max_tokens=2))], burst=1), strict=False):
+        pass
+    held = llm.run([llm.request([1, 2, 3], SamplingParams(max_tokens=3, temperature=0))])
+    with llm._turn(), pytest.raises(RequestError, match="in the middle of a run"):
+        next(stream)
+    assert [u.row.finish_reason for u in held] == ["length"]
+
+
+def test_the_engine_goes_on_after_an_interruption(model):
+    llm = LLM(model, max_batch=4, chunk=16, block=16)
+    request = llm.request([1, 2, 3], SamplingParams(max_tokens=4, temperature=0))
+
+    def interrupted():
+        yield request
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(llm.run(interrupted()))
+    assert results(llm, [request])["0"].finish_reason == "length"
