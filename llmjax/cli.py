@@ -6,12 +6,13 @@ wrong usage or bad input.
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -218,10 +219,10 @@ def _batch(args: argparse.Namespace) -> int:
     from llmjax.batch.progress import Reporter
 
     params = _params(args)
-    with _input(args.input) as lines, _output(args.output, args.input) as out:
+    with _input(args.input) as lines, _output(args.output, args.input) as begin:
         llm, load_seconds = _llm(args)
         total = None if args.input == "-" else _count_rows(args.input)
-        summary = run(llm, lines, out, params, total=total, reporter=Reporter())
+        summary = run(llm, lines, begin(), params, total=total, reporter=Reporter())
     print(f"{summary.describe()}; load {load_seconds:.1f} s", file=sys.stderr)
     return 1 if summary.failed else 0
 
@@ -229,9 +230,9 @@ def _batch(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> int:
     from llmjax.batch.scoring import run
 
-    with _input(args.input) as lines, _output(args.output, args.input) as out:
+    with _input(args.input) as lines, _output(args.output, args.input) as begin:
         llm, _ = _llm(args)
-        summary = run(llm, lines, out)
+        summary = run(llm, lines, begin())
     print(summary.describe(), file=sys.stderr)
     return 1 if summary.failed else 0
 
@@ -272,33 +273,54 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _input(path: str) -> contextlib.AbstractContextManager[IO[str]]:
+    # Bytes that are no UTF-8 must spoil their own row only: they pass as lone surrogates and are refused there.
     if path == "-":
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
         return contextlib.nullcontext(sys.stdin)
     try:
-        return open(path, encoding="utf-8")
+        return open(path, encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise RequestError(f"{path}: cannot read the input: {error.strerror}") from None
 
 
 @contextlib.contextmanager
-def _output(path: str, source: str) -> Iterator[IO[str]]:
-    """The output, opened before the model is loaded so that a wrong path costs nothing."""
+def _output(path: str, source: str) -> Iterator[Callable[[], IO[str]]]:
+    """Opens the output at once, so that a wrong path costs nothing, and empties it only when the work begins: a model
+    that does not load must not take an earlier result with it.
+
+    Yields:
+      a function that empties the file and returns it.
+    """
     if path == "-":
-        yield sys.stdout
+        yield lambda: sys.stdout
         return
     if source != "-" and os.path.exists(path) and os.path.samefile(path, source):
         raise RequestError(f"{path}: the output is the input file")
+    is_new, began = not os.path.exists(path), False
     try:
-        file = open(path, "w", encoding="utf-8")
+        # Lone surrogates in an id are written as the escapes JSON has for them.
+        file = open(path, "a", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise RequestError(f"{path}: cannot write the output: {error.strerror}") from None
+
+    def begin() -> IO[str]:
+        nonlocal began
+        began = True
+        if os.path.isfile(path):
+            file.truncate(0)
+        return file
+
     try:
         with file:
-            yield file
+            yield begin
     except OSError as error:
         raise RequestError(
             f"{path}: writing the output failed: {error.strerror}; rows written so far are whole"
         ) from None
+    finally:
+        if is_new and not began:
+            os.unlink(path)
 
 
 def _count_rows(path: str) -> int:

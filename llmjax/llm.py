@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmjax.errors import RequestError, TokenizerError
 from llmjax.loading import load
 from llmjax.model import Model, check_ids
@@ -93,7 +95,7 @@ class LLM:
         """
         params = params or SamplingParams()
         text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [*prompt]
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(map(_plain, prompt))
         if text == "" or not ids:
             raise RequestError("prompt: empty, expected some text or at least one token id")
         context = self.model.context_length
@@ -176,7 +178,7 @@ class LLM:
         Raises:
           RequestError: before anything runs, naming the prompt by its place.
         """
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        single = _is_single(prompts)
         many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
         params = _per_prompt(sampling_params, len(many))
         requests = []
@@ -222,18 +224,28 @@ class LLM:
         Raises:
           RequestError: an empty text, or one longer than the context.
         """
-        single = isinstance(texts_or_ids, str) or (len(texts_or_ids) > 0 and isinstance(texts_or_ids[0], int))
+        single = _is_single(texts_or_ids)
         many: list[Prompt] = [texts_or_ids] if single else list(texts_or_ids)  # type: ignore[list-item, arg-type]
         scores = []
         for i, text in enumerate(many):
             if len(text) == 0:
                 raise RequestError(f"text {i}: empty, expected some text or at least one token id")
-            ids = self.tokenizer.encode(text) if isinstance(text, str) else [*text]
+            ids = self.tokenizer.encode(text) if isinstance(text, str) else list(map(_plain, text))
             check_ids(ids, self.model, f"text {i}")
             with self._turn():
                 logprobs, best = self.engine.score(ids)
             scores.append(Score(list(ids), [None, *map(float, logprobs)], [None, *map(int, best)]))
         return scores
+
+
+def _plain(token: Any) -> Any:
+    """NumPy's integers as Python's, so that results hold what JSON can; anything else is left for ``check_ids``."""
+    return int(token) if isinstance(token, np.integer) else token
+
+
+def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
+    """Whether this is one prompt (a text or a list of ids) rather than a list of them."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
 
 
 def _per_prompt(

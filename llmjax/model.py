@@ -91,7 +91,10 @@ def check_ids(ids: Sequence[int], model: Model, what: str) -> np.ndarray:
     Raises:
       RequestError: none, too many for the context, not integers, or outside the vocabulary.
     """
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except ValueError:
+        raise RequestError(f"{what}: expected a list of token ids, found {ids!r:.80}") from None
     if array.size == 0:
         raise RequestError(f"{what}: empty, expected at least one token")
     if array.ndim != 1 or array.dtype.kind not in "iu":

@@ -56,8 +56,11 @@ def parse_object(line: str) -> dict[str, Any]:
       RequestError: it is not.
     """
     try:
+        line.encode()
         row = json.loads(line)
-    except ValueError as error:
+    except UnicodeEncodeError:
+        raise RequestError("not valid UTF-8") from None
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"not valid JSON: {error}") from None
     if not isinstance(row, dict):
         raise RequestError(f"expected a JSON object, found {type(row).__name__}")

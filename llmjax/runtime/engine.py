@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.errors import RequestError
+from llmjax.errors import CheckpointError, RequestError
 from llmjax.model import Model
 from llmjax.runtime import decode as programs
 from llmjax.runtime.cache import bucket, make_cache
@@ -199,6 +199,7 @@ class Engine:
         """Hands a burst's tokens to the rows; a row that a stop string ended loses the tokens after it and its slot."""
         for slot, row in list(rows.items()):
             piece = ""
+            self._check_finite(produced.logprobs[slot, : produced.lengths[slot]])
             wanted = row.request.params.logprobs or 0
             for i in range(int(produced.lengths[slot])):
                 best = zip(produced.top_ids[slot, i, :wanted], produced.top_logprobs[slot, i, :wanted], strict=True)
@@ -218,6 +219,18 @@ class Engine:
             if piece or row.finish_reason:
                 yield Update(row, piece)
 
+    def _check_finite(self, logprobs: np.ndarray | jax.Array) -> None:
+        """A wrong number is worse than a crash.
+
+        Raises:
+          CheckpointError: NaN came out of the model.
+        """
+        if np.isnan(logprobs).any():
+            raise CheckpointError(
+                f"{self.model.path}: the model computes NaN; look for damaged weights with check_finite=True "
+                "(--check-finite), or store them in a wider dtype"
+            )
+
     def score(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities float32 ``[T - 1]`` of each token after the first, and the most likely token int32 ``[T -
         1]`` there."""
@@ -232,6 +245,7 @@ class Engine:
                 self.model.params, cache, np.pad(part, pad)[None], np.pad(after, pad), np.int32(start)
             )
             logprobs.append(np.asarray(p)[: len(part)])
+            self._check_finite(logprobs[-1])
             best.append(np.asarray(b)[: len(part)])
         self.progress.prefill_tokens += len(array)
         return np.concatenate(logprobs or [np.zeros(0)]), np.concatenate(best or [np.zeros(0, np.int32)])

@@ -47,9 +47,13 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        object.__setattr__(self, "stop", tuple(stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for field in ("stop", "stop_token_ids"):
+            value = getattr(self, field)
+            if value is None or isinstance(value, str):
+                value = (value,) if value is not None else ()
+            if isinstance(value, list):
+                value = tuple(value)
+            object.__setattr__(self, field, value)
         object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
         for field, (kind, ok, what) in _RULES.items():
             value = getattr(self, field)

@@ -72,13 +72,30 @@ def test_batch_rows_in_order_bad_ones_reported(shared, capsys, tmp_path):
         '{"id": "k", "prompt_token_ids": [99999]}',
     ]
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("\n".join(lines) + "\n")
+    lines += ['{"id": "l", "prompt": "\udcff"}', '{"id": "\\ud800", "prompt": 3}']
+    source.write_text("\n".join(lines), encoding="utf-8", errors="surrogateescape")
     args = ["batch", "--model", "x", "--input", str(source), "--output", str(target), "--temperature", "0"]
     assert main(args) == 1
     rows = [json.loads(line) for line in target.read_text().splitlines()]
-    assert [r["id"] for r in rows] == ["a", "b", None, "a", "6", "e", "f", "g", "h", None, "i", "j", "k"]
+    assert [r["id"] for r in rows] == [
+        "a",
+        "b",
+        None,
+        "a",
+        "6",
+        "e",
+        "f",
+        "g",
+        "h",
+        None,
+        "i",
+        "j",
+        "k",
+        None,
+        "\ud800",
+    ]
     errors = {r["line"]: r["error"] for r in rows if "error" in r}
-    assert sorted(errors) == [2, 3, 5, 7, 9, 10, 11, 12, 13, 14]
+    assert sorted(errors) == [2, 3, 5, 7, 9, 10, 11, 12, 13, 14, 15, 16]
     assert errors[2] == "line 2: temperature: expected a number from 0 (greedy) to 100, found -1"
     assert "not valid JSON" in errors[3]
     assert "was used by an earlier row" in errors[5]
@@ -86,10 +103,11 @@ def test_batch_rows_in_order_bad_ones_reported(shared, capsys, tmp_path):
     assert "found prompt, prompt_token_ids" in errors[10]
     assert "messages: expected a non-empty list" in errors[12]
     assert "outside the vocabulary" in errors[14]
+    assert errors[15] == "line 15: not valid UTF-8"
     good = {r["id"]: r for r in rows if "error" not in r}
     assert good["a"]["usage"]["completion_tokens"] == 4
     assert len(good["f"]["logprobs"]) == 2 <= len(good["f"]["logprobs"][0])
-    assert "3 rows answered, 10 failed" in capsys.readouterr().err
+    assert "3 rows answered, 12 failed" in capsys.readouterr().err
 
 
 def test_score(shared, capsys, tmp_path):
@@ -212,6 +230,16 @@ def test_unwritable_output_is_found_before_the_model_is_loaded(capsys, tmp_path)
     assert source.read_text() == '{"prompt": "x"}\n'
     code, err = failing(capsys, "batch", "--model", "x", "--input", str(tmp_path / "none"), "--output", "-")
     assert code == 2 and "cannot read the input: No such file" in err
+
+
+def test_an_earlier_result_outlives_a_model_that_does_not_load(capsys, tmp_path):
+    source, old, new = tmp_path / "in.jsonl", tmp_path / "old.jsonl", tmp_path / "new.jsonl"
+    source.write_text('{"prompt": "x"}\n')
+    old.write_text("precious\n")
+    for target in (old, new):
+        code, _ = failing(capsys, "batch", "--model", "nowhere", "--input", str(source), "--output", str(target))
+        assert code == 2
+    assert old.read_text() == "precious\n" and not new.exists()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

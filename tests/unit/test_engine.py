@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from llmjax import LLM, RequestError, SamplingParams
+from llmjax import LLM, CheckpointError, RequestError, SamplingParams
 from llmjax.runtime import decode
 from llmjax.runtime.engine import Engine
 from tests.tiny import random_ids, random_model
@@ -247,3 +247,22 @@ def test_the_engine_goes_on_after_an_interruption(model):
     with pytest.raises(KeyboardInterrupt):
         list(llm.run(interrupted()))
     assert results(llm, [request])["0"].finish_reason == "length"
+
+
+def test_nan_is_an_error_not_a_text(model):
+    params = jax.tree.map(lambda x: x, model.params)
+    params["layers_1"]["mlp"]["up"]["weight"] = params["layers_1"]["mlp"]["up"]["weight"].at[3, 3].set(np.nan)
+    llm = LLM(dataclasses.replace(model, params=params), max_batch=4)
+    with pytest.raises(CheckpointError, match="the model computes NaN"):
+        llm.generate([1, 2, 3])
+    with pytest.raises(CheckpointError, match="the model computes NaN"):
+        llm.score([[1, 2, 3]])
+
+
+def test_numpy_ids_are_ids(llm):
+    ids = np.array([3, 4, 5])
+    params = SamplingParams(temperature=0, max_tokens=3)
+    (one,), (other,) = llm.generate(ids, params), llm.generate([[3, 4, 5]], params)
+    assert one.outputs == other.outputs and one.prompt_token_ids == [3, 4, 5]
+    with pytest.raises(RequestError, match="expected a list of token ids"):
+        llm.request([[1], [2, 3]])
