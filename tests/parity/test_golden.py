@@ -10,8 +10,18 @@ from tests.parity.golden import TOLERANCE, arrays, error, meta
 from tests.parity.variants import VARIANTS
 
 
+# What compiles the whole engine runs on these by default, and on all with --runslow.
+QUICK = {"llama", "gemma_mqa", "gemma2", "gemma2_window_1", "phi", "falcon_11_heads_untied", "stablelm_parallel_tied"}
+ALL = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in golden.NAMES]
+
+
 @pytest.fixture(scope="module", params=golden.NAMES)
 def case(request):
+    return request.param, golden.load(request.param)
+
+
+@pytest.fixture(scope="module", params=ALL)
+def quick_case(request):
     return request.param, golden.load(request.param)
 
 
@@ -39,9 +49,9 @@ def test_hidden_states_of_every_layer(case):
         assert error(found, wanted) <= TOLERANCE
 
 
-def test_cached_generation_and_scores(case):
+def test_cached_generation_and_scores(quick_case):
     """Chunks, blocks and windows smaller than the prompts, through the engine."""
-    name, model = case
+    name, model = quick_case
     expected = arrays(name)
     llm = llmjax.LLM(model, max_batch=4, chunk=16, block=32)
     out = llm.generate(expected["short"][:7].tolist(), llmjax.SamplingParams(temperature=0, max_tokens=24))
@@ -66,8 +76,8 @@ def test_profile_hf_is_transformers_where_it_differs_from_the_paper(name):
     assert error(expected["logits_long"], expected["hf_logits_long"]) > 30 * TOLERANCE
 
 
-def test_rows_do_not_depend_on_their_batch(case):
-    name, model = case
+def test_rows_do_not_depend_on_their_batch(quick_case):
+    name, model = quick_case
     expected = arrays(name)
     short, long = expected["short"].tolist(), expected["long"].tolist()
     together = model.logits([short, long[:1], short[:9]])
