@@ -9,7 +9,6 @@ from tests.parity import golden
 from tests.parity.golden import TOLERANCE, arrays, error, meta
 from tests.parity.variants import VARIANTS
 
-
 # What compiles the whole engine runs on these by default, and on all with --runslow.
 QUICK = {"llama", "gemma_mqa", "gemma2", "gemma2_window_1", "phi", "falcon_11_heads_untied", "stablelm_parallel_tied"}
 ALL = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in golden.NAMES]
