@@ -1,18 +1,24 @@
 #!/usr/bin/env python3
-"""Runs the same models on the GPU and on the CPU and compares; see gpu_check.sh."""
+"""Runs the same models on the GPU and on the CPU and compares; see gpu_check.sh.
+
+python scripts/gpu_check.py [PLATFORM]     gpu by default; cpu compares the CPU with itself, which tries the script
+"""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import llmjax  # noqa: E402
-from tests.tiny import random_ids, random_model  # noqa: E402
+from llmjax.loading import find_model  # noqa: E402
+from tests.parity import golden  # noqa: E402
 
-# Float32 sums in another order; TF32 products would miss this by a factor of a hundred.
+# Float32 sums in another order; TF32 products would miss this by a factor of ten.
 TOLERANCE = 1e-4
 
 
@@ -25,37 +31,39 @@ def results(model: llmjax.Model, ids: list[int]) -> tuple[np.ndarray, list[int],
     return model.logits([ids])[0], completion.token_ids, np.array([b[0] - b[1] for b in best])
 
 
-def check(name: str, make: "callable") -> bool:
+def check(name: str, load: Callable[[], llmjax.Model], ids: list[int], platform: str) -> bool:
     """Prints one line; True when both devices agree."""
-    found = {}
-    for device in ("cpu", "gpu"):
+    found = []
+    for device in ("cpu", platform):
         with jax.default_device(jax.devices(device)[0]):
-            found[device] = results(*make())
-    (cpu, cpu_tokens, margins), (gpu, gpu_tokens, _) = found["cpu"], found["gpu"]
+            found.append(results(load(), ids))
+    (cpu, cpu_tokens, margins), (gpu, gpu_tokens, _) = found
     error = float(np.abs(cpu - gpu).max() / np.abs(cpu).max())
-    same = next((i for i, (a, b) in enumerate(zip(cpu_tokens, gpu_tokens, strict=True)) if a != b), None)
-    fine = error <= TOLERANCE and (same is None or margins[same] <= 1e-3)
-    tokens = "greedy tokens equal" if same is None else f"greedy tokens differ at {same}, margin {margins[same]:.1e}"
-    print(f"{'ok  ' if fine else 'FAIL'} {name}: max |d logit| / max |logit| {error:.1e}, {tokens}")
+    at = next((i for i, (a, b) in enumerate(zip(cpu_tokens, gpu_tokens, strict=True)) if a != b), None)
+    fine = error <= TOLERANCE and (at is None or margins[at] <= 1e-3)
+    tokens = "greedy tokens equal" if at is None else f"greedy tokens differ at {at}, margin {margins[at]:.1e}"
+    print(f"{'ok  ' if fine else 'FAIL'} {name}: max |d logit| / max |logit| {error:.1e}, {tokens}", flush=True)
     return fine
 
 
 def main() -> int:
     """Returns 0 when everything agrees, 1 when not, 2 without a GPU."""
+    platform = sys.argv[1] if len(sys.argv) > 1 else "gpu"
     try:
-        print(f"GPU: {jax.devices('gpu')[0].device_kind}, jax {jax.__version__}")
+        print(f"{platform}: {jax.devices(platform)[0].device_kind}, jax {jax.__version__}")
     except RuntimeError as error:
-        print(f"no GPU for JAX: {error}", file=sys.stderr)
+        print(f"no {platform} for JAX: {error}", file=sys.stderr)
         return 2
-    ids = random_ids(np.random.default_rng(0), 100)
-    fine = [check(f"tiny llama, {p}", lambda p=p: (random_model(p), ids)) for p in ("reference", "fast")]
+    fine = [
+        check(name, lambda name=name: golden.load(name), golden.arrays(name)["short"].tolist(), platform)
+        for name in golden.NAMES
+    ]
     try:
-        path = llmjax.loading.find_model("smollm2")
+        path = find_model("smollm2")
     except llmjax.CheckpointError as error:
         print(f"skip {error}")
     else:
-        prompt = list(range(1000, 1100))
-        fine.append(check("smollm2, reference", lambda: (llmjax.load(path, dtype="float32"), prompt)))
+        fine.append(check("smollm2", lambda: llmjax.load(path), list(range(1000, 1100)), platform))
     return 0 if all(fine) else 1
 
 

@@ -174,6 +174,7 @@ TEXTS = [
     "<x>",
     "<0x41>",
     "aaa",
+    " = ",
 ]
 
 
@@ -194,7 +195,7 @@ def train(**options):
     return model.getvalue()
 
 
-@pytest.mark.parametrize("user_defined", [[], ["\n", "▁▁", "▁▁▁", "<x>"]], ids=["plain", "user-defined"])
+@pytest.mark.parametrize("user_defined", [[], ["\n", "▁▁", "▁▁▁", "<x>", "▁=▁"]], ids=["plain", "user-defined"])
 @pytest.mark.parametrize("byte_fallback", [True, False])
 @pytest.mark.parametrize("dummy_prefix", [True, False])
 def test_the_ids_and_texts_of_sentencepiece(dummy_prefix, byte_fallback, user_defined):
