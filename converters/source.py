@@ -49,8 +49,8 @@ class Source(Protocol):
 
     Attributes:
       path: what the user named.
-      format: ``huggingface`` or ``gguf``.
-      config: ``config.json`` of a Hugging Face directory; empty for other formats.
+      format: ``huggingface``, ``gguf`` or ``llmjax``.
+      config: ``config.json`` of a directory; empty for GGUF.
       generation_config: ``generation_config.json`` beside it, or None.
       metadata: key-value pairs of a GGUF file; empty for other formats.
       directory: where files that belong to the checkpoint lie.
@@ -114,7 +114,10 @@ def open_source(path: str | Path) -> Source:
 def _open_directory(path: Path) -> Source:
     from converters.gguf import GgufSource
     from converters.huggingface import WEIGHTS, HuggingFaceSource
+    from converters.llmjax import LlmjaxSource, is_llmjax
 
+    if is_llmjax(path):
+        return LlmjaxSource(path)
     ggufs = sorted(path.glob("*.gguf"))
     if not ggufs or any((path / name).exists() for name in WEIGHTS):
         return HuggingFaceSource(path)

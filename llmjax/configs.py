@@ -11,7 +11,7 @@ from llmjax.errors import ConfigError
 PREFIX = "config:"
 
 
-def _folder() -> Traversable:
+def folder() -> Traversable:
     """Inside the package when installed; beside it in a source checkout."""
     inside = files("llmjax") / "configs"
     return inside if inside.is_dir() else Path(__file__).parents[1] / "configs"
@@ -19,7 +19,7 @@ def _folder() -> Traversable:
 
 def names() -> list[str]:
     """All known names."""
-    return sorted(f.name.removesuffix(".json") for f in _folder().iterdir() if f.name.endswith(".json"))
+    return sorted(f.name.removesuffix(".json") for f in folder().iterdir() if f.name.endswith(".json"))
 
 
 def read(name: str) -> dict[str, Any]:
@@ -38,4 +38,4 @@ def read(name: str) -> dict[str, Any]:
     name = name.removeprefix(PREFIX)
     if name not in names():
         raise ConfigError(f"{PREFIX}{name}: no such configuration; llmjax has {', '.join(names())}")
-    return json.loads((_folder() / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((folder() / f"{name}.json").read_text(encoding="utf-8"))

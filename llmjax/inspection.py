@@ -8,7 +8,8 @@ from typing import Any
 
 from converters.source import Source, open_source
 from llmjax.errors import ConfigError, LlmjaxError, TokenizerError
-from llmjax.loading import Plan, describe, find_model, make_plan, read_tokenizer
+from llmjax.loading import find_model, read_tokenizer
+from llmjax.plan import Plan, describe, make_plan
 
 
 @dataclasses.dataclass(frozen=True)

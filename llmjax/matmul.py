@@ -1,4 +1,4 @@
-"""The one place that decides how a product ``x . W`` runs.
+"""The one place that decides how a product ``x . W`` runs; quantized weights go on to ``llmjax.quant.product``.
 
 Definition: ``y[..., o] = sum_i float32(x[..., i]) * float32(W[o, i])``, both operands first rounded to the profile's
 product dtype, the sum in float32.  Weights are output-major ``[out, in]``: Hugging Face's layout, and the one XLA:CPU
@@ -10,14 +10,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from llmjax.numerics import Numerics
+from llmjax.quant.product import product
+from llmjax.quant.qtensor import QTensor
 
 # Below this many rows XLA:CPU sends bfloat16 products down a path ten times slower than memory (jaxlib 0.10); zero rows
 # are free.
 MIN_ROWS = 4
 
 
-def matmul(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.Array:
+def matmul(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax.Array:
     """``x [..., in] . weight [out, in] -> float32 [..., out]``, in the profile's product dtype with a float32 sum."""
+    if isinstance(weight, QTensor):
+        y = product(x.reshape(-1, x.shape[-1]), weight, numerics.digits)
+        return y.reshape(*x.shape[:-1], weight.shape[0])
+    return _float_product(x, weight, numerics)
+
+
+def _float_product(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.Array:
     if weight.dtype != numerics.products:
         # Without the barrier XLA moves the conversion of every weight out of the decode loop and holds a second,
         # converted model.

@@ -3,11 +3,14 @@
 ``dtype`` says how unquantized weights are stored; a profile says what is done with them and wins where the two seem to
 clash. The profiles are the ones a result may name; each records itself in every output.
 
-=============  =====================================================================================================
-``reference``  float32 activations and products at the highest matmul precision; the formulas of the papers.
-``hf``         what transformers computes in the checkpoint's dtype, its roundings included.
-``fast``       bfloat16 products where weights are stored so, float32 elsewhere; never quantizes activations.
-=============  =====================================================================================================
+================  ==================================================================================================
+``reference``     float32 activations and products at the highest matmul precision; the formulas of the papers.
+``hf``            what transformers computes in the checkpoint's dtype, its roundings included.
+``fast``          bfloat16 products where weights are stored so, float32 elsewhere; never quantizes activations.
+``dynamic_int8``  as ``fast``, but activations are rounded to 8 bits, row by row, where they meet a quantized weight.
+================  ==================================================================================================
+
+Quantized weights mean their dequantized values in all of them; ``llmjax.quant.product`` defines the products.
 """
 
 import dataclasses
@@ -26,12 +29,14 @@ class Numerics:
       activations: dtype of the residual stream, of norms' outputs and of everything elementwise.
       products: dtype both operands of a product have; the sum is always float32, then rounded to ``activations``.
         ``None`` keeps each weight's own dtype.
+      digits: how products with quantized weights run: see ``llmjax.quant.product``.
       round_alibi: build ALiBi from bfloat16 slopes and positions, as transformers' Falcon does even in a float32 model.
     """
 
     name: str
     activations: jnp.dtype
     products: jnp.dtype
+    digits: int | None = None
     round_alibi: bool = False
 
     @property
@@ -41,7 +46,7 @@ class Numerics:
         return {"xla_allow_excess_precision": False} if self.name == "hf" else {}
 
 
-PROFILES: tuple[str, ...] = ("reference", "hf", "fast")
+PROFILES: tuple[str, ...] = ("reference", "hf", "fast", "dynamic_int8")
 
 
 def resolve(name: str, stored: jnp.dtype) -> Numerics:
@@ -59,7 +64,8 @@ def resolve(name: str, stored: jnp.dtype) -> Numerics:
         return Numerics(name, activations=float32, products=float32)
     if name == "hf":
         return Numerics(name, activations=stored, products=stored, round_alibi=True)
-    if name == "fast":
+    if name in ("fast", "dynamic_int8"):
         bf16 = jnp.dtype(jnp.bfloat16)
-        return Numerics(name, activations=float32, products=bf16 if stored == bf16 else float32)
+        products = bf16 if stored == bf16 else float32
+        return Numerics(name, activations=float32, products=products, digits=3 if name == "fast" else 1)
     raise ConfigError(f"numerics: unknown profile {name!r}; expected one of {', '.join(PROFILES)}")

@@ -28,8 +28,8 @@ def write(name: str, dtype: str, folder: Path) -> int:
     from safetensors.numpy import save_file
 
     from llmjax import configs
-    from llmjax.loading import parameter_shapes
     from llmjax.models.registry import read_config
+    from llmjax.plan import parameter_shapes
 
     facts = configs.read(name)
     architecture, config = read_config(facts["config"], name)
@@ -61,11 +61,11 @@ def write(name: str, dtype: str, folder: Path) -> int:
 
 def source_shapes(names: dict, parameters: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors a checkpoint of this architecture holds."""
-    from llmjax.loading import _sources
+    from llmjax.plan import sources_of
 
     shapes = {}
     for parameter, shape in parameters.items():
-        entry, tensors = _sources(parameter, names)
+        entry, tensors = sources_of(parameter, names)
         shapes.update(dict.fromkeys(tensors, entry.source_shape(shape)))
     return shapes
 

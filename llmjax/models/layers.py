@@ -7,6 +7,7 @@ folded in.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,12 @@ from llmjax.bits import look_up, to_storage
 from llmjax.matmul import matmul
 from llmjax.models.attention import Rope, Scores, cached_attention, dense_attention
 from llmjax.models.context import Context, tap
+from llmjax.quant.qtensor import QTensor, take
 
 _normal = nn.initializers.normal(0.02)
 
 
-def parameter(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]) -> jax.Array:
+def parameter(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...]) -> Any:
     """A parameter of ``module``: read where it is present, initialised (float32) where it is not.
 
     ``Module.param`` checks the value against the initialiser's shape and so refuses packed leaves; a leaf that is
@@ -76,7 +78,8 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: jax.Array, ctx: Context) -> jax.Array:
         """int32 ``[B, T] -> [B, T, D]``."""
-        x = look_up(self.weight, ids).astype(ctx.numerics.activations)
+        rows = take(self.weight, ids) if isinstance(self.weight, QTensor) else look_up(self.weight, ids)
+        x = rows.astype(ctx.numerics.activations)
         return x if self.scale == 1.0 else x * jnp.float32(self.scale).astype(x.dtype)
 
     def attend(self, x: jax.Array, ctx: Context, bias: jax.Array | None = None) -> jax.Array:

@@ -36,6 +36,13 @@ class From:
 Names = Mapping[str, str | From]
 
 
+class SameNames(dict[str, str]):
+    """The table of a source that has llmjax's own names."""
+
+    def __missing__(self, module: str) -> str:
+        return module
+
+
 def hf_names(
     *,
     embed: str = "model.embed_tokens",

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.errors import RequestError
-from llmjax.loading import canonical
 from llmjax.model import Model, check_ids
 from llmjax.models.context import TAP, Context
+from llmjax.plan import canonical
 
 
 @dataclasses.dataclass(frozen=True)

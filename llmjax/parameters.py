@@ -1,0 +1,146 @@
+"""From a plan to parameters: read, cast or quantized one tensor at a time, some rows at a time."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from converters.gguf import GgufSource
+from converters.llmjax import LlmjaxSource
+from converters.source import Source
+from llmjax.arrays import aligned
+from llmjax.errors import CheckpointError
+from llmjax.plan import Assignment, Plan
+from llmjax.quant import gguf
+from llmjax.quant.qtensor import QTensor
+from llmjax.quant.rounding import Rows, quantize
+from llmjax.quant.schemes import Recipe
+
+Parameter = np.ndarray | QTensor
+_CHUNK = 1 << 22
+
+
+def read_all(
+    source: Source, plan: Plan, dtype: str | None, recipe: Recipe | None, check_finite: bool = False
+) -> Iterator[tuple[str, Parameter]]:
+    """Every parameter by its canonical name, in memory of its own; the mapped pages it came from are given back.
+
+    Args:
+      source: the open checkpoint.
+      plan: without problems.
+      dtype: of what is not quantized; None keeps each tensor as it is stored, packed ones packed.
+      recipe: what to quantize; None for nothing.
+      check_finite: refuse NaN and infinite values.
+
+    Raises:
+      CheckpointError: NaN or infinite values (all of them named), or a tied head that differs from the embedding.
+      ConfigError: a tensor that does not fit its scheme.
+    """
+    bad = []
+    for assignment in plan.assignments:
+        value = _read(source, assignment, dtype, recipe)
+        if check_finite and not _finite(value):
+            bad.append(f"{assignment.parameter} (from {', '.join(s.name for s in assignment.sources)})")
+        yield assignment.parameter, value
+    if bad:
+        raise CheckpointError(f"{source.path}: " + "\n  ".join(["NaN or infinite values in:", *bad]))
+    _check_tied(source, plan)
+
+
+def _read(source: Source, assignment: Assignment, dtype: str | None, recipe: Recipe | None) -> Parameter:
+    scheme = recipe.scheme(assignment.parameter) if recipe else None
+    try:
+        if scheme is None and dtype is None and (packed := _packed(source, assignment)) is not None:
+            return packed
+        value = assignment.make([source.read(s.name) for s in assignment.sources])
+        rows = _releasing(source, assignment, value)
+        if scheme is not None:
+            out, width = value.shape
+            return quantize(rows, (out, width), scheme, assignment.parameter)
+        return filled(rows, value.shape, jnp.dtype(dtype) if dtype else value.dtype)
+    finally:
+        for spec in assignment.sources:
+            source.release(spec.name)
+
+
+def packed_tensor(source: Source, name: str) -> QTensor | None:
+    """A quantized tensor of a checkpoint as it is stored; None for one of floats, or of a type that is expanded."""
+    if isinstance(source, LlmjaxSource):
+        parts = source.parts(name)
+        return None if parts is None else QTensor(**parts)
+    spec = source.spec(name)
+    if isinstance(source, GgufSource) and spec.dtype in gguf.TYPES and len(spec.shape) == 2:
+        return gguf.unpack(source.raw(name), spec.dtype, (spec.shape[0], spec.shape[1]))
+    return None
+
+
+def _packed(source: Source, assignment: Assignment) -> QTensor | None:
+    """The parameter of a source that has it packed.  What ``make`` does to the rows of a weight it does to those of
+    each leaf: a row's integers, scales and offsets move together."""
+    found = [packed_tensor(source, spec.name) for spec in assignment.sources]
+    packed = [q for q in found if q is not None]
+    kinds = [jax.tree.structure(q) for q in packed]
+    if len(packed) < len(found) or any(kind != kinds[0] for kind in kinds):
+        return None
+    leaves = zip(*map(jax.tree.leaves, packed), strict=True)
+    return jax.tree.unflatten(kinds[0], [_owned(assignment.make(list(same))) for same in leaves])
+
+
+def _owned(value: np.ndarray) -> np.ndarray:
+    own = aligned(value.shape, value.dtype)
+    own[...] = value
+    return own
+
+
+def _releasing(source: Source, assignment: Assignment, value: np.ndarray) -> Rows:
+    """``value``'s rows; what was read before is given back, so that a mapped tensor is never in memory as a whole."""
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        part = np.array(value[start:stop])
+        for spec in assignment.sources:
+            source.release(spec.name)
+        return part
+
+    return rows
+
+
+def filled(rows: Rows, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array of ``dtype`` from its rows."""
+    value = aligned(shape, dtype)
+    step = max(1, _CHUNK // max(1, int(np.prod(shape[1:]))))
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        value[start:stop] = rows(start, stop)
+    return value
+
+
+def random_rows(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> Rows:
+    """Rows of a random parameter: uniform with standard deviation 0.02, norms at 1 and biases at 0.  To be asked for in
+    order."""
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        if len(shape) == 1:
+            return np.full(stop - start, 0 if name.endswith("bias") else 1, np.float32)
+        return (random.random((stop - start, *shape[1:]), np.float32) - np.float32(0.5)) * np.float32(0.02 * 12**0.5)
+
+    return rows
+
+
+def _finite(value: Parameter) -> bool:
+    floats = [value] if isinstance(value, np.ndarray) else [x for x in (value.scales, value.offsets) if x is not None]
+    return all(
+        bool(np.isfinite(x[i : i + 4096].astype(np.float32)).all()) for x in floats for i in range(0, x.shape[0], 4096)
+    )
+
+
+def _check_tied(source: Source, plan: Plan) -> None:
+    for spec in plan.tied:
+        embedding = next(a for a in plan.assignments if a.parameter == "embed.weight").sources[0]
+        if not np.array_equal(source.read(spec.name), source.read(embedding.name)):
+            raise CheckpointError(
+                f"{spec.file}: tensor {spec.name} differs from {embedding.name}, but the configuration ties them; "
+                "set tie_word_embeddings to false if the head is its own"
+            )
+        source.release(spec.name)
+        source.release(embedding.name)

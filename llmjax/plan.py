@@ -1,0 +1,124 @@
+"""Which tensor of a checkpoint fills which parameter of the model its config describes: from headers alone."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from converters.source import Source, TensorSpec
+from llmjax import numerics
+from llmjax.models import gguf
+from llmjax.models.config import DecoderConfig
+from llmjax.models.context import Context
+from llmjax.models.names import From, Names, SameNames
+from llmjax.models.registry import Architecture, read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """One parameter and the source tensors it is made from."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    sources: tuple[TensorSpec, ...]
+    make: Callable[[list[np.ndarray]], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What loading a checkpoint would do, known from headers alone.
+
+    Attributes:
+      architecture: the registry's entry.
+      config: the model's dimensions.
+      assignments: one per parameter, in the order of the tree.
+      tied: source tensors that repeat the embedding; loading checks that they do.
+      dropped: source tensors that are known and not needed.
+      problems: what is missing, left over or of the wrong shape; loading refuses when there is any.
+    """
+
+    architecture: Architecture
+    config: DecoderConfig
+    assignments: list[Assignment]
+    tied: list[TensorSpec]
+    dropped: list[TensorSpec]
+    problems: list[str]
+
+
+def describe(source: Source) -> tuple[Mapping[str, Any], str]:
+    """The source's configuration as Hugging Face would write it, and how messages call it."""
+    if source.format == "gguf":
+        shapes = {n: source.spec(n).shape for n in source.names()}
+        return gguf.hf_config(source.metadata, shapes, str(source.path)), str(source.path)
+    return source.config, str(source.directory / "config.json")
+
+
+def make_plan(source: Source) -> Plan:
+    """Matches a source's tensors with the parameters of the model its config describes.
+
+    Raises:
+      ConfigError: the configuration is not supported.
+    """
+    raw, where = describe(source)
+    architecture, config = read_config(raw, where)
+    names = _names(source, architecture, config)
+    specs = {name: source.spec(name) for name in source.names()}
+    problems: list[str] = []
+    used: set[str] = set()
+    assignments = []
+    for parameter, shape in parameter_shapes(config).items():
+        entry, files = sources_of(parameter, names)
+        found = []
+        for name in files:
+            if name not in specs:
+                problems.append(f"missing tensor {name}, needed for {parameter} {list(shape)}")
+                continue
+            used.add(name)
+            found.append(specs[name])
+            expected = entry.source_shape(shape)
+            if specs[name].shape != expected:
+                problems.append(f"tensor {name}: expected shape {list(expected)}, found {list(specs[name].shape)}")
+        assignments.append(Assignment(parameter, shape, tuple(found), entry.make))
+    tied, dropped = [], []
+    head = names["head"]
+    for name in sorted(set(specs) - used):
+        if config.tie_word_embeddings and name == f"{head}.weight":
+            tied.append(specs[name])
+        elif any(re.fullmatch(pattern, name) for pattern in architecture.dropped):
+            dropped.append(specs[name])
+        else:
+            problems.append(f"tensor {name} {list(specs[name].shape)} is not part of a {architecture.model_type} model")
+    return Plan(architecture, config, assignments, tied, dropped, problems)
+
+
+def _names(source: Source, architecture: Architecture, config: DecoderConfig) -> Names:
+    if source.format == "gguf":
+        return gguf.names(config, architecture.model_type)
+    return SameNames() if source.format == "llmjax" else architecture.hf_names(config)
+
+
+def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical names and shapes of all parameters, without making any."""
+    ctx = Context(jnp.zeros((1, 1), jnp.int32), numerics.resolve("reference", jnp.dtype(jnp.float32)))
+    init = config.module().init
+    tree = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32), ctx)["params"]
+    return {canonical(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def canonical(path: tuple[Any, ...]) -> str:
+    """``layers_3 / attn / q / weight`` in the tree is ``layers.3.attn.q.weight`` by name."""
+    return re.sub(r"\blayers_(\d+)", r"layers.\1", ".".join(str(key.key) for key in path))
+
+
+def sources_of(parameter: str, names: Names) -> tuple[From, list[str]]:
+    """How a parameter is made, and the names of the tensors it is made from."""
+    module, ending = parameter.rsplit(".", 1)
+    layer = re.match(r"layers\.(\d+)\.", module)
+    entry = names[re.sub(r"^layers\.\d+\.", "layers.{}.", module)]
+    if isinstance(entry, str):
+        entry = From((entry,))
+    return entry, [f"{m.format(layer[1] if layer else '')}.{ending}" for m in entry.modules]

@@ -1,0 +1,153 @@
+"""Products with quantized weights: what each arithmetic means, and the programs that compute it.
+
+Two definitions, in float32, ``W`` being the dequantized weight (``qtensor``):
+
+``weight-only``
+    ``y = x . W^T``.  The profiles ``reference``, ``hf`` and ``fast``.
+``dynamic int8``
+    ``y = x' . W^T`` with each row of activations rounded to 8 bits, symmetric:
+    ``s = max|x| * f32(1/127)``,  ``q = round_half_even(x * (127 / max|x|))``,  ``x' = s * q``.
+
+The first, ``in_tiles``, dequantizes a tile of rows at a time, small enough to stay in the cache, and multiplies in
+float32: it serves every scheme and never holds a float weight.
+
+The second, ``in_digits``, serves one scale per output channel on the CPU.  A row of activations is written in digits of
+base 254, ``x = s * (q1 + q2/254 + q3/254^2)``, and the digits are multiplied as integers, which is exact.  Three digits
+are weight-only with less error than a float32 product has (2e-7 of max|x|), one digit is dynamic int8; the result has
+the same bits for any number of rows, in any order of summation.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from llmjax.bits import from_storage, to_storage
+from llmjax.quant.qtensor import QTensor, halves, integers
+
+# Float32 bytes of a tile: about a core's share of the cache.  Measured by scripts/bench_products.py.
+_TILE_BYTES = 4 << 20
+_BASE = 254
+# XLA:CPU sends integer products of fewer rows down a slow path (jaxlib 0.10).
+_MIN_ROWS = 4
+
+
+def product(x: jax.Array, q: QTensor, digits: int | None) -> jax.Array:
+    """``x [rows, in] . W^T -> float32 [rows, out]``.
+
+    Args:
+      x: activations.
+      q: the weight.
+      digits: 1 is dynamic int8, more is weight-only in integers where the scheme allows; None is weight-only in
+        float32.
+    """
+    x = x.astype(jnp.float32)
+    # Without the barrier XLA moves what it can of the unpacking out of the decode loop and keeps the result.
+    x, q = lax.optimization_barrier((x, q))
+    on_cpu = jax.default_backend() == "cpu"
+    if digits is not None and q.scales.shape[1] == 1 and on_cpu:
+        return in_digits(x, q, digits)
+    if digits == 1:
+        scale, (rounded,) = to_digits(x, 1)
+        x = scale * rounded.astype(jnp.float32)
+    return in_tiles(x, q, _tile(q) if on_cpu else q.shape[0])
+
+
+def _tile(q: QTensor) -> int:
+    out, width = q.shape
+    return min(out, max(16, _TILE_BYTES // (4 * width) // 16 * 16))
+
+
+def _slice(q: QTensor, start: jax.Array, size: int) -> QTensor:
+    """Rows ``start`` to ``start + size``; 16-bit floats go as integers (see ``llmjax.bits``)."""
+    return q.map(lambda leaf: from_storage(lax.dynamic_slice_in_dim(to_storage(leaf), start, size), leaf.dtype))
+
+
+def _columns(x: jax.Array, parts: int) -> list[jax.Array]:
+    """``x``'s columns as ``integers`` has the weight's."""
+    return [x[:, i::parts] for i in range(parts)]
+
+
+def in_tiles(x: jax.Array, q: QTensor, tile: int) -> jax.Array:
+    """Weight-only in float32: ``x [rows, in] -> [rows, out]``, ``tile`` output channels at a time."""
+    columns = _columns(x, 1 if q.bits == 8 else 2)
+
+    def multiply(part: QTensor) -> jax.Array:
+        return _sum(
+            lax.dot_general(c, w, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+            for c, w in zip(columns, halves(part), strict=True)
+        )
+
+    return _over_tiles(multiply, x.shape[0], q, tile, jnp.float32)
+
+
+def _sum(parts: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, parts)
+
+
+def _over_tiles(multiply: Callable[[QTensor], jax.Array], rows: int, q: QTensor, tile: int, dtype: Any) -> jax.Array:
+    """``[rows, out]`` from ``multiply(part of q) -> [rows, tile]``.  The last tile may repeat some channels of the one
+    before it: a weight cut to a whole number of tiles would be a copy."""
+    out = q.shape[0]
+    if tile >= out:
+        return multiply(q)
+
+    def step(i: jax.Array, y: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * tile, out - tile)
+        return lax.dynamic_update_slice(y, multiply(_slice(q, start, tile)), (0, start))
+
+    return lax.fori_loop(0, -(-out // tile), step, jnp.zeros((rows, out), dtype))
+
+
+def to_digits(x: jax.Array, count: int) -> tuple[jax.Array, list[jax.Array]]:
+    """``x = scale * sum_k digits[k] / 254^k``: scale float32 ``[rows, 1]``, digits int8 like x, between -127 and
+    127."""
+    top = jnp.max(jnp.abs(x), -1, keepdims=True)
+    rest = x * jnp.where(top > 0, 127 / top, 0)
+    digits = []
+    for _ in range(count):
+        digit = jnp.round(rest)
+        digits.append(digit.astype(jnp.int8))
+        rest = (rest - digit) * _BASE
+    return top * np.float32(1 / 127), digits
+
+
+def in_digits(x: jax.Array, q: QTensor, count: int) -> jax.Array:
+    """Weight-only (``count`` 3) or dynamic int8 (1) in exact integers: ``x [rows, in] -> [rows, out]``.
+
+    Definition, ``D`` being the sum over digits ``sum_k (digits[k] . n^T) / 254^k`` with exact integer products and
+    ``E`` the same for a weight of ones::
+
+        y = scale_x * (scales * D + offsets * E)
+    """
+    scale, digits = to_digits(x, count)
+    rows = jnp.concatenate(digits)
+    rows = jnp.pad(rows, ((0, max(0, _MIN_ROWS - rows.shape[0])), (0, 0)))
+    columns = _columns(rows, 1 if q.bits == 8 else 2)
+
+    def multiply(part: QTensor) -> jax.Array:
+        return _sum(
+            lax.dot_general(c, n, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+            for c, n in zip(columns, integers(part), strict=True)
+        )
+
+    tile = q.shape[0] if q.bits == 8 else _tile(q)
+    sums = _over_tiles(multiply, rows.shape[0], q, tile, jnp.int32)
+    y = _combined(sums, count, x.shape[0]) * q.scales.astype(jnp.float32)[:, 0]
+    if q.offsets is not None:
+        ones = jnp.sum(rows.astype(jnp.int32), -1, keepdims=True)
+        y = y + _combined(ones, count, x.shape[0]) * q.offsets.astype(jnp.float32)[:, 0]
+    return scale * y
+
+
+def _combined(sums: jax.Array, count: int, rows: int) -> jax.Array:
+    """``sum_k sums[k] / 254^k`` of int32 ``[count * rows, out]``, the smallest first."""
+    parts = sums[: count * rows].reshape(count, rows, -1).astype(jnp.float32)
+    total = parts[-1]
+    for k in range(count - 2, -1, -1):
+        total = parts[k] + total * np.float32(1 / _BASE)
+    return total

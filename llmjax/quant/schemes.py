@@ -1,0 +1,171 @@
+"""Which weights get how many bits: schemes by name, and recipes that give roles their schemes."""
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Mapping
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+from llmjax import configs
+from llmjax.errors import ConfigError
+
+ROLES: tuple[str, ...] = ("attention", "feed_forward", "embedding", "head")
+GROUPS: tuple[int, ...] = (32, 64, 128)
+_NAME = re.compile(r"int(?P<bits>4|8)(-g(?P<group>\d+))?(?P<asym>-asym)?(?P<mse>-mse)?")
+_EXPECTED = "int8 or int4, then -g32, -g64 or -g128 for a scale per group, -asym, -mse"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """How one weight is quantized.
+
+    Attributes:
+      bits: 4 or 8.
+      group: inputs that share a scale; None for one scale per output channel.
+      symmetric: zero is an integer of its own; else the range is what the weights span.
+      mse: search the scale of least squared error instead of taking the largest weight's.
+    """
+
+    bits: int
+    group: int | None = None
+    symmetric: bool = True
+    mse: bool = False
+
+    @classmethod
+    def parse(cls, name: str) -> "Scheme":
+        """From a name such as ``int8``, ``int4-g32`` or ``int4-g128-asym``.
+
+        Raises:
+          ConfigError: no such scheme.
+        """
+        found = _NAME.fullmatch(name)
+        if not found:
+            raise ConfigError(f"quantize: unknown scheme {name!r}; expected {_EXPECTED}")
+        group = int(found["group"]) if found["group"] else None
+        if group is not None and group not in GROUPS:
+            raise ConfigError(f"quantize: {name!r}: expected a group of 32, 64 or 128, found {group}")
+        if found["mse"] and found["asym"]:
+            raise ConfigError(f"quantize: {name!r}: the search for scales knows symmetric schemes alone")
+        return cls(int(found["bits"]), group, not found["asym"], bool(found["mse"]))
+
+    def __str__(self) -> str:
+        group = f"-g{self.group}" if self.group else ""
+        return f"int{self.bits}{group}{'' if self.symmetric else '-asym'}{'-mse' if self.mse else ''}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Schemes by role; a role without one stays float.
+
+    Attributes:
+      roles: of the whole model.
+      layers: exceptions: first and last layer (inclusive) and the schemes there; later ones win.
+    """
+
+    roles: Mapping[str, Scheme | None]
+    layers: tuple[tuple[int, int, Mapping[str, Scheme | None]], ...] = ()
+
+    def scheme(self, parameter: str) -> Scheme | None:
+        """What becomes of the parameter of this canonical name; None for norms, biases and roles left float."""
+        role = role_of(parameter)
+        if role is None:
+            return None
+        scheme = self.roles.get(role)
+        layer = re.match(r"layers\.(\d+)\.", parameter)
+        for first, last, roles in self.layers:
+            if layer and first <= int(layer[1]) <= last and role in roles:
+                scheme = roles[role]
+        return scheme
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ``parse`` would read it."""
+        values: dict[str, Any] = {role: _text(self.roles.get(role)) for role in ROLES}
+        if self.layers:
+            values["layers"] = {f"{a}-{b}": {r: _text(s) for r, s in roles.items()} for a, b, roles in self.layers}
+        return values
+
+
+def role_of(parameter: str) -> str | None:
+    """``attention``, ``feed_forward``, ``embedding`` or ``head``; None for what is never quantized."""
+    if not parameter.endswith(".weight"):
+        return None
+    *_, block, module, _ = ["", *parameter.split(".")]
+    if block == "attn" and module in ("q", "k", "v", "o"):
+        return "attention"
+    if block == "mlp":
+        return "feed_forward"
+    return {"embed": "embedding", "head": "head"}.get(module)
+
+
+def parse(quantize: str | Path | Mapping[str, Any]) -> Recipe:
+    """A recipe from what a user says.
+
+    Args:
+      quantize: a scheme for all roles (``int4-g32``), a recipe of ``configs/quantization`` by name
+        (``mixed-8-4-8``), a TOML file, or the like as a mapping: ``{"attention": "int8", "feed_forward": "int4",
+        "layers": {"0-1": {"feed_forward": "int8"}}}``.  A head without a scheme of its own has the embedding's.
+
+    Raises:
+      ConfigError: unknown scheme, role or recipe, or layers that are no range.
+    """
+    if isinstance(quantize, Mapping):
+        return _from_mapping(quantize, "quantize")
+    text = str(quantize)
+    if _NAME.fullmatch(text):
+        return Recipe(dict.fromkeys(ROLES, Scheme.parse(text)))
+    file: Traversable | Path = Path(text)
+    if text in recipe_names():
+        file = configs.folder() / "quantization" / f"{text}.toml"
+    elif not text.endswith(".toml"):
+        raise ConfigError(
+            f"quantize: unknown {text!r}; expected a scheme ({_EXPECTED}), a recipe ({', '.join(recipe_names())}) or a "
+            "*.toml file"
+        )
+    try:
+        values = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{text}: cannot read the recipe: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{text}: not a TOML file: {error}") from None
+    return _from_mapping(values, text)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with llmjax."""
+    return sorted(f.name.removesuffix(".toml") for f in (configs.folder() / "quantization").iterdir())
+
+
+def _from_mapping(values: Mapping[str, Any], where: str) -> Recipe:
+    values = dict(values)
+    layers = values.pop("layers", {})
+    roles = _roles(values, where)
+    if "head" not in roles and "embedding" in roles:
+        roles["head"] = roles["embedding"]
+    if not isinstance(layers, Mapping):
+        raise ConfigError(f"{where}: layers: expected a table of ranges such as '0-3', found {layers!r}")
+    exceptions = []
+    for span, entry in layers.items():
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?", str(span))
+        if not found or int(found[2] or found[1]) < int(found[1]):
+            raise ConfigError(f"{where}: layers: expected a layer or a range such as '0-3', found {span!r}")
+        if not isinstance(entry, Mapping):
+            raise ConfigError(f"{where}: layers {span}: expected schemes by role, found {entry!r}")
+        own = _roles(entry, f"{where}: layers {span}", ("attention", "feed_forward"))
+        exceptions.append((int(found[1]), int(found[2] or found[1]), own))
+    return Recipe(roles, tuple(exceptions))
+
+
+def _roles(values: Mapping[str, Any], where: str, known: tuple[str, ...] = ROLES) -> dict[str, Scheme | None]:
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ConfigError(f"{where}: unknown role {', '.join(unknown)}; expected {', '.join(known)}")
+    for role, name in values.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"{where}: {role}: expected a scheme's name or 'float', found {name!r}")
+    return {role: None if name == "float" else Scheme.parse(name) for role, name in values.items()}
+
+
+def _text(scheme: Scheme | None) -> str:
+    return "float" if scheme is None else str(scheme)
