@@ -81,7 +81,7 @@ def _packed(source: Source, assignment: Assignment) -> QTensor | None:
     found = [packed_tensor(source, spec.name) for spec in assignment.sources]
     packed = [q for q in found if q is not None]
     kinds = [jax.tree.structure(q) for q in packed]
-    if len(packed) < len(found) or any(kind != kinds[0] for kind in kinds):
+    if len(packed) < len(found) or len(set(kinds)) > 1:
         return None
     leaves = zip(*map(jax.tree.leaves, packed), strict=True)
     return jax.tree.unflatten(kinds[0], [_owned(assignment.make(list(same))) for same in leaves])
