@@ -15,8 +15,9 @@ Which XNNPACK kernel runs depends on the processor; the formulas were found on o
 
 A whole model is another matter: a difference in the last bit of a norm rounds some activation the other way, and after
 a few layers that has grown to the size of the rounding itself.  Two programs with the very same products, one with its
-norms and attention in float32 and one in float64, differ on SmolLM2-135M by 0.17 in the mean |log-probability|, as much
-as either differs from float activations.  Compare single operations to the bit, and whole models by their distributions.
+norms and attention in float32 and one in float64, differ on SmolLM2-135M by 0.17 in the mean log-probability of a
+token, as much as either differs from float activations or from LiteRT.  Compare operations to the bit, whole models by
+their distributions.
 """
 
 import argparse
