@@ -75,7 +75,7 @@ def fully_connected_xnnpack(
 def quantize_rows_symmetric(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A float32 ``[B, in]`` as ``q * step``, with ``step = max|x| / 127``: TFLite's own kernel without a delegate.
 
-    It multiplies by ``127 / max|x|``; llmjax's ``dynamic_int8`` divides by the step, which differs at ties only.
+    llmjax's ``dynamic_int8`` takes the same integers; its step, ``max|x| * (1/127)``, differs in the last bit.
     """
     peak = np.abs(x).max(1, keepdims=True)
     peak = np.where(peak == 0, F32(127), peak)

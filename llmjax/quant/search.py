@@ -7,7 +7,7 @@ groups of 32 to 128 and by almost a half with one scale per channel, in 8 bits b
 
 import numpy as np
 
-# A least-squares fit of the scale to the chosen integers gains another hundredth at most, and finer steps less.
+# Fitting the scale to the chosen integers by least squares would gain another hundredth at most.
 FACTORS: tuple[float, ...] = tuple(i / 64 for i in range(64, 31, -1))
 
 # Values worked on at a time: the temporaries stay in the cache.
