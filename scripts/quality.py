@@ -151,16 +151,11 @@ def line(variant: str, megabytes: float, figures: dict[str, float]) -> str:
     )
 
 
-def main() -> None:
+def measure(args: argparse.Namespace) -> None:
     """Measures and prints, a row as soon as it is known."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("variants", nargs="*", default=VARIANTS, metavar="VARIANT")
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--windows", type=int, help="score only the first N windows")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
-    args = parser.parse_args()
-
     reference = load(args.model, "float")
+    if reference.tokenizer is None:
+        raise llmjax.TokenizerError(f"{reference.path}: brings no tokenizer, so no text can be scored")
     source = text()
     ids = windows(reference.tokenizer, source)[: args.windows]
     facts = {
@@ -175,7 +170,7 @@ def main() -> None:
     print(f"{facts['model']}; {len(ids)} windows of {WINDOW} tokens")
     print(f"text: {facts['text']}, sha256 {facts['sha256'][:16]}\n")
     print("| weights | MB | perplexity | change | KL(float, ·) mean | 99th percentile | same top token |")
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|", flush=True)
     for variant in ("float", *(v for v in args.variants if v != "float")):
         began = time.monotonic()
         model = reference if variant == "float" else load(args.model, variant)
@@ -188,5 +183,22 @@ def main() -> None:
             args.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
+def main() -> int:
+    """Returns 0; argparse leaves with 2 on bad input."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("variants", nargs="*", default=VARIANTS, metavar="VARIANT")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--windows", type=int, help="score only the first N windows")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    if args.windows is not None and args.windows < 1:
+        parser.error(f"--windows: expected at least 1, found {args.windows}")
+    try:
+        measure(args)
+    except llmjax.LlmjaxError as error:
+        parser.error(str(error))
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
