@@ -20,6 +20,7 @@ import hashlib
 import json
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -153,13 +154,13 @@ def line(variant: str, megabytes: float, figures: dict[str, float]) -> str:
 
 def measure(args: argparse.Namespace) -> None:
     """Measures and prints, a row as soon as it is known."""
-    reference = load(args.model, "float")
-    if reference.tokenizer is None:
-        raise llmjax.TokenizerError(f"{reference.path}: brings no tokenizer, so no text can be scored")
+    model = load(args.model, "float")
+    if model.tokenizer is None:
+        raise llmjax.TokenizerError(f"{model.path}: brings no tokenizer, so no text can be scored")
     source = text()
-    ids = windows(reference.tokenizer, source)[: args.windows]
+    ids = windows(model.tokenizer, source)[: args.windows]
     facts = {
-        "model": reference.path.name,
+        "model": model.path.name,
         "text": f"pydoc_data.topics of Python {platform.python_version()}, {len(source)} characters",
         "sha256": hashlib.sha256(source.encode()).hexdigest(),
         "windows": len(ids),
@@ -171,10 +172,17 @@ def measure(args: argparse.Namespace) -> None:
     print(f"text: {facts['text']}, sha256 {facts['sha256'][:16]}\n")
     print("| weights | MB | perplexity | change | KL(float, ·) mean | 99th percentile | same top token |")
     print("|---|---|---|---|---|---|---|", flush=True)
+    # In a file without a name, 3 GB for SmolLM2: so each model runs once.
+    shape = (len(ids), WINDOW, model.config.vocab_size)
+    kept = np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=shape)
+    for i, window in enumerate(ids):
+        kept[i] = model.logits([window])[0]
     for variant in ("float", *(v for v in args.variants if v != "float")):
         began = time.monotonic()
-        model = reference if variant == "float" else load(args.model, variant)
-        figures = summary(Tokens.join(compare(reference.logits([w])[0], model.logits([w])[0], w) for w in ids))
+        if variant != "float":
+            model = load(args.model, variant)
+        candidates = kept if variant == "float" else (model.logits([w])[0] for w in ids)
+        figures = summary(Tokens.join(map(compare, kept, candidates, ids)))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
         facts["variants"][variant] = {"bytes": size, **figures}
         print(line(variant, size / 1e6, figures), flush=True)
