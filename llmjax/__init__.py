@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llmjax.convert import convert
     from llmjax.errors import (
         CheckpointError,
         ConfigError,
@@ -34,6 +35,7 @@ _HOME = {
     "RequestError": "errors",
     "ResumeError": "errors",
     "TokenizerError": "errors",
+    "convert": "convert",
     "inspect": "inspection",
     "LLM": "llm",
     "LlmInference": "llm_inference",
@@ -66,6 +68,7 @@ __all__ = [
     "Score",
     "TokenizerError",
     "Trace",
+    "convert",
     "inspect",
     "load",
     "trace",

@@ -87,21 +87,39 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = verb("inspect", _inspect, "Say what a checkpoint is and whether llmjax runs it, from its headers alone.")
     inspect.add_argument("path", metavar="PATH")
+    inspect.add_argument("--against", metavar="SRC", help="the checkpoint it was made from: report each weight's error")
     inspect.add_argument("--json", action="store_true")
+
+    convert = verb("convert", _convert, "Write a checkpoint in another form, quantized or expanded.")
+    convert.add_argument("source", metavar="SRC", help="a checkpoint's path, or smollm2")
+    convert.add_argument("destination", metavar="DST", help="a new directory")
+    convert.add_argument("--to", required=True, help="llmjax (packed weights) or hf (floats, for transformers)")
+    convert.add_argument("--bits", type=int, choices=(4, 8), help="the same as --quantize int4 or int8")
+    convert.add_argument("--group-size", type=int, metavar="N", help="with --bits: a scale for every N inputs")
+    convert.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
+    _weight_flags(convert)
     return parser
+
+
+def _weight_flags(group: Any) -> None:
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="how weights are stored (default: as they are)"
+    )
+    group.add_argument(
+        "--quantize", metavar="SCHEME", help="int8, int4, int4-g32, ... or a recipe: its name or a *.toml file"
+    )
 
 
 def _model_flags() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group("model")
     group.add_argument("--model", required=True, help="a checkpoint's path, or smollm2 for the installed demo model")
-    group.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="how weights are stored (default: as they are)"
-    )
-    group.add_argument("--numerics", default="fast", help="reference, hf or fast (default)")
+    _weight_flags(group)
+    group.add_argument("--numerics", default="fast", help="reference, hf, fast (default) or dynamic_int8")
     group.add_argument("--max-batch", type=int, default=8, metavar="N", help="decode slots (default 8)")
     group.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long")
     group.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
+    group.add_argument("--random-weights", action="store_true", help="with --model config:NAME, which has none")
     group.add_argument("--no-compile-cache", action="store_true", help="compile anew, keep nothing")
     return flags
 
@@ -138,7 +156,14 @@ def _compile_cache(args: argparse.Namespace) -> None:
 def _model(args: argparse.Namespace) -> "Model":
     from llmjax.loading import load
 
-    return load(args.model, dtype=args.dtype, numerics=args.numerics, check_finite=args.check_finite)
+    return load(
+        args.model,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        numerics=args.numerics,
+        check_finite=args.check_finite,
+        random_weights=args.random_weights,
+    )
 
 
 def _llm(args: argparse.Namespace) -> "tuple[LLM, float]":
@@ -268,8 +293,43 @@ def _inspect(args: argparse.Namespace) -> int:
     from llmjax.inspection import inspect
 
     report = inspect(args.path)
-    print(json.dumps(report.to_dict(), indent=2, ensure_ascii=False) if args.json else report.to_text())
+    values, text = report.to_dict(), report.to_text()
+    if args.against is not None and report.supported:
+        from llmjax.quant import error
+
+        found = error.errors(args.path, args.against)
+        values, text = values | {"error": error.to_dict(found)}, f"{text}\n\n{error.to_text(found)}"
+    print(json.dumps(values, indent=2, ensure_ascii=False) if args.json else text)
     return 0 if report.supported else 1
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from llmjax.convert import convert
+
+    quantize = args.quantize
+    if args.bits is not None:
+        if quantize is not None:
+            raise RequestError("--bits and --quantize say the same; give one of them")
+        quantize = f"int{args.bits}" + (f"-g{args.group_size}" if args.group_size else "")
+    elif args.group_size:
+        raise RequestError("--group-size goes with --bits")
+    convert(
+        args.source,
+        args.destination,
+        to=args.to,
+        quantize=quantize,
+        dtype=args.dtype,
+        check_finite=args.check_finite,
+        report=_report_tensors,
+    )
+    size = sum(f.stat().st_size for f in Path(args.destination).iterdir())
+    print(f"{args.destination}: {size / 1e6:.1f} MB", file=sys.stderr)
+    return 0
+
+
+def _report_tensors(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done} of {total} tensors", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def _input(path: str) -> contextlib.AbstractContextManager[IO[str]]:

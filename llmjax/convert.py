@@ -23,8 +23,8 @@ from llmjax.text import export
 
 FORMATS: tuple[str, ...] = ("llmjax", "hf")
 
-# Told after each parameter: how many are done, how many there are, bytes written.
-Report = Callable[[int, int, int], None]
+# Told after each parameter: how many are done, and how many there are.
+Report = Callable[[int, int], None]
 
 
 def convert(
@@ -35,7 +35,7 @@ def convert(
     quantize: str | Path | Mapping[str, Any] | None = None,
     dtype: str | None = None,
     check_finite: bool = False,
-    report: Report = lambda done, total, size: None,
+    report: Report = lambda done, total: None,
 ) -> Path:
     """Writes a checkpoint as a directory of another kind.
 
@@ -60,7 +60,7 @@ def convert(
         raise ConfigError(f"to: unknown {to!r}; expected one of {', '.join(FORMATS)}")
     if to == "hf" and quantize is not None:
         raise ConfigError(
-            "quantize: a checkpoint in Hugging Face's form holds floats; leave it out, or write to llmjax"
+            "quantize: a checkpoint in Hugging Face's form holds floats; leave it out, or use --to llmjax"
         )
     check_dtype(dtype)
     recipe = None if quantize is None else parse(quantize)
@@ -118,16 +118,16 @@ def _write_packed(
                 schemes[name] = {"bits": value.bits, "zero": value.zero, "group": value.group}
                 for part in PARTS:
                     if (leaf := getattr(value, part)) is not None:
-                        size = write(f"{name}.{part}", leaf)
+                        write(f"{name}.{part}", leaf)
             else:
-                size = write(name, value)
-            report(done, count, size)
+                write(name, value)
+            report(done, count)
         metadata |= {"format": "llmjax", "quantization": json.dumps(schemes, separators=(",", ":"))}
     return {"format": "llmjax", "version": VERSION}
 
 
 @contextlib.contextmanager
-def _writer(path: Path, tensors: int) -> Iterator[tuple[Callable[[str, np.ndarray], int], dict[str, str]]]:
+def _writer(path: Path, tensors: int) -> Iterator[tuple[Callable[[str, np.ndarray], None], dict[str, str]]]:
     file = SafetensorsWriter(path, tensors)
     metadata: dict[str, str] = {}
     try:
@@ -153,8 +153,8 @@ def _write_hf(folder: Path, parameters: Iterator[tuple[str, Parameter]], plan: P
             parts[parameter] = array
             if len(parts) == sum(1 for other in files.values() if tuple(other) == sources):
                 for name, tensor in _joined(shared.pop(sources), sources, names):
-                    size = write(name, tensor)
-            report(done, len(files), size)
+                    write(name, tensor)
+            report(done, len(files))
     return stored
 
 

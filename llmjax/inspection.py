@@ -6,9 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from converters.source import Source, open_source
+from converters.source import Source, TensorSpec, open_source
 from llmjax.errors import ConfigError, LlmjaxError, TokenizerError
 from llmjax.loading import find_model, read_tokenizer
+from llmjax.parameters import is_packed
 from llmjax.plan import Plan, describe, make_plan
 
 
@@ -18,13 +19,14 @@ class Report:
 
     Attributes:
       path: of the checkpoint.
-      format: ``huggingface`` or ``gguf``.
+      format: ``huggingface``, ``gguf`` or ``llmjax``.
       model_type: its architecture, as it names it.
       supported: whether ``llmjax.load`` would take it.
       problems: why not.
       config: the model's dimensions and options, None where they could not be read.
       parameters: number of parameters, a tied head counted once; None where unknown.
-      tensors: each with ``name, shape, dtype, nbytes`` and the parameters it fills (``fills``).
+      tensors: each with ``name, shape, dtype, nbytes``, the parameters it fills (``fills``) and what it is kept as in
+        memory (``kept``: ``packed``, or a dtype).
       tokenizer: its facts, None where there is none.
     """
 
@@ -60,9 +62,9 @@ class Report:
         lines += ["", "tensors"]
         width = max((len(t["name"]) for t in self.tensors), default=0)
         for t in self.tensors:
-            lines.append(
-                f"  {t['name']:{width}}  {t['dtype']:5} {str(t['shape']):16} -> {', '.join(t['fills']) or t['use']}"
-            )
+            kept = "" if t["kept"].upper() == _LONG.get(t["dtype"], t["dtype"]) else f", {t['kept']}"
+            use = (", ".join(t["fills"]) + kept) if t["fills"] else t["use"]
+            lines.append(f"  {t['name']:{width}}  {t['dtype']:8} {str(t['shape']):16} -> {use}")
         lines += ["", "supported: yes" if self.supported else "supported: no"]
         lines += [f"  {line}" for problem in self.problems for line in problem.splitlines()]
         return "\n".join(lines)
@@ -144,9 +146,19 @@ def _tensors(source: Source, plan: Plan | None) -> list[dict[str, Any]]:
             "nbytes": source.spec(name).nbytes,
             "fills": fills.get(name, []),
             "use": use.get(name, "not used"),
+            "kept": _kept(source, source.spec(name)),
         }
         for name in source.names()
     ]
+
+
+_LONG = {"F32": "FLOAT32", "F16": "FLOAT16", "BF16": "BFLOAT16"}
+
+
+def _kept(source: Source, spec: TensorSpec) -> str:
+    if spec.dtype in _LONG:
+        return _LONG[spec.dtype].lower()
+    return "packed" if is_packed(source, spec) else "expanded to float32"
 
 
 def _size(nbytes: int) -> str:

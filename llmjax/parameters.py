@@ -8,7 +8,7 @@ import numpy as np
 
 from converters.gguf import GgufSource
 from converters.llmjax import LlmjaxSource
-from converters.source import Source
+from converters.source import Source, TensorSpec
 from llmjax.arrays import aligned
 from llmjax.errors import CheckpointError
 from llmjax.plan import Assignment, Plan
@@ -70,9 +70,16 @@ def packed_tensor(source: Source, name: str) -> QTensor | None:
         parts = source.parts(name)
         return None if parts is None else QTensor(**parts)
     spec = source.spec(name)
-    if isinstance(source, GgufSource) and spec.dtype in gguf.TYPES and len(spec.shape) == 2:
+    if isinstance(source, GgufSource) and is_packed(source, spec):
         return gguf.unpack(source.raw(name), spec.dtype, (spec.shape[0], spec.shape[1]))
     return None
+
+
+def is_packed(source: Source, spec: TensorSpec) -> bool:
+    """Whether a tensor is quantized and stays so."""
+    if isinstance(source, LlmjaxSource):
+        return spec.dtype.startswith("INT")
+    return source.format == "gguf" and spec.dtype in gguf.TYPES and len(spec.shape) == 2
 
 
 def _packed(source: Source, assignment: Assignment) -> QTensor | None:
