@@ -12,6 +12,7 @@ from jax import lax
 from llmjax.numerics import Numerics
 from llmjax.quant.product import product
 from llmjax.quant.qtensor import QTensor
+from llmjax.tiles import over_tiles
 
 # Below this many rows XLA:CPU sends bfloat16 products down a path ten times slower than memory (jaxlib 0.10); zero rows
 # are free.
@@ -27,24 +28,21 @@ def matmul(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax
 
 
 def _float_product(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.Array:
-    if weight.dtype != numerics.products:
-        # Without the barrier XLA moves the conversion of every weight out of the decode loop and holds a second,
-        # converted model.
-        x, weight = lax.optimization_barrier((x, weight))
-        weight = weight.astype(numerics.products)
-    x = x.astype(numerics.products)
     lead = x.shape[:-1]
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, x.shape[-1]).astype(numerics.products)
     pad = MIN_ROWS - rows.shape[0]
     if pad > 0 and rows.dtype != jnp.float32:
         rows = jnp.concatenate([rows, jnp.zeros((pad, rows.shape[1]), rows.dtype)])
-    y = lax.dot_general(
-        rows,
-        weight,
-        (((1,), (1,)), ((), ())),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    if pad > 0:
-        y = y[: x.size // x.shape[-1]]
-    return y.reshape(*lead, weight.shape[0])
+
+    def multiply(part: jax.Array) -> jax.Array:
+        return lax.dot_general(
+            rows,
+            part.astype(numerics.products),
+            (((1,), (1,)), ((), ())),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+
+    converted = weight.dtype != numerics.products
+    y = over_tiles(multiply, weight, weight.shape, rows.shape[0]) if converted else multiply(weight)
+    return y[: y.shape[0] - max(pad, 0) if rows.dtype != jnp.float32 else None].reshape(*lead, weight.shape[0])

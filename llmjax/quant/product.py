@@ -18,19 +18,16 @@ the same bits for any number of rows, in any order of summation.
 """
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from llmjax.bits import from_storage, to_storage
 from llmjax.quant.qtensor import QTensor, halves, integers
+from llmjax.tiles import over_tiles
 
-# Float32 bytes of a tile: about a core's share of the cache.  Measured by scripts/bench_products.py.
-_TILE_BYTES = 4 << 20
 _BASE = 254
 # XLA:CPU sends integer products of fewer rows down a slow path (jaxlib 0.10).
 _MIN_ROWS = 4
@@ -54,17 +51,7 @@ def product(x: jax.Array, q: QTensor, digits: int | None) -> jax.Array:
     if digits == 1:
         scale, (rounded,) = to_digits(x, 1)
         x = scale * rounded.astype(jnp.float32)
-    return in_tiles(x, q, _tile(q) if on_cpu else q.shape[0])
-
-
-def _tile(q: QTensor) -> int:
-    out, width = q.shape
-    return min(out, max(16, _TILE_BYTES // (4 * width) // 16 * 16))
-
-
-def _slice(q: QTensor, start: jax.Array, size: int) -> QTensor:
-    """Rows ``start`` to ``start + size``; 16-bit floats go as integers (see ``llmjax.bits``)."""
-    return q.map(lambda leaf: from_storage(lax.dynamic_slice_in_dim(to_storage(leaf), start, size), leaf.dtype))
+    return in_tiles(x, q)
 
 
 def _columns(x: jax.Array, parts: int) -> list[jax.Array]:
@@ -72,8 +59,8 @@ def _columns(x: jax.Array, parts: int) -> list[jax.Array]:
     return [x[:, i::parts] for i in range(parts)]
 
 
-def in_tiles(x: jax.Array, q: QTensor, tile: int) -> jax.Array:
-    """Weight-only in float32: ``x [rows, in] -> [rows, out]``, ``tile`` output channels at a time."""
+def in_tiles(x: jax.Array, q: QTensor) -> jax.Array:
+    """Weight-only in float32: ``x [rows, in] -> [rows, out]``, some output channels at a time."""
     columns = _columns(x, 1 if q.bits == 8 else 2)
 
     def multiply(part: QTensor) -> jax.Array:
@@ -82,25 +69,11 @@ def in_tiles(x: jax.Array, q: QTensor, tile: int) -> jax.Array:
             for c, w in zip(columns, halves(part), strict=True)
         )
 
-    return _over_tiles(multiply, x.shape[0], q, tile, jnp.float32)
+    return over_tiles(multiply, q, q.shape, x.shape[0])
 
 
 def _sum(parts: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, parts)
-
-
-def _over_tiles(multiply: Callable[[QTensor], jax.Array], rows: int, q: QTensor, tile: int, dtype: Any) -> jax.Array:
-    """``[rows, out]`` from ``multiply(part of q) -> [rows, tile]``.  The last tile may repeat some channels of the one
-    before it: a weight cut to a whole number of tiles would be a copy."""
-    out = q.shape[0]
-    if tile >= out:
-        return multiply(q)
-
-    def step(i: jax.Array, y: jax.Array) -> jax.Array:
-        start = jnp.minimum(i * tile, out - tile)
-        return lax.dynamic_update_slice(y, multiply(_slice(q, start, tile)), (0, start))
-
-    return lax.fori_loop(0, -(-out // tile), step, jnp.zeros((rows, out), dtype))
 
 
 def to_digits(x: jax.Array, count: int) -> tuple[jax.Array, list[jax.Array]]:
@@ -135,8 +108,8 @@ def in_digits(x: jax.Array, q: QTensor, count: int) -> jax.Array:
             for c, n in zip(columns, integers(part), strict=True)
         )
 
-    tile = q.shape[0] if q.bits == 8 else _tile(q)
-    sums = _over_tiles(multiply, rows.shape[0], q, tile, jnp.int32)
+    # Eight bits are multiplied as they stand.
+    sums = multiply(q) if q.bits == 8 else over_tiles(multiply, q, q.shape, rows.shape[0], jnp.int32)
     y = _combined(sums, count, x.shape[0]) * q.scales.astype(jnp.float32)[:, 0]
     if q.offsets is not None:
         ones = jnp.sum(rows.astype(jnp.int32), -1, keepdims=True)

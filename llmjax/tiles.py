@@ -1,0 +1,47 @@
+"""Products that convert their weight a tile of output channels at a time.
+
+A conversion written plainly makes a whole float weight; and since it waits for nothing, XLA:CPU converts those of all
+layers before it multiplies with the first: a second, larger model in memory (jaxlib 0.10).  Inside a loop it cannot.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from llmjax.bits import from_storage, to_storage
+
+# Of float32: what a core keeps in its cache, more or less; halving or doubling it costs up to a fifth.
+_TILE_BYTES = 4 << 20
+
+
+def over_tiles(
+    multiply: Callable[[Any], jax.Array], weight: Any, shape: tuple[int, ...], rows: int, dtype: Any = jnp.float32
+) -> jax.Array:
+    """``[rows, out]``, some output channels at a time on the CPU, all at once elsewhere.
+
+    Args:
+      multiply: from some rows of the weight, ``[t, ...]`` a leaf, to ``[rows, t]``.
+      weight: a pytree of arrays ``[out, ...]``.
+      shape: ``(out, in)`` of what the weight stands for.
+      rows: of the result.
+      dtype: of the result.
+    """
+    out, width = shape
+    # Two tiles at least: a loop of one turn is no loop to XLA.
+    tile = min((out + 1) // 2, max(16, _TILE_BYTES // (4 * width) // 16 * 16))
+    if jax.default_backend() != "cpu":
+        return multiply(weight)
+
+    def part(leaf: jax.Array, start: jax.Array) -> jax.Array:
+        leaf, start = lax.optimization_barrier((leaf, start))  # see ``bits.look_up``
+        return from_storage(lax.dynamic_slice_in_dim(to_storage(leaf), start, tile), leaf.dtype)
+
+    def step(i: jax.Array, y: jax.Array) -> jax.Array:
+        # The last tile may repeat channels of the one before: cutting the weight to whole tiles would copy it.
+        start = jnp.minimum(i * tile, out - tile)
+        return lax.dynamic_update_slice(y, multiply(jax.tree.map(lambda leaf: part(leaf, start), weight)), (0, start))
+
+    return lax.fori_loop(0, -(-out // tile), step, jnp.zeros((rows, out), dtype))
