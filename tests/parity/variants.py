@@ -22,6 +22,18 @@ _LLAMA = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
+_MISTRAL = _LLAMA | {"model_type": "mistral", "sliding_window": 6, "head_dim": 10}
+_QWEN2 = _LLAMA | {
+    "model_type": "qwen2",
+    "num_hidden_layers": 4,
+    "rope_theta": 1e6,
+    "rms_norm_eps": 1e-6,
+    "use_sliding_window": False,
+    "sliding_window": 4,  # switched off
+    "max_window_layers": 1,
+    "tie_word_embeddings": True,
+}
+_QWEN3 = _QWEN2 | {"model_type": "qwen3", "head_dim": 20, "attention_bias": False}
 _GEMMA = {
     "model_type": "gemma",
     "vocab_size": VOCAB,
@@ -47,6 +59,18 @@ _GEMMA2 = _GEMMA | {
     "sliding_window": 8,
     "attn_logit_softcapping": 4.0,
     "final_logit_softcapping": 6.0,
+}
+_GEMMA3 = _GEMMA | {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 11,
+    "sliding_window": 8,
+    "sliding_window_pattern": 3,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
 }
 _PHI = {
     "model_type": "phi",
@@ -107,6 +131,22 @@ VARIANTS: dict[str, dict] = {
     | {"attention_bias": True, "mlp_bias": True, "head_dim": 10, "tie_word_embeddings": True, "num_key_value_heads": 4},
     "llama_linear": _LLAMA | {"rope_scaling": {"type": "linear", "factor": 3.0}},
     "llama_llama3": _LLAMA | {"rope_scaling": _LLAMA3, "rope_theta": 500000.0, "num_key_value_heads": 1},
+    "mistral": _MISTRAL,
+    "mistral_full_mqa_tied": _MISTRAL
+    | {"sliding_window": None, "head_dim": None, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "qwen2": _QWEN2,
+    "qwen2_windows_untied": _QWEN2
+    | {"use_sliding_window": True, "tie_word_embeddings": False, "num_key_value_heads": 4},
+    "qwen3": _QWEN3,
+    "qwen3_bias_layer_types": _QWEN3
+    | {
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+        "num_key_value_heads": 1,
+        "head_dim": 12,
+        "tie_word_embeddings": False,
+    },
     "gemma_mqa": _GEMMA,
     "gemma_mha_wide": _GEMMA
     | {"hidden_size": 52, "head_dim": 16, "num_key_value_heads": 4, "intermediate_size": 416, "hidden_act": "gelu"},
@@ -119,6 +159,17 @@ VARIANTS: dict[str, dict] = {
         "sliding_window": 5,
         "final_logit_softcapping": None,
         "num_key_value_heads": 1,
+    },
+    "gemma3": _GEMMA3,
+    "gemma3_linear_layer_types": _GEMMA3
+    | {
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+        "sliding_window": 5,
+        "attention_bias": True,
+        "final_logit_softcapping": 6.0,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": False,
     },
     "phi": _PHI,
     "phi_gqa_qk_norm": _PHI | {"num_key_value_heads": 2, "qk_layernorm": True, "partial_rotary_factor": 0.5},

@@ -18,6 +18,10 @@ MINIMAL = {
     "llama": SIZES,
     "gemma": SIZES | {"num_key_value_heads": 1, "head_dim": 20},
     "gemma2": SIZES,
+    "gemma3_text": SIZES,
+    "mistral": SIZES | {"num_key_value_heads": 2},
+    "qwen2": SIZES | {"num_key_value_heads": 2},
+    "qwen3": SIZES | {"num_key_value_heads": 2},
     "phi": SIZES,
     "falcon": {k: v for k, v in SIZES.items() if k != "intermediate_size"} | RW,
     "stablelm": SIZES | {"num_key_value_heads": 4},
@@ -36,9 +40,8 @@ def refusal(kind, drop=(), **changes):
     return str(error.value)
 
 
-@EVERY
-def test_known_architectures(kind):
-    assert kind in architectures()
+def test_known_architectures():
+    assert set(MINIMAL) == set(architectures())
 
 
 @EVERY
@@ -68,7 +71,8 @@ def test_bookkeeping_and_training_keys_are_irrelevant(kind):
 
 @EVERY
 def test_unknown_activation(kind):
-    key = {"gemma2": "hidden_activation", "falcon": "activation"}.get(kind, "hidden_act")
+    other = {"gemma2": "hidden_activation", "gemma3_text": "hidden_activation", "falcon": "activation"}
+    key = other.get(kind, "hidden_act")
     assert f"{key}: 'xielu' is not supported" in refusal(kind, **{key: "xielu"})
 
 
@@ -77,7 +81,7 @@ def test_config_is_hashable(kind):
     assert hash(read(kind)) == hash(read(kind))
 
 
-ROTARY = pytest.mark.parametrize("kind", sorted(set(MINIMAL) - {"falcon"}))
+ROTARY = pytest.mark.parametrize("kind", sorted(set(MINIMAL) - {"falcon", "gemma3_text"}))
 
 
 @ROTARY
@@ -95,7 +99,7 @@ def test_other_rope_types_are_refused(kind, rope_type):
     assert f"rope_type: '{rope_type}' is not supported" in message
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"])
 def test_whole_heads_rotate(kind):
     assert read(kind, partial_rotary_factor=1.0) == read(kind)
     assert "partial_rotary_factor: 0.5 is not supported here" in refusal(kind, partial_rotary_factor=0.5)
@@ -117,13 +121,29 @@ def test_class_defaults_of_heads():
     assert read("gemma2").num_key_value_heads == 4
     assert read("phi").num_key_value_heads == 4
     assert read("gemma", drop=["num_key_value_heads"], num_attention_heads=16).num_key_value_heads == 16
+    assert read("gemma3_text").num_key_value_heads == 4
+    assert read("mistral", drop=["num_key_value_heads"], num_attention_heads=16).num_key_value_heads == 8
+    assert read("qwen3").head_dim == 128
+    assert read("qwen2").head_dim == 16
+    assert read("mistral", num_key_value_heads=None).num_key_value_heads == 4
     message = refusal("stablelm", drop=["num_key_value_heads"])
     assert "num_attention_heads: 4 is not a multiple of num_key_value_heads 32" in message
 
 
 @pytest.mark.parametrize(
     ("kind", "tied"),
-    [("llama", False), ("gemma", True), ("gemma2", True), ("phi", False), ("falcon", True), ("stablelm", False)],
+    [
+        ("llama", False),
+        ("mistral", False),
+        ("qwen2", False),
+        ("qwen3", False),
+        ("gemma", True),
+        ("gemma2", True),
+        ("gemma3_text", True),
+        ("phi", False),
+        ("falcon", True),
+        ("stablelm", False),
+    ],
 )
 def test_class_default_of_the_head(kind, tied):
     assert read(kind).tie_word_embeddings is tied
@@ -132,7 +152,18 @@ def test_class_default_of_the_head(kind, tied):
 
 @pytest.mark.parametrize(
     ("kind", "context"),
-    [("llama", 2048), ("gemma", 8192), ("gemma2", 8192), ("phi", 2048), ("falcon", 2048), ("stablelm", 4096)],
+    [
+        ("llama", 2048),
+        ("mistral", 131072),
+        ("qwen2", 32768),
+        ("qwen3", 32768),
+        ("gemma", 8192),
+        ("gemma2", 8192),
+        ("gemma3_text", 131072),
+        ("phi", 2048),
+        ("falcon", 2048),
+        ("stablelm", 4096),
+    ],
 )
 def test_class_default_of_the_context(kind, context):
     assert read(kind).max_position_embeddings == context
@@ -189,6 +220,78 @@ class TestGemma2:
 
     def test_hidden_act_is_not_the_activation(self):
         assert read("gemma2", hidden_act="relu", cache_implementation="hybrid") == read("gemma2")
+
+
+class TestGemma3:
+    def test_every_sixth_layer_is_global(self):
+        windows = read("gemma3_text", num_hidden_layers=13, sliding_window=8).windows
+        assert windows == ((8,) * 5 + (None,)) * 2 + (8,)
+
+    @pytest.mark.parametrize("key", ["sliding_window_pattern", "_sliding_window_pattern"])
+    def test_the_pattern_under_both_its_names(self, key):
+        assert read("gemma3_text", **{key: 2}).windows == (4096, None, 4096, None)
+        types = ["full_attention"] * 3 + ["sliding_attention"]
+        assert read("gemma3_text", layer_types=types, **{key: 2}).windows == (None, None, None, 4096)
+
+    def test_rotations_in_both_dialects(self):
+        scaling = {"rope_type": "linear", "factor": 8.0}
+        old = read("gemma3_text", rope_theta=5e5, rope_local_base_freq=2e4, rope_scaling=scaling)
+        assert old.global_rope == Rope(5e5, 256, linear=8.0)
+        assert old.local_rope == Rope(2e4, 256)
+        kinds = {"full_attention": scaling | {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 2e4}}
+        assert read("gemma3_text", rope_parameters=kinds) == old
+        assert read("gemma3_text").global_rope == Rope(1e6, 256)
+        assert read("gemma3_text").local_rope == Rope(1e4, 256)
+
+    def test_rope_parameters_without_kinds(self):
+        message = refusal("gemma3_text", rope_parameters={"rope_theta": 1e4})
+        assert "rope_parameters.rope_theta: expected an object for each of 'full_attention'" in message
+        assert "rope_parameters: expected an object, found [1]" in refusal("gemma3_text", rope_parameters=[1])
+
+    def test_other_rope_types_are_refused(self):
+        message = refusal("gemma3_text", rope_scaling={"rope_type": "yarn", "factor": 2.0})
+        assert "rope_type: 'yarn' is not supported" in message
+
+    def test_soft_caps(self):
+        assert read("gemma3_text").final_logit_softcapping is None
+        assert read("gemma3_text", final_logit_softcapping=7).final_logit_softcapping == 7.0
+        assert read("gemma3_text", attn_logit_softcapping=50.0) == read("gemma3_text")  # as transformers
+
+
+class TestMistral:
+    def test_all_layers_slide(self):
+        assert read("mistral").windows == (4096,) * 4
+        assert read("mistral", sliding_window=8).windows == (8,) * 4
+        assert read("mistral", sliding_window=None).windows == (None,) * 4
+
+
+class TestQwen:
+    KINDS = pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+
+    @KINDS
+    def test_windows_are_off_unless_switched_on(self, kind):
+        assert read(kind, sliding_window=8, max_window_layers=1).windows == (None,) * 4
+        on = {"use_sliding_window": True, "sliding_window": 8}
+        assert read(kind, **on).windows == (None,) * 4
+        assert read(kind, **on, max_window_layers=1).windows == (None, 8, 8, 8)
+        assert read(kind, **on, max_window_layers=0).windows == (8,) * 4
+        assert read(kind, **(on | {"sliding_window": None}), max_window_layers=1).windows == (None,) * 4
+
+    @KINDS
+    def test_layer_types_win(self, kind):
+        types = ["sliding_attention", "full_attention", "full_attention", "full_attention"]
+        on = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+        assert read(kind, **on, layer_types=types).windows == (8, None, None, None)
+        assert "sliding_window: null or switched off" in refusal(kind, sliding_window=8, layer_types=types)
+
+    def test_biases_and_norms(self):
+        def options(c):
+            return c.qkv_bias, c.out_bias, c.mlp_bias, c.qk_norm
+
+        assert options(read("qwen2")) == (True, False, False, False)
+        assert options(read("qwen3")) == (False, False, False, True)
+        assert options(read("qwen3", attention_bias=True)) == (True, True, False, True)
+        assert options(read("llama", attention_bias=True, mlp_bias=True)) == (True, True, True, False)
 
 
 class TestFalcon:
