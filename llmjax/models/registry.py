@@ -35,9 +35,9 @@ class Architecture:
 
 def architectures() -> dict[str, Architecture]:
     """All of them, by model_type."""
-    from llmjax.models import falcon, gemma, gemma2, gemma3, llama, mistral, phi, qwen2, qwen3, stablelm
+    from llmjax.models import falcon, gemma, gemma2, gemma3, llama, mistral, phi, phi3, qwen2, qwen3, stablelm
 
-    modules = (gemma, gemma2, gemma3, phi, falcon, stablelm, llama, mistral, qwen2, qwen3)
+    modules = (gemma, gemma2, gemma3, phi, falcon, stablelm, llama, mistral, qwen2, qwen3, phi3)
     return {m.ARCHITECTURE.model_type: m.ARCHITECTURE for m in modules}
 
 

@@ -34,6 +34,14 @@ _QWEN2 = _LLAMA | {
     "tie_word_embeddings": True,
 }
 _QWEN3 = _QWEN2 | {"model_type": "qwen3", "head_dim": 20, "attention_bias": False}
+_PHI3 = _LLAMA | {
+    "model_type": "phi3",
+    "hidden_size": 64,
+    "original_max_position_embeddings": 512,
+    "sliding_window": 7,
+    "resid_pdrop": 0.1,
+    "pad_token_id": 0,
+}
 _GEMMA = {
     "model_type": "gemma",
     "vocab_size": VOCAB,
@@ -101,6 +109,21 @@ _FALCON = {
     "parallel_attn": False,
     "layer_norm_epsilon": 1e-5,
 }
+_FALCON_7B = {
+    "model_type": "falcon",
+    "vocab_size": VOCAB,
+    "hidden_size": 60,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_kv_heads": 6,  # without effect
+    "alibi": False,
+    "bias": False,
+    "multi_query": True,
+    "new_decoder_architecture": False,
+    "parallel_attn": True,
+    "layer_norm_epsilon": 1e-5,
+}
+_FALCON_40B = _FALCON_7B | {"new_decoder_architecture": True, "num_kv_heads": 2, "rope_theta": 5e3}
 _STABLELM = {
     "model_type": "stablelm",
     "vocab_size": VOCAB,
@@ -147,6 +170,15 @@ VARIANTS: dict[str, dict] = {
         "head_dim": 12,
         "tie_word_embeddings": False,
     },
+    "phi3": _PHI3,
+    "phi3_partial_mha_tied": _PHI3
+    | {
+        "partial_rotary_factor": 0.75,
+        "sliding_window": None,
+        "num_key_value_heads": None,
+        "tie_word_embeddings": True,
+        "rope_theta": 5e4,
+    },
     "gemma_mqa": _GEMMA,
     "gemma_mha_wide": _GEMMA
     | {"hidden_size": 52, "head_dim": 16, "num_key_value_heads": 4, "intermediate_size": 416, "hidden_act": "gelu"},
@@ -177,6 +209,12 @@ VARIANTS: dict[str, dict] = {
     "falcon_11_heads_untied": _FALCON
     | {"hidden_size": 66, "num_attention_heads": 11, "tie_word_embeddings": False, "ffn_hidden_size": 100},
     "falcon_6_heads_no_bias": _FALCON | {"hidden_size": 60, "num_attention_heads": 6, "bias": False},
+    "falcon_7b": _FALCON_7B,
+    "falcon_7b_alibi_bias": _FALCON_7B | {"alibi": True, "bias": True},
+    "falcon_sequential_rotary": _FALCON_7B
+    | {"multi_query": False, "parallel_attn": False, "bias": True, "tie_word_embeddings": False},
+    "falcon_40b": _FALCON_40B,
+    "falcon_40b_one_norm_bias": _FALCON_40B | {"num_ln_in_parallel_attn": 1, "bias": True, "num_kv_heads": 3},
     "stablelm": _STABLELM,
     "stablelm_qkv_bias_qk_norm": _STABLELM
     | {"use_qkv_bias": True, "qk_layernorm": True, "num_key_value_heads": 2, "partial_rotary_factor": 0.5},

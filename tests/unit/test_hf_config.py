@@ -23,6 +23,7 @@ MINIMAL = {
     "qwen2": SIZES | {"num_key_value_heads": 2},
     "qwen3": SIZES | {"num_key_value_heads": 2},
     "phi": SIZES,
+    "phi3": SIZES,
     "falcon": {k: v for k, v in SIZES.items() if k != "intermediate_size"} | RW,
     "stablelm": SIZES | {"num_key_value_heads": 4},
 }
@@ -141,6 +142,7 @@ def test_class_defaults_of_heads():
         ("gemma2", True),
         ("gemma3_text", True),
         ("phi", False),
+        ("phi3", False),
         ("falcon", True),
         ("stablelm", False),
     ],
@@ -161,6 +163,7 @@ def test_class_default_of_the_head(kind, tied):
         ("gemma2", 8192),
         ("gemma3_text", 131072),
         ("phi", 2048),
+        ("phi3", 4096),
         ("falcon", 2048),
         ("stablelm", 4096),
     ],
@@ -294,36 +297,79 @@ class TestQwen:
         assert options(read("llama", attention_bias=True, mlp_bias=True)) == (True, True, True, False)
 
 
+class TestPhi3:
+    def test_whole_heads_rotate_unless_said_otherwise(self):
+        assert read("phi3").rope == Rope(10000.0, 16)
+        assert read("phi3", partial_rotary_factor=0.75).rope.dims == 12
+        assert read("phi3", rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.75}).rope.dims == 12
+
+    def test_window(self):
+        assert read("phi3").windows == (None,) * 4
+        assert read("phi3", sliding_window=8).windows == (8,) * 4
+
+    @pytest.mark.parametrize("kind", ["su", "longrope", "yarn"])
+    def test_long_context_models_are_refused(self, kind):
+        scaling = {"type": kind, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+        message = refusal("phi3", rope_scaling=scaling, original_max_position_embeddings=4096)
+        assert message.endswith(f"rope_type: {kind!r} is not supported, expected 'default', 'linear' or 'llama3'")
+
+    def test_no_biases(self):
+        assert read("phi3", attention_bias=False, original_max_position_embeddings=4096) == read("phi3")
+        assert "attention_bias: True is not supported" in refusal("phi3", attention_bias=True)
+
+
+SEVEN_B = {"alibi": False, "multi_query": True, "parallel_attn": True}
+FORTY_B = SEVEN_B | {"new_decoder_architecture": True, "num_kv_heads": 2}
+
+
 class TestFalcon:
     @pytest.mark.parametrize(
-        ("key", "value"),
-        [
-            ("alibi", False),
-            ("multi_query", True),
-            ("parallel_attn", True),
-            ("new_decoder_architecture", True),
-            ("apply_residual_connection_post_layernorm", True),
-            ("num_kv_heads", 1),
-            ("head_dim", 8),
-            ("n_embed", 32),
-        ],
+        ("key", "value"), [("apply_residual_connection_post_layernorm", True), ("head_dim", 8), ("n_embed", 32)]
     )
-    def test_other_layouts_are_refused(self, key, value):
+    def test_what_transformers_does_not_do_either(self, key, value):
         assert f"{key}: {value} is not supported" in refusal("falcon", **{key: value})
 
-    @pytest.mark.parametrize("key", ["alibi", "multi_query", "parallel_attn"])
-    def test_an_absent_key_means_falcon_7b(self, key):
-        assert f"{key}: " in refusal("falcon", drop=[key])
+    def test_an_absent_key_means_falcon_7b(self):
+        assert read("falcon", drop=RW) == read("falcon", **SEVEN_B)
+
+    def test_layouts(self):
+        def layout(c):
+            return c.num_key_value_heads, c.rope is not None, c.parallel_attn, c.separate_norms
+
+        assert layout(read("falcon")) == (4, False, False, False)
+        assert layout(read("falcon", **SEVEN_B)) == (1, True, True, False)
+        assert layout(read("falcon", **FORTY_B)) == (2, True, True, True)
+        assert layout(read("falcon", **FORTY_B, num_ln_in_parallel_attn=1)) == (2, True, True, False)
+
+    @pytest.mark.parametrize("multi_query", [True, False])
+    def test_40b_ignores_multi_query(self, multi_query):
+        assert read("falcon", **(FORTY_B | {"multi_query": multi_query})) == read("falcon", **FORTY_B)
+
+    def test_7b_ignores_its_number_of_key_heads(self):
+        assert read("falcon", **SEVEN_B, num_kv_heads=71) == read("falcon", **SEVEN_B)
+
+    def test_contradictions(self):
+        assert "num_kv_heads: 2 is not supported without new_decoder_architecture" in refusal("falcon", num_kv_heads=2)
+        assert "not a multiple of num_kv_heads 3" in refusal("falcon", **(FORTY_B | {"num_kv_heads": 3}))
+        assert "parallel_attn: False is not supported with" in refusal("falcon", **(FORTY_B | {"parallel_attn": False}))
+        assert "num_ln_in_parallel_attn: 2 is not" in refusal("falcon", **SEVEN_B, num_ln_in_parallel_attn=2)
+        assert "num_ln_in_parallel_attn: 3 is not" in refusal("falcon", **FORTY_B, num_ln_in_parallel_attn=3)
 
     @pytest.mark.parametrize("key", ["n_head", "n_layer"])
     def test_names_of_refined_web_model(self, key):
         assert f"{key}: llmjax does not know this key" in refusal("falcon", **{key: 4})
 
+    def test_rotation(self):
+        assert read("falcon", **SEVEN_B).rope == Rope(10000.0, 16)
+        scaling = {"type": "linear", "factor": 2.0}
+        assert read("falcon", **SEVEN_B, rope_theta=5e3, rope_scaling=scaling).rope == Rope(5e3, 16, linear=2.0)
+        assert "'dynamic' is not supported" in refusal("falcon", **SEVEN_B, rope_scaling={"type": "dynamic"})
+
     def test_mlp_width_defaults_to_four_times_the_model(self):
         assert read("falcon").intermediate_size == 256
         assert read("falcon", ffn_hidden_size=100).intermediate_size == 100
 
-    def test_keys_of_other_layouts_are_irrelevant(self):
+    def test_keys_of_other_layouts_are_irrelevant_to_rw(self):
         others = {"rope_theta": 5e3, "rope_scaling": {"type": "dynamic"}, "num_ln_in_parallel_attn": 2}
         assert read("falcon", **others) == read("falcon")
 
