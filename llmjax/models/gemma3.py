@@ -12,7 +12,7 @@ from llmjax.models.config import FULL, SLIDING, DecoderConfig, dimensions, layer
 from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, Attention, Embedding, GatedMLP, UnitOffsetRMSNorm, language_head
-from llmjax.models.names import hf_names
+from llmjax.models.names import Names, hf_names
 from llmjax.models.registry import Architecture
 
 
@@ -107,26 +107,33 @@ class Gemma3(nn.Module):
         return tap(self, "logits", logits)
 
 
-HF_NAMES = hf_names(
-    attn_norm="input_layernorm",
-    q="self_attn.q_proj",
-    k="self_attn.k_proj",
-    v="self_attn.v_proj",
-    o="self_attn.o_proj",
-    q_norm="self_attn.q_norm",
-    k_norm="self_attn.k_norm",
-    post_attn_norm="post_attention_layernorm",
-    mlp_norm="pre_feedforward_layernorm",
-    gate="mlp.gate_proj",
-    up="mlp.up_proj",
-    down="mlp.down_proj",
-    post_mlp_norm="post_feedforward_layernorm",
-)
+def names(prefix: str = "") -> Names:
+    """The table, for a text model whose tensors' names begin with ``prefix``."""
+    return hf_names(
+        embed=f"{prefix}model.embed_tokens",
+        layer=f"{prefix}model.layers.{{}}.",
+        final_norm=f"{prefix}model.norm",
+        head=f"{prefix}lm_head",
+        attn_norm="input_layernorm",
+        q="self_attn.q_proj",
+        k="self_attn.k_proj",
+        v="self_attn.v_proj",
+        o="self_attn.o_proj",
+        q_norm="self_attn.q_norm",
+        k_norm="self_attn.k_norm",
+        post_attn_norm="post_attention_layernorm",
+        mlp_norm="pre_feedforward_layernorm",
+        gate="mlp.gate_proj",
+        up="mlp.up_proj",
+        down="mlp.down_proj",
+        post_mlp_norm="post_feedforward_layernorm",
+    )
+
 
 ARCHITECTURE = Architecture(
     model_type="gemma3_text",
     config=Gemma3Config,
-    hf_names=lambda config: HF_NAMES,
+    hf_names=lambda config: names(),
     gguf="gemma3",
     needs_bos=True,
 )

@@ -46,6 +46,7 @@ class Reader:
         self._config, self._where = dict(config), where
         self._seen: set[str] = set()
         self._problems: list[str] = []
+        self._sections: dict[str, Reader] = {}
 
     def problem(self, text: str) -> None:
         """Adds a line to the error that ``finish`` raises."""
@@ -57,6 +58,20 @@ class Reader:
         self._seen.add(key)
         value = self._config.get(key)
         return default if value is None else value
+
+    def section(self, key: str, defaults: Mapping[str, Any]) -> "Reader":
+        """A reader of a nested object, as strict; ``finish`` reports its problems among the others.
+
+        Args:
+          key: the object's.
+          defaults: what the object may leave out.
+        """
+        value = self.get(key)
+        if not isinstance(value, dict):
+            self.problem(f"{key}: expected an object, found {value!r}")
+            value = {}
+        self._sections[key] = Reader({**defaults, **value}, f"{self._where}: {key}")
+        return self._sections[key]
 
     def ignore(self, *keys: str) -> None:
         """Marks keys as irrelevant for this architecture."""
@@ -194,20 +209,30 @@ class Reader:
             return 1.0
         return float(value)
 
+    def _all_problems(self) -> list[str]:
+        """What was wrong, and what is left over."""
+        found = list(self._problems)
+        for key in _MUST_BE_FALSE:
+            if self._config.get(key):
+                found.append(f"{key}: {self._config[key]!r} is not supported, expected false")
+        for key in sorted(set(self._config) - self._seen - IRRELEVANT):
+            value = self._config[key]
+            if value is not None:
+                found.append(
+                    f"{key}: llmjax does not know this key (value {value!r}) and will not guess what it changes"
+                )
+        for key, section in self._sections.items():
+            found += [f"{key}.{problem}" for problem in section._all_problems()]
+        return found
+
     def finish(self) -> None:
         """Raises for everything that was wrong or left over.
 
         Raises:
           ConfigError: one line per problem.
         """
-        for key in _MUST_BE_FALSE:
-            if self._config.get(key):
-                self.problem(f"{key}: {self._config[key]!r} is not supported, expected false")
-        for key in sorted(set(self._config) - self._seen - IRRELEVANT):
-            value = self._config[key]
-            if value is not None:
-                self.problem(
-                    f"{key}: llmjax does not know this key (value {value!r}) and will not guess what it changes"
-                )
-        if self._problems:
-            raise ConfigError(f"{self._where}: " + "\n  ".join(["unsupported configuration:", *self._problems]))
+        problems = self._all_problems()
+        if len(problems) == 1:
+            raise ConfigError(f"{self._where}: {problems[0]}")
+        if problems:
+            raise ConfigError(f"{self._where}: " + "\n  ".join(["unsupported configuration:", *problems]))

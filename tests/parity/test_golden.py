@@ -11,6 +11,7 @@ from tests.parity.variants import VARIANTS
 
 # What compiles the whole engine runs on these by default, and on all with --runslow.
 QUICK = {"llama", "gemma_mqa", "gemma2", "gemma2_window_1", "phi", "falcon_11_heads_untied", "stablelm_parallel_tied"}
+QUICK |= {"gemma3", "qwen3_bias_layer_types", "falcon_40b"}
 ALL = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in golden.NAMES]
 
 

@@ -80,6 +80,25 @@ _GEMMA3 = _GEMMA | {
     "rope_theta": 1e6,
     "rope_local_base_freq": 1e4,
 }
+_GEMMA3_MULTIMODAL = {
+    "model_type": "gemma3",
+    "text_config": {k: v for k, v in _GEMMA3.items() if k != "num_key_value_heads"}  # 4, the class default
+    | {"sliding_window_pattern": 2, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+        "vision_use_head": False,
+    },
+    "mm_tokens_per_image": 4,
+    "boi_token_index": 151,
+    "eoi_token_index": 152,
+    "image_token_index": 153,
+}
 _PHI = {
     "model_type": "phi",
     "vocab_size": VOCAB,
@@ -203,6 +222,7 @@ VARIANTS: dict[str, dict] = {
         "num_key_value_heads": 1,
         "tie_word_embeddings": False,
     },
+    "gemma3_multimodal": _GEMMA3_MULTIMODAL,
     "phi": _PHI,
     "phi_gqa_qk_norm": _PHI | {"num_key_value_heads": 2, "qk_layernorm": True, "partial_rotary_factor": 0.5},
     "falcon_rw": _FALCON,

@@ -1,5 +1,7 @@
 """Strict configs: every key is used, irrelevant, or refused by name; absent keys take transformers' class defaults."""
 
+import dataclasses
+
 import pytest
 
 from llmjax.errors import ConfigError
@@ -42,12 +44,16 @@ def refusal(kind, drop=(), **changes):
 
 
 def test_known_architectures():
-    assert set(MINIMAL) == set(architectures())
+    assert set(MINIMAL) | {"gemma3"} == set(architectures())
 
 
 @EVERY
 def test_an_unknown_key_is_refused_by_name_and_value(kind):
     assert "mystery: llmjax does not know this key (value 7)" in refusal(kind, mystery=7)
+
+
+def test_a_single_problem_takes_one_line():
+    assert refusal("phi3", mystery=7).startswith("config.json: mystery: llmjax does not know this key")
 
 
 @EVERY
@@ -261,6 +267,39 @@ class TestGemma3:
         assert read("gemma3_text", attn_logit_softcapping=50.0) == read("gemma3_text")  # as transformers
 
 
+class TestGemma3Multimodal:
+    TEXT = {k: v for k, v in SIZES.items() if k not in ("vocab_size", "num_attention_heads")}
+
+    def read(self, text=None, **top):
+        config = {"model_type": "gemma3", "text_config": self.TEXT | (text or {}), "vision_config": {"any": 1}, **top}
+        return read_config(config, "config.json")[1]
+
+    def refusal(self, *args, **kwargs):
+        with pytest.raises(ConfigError) as error:
+            self.read(*args, **kwargs)
+        return str(error.value)
+
+    def test_the_text_model_with_the_defaults_that_published_files_rely_on(self):
+        found = self.read()
+        expected = read("gemma3_text", vocab_size=262208, num_attention_heads=8)
+        assert dataclasses.asdict(found) == dataclasses.asdict(expected)
+        assert self.read({"num_attention_heads": 16, "sliding_window": 8}).windows[0] == 8
+
+    def test_problems_name_the_section(self):
+        message = self.refusal({"mystery": 7, "num_hidden_layers": "three"}, other=1)
+        for problem in ("other: llmjax", "text_config.mystery: llmjax", "text_config.num_hidden_layers: expected a"):
+            assert f"\n  {problem}" in message
+        assert "text_config: expected an object, found None" in self.refusal(text_config=None)
+
+    def test_the_head_is_tied_in_both_or_in_neither(self):
+        assert self.read(tie_word_embeddings=False).tie_word_embeddings is False
+        message = self.refusal({"tie_word_embeddings": True}, tie_word_embeddings=False)
+        assert "text_config.tie_word_embeddings: True is not supported, expected False" in message
+
+    def test_another_text_model(self):
+        assert "text_config.model_type: 'gemma2' is not supported" in self.refusal({"model_type": "gemma2"})
+
+
 class TestMistral:
     def test_all_layers_slide(self):
         assert read("mistral").windows == (4096,) * 4
@@ -311,7 +350,9 @@ class TestPhi3:
     def test_long_context_models_are_refused(self, kind):
         scaling = {"type": kind, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
         message = refusal("phi3", rope_scaling=scaling, original_max_position_embeddings=4096)
-        assert message.endswith(f"rope_type: {kind!r} is not supported, expected 'default', 'linear' or 'llama3'")
+        assert message == (
+            f"config.json: rope_type: {kind!r} is not supported, expected 'default', 'linear' or 'llama3'"
+        )
 
     def test_no_biases(self):
         assert read("phi3", attention_bias=False, original_max_position_embeddings=4096) == read("phi3")
