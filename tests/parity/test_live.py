@@ -16,7 +16,7 @@ reference = pytest.importorskip("tests.parity.reference")
 SEED = 77
 
 
-@pytest.fixture(scope="module", params=golden.NAMES)
+@pytest.fixture(scope="module", params=golden.some(golden.ONE_EACH))
 def name(request):
     return request.param
 
