@@ -35,8 +35,8 @@ class Gemma3Config(DecoderConfig):
         shared = dimensions(r, tied=True, context=131072, kv_heads=4, head_dim=256)
         layers, width = shared["num_hidden_layers"], shared["head_dim"]
         r.expect("use_bidirectional_attention", (False,), False)
-        # transformers reads the soft-cap on scores and never applies it; its activation stands in hidden_activation.
-        r.ignore("attn_logit_softcapping", "hidden_act", "cache_implementation")
+        r.ignore("attn_logit_softcapping")  # a remainder of Gemma 2 that no version of transformers applies
+        r.ignore("hidden_act", "cache_implementation")  # the activation stands in hidden_activation
         pattern = r.size("sliding_window_pattern", r.size("_sliding_window_pattern", 6))
         kinds = [SLIDING if (i + 1) % pattern else FULL for i in range(layers)]
         ropes = r.get("rope_parameters", {})
