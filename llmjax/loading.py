@@ -17,7 +17,7 @@ from llmjax import configs
 from llmjax import numerics as numerics_lib
 from llmjax.errors import CheckpointError, ConfigError, TokenizerError
 from llmjax.model import Model
-from llmjax.models import gguf
+from llmjax.models import gguf_config, gguf_names
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
 from llmjax.models.names import From, Names
@@ -77,7 +77,7 @@ def describe(source: Source) -> tuple[Mapping[str, Any], str]:
     """The source's configuration as Hugging Face would write it, and how messages call it."""
     if source.format == "gguf":
         shapes = {n: source.spec(n).shape for n in source.names()}
-        return gguf.hf_config(source.metadata, shapes, str(source.path)), str(source.path)
+        return gguf_config.hf_config(source.metadata, shapes, str(source.path)), str(source.path)
     return source.config, str(source.directory / "config.json")
 
 
@@ -89,13 +89,16 @@ def make_plan(source: Source) -> Plan:
     """
     raw, where = describe(source)
     architecture, config = read_config(raw, where)
-    if source.format == "gguf":
-        names = gguf.names(config, architecture.model_type)
-    else:
-        names = architecture.hf_names(config)
     specs = {name: source.spec(name) for name in source.names()}
     problems: list[str] = []
     used: set[str] = set()
+    if source.format == "gguf":
+        names = gguf_names.names(config, architecture.model_type, specs)
+        if gguf_config.ROPE_FREQS in specs:
+            config = gguf_config.with_rope_freqs(config, source.read(gguf_config.ROPE_FREQS), where)
+            used.add(gguf_config.ROPE_FREQS)
+    else:
+        names = architecture.hf_names(config)
     assignments = []
     for parameter, shape in parameter_shapes(config).items():
         entry, files = _sources(parameter, names)
@@ -232,10 +235,12 @@ def _random(random: np.random.Generator, name: str, shape: tuple[int, ...], dtyp
 
 
 def read_tokenizer(source: Source) -> Tokenizer | None:
-    """The checkpoint's tokenizer; None for a directory that has no tokenizer files at all."""
+    """The checkpoint's tokenizer; None for a directory that has no tokenizer files at all, or a GGUF that says so."""
     from llmjax.text import tokenizer
 
     if source.format == "gguf":
+        if source.metadata.get("tokenizer.ggml.model") in ("no_vocab", "none"):
+            return None
         return tokenizer.from_gguf(source.metadata, source.path)
     if not any((source.directory / f).exists() for f in ("tokenizer.json", "tokenizer.model")):
         return None
