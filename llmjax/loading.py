@@ -47,6 +47,7 @@ class Plan:
       assignments: one per parameter, in the order of the tree.
       tied: source tensors that repeat the embedding; loading checks that they do.
       dropped: source tensors that are known and not needed.
+      configuring: source tensors whose values are in the config (``rope_freqs`` of a GGUF file).
       problems: what is missing, left over or of the wrong shape; loading refuses when there is any.
     """
 
@@ -55,6 +56,7 @@ class Plan:
     assignments: list[Assignment]
     tied: list[TensorSpec]
     dropped: list[TensorSpec]
+    configuring: list[TensorSpec]
     problems: list[str]
 
 
@@ -92,10 +94,12 @@ def make_plan(source: Source) -> Plan:
     specs = {name: source.spec(name) for name in source.names()}
     problems: list[str] = []
     used: set[str] = set()
+    configuring = []
     if source.format == "gguf":
         names = gguf_names.names(config, architecture.model_type, specs)
         if gguf_config.ROPE_FREQS in specs:
             config = gguf_config.with_rope_freqs(config, source.read(gguf_config.ROPE_FREQS), where)
+            configuring.append(specs[gguf_config.ROPE_FREQS])
             used.add(gguf_config.ROPE_FREQS)
     else:
         names = architecture.hf_names(config)
@@ -122,7 +126,7 @@ def make_plan(source: Source) -> Plan:
             dropped.append(specs[name])
         else:
             problems.append(f"tensor {name} {list(specs[name].shape)} is not part of a {architecture.model_type} model")
-    return Plan(architecture, config, assignments, tied, dropped, problems)
+    return Plan(architecture, config, assignments, tied, dropped, configuring, problems)
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

@@ -20,6 +20,7 @@ import numpy as np
 import llmjax
 
 _F32 = 0
+_ERROR = 4
 
 
 class _Params(ctypes.Structure):
@@ -60,7 +61,14 @@ def _library() -> ctypes.CDLL:
     lib.llama_decode.argtypes = (ctypes.c_void_p, _Batch)
     lib.llama_get_logits_ith.argtypes = (ctypes.c_void_p, ctypes.c_int32)
     lib.llama_free.argtypes = lib.llama_model_free.argtypes = (ctypes.c_void_p,)
+    lib.llama_log_set(_log, None)
     return lib
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def _log(level: int, text: bytes, _: int) -> None:
+    if level == _ERROR:
+        print(text.decode(errors="replace"), end="", file=sys.stderr)
 
 
 def llama_cpp_logits(path: Path, ids: list[int], vocab_size: int) -> np.ndarray:

@@ -111,7 +111,7 @@ def _modified(tensors: Mapping[str, np.ndarray], c: Mapping[str, Any]) -> Iterat
             if name.endswith("norm.weight"):
                 x = x + np.float32(1)
         elif model_type == "falcon" and "query_key_value" in name:
-            x = _falcon_qkv(x, heads, c.get("num_kv_heads") or 1)
+            x = _falcon_qkv(x, heads, _falcon_kv_heads(c))
         elif "layernorm.norms." in name:
             module, _, _ = name.partition(".norms.")
             per_head.setdefault(module, []).append(x)
@@ -123,6 +123,11 @@ def _modified(tensors: Mapping[str, np.ndarray], c: Mapping[str, Any]) -> Iterat
 
 def _permute(x: np.ndarray, heads: int) -> np.ndarray:
     return x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def _falcon_kv_heads(c: Mapping[str, Any]) -> int:
+    """The converter believes ``num_kv_heads``, which published files of 7B do not have or have wrong."""
+    return c["num_kv_heads"] if c["new_decoder_architecture"] else 1
 
 
 def _falcon_qkv(x: np.ndarray, heads: int, kv_heads: int) -> np.ndarray:
@@ -161,7 +166,7 @@ def _parameters(w: GGUFWriter, c: Mapping[str, Any]) -> None:
         w.add_context_length(2048)
         w.add_tensor_data_layout("jploski")
         w.add_feed_forward_length(4 * hidden)
-        w.add_head_count_kv(c.get("num_kv_heads") or 1)
+        w.add_head_count_kv(_falcon_kv_heads(c))
         w.add_layer_norm_eps(c["layer_norm_epsilon"])
         return
     width = c.get("head_dim") or hidden // heads
@@ -200,3 +205,49 @@ def _parameters(w: GGUFWriter, c: Mapping[str, Any]) -> None:
             w.add_final_logit_softcapping(c["final_logit_softcapping"])
         w.add_sliding_window(c["sliding_window"])
         w.add_rope_freq_base_swa(c["rope_local_base_freq"])
+
+
+def tokenizer(folder: Path, pre: str | None = None, size: int | None = None) -> Callable[[GGUFWriter], None]:
+    """Writes the keys of a directory's tokenizer (``set_vocab``).
+
+    Args:
+      folder: ``tokenizer.json`` and ``tokenizer_config.json``, and ``tokenizer.model`` for SentencePiece.
+      pre: the name of the pre-tokenizer, which the converter finds by a hash; None for SentencePiece.
+      size: rows of the embedding, which unused tokens fill.
+    """
+    found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    kinds = gguf.TokenType
+
+    def add(writer: GGUFWriter) -> None:
+        vocab = {i: t for t, i in found["model"]["vocab"].items()}
+        scores = dict.fromkeys(vocab, -10000.0)
+        types = dict.fromkeys(vocab, kinds.NORMAL)
+        if pre is None:
+            import sentencepiece
+
+            model = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+            for i in range(model.vocab_size()):
+                vocab[i], scores[i] = model.IdToPiece(i), model.GetScore(i)
+                tests = {
+                    kinds.UNKNOWN: model.IsUnknown,
+                    kinds.CONTROL: model.IsControl,
+                    kinds.UNUSED: model.IsUnused,
+                    kinds.BYTE: model.IsByte,
+                }
+                types[i] = next((t for t, is_one in tests.items() if is_one(i)), kinds.NORMAL)
+        for token in found["added_tokens"]:
+            i, text = token["id"], token["content"]
+            special = token["special"] or text in ("<pad>", "<mask>") or text.startswith(("<|", "<unused"))
+            vocab[i], scores[i] = text if special else text.replace("▁", " "), -1000.0
+            types[i] = kinds.CONTROL if special else kinds.USER_DEFINED
+        ids = range(size or len(vocab))
+        writer.add_tokenizer_model("gpt2" if pre else "llama")
+        writer.add_tokenizer_pre(pre or "default")
+        writer.add_token_list([vocab.get(i, f"[PAD{i}]") for i in ids])
+        writer.add_token_types([types.get(i, kinds.UNUSED) for i in ids])
+        if pre is None:
+            writer.add_token_scores([scores.get(i, -10000.0) for i in ids])
+            writer.add_add_space_prefix(False)
+        gguf.SpecialVocab(folder, load_merges=pre is not None, n_vocab=len(ids)).add_to_gguf(writer, quiet=True)
+
+    return add

@@ -161,7 +161,10 @@ def test_eos_behind_a_text_where_the_file_wants_it():
 
 def test_all_ends_of_a_text():
     assert read(byte_level(eot_token_id=260, eom_token_id=258)).eos_ids == (258, 259, 260)
-    assert read(byte_level(eos_token_id=0xFFFFFFFF)).eos_ids == ()
+    # A control token by the name of a turn's end is one, as in llama.cpp; by type 1 it is text.
+    no_eos = {"eos_token_id": 0xFFFFFFFF, "bos_token_id": None}
+    assert read(byte_level(**no_eos)).eos_ids == (259,)
+    assert read(byte_level(**no_eos, token_type=[1] * 261)).eos_ids == ()
 
 
 def test_sentencepiece_defaults_and_dummy_prefix():
@@ -205,6 +208,9 @@ def test_scores_decide_what_merges_first():
         (llama(scores=[float("nan")] * 265), "scores: expected a list of finite numbers"),
         (llama(bos_token_id=265), "bos_token_id: expected an id below 265, found 265"),
         (llama(bos_token_id="1"), "bos_token_id: expected a token id, found str '1'"),
+        (llama(remove_extra_whitespaces=True), "remove_extra_whitespaces: true is not supported .* 'llama'"),
+        (byte_level(add_space_prefix=True), "add_space_prefix: true is not supported .* 'gpt2', expected false"),
+        (llama(normalizer="nfkc"), "normalizer: expected a key that llmjax knows, found str 'nfkc'"),
         (llama(add_bos_token=1), "add_bos_token: expected bool, found int 1"),
         (llama() | {"tokenizer.chat_template": 5}, "tokenizer.chat_template: expected a string, found int"),
     ],
