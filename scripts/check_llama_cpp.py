@@ -3,10 +3,10 @@
     pip install --no-deps xllamacpp==2026.10.11549
     python scripts/check_llama_cpp.py model.gguf [more.gguf ...] [--tokens 24]
 
-The wheel exports llama.cpp's C interface, called here with its float32 cache and without flash attention.  Its CPU backend
-still rounds: the tanh GELU comes from a table in float16, and inputs of float16 and quantized products are rounded to
-float16 and int8.  So plain F32 files of SiLU models agree to 1e-5 of the largest logit, of GELU models to 1e-3.
-llama.cpp runs Phi-3 and Mistral without their windows and Falcon with the tanh GELU; there this is no verdict.
+The wheel exports llama.cpp's C interface, called here with a float32 cache and without flash attention.  Its CPU
+backend still rounds: the tanh GELU comes from a table in float16, and inputs of float16 and quantized products are
+rounded to float16 and int8.  So plain F32 files of SiLU models agree to 2e-6 of the largest logit, of GELU models to
+2e-3.  llama.cpp runs Phi-3 and Mistral without their windows and Falcon with the tanh GELU: there this is no verdict.
 """
 
 import argparse
@@ -112,7 +112,9 @@ def main() -> None:
         ours = model.logits([ids])[0]
         theirs = llama_cpp_logits(path, ids, model.config.vocab_size)
         top = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
-        print(f"{path}: max |d| {np.abs(ours - theirs).max():.1e} of {np.abs(ours).max():.1f}, same best token {top:.0%}")
+        print(
+            f"{path}: max |d| {np.abs(ours - theirs).max():.1e} of {np.abs(ours).max():.1f}, same best token {top:.0%}"
+        )
 
 
 if __name__ == "__main__":

@@ -73,11 +73,16 @@ def write(
     add(writer)
     for name, x in tensors.items():
         writer.add_tensor(name, *_stored(x, kind))
+    finish(writer)
+    return path
+
+
+def finish(writer: GGUFWriter) -> None:
+    """Writes what was added."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def _stored(x: np.ndarray, kind: str) -> tuple[np.ndarray, None, GGMLQuantizationType | None]:
@@ -172,7 +177,7 @@ def _parameters(w: GGUFWriter, c: Mapping[str, Any]) -> None:
     width = c.get("head_dim") or hidden // heads
     w.add_context_length(c["max_position_embeddings"])
     w.add_feed_forward_length(c["intermediate_size"])
-    w.add_head_count_kv(c["num_key_value_heads"])
+    w.add_head_count_kv(c.get("num_key_value_heads") or heads)
     if model_type in ("phi", "stablelm"):
         w.add_layer_norm_eps(c["layer_norm_eps"])
         w.add_rope_dimension_count(int(c["partial_rotary_factor"] * width))

@@ -1,7 +1,7 @@
 """GGUF metadata as Hugging Face's config keys, and what llama.cpp knows of an architecture without writing it down.
 
-Every key of the architecture's own namespace (``llama.*``) is used, checked, known to change nothing, or refused by name.
-A value that a file does not give is the one llama.cpp assumes then, not the default of Hugging Face's class.
+Every key of the architecture's own namespace (``llama.*``) is used, checked, known to change nothing, or refused by
+name.  A value that a file does not give is the one llama.cpp assumes then, not the default of Hugging Face's class.
 
 Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and llama.cpp's converter (``conversion/``) and
 ``load_arch_hparams`` of each architecture (``src/models/``).
@@ -42,9 +42,9 @@ class _Entries:
         self._tensors = tensors
         self.problems: list[str] = []
 
-    def has(self, tensor: str) -> bool:
-        """Whether the file, or its first layer, has a tensor."""
-        return tensor in self._tensors or f"blk.0.{tensor}" in self._tensors
+    def has(self, *tensors: str) -> bool:
+        """Whether the file, or its first layer, has any of these."""
+        return any(t in self._tensors or f"blk.0.{t}" in self._tensors for t in tensors)
 
     def rows(self, tensor: str) -> int:
         """The first dimension of a tensor."""
@@ -111,6 +111,8 @@ class _Entries:
                 key,
                 f"llmjax does not know this key (value {_shown(self._values[key])}) and will not guess what it changes",
             )
+        if len(self.problems) == 1:
+            raise ConfigError(f"{where}: {self.problems[0]}")
         if self.problems:
             raise ConfigError(f"{where}: " + "\n  ".join(["unsupported metadata:", *self.problems]))
 
@@ -174,7 +176,8 @@ def _common(e: _Entries) -> Config:
 
 def _attention_scale(e: _Entries, c: Config) -> None:
     """llama.cpp decides by architecture and size; a file that says so must say the same."""
-    expected = float(c.get("query_pre_attn_scalar", c["head_dim"])) ** -0.5
+    scalar: float = c["query_pre_attn_scalar"] if "query_pre_attn_scalar" in c else c["head_dim"]
+    expected = scalar**-0.5
     found = e.optional("attention.scale")
     if found is not None and abs(found - expected) > 1e-6 * expected:
         e.problem("attention.scale", f"{found!r} is not supported, expected {expected!r}")
@@ -219,14 +222,14 @@ def _windows(e: _Entries, c: Config, window: int, period: int) -> None:
 
 
 def _llama(e: _Entries, c: Config) -> None:
-    """Llama and Mistral share a name.  llama.cpp's converter leaves Mistral's window out, and llama.cpp runs without one;
-    a file that has it is a Mistral."""
+    """Llama and Mistral share a name.  llama.cpp's converter leaves Mistral's window out, and llama.cpp runs without
+    one; a file that has it is a Mistral."""
     e.expect("tensor_data_layout", "reference", "Meta AI original pth")  # one layout by two names
     window = e.count("attention.sliding_window")
     c |= {"model_type": "mistral", "sliding_window": window} if window else {"model_type": "llama"}
     c["rms_norm_eps"] = e.number("attention.layer_norm_rms_epsilon")
     if not window:
-        c |= {"attention_bias": e.has("attn_q.bias"), "mlp_bias": e.has("ffn_gate.bias")}
+        c |= {"attention_bias": e.has("attn_q.bias", "attn_qkv.bias"), "mlp_bias": e.has("ffn_gate.bias")}
     _rope(e, c)
 
 
@@ -237,7 +240,7 @@ def _qwen2(e: _Entries, c: Config) -> None:
 
 def _qwen3(e: _Entries, c: Config) -> None:
     c |= {"model_type": "qwen3", "rms_norm_eps": e.number("attention.layer_norm_rms_epsilon")}
-    c["attention_bias"] = e.has("attn_q.bias")
+    c["attention_bias"] = e.has("attn_q.bias", "attn_qkv.bias")
     _rope(e, c)
 
 
@@ -291,7 +294,7 @@ def _stablelm(e: _Entries, c: Config) -> None:
     """Whether the residual is parallel shows in the missing norm: the key says true for files without the option."""
     e.get("use_parallel_residual")
     c |= {"model_type": "stablelm", "layer_norm_eps": e.number("attention.layer_norm_epsilon")}
-    c["use_qkv_bias"] = e.has("attn_q.bias")
+    c["use_qkv_bias"] = e.has("attn_q.bias", "attn_qkv.bias")
     c["qk_layernorm"] = e.has("attn_q_norm.weight")
     c["use_parallel_residual"] = not e.has("ffn_norm.weight")
     _rope(e, c, partial=True)

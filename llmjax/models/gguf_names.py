@@ -102,7 +102,7 @@ def _unpermuted(heads: int) -> Callable[[np.ndarray], np.ndarray]:
 def _minus_one(x: np.ndarray) -> Any:
     """Gemma's norms multiply by 1 + w, and files hold that sum, rounded to float32: w comes back to within 2^-24.
 
-    What the model multiplies by is the file's value all the same: the subtraction is exact, and adding 1 again gives the
-    value back, from 0.5 up; below that, to within 2^-25.
+    What the model multiplies by is the file's value all the same: from 0.5 up the subtraction is exact, and adding 1
+    again gives the value back; below that, to within 2^-25.
     """
     return x.astype(np.float32) - np.float32(1)

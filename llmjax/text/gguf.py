@@ -22,6 +22,8 @@ _IDS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 # Models are trained to end a turn with these, and llama.cpp, too, ends there although no key says so.
 _TURN_ENDS = ("<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>")
+# Phi-3's other special tokens swallow the white space behind them.  GGUF does not say so; llama.cpp goes by the name.
+_PHI3_KEEPS_SPACE = {"<unk>", "<s>", "<|endoftext|>"}
 # Of the other model, or of none; converters write them all the same.
 _IRRELEVANT = frozenset({"merges", "pre", "scores", "token_type_count"})
 
@@ -52,7 +54,9 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
             eos_id=ids["eos"],
             unk_id=ids["unknown"],
         )
-        backend, dummy_prefix = sentencepiece.build(vocabulary, str(path), everywhere=True)
+        phi3 = metadata.get("general.architecture") == "phi3"
+        strips = set(tokens) - _PHI3_KEEPS_SPACE if phi3 else ()
+        backend, dummy_prefix = sentencepiece.build(vocabulary, str(path), everywhere=True, strip_after=strips)
         add_bos = True
     else:
         _refuse_twice(tokens, str(path))
@@ -61,9 +65,11 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
         merges = entries.strings("merges")
         backend = _byte_level(tokens, merges, types, kind, str(path))
         add_bos = kind.add_bos
-    special = {_IDS[n]: tokens[i] for n, i in ids.items() if n in _IDS and i is not None}
+    named = {n: i for n, i in ids.items() if n in _IDS and i is not None}
+    special = {_IDS[n]: tokens[i] for n, i in named.items()}
     # As transformers does: what the file names is special even where its type does not say so.
-    add_tokens(backend, [tokenizers.AddedToken(t, normalized=False) for t in special.values()], special=True)
+    untyped = [tokens[i] for i in named.values() if types[i] not in (CONTROL, UNKNOWN)]
+    add_tokens(backend, [tokenizers.AddedToken(t, normalized=False) for t in untyped], special=True)
     ends = {i for n in ("eos", "eot", "eom") if (i := ids[n]) is not None}
     ends |= {i for i, t in enumerate(tokens) if t in _TURN_ENDS and types[i] == CONTROL}
     bos, eos = ids["bos"], ids["eos"]
