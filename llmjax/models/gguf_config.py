@@ -85,13 +85,14 @@ class _Entries:
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number: the shortest decimal that the stored float32 stands for."""
-        ok = lambda v: type(v) in (int, float) and 0 < v < float("inf")  # noqa: E731
+        ok = lambda v: type(v) in (int, float) and 1e-38 < v < 1e38  # noqa: E731 (what float32 holds)
         value = float(self._checked(key, default, "a positive number", ok, 1.0))
         return float(str(np.float32(value))) if np.float32(value) == value else value
 
     def optional(self, key: str) -> float | None:
         """A positive number, or None where the key is absent or 0."""
-        return self.number(key) if self.get(key, 0) != 0 else None
+        value = self.get(key, 0)
+        return None if type(value) in (int, float) and value == 0 else self.number(key)
 
     def expect(self, key: str, *allowed: Any) -> None:
         """A value, where there is one, that llmjax knows nothing else for."""
@@ -155,6 +156,10 @@ def _common(e: _Entries) -> Config:
     kv_heads = e.size("attention.head_count_kv", heads)
     if heads % kv_heads:
         e.problem("attention.head_count_kv", f"attention.head_count {heads} is not a multiple of {kv_heads}")
+    layers = e.size("block_count")
+    if not e.has(f"blk.{layers - 1}.ffn_down.weight"):  # before anything is built of so many
+        e.problem("block_count", f"{layers} layers, but there is no tensor blk.{layers - 1}.ffn_down.weight")
+        layers = 1
     vocabulary = e.rows("token_embd.weight")
     e.expect("attention.value_length", width)
     e.expect("vocab_size", vocabulary)
@@ -165,7 +170,7 @@ def _common(e: _Entries) -> Config:
         "vocab_size": vocabulary,
         "hidden_size": hidden,
         "intermediate_size": e.size("feed_forward_length"),
-        "num_hidden_layers": e.size("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": width,
@@ -175,7 +180,7 @@ def _common(e: _Entries) -> Config:
 
 
 def _attention_scale(e: _Entries, c: Config) -> None:
-    """llama.cpp decides by architecture and size; a file that says so must say the same."""
+    """Elsewhere it follows from the head width, and a file that says so must say the same."""
     scalar: float = c["query_pre_attn_scalar"] if "query_pre_attn_scalar" in c else c["head_dim"]
     expected = scalar**-0.5
     found = e.optional("attention.scale")
@@ -189,7 +194,7 @@ def _rope(e: _Entries, c: Config, *, partial: bool = False) -> None:
     e.expect("rope.scaling.attn_factor", 1.0)
     factor = e.optional("rope.scaling.factor") or e.optional("rope.scale_linear")
     kind = e.get("rope.scaling.type", "linear")
-    if kind not in ("none", "linear"):
+    if not isinstance(kind, str) or kind not in ("none", "linear"):
         e.problem("rope.scaling.type", f"{_shown(kind)} is not supported, expected 'none' or 'linear'")
     elif kind == "linear" and factor not in (None, 1.0):
         c["rope_scaling"] = {"rope_type": "linear", "factor": factor}
@@ -259,7 +264,7 @@ def _gemma(e: _Entries, c: Config) -> None:
 
 def _gemma2(e: _Entries, c: Config) -> None:
     c |= {"model_type": "gemma2", "rms_norm_eps": e.number("attention.layer_norm_rms_epsilon")}
-    c["query_pre_attn_scalar"] = _query_scalar(c, layers_of_27b=46)
+    c["query_pre_attn_scalar"] = _query_scalar(e, c, layers_of_27b=46)
     c["attn_logit_softcapping"] = e.number("attn_logit_softcapping", 50.0)
     c["final_logit_softcapping"] = e.number("final_logit_softcapping", 30.0)
     _windows(e, c, e.size("attention.sliding_window", 4096), period=2)
@@ -270,16 +275,23 @@ def _gemma2(e: _Entries, c: Config) -> None:
 def _gemma3(e: _Entries, c: Config) -> None:
     """The local base is 10000 unless the file says otherwise, and scaling is for global layers alone."""
     c |= {"model_type": "gemma3_text", "rms_norm_eps": e.number("attention.layer_norm_rms_epsilon")}
-    c["query_pre_attn_scalar"] = _query_scalar(c, layers_of_27b=62)
+    c["query_pre_attn_scalar"] = _query_scalar(e, c, layers_of_27b=62)
     c["final_logit_softcapping"] = e.optional("final_logit_softcapping")
     _windows(e, c, e.count("attention.sliding_window"), period=6)
     _rope(e, c)
     c["rope_local_base_freq"] = e.number("rope.freq_base_swa", 10000.0)
 
 
-def _query_scalar(c: Config, layers_of_27b: int) -> int:
-    """``query_pre_attn_scalar`` is not stored: the head width, but D / N in the 27B models, which llama.cpp tells by
-    their number of layers."""
+def _query_scalar(e: _Entries, c: Config, layers_of_27b: int) -> float:
+    """``query_pre_attn_scalar``: converters do not store it.  The head width, but D / N in the 27B models, which
+    llama.cpp tells by their number of layers; a file with a scale of its own means that one."""
+    scale = e.optional("attention.scale")
+    if scale is not None:
+        scalar = 1 / scale / scale
+        if not 1 <= scalar < 1e9:
+            e.problem("attention.scale", f"expected one over a root of a head's width, found {scale!r}")
+            return 1
+        return round(scalar) if abs(scalar - round(scalar)) < 1e-6 * scalar else scalar
     if c["num_hidden_layers"] == layers_of_27b:
         return c["hidden_size"] // c["num_attention_heads"]
     return c["head_dim"]

@@ -4,14 +4,17 @@ Config and parameters equal means logits equal, so few of these tests run a mode
 checked against llama.cpp (scripts/check_llama_cpp.py).
 """
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
 
 import gguf
+import hypothesis
 import jax
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 import llmjax
 from converters.gguf import GgufSource
@@ -218,7 +221,7 @@ LLAMA = {
     "llama.attention.head_count_kv": 2,
     "llama.attention.layer_norm_rms_epsilon": float(np.float32(1e-5)),
 }
-SHAPES = {"token_embd.weight": (160, 64), "blk.0.attn_norm_2.weight": (64,)}
+SHAPES = {"token_embd.weight": (160, 64)} | {f"blk.{i}.ffn_down.weight": (64, 96) for i in range(46)}
 
 
 def other(architecture, **changes):
@@ -241,6 +244,10 @@ def test_what_llama_cpp_hard_codes():
     wide = {"attention.key_length": 32, "attention.value_length": 32}
     large = configured(other("gemma2", **{f"gemma2.{k}": v for k, v in ({"block_count": 46} | wide).items()}))
     assert (large.query_pre_attn_scalar, large.head_dim) == (16, 32)
+    assert (
+        configured(other("gemma2", **{"gemma2.attention.scale": float(np.float32(18**-0.5))})).query_pre_attn_scalar
+        == 18
+    )
     values = {"block_count": 13, "attention.sliding_window": 512, "rope.freq_base": 1e6, "rope.scaling.factor": 8.0}
     gemma3 = configured(other("gemma3", **{f"gemma3.{k}": v for k, v in values.items()}))
     assert [i for i, w in enumerate(gemma3.windows) if w is None] == [5, 11]
@@ -298,6 +305,12 @@ def test_any_rotary_width_survives_being_a_fraction():
         ({"llama.attention.scale": 0.3}, "llama.attention.scale: 0.3 is not supported, expected 0.25"),
         ({"llama.rope.dimension_count": 8}, "llama.rope.dimension_count: 8 is not supported, expected 16"),
         ({"llama.block_count": 2.0}, "llama.block_count: expected a positive integer, found 2.0"),
+        ({"llama.block_count": 1 << 31}, "llama.block_count: 2147483648 layers, but there is no tensor blk.2147483647"),
+        ({"llama.rope.scaling.type": np.array([1])}, r"llama.rope.scaling.type: \[1\] is not supported"),
+        (
+            {"llama.attention.scale": np.array([1, 2])},
+            "llama.attention.scale: expected a positive number, found values",
+        ),
         ({"llama.block_count": True}, "llama.block_count: expected a positive integer, found True"),
         ({"llama.block_count": None}, "llama.block_count: missing, expected a positive integer"),
         ({"llama.rope.freq_base": "1e4"}, "llama.rope.freq_base: expected a positive number, found '1e4'"),
@@ -314,12 +327,28 @@ def test_metadata_that_is_refused(changes, message):
         gguf_config.hf_config(metadata, SHAPES, "x.gguf")
 
 
+KEYS = """block_count embedding_length attention.head_count attention.head_count_kv attention.key_length
+    attention.value_length rope.dimension_count rope.freq_base rope.scaling.type rope.scaling.factor
+    attention.sliding_window attention.sliding_window_pattern attn_logit_softcapping attention.scale vocab_size
+    expert_count rope.freq_base_swa use_parallel_residual tensor_data_layout""".split()
+ODD = [0, 2, -1, 1 << 40, 1.5, float("nan"), 1e-200, 1e300, True, "linear", ["a"], np.array([2, 2]), np.array([]), 64]
+
+
+@hypothesis.given(
+    st.sampled_from(sorted(gguf_config.ARCHITECTURES)),
+    st.dictionaries(st.sampled_from(KEYS), st.sampled_from(ODD), min_size=1, max_size=4),
+)
+def test_odd_values_are_errors_not_crashes(architecture, values):
+    with contextlib.suppress(ConfigError):
+        configured(other(architecture, **{f"{architecture}.{k}": v for k, v in values.items()}))
+
+
 def test_problems_come_together():
     bad = LLAMA | {"llama.block_count": -1, "llama.x": "\x1b", "llama.attention.sliding_window": -3}
     del bad["llama.context_length"]
     with pytest.raises(ConfigError) as caught:
         gguf_config.hf_config(bad, {}, "x.gguf")
-    assert str(caught.value).count("\n") == 5
+    assert str(caught.value).count("\n") == 6
     assert "tensor token_embd.weight: missing" in str(caught.value) and "\x1b" not in str(caught.value)
 
 
