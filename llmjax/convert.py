@@ -15,6 +15,7 @@ from converters.safetensors import SafetensorsWriter
 from converters.source import Source, open_source
 from llmjax.errors import CheckpointError, ConfigError
 from llmjax.loading import check_dtype, find_model, fitting_plan, read_tokenizer
+from llmjax.models.registry import read_config
 from llmjax.parameters import Parameter, read_all
 from llmjax.plan import Plan, describe, sources_of
 from llmjax.quant.qtensor import QTensor, dequantize
@@ -67,16 +68,19 @@ def convert(
     opened = open_source(find_model(source))
     try:
         plan = fitting_plan(opened, recipe)
+        config, where = describe(opened)
+        if read_config(config, where)[1] != plan.config:
+            found = ", ".join(spec.name for spec in plan.configuring)
+            raise ConfigError(f"{where}: {found}: the files to be written have no place for it; use the source itself")
         with _whole_directory(Path(destination)) as folder:
             parameters = read_all(opened, plan, dtype, recipe, check_finite)
             if to == "llmjax":
                 block = _write_packed(folder, parameters, len(plan.assignments), report)
                 block["recipe"] = _recipe(opened, recipe)
-                config = {**describe(opened)[0], "quantization": block}
+                config = {**config, "quantization": block}
             else:
                 stored = _write_hf(folder, parameters, plan, report)
-                config = {k: v for k, v in describe(opened)[0].items() if k not in ("dtype", "torch_dtype")}
-                config["dtype"] = stored
+                config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")} | {"dtype": stored}
             _write_json(folder / "config.json", config)
             _write_tokenizer(opened, folder)
     finally:

@@ -124,7 +124,8 @@ def _report(source: Source) -> Report:
 
 def _model_type(source: Source) -> str | None:
     if source.format == "gguf":
-        return source.metadata.get("general.architecture")
+        found = source.metadata.get("general.architecture")
+        return found if isinstance(found, str) else None
     try:
         return describe(source)[0].get("model_type")
     except LlmjaxError:
@@ -138,6 +139,7 @@ def _tensors(source: Source, plan: Plan | None) -> list[dict[str, Any]]:
             fills.setdefault(spec.name, []).append(assignment.parameter)
     use = {s.name: "repeats the embedding" for s in (plan.tied if plan else ())}
     use |= {s.name: "known, not needed" for s in (plan.dropped if plan else ())}
+    use |= {s.name: "in the config" for s in (plan.configuring if plan else ())}
     return [
         {
             "name": name,

@@ -172,10 +172,12 @@ def _random_model(name: str, dtype: str, recipe: Recipe | None, numerics: str, r
 
 
 def read_tokenizer(source: Source) -> Tokenizer | None:
-    """The checkpoint's tokenizer; None for a directory that has no tokenizer files at all."""
+    """The checkpoint's tokenizer; None for a directory that has no tokenizer files at all, or a GGUF that says so."""
     from llmjax.text import tokenizer
 
     if source.format == "gguf":
+        if source.metadata.get("tokenizer.ggml.model") in ("no_vocab", "none"):
+            return None
         return tokenizer.from_gguf(source.metadata, source.path)
     if not any((source.directory / f).exists() for f in ("tokenizer.json", "tokenizer.model")):
         return None

@@ -11,7 +11,7 @@ import numpy as np
 
 from converters.source import Source, TensorSpec
 from llmjax import numerics
-from llmjax.models import gguf
+from llmjax.models import gguf_config, gguf_names
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
 from llmjax.models.names import From, Names, SameNames
@@ -38,6 +38,7 @@ class Plan:
       assignments: one per parameter, in the order of the tree.
       tied: source tensors that repeat the embedding; loading checks that they do.
       dropped: source tensors that are known and not needed.
+      configuring: source tensors whose values are in the config (``rope_freqs`` of a GGUF file).
       problems: what is missing, left over or of the wrong shape; loading refuses when there is any.
     """
 
@@ -46,6 +47,7 @@ class Plan:
     assignments: list[Assignment]
     tied: list[TensorSpec]
     dropped: list[TensorSpec]
+    configuring: list[TensorSpec]
     problems: list[str]
 
 
@@ -53,7 +55,7 @@ def describe(source: Source) -> tuple[Mapping[str, Any], str]:
     """The source's configuration as Hugging Face would write it, and how messages call it."""
     if source.format == "gguf":
         shapes = {n: source.spec(n).shape for n in source.names()}
-        return gguf.hf_config(source.metadata, shapes, str(source.path)), str(source.path)
+        return gguf_config.hf_config(source.metadata, shapes, str(source.path)), str(source.path)
     return source.config, str(source.directory / "config.json")
 
 
@@ -65,10 +67,15 @@ def make_plan(source: Source) -> Plan:
     """
     raw, where = describe(source)
     architecture, config = read_config(raw, where)
-    names = _names(source, architecture, config)
     specs = {name: source.spec(name) for name in source.names()}
     problems: list[str] = []
     used: set[str] = set()
+    configuring = []
+    names = _names(source, architecture, config, specs)
+    if source.format == "gguf" and gguf_config.ROPE_FREQS in specs:
+        config = gguf_config.with_rope_freqs(config, source.read(gguf_config.ROPE_FREQS), where)
+        configuring.append(specs[gguf_config.ROPE_FREQS])
+        used.add(gguf_config.ROPE_FREQS)
     assignments = []
     for parameter, shape in parameter_shapes(config).items():
         entry, files = sources_of(parameter, names)
@@ -92,12 +99,12 @@ def make_plan(source: Source) -> Plan:
             dropped.append(specs[name])
         else:
             problems.append(f"tensor {name} {list(specs[name].shape)} is not part of a {architecture.model_type} model")
-    return Plan(architecture, config, assignments, tied, dropped, problems)
+    return Plan(architecture, config, assignments, tied, dropped, configuring, problems)
 
 
-def _names(source: Source, architecture: Architecture, config: DecoderConfig) -> Names:
+def _names(source: Source, architecture: Architecture, config: DecoderConfig, specs: Mapping[str, TensorSpec]) -> Names:
     if source.format == "gguf":
-        return gguf.names(config, architecture.model_type)
+        return gguf_names.names(config, architecture.model_type, specs)
     return SameNames() if source.format == "llmjax" else architecture.hf_names(config)
 
 

@@ -1,11 +1,15 @@
 """What the runtime needs to know of any decoder, whatever its architecture."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Self
 
 from flax import linen as nn
 
 from llmjax.models.hf_config import Reader
+
+# The values of a config's ``layer_types``.
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +63,11 @@ def dimensions(
       r: the config.
       tied: the architecture's default for an absent ``tie_word_embeddings``.
       context: its default context length.
-      kv_heads: its default for an absent ``num_key_value_heads``; None means as many as query heads.
+      kv_heads: its default for an absent ``num_key_value_heads``; None means as many as query heads, as null does.
       head_dim: its default for an absent ``head_dim``; None means the width shared among the heads.
     """
     hidden, heads = r.size("hidden_size"), r.size("num_attention_heads")
-    kv = r.size("num_key_value_heads", kv_heads or heads)
+    kv = r.nullable(r.size, "num_key_value_heads", kv_heads or heads) or heads
     if r.get("head_dim", head_dim) is None and hidden % heads:
         r.problem(f"hidden_size: {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is absent")
     if heads % kv:
@@ -79,3 +83,21 @@ def dimensions(
         "max_position_embeddings": r.size("max_position_embeddings", context),
         "tie_word_embeddings": r.flag("tie_word_embeddings", tied),
     }
+
+
+def layer_windows(r: Reader, kinds: Sequence[str], window: int | None) -> tuple[int | None, ...]:
+    """Each layer's sliding window in tokens; None sees all of the past.
+
+    Args:
+      r: the config, whose ``layer_types`` win.
+      kinds: ``FULL`` or ``SLIDING`` for each layer, where ``layer_types`` is absent.
+      window: of the layers that slide.
+    """
+    layers = len(kinds)
+    found = r.get("layer_types", list(kinds))
+    if not isinstance(found, list) or len(found) != layers or any(kind not in (FULL, SLIDING) for kind in found):
+        r.problem(f"layer_types: expected {layers} of {SLIDING!r} or {FULL!r}, found {found!r}")
+        return (None,) * layers
+    if window is None and SLIDING in found:
+        r.problem(f"sliding_window: null or switched off, but there are layers of type {SLIDING!r}")
+    return tuple(window if kind == SLIDING else None for kind in found)

@@ -7,7 +7,7 @@ import jax
 from flax import linen as nn
 
 from llmjax.models.attention import Rope, Scores, softcap
-from llmjax.models.config import DecoderConfig, dimensions
+from llmjax.models.config import FULL, SLIDING, DecoderConfig, dimensions, layer_windows
 from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, Attention, Embedding, GatedMLP, UnitOffsetRMSNorm, language_head
@@ -34,6 +34,7 @@ class Gemma2Config(DecoderConfig):
         shared = dimensions(r, tied=True, context=8192, kv_heads=4, head_dim=256)
         r.expect("use_bidirectional_attention", (False,), False)
         r.ignore("hidden_act", "cache_implementation")  # the activation stands in hidden_activation
+        alternating = [FULL if i % 2 else SLIDING for i in range(shared["num_hidden_layers"])]
         return cls(
             **shared,
             rms_norm_eps=r.number("rms_norm_eps", 1e-6),
@@ -42,26 +43,13 @@ class Gemma2Config(DecoderConfig):
             query_pre_attn_scalar=r.number("query_pre_attn_scalar", 256),
             attn_logit_softcapping=r.nullable(r.number, "attn_logit_softcapping", 50.0),
             final_logit_softcapping=r.nullable(r.number, "final_logit_softcapping", 30.0),
-            windows=_windows(r, shared["num_hidden_layers"]),
+            windows=layer_windows(r, alternating, r.nullable(r.size, "sliding_window", 4096)),
             rope=r.rope(shared["head_dim"]),
         )
 
     def module(self) -> "Gemma2":
         """See ``DecoderConfig.module``."""
         return Gemma2(self)
-
-
-def _windows(r: Reader, layers: int) -> tuple[int | None, ...]:
-    """The first layer slides and every other after it, unless ``layer_types`` says otherwise."""
-    window = r.nullable(r.size, "sliding_window", 4096)
-    known = ("sliding_attention", "full_attention")
-    kinds = r.get("layer_types", [known[i % 2] for i in range(layers)])
-    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
-        r.problem(f"layer_types: expected {layers} of 'sliding_attention' or 'full_attention', found {kinds!r}")
-        return (None,) * layers
-    if window is None and "sliding_attention" in kinds:
-        r.problem("sliding_window: null, but there are layers of type 'sliding_attention'")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 class Block(nn.Module):

@@ -46,16 +46,32 @@ class Reader:
         self._config, self._where = dict(config), where
         self._seen: set[str] = set()
         self._problems: list[str] = []
+        self._sections: dict[str, Reader] = {}
 
     def problem(self, text: str) -> None:
         """Adds a line to the error that ``finish`` raises."""
-        self._problems.append(text)
+        if text not in self._problems:
+            self._problems.append(text)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value as it stands, ``default`` where the key is absent or null."""
         self._seen.add(key)
         value = self._config.get(key)
         return default if value is None else value
+
+    def section(self, key: str, defaults: Mapping[str, Any]) -> "Reader":
+        """A reader of a nested object, as strict; ``finish`` reports its problems among the others.
+
+        Args:
+          key: the object's.
+          defaults: what the object may leave out.
+        """
+        value = self.get(key)
+        if not isinstance(value, dict):
+            self.problem(f"{key}: expected an object, found {value!r}")
+            value = {}
+        self._sections[key] = Reader({**defaults, **value}, f"{self._where}: {key}")
+        return self._sections[key]
 
     def ignore(self, *keys: str) -> None:
         """Marks keys as irrelevant for this architecture."""
@@ -74,6 +90,10 @@ class Reader:
     def size(self, key: str, default: int | None = None) -> int:
         """A positive integer."""
         return self._checked(key, default, (int,), "a positive integer", lambda v: v > 0)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A number that may be 0."""
+        return self._checked(key, default, (int,), "a whole number, 0 or more", lambda v: v >= 0)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number."""
@@ -104,24 +124,39 @@ class Reader:
         """The name of an activation function in ``layers.ACTIVATIONS``."""
         return self.expect(key, tuple(ACTIVATIONS), default)
 
-    def rope(self, head_dim: int, *, theta: float = 10000.0, fraction: float | None = None) -> Rope:
+    def rope(
+        self,
+        head_dim: int,
+        *,
+        theta: float = 10000.0,
+        theta_key: str = "rope_theta",
+        scaling_key: str | None = "rope_scaling",
+        layer_type: str | None = None,
+        fraction: float | None = None,
+    ) -> Rope:
         """The rotary embedding, from either dialect.
 
         Args:
           head_dim: H.
           theta: the class default for an absent base.
+          theta_key: where transformers 4 has the base.
+          scaling_key: where transformers 4 has the scaling; None where these layers never had one.
+          layer_type: the entry of ``rope_parameters`` for layers of this type, where types differ (Gemma 3).
           fraction: the class default for an absent ``partial_rotary_factor``; None for architectures that always
             rotate the whole head, where transformers has no such option.
         """
-        parameters = self.get("rope_parameters")
-        scaling = self.get("rope_scaling")
+        places = {"rope_parameters": self.get("rope_parameters")}
+        if layer_type is not None and isinstance(places["rope_parameters"], dict):
+            places = {f"rope_parameters.{layer_type}": places["rope_parameters"].get(layer_type)}
+        if scaling_key is not None:
+            places = {scaling_key: self.get(scaling_key), **places}
         spec: dict[str, Any] = {}
-        for key, value in (("rope_scaling", scaling), ("rope_parameters", parameters)):
+        for key, value in places.items():
             if value is not None and not isinstance(value, dict):
                 self.problem(f"{key}: expected an object, found {value!r}")
             elif value:
                 spec.update(value)
-        theta = spec.pop("rope_theta", self.get("rope_theta", theta))
+        theta = spec.pop("rope_theta", self.get(theta_key, theta))
         whole, fraction = fraction is None, 1.0 if fraction is None else fraction
         fraction = spec.pop("partial_rotary_factor", self.get("partial_rotary_factor", fraction))
         if whole and fraction != 1:
@@ -174,20 +209,30 @@ class Reader:
             return 1.0
         return float(value)
 
+    def _all_problems(self) -> list[str]:
+        """What was wrong, and what is left over."""
+        found = list(self._problems)
+        for key in _MUST_BE_FALSE:
+            if self._config.get(key):
+                found.append(f"{key}: {self._config[key]!r} is not supported, expected false")
+        for key in sorted(set(self._config) - self._seen - IRRELEVANT):
+            value = self._config[key]
+            if value is not None:
+                found.append(
+                    f"{key}: llmjax does not know this key (value {value!r}) and will not guess what it changes"
+                )
+        for key, section in self._sections.items():
+            found += [f"{key}.{problem}" for problem in section._all_problems()]
+        return found
+
     def finish(self) -> None:
         """Raises for everything that was wrong or left over.
 
         Raises:
           ConfigError: one line per problem.
         """
-        for key in _MUST_BE_FALSE:
-            if self._config.get(key):
-                self.problem(f"{key}: {self._config[key]!r} is not supported, expected false")
-        for key in sorted(set(self._config) - self._seen - IRRELEVANT):
-            value = self._config[key]
-            if value is not None:
-                self.problem(
-                    f"{key}: llmjax does not know this key (value {value!r}) and will not guess what it changes"
-                )
-        if self._problems:
-            raise ConfigError(f"{self._where}: " + "\n  ".join(["unsupported configuration:", *self._problems]))
+        problems = self._all_problems()
+        if len(problems) == 1:
+            raise ConfigError(f"{self._where}: {problems[0]}")
+        if problems:
+            raise ConfigError(f"{self._where}: " + "\n  ".join(["unsupported configuration:", *problems]))

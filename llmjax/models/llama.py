@@ -1,7 +1,10 @@
-"""Llama (Touvron et al. 2023, arXiv:2302.13971; grouped heads from arXiv:2307.09288), and what shares its shape:
-SmolLM2, TinyLlama."""
+"""Llama 1 to 3 (Touvron et al. 2023, arXiv:2302.13971; grouped heads from arXiv:2307.09288), SmolLM2 and TinyLlama.
+
+Mistral, Qwen and Phi-3 are this model, too, but for the options of ``LlamaConfig``; what each sets stands in its file.
+"""
 
 import dataclasses
+from typing import Self
 
 import jax
 from flax import linen as nn
@@ -17,25 +20,32 @@ from llmjax.models.registry import Architecture
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig(DecoderConfig):
-    """``LlamaForCausalLM``."""
+    """``LlamaForCausalLM``, and the options of its kin."""
 
     rms_norm_eps: float
     hidden_act: str
-    attention_bias: bool  # on q, k, v and o alike
-    mlp_bias: bool
     rope: Rope
+    windows: tuple[int | None, ...]  # a layer's sliding window in tokens; None sees all of the past
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # each head's query and key, before the rotation
 
     @classmethod
-    def from_hf(cls, r: Reader) -> "LlamaConfig":
+    def from_hf(cls, r: Reader) -> Self:
         """See ``DecoderConfig.from_hf``."""
         shared = dimensions(r, tied=False, context=2048)
+        r.ignore("max_sequence_length")  # the first conversions of Llama 1 repeat the context length under this name
+        bias = r.flag("attention_bias", False)
         return cls(
             **shared,
             rms_norm_eps=r.number("rms_norm_eps", 1e-6),
             hidden_act=r.activation("hidden_act", "silu"),
-            attention_bias=r.flag("attention_bias", False),
-            mlp_bias=r.flag("mlp_bias", False),
             rope=r.rope(shared["head_dim"]),
+            windows=(None,) * shared["num_hidden_layers"],
+            qkv_bias=bias,
+            out_bias=bias,
+            mlp_bias=r.flag("mlp_bias", False),
         )
 
     def module(self) -> "Llama":
@@ -47,6 +57,7 @@ class Block(nn.Module):
     """Pre-norm, sequential residual."""
 
     config: LlamaConfig
+    window: int | None
 
     @nn.compact
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
@@ -56,10 +67,11 @@ class Block(nn.Module):
             c.num_attention_heads,
             c.num_key_value_heads,
             c.head_dim,
-            Scores(scale=c.head_dim**-0.5),
+            Scores(scale=c.head_dim**-0.5, window=self.window),
             rope=c.rope,
-            qkv_bias=c.attention_bias,
-            out_bias=c.attention_bias,
+            qkv_bias=c.qkv_bias,
+            out_bias=c.out_bias,
+            qk_norm=(lambda name: RMSNorm(c.rms_norm_eps, name=name)) if c.qk_norm else None,
             name="attn",
         )
         x = tap(self, "resid_attn", x + attention(h, ctx))
@@ -78,8 +90,8 @@ class Llama(nn.Module):
         c = self.config
         embed = Embedding(c.vocab_size, c.hidden_size, name="embed")
         x = tap(self, "embed", embed(ids, ctx))
-        for i in range(c.num_hidden_layers):
-            x = Block(c, name=f"layers_{i}")(x, ctx)
+        for i, window in enumerate(c.windows):
+            x = Block(c, window, name=f"layers_{i}")(x, ctx)
         x = RMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
         return tap(self, "logits", language_head(embed, x, ctx, tied=c.tie_word_embeddings))
 
@@ -90,6 +102,8 @@ HF_NAMES = hf_names(
     k="self_attn.k_proj",
     v="self_attn.v_proj",
     o="self_attn.o_proj",
+    q_norm="self_attn.q_norm",
+    k_norm="self_attn.k_norm",
     mlp_norm="post_attention_layernorm",
     gate="mlp.gate_proj",
     up="mlp.up_proj",

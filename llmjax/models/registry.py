@@ -35,9 +35,22 @@ class Architecture:
 
 def architectures() -> dict[str, Architecture]:
     """All of them, by model_type."""
-    from llmjax.models import falcon, gemma, gemma2, llama, phi, stablelm
+    from llmjax.models import (
+        falcon,
+        gemma,
+        gemma2,
+        gemma3,
+        gemma3_multimodal,
+        llama,
+        mistral,
+        phi,
+        phi3,
+        qwen2,
+        qwen3,
+        stablelm,
+    )
 
-    modules = (gemma, gemma2, phi, falcon, stablelm, llama)
+    modules = (gemma, gemma2, gemma3, gemma3_multimodal, phi, falcon, stablelm, llama, mistral, qwen2, qwen3, phi3)
     return {m.ARCHITECTURE.model_type: m.ARCHITECTURE for m in modules}
 
 
@@ -50,7 +63,11 @@ def find(config: Mapping[str, Any], where: str) -> Architecture:
     known = architectures()
     model_type = config.get("model_type")
     if model_type not in known:
-        raise ConfigError(f"{where}: model_type {model_type!r} is not supported; llmjax has {', '.join(sorted(known))}")
+        names = config.get("architectures")
+        classes = f" ({', '.join(map(str, names))})" if isinstance(names, list) and names else ""
+        raise ConfigError(
+            f"{where}: model_type {model_type!r}{classes} is not supported; llmjax has {', '.join(sorted(known))}"
+        )
     return known[model_type]
 
 

@@ -20,6 +20,12 @@ from llmjax.text.tokenizer import Tokenizer, add_tokens, load_backend
 
 _IDS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
+# Models are trained to end a turn with these, and llama.cpp, too, ends there although no key says so.
+_TURN_ENDS = ("<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>")
+# Phi-3's other special tokens swallow the white space behind them.  GGUF does not say so; llama.cpp goes by the name.
+_PHI3_KEEPS_SPACE = {"<unk>", "<s>", "<|endoftext|>"}
+# Of the other model, or of none; converters write them all the same.
+_IRRELEVANT = frozenset({"merges", "pre", "scores", "token_type_count"})
 
 
 def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
@@ -38,6 +44,7 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     ids = {n: entries.token_id(f"{n}_token_id", len(tokens), defaults.get(n)) for n in names}
     dummy_prefix = False
     if model == "llama":
+        entries.expect_false("remove_extra_whitespaces")
         vocabulary = Vocabulary(
             pieces=tokens,
             scores=entries.numbers("scores", len(tokens)),
@@ -47,19 +54,28 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
             eos_id=ids["eos"],
             unk_id=ids["unknown"],
         )
-        backend, dummy_prefix = sentencepiece.build(vocabulary, str(path), everywhere=True)
+        phi3 = metadata.get("general.architecture") == "phi3"
+        strips = set(tokens) - _PHI3_KEEPS_SPACE if phi3 else ()
+        backend, dummy_prefix = sentencepiece.build(vocabulary, str(path), everywhere=True, strip_after=strips)
         add_bos = True
     else:
         _refuse_twice(tokens, str(path))
+        entries.expect_false("add_space_prefix")
         kind = _pre_tokenizer(entries)
         merges = entries.strings("merges")
         backend = _byte_level(tokens, merges, types, kind, str(path))
         add_bos = kind.add_bos
-    special = {_IDS[n]: tokens[i] for n, i in ids.items() if n in _IDS and i is not None}
+    named = {n: i for n, i in ids.items() if n in _IDS and i is not None}
+    special = {_IDS[n]: tokens[i] for n, i in named.items()}
     # As transformers does: what the file names is special even where its type does not say so.
-    add_tokens(backend, [tokenizers.AddedToken(t, normalized=False) for t in special.values()], special=True)
+    untyped = [tokens[i] for i in named.values() if types[i] not in (CONTROL, UNKNOWN)]
+    add_tokens(backend, [tokenizers.AddedToken(t, normalized=False) for t in untyped], special=True)
     ends = {i for n in ("eos", "eot", "eom") if (i := ids[n]) is not None}
+    ends |= {i for i, t in enumerate(tokens) if t in _TURN_ENDS and types[i] == CONTROL}
     bos, eos = ids["bos"], ids["eos"]
+    prefix = (bos,) if entries.flag("add_bos_token", add_bos) and bos is not None else ()
+    suffix = (eos,) if entries.flag("add_eos_token", False) and eos is not None else ()
+    entries.finish()
     template = metadata.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise TokenizerError(f"{path}: tokenizer.chat_template: expected a string, found {type(template).__name__}")
@@ -67,8 +83,8 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
         backend=backend,
         bos_id=bos,
         eos_ids=tuple(sorted(ends)),
-        prefix_ids=(bos,) if entries.flag("add_bos_token", add_bos) and bos is not None else (),
-        suffix_ids=(eos,) if entries.flag("add_eos_token", False) and eos is not None else (),
+        prefix_ids=prefix,
+        suffix_ids=suffix,
         chat_template=template,
         special=special,
         where=str(path),
@@ -77,10 +93,11 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
 
 
 class _Entries:
-    """The metadata, with every entry's type and length checked."""
+    """The metadata, with every entry's type and length checked, and none left unread."""
 
     def __init__(self, metadata: Mapping[str, Any], where: str):
         self._metadata, self.where = metadata, where
+        self._seen: set[str] = set()
 
     def text(self, key: str) -> str:
         value = self._get(key)
@@ -89,6 +106,22 @@ class _Entries:
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key, default)
         return bool(value) if isinstance(value, bool | np.bool_) else self._refuse(key, "bool", value)
+
+    def expect_false(self, key: str) -> None:
+        """A flag that llmjax has no answer to."""
+        if self.flag(key, False):
+            raise TokenizerError(
+                f"{self.where}: tokenizer.ggml.{key}: true is not supported with tokenizer.ggml.model "
+                f"{self._metadata['tokenizer.ggml.model']!r}, expected false"
+            )
+
+    def finish(self) -> None:
+        """Refuses keys that nothing has read; ids of further tokens and flags that are false change no encoding."""
+        for key, value in sorted(self._metadata.items()):
+            name = key.removeprefix("tokenizer.ggml.")
+            known = name == key or name in self._seen or name in _IRRELEVANT or name.endswith("_token_id")
+            if not known and value is not False:
+                self._refuse(name, "a key that llmjax knows", value)
 
     def token_id(self, key: str, size: int, default: int | None) -> int | None:
         value = self._get(key, -1 if default is None or default >= size else default)
@@ -123,6 +156,7 @@ class _Entries:
         return array.tolist()
 
     def _get(self, key: str, default: Any = None) -> Any:
+        self._seen.add(key)
         value = self._metadata.get(f"tokenizer.ggml.{key}", default)
         if value is None:
             raise TokenizerError(

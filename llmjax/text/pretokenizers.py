@@ -42,15 +42,17 @@ class PreTokenizer:
 
 _KINDS = {
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    "gpt-2 gpt2 phi-2 mpt olmo jais trillion mellum": PreTokenizer((_GPT2,)),
-    "smollm starcoder refact command-r codeshell exaone minerva-7b": PreTokenizer((r"\p{N}", _GPT2)),
+    "gpt-2 gpt2 phi-2 jais trillion mellum": PreTokenizer((_GPT2,)),
+    "mpt olmo": PreTokenizer((_GPT2,), nfc=True),  # GPT-NeoX's tokenizer, StableLM-3B's among them
+    "smollm starcoder refact codeshell exaone minerva-7b": PreTokenizer((r"\p{N}", _GPT2)),
+    "command-r": PreTokenizer((r"\p{N}", _GPT2), nfc=True),
     "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")),
     "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral lfm2": PreTokenizer(
         (_LLAMA3,), ignore_merges=True, add_bos=True
     ),
     "dbrx smaug-bpe": PreTokenizer((_LLAMA3,)),
-    "qwen2": PreTokenizer((_QWEN2,), nfc=True),
-    "deepseek-r1-qwen stablelm2 megrez hunyuan": PreTokenizer((_QWEN2,)),
+    "qwen2 stablelm2": PreTokenizer((_QWEN2,), nfc=True),
+    "deepseek-r1-qwen megrez hunyuan": PreTokenizer((_QWEN2,)),
     "deepseek-coder": PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
     "deepseek-v3": PreTokenizer((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK3)),
     "tekken": PreTokenizer((_CASED.replace("SUFFIX", "") + r"|\p{N}" + _CASED_REST,), ignore_merges=True, add_bos=True),

@@ -6,7 +6,7 @@ score first.  CONTROL pieces become special tokens, so their strings in a text b
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import tokenizers
@@ -112,7 +112,12 @@ def special_tokens(model: Vocabulary) -> dict[str, str]:
 
 
 def build(
-    model: Vocabulary, where: str, *, dummy_prefix: bool | None = None, everywhere: bool = False
+    model: Vocabulary,
+    where: str,
+    *,
+    dummy_prefix: bool | None = None,
+    everywhere: bool = False,
+    strip_after: Collection[str] = (),
 ) -> tuple[tokenizers.Tokenizer, bool]:
     """The tokenizer of a vocabulary, and whether the caller must still put the dummy prefix.
 
@@ -122,6 +127,7 @@ def build(
       dummy_prefix: instead of the vocabulary's own.
       everywhere: begin every stretch between added tokens with the dummy prefix (llama.cpp, and
         transformers' "legacy" mode), not only the text.
+      strip_after: special and user-defined tokens that swallow the white space behind them.
 
     Raises:
       TokenizerError: a piece appears twice, or there is none for unknown text.
@@ -151,13 +157,16 @@ def build(
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
     typed = list(zip(model.pieces, model.types, strict=True))
-    special = [tokenizers.AddedToken(p, normalized=False) for p, t in typed if t in (CONTROL, UNKNOWN)]
-    add_tokens(backend, special, special=True)
+
+    def added(kinds: Sequence[int], normalized: bool) -> list[tokenizers.AddedToken]:
+        return [
+            tokenizers.AddedToken(p, normalized=normalized, rstrip=p in strip_after) for p, t in typed if t in kinds
+        ]
+
+    add_tokens(backend, added((CONTROL, UNKNOWN), normalized=False), special=True)
     # SentencePiece finds these in the normalized text ("▁▁" for two spaces).  The library would
     # normalize their own strings, too, which a prepended space spoils.
-    normalized = not steps
-    defined = [tokenizers.AddedToken(p, normalized=normalized) for p, t in typed if t == USER_DEFINED]
-    add_tokens(backend, defined, special=False)
+    add_tokens(backend, added((USER_DEFINED,), normalized=not steps), special=False)
     return backend, prefix and not everywhere
 
 

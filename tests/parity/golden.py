@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import llmjax
 from tests.parity import checkpoints
@@ -14,8 +15,21 @@ from tests.parity import checkpoints
 FOLDER = Path(__file__).parents[1] / "golden"
 NAMES = sorted(p.stem for p in FOLDER.glob("*.npz"))
 
+# One variant of each layout, the one with the most options.
+ONE_EACH = set(
+    """
+    falcon_40b falcon_7b falcon_rw gemma2 gemma3_linear_layer_types gemma3_multimodal gemma_gqa_bias llama_llama3
+    mistral phi3 phi_gqa_qk_norm qwen2_windows_untied qwen3_bias_layer_types stablelm_qkv_bias_qk_norm
+    """.split()
+)
+
 # Of the logits' largest value; float32 sums in another order reach a third of it.
 TOLERANCE = 3e-5
+
+
+def some(quick: set[str]) -> list:
+    """Parameters of a test that compiles much: ``quick`` run by default, all with --runslow."""
+    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in NAMES]
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -9,17 +10,19 @@ from unittest import mock
 import numpy as np
 import torch
 import transformers
+from safetensors import safe_open
 from transformers.models.falcon import modeling_falcon
 
 from llmjax.models.registry import architectures
 
 
 def state_shapes(config: dict) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors transformers would save."""
+    """Names and shapes of the tensors transformers saves."""
     model = transformers.AutoModelForCausalLM.from_config(_config(config))
-    tied = getattr(model, "_tied_weights_keys", None) or {}
-    skip = set(tied) if model.config.tie_word_embeddings else set()
-    return {k: tuple(v.shape) for k, v in model.state_dict().items() if k not in skip}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        with safe_open(Path(folder) / "model.safetensors", "numpy") as file:
+            return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
 
 
 def _config(config: dict) -> transformers.PretrainedConfig:
@@ -68,7 +71,8 @@ def logits(model: transformers.PreTrainedModel, ids: list[int]) -> np.ndarray:
 @torch.no_grad()
 def hidden(model: transformers.PreTrainedModel, ids: list[int]) -> list[np.ndarray]:
     """What goes into each layer and what comes out of the last, before the final norm."""
-    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    decoder = model.get_decoder()
+    layers = decoder.h if hasattr(decoder, "h") else decoder.layers
     seen: list[np.ndarray] = []
 
     def keep(x: torch.Tensor | tuple) -> None:

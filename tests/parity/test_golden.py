@@ -9,9 +9,9 @@ from tests.parity import golden
 from tests.parity.golden import TOLERANCE, arrays, error, meta
 from tests.parity.variants import VARIANTS
 
-# What compiles the whole engine runs on these by default, and on all with --runslow.
+# What compiles the whole engine runs on these by default.
 QUICK = {"llama", "gemma_mqa", "gemma2", "gemma2_window_1", "phi", "falcon_11_heads_untied", "stablelm_parallel_tied"}
-ALL = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in golden.NAMES]
+QUICK |= {"gemma3", "qwen3_bias_layer_types", "falcon_40b"}
 
 
 @pytest.fixture(scope="module", params=golden.NAMES)
@@ -19,7 +19,7 @@ def case(request):
     return request.param, golden.load(request.param)
 
 
-@pytest.fixture(scope="module", params=ALL)
+@pytest.fixture(scope="module", params=golden.some(QUICK))
 def quick_case(request):
     return request.param, golden.load(request.param)
 
@@ -40,8 +40,9 @@ def test_logits(case, record_property):
     assert max(errors) <= TOLERANCE, errors
 
 
-def test_hidden_states_of_every_layer(case):
-    name, model = case
+@pytest.mark.parametrize("name", golden.some(golden.ONE_EACH))
+def test_hidden_states_of_every_layer(name):
+    model = golden.load(name)
     expected = arrays(name)
     trace = llmjax.trace(model, expected["short"].tolist(), ["embed", "layers.*.resid"])
     for found, wanted in zip(trace.activations.values(), expected["hidden"], strict=True):

@@ -1,5 +1,7 @@
 """Strict configs: every key is used, irrelevant, or refused by name; absent keys take transformers' class defaults."""
 
+import dataclasses
+
 import pytest
 
 from llmjax.errors import ConfigError
@@ -18,7 +20,12 @@ MINIMAL = {
     "llama": SIZES,
     "gemma": SIZES | {"num_key_value_heads": 1, "head_dim": 20},
     "gemma2": SIZES,
+    "gemma3_text": SIZES,
+    "mistral": SIZES | {"num_key_value_heads": 2},
+    "qwen2": SIZES | {"num_key_value_heads": 2},
+    "qwen3": SIZES | {"num_key_value_heads": 2},
     "phi": SIZES,
+    "phi3": SIZES,
     "falcon": {k: v for k, v in SIZES.items() if k != "intermediate_size"} | RW,
     "stablelm": SIZES | {"num_key_value_heads": 4},
 }
@@ -36,14 +43,17 @@ def refusal(kind, drop=(), **changes):
     return str(error.value)
 
 
-@EVERY
-def test_known_architectures(kind):
-    assert kind in architectures()
+def test_known_architectures():
+    assert set(MINIMAL) | {"gemma3"} == set(architectures())
 
 
 @EVERY
 def test_an_unknown_key_is_refused_by_name_and_value(kind):
     assert "mystery: llmjax does not know this key (value 7)" in refusal(kind, mystery=7)
+
+
+def test_a_single_problem_takes_one_line():
+    assert refusal("phi3", mystery=7).startswith("config.json: mystery: llmjax does not know this key")
 
 
 @EVERY
@@ -68,7 +78,8 @@ def test_bookkeeping_and_training_keys_are_irrelevant(kind):
 
 @EVERY
 def test_unknown_activation(kind):
-    key = {"gemma2": "hidden_activation", "falcon": "activation"}.get(kind, "hidden_act")
+    other = {"gemma2": "hidden_activation", "gemma3_text": "hidden_activation", "falcon": "activation"}
+    key = other.get(kind, "hidden_act")
     assert f"{key}: 'xielu' is not supported" in refusal(kind, **{key: "xielu"})
 
 
@@ -77,7 +88,7 @@ def test_config_is_hashable(kind):
     assert hash(read(kind)) == hash(read(kind))
 
 
-ROTARY = pytest.mark.parametrize("kind", sorted(set(MINIMAL) - {"falcon"}))
+ROTARY = pytest.mark.parametrize("kind", sorted(set(MINIMAL) - {"falcon", "gemma3_text"}))
 
 
 @ROTARY
@@ -95,7 +106,7 @@ def test_other_rope_types_are_refused(kind, rope_type):
     assert f"rope_type: '{rope_type}' is not supported" in message
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"])
 def test_whole_heads_rotate(kind):
     assert read(kind, partial_rotary_factor=1.0) == read(kind)
     assert "partial_rotary_factor: 0.5 is not supported here" in refusal(kind, partial_rotary_factor=0.5)
@@ -117,13 +128,30 @@ def test_class_defaults_of_heads():
     assert read("gemma2").num_key_value_heads == 4
     assert read("phi").num_key_value_heads == 4
     assert read("gemma", drop=["num_key_value_heads"], num_attention_heads=16).num_key_value_heads == 16
+    assert read("gemma3_text").num_key_value_heads == 4
+    assert read("mistral", drop=["num_key_value_heads"], num_attention_heads=16).num_key_value_heads == 8
+    assert read("qwen3").head_dim == 128
+    assert read("qwen2").head_dim == 16
+    assert read("mistral", num_key_value_heads=None).num_key_value_heads == 4
     message = refusal("stablelm", drop=["num_key_value_heads"])
     assert "num_attention_heads: 4 is not a multiple of num_key_value_heads 32" in message
 
 
 @pytest.mark.parametrize(
     ("kind", "tied"),
-    [("llama", False), ("gemma", True), ("gemma2", True), ("phi", False), ("falcon", True), ("stablelm", False)],
+    [
+        ("llama", False),
+        ("mistral", False),
+        ("qwen2", False),
+        ("qwen3", False),
+        ("gemma", True),
+        ("gemma2", True),
+        ("gemma3_text", True),
+        ("phi", False),
+        ("phi3", False),
+        ("falcon", True),
+        ("stablelm", False),
+    ],
 )
 def test_class_default_of_the_head(kind, tied):
     assert read(kind).tie_word_embeddings is tied
@@ -132,7 +160,19 @@ def test_class_default_of_the_head(kind, tied):
 
 @pytest.mark.parametrize(
     ("kind", "context"),
-    [("llama", 2048), ("gemma", 8192), ("gemma2", 8192), ("phi", 2048), ("falcon", 2048), ("stablelm", 4096)],
+    [
+        ("llama", 2048),
+        ("mistral", 131072),
+        ("qwen2", 32768),
+        ("qwen3", 32768),
+        ("gemma", 8192),
+        ("gemma2", 8192),
+        ("gemma3_text", 131072),
+        ("phi", 2048),
+        ("phi3", 4096),
+        ("falcon", 2048),
+        ("stablelm", 4096),
+    ],
 )
 def test_class_default_of_the_context(kind, context):
     assert read(kind).max_position_embeddings == context
@@ -191,36 +231,186 @@ class TestGemma2:
         assert read("gemma2", hidden_act="relu", cache_implementation="hybrid") == read("gemma2")
 
 
+class TestGemma3:
+    def test_every_sixth_layer_is_global(self):
+        windows = read("gemma3_text", num_hidden_layers=13, sliding_window=8).windows
+        assert windows == ((8,) * 5 + (None,)) * 2 + (8,)
+
+    @pytest.mark.parametrize("key", ["sliding_window_pattern", "_sliding_window_pattern"])
+    def test_the_pattern_under_both_its_names(self, key):
+        assert read("gemma3_text", **{key: 2}).windows == (4096, None, 4096, None)
+        types = ["full_attention"] * 3 + ["sliding_attention"]
+        assert read("gemma3_text", layer_types=types, **{key: 2}).windows == (None, None, None, 4096)
+
+    def test_rotations_in_both_dialects(self):
+        scaling = {"rope_type": "linear", "factor": 8.0}
+        old = read("gemma3_text", rope_theta=5e5, rope_local_base_freq=2e4, rope_scaling=scaling)
+        assert old.global_rope == Rope(5e5, 256, linear=8.0)
+        assert old.local_rope == Rope(2e4, 256)
+        kinds = {"full_attention": scaling | {"rope_theta": 5e5}, "sliding_attention": {"rope_theta": 2e4}}
+        assert read("gemma3_text", rope_parameters=kinds) == old
+        assert read("gemma3_text").global_rope == Rope(1e6, 256)
+        assert read("gemma3_text").local_rope == Rope(1e4, 256)
+
+    def test_rope_parameters_without_kinds(self):
+        message = refusal("gemma3_text", rope_parameters={"rope_theta": 1e4})
+        assert "rope_parameters.rope_theta: expected an object for each of 'full_attention'" in message
+        assert "rope_parameters: expected an object, found [1]" in refusal("gemma3_text", rope_parameters=[1])
+
+    def test_other_rope_types_are_refused(self):
+        message = refusal("gemma3_text", rope_scaling={"rope_type": "yarn", "factor": 2.0})
+        assert "rope_type: 'yarn' is not supported" in message
+
+    def test_soft_caps(self):
+        assert read("gemma3_text").final_logit_softcapping is None
+        assert read("gemma3_text", final_logit_softcapping=7).final_logit_softcapping == 7.0
+        assert read("gemma3_text", attn_logit_softcapping=50.0) == read("gemma3_text")  # as transformers
+
+
+class TestGemma3Multimodal:
+    TEXT = {k: v for k, v in SIZES.items() if k not in ("vocab_size", "num_attention_heads")}
+
+    def read(self, text=None, **top):
+        config = {"model_type": "gemma3", "text_config": self.TEXT | (text or {}), "vision_config": {"any": 1}, **top}
+        return read_config(config, "config.json")[1]
+
+    def refusal(self, *args, **kwargs):
+        with pytest.raises(ConfigError) as error:
+            self.read(*args, **kwargs)
+        return str(error.value)
+
+    def test_the_text_model_with_the_defaults_that_published_files_rely_on(self):
+        found = self.read()
+        expected = read("gemma3_text", vocab_size=262208, num_attention_heads=8)
+        assert dataclasses.asdict(found) == dataclasses.asdict(expected)
+        assert self.read({"num_attention_heads": 16, "sliding_window": 8}).windows[0] == 8
+
+    def test_problems_name_the_section(self):
+        message = self.refusal({"mystery": 7, "num_hidden_layers": "three"}, other=1)
+        for problem in ("other: llmjax", "text_config.mystery: llmjax", "text_config.num_hidden_layers: expected a"):
+            assert f"\n  {problem}" in message
+        assert "text_config: expected an object, found None" in self.refusal(text_config=None)
+
+    def test_the_head_is_tied_in_both_or_in_neither(self):
+        assert self.read(tie_word_embeddings=False).tie_word_embeddings is False
+        message = self.refusal({"tie_word_embeddings": True}, tie_word_embeddings=False)
+        assert "text_config.tie_word_embeddings: True is not supported, expected False" in message
+
+    def test_another_text_model(self):
+        assert "text_config.model_type: 'gemma2' is not supported" in self.refusal({"model_type": "gemma2"})
+
+
+class TestMistral:
+    def test_all_layers_slide(self):
+        assert read("mistral").windows == (4096,) * 4
+        assert read("mistral", sliding_window=8).windows == (8,) * 4
+        assert read("mistral", sliding_window=None).windows == (None,) * 4
+
+
+class TestQwen:
+    KINDS = pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+
+    @KINDS
+    def test_windows_are_off_unless_switched_on(self, kind):
+        assert read(kind, sliding_window=8, max_window_layers=1).windows == (None,) * 4
+        on = {"use_sliding_window": True, "sliding_window": 8}
+        assert read(kind, **on).windows == (None,) * 4
+        assert read(kind, **on, max_window_layers=1).windows == (None, 8, 8, 8)
+        assert read(kind, **on, max_window_layers=0).windows == (8,) * 4
+        assert read(kind, **(on | {"sliding_window": None}), max_window_layers=1).windows == (None,) * 4
+
+    @KINDS
+    def test_layer_types_win(self, kind):
+        types = ["sliding_attention", "full_attention", "full_attention", "full_attention"]
+        on = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+        assert read(kind, **on, layer_types=types).windows == (8, None, None, None)
+        assert "sliding_window: null or switched off" in refusal(kind, sliding_window=8, layer_types=types)
+
+    def test_biases_and_norms(self):
+        def options(c):
+            return c.qkv_bias, c.out_bias, c.mlp_bias, c.qk_norm
+
+        assert options(read("qwen2")) == (True, False, False, False)
+        assert options(read("qwen3")) == (False, False, False, True)
+        assert options(read("qwen3", attention_bias=True)) == (True, True, False, True)
+        assert options(read("llama", attention_bias=True, mlp_bias=True)) == (True, True, True, False)
+
+
+class TestPhi3:
+    def test_whole_heads_rotate_unless_said_otherwise(self):
+        assert read("phi3").rope == Rope(10000.0, 16)
+        assert read("phi3", partial_rotary_factor=0.75).rope.dims == 12
+        assert read("phi3", rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.75}).rope.dims == 12
+
+    def test_window(self):
+        assert read("phi3").windows == (None,) * 4
+        assert read("phi3", sliding_window=8).windows == (8,) * 4
+
+    @pytest.mark.parametrize("kind", ["su", "longrope", "yarn"])
+    def test_long_context_models_are_refused(self, kind):
+        scaling = {"type": kind, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+        message = refusal("phi3", rope_scaling=scaling, original_max_position_embeddings=4096)
+        assert message == (
+            f"config.json: rope_type: {kind!r} is not supported, expected 'default', 'linear' or 'llama3'"
+        )
+
+    def test_no_biases(self):
+        assert read("phi3", attention_bias=False, original_max_position_embeddings=4096) == read("phi3")
+        assert "attention_bias: True is not supported" in refusal("phi3", attention_bias=True)
+
+
+SEVEN_B = {"alibi": False, "multi_query": True, "parallel_attn": True}
+FORTY_B = SEVEN_B | {"new_decoder_architecture": True, "num_kv_heads": 2}
+
+
 class TestFalcon:
     @pytest.mark.parametrize(
-        ("key", "value"),
-        [
-            ("alibi", False),
-            ("multi_query", True),
-            ("parallel_attn", True),
-            ("new_decoder_architecture", True),
-            ("apply_residual_connection_post_layernorm", True),
-            ("num_kv_heads", 1),
-            ("head_dim", 8),
-            ("n_embed", 32),
-        ],
+        ("key", "value"), [("apply_residual_connection_post_layernorm", True), ("head_dim", 8), ("n_embed", 32)]
     )
-    def test_other_layouts_are_refused(self, key, value):
+    def test_what_transformers_does_not_do_either(self, key, value):
         assert f"{key}: {value} is not supported" in refusal("falcon", **{key: value})
 
-    @pytest.mark.parametrize("key", ["alibi", "multi_query", "parallel_attn"])
-    def test_an_absent_key_means_falcon_7b(self, key):
-        assert f"{key}: " in refusal("falcon", drop=[key])
+    def test_an_absent_key_means_falcon_7b(self):
+        assert read("falcon", drop=RW) == read("falcon", **SEVEN_B)
+
+    def test_layouts(self):
+        def layout(c):
+            return c.num_key_value_heads, c.rope is not None, c.parallel_attn, c.separate_norms
+
+        assert layout(read("falcon")) == (4, False, False, False)
+        assert layout(read("falcon", **SEVEN_B)) == (1, True, True, False)
+        assert layout(read("falcon", **FORTY_B)) == (2, True, True, True)
+        assert layout(read("falcon", **FORTY_B, num_ln_in_parallel_attn=1)) == (2, True, True, False)
+
+    @pytest.mark.parametrize("multi_query", [True, False])
+    def test_40b_ignores_multi_query(self, multi_query):
+        assert read("falcon", **(FORTY_B | {"multi_query": multi_query})) == read("falcon", **FORTY_B)
+
+    def test_7b_ignores_its_number_of_key_heads(self):
+        assert read("falcon", **SEVEN_B, num_kv_heads=71) == read("falcon", **SEVEN_B)
+
+    def test_contradictions(self):
+        assert "num_kv_heads: 2 is not supported without new_decoder_architecture" in refusal("falcon", num_kv_heads=2)
+        assert "not a multiple of num_kv_heads 3" in refusal("falcon", **(FORTY_B | {"num_kv_heads": 3}))
+        assert "parallel_attn: False is not supported with" in refusal("falcon", **(FORTY_B | {"parallel_attn": False}))
+        assert "num_ln_in_parallel_attn: 2 is not" in refusal("falcon", **SEVEN_B, num_ln_in_parallel_attn=2)
+        assert "num_ln_in_parallel_attn: 3 is not" in refusal("falcon", **FORTY_B, num_ln_in_parallel_attn=3)
 
     @pytest.mark.parametrize("key", ["n_head", "n_layer"])
     def test_names_of_refined_web_model(self, key):
         assert f"{key}: llmjax does not know this key" in refusal("falcon", **{key: 4})
 
+    def test_rotation(self):
+        assert read("falcon", **SEVEN_B).rope == Rope(10000.0, 16)
+        scaling = {"type": "linear", "factor": 2.0}
+        assert read("falcon", **SEVEN_B, rope_theta=5e3, rope_scaling=scaling).rope == Rope(5e3, 16, linear=2.0)
+        assert "'dynamic' is not supported" in refusal("falcon", **SEVEN_B, rope_scaling={"type": "dynamic"})
+
     def test_mlp_width_defaults_to_four_times_the_model(self):
         assert read("falcon").intermediate_size == 256
         assert read("falcon", ffn_hidden_size=100).intermediate_size == 100
 
-    def test_keys_of_other_layouts_are_irrelevant(self):
+    def test_keys_of_other_layouts_are_irrelevant_to_rw(self):
         others = {"rope_theta": 5e3, "rope_scaling": {"type": "dynamic"}, "num_ln_in_parallel_attn": 2}
         assert read("falcon", **others) == read("falcon")
 

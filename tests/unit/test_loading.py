@@ -2,6 +2,8 @@
 
 import json
 import math
+import tempfile
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +72,27 @@ def test_known_leftovers_are_dropped(folder):
     assert uses == {"model.layers.0.self_attn.rotary_emb.inv_freq": "known, not needed"}
 
 
+def test_fused_tensors_and_the_vision_tower():
+    """Every parameter says what it is made from; a picture's tensors are left out by name."""
+    for name, dropped in (("phi3", 0), ("falcon_40b", 0), ("gemma3_multimodal", 23)):
+        m = meta(name)
+        with tempfile.TemporaryDirectory() as path:
+            report = llmjax.inspect(checkpoints.write(Path(path), m["config"], m["shapes"], 0))
+        assert report.supported
+        fills = {t["name"]: t["fills"] for t in report.tensors}
+        parts = ["layers.0.attn.k.weight", "layers.0.attn.q.weight", "layers.0.attn.v.weight"]
+        if name == "phi3":
+            assert sorted(fills["model.layers.0.self_attn.qkv_proj.weight"]) == parts
+            assert sorted(fills["model.layers.0.mlp.gate_up_proj.weight"]) == [
+                "layers.0.mlp.gate.weight",
+                "layers.0.mlp.up.weight",
+            ]
+        if name == "falcon_40b":
+            assert sorted(fills["transformer.h.0.self_attention.query_key_value.weight"]) == parts
+        left = [t["name"] for t in report.tensors if t["use"] == "known, not needed" and not t["fills"]]
+        assert len(left) == dropped and all(n.startswith(("vision_tower.", "multi_modal_projector.")) for n in left)
+
+
 def test_a_tied_head_must_repeat_the_embedding(tmp_path):
     m = meta("llama_biases_tied")
     folder = checkpoints.write(tmp_path, m["config"], m["shapes"], m["seed"])
@@ -135,16 +158,33 @@ def test_every_end_of_text_token_counts(folder):
 
 
 def test_unknown_architecture(folder):
-    (folder / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(ConfigError, match="model_type 'mamba' is not supported; llmjax has falcon, gemma"):
-        llmjax.load(folder)
-    report = llmjax.inspect(folder)
-    assert not report.supported and report.model_type == "mamba" and "mamba" in report.to_text()
+    """One line, whatever else its config holds."""
+    for model_type in ("mamba", "mixtral", "qwen2_moe", "gpt2", "gpt_neox", "bloom", "gemma3n", "deepseek_v3", ""):
+        config = {"model_type": model_type, "architectures": ["SomeForCausalLM"], "num_experts": [8], "n_embd": "x"}
+        (folder / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ConfigError) as caught:
+            llmjax.load(folder)
+        expected = f"model_type {model_type!r} (SomeForCausalLM) is not supported; llmjax has falcon, gemma"
+        assert expected in str(caught.value)
+        report = llmjax.inspect(folder)
+        assert not report.supported and report.model_type == model_type
+        assert report.problems == [str(caught.value)] and "\n" not in str(caught.value)
+        assert expected in report.to_text()
+
+
+def test_a_supported_architecture_with_an_unsupported_option(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for key, value in (("quantization_config", {"quant_method": "gptq"}), ("rope_scaling", {"type": "yarn"})):
+        (folder / "config.json").write_text(json.dumps(config | {key: value}))
+        report = llmjax.inspect(folder)
+        assert report.model_type == "llama" and not report.supported
+        (problem,) = report.problems
+        assert str(next(iter(value.values()))) in problem and "\n" not in problem
 
 
 def test_gradients_flow_through_every_parameter():
     """The researcher's use: the model is a pure function."""
-    for name in ("llama", "gemma2", "phi_gqa_qk_norm", "falcon_rw", "stablelm_qkv_bias_qk_norm"):
+    for name in ("llama", "gemma2", "gemma3", "phi_gqa_qk_norm", "falcon_rw", "stablelm_qkv_bias_qk_norm"):
         model = golden.load(name)
         ids = jnp.asarray(arrays(name)["short"])[None]
 

@@ -1,0 +1,31 @@
+"""Gemma 3 4B, 12B and 27B as they are published, with a vision tower: the text model alone."""
+
+from typing import Self
+
+from llmjax.models import gemma3
+from llmjax.models.hf_config import Reader
+from llmjax.models.registry import Architecture
+
+
+class Gemma3MultimodalConfig(gemma3.Gemma3Config):
+    """``Gemma3ForConditionalGeneration``, whose ``text_config`` this is."""
+
+    @classmethod
+    def from_hf(cls, r: Reader) -> Self:
+        """See ``DecoderConfig.from_hf``."""
+        r.ignore("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index")
+        tied = r.flag("tie_word_embeddings", True)
+        # The published files leave these to transformers' defaults.
+        text = r.section("text_config", {"vocab_size": 262208, "num_attention_heads": 8, "tie_word_embeddings": tied})
+        text.expect("model_type", ("gemma3_text",), "gemma3_text")
+        text.expect("tie_word_embeddings", (tied,))
+        return super().from_hf(text)
+
+
+ARCHITECTURE = Architecture(
+    model_type="gemma3",
+    config=Gemma3MultimodalConfig,
+    hf_names=lambda config: gemma3.names("language_model."),
+    dropped=(r"vision_tower\..*", r"multi_modal_projector\..*"),
+    needs_bos=True,
+)

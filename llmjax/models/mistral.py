@@ -1,0 +1,34 @@
+"""Mistral 7B (Jiang et al. 2023, arXiv:2310.06825): Llama with a sliding window, the same on every layer."""
+
+from typing import Self
+
+from llmjax.models.config import dimensions
+from llmjax.models.hf_config import Reader
+from llmjax.models.llama import HF_NAMES, LlamaConfig
+from llmjax.models.registry import Architecture
+
+
+class MistralConfig(LlamaConfig):
+    """``MistralForCausalLM``."""
+
+    @classmethod
+    def from_hf(cls, r: Reader) -> Self:
+        """See ``DecoderConfig.from_hf``."""
+        shared = dimensions(r, tied=False, context=131072, kv_heads=8)
+        window = r.nullable(r.size, "sliding_window", 4096)
+        return cls(
+            **shared,
+            rms_norm_eps=r.number("rms_norm_eps", 1e-6),
+            hidden_act=r.activation("hidden_act", "silu"),
+            rope=r.rope(shared["head_dim"]),
+            windows=(window,) * shared["num_hidden_layers"],
+        )
+
+
+ARCHITECTURE = Architecture(
+    model_type="mistral",
+    config=MistralConfig,
+    hf_names=lambda config: HF_NAMES,
+    gguf="llama",
+    dropped=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+)

@@ -1,0 +1,64 @@
+"""Phi-3 (Abdin et al. 2024, arXiv:2404.14219): Llama with a sliding window on every layer, a partial rotation, and
+fused tensors on disk."""
+
+from typing import Self
+
+import numpy as np
+
+from llmjax.models.config import dimensions
+from llmjax.models.hf_config import Reader
+from llmjax.models.llama import LlamaConfig
+from llmjax.models.names import From, Names, hf_names
+from llmjax.models.registry import Architecture
+
+
+class Phi3Config(LlamaConfig):
+    """``Phi3ForCausalLM``."""
+
+    @classmethod
+    def from_hf(cls, r: Reader) -> Self:
+        """See ``DecoderConfig.from_hf``."""
+        shared = dimensions(r, tied=False, context=4096)
+        r.expect("attention_bias", (False,), False)
+        r.ignore("original_max_position_embeddings")  # of longrope, which ``rope`` refuses
+        window = None if r.get("sliding_window") is None else r.size("sliding_window")
+        return cls(
+            **shared,
+            rms_norm_eps=r.number("rms_norm_eps", 1e-5),
+            hidden_act=r.activation("hidden_act", "silu"),
+            rope=r.rope(shared["head_dim"], fraction=1.0),
+            windows=(window,) * shared["num_hidden_layers"],
+        )
+
+
+def _names(config: Phi3Config) -> Names:
+    """``qkv_proj`` has all rows of q, then k, then v; ``gate_up_proj`` those of gate, then up."""
+    q, kv = (config.head_dim * n for n in (config.num_attention_heads, config.num_key_value_heads))
+    mlp = config.intermediate_size
+
+    def rows(module: str, start: int, count: int, total: int) -> From:
+        def make(arrays: list[np.ndarray]) -> np.ndarray:
+            return arrays[0][start : start + count]
+
+        return From((module,), make, source_shape=lambda shape: (total, *shape[1:]))
+
+    return hf_names(
+        attn_norm="input_layernorm",
+        q=rows("self_attn.qkv_proj", 0, q, q + 2 * kv),
+        k=rows("self_attn.qkv_proj", q, kv, q + 2 * kv),
+        v=rows("self_attn.qkv_proj", q + kv, kv, q + 2 * kv),
+        o="self_attn.o_proj",
+        mlp_norm="post_attention_layernorm",
+        gate=rows("mlp.gate_up_proj", 0, mlp, 2 * mlp),
+        up=rows("mlp.gate_up_proj", mlp, mlp, 2 * mlp),
+        down="mlp.down_proj",
+    )
+
+
+ARCHITECTURE = Architecture(
+    model_type="phi3",
+    config=Phi3Config,
+    hf_names=_names,
+    gguf="phi3",
+    dropped=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+)
