@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmjax.convert import convert
+    from llmjax.conversion import convert
     from llmjax.errors import (
         CheckpointError,
         ConfigError,
@@ -35,7 +35,7 @@ _HOME = {
     "RequestError": "errors",
     "ResumeError": "errors",
     "TokenizerError": "errors",
-    "convert": "convert",
+    "convert": "conversion",
     "inspect": "inspection",
     "LLM": "llm",
     "LlmInference": "llm_inference",

@@ -304,7 +304,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from llmjax.convert import convert
+    from llmjax.conversion import convert
 
     quantize = args.quantize
     if args.bits is not None:

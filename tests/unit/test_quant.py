@@ -1,0 +1,328 @@
+"""Quantized weights: what the integers mean, how they are made, and that every program computes what is defined."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+from llmjax import CheckpointError, ConfigError
+from llmjax.model import Model
+from llmjax.numerics import resolve
+from llmjax.quant import gguf, product
+from llmjax.quant.qtensor import QTensor, dequantize, integers, take
+from llmjax.quant.rounding import quantize
+from llmjax.quant.schemes import Recipe, Scheme, parse, recipe_names, role_of
+from llmjax.runtime import decode as programs
+from llmjax.runtime.cache import make_cache
+from tests.tiny import random_model
+
+RNG = np.random.default_rng(5)
+SCHEMES = ("int8", "int4", "int8-asym", "int4-asym", "int8-g32", "int4-g64", "int4-g32-asym", "int4-g32-mse")
+
+
+def weight(out: int = 40, width: int = 128) -> np.ndarray:
+    w = RNG.standard_normal((out, width)).astype(np.float32) + np.float32(0.2)
+    w[3] = 0
+    w[5, 7] = 9
+    return w
+
+
+def quantized(w: np.ndarray, scheme: str) -> QTensor:
+    return quantize(lambda a, b: w[a:b], w.shape, Scheme.parse(scheme))
+
+
+def on_device(q: QTensor) -> QTensor:
+    return q.map(jnp.asarray)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_equation_says_what_a_value_means(scheme):
+    q = quantized(weight(), scheme)
+    out, width = q.shape
+    for o, i in ((0, 0), (3, 1), (5, 7), (17, 64), (39, 127)):
+        stored = int(q.values[o, i] if q.bits == 8 else q.values[o, i // 2] >> (4 * (i % 2)) & 15)
+        g = i // q.group
+        offset = np.float32(0) if q.offsets is None else q.offsets[o, g]
+        assert dequantize(q)[o, i] == q.scales[o, g] * np.float32(stored - q.zero) + offset
+    assert q.scheme == scheme.removesuffix("-mse") and q.group == (Scheme.parse(scheme).group or width)
+    np.testing.assert_array_equal(dequantize(q), dequantize(on_device(q)))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rounding_loses_at_most_half_a_step(scheme):
+    w = weight()
+    q = quantized(w, scheme)
+    step = np.repeat(q.scales, q.group, 1)
+    limit = 0.501 if "mse" not in scheme else np.inf
+    assert (np.abs(dequantize(q) - w) <= limit * step + 1e-6).all()
+    if "asym" not in scheme:
+        np.testing.assert_array_equal(dequantize(q)[3], 0)
+
+
+def test_symmetric_rounding_is_mediapipes():
+    """Half to even, by true division, scale 1 for a channel of zeros, never the lowest integer."""
+    w = np.array([[7, -7, 0.5, 1.5, 2.5, -0.5, -1.5, 3.49], [0] * 8], np.float32)
+    q = quantized(w, "int4")
+    np.testing.assert_array_equal(np.stack(integers(q), -1).reshape(q.shape), [[7, -7, 0, 2, 2, 0, -2, 3], [0] * 8])
+    np.testing.assert_array_equal(q.scales, [[1], [1]])
+    # XLA multiplies by the reciprocal of a broadcast divisor: these quotients then round to the other side.
+    w = RNG.standard_normal((256, 300)).astype(np.float32)
+    q = quantized(w, "int8")
+    scales = np.array([[np.float32(max(map(abs, row))) / np.float32(127)] for row in w])
+    np.testing.assert_array_equal(q.scales, scales)
+    np.testing.assert_array_equal(q.values, np.round(w / scales))
+
+
+def test_asymmetric_rounding_is_mediapipes():
+    w = weight()
+    q = quantized(w, "int8-asym")
+    for o in (0, 5, 11):
+        low, high = w[o].min(), w[o].max()
+        scale = (high - low) / np.float32(255)
+        zero = np.float32(-128) - low / scale
+        assert q.scales[o, 0] == scale and q.offsets[o, 0] == -(scale * zero)
+        np.testing.assert_array_equal(q.values[o], np.clip(np.round(w[o] / scale + zero), -128, 127))
+
+
+def test_chunks_do_not_show(monkeypatch):
+    w = weight(40, 128)
+    whole = quantized(w, "int4-g32-asym")
+    monkeypatch.setattr("llmjax.quant.rounding._CHUNK", 128 * 7)
+    jax.tree.map(np.testing.assert_array_equal, whole, quantized(w, "int4-g32-asym"))
+
+
+@pytest.mark.parametrize(
+    ("shape", "scheme", "message"),
+    [((4, 48), "int4-g32", "48 inputs are not a multiple of the group 32"), ((4, 7), "int4", "even number of inputs")],
+)
+def test_shapes_that_do_not_fit(shape, scheme, message):
+    with pytest.raises(ConfigError, match=message):
+        quantized(np.ones(shape, np.float32), scheme)
+
+
+def test_nan_is_not_quantized():
+    w = weight()
+    w[1, 1] = np.nan
+    with pytest.raises(CheckpointError, match="NaN"):
+        quantized(w, "int8")
+
+
+@pytest.mark.parametrize("kind", gguf.TYPES)
+def test_gguf_blocks_keep_their_exact_values(kind):
+    block, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    out, blocks = 6, 512 // block
+    raw = RNG.integers(0, 256, (out, blocks, nbytes), dtype=np.uint8)
+    floats = {"Q6_K": [208]}.get(kind, [0, 2] if kind in ("Q4_1", "Q5_1", "Q4_K", "Q5_K") else [0])
+    for at in floats:
+        raw[..., at : at + 2] = RNG.standard_normal((out, blocks, 1)).astype(np.float16).view(np.uint8)
+    q = gguf.unpack(raw.reshape(-1), kind, (out, 512))
+    np.testing.assert_array_equal(dequantize(q), quants.dequantize(raw.reshape(out, -1), GGMLQuantizationType[kind]))
+    x = RNG.standard_normal((3, 512)).astype(np.float32)
+    y = np.asarray(jax.jit(lambda x, q: product.product(x, q, None))(x, on_device(q)))
+    truth = x.astype(np.float64) @ dequantize(q).astype(np.float64).T
+    assert np.abs(y - truth).max() <= 2e-5 * np.abs(truth).max()
+    assert q.nbytes <= 1.6 * raw.nbytes
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("digits", [None, 3])
+def test_weight_only_products(scheme, digits):
+    q = quantized(weight(70, 128), scheme)
+    x = RNG.standard_normal((5, 128)).astype(np.float32)
+    y = np.asarray(jax.jit(product.product, static_argnums=2)(x, on_device(q), digits))
+    truth = x.astype(np.float64) @ dequantize(q).astype(np.float64).T
+    assert np.abs(y - truth).max() <= 3e-6 * np.abs(truth).max()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int8-asym", "int4-asym"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_digits_are_their_definition(scheme, count):
+    """Integer products bit for bit; the float steps after them to a rounding."""
+    q = quantized(weight(70, 128), scheme)
+    x = RNG.standard_normal((6, 128)).astype(np.float32)
+    x[2] = 0
+    scale, digits = jax.jit(product.to_digits, static_argnums=1)(x, count)
+    rest = sum(np.asarray(d, np.float64) / 254.0**k for k, d in enumerate(digits))
+    np.testing.assert_allclose(rest * np.asarray(scale), x, atol=(0.51 / 127) * np.abs(x).max() / 254.0 ** (count - 1))
+    n = np.zeros(q.shape, np.int64)
+    parts = integers(q)
+    for p, part in enumerate(parts):
+        n[:, p :: len(parts)] = part
+    sums = sum((np.asarray(d, np.int64) @ n.T) / 254.0**k for k, d in enumerate(digits))
+    ones = sum(np.asarray(d, np.int64).sum(-1, keepdims=True) / 254.0**k for k, d in enumerate(digits))
+    offsets = 0 if q.offsets is None else ones * q.offsets.astype(np.float64)[:, 0]
+    expected = np.asarray(scale) * (q.scales.astype(np.float64)[:, 0] * sums + offsets)
+    y = np.asarray(jax.jit(product.in_digits, static_argnums=2)(x, on_device(q), count))
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_array_equal(y[2], 0)
+
+
+def test_integer_products_are_exact():
+    """With whole scales the result is a whole number, and every bit of it is right."""
+    n = RNG.integers(-127, 128, (64, 256)).astype(np.int8)
+    q = QTensor(n, np.ones((64, 1), np.float32))
+    x = RNG.integers(-127, 128, (4, 256)).astype(np.float32)
+    x[:, 0] = 127  # the scale is 1
+    y = np.asarray(jax.jit(product.in_digits, static_argnums=2)(x, on_device(q), 1))
+    np.testing.assert_array_equal(y, x.astype(np.int64) @ n.astype(np.int64).T)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int4-asym"])
+@pytest.mark.parametrize("digits", [1, 3])
+def test_the_same_bits_in_any_batch_shape(scheme, digits):
+    q = on_device(quantized(weight(70, 128), scheme))
+    x = RNG.standard_normal((33, 128)).astype(np.float32)
+    run = jax.jit(product.product, static_argnums=2)
+    whole = np.asarray(run(x, q, digits))
+    for rows in (1, 2, 3, 4, 8, 17):
+        np.testing.assert_array_equal(np.asarray(run(x[:rows], q, digits)), whole[:rows])
+
+
+def test_three_digits_are_closer_than_a_float32_product():
+    q = quantized(RNG.standard_normal((256, 2048)).astype(np.float32), "int8")
+    x = RNG.standard_normal((8, 2048)).astype(np.float32)
+    truth = x.astype(np.float64) @ dequantize(q).astype(np.float64).T
+
+    def error(digits):
+        y = np.asarray(jax.jit(product.product, static_argnums=2)(x, on_device(q), digits))
+        return np.sqrt(np.mean((y - truth) ** 2)) / np.sqrt(np.mean(truth**2))
+
+    assert error(3) <= 1.2 * error(None) and error(3) < 4e-7
+    assert 1e-6 < error(2) < 1e-4
+    assert 1e-3 < error(1) < 2e-2
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int4-g32", "int8-asym"])
+def test_dynamic_int8_is_its_definition(scheme):
+    q = quantized(weight(70, 128), scheme)
+    x = RNG.standard_normal((5, 128)).astype(np.float32)
+    top = np.abs(x).max(-1, keepdims=True)
+    rounded = np.round(x * (np.float32(127) / top)) * (top * np.float32(1 / 127))
+    y = np.asarray(jax.jit(product.product, static_argnums=2)(x, on_device(q), 1))
+    truth = rounded.astype(np.float64) @ dequantize(q).astype(np.float64).T
+    assert np.abs(y - truth).max() <= 3e-6 * np.abs(truth).max()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-g32-asym"])
+def test_embedding_rows(scheme):
+    q = quantized(weight(), scheme)
+    ids = np.array([[3, 5, 39], [0, 0, 17]])
+    rows = np.asarray(jax.jit(take)(on_device(q), ids))
+    if q.offsets is None:
+        np.testing.assert_array_equal(rows, dequantize(q)[ids])
+    else:  # XLA rounds the product and the sum in one go
+        np.testing.assert_allclose(rows, dequantize(q)[ids], atol=5e-7)
+
+
+def tiny(profile: str, recipe: str) -> tuple[Model, Model]:
+    """A model with quantized weights, and the float model of the same values."""
+    wide = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4)
+    model = random_model("reference", **wide)
+    schemes = parse(recipe)
+    packed, plain = {}, {}
+
+    def visit(tree, into, exact, path):
+        for key, value in tree.items():
+            name = f"{path}{key}"
+            if isinstance(value, dict):
+                visit(value, into.setdefault(key, {}), exact.setdefault(key, {}), name + ".")
+                continue
+            scheme = schemes.scheme(name.replace("layers_", "layers."))
+            into[key] = exact[key] = value
+            if scheme is not None:
+                w = np.asarray(value)
+                q = quantize(lambda a, b, w=w: w[a:b], w.shape, scheme)
+                into[key], exact[key] = on_device(q), jnp.asarray(dequantize(q))
+
+    visit(model.params, packed, plain, "")
+    made = [
+        Model(model.architecture, model.config, p, resolve(n, jnp.float32), None, (), model.path)
+        for p, n in ((packed, profile), (plain, "reference"))
+    ]
+    return made[0], made[1]
+
+
+@pytest.mark.parametrize("profile", ["reference", "fast"])
+@pytest.mark.parametrize("recipe", ["int8", "int4-g32", "mixed-8-4-8"])
+def test_a_quantized_model_means_its_dequantized_values(profile, recipe):
+    model, exact = tiny(profile, recipe)
+    ids = [RNG.integers(0, 600, 19).tolist()]
+    got, expected = model.logits(ids)[0], exact.logits(ids)[0]
+    assert np.abs(got - expected).max() <= 2e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("profile", "dtype", "recipe"), [
+    ("reference", "bfloat16", None), ("fast", "float32", "int4-g32"), ("fast", "float32", "int8"),
+])  # fmt: skip
+def test_no_program_holds_a_converted_model(profile, dtype, recipe):
+    """The temporaries of the compiled programs stay far below the float32 size of the weights they convert."""
+    wide = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=4, num_hidden_layers=4)
+    model = random_model(profile, dtype, **wide)
+    if recipe:
+        for name, layer in model.params.items():
+            for role in layer.values() if name.startswith("layers") else ():
+                for projection in role.values() if isinstance(role, dict) else ():
+                    if isinstance(projection, dict):
+                        w = np.asarray(projection["weight"])
+                        projection["weight"] = on_device(quantized(w, recipe))
+    size = 4 * sum(
+        math.prod(leaf.shape) for leaf in jax.tree.leaves(model.params, is_leaf=lambda x: hasattr(x, "bits"))
+    )
+    slots, static = 4, (model.module, model.numerics, 128)
+    state = programs.empty_state(make_cache(model.config, model.numerics, slots, 128), slots, 600)
+    forced = np.full((slots, programs.BURST), -1, np.int32)
+    decode = jax.jit(lambda *a: programs.decode(*static, *a), donate_argnums=1)
+    temporary = decode.lower(model.params, state, forced, np.int32(1)).compile().memory_analysis().temp_size_in_bytes
+    assert temporary < 0.2 * size, f"{temporary / 1e6:.1f} MB beside weights of {size / 1e6:.1f} MB"
+
+
+def test_gradients_pass_quantized_weights():
+    """Towards what stands before them: adapters are trained so."""
+    q = quantized(weight(), "int4-g32")
+    x = RNG.standard_normal((2, 128)).astype(np.float32)
+    gradient = jax.grad(lambda x: product.product(x, on_device(q), None).sum())(x)
+    np.testing.assert_allclose(gradient, np.broadcast_to(dequantize(q).sum(0), x.shape), rtol=1e-4, atol=1e-4)
+
+
+def test_roles():
+    names = ["embed.weight", "head.weight", "head.bias", "layers.3.attn.q.weight", "layers.0.attn.q_norm.weight"]
+    names += ["layers.11.mlp.down.weight", "layers.11.mlp.down.bias", "final_norm.weight", "layers.2.mlp_norm.weight"]
+    expected = ["embedding", "head", None, "attention", None, "feed_forward", None, None, None]
+    assert list(map(role_of, names)) == expected
+
+
+def test_recipes(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('attention = "int8"\nembedding = "int4-g32"\n[layers.0-1]\nattention = "float"\n[layers."1"]\n'
+                    'feed_forward = "int4"\n')  # fmt: skip
+    recipe = parse(file)
+    names = """embed.weight head.weight layers.2.attn.q.weight layers.1.attn.q.weight layers.1.mlp.up.weight
+    layers.2.mlp.up.weight final_norm.weight""".split()
+    found = {n: str(recipe.scheme(n)) for n in names}
+    assert list(found.values()) == ["int4-g32", "int4-g32", "int8", "None", "int4", "None", "None"]
+    assert parse(recipe.to_dict()).to_dict() == recipe.to_dict()
+    for name in recipe_names():
+        assert isinstance(parse(name), Recipe)
+    assert parse("int4").scheme("head.weight") == Scheme(4)
+
+
+@pytest.mark.parametrize(
+    ("quantize_", "message"),
+    [
+        ("int3", "unknown 'int3'; expected a scheme"),
+        ("int4-g48", "expected a group of 32, 64 or 128, found 48"),
+        ("int4-asym-mse", "symmetric schemes alone"),
+        ("none.toml", "cannot read the recipe"),
+        ({"attn": "int8"}, "unknown role attn; expected attention, feed_forward, embedding, head"),
+        ({"attention": 8}, "attention: expected a scheme's name or 'float', found 8"),
+        ({"attention": "int5"}, "unknown scheme 'int5'"),
+        ({"layers": {"3-1": {}}}, "expected a layer or a range such as '0-3', found '3-1'"),
+        ({"layers": {"0": {"head": "int8"}}}, "unknown role head; expected attention, feed_forward"),
+    ],
+)
+def test_recipes_that_are_refused(quantize_, message):
+    with pytest.raises(ConfigError, match=message):
+        parse(quantize_)
