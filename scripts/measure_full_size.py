@@ -1,13 +1,18 @@
 #!/usr/bin/env python3
 """Loads a full-size checkpoint of random weights from disk, generates, and reports memory and time.
 
-    python scripts/measure_full_size.py config:gemma-2b bfloat16 [FOLDER]
+    python scripts/measure_full_size.py config:gemma-2b bfloat16
+    python scripts/measure_full_size.py config:gemma-7b bfloat16 --quantize int8 int4 --convert-only
 
-Writes the checkpoint (sharded safetensors) into FOLDER (a temporary one by default), reads it once to know what reading
-costs, then loads it in a fresh process.  Peak memory is that process's, of which file pages that were mapped count too.
+Writes the checkpoint (sharded safetensors), reads it once to know what reading costs, then loads or converts it in a
+fresh process.  Peak memory is that process's, of which file pages that were mapped count too.
 """
 
+import argparse
 import json
+import os
+import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -70,68 +75,109 @@ def source_shapes(names: dict, parameters: dict[str, tuple[int, ...]]) -> dict[s
     return shapes
 
 
-def child(folder: str) -> None:
+def generate(folder: str) -> None:
     """In a process of its own: load and generate."""
-    import resource
-
     import llmjax
     from llmjax.model import Model
 
     began = time.monotonic()
     model: Model = llmjax.load(folder, numerics="fast")
-    for leaf in model.params["embed"].values():
-        leaf.block_until_ready()
+    jax_ready(model.params)
     loaded = time.monotonic()
-    peak_load = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak_load = peak_memory()
     llm = llmjax.LLM(model, max_batch=4)
     params = llmjax.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     llm.generate([2, 10, 20, 30], params)
     compiled = time.monotonic()
-    tokens = llm.generate([2, 10, 20, 30], params)[0].outputs[0].token_ids
+    llm.generate([2, 10, 20, 30], params)
     done = time.monotonic()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(
-        json.dumps(
-            {
-                "load_s": loaded - began,
-                "first_s": compiled - loaded,
-                "second_s": done - compiled,
-                "tokens": len(tokens),
-                "peak_load": peak_load,
-                "peak": peak,
-            }
-        )
-    )
+    times = {"load_s": loaded - began, "first_s": compiled - loaded, "second_s": done - compiled}
+    print(json.dumps(times | {"peak_load": peak_load, "peak": peak_memory()}))
+
+
+def convert(folder: str, destination: str, scheme: str) -> None:
+    """In a process of its own: quantize."""
+    import llmjax
+
+    began = time.monotonic()
+    llmjax.convert(folder, destination, quantize=scheme)
+    print(json.dumps({"convert_s": time.monotonic() - began, "peak": peak_memory()}))
+
+
+def jax_ready(tree: object) -> None:
+    import jax
+
+    jax.block_until_ready(tree)
+
+
+def peak_memory() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_child(*arguments: str) -> dict[str, float]:
+    out = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
+    if out.returncode:
+        raise SystemExit(out.stderr)
+    return json.loads(out.stdout)
+
+
+def copied(folder: Path, destination: Path | None = None, limit: float = float("inf")) -> float:
+    """Seconds that reading the weights takes, and writing ``limit`` bytes of them to a file if there is one."""
+    began = time.monotonic()
+    buffer, written = bytearray(1 << 24), 0
+    with open(destination or os.devnull, "wb", buffering=0) as out:
+        for file in sorted(folder.glob("*.safetensors")):
+            with open(file, "rb", buffering=0) as stream:
+                while count := stream.readinto(buffer):
+                    if destination and written < limit:
+                        written += out.write(memoryview(buffer)[:count])
+        if destination:
+            os.fsync(out.fileno())
+    return time.monotonic() - began
+
+
+def report_generation(folder: Path, weights: int, allowed: float) -> None:
+    read_s = copied(folder)
+    found = in_child("--generate", str(folder))
+    print(f"  load {found['load_s']:.1f} s = {found['load_s'] / read_s:.2f} x reading the file ({read_s:.1f} s)")
+    print(f"  first 8 tokens {found['first_s']:.1f} s with compiling, next 8 {found['second_s']:.1f} s")
+    for what in ("peak_load", "peak"):
+        size = found[what]
+        print(f"  {what} {size / 1e9:.2f} GB = {size / weights:.2f} x weights (allowed {allowed / 1e9:.2f} GB)")
 
 
 def main() -> None:
     """Measures and prints."""
-    if sys.argv[1] == "--child":
-        child(sys.argv[2])
-        return
-    name, dtype = sys.argv[1:3]
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(sys.argv[3]) if len(sys.argv) > 3 else Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = write(name, dtype, folder)
-        began = time.monotonic()
-        for file in sorted(folder.glob("*.safetensors")):
-            with open(file, "rb", buffering=0) as stream:
-                buffer = bytearray(1 << 24)
-                while stream.readinto(buffer):
-                    pass
-        read_s = time.monotonic() - began
-        out = subprocess.run([sys.executable, __file__, "--child", str(folder)], capture_output=True, text=True)
-    if out.returncode:
-        raise SystemExit(out.stderr)
-    found = json.loads(out.stdout)
-    print(f"{name} {dtype}: {weights / 1e9:.2f} GB of weights")
-    print(f"  load {found['load_s']:.1f} s = {found['load_s'] / read_s:.2f} x reading the file ({read_s:.1f} s)")
-    print(f"  first 8 tokens {found['first_s']:.1f} s with compiling, next {found['tokens']} {found['second_s']:.1f} s")
-    for what in ("peak_load", "peak"):
-        allowed = 1.15 * weights + 1e9
-        size = found[what]
-        print(f"  {what} {size / 1e9:.2f} GB = {size / weights:.2f} x weights (allowed {allowed / 1e9:.2f} GB)")
+    if sys.argv[1:2] == ["--generate"]:
+        return generate(sys.argv[2])
+    if sys.argv[1:2] == ["--convert"]:
+        return convert(*sys.argv[2:5])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="config:NAME")
+    parser.add_argument("dtype", choices=("bfloat16", "float32"))
+    parser.add_argument("folder", nargs="?", type=Path, help="where to write (default: a temporary folder)")
+    parser.add_argument("--quantize", nargs="+", metavar="SCHEME", help="convert to these, and run those instead")
+    parser.add_argument("--convert-only", action="store_true")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
+        folder = Path(temporary) / "float"
+        folder.mkdir()
+        weights = write(args.config, args.dtype, folder)
+        print(f"{args.config} {args.dtype}: {weights / 1e9:.2f} GB of weights", flush=True)
+        if not args.quantize:
+            report_generation(folder, weights, 1.15 * weights + 1e9)
+        for scheme in args.quantize or ():
+            converted = Path(temporary) / scheme
+            found = in_child("--convert", str(folder), str(converted), scheme)
+            packed = sum(file.stat().st_size for file in converted.glob("*.safetensors"))
+            copy_s = copied(folder, Path(temporary) / "copy", packed)
+            (Path(temporary) / "copy").unlink()
+            print(f"{scheme}: {packed / 1e9:.2f} GB")
+            print(f"  convert {found['convert_s']:.1f} s = {found['convert_s'] / copy_s:.2f} x reading and writing")
+            print(f"  those bytes ({copy_s:.1f} s); peak {found['peak'] / 1e9:.2f} GB", flush=True)
+            if not args.convert_only:
+                report_generation(converted, packed, packed + 1e9)
+            shutil.rmtree(converted)
 
 
 if __name__ == "__main__":

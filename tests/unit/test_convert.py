@@ -3,6 +3,7 @@
 import errno
 import json
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -11,6 +12,7 @@ import llmjax
 from llmjax import CheckpointError, ConfigError
 from llmjax.cli import main
 from llmjax.quant import error
+from llmjax.quant.qtensor import QTensor
 from tests.parity import checkpoints, golden
 from tests.parity.golden import arrays, meta
 
@@ -35,6 +37,23 @@ def test_back_to_hugging_face_every_byte_is_the_same(tmp_path, name):
     for tensor, value in after.items():
         assert value.tobytes() == before[tensor].tobytes() and value.shape == before[tensor].shape, tensor
     assert not llmjax.inspect(tmp_path / "hf").problems
+
+
+@pytest.mark.parametrize("name", sorted(golden.ONE_EACH))
+def test_every_architecture_quantizes(tmp_path, name):
+    """Its quantized weights mean their dequantized values, whatever rows they were cut from."""
+    source = folder(tmp_path, name)
+    recipe = {"attention": "int8", "feed_forward": "int4-asym", "embedding": "int8-asym"}
+    llmjax.convert(source, tmp_path / "q", quantize=recipe)
+    packed, exact = llmjax.load(tmp_path / "q"), llmjax.load(tmp_path / "q", dtype="float32")
+    quantized = [x for x in jax.tree.leaves(packed.params, is_leaf=is_packed) if is_packed(x)]
+    assert len(quantized) >= 6 * packed.config.num_hidden_layers + 1
+    a, b = (m.logits(ids(name))[0] for m in (packed, exact))
+    assert np.abs(a - b).max() <= golden.TOLERANCE * np.abs(b).max()
+
+
+def is_packed(x):
+    return isinstance(x, QTensor)
 
 
 @pytest.mark.parametrize(
