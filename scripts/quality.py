@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import llmjax  # noqa: E402
+from llmjax.numerics import resolve  # noqa: E402
+from llmjax.quant.schemes import parse  # noqa: E402
 from llmjax.text.tokenizer import Tokenizer  # noqa: E402
 
 VARIANTS = (
@@ -41,10 +43,11 @@ VARIANTS = (
     "mixed-8-4-8",
     "int4",
     "int4-mse",
-    "int4-g128",
     "int4-g64",
+    "int4-g64-mse",
     "int4-g32",
     "int4-g32-mse",
+    "mixed-8-4g32-8",
 )
 CHARACTERS, WINDOW = 64_000, 512
 ROWS = 64  # of logits in float64 at a time
@@ -134,6 +137,14 @@ def windows(tokenizer: Tokenizer, text: str) -> list[list[int]]:
     return [before + ids[i : i + size] for i in range(0, len(ids) - size + 1, size)]
 
 
+def check(variant: str) -> None:
+    """Raises ConfigError for a name that ``load`` would refuse for any model: before the others are measured."""
+    scheme, _, profile = variant.partition("@")
+    resolve(profile or "reference", np.dtype(np.float32))
+    if scheme not in ("stored", "float"):
+        parse(scheme)
+
+
 def load(model: str, variant: str) -> llmjax.Model:
     """The model as a variant's name says."""
     scheme, _, profile = variant.partition("@")
@@ -152,8 +163,9 @@ def line(variant: str, megabytes: float, figures: dict[str, float]) -> str:
     )
 
 
-def measure(args: argparse.Namespace) -> None:
-    """Measures and prints, a row as soon as it is known."""
+def measure(args: argparse.Namespace) -> int:
+    """Measures and prints, a row as soon as it is known; 1 if a variant does not fit the model, else 0."""
+    failed = 0
     model = load(args.model, "float")
     if model.tokenizer is None:
         raise llmjax.TokenizerError(f"{model.path}: brings no tokenizer, so no text can be scored")
@@ -180,7 +192,12 @@ def measure(args: argparse.Namespace) -> None:
     for variant in ("float", *(v for v in args.variants if v != "float")):
         began = time.monotonic()
         if variant != "float":
-            model = load(args.model, variant)
+            try:
+                model = load(args.model, variant)
+            except llmjax.LlmjaxError as error:  # a group that does not divide; the others are still wanted
+                print(f"{variant}: {error}", file=sys.stderr)
+                failed = 1
+                continue
         candidates = kept if variant == "float" else (model.logits([w])[0] for w in ids)
         figures = summary(Tokens.join(map(compare, kept, candidates, ids)))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
@@ -189,10 +206,11 @@ def measure(args: argparse.Namespace) -> None:
         print(f"{variant}: {time.monotonic() - began:.0f} s", file=sys.stderr)
         if args.json:
             args.json.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return failed
 
 
 def main() -> int:
-    """Returns 0; argparse leaves with 2 on bad input."""
+    """Returns what ``measure`` does; argparse leaves with 2 on bad input."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("variants", nargs="*", default=VARIANTS, metavar="VARIANT")
     parser.add_argument("--model", default="smollm2")
@@ -202,10 +220,11 @@ def main() -> int:
     if args.windows is not None and args.windows < 1:
         parser.error(f"--windows: expected at least 1, found {args.windows}")
     try:
-        measure(args)
+        for variant in args.variants:
+            check(variant)
+        return measure(args)
     except llmjax.LlmjaxError as error:
         parser.error(str(error))
-    return 0
 
 
 if __name__ == "__main__":
