@@ -51,5 +51,6 @@ cd "$ROOT"
 check ruff check .
 check ruff format --check .
 check mypy
-check pytest "$@"
+# Most of the time goes into compiling, which one process does on one core.
+check pytest -n auto --maxprocesses 4 "$@"
 [ -z "$failed" ] || die "failed: $failed"
