@@ -15,12 +15,14 @@ from llmjax.bits import from_storage, to_storage
 
 # Of float32: what a core keeps in its cache, more or less; halving or doubling it costs up to a fifth.
 _TILE_BYTES = 4 << 20
+# Weights below this, in float32, are converted whole: a loop costs more to compile than their copies to keep.
+_SMALL_BYTES = 1 << 18
 
 
 def over_tiles(
     multiply: Callable[[Any], jax.Array], weight: Any, shape: tuple[int, ...], rows: int, dtype: Any = jnp.float32
 ) -> jax.Array:
-    """``[rows, out]``, some output channels at a time on the CPU, all at once elsewhere.
+    """``[rows, out]``, some output channels at a time where the weight is large and on the CPU, else all at once.
 
     Args:
       multiply: from some rows of the weight, ``[t, ...]`` a leaf, to ``[rows, t]``.
@@ -32,7 +34,7 @@ def over_tiles(
     out, width = shape
     # Two tiles at least: a loop of one turn is no loop to XLA.
     tile = min((out + 1) // 2, max(16, _TILE_BYTES // (4 * width) // 16 * 16))
-    if jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu" or 4 * out * width < _SMALL_BYTES:
         return multiply(weight)
 
     def part(leaf: jax.Array, start: jax.Array) -> jax.Array:

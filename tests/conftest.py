@@ -9,6 +9,8 @@ import pytest
 
 # Before any test imports JAX; set it to run the tests on another platform.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# torch's threads wait by spinning: beside another test process they take ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # The first example of a test compiles, so a time limit for each would be a random failure; so would
 # new examples in every CI run.

@@ -23,6 +23,11 @@ RNG = np.random.default_rng(5)
 SCHEMES = ("int8", "int4", "int8-asym", "int4-asym", "int8-g32", "int4-g64", "int4-g32-asym", "int4-g32-mse")
 
 
+@pytest.fixture(autouse=True)
+def small_weights_go_in_tiles(monkeypatch):
+    monkeypatch.setattr("llmjax.tiles._SMALL_BYTES", 0)
+
+
 def weight(out: int = 40, width: int = 128) -> np.ndarray:
     w = RNG.standard_normal((out, width)).astype(np.float32) + np.float32(0.2)
     w[3] = 0
