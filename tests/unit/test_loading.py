@@ -184,7 +184,7 @@ def test_a_supported_architecture_with_an_unsupported_option(folder):
 
 def test_gradients_flow_through_every_parameter():
     """The researcher's use: the model is a pure function."""
-    for name in ("llama", "gemma2", "gemma3", "phi_gqa_qk_norm", "falcon_rw", "stablelm_qkv_bias_qk_norm"):
+    for name in ("gemma3", "phi_gqa_qk_norm", "falcon_rw", "stablelm_qkv_bias_qk_norm"):
         model = golden.load(name)
         ids = jnp.asarray(arrays(name)["short"])[None]
 
