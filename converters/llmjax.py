@@ -86,8 +86,10 @@ class LlmjaxSource:
     def _read_specs(self) -> dict[str, TensorSpec]:
         found = {name: self._file.spec(name) for name in self._file.names()}
         specs, problems = {}, []
+        self._stored: dict[str, list[str]] = {}
         for name, scheme in self._packed.items():
-            parts = {part: found.pop(f"{name}.{part}") for part in PARTS if f"{name}.{part}" in found}
+            self._stored[name] = [part for part in PARTS if f"{name}.{part}" in found]
+            parts = {part: found.pop(f"{name}.{part}") for part in self._stored[name]}
             shape, wrong = _check(parts, **scheme)
             problems += [f"tensor {shown(name)}: {problem}" for problem in wrong]
             label = f"INT{scheme['bits']}-G{scheme['group']}" if shape[1] > scheme["group"] else f"INT{scheme['bits']}"
@@ -111,12 +113,8 @@ class LlmjaxSource:
         """The fields of a ``QTensor``, views of the mapped file; None for a tensor of floats."""
         if name not in self._packed:
             return None
-        fields: dict[str, Any] = {part: self._file.read(f"{name}.{part}") for part in self._stored(name)}
+        fields: dict[str, Any] = {part: self._file.read(f"{name}.{part}") for part in self._stored[name]}
         return fields | {"bits": self._packed[name]["bits"], "zero": self._packed[name]["zero"]}
-
-    def _stored(self, name: str) -> list[str]:
-        stored = set(self._file.names())
-        return [part for part in PARTS if f"{name}.{part}" in stored]
 
     def read(self, name: str) -> np.ndarray:
         """See ``Source``."""
@@ -129,7 +127,8 @@ class LlmjaxSource:
 
     def release(self, name: str) -> None:
         """See ``Source``."""
-        for stored in [f"{name}.{part}" for part in self._stored(name)] if name in self._packed else [name]:
+        parts = self._stored.get(name)
+        for stored in [name] if parts is None else [f"{name}.{part}" for part in parts]:
             self._file.release(stored)
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,8 @@ def _writer(path: Path, tensors: int) -> Iterator[tuple[Callable[[str, np.ndarra
 def _write_hf(folder: Path, parameters: Iterator[tuple[str, Parameter]], plan: Plan, report: Report) -> str:
     """The weights file of a Hugging Face directory; returns the dtype of its embedding."""
     names = plan.architecture.hf_names(plan.config)
-    files = {a.parameter: sources_of(a.parameter, names)[1] for a in plan.assignments}
+    files = {a.parameter: tuple(sources_of(a.parameter, names)[1]) for a in plan.assignments}
+    sharing = Counter(files.values())
     shared: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
     stored = ""
     with _writer(folder / "model.safetensors", 2 * sum(map(len, files.values()))) as (write, metadata):
@@ -152,10 +154,10 @@ def _write_hf(folder: Path, parameters: Iterator[tuple[str, Parameter]], plan: P
         for done, (parameter, value) in enumerate(parameters, 1):
             array = dequantize(value) if isinstance(value, QTensor) else value
             stored = stored or array.dtype.name
-            sources = tuple(files[parameter])
+            sources = files[parameter]
             parts = shared.setdefault(sources, {})
             parts[parameter] = array
-            if len(parts) == sum(1 for other in files.values() if tuple(other) == sources):
+            if len(parts) == sharing[sources]:
                 for name, tensor in _joined(shared.pop(sources), sources, names):
                     write(name, tensor)
             report(done, len(files))

@@ -62,7 +62,7 @@ class Report:
         lines += ["", "tensors"]
         width = max((len(t["name"]) for t in self.tensors), default=0)
         for t in self.tensors:
-            kept = "" if t["kept"].upper() == _LONG.get(t["dtype"], t["dtype"]) else f", {t['kept']}"
+            kept = "" if t["dtype"] in _FLOATS else f", {t['kept']}"
             use = (", ".join(t["fills"]) + kept) if t["fills"] else t["use"]
             lines.append(f"  {t['name']:{width}}  {t['dtype']:8} {str(t['shape']):16} -> {use}")
         lines += ["", "supported: yes" if self.supported else "supported: no"]
@@ -154,12 +154,12 @@ def _tensors(source: Source, plan: Plan | None) -> list[dict[str, Any]]:
     ]
 
 
-_LONG = {"F32": "FLOAT32", "F16": "FLOAT16", "BF16": "BFLOAT16"}
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def _kept(source: Source, spec: TensorSpec) -> str:
-    if spec.dtype in _LONG:
-        return _LONG[spec.dtype].lower()
+    if spec.dtype in _FLOATS:
+        return _FLOATS[spec.dtype]
     return "packed" if is_packed(source, spec) else "expanded to float32"
 
 

@@ -17,10 +17,9 @@ from llmjax import numerics as numerics_lib
 from llmjax.errors import CheckpointError, ConfigError, TokenizerError
 from llmjax.model import Model
 from llmjax.models.registry import read_config
-from llmjax.parameters import Parameter, filled, random_rows, read_all
+from llmjax.parameters import Parameter, made, random_rows, read_all
 from llmjax.plan import Plan, make_plan, parameter_shapes
 from llmjax.quant.qtensor import QTensor
-from llmjax.quant.rounding import quantize as quantize_rows
 from llmjax.quant.schemes import Recipe, parse
 from llmjax.text.tokenizer import Tokenizer
 
@@ -163,10 +162,7 @@ def _random_model(name: str, dtype: str, recipe: Recipe | None, numerics: str, r
     for parameter, shape in parameter_shapes(config).items():
         rows = random_rows(random, parameter, shape)
         scheme = recipe.scheme(parameter) if recipe else None
-        if scheme is None:
-            _put(params, parameter, filled(rows, shape, jnp.dtype(dtype)))
-        else:
-            _put(params, parameter, quantize_rows(rows, (shape[0], shape[1]), scheme, parameter))
+        _put(params, parameter, made(rows, shape, jnp.dtype(dtype), scheme, parameter))
     eos = (facts["special_tokens"]["eos"]["id"],)
     return Model(architecture, config, params, _numerics(numerics, params, Path(name)), None, eos, Path(name))
 

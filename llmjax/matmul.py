@@ -30,9 +30,9 @@ def matmul(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax
 def _float_product(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.Array:
     lead = x.shape[:-1]
     rows = x.reshape(-1, x.shape[-1]).astype(numerics.products)
-    pad = MIN_ROWS - rows.shape[0]
-    if pad > 0 and rows.dtype != jnp.float32:
-        rows = jnp.concatenate([rows, jnp.zeros((pad, rows.shape[1]), rows.dtype)])
+    count = rows.shape[0]
+    if count < MIN_ROWS and rows.dtype != jnp.float32:
+        rows = jnp.pad(rows, ((0, MIN_ROWS - count), (0, 0)))
 
     def multiply(part: jax.Array) -> jax.Array:
         return lax.dot_general(
@@ -45,4 +45,4 @@ def _float_product(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.A
 
     converted = weight.dtype != numerics.products
     y = over_tiles(multiply, weight, weight.shape, rows.shape[0]) if converted else multiply(weight)
-    return y[: y.shape[0] - max(pad, 0) if rows.dtype != jnp.float32 else None].reshape(*lead, weight.shape[0])
+    return y[:count].reshape(*lead, weight.shape[0])

@@ -9,16 +9,15 @@ import numpy as np
 from converters.gguf import GgufSource
 from converters.llmjax import LlmjaxSource
 from converters.source import Source, TensorSpec
-from llmjax.arrays import aligned
+from llmjax.arrays import aligned, row_chunks
 from llmjax.errors import CheckpointError
 from llmjax.plan import Assignment, Plan
 from llmjax.quant import gguf
 from llmjax.quant.qtensor import QTensor
 from llmjax.quant.rounding import Rows, quantize
-from llmjax.quant.schemes import Recipe
+from llmjax.quant.schemes import Recipe, Scheme
 
 Parameter = np.ndarray | QTensor
-_CHUNK = 1 << 22
 
 
 def read_all(
@@ -55,10 +54,7 @@ def _read(source: Source, assignment: Assignment, dtype: str | None, recipe: Rec
             return packed
         value = assignment.make([source.read(s.name) for s in assignment.sources])
         rows = _releasing(source, assignment, value)
-        if scheme is not None:
-            out, width = value.shape
-            return quantize(rows, (out, width), scheme, assignment.parameter)
-        return filled(rows, value.shape, jnp.dtype(dtype) if dtype else value.dtype)
+        return made(rows, value.shape, jnp.dtype(dtype) if dtype else value.dtype, scheme, assignment.parameter)
     finally:
         for spec in assignment.sources:
             source.release(spec.name)
@@ -112,13 +108,14 @@ def _releasing(source: Source, assignment: Assignment, value: np.ndarray) -> Row
     return rows
 
 
-def filled(rows: Rows, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """An array of ``dtype`` from its rows."""
+def made(rows: Rows, shape: tuple[int, ...], dtype: np.dtype, scheme: Scheme | None, name: str) -> Parameter:
+    """A parameter from its rows: quantized where there is a scheme, of ``dtype`` where not; ``name`` for messages."""
+    if scheme is not None:
+        out, width = shape
+        return quantize(rows, (out, width), scheme, name)
     value = aligned(shape, dtype)
-    step = max(1, _CHUNK // max(1, int(np.prod(shape[1:]))))
-    for start in range(0, shape[0], step):
-        stop = min(start + step, shape[0])
-        value[start:stop] = rows(start, stop)
+    for part in row_chunks(shape):
+        value[part] = rows(part.start, part.stop)
     return value
 
 
@@ -136,9 +133,7 @@ def random_rows(random: np.random.Generator, name: str, shape: tuple[int, ...]) 
 
 def _finite(value: Parameter) -> bool:
     floats = [value] if isinstance(value, np.ndarray) else [x for x in (value.scales, value.offsets) if x is not None]
-    return all(
-        bool(np.isfinite(x[i : i + 4096].astype(np.float32)).all()) for x in floats for i in range(0, x.shape[0], 4096)
-    )
+    return all(bool(np.isfinite(x[rows].astype(np.float32)).all()) for x in floats for rows in row_chunks(x.shape))
 
 
 def _check_tied(source: Source, plan: Plan) -> None:

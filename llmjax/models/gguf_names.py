@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmjax.models.config import DecoderConfig
-from llmjax.models.names import From, Names
+from llmjax.models.names import From, Names, stacked
 
 _LAYER = {
     "attn_norm": "attn_norm",
@@ -41,9 +41,9 @@ def names(config: DecoderConfig, model_type: str, tensors: Collection[str]) -> N
     layer: dict[str, str | From] = dict(_LAYER)
     if "blk.0.attn_qkv.weight" in tensors:
         q, kv = (config.head_dim * n for n in (config.num_attention_heads, config.num_key_value_heads))
-        layer |= _parts("attn_qkv", {"attn.q": q, "attn.k": kv, "attn.v": kv})
+        layer |= stacked("attn_qkv", {"attn.q": q, "attn.k": kv, "attn.v": kv})
     if model_type == "phi3":
-        layer |= _parts("ffn_up", {"mlp.gate": config.intermediate_size, "mlp.up": config.intermediate_size})
+        layer |= stacked("ffn_up", {"mlp.gate": config.intermediate_size, "mlp.up": config.intermediate_size})
     if getattr(config, "separate_norms", False):  # Falcon 40B
         layer |= {"attn_norm": "attn_norm_2", "mlp_norm": "attn_norm"}
     if model_type in ("llama", "mistral"):
@@ -63,21 +63,6 @@ def _in_layer(entry: str | From) -> str | From:
     if isinstance(entry, str):
         return f"blk.{{}}.{entry}"
     return dataclasses.replace(entry, modules=tuple(f"blk.{{}}.{m}" for m in entry.modules))
-
-
-def _parts(module: str, rows: dict[str, int]) -> dict[str, str | From]:
-    """Roles that are stacked in one tensor, each with its number of rows."""
-    total = sum(rows.values())
-    table: dict[str, str | From] = {}
-    start = 0
-    for role, count in rows.items():
-
-        def make(arrays: list[np.ndarray], start: int = start, count: int = count) -> np.ndarray:
-            return arrays[0][start : start + count]
-
-        table[role] = From((module,), make, source_shape=lambda shape: (total, *shape[1:]))
-        start += count
-    return table
 
 
 def _then(entry: str | From, change: Callable[[np.ndarray], np.ndarray]) -> From:

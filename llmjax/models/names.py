@@ -33,6 +33,21 @@ class From:
     source_shape: Callable[[Shape], Shape] = lambda shape: shape
 
 
+def stacked(module: str, rows: Mapping[str, int]) -> dict[str, str | From]:
+    """Roles whose weights lie one after the other in one source tensor, each with its number of rows."""
+    total = sum(rows.values())
+    table: dict[str, str | From] = {}
+    start = 0
+    for role, count in rows.items():
+
+        def make(arrays: list[np.ndarray], start: int = start, count: int = count) -> np.ndarray:
+            return _only(arrays)[start : start + count]
+
+        table[role] = From((module,), make, source_shape=lambda shape: (total, *shape[1:]))
+        start += count
+    return table
+
+
 Names = Mapping[str, str | From]
 
 

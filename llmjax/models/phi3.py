@@ -3,12 +3,10 @@ fused tensors on disk."""
 
 from typing import Self
 
-import numpy as np
-
 from llmjax.models.config import dimensions
 from llmjax.models.hf_config import Reader
 from llmjax.models.llama import LlamaConfig
-from llmjax.models.names import From, Names, hf_names
+from llmjax.models.names import Names, hf_names, stacked
 from llmjax.models.registry import Architecture
 
 
@@ -35,22 +33,17 @@ def _names(config: Phi3Config) -> Names:
     """``qkv_proj`` has all rows of q, then k, then v; ``gate_up_proj`` those of gate, then up."""
     q, kv = (config.head_dim * n for n in (config.num_attention_heads, config.num_key_value_heads))
     mlp = config.intermediate_size
-
-    def rows(module: str, start: int, count: int, total: int) -> From:
-        def make(arrays: list[np.ndarray]) -> np.ndarray:
-            return arrays[0][start : start + count]
-
-        return From((module,), make, source_shape=lambda shape: (total, *shape[1:]))
-
+    attn = stacked("self_attn.qkv_proj", {"q": q, "k": kv, "v": kv})
+    gated = stacked("mlp.gate_up_proj", {"gate": mlp, "up": mlp})
     return hf_names(
         attn_norm="input_layernorm",
-        q=rows("self_attn.qkv_proj", 0, q, q + 2 * kv),
-        k=rows("self_attn.qkv_proj", q, kv, q + 2 * kv),
-        v=rows("self_attn.qkv_proj", q + kv, kv, q + 2 * kv),
+        q=attn["q"],
+        k=attn["k"],
+        v=attn["v"],
         o="self_attn.o_proj",
         mlp_norm="post_attention_layernorm",
-        gate=rows("mlp.gate_up_proj", 0, mlp, 2 * mlp),
-        up=rows("mlp.gate_up_proj", mlp, mlp, 2 * mlp),
+        gate=gated["gate"],
+        up=gated["up"],
         down="mlp.down_proj",
     )
 

@@ -7,13 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from converters.source import open_source
+from llmjax.arrays import row_chunks
 from llmjax.errors import CheckpointError, ConfigError
 from llmjax.loading import find_model, fitting_plan
 from llmjax.parameters import Parameter, read_all
 from llmjax.quant.qtensor import QTensor, dequantize
 from llmjax.quant.schemes import role_of
-
-_CHUNK = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +86,8 @@ def by_role(found: Iterable[Error]) -> list[Error]:
 
 def _error(name: str, candidate: Parameter, reference: Parameter) -> Error:
     largest = squares = power = 0.0
-    step = max(1, _CHUNK // int(np.prod(candidate.shape[1:], dtype=np.int64)))
-    for start in range(0, candidate.shape[0], step):
-        a, b = (_rows(x, slice(start, start + step)) for x in (candidate, reference))
+    for rows in row_chunks(candidate.shape):
+        a, b = (_rows(x, rows) for x in (candidate, reference))
         if not np.isfinite(a).all() or not np.isfinite(b).all():
             raise CheckpointError(f"{name}: NaN or infinite weights cannot be compared; the checkpoint is damaged")
         difference = (a - b).astype(np.float64)

@@ -11,11 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from llmjax.arrays import aligned
+from llmjax.arrays import aligned, row_chunks
 from llmjax.quant.qtensor import QTensor, pack
-
-# Values unpacked at a time.
-_CHUNK = 1 << 22
 
 
 class Unpacked(NamedTuple):
@@ -54,9 +51,7 @@ def unpack(raw: np.ndarray, dtype: str, shape: tuple[int, int]) -> QTensor:
     scales = aligned((out, groups), sample.scales.dtype)
     offsets = None if sample.offsets is None else aligned((out, groups), sample.offsets.dtype)
     fifth = aligned((out, width // 8), u8) if kind.bits == 5 else None
-    step = max(1, _CHUNK // width)
-    for start in range(0, out, step):
-        rows = slice(start, min(start + step, out))
+    for rows in row_chunks(shape):
         part = kind.take_apart(blocks[rows].reshape(-1, block_bytes))
         n = part.n.reshape(-1, width)
         values[rows] = n if kind.bits == 8 else pack(n & 15)

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax import lax
 
-from llmjax.bits import from_storage, to_storage
+from llmjax.bits import look_up
 
 
 class QTensor(struct.PyTreeNode):
@@ -114,10 +113,7 @@ def dequantize(q: QTensor) -> Any:
 def take(q: QTensor, ids: jax.Array) -> jax.Array:
     """``W[ids]`` float32: the embedding of token ids of any shape."""
     flat = ids.reshape(-1)
-    # The barrier: see ``bits.look_up``.
-    q, flat = lax.optimization_barrier((q, flat))
-    rows = q.map(lambda leaf: from_storage(jnp.take(to_storage(leaf), flat, axis=0), leaf.dtype))
-    return dequantize(rows).reshape(*ids.shape, q.shape[1])
+    return dequantize(q.map(lambda leaf: look_up(leaf, flat))).reshape(*ids.shape, q.shape[1])
 
 
 def pack(n: np.ndarray) -> np.ndarray:

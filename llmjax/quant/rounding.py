@@ -20,16 +20,13 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llmjax.arrays import aligned
+from llmjax.arrays import aligned, row_chunks
 from llmjax.errors import CheckpointError, ConfigError
 from llmjax.quant.qtensor import QTensor, pack
 from llmjax.quant.schemes import Scheme
 from llmjax.quant.search import mse_scales
 
 Rows = Callable[[int, int], np.ndarray]
-
-# Values worked on at a time: the temporaries are a few times their size.
-_CHUNK = 1 << 22
 
 
 def quantize(rows: Rows, shape: tuple[int, int], scheme: Scheme, name: str = "weight") -> QTensor:
@@ -58,10 +55,8 @@ def quantize(rows: Rows, shape: tuple[int, int], scheme: Scheme, name: str = "we
     values = aligned((out, packed), np.dtype(np.uint8 if scheme.bits == 4 else np.int8))
     scales = aligned((out, width // group), np.dtype(np.float32))
     offsets = None if scheme.symmetric else aligned(scales.shape, scales.dtype)
-    step = max(1, _CHUNK // width)
-    for start in range(0, out, step):
-        part = slice(start, min(start + step, out))
-        w = rows(part.start, part.stop).astype(np.float32).reshape(part.stop - start, -1, group)
+    for part in row_chunks(shape):
+        w = rows(part.start, part.stop).astype(np.float32).reshape(-1, width // group, group)
         if not np.isfinite(w).all():
             raise CheckpointError(f"{name}: NaN or infinite weights cannot be quantized; the checkpoint is damaged")
         n, scales[part], shift = _symmetric(w, scheme) if scheme.symmetric else _asymmetric(w, scheme.bits)

@@ -196,8 +196,8 @@ MUTATIONS = {
     "permutation left as it is": ("llama", gguf_names, "_unpermuted", lambda right: as_it_is),
     "permutation by the wrong heads": ("llama", gguf_names, "_unpermuted", lambda right: lambda heads: right(2)),
     "1 left in the norms": ("gemma2", gguf_names, "_minus_one", as_it_is),
-    "q, k, v turned round": ("falcon_40b", gguf_names, "_parts", turned_round),
-    "gate and up turned round": ("phi3", gguf_names, "_parts", turned_round),
+    "q, k, v turned round": ("falcon_40b", gguf_names, "stacked", turned_round),
+    "gate and up turned round": ("phi3", gguf_names, "stacked", turned_round),
     "norms swapped": ("stablelm", gguf_names, "_LAYER", lambda right: right | SWAPPED_NORMS),
     "window": ("gemma3", gguf_config, "_windows", one_more),
     "rotary width": ("phi", gguf_config, "_rope", without("partial_rotary_factor")),
@@ -397,13 +397,7 @@ def test_frequencies_that_do_not_fit(written, divisors, message):
 def test_inspect_says_what_is_not_supported(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "mamba")
     writer.add_tensor("blk.0.ssm_a.weight", np.ones((4, 4), np.float32))
-    for write in (
-        writer.write_header_to_file,
-        writer.write_kv_data_to_file,
-        writer.write_tensors_to_file,
-        writer.close,
-    ):
-        write()
+    gguf_files.finish(writer)
     report = llmjax.inspect(tmp_path / "x.gguf")
     assert not report.supported and report.model_type == "mamba"
     assert "general.architecture 'mamba' is not supported" in report.problems[0]
@@ -450,13 +444,7 @@ def test_the_demo_model_survives_being_written(smollm2_path, tmp_path):
         kind = gguf.GGMLQuantizationType[spec.dtype]
         raw = source.raw(name).reshape(*spec.shape[:-1], -1)
         writer.add_tensor(name, raw.view(np.float32) if spec.dtype == "F32" else raw, raw_dtype=kind)
-    for write in (
-        writer.write_header_to_file,
-        writer.write_kv_data_to_file,
-        writer.write_tensors_to_file,
-        writer.close,
-    ):
-        write()
+    gguf_files.finish(writer)
     before, after = llmjax.inspect(smollm2_path), llmjax.inspect(tmp_path / "again.gguf")
     assert after.supported and dataclasses.replace(after, path=before.path) == before
     again = GgufSource(tmp_path / "again.gguf")

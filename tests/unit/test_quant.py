@@ -95,7 +95,7 @@ def test_asymmetric_rounding_is_mediapipes():
 def test_chunks_do_not_show(monkeypatch):
     w = weight(40, 128)
     whole = quantized(w, "int4-g32-asym")
-    monkeypatch.setattr("llmjax.quant.rounding._CHUNK", 128 * 7)
+    monkeypatch.setattr("llmjax.arrays._CHUNK", 128 * 7)
     jax.tree.map(np.testing.assert_array_equal, whole, quantized(w, "int4-g32-asym"))
 
 
