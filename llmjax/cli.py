@@ -6,7 +6,6 @@ wrong usage or bad input.
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import sys
@@ -69,21 +68,33 @@ def _parser() -> argparse.ArgumentParser:
     chat = verb("chat", _chat, "Talk with a model, a line at a time.", model, sampling)
     chat.add_argument("--system", help="system message")
 
-    batch = verb("batch", _batch, "Run a JSONL of prompts into a JSONL of answers, in order.", model, sampling)
-    batch.add_argument("--input", required=True, help="JSONL file, or - for stdin")
-    batch.add_argument("--output", required=True, help="JSONL file, or - for stdout")
+    batch = verb(
+        "batch", _batch, "Run a JSONL of prompts into a JSONL of answers; run again, it goes on.", model, sampling
+    )
+    batch.add_argument("--input", required=True, help="JSONL file, *.gz or not, or - for stdin")
+    batch.add_argument("--output", required=True, help="JSONL file, *.gz or not, or - for stdout")
+    batch.add_argument("--ordered", action="store_true", help="leave the answers in the order of the rows")
+    batch.add_argument("--shard", metavar="I/N", help="do part I of N of the rows, chosen by their ids")
+    batch.add_argument("--force", action="store_true", help="start over, whatever the output holds")
+    batch.add_argument("--retry-errors", action="store_true", help="run rows again that failed when they ran")
+    batch.add_argument(
+        "--dry-run", action="store_true", help="check and count the rows, estimate the time, write nothing"
+    )
+    batch.add_argument(
+        "--progress-seconds", type=float, default=10.0, metavar="S", help="between lines of progress; 0 for none"
+    )
 
     score = verb("score", _score, "Log-probabilities, NLL and perplexity of given texts.", model)
     score.add_argument("--input", required=True, help='JSONL of {"text": ...} or {"token_ids": [...]}, or - for stdin')
     score.add_argument("--output", required=True, help="JSONL file, or - for stdout")
 
-    trace = verb("trace", _trace, "Write a model's named activations for one prompt.", model)
+    # Flags of its own: a default set on shared ones would be every verb's.
+    trace = verb("trace", _trace, "Write a model's named activations for one prompt.", _model_flags("reference"))
     what = trace.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="the text, or - for stdin")
     what.add_argument("--ids", type=_id_list, metavar="ID,ID", help="token ids, taken as they are")
     trace.add_argument("--output", required=True, metavar="DIR", help="a new directory")
     trace.add_argument("--taps", action="append", metavar="GLOB", help="names to keep, * by default; may be repeated")
-    trace.set_defaults(numerics="reference")
 
     inspect = verb("inspect", _inspect, "Say what a checkpoint is and whether llmjax runs it, from its headers alone.")
     inspect.add_argument("path", metavar="PATH")
@@ -110,12 +121,12 @@ def _weight_flags(group: Any) -> None:
     )
 
 
-def _model_flags() -> argparse.ArgumentParser:
+def _model_flags(numerics: str = "fast") -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group("model")
     group.add_argument("--model", required=True, help="a checkpoint's path, or smollm2 for the installed demo model")
     _weight_flags(group)
-    group.add_argument("--numerics", default="fast", help="reference, hf, fast (default) or dynamic_int8")
+    group.add_argument("--numerics", default=numerics, help=f"reference, hf, fast or dynamic_int8 (default {numerics})")
     group.add_argument("--max-batch", type=int, default=8, metavar="N", help="decode slots (default 8)")
     group.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long")
     group.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
@@ -240,22 +251,27 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _batch(args: argparse.Namespace) -> int:
-    from llmjax.batch.job import run
-    from llmjax.batch.progress import Reporter
+    from llmjax.batch import dryrun, job
+    from llmjax.batch.rows import WHOLE, Shard
 
     params = _params(args)
-    with _input(args.input) as lines, _output(args.output, args.input) as begin:
-        llm, load_seconds = _llm(args)
-        total = None if args.input == "-" else _count_rows(args.input)
-        summary = run(llm, lines, begin(), params, total=total, reporter=Reporter())
-    print(f"{summary.describe()}; load {load_seconds:.1f} s", file=sys.stderr)
-    return 1 if summary.failed else 0
+    shard = Shard.parse(args.shard) if args.shard else WHOLE
+    if args.dry_run:
+        report = dryrun.run(lambda: _llm(args)[0], args.input, args.output, params, shard)
+        print(report.describe())
+        return 1 if report.bad else 0
+    options = job.Options(args.ordered, shard, args.retry_errors, args.force, args.progress_seconds)
+    about = {"model": args.model, "input": args.input, "ordered": args.ordered, "truncate_prompt": args.truncate_prompt}
+    summary = job.run(lambda: _llm(args)[0], args.input, args.output, params, options, about)
+    print(summary.describe(), file=sys.stderr)
+    return {"complete": 1 if summary.totals.failed else 0, "interrupted": 130, "failed": 1}[summary.status]
 
 
 def _score(args: argparse.Namespace) -> int:
+    from llmjax.batch.files import open_lines
     from llmjax.batch.scoring import run
 
-    with _input(args.input) as lines, _output(args.output, args.input) as begin:
+    with open_lines(args.input) as lines, _output(args.output, args.input) as begin:
         llm, _ = _llm(args)
         summary = run(llm, lines, begin())
     print(summary.describe(), file=sys.stderr)
@@ -332,18 +348,6 @@ def _report_tensors(done: int, total: int) -> None:
         print(f"\r{done} of {total} tensors", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
-def _input(path: str) -> contextlib.AbstractContextManager[IO[str]]:
-    # Bytes that are no UTF-8 must spoil their own row only: they pass as lone surrogates and are refused there.
-    if path == "-":
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-        return contextlib.nullcontext(sys.stdin)
-    try:
-        return open(path, encoding="utf-8", errors="surrogateescape")
-    except OSError as error:
-        raise RequestError(f"{path}: cannot read the input: {error.strerror}") from None
-
-
 @contextlib.contextmanager
 def _output(path: str, source: str) -> Iterator[Callable[[], IO[str]]]:
     """Opens the output at once, so that a wrong path costs nothing, and empties it only when the work begins: a model
@@ -381,11 +385,6 @@ def _output(path: str, source: str) -> Iterator[Callable[[], IO[str]]]:
     finally:
         if is_new and not began:
             os.unlink(path)
-
-
-def _count_rows(path: str) -> int:
-    with open(path, "rb") as file:
-        return sum(1 for line in file if line.strip())
 
 
 if __name__ == "__main__":

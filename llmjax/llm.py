@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.errors import RequestError, TokenizerError
+from llmjax.errors import RequestError, TokenizerError, TooLongError
 from llmjax.loading import load
 from llmjax.model import Model, check_ids
 from llmjax.outputs import RequestOutput, Score
@@ -101,7 +101,7 @@ class LLM:
         context = self.model.context_length
         if len(ids) >= context:
             if not self.truncate_prompt:
-                raise RequestError(
+                raise TooLongError(
                     f"prompt: {len(ids)} tokens, longer than the model's context of {context} less one for the answer; "
                     "shorten it, or ask for truncation (truncate_prompt, --truncate-prompt)"
                 )

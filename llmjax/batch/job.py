@@ -1,15 +1,28 @@
-"""Runs a JSONL of prompts through an ``LLM`` and writes the answers in the order of the input."""
+"""Runs a JSONL of prompts through an ``LLM``: what is done stays done, whatever ends it."""
 
+import contextlib
 import dataclasses
-import json
+import functools
+import os
+import sys
+import tempfile
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import IO, Any
 
-from llmjax.batch.progress import Reporter
-from llmjax.batch.rows import error_row, output_row, read_rows
+from llmjax.batch import manifest as manifests
+from llmjax.batch.files import locked, open_lines
+from llmjax.batch.identity import identity
+from llmjax.batch.index import Index, Totals, Written
+from llmjax.batch.interrupts import Interrupts
+from llmjax.batch.journal import SYNC_SECONDS, Journal
+from llmjax.batch.manifest import Manifest
+from llmjax.batch.progress import PLAIN_SECONDS, Count, Reporter
+from llmjax.batch.rows import WHOLE, InputRow, Shard, count_rows, describe, read_rows
+from llmjax.errors import RequestError, ResumeError
 from llmjax.llm import LLM
+from llmjax.outputs import RequestOutput
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request
 
@@ -17,81 +30,252 @@ from llmjax.runtime.row import Request
 RESERVE = 1024
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a job goes about it.
+
+    Attributes:
+      ordered: leave the output in the order of the input; otherwise rows stay in the order they were finished in.
+      shard: which rows to do.
+      retry_errors: run rows again that failed when they ran.
+      force: start over, whatever the output holds.
+      progress_seconds: between lines of progress where stderr is no terminal; 0 for none.
+    """
+
+    ordered: bool = False
+    shard: Shard = WHOLE
+    retry_errors: bool = False
+    force: bool = False
+    progress_seconds: float = PLAIN_SECONDS
+
+
 @dataclasses.dataclass
 class Summary:
-    """What a job did: rows answered, rows that failed, tokens, seconds."""
+    """What a job did.
 
-    rows: int = 0
-    failed: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    compile_seconds: float = 0.0
-    seconds: float = 0.0
+    Attributes:
+      status: ``complete``, ``interrupted`` or ``failed``.
+      totals: of the output.
+      kept: rows that an earlier run had done.
+      problem: why it failed.
+      removed: rows of the output did not belong to the input any more.
+      run: seconds and counts of this run, as the manifest has them.
+    """
+
+    status: str = "running"
+    totals: Totals = Totals(0, 0, 0, 0)
+    kept: int = 0
+    problem: str = ""
+    removed: bool = False
+    run: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def describe(self) -> str:
         """One line."""
-        generate = max(self.seconds - self.compile_seconds, 1e-9)
+        run, (rows, failed, prompt, completion) = self.run, self.totals
+        generate = max(run["seconds"] - run["compile_seconds"], 1e-9)
+        kept = f" ({self.kept} of them earlier)" if self.kept else ""
         return (
-            f"{self.rows} rows answered, {self.failed} failed; {self.prompt_tokens} prompt and "
-            f"{self.completion_tokens} answer tokens ({self.completion_tokens / generate:.0f} tok/s); "
-            f"generate {generate:.1f} s, compile {self.compile_seconds:.1f} s"
+            f"{rows - failed} rows answered, {failed} failed{kept}; {prompt} prompt and {completion} answer tokens; "
+            f"decode {run['decode_tokens'] / generate:.0f} tok/s; load {run['load_seconds']:.1f} s, "
+            f"compile {run['compile_seconds']:.1f} s, generate {generate:.1f} s"
         )
 
 
 def run(
-    llm: LLM,
-    lines: Iterable[str],
-    output: IO[str],
+    load: Callable[[], LLM],
+    source: str,
+    output: str,
     params: SamplingParams,
-    *,
-    total: int | None = None,
-    reporter: Reporter | None = None,
+    options: Options = Options(),
+    about: dict[str, Any] | None = None,
 ) -> Summary:
-    """Runs every row; a row that fails is reported in its own output row and the others go on.
+    """Runs every row that the output does not answer yet; a row that fails is reported in its own output row.
 
     Args:
-      llm: the model.
-      lines: of the input.
-      output: gets one JSON line a row, in order, as soon as all rows before it are written.
+      load: makes the LLM; called when the files are known to be in order.
+      source: path of the input, ``-`` for stdin.
+      output: path of the output, ``-`` for stdout; what is no regular file cannot be resumed.
       params: defaults for rows.
-      total: number of rows, for the time left.
-      reporter: told of progress.
+      options: see there.
+      about: noted in the manifest.
+
+    Raises:
+      RequestError: the input cannot be read or the output not be written to.
+      ResumeError: the output belongs to another job, or one is at work on it.
+      LlmjaxError: from ``load``.
     """
-    summary, began = Summary(), time.monotonic()
-    compiled = llm.engine.compile_seconds
-    order: deque[int] = (
-        deque()
-    )  # lines of the input not yet written; a finished one waits in `done` for those before it
-    done: dict[int, str] = {}
-    lines_of: dict[str, int] = {}
+    with contextlib.ExitStack() as stack:
+        lines = stack.enter_context(open_lines(source))
+        path, stream = stack.enter_context(_claimed(output, source))
+        began = time.monotonic()
+        llm = load()
+        job = _Job(llm, path, stream, params, options, time.monotonic() - began)
+        with contextlib.closing(job.index):
+            return job.run(lines, source, about or {})
 
-    def finish(line: int, row: dict[str, Any]) -> None:
-        done[line] = json.dumps(row, ensure_ascii=False) + "\n"
-        while order and order[0] in done:
-            output.write(done.pop(order.popleft()))
-        output.flush()
 
-    def requests() -> Iterator[Request]:
-        for row in read_rows(lines, llm, params):
-            order.append(row.line)
-            if row.request is None:
-                summary.failed += 1
-                finish(row.line, error_row(row))
+class _Job:
+    def __init__(
+        self,
+        llm: LLM,
+        path: Path,
+        stream: IO[bytes] | None,
+        params: SamplingParams,
+        options: Options,
+        load_seconds: float,
+    ):
+        self.llm, self.path, self.stream, self.params, self.options = llm, path, stream, params, options
+        self.index = Index()
+        self.count = Count()
+        self.summary = Summary()
+        self.load_seconds = load_seconds
+        self.waiting: dict[str, InputRow] = {}  # rows that the engine has
+
+    def run(self, lines: Iterable[str], source: str, about: dict[str, Any]) -> Summary:
+        job = identity(self.llm, self.params, self.options.shard)
+        fresh = self.options.force or self.stream is not None
+        manifest = Manifest(job) if fresh else manifests.going_on(self.path, job)
+        manifest.status, manifest.about = "running", about
+        began, clock, compiled = _now(), time.monotonic(), self.llm.engine.compile_seconds
+        counted = dataclasses.replace(self.llm.engine.progress)
+        try:
+            self._write(manifest)
+            journal = Journal(self.path, self.index, describe, fresh=fresh)
+            with contextlib.closing(journal):
+                self.count.total = count_rows(source, self.options.shard)
+                self._answer(lines, journal)
+        except BrokenPipeError:
+            raise
+        except KeyboardInterrupt:
+            self.summary.status = "interrupted"
+            raise
+        except OSError as error:
+            self.summary.status, self.summary.problem = "failed", _problem(self.path, error)
+        except BaseException:
+            self.summary.status = "failed"
+            raise
+        finally:
+            progress, self.summary.totals = self.llm.engine.progress, self.index.totals()
+            self.summary.run = {
+                "began": began,
+                "seconds": round(time.monotonic() - clock, 3),
+                "load_seconds": round(self.load_seconds, 3),
+                "compile_seconds": round(self.llm.engine.compile_seconds - compiled, 3),
+                "rows": self.count.done - self.summary.kept,
+                "prefill_tokens": progress.prefill_tokens - counted.prefill_tokens,
+                "decode_tokens": progress.decode_tokens - counted.decode_tokens,
+            }
+            manifest.status, manifest.counts = self.summary.status, self.summary.totals._asdict()
+            manifest.runs.append(self.summary.run)
+            with contextlib.suppress(OSError):  # of a full disk more has been said
+                self._write(manifest)
+        return self.summary
+
+    def _write(self, manifest: Manifest) -> None:
+        if self.stream is None:
+            manifest.write(self.path)
+
+    def _answer(self, lines: Iterable[str], journal: Journal) -> None:
+        with (
+            Interrupts() as interrupts,
+            Reporter(
+                self.llm.engine,
+                self.count,
+                functools.partial(journal.sync, SYNC_SECONDS),
+                seconds=self.options.progress_seconds,
+            ),
+        ):
+            for output in self._outputs(self._requests(lines, journal, interrupts), interrupts):
+                row = self.waiting.pop(output.request_id)
+                self._append(journal, *row.answer(output, self.llm), row.line)
+            if interrupts.asked:
+                self.summary.status = "interrupted"
+                return
+        self.summary.removed = self._finish(journal)
+        self.summary.status = "complete"
+
+    def _requests(self, lines: Iterable[str], journal: Journal, interrupts: Interrupts) -> Iterator[Request]:
+        """The rows that are to be run; on the way, those that need not or cannot be are done with."""
+        for row in read_rows(lines, self.llm, self.params, self.index, self.options.shard):
+            if interrupts.asked:
+                return
+            known = self.index.get(row.key)
+            if (
+                known
+                and known.content == row.content
+                and not (known.failed and row.request and self.options.retry_errors)
+            ):
+                self.index.keep(row.key, row.line)
+                self.summary.kept += 1
+                self.count.kept += 1
+                self.count.done += 1
+            elif row.request is None:
+                self._append(journal, *row.failure(), row.line)
             else:
-                lines_of[row.request.request_id] = row.line
+                self.waiting[row.request.request_id] = row
                 yield row.request
 
-    for update in llm.run(requests(), reserve=RESERVE):
-        if update.row.finish_reason:
-            result = update.row.output(llm.model.numerics.name)
-            summary.rows += 1
-            summary.prompt_tokens += len(result.prompt_token_ids)
-            summary.completion_tokens += len(result.outputs[0].token_ids)
-            finish(lines_of.pop(result.request_id), output_row(result))
-        if reporter is not None:
-            reporter.update(summary.rows + summary.failed, total, llm.engine.progress)
-    summary.seconds = time.monotonic() - began
-    summary.compile_seconds = llm.engine.compile_seconds - compiled
-    if reporter is not None:
-        reporter.close()
-    return summary
+    def _outputs(self, requests: Iterator[Request], interrupts: Interrupts) -> Iterator[RequestOutput]:
+        for update in self.llm.run(requests, reserve=RESERVE):
+            if update.row.finish_reason:
+                yield update.row.output(self.llm.model.numerics.name)
+            if interrupts.asked:
+                return
+
+    def _append(self, journal: Journal, row: Written, text: bytes, line: int) -> None:
+        journal.append(row, text, line)
+        self.count.done += 1
+        if self.stream is not None and not self.options.ordered:
+            self.stream.write(text)
+            self.stream.flush()
+
+    def _finish(self, journal: Journal) -> bool:
+        if journal.lines and not self.index.totals().rows:
+            raise ResumeError(
+                f"{self.path}: none of its {journal.lines} rows is in the input, which has no others; they are left as "
+                "they are: is it the right input?"
+            )
+        if self.stream is None:
+            return journal.finish(ordered=self.options.ordered)
+        if self.options.ordered:
+            for text in journal.rows(ordered=True):
+                self.stream.write(text)
+            self.stream.flush()
+        return False
+
+
+@contextlib.contextmanager
+def _claimed(output: str, source: str) -> Iterator[tuple[Path, IO[bytes] | None]]:
+    """The path rows are written to, this job's alone, and the stream they are passed on to if the output is one.
+
+    Raises:
+      RequestError: it cannot be written to.
+      ResumeError: another job does.
+    """
+    path = Path(output)
+    with contextlib.ExitStack() as stack:
+        try:
+            if output == "-" or (path.exists() and not path.is_file() and not path.is_dir()):
+                stream = sys.stdout.buffer if output == "-" else stack.enter_context(open(path, "wb", buffering=0))
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="llmjax-"))
+                path = Path(folder, "rows.jsonl")
+            else:
+                stream = None
+                if source != "-" and path.exists() and os.path.samefile(path, source):
+                    raise RequestError(f"{path}: the output is the input file")
+                if path.exists():
+                    open(path, "ab").close()  # a directory, or no permission
+                stack.enter_context(locked(path))
+        except OSError as error:
+            raise RequestError(f"{path}: cannot write the output: {error.strerror}") from None
+        yield path, stream
+
+
+def _problem(path: Path, error: OSError) -> str:
+    return (
+        f"{path}: writing the output failed: {error.strerror}; the rows so far are whole, and the same command goes on"
+    )
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
