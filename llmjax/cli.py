@@ -263,8 +263,13 @@ def _batch(args: argparse.Namespace) -> int:
     options = job.Options(args.ordered, shard, args.retry_errors, args.force, args.progress_seconds)
     about = {"model": args.model, "input": args.input, "ordered": args.ordered, "truncate_prompt": args.truncate_prompt}
     summary = job.run(lambda: _llm(args)[0], args.input, args.output, params, options, about)
+    if summary.problem:
+        print(f"llmjax: {summary.problem}", file=sys.stderr)
     print(summary.describe(), file=sys.stderr)
-    return {"complete": 1 if summary.totals.failed else 0, "interrupted": 130, "failed": 1}[summary.status]
+    if summary.status == "interrupted":
+        print("llmjax: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+    return 1 if summary.problem or summary.totals.failed else 0
 
 
 def _score(args: argparse.Namespace) -> int:

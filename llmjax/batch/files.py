@@ -33,7 +33,8 @@ def open_lines(path: str) -> Iterator[Iterable[str]]:
         raise RequestError(f"{path}: cannot read the input: {error.strerror}") from None
     with raw, contextlib.ExitStack() as stack:
         data = stack.enter_context(gzip.open(raw)) if path.endswith(".gz") else raw
-        yield _checked(io.TextIOWrapper(data, encoding="utf-8", errors="surrogateescape", newline="\n"), path)
+        text = io.TextIOWrapper(data, encoding="utf-8", errors="surrogateescape", newline="\n")
+        yield _checked(stack.enter_context(text), path)
 
 
 def _checked(lines: Iterable[str], path: str) -> Iterator[str]:

@@ -174,15 +174,24 @@ def _choice(completion: CompletionOutput, output: RequestOutput, tokenizer: Toke
 
 def _token(token: int, logprob: float, tokenizer: Tokenizer | None) -> dict[str, Any]:
     data = tokenizer.token_bytes(token) if tokenizer else None
-    text, value = _text(token, tokenizer), finite(logprob)
-    return {"token": text, "logprob": _IMPOSSIBLE if value is None else value, "bytes": data and list(data)}
+    value = finite(logprob)
+    return {
+        "token": _text(token, tokenizer),
+        "logprob": _IMPOSSIBLE if value is None else value,
+        "bytes": None if data is None else list(data),
+    }
 
 
 def _text(token: int, tokenizer: Tokenizer | None) -> str:
-    """The text of a token; special ones by their name, and by number (as vLLM writes it) without a tokenizer."""
+    """A token's text; part of a character as OpenAI writes it, a special token by its name, and one that has none by
+    number, as vLLM does: tokens are keys in ``top_logprobs``, so no two may look alike."""
     if tokenizer is None:
         return f"token_id:{token}"
-    return tokenizer.token_bytes(token).decode(errors="replace") or tokenizer.piece(token)
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode() or tokenizer.piece(token) or f"token_id:{token}"
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def failure(row_id: str | None, line: int, message: str, content: str) -> dict[str, Any]:
