@@ -81,15 +81,15 @@ def run(
                 lines_of[row.request.request_id] = row.line
                 yield row.request
 
-    for update in llm.run(requests(), reserve=RESERVE):
-        if update.row.finish_reason:
-            result = update.row.output(llm.model.numerics.name)
-            summary.rows += 1
-            summary.prompt_tokens += len(result.prompt_token_ids)
-            summary.completion_tokens += len(result.outputs[0].token_ids)
-            finish(lines_of.pop(result.request_id), output_row(result))
+    def report() -> None:
         if reporter is not None:
             reporter.update(summary.rows + summary.failed, total, llm.engine.progress)
+
+    for result in llm.outputs(requests(), reserve=RESERVE, on_update=report):
+        summary.rows += 1
+        summary.prompt_tokens += len(result.prompt_token_ids)
+        summary.completion_tokens += sum(len(c.token_ids) for c in result.outputs)
+        finish(lines_of.pop(result.request_id), output_row(result))
     summary.seconds = time.monotonic() - began
     summary.compile_seconds = llm.engine.compile_seconds - compiled
     if reporter is not None:

@@ -125,8 +125,6 @@ class Engine:
         Yields:
           an update whenever a row has new text or has finished, rows in any order.
         """
-        if isinstance(requests, list):
-            reserve = max([reserve, *(len(r.ids) + (r.params.max_tokens or 0) for r in requests)])
         self._state = self._ensure(reserve).replace(active=jnp.zeros(self.slots, jnp.bool_))
         try:
             yield from self._run(iter(requests), burst)
