@@ -195,7 +195,7 @@ def _params(args: argparse.Namespace) -> "SamplingParams":
     """Sampling parameters from flags; ``--seed`` is the job's, so rows differ."""
     from llmjax.runtime.params import SamplingParams
 
-    given = {f.name: getattr(args, f.name) for f in fields(SamplingParams) if f.name != "seed"}
+    given = {f.name: getattr(args, f.name, None) for f in fields(SamplingParams) if f.name != "seed"}
     if args.seed is not None:
         SamplingParams(seed=args.seed)
     return SamplingParams(**{k: v for k, v in given.items() if v is not None})

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine, Update
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request
+from llmjax.runtime.samples import Samples
 from llmjax.runtime.sampling import row_seed
 from llmjax.text.tokenizer import Tokenizer
 
@@ -145,10 +146,39 @@ class LLM:
         """``Engine.run``, one run at a time: another thread waits for its turn.
 
         Raises:
-          RequestError: this thread is in the middle of another run, such as a stream that was not read to its end.
+          RequestError: this thread is in the middle of another run, such as a stream that was not read to its end; or
+            a request wants several samples, whose text cannot come as one stream.
         """
+
+        def checked() -> Iterator[Request]:
+            for request in requests:
+                if request.params.n > 1:
+                    raise RequestError(f"n: a stream is one sample, found {request.params.n}; use generate or batch")
+                yield request
+
         with self._turn():
-            yield from self.engine.run(requests, burst=burst, reserve=reserve)
+            yield from self.engine.run(checked(), burst=burst, reserve=_reserve(requests, reserve))
+
+    def outputs(
+        self, requests: Iterable[Request], *, reserve: int = 0, on_update: Callable[[], None] | None = None
+    ) -> Iterator[RequestOutput]:
+        """Runs requests and yields each answer, all its ``n`` samples in it, as soon as it is whole, in any order.
+
+        Args:
+          requests: of any number; taken one by one, as slots become free.
+          reserve: see ``Engine.run``.
+          on_update: called whenever rows have new tokens; what it raises ends the run.
+
+        Raises:
+          RequestError: this thread is in the middle of another run.
+        """
+        samples = Samples(requests, self.model.numerics.name)
+        with self._turn():
+            for update in self.engine.run(samples.rows(), reserve=_reserve(requests, reserve)):
+                if update.row.finish_reason and (output := samples.add(update.row)):
+                    yield output
+                if on_update is not None:
+                    on_update()
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -190,11 +220,15 @@ class LLM:
         return self._finished(requests)
 
     def _finished(self, requests: list[Request]) -> list[RequestOutput]:
-        done = {u.row.request.request_id: u.row for u in self.run(requests) if u.row.finish_reason}
-        return [done[r.request_id].output(self.model.numerics.name) for r in requests]
+        done = {output.request_id: output for output in self.outputs(requests)}
+        return [done[r.request_id] for r in requests]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
-        """Pieces of text as they become certain; concatenated they are what ``generate`` returns."""
+        """Pieces of text as they become certain; concatenated they are what ``generate`` returns.
+
+        Raises:
+          RequestError: a bad prompt, or ``n`` above 1.
+        """
         for update in self.run([self.request(prompt, sampling_params)], burst=1):
             if update.piece:
                 yield update.piece
@@ -236,6 +270,12 @@ class LLM:
                 logprobs, best = self.engine.score(ids)
             scores.append(Score(list(ids), [None, *map(float, logprobs)], [None, *map(int, best)]))
         return scores
+
+
+def _reserve(requests: Iterable[Request], reserve: int) -> int:
+    """Cache positions to begin with: what the longest of a list needs, at least ``reserve``."""
+    lengths = [len(r.ids) + (r.params.max_tokens or 0) for r in requests] if isinstance(requests, list) else []
+    return max([reserve, *lengths])
 
 
 def _plain(token: Any) -> Any:

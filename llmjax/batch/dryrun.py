@@ -89,7 +89,7 @@ def run(load: Callable[[], LLM], source: str, output: str, params: SamplingParam
             report.rows += 1
             report.prompt_tokens += size
             report.longest = max(report.longest, size)
-            report.answer_tokens += row.request.params.max_tokens or 0
+            report.answer_tokens += (row.request.params.max_tokens or 0) * row.request.params.n
     if report.rows:
         report.estimate = _from_manifest(llm, output, params, shard, report) or _from_calibration(llm, report)
     else:

@@ -22,7 +22,6 @@ from llmjax.batch.progress import PLAIN_SECONDS, Count, Reporter
 from llmjax.batch.rows import WHOLE, InputRow, Shard, count_rows, describe, read_rows
 from llmjax.errors import RequestError, ResumeError
 from llmjax.llm import LLM
-from llmjax.outputs import RequestOutput
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request
 
@@ -177,7 +176,7 @@ class _Job:
 
     def _answer(self, lines: Iterable[str], journal: Journal) -> None:
         with (
-            Interrupts() as interrupts,
+            Interrupts(self.llm.engine.stop) as interrupts,
             Reporter(
                 self.llm.engine,
                 self.count,
@@ -185,7 +184,7 @@ class _Job:
                 seconds=self.options.progress_seconds,
             ),
         ):
-            for output in self._outputs(self._requests(lines, journal, interrupts), interrupts):
+            for output in self.llm.outputs(self._requests(lines, journal, interrupts), reserve=RESERVE):
                 row = self.waiting.pop(output.request_id)
                 self._append(journal, *row.answer(output, self.llm), row.line)
             if interrupts.asked:
@@ -214,13 +213,6 @@ class _Job:
             else:
                 self.waiting[row.request.request_id] = row
                 yield row.request
-
-    def _outputs(self, requests: Iterator[Request], interrupts: Interrupts) -> Iterator[RequestOutput]:
-        for update in self.llm.run(requests, reserve=RESERVE):
-            if update.row.finish_reason:
-                yield update.row.output(self.llm.model.numerics.name)
-            if interrupts.asked:
-                return
 
     def _append(self, journal: Journal, row: Written, text: bytes, line: int) -> None:
         journal.append(row, text, line)

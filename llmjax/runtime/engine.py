@@ -74,6 +74,7 @@ class Engine:
         self._admit = self._compiled(programs.admit, (), donate=0)
         self._length = 0
         self._state: State | None = None
+        self._stopping = False
 
     def _compiled(self, function: Callable[..., Any], static: tuple[Any, ...], donate: int) -> Callable[..., Any]:
         """``function`` jitted, its static arguments bound, its traces counted and the time they take added up."""
@@ -125,8 +126,7 @@ class Engine:
         Yields:
           an update whenever a row has new text or has finished, rows in any order.
         """
-        if isinstance(requests, list):
-            reserve = max([reserve, *(len(r.ids) + (r.params.max_tokens or 0) for r in requests)])
+        self._stopping = False
         self._state = self._ensure(reserve).replace(active=jnp.zeros(self.slots, jnp.bool_))
         try:
             yield from self._run(iter(requests), burst)
@@ -136,10 +136,15 @@ class Engine:
             self._state = None  # an interrupted program may have consumed its buffers
             raise
 
+    def stop(self) -> None:
+        """Ends the run at the next step: rows that have finished are handed back, the others are dropped.  May be
+        called from a signal handler."""
+        self._stopping = True
+
     def _run(self, queue: Iterator[Request], burst: int) -> Iterator[Update]:
         rows: dict[int, Row] = {}
         more = True
-        while True:
+        while not self._stopping:
             while more and len(rows) < self.slots:
                 request = next(queue, None)
                 if request is None:

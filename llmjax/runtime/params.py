@@ -8,6 +8,7 @@ from typing import Any
 from llmjax.errors import RequestError
 
 MAX_LOGPROBS = 20
+MAX_SAMPLES = 16384  # vLLM's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +19,7 @@ class SamplingParams:
     top-k, top-p, min-p.
 
     Attributes:
+      n: samples of each prompt, each drawn with a key of its own; they share the prompt's computation.
       temperature: divides the logits; 0 is greedy (the highest logit, ties to the lower id).
       top_k: keep the k best candidates; 0 or -1 keeps all.
       top_p: keep the shortest run of best candidates whose probability reaches this; in (0, 1].
@@ -34,6 +36,7 @@ class SamplingParams:
       RequestError: a value out of range, with the field, the value and the range.
     """
 
+    n: int = 1
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -91,6 +94,7 @@ def _is(value: Any, kind: str) -> bool:
 _OPTIONAL = {"seed", "max_tokens", "logprobs"}
 _Rule = tuple[str, Callable[[Any], bool], str]
 _RULES: dict[str, _Rule] = {
+    "n": ("integer", lambda v: 1 <= v <= MAX_SAMPLES, f"an integer from 1 to {MAX_SAMPLES}"),
     "temperature": ("number", lambda v: 0 <= v <= 100, "a number from 0 (greedy) to 100"),
     "top_k": ("integer", lambda v: v >= 0, "an integer from 0 (all), or -1"),
     "top_p": ("number", lambda v: 0 < v <= 1, "a number above 0 and at most 1"),

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from llmjax.outputs import CompletionOutput, RequestOutput
+from llmjax.outputs import CompletionOutput
 from llmjax.runtime.params import SamplingParams
 from llmjax.text.tokenizer import Tokenizer
 
@@ -19,6 +19,7 @@ class Request:
       params: ``max_tokens`` is set and fits the context.
       seed: what the row draws with.
       forced: tokens to impose instead of the first draws; their log-probabilities are reported all the same.
+      index: which of the prompt's samples this row is.
     """
 
     request_id: str
@@ -27,6 +28,7 @@ class Request:
     params: SamplingParams
     seed: int
     forced: tuple[int, ...] = ()
+    index: int = 0
 
 
 class Row:
@@ -96,12 +98,12 @@ class Row:
         self._shown = max(self._shown, end)
         return piece
 
-    def output(self, numerics: str) -> RequestOutput:
+    def completion(self) -> CompletionOutput:
         """The finished row as the caller gets it."""
         assert self.finish_reason is not None
         request = self.request
-        completion = CompletionOutput(
-            index=0,
+        return CompletionOutput(
+            index=request.index,
             text=self._text,
             token_ids=self._token_ids,
             cumulative_logprob=sum(self._logprobs),
@@ -109,9 +111,7 @@ class Row:
             logprobs=None if request.params.logprobs is None else self._alternatives,
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
-        )
-        return RequestOutput(
-            request.request_id, request.prompt, request.ids, [completion], request.params, request.seed, numerics
+            seed=request.seed,
         )
 
 

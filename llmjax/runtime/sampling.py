@@ -15,7 +15,7 @@ kept.
 
 Temperature 0 takes the first candidate.  A row's key is ``jax.random.key(seed)`` of its own seed, or
 ``fold_in(key(job seed), first 32 bits of sha256(row id))``; as a seed that is the key's two words in one 64-bit
-integer.
+integer.  Sample i > 0 of a prompt with ``n`` > 1 has ``fold_in(row key, i)``; sample 0 has the row's key.
 """
 
 import hashlib
@@ -52,7 +52,16 @@ def row_seed(job_seed: int, row_id: str) -> int:
     """The seed of a row that brings none: a function of the job's seed and the row's id, not of its place in the
     batch."""
     number = int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:4], "big")
-    high, low = np.asarray(_fold_in(key_words(job_seed), np.uint32(number)))
+    return _folded(job_seed, number)
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of sample ``index`` of a prompt whose own is ``seed``."""
+    return _folded(seed, index) if index else seed
+
+
+def _folded(seed: int, data: int) -> int:
+    high, low = np.asarray(_fold_in(key_words(seed), np.uint32(data)))
     return int(high) << 32 | int(low)
 
 
