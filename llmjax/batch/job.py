@@ -20,7 +20,7 @@ from llmjax.batch.journal import SYNC_SECONDS, Journal
 from llmjax.batch.manifest import Manifest
 from llmjax.batch.progress import PLAIN_SECONDS, Count, Reporter
 from llmjax.batch.rows import WHOLE, InputRow, Shard, count_rows, describe, read_rows
-from llmjax.errors import RequestError, ResumeError
+from llmjax.errors import CheckpointError, RequestError, ResumeError
 from llmjax.llm import LLM
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request
@@ -128,6 +128,7 @@ class _Job:
         self.count = Count()
         self.summary = Summary()
         self.load_seconds = load_seconds
+        self.answered = False  # whether any row was, ever
         self.waiting: dict[str, InputRow] = {}  # rows that the engine has
 
     def run(self, lines: Iterable[str], source: str, about: dict[str, Any]) -> Summary:
@@ -184,14 +185,43 @@ class _Job:
                 seconds=self.options.progress_seconds,
             ),
         ):
-            for output in self.llm.outputs(self._requests(lines, journal, interrupts), reserve=RESERVE):
-                row = self.waiting.pop(output.request_id)
-                self._append(journal, *row.answer(output, self.llm), row.line)
+            requests = self._requests(lines, journal, interrupts)
+            while True:
+                try:
+                    self._run(requests, journal)
+                    break
+                except CheckpointError as error:
+                    self._one_by_one(journal, error)
             if interrupts.asked:
                 self.summary.status = "interrupted"
                 return
         self.summary.removed = self._finish(journal)
         self.summary.status = "complete"
+
+    def _run(self, requests: Iterable[Request], journal: Journal) -> None:
+        for output in self.llm.outputs(requests, reserve=RESERVE):
+            row = self.waiting.pop(output.request_id)
+            self._append(journal, *row.answer(output, self.llm), row.line)
+            self.answered = True
+
+    def _one_by_one(self, journal: Journal, error: CheckpointError) -> None:
+        """After a row made the model fail (numbers that overflow): runs those that were under way alone, to tell which.
+
+        Raises:
+          CheckpointError: no row of this job could be answered, so it is not the row.
+        """
+        failed = []
+        for row in list(self.waiting.values()):
+            assert row.request is not None
+            try:
+                self._run([row.request], journal)
+            except CheckpointError as again:
+                failed.append(row._replace(error=again))
+        if not self.answered:
+            raise error
+        for row in failed:
+            del self.waiting[row.row_id or ""]
+            self._append(journal, *row.failure(), row.line)
 
     def _requests(self, lines: Iterable[str], journal: Journal, interrupts: Interrupts) -> Iterator[Request]:
         """The rows that are to be run; on the way, those that need not or cannot be are done with."""
@@ -205,6 +235,7 @@ class _Job:
                 and not (known.failed and row.request and self.options.retry_errors)
             ):
                 self.index.keep(row.key, row.line)
+                self.answered |= not known.failed
                 self.summary.kept += 1
                 self.count.kept += 1
                 self.count.done += 1

@@ -5,7 +5,8 @@ In: ``id`` (or ``custom_id``; the line's number where there is none), one of ``p
 
 Out: ``id``, ``text``, ``token_ids``, ``finish_reason``, ``stop_reason``, ``usage``, ``seed``, ``params``, ``numerics``,
 ``hash``, and with log-probabilities asked for, ``token_logprobs`` and ``logprobs``.  With n above 1, ``outputs`` is a
-list of what belongs to each sample, ``index`` first.  A row that could not run: ``id``, ``line``, ``error``, ``hash``.
+list of what belongs to each sample, ``index`` and ``seed`` among it.  A row that could not run: ``id``, ``line``,
+``error``, ``hash``; without ``line`` if it failed when it ran.
 """
 
 import math
@@ -56,10 +57,14 @@ def parse(row: dict[str, Any]) -> Question:
 def answer(question: Question, output: RequestOutput, llm: LLM, content: str) -> dict[str, Any]:
     """The output row of a finished request."""
     several = [_completion(c) for c in output.outputs]
+    if len(several) > 1:
+        several = [
+            {"index": c.index, **fields, "seed": c.seed} for c, fields in zip(output.outputs, several, strict=True)
+        ]
     completion_tokens = sum(len(c.token_ids) for c in output.outputs)
     return {
         "id": output.request_id,
-        **(several[0] if len(several) == 1 else {"outputs": [{"index": i, **c} for i, c in enumerate(several)]}),
+        **(several[0] if len(several) == 1 else {"outputs": several}),
         "usage": {"prompt_tokens": len(output.prompt_token_ids), "completion_tokens": completion_tokens},
         "seed": output.seed,
         "params": output.params.to_dict(),
@@ -86,17 +91,19 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def failure(row_id: str | None, line: int, message: str, content: str) -> dict[str, Any]:
-    """The output row of a row that could not run."""
-    return {"id": row_id, "line": line, "error": message, "hash": content}
+def failure(row_id: str | None, line: int | None, message: str, content: str) -> dict[str, Any]:
+    """The output row of a row that could not run (``line`` is then its place), or failed when it ran."""
+    if line is None:
+        return {"id": row_id, "error": message, "hash": content}
+    return {"id": row_id, "line": line, "error": f"line {line}: {message}", "hash": content}
 
 
 def describe(row: dict[str, Any]) -> tuple[str | int, str, bool, int, int]:
-    """Of an output row: id, or line where it failed; hash; whether it failed; prompt and completion tokens.
+    """Of an output row: id, or line where it could not run; hash; whether it failed; prompt and completion tokens.
 
     Raises:
       KeyError, TypeError: it is none.
     """
     if "error" in row:
-        return row["line"], row["hash"], True, 0, 0
+        return row.get("line", row["id"]), row["hash"], True, 0, 0
     return row["id"], row["hash"], False, row["usage"]["prompt_tokens"], row["usage"]["completion_tokens"]

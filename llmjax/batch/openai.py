@@ -194,13 +194,16 @@ def _text(token: int, tokenizer: Tokenizer | None) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def failure(row_id: str | None, line: int, message: str, content: str) -> dict[str, Any]:
-    """The output row of a row that could not run."""
+def failure(row_id: str | None, line: int | None, message: str, content: str) -> dict[str, Any]:
+    """As ``native.failure``."""
+    error: dict[str, Any] = {"code": "failed", "message": message}
+    if line is not None:
+        error = {"code": "invalid_request", "message": f"line {line}: {message}", "line": line}
     return {
         "id": f"batch_req_{content}",
         "custom_id": row_id,
         "response": None,
-        "error": {"code": "invalid_request", "message": message, "line": line},
+        "error": error,
     }
 
 
@@ -208,6 +211,6 @@ def describe(row: dict[str, Any]) -> tuple[str | int, str, bool, int, int]:
     """As ``native.describe``."""
     content = row["id"].removeprefix("batch_req_")
     if row["error"] is not None:
-        return row["error"]["line"], content, True, 0, 0
+        return row["error"].get("line", row["custom_id"]), content, True, 0, 0
     usage = row["response"]["body"]["usage"]
     return row["custom_id"], content, False, usage["prompt_tokens"], usage["completion_tokens"]

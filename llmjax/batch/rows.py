@@ -56,7 +56,7 @@ class InputRow(NamedTuple):
       form: the module that reads and writes rows of its kind.
       question: what it asks, None where it cannot be told.
       request: that, ready to run; None where it cannot.
-      error: why not.
+      error: why not, or why it failed when it ran.
       key: which row it is.
       content: digest of everything its answer depends on but the model.
     """
@@ -78,9 +78,9 @@ class InputRow(NamedTuple):
         return Written(self.key, self.content, False, *used), _line(row)
 
     def failure(self) -> tuple[Written, bytes]:
-        """The output row that says why it did not run."""
-        message = f"line {self.line}: {self.error}"
-        row = self.form.failure(self.row_id, self.line, message, self.content.hex())
+        """The output row that says why there is no answer."""
+        line = self.line if self.request is None else None
+        row = self.form.failure(self.row_id, line, str(self.error), self.content.hex())
         return Written(self.key, self.content, True, 0, 0), _line(row)
 
 
@@ -156,7 +156,7 @@ def _key(name: str | int) -> bytes:
 
 
 def _content(question: Question, request: Request) -> bytes:
-    values = dataclasses.asdict(request) | {"prompt": question.kind, "model": question.model}
+    values = vars(request) | {"params": request.params.to_dict(), "prompt": question.kind, "model": question.model}
     return digest(json.dumps(values, sort_keys=True))
 
 

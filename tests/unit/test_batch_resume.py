@@ -1,11 +1,14 @@
 """A job that is killed, interrupted, starved of disk or given other rows goes on, and ends as if nothing had been."""
 
+import dataclasses
 import gzip
 import json
 import os
 import resource
 import signal
 
+import jax
+import numpy as np
 import pytest
 
 from llmjax import LLM, SamplingParams
@@ -13,7 +16,7 @@ from llmjax.batch import job
 from llmjax.batch.files import locked
 from llmjax.batch.job import Options
 from llmjax.batch.journal import Journal
-from llmjax.errors import RequestError, ResumeError
+from llmjax.errors import CheckpointError, RequestError, ResumeError
 from tests import tiny
 
 QUIET = {"progress_seconds": 0}
@@ -188,6 +191,27 @@ def test_a_second_interrupt_does_not_wait(llm, folder, monkeypatch):
     assert json.loads((folder / "out.jsonl.manifest.json").read_text())["status"] == "interrupted"
     monkeypatch.undo()
     assert run(llm, folder).kept == 1
+
+
+def test_a_row_that_makes_the_model_fail_is_told_apart(llm, folder, monkeypatch):
+    """The embedding of "z" is NaN."""
+    params = jax.tree.map(lambda x: x, llm.model.params)
+    z = llm.tokenizer.encode("z")[0]
+    params["embed"]["weight"] = params["embed"]["weight"].at[z].set(np.nan)
+    ill = LLM(dataclasses.replace(llm.model, params=params), max_batch=4, chunk=16, block=16)
+    rows = [{"id": i, "prompt": "abz" if i in (2, 9) else "abc"} for i in range(12)]
+    write(folder, rows)
+    summary = run(ill, folder, ordered=True)
+    found = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in found if "error" in row] == ["2", "9"] and summary.totals.failed == 2
+    assert "the model computes NaN" in found[2]["error"] and "line" not in found[2]
+    started = counted(monkeypatch, ill)
+    assert run(ill, folder, ordered=True).kept == 12 and not started
+    assert run(ill, folder, ordered=True, retry_errors=True).kept == 10 and set(started) == {"2", "9"}
+    write(folder, [row | {"prompt": "z"} for row in rows])
+    with pytest.raises(CheckpointError, match="NaN"):
+        run(ill, folder, "none.jsonl")
+    assert (folder / "none.jsonl").read_text() == ""
 
 
 def test_gzip_in_and_out(llm, folder):
