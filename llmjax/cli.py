@@ -264,12 +264,21 @@ def _batch(args: argparse.Namespace) -> int:
     about = {"model": args.model, "input": args.input, "ordered": args.ordered, "truncate_prompt": args.truncate_prompt}
     summary = job.run(lambda: _llm(args)[0], args.input, args.output, params, options, about)
     if summary.problem:
-        print(f"llmjax: {summary.problem}", file=sys.stderr)
+        print(f"llmjax: {summary.problem}; {_how_to_go_on(args)}", file=sys.stderr)
     print(summary.describe(), file=sys.stderr)
+    if summary.removed:
+        print(f"llmjax: rows no longer in the input were removed; they are in {args.output}.previous", file=sys.stderr)
     if summary.status == "interrupted":
-        print("llmjax: interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        print(f"llmjax: interrupted; {_how_to_go_on(args)}", file=sys.stderr)
         return 130
     return 1 if summary.problem or summary.totals.failed else 0
+
+
+def _how_to_go_on(args: argparse.Namespace) -> str:
+    if not Path(args.output).is_file() and not args.output.endswith(".gz"):
+        return "to go on later, a job needs a file for its output"
+    same = "the same command" + (", without --force," if args.force else "")
+    return f"{same} goes on from the rows that are done"
 
 
 def _score(args: argparse.Namespace) -> int:

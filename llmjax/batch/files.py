@@ -6,9 +6,11 @@ import gzip
 import io
 import os
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from llmjax.errors import RequestError, ResumeError
 
@@ -101,3 +103,30 @@ def locked(path: Path) -> Iterator[None]:
     finally:
         lock.unlink(missing_ok=True)
         os.close(file)
+
+
+@contextlib.contextmanager
+def claimed(output: str, source: str) -> Iterator[tuple[Path, IO[bytes] | None]]:
+    """The path rows are written to, this job's alone, and the stream they are passed on to if the output is one.
+
+    Raises:
+      RequestError: it cannot be written to.
+      ResumeError: another job does.
+    """
+    path = Path(output)
+    with contextlib.ExitStack() as stack:
+        try:
+            if output == "-" or (path.exists() and not path.is_file() and not path.is_dir()):
+                stream = sys.stdout.buffer if output == "-" else stack.enter_context(open(path, "wb", buffering=0))
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="llmjax-"))
+                path = Path(folder, "rows.jsonl")
+            else:
+                stream = None
+                if source != "-" and path.exists() and os.path.samefile(path, source):
+                    raise RequestError(f"{path}: the output is the input file")
+                if path.exists():
+                    open(path, "ab").close()  # a directory, or no permission
+                stack.enter_context(locked(path))
+        except OSError as error:
+            raise RequestError(f"{path}: cannot write the output: {error.strerror}") from None
+        yield path, stream

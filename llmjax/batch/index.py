@@ -75,10 +75,10 @@ class Index:
         """Whether no earlier row of the input had this id."""
         return self._execute("INSERT OR IGNORE INTO ids VALUES (?)", (digest(row_id),)).rowcount == 1
 
-    def totals(self) -> Totals:
-        """Of the rows that are kept."""
+    def totals(self, *, everything: bool) -> Totals:
+        """Of all rows of the output, or of those that are kept."""
         sums = "COUNT(*), TOTAL(failed), TOTAL(prompt), TOTAL(completion)"
-        found = self._execute(f"SELECT {sums} FROM written WHERE line IS NOT NULL").fetchone()
+        found = self._execute(f"SELECT {sums} FROM written WHERE ? OR line IS NOT NULL", (everything,)).fetchone()
         return Totals(*map(int, found))
 
     def places(self, order: str) -> Iterator[tuple[int, int]]:

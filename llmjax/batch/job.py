@@ -3,16 +3,13 @@
 import contextlib
 import dataclasses
 import functools
-import os
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from llmjax.batch import manifest as manifests
-from llmjax.batch.files import locked, open_lines
+from llmjax.batch.files import claimed, open_lines
 from llmjax.batch.identity import identity
 from llmjax.batch.index import Index, Totals, Written
 from llmjax.batch.interrupts import Interrupts
@@ -46,6 +43,10 @@ class Options:
     retry_errors: bool = False
     force: bool = False
     progress_seconds: float = PLAIN_SECONDS
+
+    def __post_init__(self) -> None:
+        if not self.progress_seconds >= 0:
+            raise RequestError(f"progress_seconds: expected a number from 0, found {self.progress_seconds}")
 
 
 @dataclasses.dataclass
@@ -105,12 +106,12 @@ def run(
     """
     with contextlib.ExitStack() as stack:
         lines = stack.enter_context(open_lines(source))
-        path, stream = stack.enter_context(_claimed(output, source))
+        path, stream = stack.enter_context(claimed(output, source))
         began = time.monotonic()
         llm = load()
         job = _Job(llm, path, stream, params, options, time.monotonic() - began)
         with contextlib.closing(job.index):
-            return job.run(lines, source, about or {})
+            return job.run(lines, source, output, about or {})
 
 
 class _Job:
@@ -131,7 +132,7 @@ class _Job:
         self.answered = False  # whether any row was, ever
         self.waiting: dict[str, InputRow] = {}  # rows that the engine has
 
-    def run(self, lines: Iterable[str], source: str, about: dict[str, Any]) -> Summary:
+    def run(self, lines: Iterable[str], source: str, output: str, about: dict[str, Any]) -> Summary:
         job = identity(self.llm, self.params, self.options.shard)
         fresh = self.options.force or self.stream is not None
         manifest = Manifest(job) if fresh else manifests.going_on(self.path, job)
@@ -139,9 +140,10 @@ class _Job:
         began, clock, compiled = _now(), time.monotonic(), self.llm.engine.compile_seconds
         counted = dataclasses.replace(self.llm.engine.progress)
         try:
-            self._write(manifest)
+            # Before the manifest: rows that are thrown away must never be found beside the one of this job.
             journal = Journal(self.path, self.index, describe, fresh=fresh)
             with contextlib.closing(journal):
+                self._write(manifest)
                 self.count.total = count_rows(source, self.options.shard)
                 self._answer(lines, journal)
         except BrokenPipeError:
@@ -150,21 +152,24 @@ class _Job:
             self.summary.status = "interrupted"
             raise
         except OSError as error:
-            self.summary.status, self.summary.problem = "failed", _problem(self.path, error)
+            self.summary.status = "failed"
+            self.summary.problem = f"{output}: writing the output failed: {error.strerror}; the rows before are whole"
         except BaseException:
             self.summary.status = "failed"
             raise
         finally:
-            progress, self.summary.totals = self.llm.engine.progress, self.index.totals()
+            progress = self.llm.engine.progress
+            self.summary.totals = self.index.totals(everything=self.summary.status != "complete")
             self.summary.run = {
                 "began": began,
                 "seconds": round(time.monotonic() - clock, 3),
                 "load_seconds": round(self.load_seconds, 3),
                 "compile_seconds": round(self.llm.engine.compile_seconds - compiled, 3),
-                "rows": self.count.done - self.summary.kept,
+                "rows": self.count.done - self.count.kept,
                 "prefill_tokens": progress.prefill_tokens - counted.prefill_tokens,
                 "decode_tokens": progress.decode_tokens - counted.decode_tokens,
             }
+            self.summary.kept = self.count.kept
             manifest.status, manifest.counts = self.summary.status, self.summary.totals._asdict()
             manifest.runs.append(self.summary.run)
             with contextlib.suppress(OSError):  # of a full disk more has been said
@@ -192,11 +197,13 @@ class _Job:
                     break
                 except CheckpointError as error:
                     self._one_by_one(journal, error)
-            if interrupts.asked:
-                self.summary.status = "interrupted"
-                return
-        self.summary.removed = self._finish(journal)
-        self.summary.status = "complete"
+        if not interrupts.asked:
+            self.summary.removed = self._finish(journal)
+        if self.stream is not None and self.options.ordered:
+            for text in journal.rows(ordered=True):
+                self.stream.write(text)
+            self.stream.flush()
+        self.summary.status = "interrupted" if interrupts.asked else "complete"
 
     def _run(self, requests: Iterable[Request], journal: Journal) -> None:
         for output in self.llm.outputs(requests, reserve=RESERVE):
@@ -228,76 +235,39 @@ class _Job:
         for row in read_rows(lines, self.llm, self.params, self.index, self.options.shard):
             if interrupts.asked:
                 return
-            known = self.index.get(row.key)
-            if (
-                known
-                and known.content == row.content
-                and not (known.failed and row.request and self.options.retry_errors)
-            ):
+            if self._is_done(row):
                 self.index.keep(row.key, row.line)
-                self.answered |= not known.failed
-                self.summary.kept += 1
                 self.count.kept += 1
                 self.count.done += 1
             elif row.request is None:
                 self._append(journal, *row.failure(), row.line)
             else:
                 self.waiting[row.request.request_id] = row
+                self.count.under_way = len(self.waiting)
                 yield row.request
+
+    def _is_done(self, row: InputRow) -> bool:
+        known = self.index.get(row.key)
+        if known is None or known.content != row.content:
+            return False
+        self.answered |= not known.failed
+        return not (known.failed and row.request is not None and self.options.retry_errors)
 
     def _append(self, journal: Journal, row: Written, text: bytes, line: int) -> None:
         journal.append(row, text, line)
         self.count.done += 1
+        self.count.under_way = len(self.waiting)
         if self.stream is not None and not self.options.ordered:
             self.stream.write(text)
             self.stream.flush()
 
     def _finish(self, journal: Journal) -> bool:
-        if journal.lines and not self.index.totals().rows:
+        if journal.lines and not self.index.totals(everything=False).rows:
             raise ResumeError(
-                f"{self.path}: none of its {journal.lines} rows is in the input, which has no others; they are left as "
-                "they are: is it the right input?"
+                f"{self.path}: none of its {journal.lines} rows is in the input, which has no others; is it the right "
+                "input? The rows are left as they are"
             )
-        if self.stream is None:
-            return journal.finish(ordered=self.options.ordered)
-        if self.options.ordered:
-            for text in journal.rows(ordered=True):
-                self.stream.write(text)
-            self.stream.flush()
-        return False
-
-
-@contextlib.contextmanager
-def _claimed(output: str, source: str) -> Iterator[tuple[Path, IO[bytes] | None]]:
-    """The path rows are written to, this job's alone, and the stream they are passed on to if the output is one.
-
-    Raises:
-      RequestError: it cannot be written to.
-      ResumeError: another job does.
-    """
-    path = Path(output)
-    with contextlib.ExitStack() as stack:
-        try:
-            if output == "-" or (path.exists() and not path.is_file() and not path.is_dir()):
-                stream = sys.stdout.buffer if output == "-" else stack.enter_context(open(path, "wb", buffering=0))
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="llmjax-"))
-                path = Path(folder, "rows.jsonl")
-            else:
-                stream = None
-                if source != "-" and path.exists() and os.path.samefile(path, source):
-                    raise RequestError(f"{path}: the output is the input file")
-                if path.exists():
-                    open(path, "ab").close()  # a directory, or no permission
-                stack.enter_context(locked(path))
-        except OSError as error:
-            raise RequestError(f"{path}: cannot write the output: {error.strerror}") from None
-        yield path, stream
-
-
-def _problem(path: Path, error: OSError) -> str:
-    return (
-        f"{path}: writing the output failed: {error.strerror}; the rows so far are whole, and the same command goes on"
-    )
+        return self.stream is None and journal.finish(ordered=self.options.ordered)
 
 
 def _now() -> str:

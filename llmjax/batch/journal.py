@@ -107,7 +107,7 @@ class Journal:
           OSError: the rows are still where they were.
         """
         self.sync()
-        kept = self._index.totals().rows
+        kept = self._index.totals(everything=False).rows
         order = "line" if ordered else "start"
         if kept < self.lines:
             previous = self.path.with_name(f"{self.path.name}.previous")

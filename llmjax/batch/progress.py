@@ -17,11 +17,19 @@ TERMINAL_SECONDS = 0.2
 
 @dataclasses.dataclass
 class Count:
-    """Rows of a job so far: of the input, None where unknown; done, kept from an earlier run included; kept."""
+    """Rows of a job so far.
+
+    Attributes:
+      total: of the input, None where unknown.
+      done: answered or failed, kept ones included.
+      kept: done by an earlier run.
+      under_way: in the engine.
+    """
 
     total: int | None = None
     done: int = 0
     kept: int = 0
+    under_way: int = 0
 
 
 class Reporter:
@@ -74,6 +82,7 @@ class Reporter:
         text = f"{count.done:,}{f'/{count.total:,}' if count.total is not None else ''} rows"
         text += f" · prefill {(progress.prefill_tokens - self._counted.prefill_tokens) / seconds:,.0f} tok/s"
         text += f" · decode {(progress.decode_tokens - self._counted.decode_tokens) / seconds:,.0f} tok/s"
+        text += f" · {min(count.under_way, self._engine.slots)}/{self._engine.slots} slots"
         new = count.done - count.kept
         if count.total is not None and new:
             text += f" · {clock(seconds / new * (count.total - count.done))} left"

@@ -158,8 +158,8 @@ def test_a_dry_run_counts_and_writes_nothing(llm, tmp_path):
 
 
 def test_progress_says_what_is_left(llm):
-    reporter = Reporter(llm.engine, Count(total=1000, done=400, kept=300), lambda: None, seconds=0)
+    reporter = Reporter(llm.engine, Count(total=1000, done=400, kept=300, under_way=3), lambda: None, seconds=0)
     reporter._began -= 50
     line = reporter.line()
-    assert line.startswith("400/1,000 rows · prefill 0 tok/s · decode 0 tok/s · 5:0")
+    assert line.startswith("400/1,000 rows · prefill 0 tok/s · decode 0 tok/s · 3/4 slots · 5:0")
     assert line.endswith(" left")
