@@ -2,13 +2,14 @@
 
     python scripts/kill_test.py --kills 50
 
-A tiny model of random weights answers some rows.  The job is started, killed with SIGKILL after a random time (in its
+A tiny model of random weights answers some rows.  The job is started, killed with SIGKILL at a random time (in its
 start, among the rows, at its end) and started again, until it has been killed that often; then it runs to its end.  The
 output must be the same in every byte, in the order of the input, and nothing else may be left behind.
 """
 
 import argparse
 import json
+import math
 import os
 import random
 import signal
@@ -52,34 +53,44 @@ def command(folder: Path, output: str) -> list[str]:
     return [sys.executable, "-m", "llmjax.cli", "batch", *paths, "--ordered", "--progress-seconds", "0"]
 
 
-def run(folder: Path, output: str, kill_after: float | None = None) -> int:
-    """Runs the job and returns its exit status; that of a killed one is negative."""
+def run(folder: Path, output: str, start_s: float = math.inf, rows_s: float = math.inf) -> tuple[int, float]:
+    """Runs the job, and kills it some time after its start or after it has written its first rows.
+
+    Returns:
+      its exit status, negative if it was killed, and the time to the first rows.
+    """
     env = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
+    began, before, first_s = time.monotonic(), _size(folder / output), math.inf
     job = subprocess.Popen(command(folder, output), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        _, err = job.communicate(timeout=kill_after)
-    except subprocess.TimeoutExpired:
-        job.send_signal(signal.SIGKILL)
-        job.communicate()
-        return -signal.SIGKILL
-    if job.returncode not in (0, 1):
+    while job.poll() is None:
+        seconds = time.monotonic() - began
+        if first_s == math.inf and _size(folder / output) > before:
+            first_s = seconds
+        if seconds > start_s or seconds > first_s + rows_s:
+            job.send_signal(signal.SIGKILL)
+        time.sleep(0.005)
+    _, err = job.communicate()
+    if job.returncode not in (0, 1, -signal.SIGKILL):
         raise SystemExit(f"the job failed: {err}")
-    return job.returncode
+    return job.returncode, first_s
 
 
 def kill_often(folder: Path, kills: int, rows: int, seed: int) -> dict[str, int]:
     """Does it.
 
+    Every fourth kill falls on the job's start, the others on the time from its first row to a little after its last.
+
     Returns:
-      how many kills found the job before its first row, among its rows, and with all rows written.
+      how many kills found the job before its first row, among its rows, and with all rows written; and how often it
+      came to its end first.
     """
     rng = random.Random(seed)
     tiny.checkpoint(folder / "model")
     write_rows(folder / "in.jsonl", rows)
     run(folder, "warm.jsonl")  # fills the compilation cache
     began = time.monotonic()
-    run(folder, "whole.jsonl")
-    whole_s = time.monotonic() - began
+    _, first_s = run(folder, "whole.jsonl")
+    rows_s = time.monotonic() - began - first_s
     expected = (folder / "whole.jsonl").read_bytes()
     output = folder / "killed.jsonl"
     found = {"before": 0, "among": 0, "after": 0, "finished": 0}
@@ -90,7 +101,12 @@ def kill_often(folder: Path, kills: int, rows: int, seed: int) -> dict[str, int]
             (folder / "killed.jsonl.manifest.json").unlink()
             found["finished"] += 1
         before = _size(output)
-        if run(folder, "killed.jsonl", rng.uniform(0.02, 1.1) * whole_s) >= 0:
+        if done % 4 == 0:
+            status, _ = run(folder, "killed.jsonl", start_s=rng.uniform(0, first_s))
+        else:  # what is left to do shrinks with every kill
+            left = 1 - before / len(expected)
+            status, _ = run(folder, "killed.jsonl", rows_s=rng.uniform(0, 1) * left * rows_s)
+        if status >= 0:
             continue
         done += 1
         after = _size(output)
