@@ -1,7 +1,6 @@
 """Files of a job: JSONL read from a path, gzip or stdin; whole files written at once; the lock of an output."""
 
 import contextlib
-import fcntl
 import gzip
 import io
 import os
@@ -83,6 +82,8 @@ def locked(path: Path) -> Iterator[None]:
       ResumeError: another job is writing there.
       OSError: the folder cannot be written to.
     """
+    import fcntl  # not on Windows, where other verbs run
+
     lock = path.with_name(f"{path.name}.lock")
     while True:
         file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)

@@ -46,7 +46,7 @@ class Index:
     def __init__(self) -> None:
         # Without a name SQLite keeps a database in a file of its own that goes away with the connection, and no more
         # than a fixed cache of it in memory.
-        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._db = sqlite3.connect("", isolation_level=None)
         self._db.executescript(
             """
             PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;

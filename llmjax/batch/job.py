@@ -262,6 +262,7 @@ class _Job:
             self.stream.flush()
 
     def _finish(self, journal: Journal) -> bool:
+        assert not self.waiting, "the engine ended without these rows"
         if journal.lines and not self.index.totals(everything=False).rows:
             raise ResumeError(
                 f"{self.path}: none of its {journal.lines} rows is in the input, which has no others; is it the right "
