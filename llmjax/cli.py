@@ -148,7 +148,15 @@ def _sampling_flags() -> argparse.ArgumentParser:
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the text here; may be repeated")
     group.add_argument("--stop-token-ids", type=_id_list, metavar="ID,ID")
     group.add_argument("--ignore-eos", action="store_true", default=None)
+    group.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: repeat the text's tokens less")
+    group.add_argument("--presence-penalty", type=float, metavar="P", help="off the logit of generated tokens, -2 to 2")
+    group.add_argument("--frequency-penalty", type=float, metavar="P", help="the same for each time, -2 to 2")
+    group.add_argument("--logit-bias", type=_bias, metavar="ID:BIAS,ID:BIAS", help="added to logits, -100 to 100")
+    group.add_argument("--allowed-token-ids", type=_id_list, metavar="ID,ID", help="draw no others")
+    group.add_argument("--bad-words", action="append", metavar="TEXT", help="never generate this; may be repeated")
+    group.add_argument("--n", type=int, metavar="N", help="batch: samples of each prompt (default 1)")
     group.add_argument("--logprobs", type=int, metavar="K", help="batch: report the K most likely tokens")
+    group.add_argument("--prompt-logprobs", type=int, metavar="K", help="batch: the same for the prompt's tokens")
     return flags
 
 
@@ -195,7 +203,7 @@ def _params(args: argparse.Namespace) -> "SamplingParams":
     """Sampling parameters from flags; ``--seed`` is the job's, so rows differ."""
     from llmjax.runtime.params import SamplingParams
 
-    given = {f.name: getattr(args, f.name, None) for f in fields(SamplingParams) if f.name != "seed"}
+    given = {f.name: getattr(args, f.name) for f in fields(SamplingParams) if f.name != "seed"}
     if args.seed is not None:
         SamplingParams(seed=args.seed)
     return SamplingParams(**{k: v for k, v in given.items() if v is not None})
@@ -309,6 +317,10 @@ def _trace(args: argparse.Namespace) -> int:
 
 def _id_list(text: str) -> list[int]:
     return [int(i) for i in text.split(",")]
+
+
+def _bias(text: str) -> dict[int, float]:
+    return {int(i): float(value) for i, value in (pair.split(":") for pair in text.split(","))}
 
 
 def _prompt(text: str) -> str:

@@ -16,6 +16,7 @@ from llmjax.model import Model, check_ids
 from llmjax.outputs import RequestOutput, Score
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine, Update
+from llmjax.runtime.logits import LogitsProcessor, bad_word_ids, row_controls
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request
 from llmjax.runtime.samples import Samples
@@ -38,6 +39,12 @@ class LLM:
       chunk: prompt tokens a prefill call takes.
       block: cache positions attention folds at a time.
       truncate_prompt: keep the last tokens of a prompt that is too long, instead of refusing it.
+      logits_processor: for research: a pure function, compiled into every decode step, of the model's logits (float32
+        ``[B, V]``, a row per slot) and ``llmjax.runtime.logits.Tokens`` (the rows' tokens ``ids [B, S]``,
+        ``prompt_length [B]``, ``length [B]``, ``active [B]``); returns the logits, before bars, biases, penalties and
+        the draw.  A row's result must depend on that row alone, or it will depend on its neighbours.
+      enable_prefix_caching: compute a beginning that prompts share once (whole chunks, or all of a prompt); results are
+        the same in every bit.
 
     Raises:
       LlmjaxError: see ``llmjax.load``.
@@ -54,13 +61,22 @@ class LLM:
         chunk: int = 128,
         block: int = 128,
         truncate_prompt: bool = False,
+        logits_processor: LogitsProcessor | None = None,
+        enable_prefix_caching: bool = True,
     ):
         if not isinstance(model, Model):
             model = load(model, numerics=numerics, dtype=dtype)
         self.model = model
         self.seed = seed
         self.truncate_prompt = truncate_prompt
-        self.engine = Engine(model, slots=max_batch, chunk=chunk, block=block)
+        self.engine = Engine(
+            model,
+            slots=max_batch,
+            chunk=chunk,
+            block=block,
+            logits_processor=logits_processor,
+            enable_prefix_caching=enable_prefix_caching,
+        )
         self._lock = threading.Lock()  # one run at a time owns the slots
         self._owner: int | None = None  # the thread whose run that is
 
@@ -92,7 +108,9 @@ class LLM:
           forced: see ``Request``.
 
         Raises:
-          RequestError: an empty prompt, one longer than the context, or ids outside the vocabulary.
+          RequestError: an empty prompt, one longer than the context, ids outside the vocabulary, or bad words that
+            leave nothing.
+          TokenizerError: text, or bad words, for a model without a tokenizer.
         """
         params = params or SamplingParams()
         text = prompt if isinstance(prompt, str) else None
@@ -116,6 +134,8 @@ class LLM:
                 raise RequestError(
                     f"stop_token_ids: {token} is outside the vocabulary (0 to {self.model.config.vocab_size - 1})"
                 )
+        bad_words = bad_word_ids(self.tokenizer, params.bad_words) if params.bad_words else ()
+        row_controls(params, bad_words, self.model.config.vocab_size)
         room = context - len(ids)
         params = dataclasses.replace(
             params, max_tokens=min(params.max_tokens or room, room), min_tokens=min(params.min_tokens, room)
@@ -123,7 +143,7 @@ class LLM:
         seed = params.seed
         if seed is None:
             seed = self.seed if request_id is None else row_seed(self.seed, request_id)
-        return Request(request_id or "0", text, ids, params, seed, tuple(forced))
+        return Request(request_id or "0", text, ids, params, seed, tuple(forced), bad_words=bad_words)
 
     def _warn_without_bos(self, ids: list[int]) -> None:
         bos = self.model.tokenizer.bos_id if self.model.tokenizer else None

@@ -48,6 +48,8 @@ class RequestOutput:
       params: what was in force; ``max_tokens`` is what the context left room for.
       seed: alone with these ids and params it gives the same tokens again; the first sample's own.
       numerics: the profile.
+      prompt_logprobs: for each token of the prompt the most likely ids and their log-probabilities, the token itself
+        included; None for the first, which nothing precedes; None altogether if not asked for.
     """
 
     request_id: str
@@ -57,6 +59,7 @@ class RequestOutput:
     params: SamplingParams
     seed: int
     numerics: str
+    prompt_logprobs: list[dict[int, float] | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from llmjax.batch.index import Index, Totals, Written
 from llmjax.batch.interrupts import Interrupts
 from llmjax.batch.journal import SYNC_SECONDS, Journal
 from llmjax.batch.manifest import Manifest
-from llmjax.batch.progress import PLAIN_SECONDS, Count, Reporter
+from llmjax.batch.progress import PLAIN_SECONDS, Count, Meter, Reporter
 from llmjax.batch.rows import WHOLE, InputRow, Shard, count_rows, describe, read_rows
 from llmjax.errors import CheckpointError, RequestError, ResumeError
 from llmjax.llm import LLM
@@ -74,10 +74,11 @@ class Summary:
         run, (rows, failed, prompt, completion) = self.run, self.totals
         generate = max(run["seconds"] - run["compile_seconds"], 1e-9)
         kept = f" ({self.kept} of them earlier)" if self.kept else ""
+        rates = [f"{run[f'{what}_tokens'] / generate:.0f} tok/s" for what in ("prefill", "decode")]
         return (
             f"{rows - failed} rows answered, {failed} failed{kept}; {prompt} prompt and {completion} answer tokens; "
-            f"decode {run['decode_tokens'] / generate:.0f} tok/s; load {run['load_seconds']:.1f} s, "
-            f"compile {run['compile_seconds']:.1f} s, generate {generate:.1f} s"
+            f"prefill {rates[0]}, decode {rates[1]} in {run['busy']:.0%} of the slots; "
+            f"load {run['load_seconds']:.1f} s, compile {run['compile_seconds']:.1f} s, generate {generate:.1f} s"
         )
 
 
@@ -137,8 +138,7 @@ class _Job:
         fresh = self.options.force or self.stream is not None
         manifest = Manifest(job) if fresh else manifests.going_on(self.path, job)
         manifest.status, manifest.about = "running", about
-        began, clock, compiled = _now(), time.monotonic(), self.llm.engine.compile_seconds
-        counted = dataclasses.replace(self.llm.engine.progress)
+        began, meter = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), Meter(self.llm.engine)
         try:
             # Before the manifest: rows that are thrown away must never be found beside the one of this job.
             journal = Journal(self.path, self.index, describe, fresh=fresh)
@@ -158,16 +158,12 @@ class _Job:
             self.summary.status = "failed"
             raise
         finally:
-            progress = self.llm.engine.progress
             self.summary.totals = self.index.totals(everything=self.summary.status != "complete")
             self.summary.run = {
                 "began": began,
-                "seconds": round(time.monotonic() - clock, 3),
-                "load_seconds": round(self.load_seconds, 3),
-                "compile_seconds": round(self.llm.engine.compile_seconds - compiled, 3),
                 "rows": self.count.done - self.count.kept,
-                "prefill_tokens": progress.prefill_tokens - counted.prefill_tokens,
-                "decode_tokens": progress.decode_tokens - counted.decode_tokens,
+                "load_seconds": round(self.load_seconds, 3),
+                **meter.read(),
             }
             self.summary.kept = self.count.kept
             manifest.status, manifest.counts = self.summary.status, self.summary.totals._asdict()
@@ -269,7 +265,3 @@ class _Job:
                 "input? The rows are left as they are"
             )
         return self.stream is None and journal.finish(ordered=self.options.ordered)
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

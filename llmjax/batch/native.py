@@ -4,9 +4,9 @@ In: ``id`` (or ``custom_id``; the line's number where there is none), one of ``p
 ``prompt_token_ids``, and sampling parameters by the names of ``SamplingParams``.
 
 Out: ``id``, ``text``, ``token_ids``, ``finish_reason``, ``stop_reason``, ``usage``, ``seed``, ``params``, ``numerics``,
-``hash``, and with log-probabilities asked for, ``token_logprobs`` and ``logprobs``.  With n above 1, ``outputs`` is a
-list of what belongs to each sample, ``index`` and ``seed`` among it.  A row that could not run: ``id``, ``line``,
-``error``, ``hash``; without ``line`` if it failed when it ran.
+``hash``, and where they are asked for ``token_logprobs``, ``logprobs``, ``prompt_logprobs``.  With n above 1,
+``outputs`` is a list of what belongs to each sample, ``index`` and ``seed`` among it.  A row that could not run:
+``id``, ``line``, ``error``, ``hash``; without ``line`` if it failed when it ran.
 """
 
 import math
@@ -62,9 +62,11 @@ def answer(question: Question, output: RequestOutput, llm: LLM, content: str) ->
             {"index": c.index, **fields, "seed": c.seed} for c, fields in zip(output.outputs, several, strict=True)
         ]
     completion_tokens = sum(len(c.token_ids) for c in output.outputs)
+    prompt = {} if output.prompt_logprobs is None else {"prompt_logprobs": prompt_logprobs(output)}
     return {
         "id": output.request_id,
         **(several[0] if len(several) == 1 else {"outputs": several}),
+        **prompt,
         "usage": {"prompt_tokens": len(output.prompt_token_ids), "completion_tokens": completion_tokens},
         "seed": output.seed,
         "params": output.params.to_dict(),
@@ -82,8 +84,17 @@ def _completion(completion: CompletionOutput) -> dict[str, Any]:
     }
     if completion.logprobs is not None:
         fields["token_logprobs"] = [finite(p) for p in completion.token_logprobs]
-        fields["logprobs"] = [{str(k): finite(v) for k, v in step.items()} for step in completion.logprobs]
+        fields["logprobs"] = [_step(step) for step in completion.logprobs]
     return fields
+
+
+def prompt_logprobs(output: RequestOutput) -> list[dict[str, float | None] | None]:
+    """The prompt's log-probabilities as JSON has them; None for the first token, which nothing precedes."""
+    return [None if step is None else _step(step) for step in output.prompt_logprobs or ()]
+
+
+def _step(step: dict[int, float]) -> dict[str, float | None]:
+    return {str(token): finite(logprob) for token, logprob in step.items()}
 
 
 def finite(value: float) -> float | None:

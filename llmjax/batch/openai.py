@@ -11,7 +11,7 @@ same bytes.
 import itertools
 from typing import Any
 
-from llmjax.batch.native import finite
+from llmjax.batch.native import finite, prompt_logprobs
 from llmjax.batch.question import PARAMS, Question, checked_id, checked_ids, checked_text
 from llmjax.errors import RequestError
 from llmjax.llm import LLM
@@ -117,6 +117,7 @@ def answer(question: Question, output: RequestOutput, llm: LLM, content: str) ->
             "total_tokens": prompt_tokens + completion_tokens,
         },
     }
+    prompt = {} if output.prompt_logprobs is None else {"prompt_logprobs": prompt_logprobs(output)}
     return {
         "id": f"batch_req_{content}",
         "custom_id": output.request_id,
@@ -127,6 +128,7 @@ def answer(question: Question, output: RequestOutput, llm: LLM, content: str) ->
             "seed": output.seed,
             "params": output.params.to_dict(),
             "numerics": output.numerics,
+            **prompt,
         },
     }
 

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import IO
+from typing import IO, Any
 
 from llmjax.runtime.engine import Engine
 
@@ -32,6 +32,28 @@ class Count:
     under_way: int = 0
 
 
+class Meter:
+    """What an engine has done since this was made."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._began, self._compiled = time.monotonic(), engine.compile_seconds
+        self._counted = dataclasses.asdict(engine.progress)
+
+    def read(self) -> dict[str, Any]:
+        """Seconds, those spent compiling, the engine's counts, and the fraction of slots that were busy."""
+        steps, tokens = (self._since(name) for name in ("decode_steps", "decode_tokens"))
+        return {
+            "seconds": round(time.monotonic() - self._began, 3),
+            "compile_seconds": round(self._engine.compile_seconds - self._compiled, 3),
+            **{name: self._since(name) for name in ("prefill_tokens", "reused_tokens", "decode_tokens")},
+            "busy": round(tokens / max(steps * self._engine.slots, 1), 4),
+        }
+
+    def _since(self, name: str) -> int:
+        return getattr(self._engine.progress, name) - self._counted[name]
+
+
 class Reporter:
     """Prints rows done, tokens a second, slots in use and the time left, from a thread: a long row must not keep the
     others' progress from being told, nor their rows from the disk.
@@ -53,13 +75,10 @@ class Reporter:
         seconds: float = PLAIN_SECONDS,
         stream: IO[str] | None = None,
     ):
-        self._engine, self._count, self._also = engine, count, also
+        self._slots, self._meter, self._count, self._also = engine.slots, Meter(engine), count, also
         self._stream = stream or sys.stderr
         self._terminal = self._stream.isatty()
         self._seconds = min(seconds, TERMINAL_SECONDS) if self._terminal else seconds
-        self._began = time.monotonic()
-        self._compiled = engine.compile_seconds
-        self._counted = dataclasses.replace(engine.progress)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -77,12 +96,12 @@ class Reporter:
 
     def line(self) -> str:
         """What there is to tell now."""
-        count, progress = self._count, self._engine.progress
-        seconds = max(time.monotonic() - self._began - (self._engine.compile_seconds - self._compiled), 1e-3)
+        count, run = self._count, self._meter.read()
+        seconds = max(run["seconds"] - run["compile_seconds"], 1e-3)
         text = f"{count.done:,}{f'/{count.total:,}' if count.total is not None else ''} rows"
-        text += f" · prefill {(progress.prefill_tokens - self._counted.prefill_tokens) / seconds:,.0f} tok/s"
-        text += f" · decode {(progress.decode_tokens - self._counted.decode_tokens) / seconds:,.0f} tok/s"
-        text += f" · {min(count.under_way, self._engine.slots)}/{self._engine.slots} slots"
+        text += f" · prefill {run['prefill_tokens'] / seconds:,.0f} tok/s"
+        text += f" · decode {run['decode_tokens'] / seconds:,.0f} tok/s"
+        text += f" · {min(count.under_way, self._slots)}/{self._slots} slots"
         new = count.done - count.kept
         if count.total is not None and new:
             text += f" · {clock(seconds / new * (count.total - count.done))} left"

@@ -20,6 +20,7 @@ class Request:
       seed: what the row draws with.
       forced: tokens to impose instead of the first draws; their log-probabilities are reported all the same.
       index: which of the prompt's samples this row is.
+      bad_words: the params' bad words as token sequences.
     """
 
     request_id: str
@@ -29,6 +30,7 @@ class Request:
     seed: int
     forced: tuple[int, ...] = ()
     index: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 class Row:
@@ -36,11 +38,13 @@ class Row:
 
     Attributes:
       finish_reason: None while the row goes on.
+      prompt_logprobs: see ``RequestOutput``.
     """
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None, eos_ids: Sequence[int]):
         self.request = request
         self.finish_reason: str | None = None
+        self.prompt_logprobs: list[dict[int, float] | None] | None = None
         self._stop_reason: str | int | None = None
         self._eos = () if request.params.ignore_eos else tuple(eos_ids)
         self._detokenizer = tokenizer.detokenizer() if tokenizer is not None else None

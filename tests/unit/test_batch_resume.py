@@ -47,8 +47,8 @@ def run(llm, folder, output="out.jsonl", params=PARAMS, source="in.jsonl", **opt
 
 def counted(monkeypatch, llm):
     """Ids of the requests that run from here on."""
-    start, started = llm.engine._start, []
-    monkeypatch.setattr(llm.engine, "_start", lambda slot, r: started.append(r.request_id) or start(slot, r))
+    fill, started = llm.engine._fill, []
+    monkeypatch.setattr(llm.engine, "_fill", lambda r, free: started.append(r.request_id) or fill(r, free))
     return started
 
 

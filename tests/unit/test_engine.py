@@ -2,14 +2,16 @@
 loop."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
 from llmjax import LLM, CheckpointError, RequestError, SamplingParams
-from llmjax.runtime import decode
+from llmjax.runtime.decode import BURST, decode
 from llmjax.runtime.engine import Engine
+from llmjax.runtime.prefill import prefill
 from tests.tiny import random_ids, random_model
 
 
@@ -145,7 +147,7 @@ def test_requests_are_taken_as_slots_become_free(llm):
     def requests():
         for i in range(40):
             taken.append(i)
-            yield llm.request([i + 1], SamplingParams(max_tokens=1 + i % 3, temperature=0, n=1 + i % 2))
+            yield llm.request([i + 1], SamplingParams(max_tokens=1 + i % 3, n=1 + i % 2))
 
     outputs = llm.outputs(requests())
     for done, _ in enumerate(outputs, 1):
@@ -247,11 +249,11 @@ def test_no_program_holds_a_second_copy_of_a_weight():
     table = model.params["embed"]["weight"].nbytes
     llm.generate([1, 2, 3], SamplingParams(max_tokens=2, temperature=0))
     state = llm.engine._state
-    static = (model.module, model.numerics, 16, model.params, state)
+    static = (model.module, model.numerics, 16)
     slot, ids = np.int32(0), np.zeros((1, 16), np.int32)
-    forced = np.full((4, decode.BURST), -1, np.int32)
-    for program, args in ((decode.decode, (forced, slot)), (decode.prefill, (ids, slot, slot, slot))):
-        compiled = jax.jit(program, static_argnums=(0, 1, 2), donate_argnums=4).lower(*static, *args).compile()
+    step = (np.full((4, BURST), -1, np.int32), np.ones(4, np.bool_), slot, np.False_)
+    for program, args in ((partial(decode, *static, None), step), (partial(prefill, *static), (ids, slot, slot, slot))):
+        compiled = jax.jit(program, donate_argnums=1).lower(model.params, state, *args).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < table
         assert "f32[20000,96]" not in compiled.as_text().split("ENTRY")[1]
 

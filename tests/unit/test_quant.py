@@ -15,8 +15,9 @@ from llmjax.quant import gguf, product
 from llmjax.quant.qtensor import QTensor, dequantize, integers, take
 from llmjax.quant.rounding import quantize
 from llmjax.quant.schemes import Recipe, Scheme, parse, recipe_names, role_of
-from llmjax.runtime import decode as programs
 from llmjax.runtime.cache import make_cache
+from llmjax.runtime.decode import BURST, decode
+from llmjax.runtime.state import empty_state
 from tests.tiny import random_model
 
 RNG = np.random.default_rng(5)
@@ -276,11 +277,11 @@ def test_no_program_holds_a_converted_model(profile, dtype, recipe):
     size = 4 * sum(
         math.prod(leaf.shape) for leaf in jax.tree.leaves(model.params, is_leaf=lambda x: hasattr(x, "bits"))
     )
-    slots, static = 4, (model.module, model.numerics, 128)
-    state = programs.empty_state(make_cache(model.config, model.numerics, slots, 128), slots, 600)
-    forced = np.full((slots, programs.BURST), -1, np.int32)
-    decode = jax.jit(lambda *a: programs.decode(*static, *a), donate_argnums=1)
-    temporary = decode.lower(model.params, state, forced, np.int32(1)).compile().memory_analysis().temp_size_in_bytes
+    slots, static = 4, (model.module, model.numerics, 128, None)
+    state = empty_state(make_cache(model.config, model.numerics, slots, 128), slots, 128, 600)
+    args = (np.full((slots, BURST), -1, np.int32), np.ones(slots, np.bool_), np.int32(1), np.False_)
+    program = jax.jit(lambda *a: decode(*static, *a), donate_argnums=1)
+    temporary = program.lower(model.params, state, *args).compile().memory_analysis().temp_size_in_bytes
     assert temporary < 0.2 * size, f"{temporary / 1e6:.1f} MB beside weights of {size / 1e6:.1f} MB"
 
 
