@@ -1,7 +1,7 @@
 """The ``llmjax`` command: each verb calls one library function.
 
 Data goes to stdout or the named file, progress and logs to stderr.  Exit codes: 0 fine, 1 the work failed in part, 2
-wrong usage or bad input.
+wrong usage or bad input, 130 interrupted.
 """
 
 import argparse
