@@ -39,12 +39,12 @@ def parse(row: dict[str, Any]) -> Question:
     Raises:
       RequestError: no prompt or several, a key that is not known, or a prompt of the wrong type.
     """
-    given = [p for p in _PROMPTS if p in row]
-    if len(given) != 1:
-        raise RequestError(f"expected exactly one of {', '.join(_PROMPTS)}, found {', '.join(given) or 'none'}")
     unknown = sorted(set(row) - {*_IDS, *_PROMPTS, *PARAMS})
     if unknown:
         raise RequestError(f"unknown key {', '.join(unknown)}; expected id, {', '.join((*_PROMPTS, *PARAMS))}")
+    given = [p for p in _PROMPTS if p in row]
+    if len(given) != 1:
+        raise RequestError(f"expected exactly one of {', '.join(_PROMPTS)}, found {', '.join(given) or 'none'}")
     kind = given[0]
     prompt = row[kind]
     if kind == "prompt":
