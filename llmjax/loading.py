@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from converters.mediapipe.source import MediapipeSource
 from converters.source import Source, open_source
 from llmjax import configs
 from llmjax import numerics as numerics_lib
@@ -175,9 +176,21 @@ def read_tokenizer(source: Source) -> Tokenizer | None:
         if source.metadata.get("tokenizer.ggml.model") in ("no_vocab", "none"):
             return None
         return tokenizer.from_gguf(source.metadata, source.path)
+    if isinstance(source, MediapipeSource):
+        return _mediapipe_tokenizer(source)
     if not any((source.directory / f).exists() for f in ("tokenizer.json", "tokenizer.model")):
         return None
     return tokenizer.from_huggingface(source.directory)
+
+
+def _mediapipe_tokenizer(source: MediapipeSource) -> Tokenizer | None:
+    from llmjax.text import mediapipe
+
+    if not source.vocabulary:
+        return None
+    tokens = source.parameters
+    start = tokens.start_token_id if tokens.WhichOneof("start_token_union") == "start_token_id" else None
+    return mediapipe.read(source.vocabulary, str(source.path), start_id=start, stop=tokens.stop_tokens)
 
 
 def _eos_ids(source: Source, tokenizer: Tokenizer | None) -> tuple[int, ...]:

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from converters.mediapipe.source import MediapipeSource
 from converters.source import Source, TensorSpec
 from llmjax import numerics
-from llmjax.models import gguf_config, gguf_names
+from llmjax.models import gguf_config, gguf_names, mediapipe_config, mediapipe_names
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
 from llmjax.models.names import From, Names, SameNames
@@ -56,6 +57,9 @@ def describe(source: Source) -> tuple[Mapping[str, Any], str]:
     if source.format == "gguf":
         shapes = {n: source.spec(n).shape for n in source.names()}
         return gguf_config.hf_config(source.metadata, shapes, str(source.path)), str(source.path)
+    if isinstance(source, MediapipeSource):
+        kind = mediapipe_config.find(source.model_type, str(source.path))
+        return mediapipe_config.hf_config(source.parameters, kind, str(source.path)), str(source.path)
     return source.config, str(source.directory / "config.json")
 
 
@@ -105,6 +109,8 @@ def make_plan(source: Source) -> Plan:
 def _names(source: Source, architecture: Architecture, config: DecoderConfig, specs: Mapping[str, TensorSpec]) -> Names:
     if source.format == "gguf":
         return gguf_names.names(config, architecture.model_type, specs)
+    if isinstance(source, MediapipeSource):
+        return mediapipe_names.names(architecture.model_type, source.backend)
     return SameNames() if source.format == "llmjax" else architecture.hf_names(config)
 
 
@@ -128,4 +134,5 @@ def sources_of(parameter: str, names: Names) -> tuple[From, list[str]]:
     entry = names[re.sub(r"^layers\.\d+\.", "layers.{}.", module)]
     if isinstance(entry, str):
         entry = From((entry,))
+    ending = entry.endings.get(ending, ending)
     return entry, [f"{m.format(layer[1] if layer else '')}.{ending}" for m in entry.modules]
