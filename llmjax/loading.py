@@ -18,7 +18,7 @@ from llmjax import numerics as numerics_lib
 from llmjax.errors import CheckpointError, ConfigError, TokenizerError
 from llmjax.model import Model
 from llmjax.models.registry import read_config
-from llmjax.parameters import Parameter, made, random_rows, read_all
+from llmjax.parameters import Parameter, is_packed, made, random_rows, read_all
 from llmjax.plan import Plan, make_plan, parameter_shapes
 from llmjax.quant.qtensor import QTensor
 from llmjax.quant.schemes import Recipe, parse
@@ -119,13 +119,24 @@ def fitting_plan(source: Source, recipe: Recipe | None) -> Plan:
             f"{source.path}: " + "\n  ".join(["tensors do not fit the configuration:", *plan.problems])
         )
     if recipe is not None:
-        if source.format == "llmjax":
-            raise ConfigError(
-                f"{source.path}: quantize: these weights are quantized already, and rounding them twice loses more "
-                "than either; quantize their source"
-            )
+        check_not_quantized(source)
         _warn(recipe, plan)
     return plan
+
+
+def check_not_quantized(source: Source) -> None:
+    """Raises ConfigError for a checkpoint that must not be quantized again."""
+    if is_quantized(source):
+        raise ConfigError(
+            f"{source.path}: quantize: these weights are quantized already, and rounding them twice loses more "
+            "than either; quantize their source"
+        )
+
+
+def is_quantized(source: Source) -> bool:
+    """Whether a checkpoint's weights are quantized for good.  Those of GGUF may be quantized anew: few of its types are
+    ones that can be written."""
+    return source.format != "gguf" and any(is_packed(source, source.spec(name)) for name in source.names())
 
 
 def _warn(recipe: Recipe, plan: Plan) -> None:

@@ -129,6 +129,10 @@ class MediapipeSource:
         """See ``Source``."""
         return self._specs[name]
 
+    def has_zero(self, name: str) -> bool:
+        """Whether a quantized tensor has zero points."""
+        return name + ZERO in self._file.entries
+
     def _values(self, name: str) -> np.ndarray:
         spec, raw = self._specs[name], self._file.raw(name)
         bits = _BITS[self._file.entries[name].type]
@@ -158,7 +162,7 @@ class MediapipeSource:
         scales = self._file.raw(name + SCALE).view("<f4")
         fields: dict[str, Any] = {"values": values, "scales": scales[:, None], "bits": bits}
         fields["zero"] = 8 if bits == 4 else 0
-        if name + ZERO in self._file.entries:
+        if self.has_zero(name):
             fields["offsets"] = -products(scales, self._file.raw(name + ZERO).view("<f4"))[:, None]
         return fields
 
