@@ -191,7 +191,7 @@ class LLM:
 
     def _finished(self, requests: list[Request]) -> list[RequestOutput]:
         done = {u.row.request.request_id: u.row for u in self.run(requests) if u.row.finish_reason}
-        return [done[r.request_id].output(self.model.numerics.name) for r in requests]
+        return [done[r.request_id].output(self.model.numerics.label) for r in requests]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """Pieces of text as they become certain; concatenated they are what ``generate`` returns."""

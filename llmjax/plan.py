@@ -18,6 +18,9 @@ from llmjax.models.context import Context
 from llmjax.models.names import From, Names, SameNames
 from llmjax.models.registry import Architecture, read_config
 
+# Keys of a config.json.
+Override = Mapping[str, Any] | None
+
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
@@ -52,8 +55,20 @@ class Plan:
     problems: list[str]
 
 
-def describe(source: Source) -> tuple[Mapping[str, Any], str]:
-    """The source's configuration as Hugging Face would write it, and how messages call it."""
+def describe(source: Source, override: Override = None) -> tuple[Mapping[str, Any], str]:
+    """The source's configuration as Hugging Face would write it, and how messages call it.
+
+    Args:
+      source: the checkpoint.
+      override: keys that win over the source's own; with ``model_type`` among them it is the whole configuration.
+    """
+    if override is not None and "model_type" in override:
+        return override, f"{source.path}: the configuration given for it"
+    raw, where = _own_config(source)
+    return (raw, where) if override is None else ({**raw, **override}, f"{where} with the configuration given for it")
+
+
+def _own_config(source: Source) -> tuple[Mapping[str, Any], str]:
     if source.format == "gguf":
         shapes = {n: source.spec(n).shape for n in source.names()}
         return gguf_config.hf_config(source.metadata, shapes, str(source.path)), str(source.path)
@@ -63,13 +78,17 @@ def describe(source: Source) -> tuple[Mapping[str, Any], str]:
     return source.config, str(source.directory / "config.json")
 
 
-def make_plan(source: Source) -> Plan:
+def make_plan(source: Source, override: Override = None) -> Plan:
     """Matches a source's tensors with the parameters of the model its config describes.
+
+    Args:
+      source: the checkpoint.
+      override: see ``describe``.
 
     Raises:
       ConfigError: the configuration is not supported.
     """
-    raw, where = describe(source)
+    raw, where = describe(source, override)
     architecture, config = read_config(raw, where)
     specs = {name: source.spec(name) for name in source.names()}
     problems: list[str] = []

@@ -14,18 +14,22 @@ place for them.  Use them for the gpu alone.
 
 import dataclasses
 import glob
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from converters.huggingface import HuggingFaceSource
 from converters.mediapipe import job, writer
+from converters.mediapipe.source import MediapipeSource
 from converters.mediapipe.weight_files import Weights
 from converters.mediapipe.writer import Report
-from converters.source import Source
+from converters.source import Source, open_source
 from llmjax.errors import CheckpointError, ConfigError
+from llmjax.loading import find_model, is_quantized
 from llmjax.models.mediapipe_config import ModelType
 from llmjax.models.registry import read_config
-from llmjax.plan import parameter_shapes
+from llmjax.plan import Override, parameter_shapes
+from llmjax.quant.schemes import parse
 
 # By checkpoint format: what a directory's weights are called, the first one found, and endings.
 _FORMATS = {
@@ -181,8 +185,8 @@ def convert_checkpoint(config: ConversionConfig, *, report: Report = lambda done
     source = _open(config, kind)
     try:
         vocabulary, where = _vocabulary(config, source.directory, kind)
-        bits = (getattr(config, name) for name in _BITS)
-        recipe = job.recipe(*bits, config.is_symmetric)
+        attention, feed_forward, embedding = (getattr(config, name) for name in _BITS)
+        recipe = job.recipe(attention, feed_forward, embedding, config.is_symmetric)
         try:
             work, parameters = job.prepare(source, kind, config.backend, recipe, vocabulary, where)
         except CheckpointError as error:
@@ -195,6 +199,57 @@ def convert_checkpoint(config: ConversionConfig, *, report: Report = lambda done
         work.run(path, parameters, weights=output, report=report)
     finally:
         source.close()
+
+
+def convert_source(
+    source: str | Path,
+    destination: Path,
+    quantize: str | Path | Mapping[str, Any] | None,
+    override: Override,
+    check_finite: bool,
+    report: Report,
+    *,
+    backend: str | None = None,
+    model_type: str | None = None,
+    vocab: str | Path | None = None,
+    announce: Callable[[str], None] = lambda plan: None,
+) -> None:
+    """``llmjax.convert(..., to="mediapipe")``: any checkpoint to a ``.bin`` file, without raw weight files.
+
+    Args:
+      source: anything ``llmjax.load`` reads; weights that are quantized already stay what they are.
+      destination: a new file.
+      quantize: a scheme or recipe; None for int8, or as it is.
+      override: keys of a ``config.json`` that win over the checkpoint's own.
+      check_finite: refuse NaN and infinite weights.
+      report: called after each parameter.
+      backend: ``cpu`` or ``gpu``.
+      model_type: as of ``ConversionConfig``; None for the one whose architecture it is.
+      vocab: as ``vocab_model_file``; None for the checkpoint's own.
+      announce: told the plan before anything is written.
+
+    Raises:
+      LlmjaxError: as ``convert_checkpoint``.
+    """
+    backend = job.known_backend(backend)
+    kind = None if model_type is None else job.model_type(model_type)
+    if destination.exists():
+        raise CheckpointError(f"{destination}: exists; expected a new file")
+    opened = open_source(find_model(source))
+    try:
+        kind = kind or job.infer(opened, override)
+        if vocab is None and isinstance(opened, MediapipeSource) and opened.vocabulary:
+            vocabulary, where = opened.vocabulary, str(opened.path)
+        else:
+            vocabulary, where = read_vocabulary(vocab or opened.directory, kind, given=vocab is not None)
+        recipe = None if quantize is None else parse(quantize)
+        if recipe is None and not is_quantized(opened):
+            recipe = parse("int8")
+        work, parameters = job.prepare(opened, kind, backend, recipe, vocabulary, where, override, check_finite)
+        announce(work.to_text())
+        work.run(destination, parameters, report=report)
+    finally:
+        opened.close()
 
 
 def _combine(config: ConversionConfig, kind: ModelType, output: Path, path: Path, report: Report) -> None:
@@ -237,7 +292,7 @@ def _vocabulary(config: ConversionConfig, directory: Path, kind: ModelType) -> t
     return read_vocabulary(config.vocab_model_file or directory, kind, given=bool(config.vocab_model_file))
 
 
-def read_vocabulary(path: str | Path, kind: ModelType, *, given: bool = True) -> tuple[bytes, str]:
+def read_vocabulary(path: str | Path, kind: ModelType, *, given: bool) -> tuple[bytes, str]:
     """A SentencePiece model from a file, or from a directory's ``tokenizer.model`` or ``tokenizer.json``.
 
     Raises:

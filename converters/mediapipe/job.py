@@ -23,7 +23,7 @@ from llmjax.models.config import DecoderConfig
 from llmjax.models.mediapipe_config import MODEL_TYPES, ModelType
 from llmjax.models.registry import read_config
 from llmjax.parameters import is_packed, packed_tensor, read_all
-from llmjax.plan import Assignment, Plan
+from llmjax.plan import Assignment, Override, Plan, describe
 from llmjax.quant.schemes import Recipe, Scheme, role_of
 
 
@@ -117,15 +117,45 @@ def model_type(name: str) -> ModelType:
     return MODEL_TYPES[name]
 
 
-def check_backend(backend: str | None) -> str:
-    """Raises ConfigError for what is no backend."""
+def known_backend(backend: str | None) -> str:
+    """``backend``, which is one.
+
+    Raises:
+      ConfigError: it is none.
+    """
     if backend not in BACKENDS:
         raise ConfigError(f"backend: unknown {backend!r}; expected one of {', '.join(BACKENDS)}")
     return backend
 
 
+def infer(source: Source, override: Override = None) -> ModelType:
+    """The model type of a checkpoint that does not say.
+
+    Raises:
+      ConfigError: MediaPipe has none for its architecture.
+    """
+    if isinstance(source, MediapipeSource):
+        return mediapipe_config.find(source.model_type, str(source.path))
+    architecture, config = read_config(*describe(source, override))
+    if architecture.model_type == "gemma":
+        return MODEL_TYPES["GEMMA_7B" if config.num_key_value_heads == config.num_attention_heads else "GEMMA_2B"]
+    for kind in MODEL_TYPES.values():
+        if kind.model_type == architecture.model_type:
+            return kind
+    raise ConfigError(
+        f"{source.path}: MediaPipe has no model type for {architecture.model_type}; it has {', '.join(MODEL_TYPES)}"
+    )
+
+
 def prepare(
-    source: Source, kind: ModelType, backend: str, recipe: Recipe | None, vocabulary: bytes, where: str
+    source: Source,
+    kind: ModelType,
+    backend: str,
+    recipe: Recipe | None,
+    vocabulary: bytes,
+    where: str,
+    override: Override = None,
+    check_finite: bool = False,
 ) -> tuple[Job, Parameters]:
     """The conversion of a checkpoint, and its parameters, which are read as they are asked for.
 
@@ -136,6 +166,8 @@ def prepare(
       recipe: how to quantize; None for weights that are quantized already.
       vocabulary: a SentencePiece model.
       where: where it comes from, for messages.
+      override: keys of a ``config.json`` that win over the checkpoint's own.
+      check_finite: refuse NaN and infinite values.
 
     Raises:
       CheckpointError: tensors do not fit the configuration.
@@ -143,7 +175,7 @@ def prepare(
         its weights are quantized.
       TokenizerError: the vocabulary does not fit the model.
     """
-    plan = fitting_plan(source, None)
+    plan = fitting_plan(source, None, override)
     if recipe is not None:
         check_not_quantized(source)
     check_config(plan.config, kind, str(source.path))
@@ -152,7 +184,7 @@ def prepare(
     shapes = {a.parameter: a.shape for a in plan.assignments}
     found = writer.items(shapes, plan.config, kind, backend, kept.__getitem__)
     check_widths(found)
-    return Job(kind, backend, plan.config, found, vocabulary), read_all(source, plan, None, recipe)
+    return Job(kind, backend, plan.config, found, vocabulary), read_all(source, plan, None, recipe, check_finite)
 
 
 def check_widths(found: list[Item]) -> None:

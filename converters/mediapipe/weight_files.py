@@ -63,7 +63,7 @@ class Folder:
         zeros = None if value.offsets is None else -value.offsets[:, 0]
         if self._backend == "cpu" and value.bits == 4:
             zero = 8 if zeros is None else int(np.mean(zeros / (scales + np.finfo(np.float32).eps)).astype(np.int8)) + 8
-            self._write(item.name + ZERO, np.int32([zero]), "int32", ())
+            self._write(item.name + ZERO, np.array([zero], np.int32), "int32", ())
         elif zeros is not None:
             self._write(item.name + ZERO, zeros, "float32", zeros.shape)
 

@@ -83,7 +83,7 @@ def run(
 
     for update in llm.run(requests(), reserve=RESERVE):
         if update.row.finish_reason:
-            result = update.row.output(llm.model.numerics.name)
+            result = update.row.output(llm.model.numerics.label)
             summary.rows += 1
             summary.prompt_tokens += len(result.prompt_token_ids)
             summary.completion_tokens += len(result.outputs[0].token_ids)

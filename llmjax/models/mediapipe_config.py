@@ -15,6 +15,7 @@ from converters.mediapipe.parameters import LlmParameters
 from llmjax import configs
 from llmjax.errors import ConfigError
 from llmjax.models.config import DecoderConfig
+from llmjax.models.registry import read_config
 
 # Bounds what a damaged file can make us build.
 _MAX_LAYERS = 512
@@ -172,6 +173,34 @@ def parameters(config: DecoderConfig, kind: ModelType, backend: str) -> Any:
     if backend == "gpu":
         t.reserved_23 = t.reserved_24 = 1
     return found
+
+
+def emulated(config: DecoderConfig, profile: str, where: str) -> DecoderConfig:
+    """The model as MediaPipe's runtimes compute it, under the profiles ``mediapipe_gpu`` and ``mediapipe_cpu``.
+
+    In both, GELU is the erf form, which Gemma and Phi were not trained with.  (Measured for Gemma on the gpu; the files
+    name one GELU for all model types.)  The open cpu runtime besides clamps the root of RMSNorm at 1e-6 instead of
+    adding eps (what eps = 1e-12 amounts to), and leaves out Gemma 2's windows and final soft-cap.
+
+    Raises:
+      ConfigError: the runtimes do not know this architecture.
+    """
+    if not profile.startswith("mediapipe"):
+        return config
+    known = sorted({read_config(m.config, m.name)[0].model_type for m in MODEL_TYPES.values()})
+    found = type(config).__name__.removesuffix("Config").lower()
+    if found not in known:
+        raise ConfigError(f"{where}: numerics {profile}: MediaPipe's runtimes know {', '.join(known)}, found {found}")
+    changes: dict[str, Any] = {}
+    for field in ("hidden_act", "hidden_activation", "activation"):
+        if getattr(config, field, "").startswith("gelu"):
+            changes[field] = "gelu"
+    if profile == "mediapipe_cpu":
+        instead = {"rms_norm_eps": 1e-12, "final_logit_softcapping": None}
+        changes |= {field: value for field, value in instead.items() if hasattr(config, field)}
+        if hasattr(config, "windows"):
+            changes["windows"] = (None,) * config.num_hidden_layers
+    return dataclasses.replace(config, **changes)
 
 
 def _describe(t: Any, kind: ModelType) -> None:
