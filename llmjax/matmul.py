@@ -44,5 +44,5 @@ def _float_product(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.A
         )
 
     converted = weight.dtype != numerics.products
-    y = over_tiles(multiply, weight, weight.shape, rows.shape[0]) if converted else multiply(weight)
+    y = over_tiles(multiply, weight, weight.shape, rows) if converted else multiply(weight)
     return y[:count].reshape(*lead, weight.shape[0])

@@ -20,7 +20,7 @@ _SMALL_BYTES = 1 << 18
 
 
 def over_tiles(
-    multiply: Callable[[Any], jax.Array], weight: Any, shape: tuple[int, ...], rows: int, dtype: Any = jnp.float32
+    multiply: Callable[[Any], jax.Array], weight: Any, shape: tuple[int, ...], x: jax.Array, dtype: Any = jnp.float32
 ) -> jax.Array:
     """``[rows, out]``, some output channels at a time where the weight is large and on the CPU, else all at once.
 
@@ -28,7 +28,7 @@ def over_tiles(
       multiply: from some rows of the weight, ``[t, ...]`` a leaf, to ``[rows, t]``.
       weight: a pytree of arrays ``[out, ...]``.
       shape: ``(out, in)`` of what the weight stands for.
-      rows: of the result.
+      x: ``[rows, ...]``, what ``multiply`` multiplies with.
       dtype: of the result.
     """
     out, width = shape
@@ -46,4 +46,6 @@ def over_tiles(
         start = jnp.minimum(i * tile, out - tile)
         return lax.dynamic_update_slice(y, multiply(jax.tree.map(lambda leaf: part(leaf, start), weight)), (0, start))
 
-    return lax.fori_loop(0, -(-out // tile), step, jnp.zeros((rows, out), dtype))
+    # Overwritten, so any value does.  One that waits for x: XLA would make the zeros of all layers before it begins.
+    y = jnp.broadcast_to(x.reshape(-1)[0].astype(dtype), (x.shape[0], out))
+    return lax.fori_loop(0, -(-out // tile), step, y)

@@ -69,7 +69,7 @@ def in_tiles(x: jax.Array, q: QTensor) -> jax.Array:
             for c, w in zip(columns, halves(part), strict=True)
         )
 
-    return over_tiles(multiply, q, q.shape, x.shape[0])
+    return over_tiles(multiply, q, q.shape, x)
 
 
 def _sum(parts: Iterable[jax.Array]) -> jax.Array:
@@ -109,7 +109,7 @@ def in_digits(x: jax.Array, q: QTensor, count: int) -> jax.Array:
         )
 
     # Eight bits are multiplied as they stand.
-    sums = multiply(q) if q.bits == 8 else over_tiles(multiply, q, q.shape, rows.shape[0], jnp.int32)
+    sums = multiply(q) if q.bits == 8 else over_tiles(multiply, q, q.shape, rows, jnp.int32)
     y = _combined(sums, count, x.shape[0]) * q.scales.astype(jnp.float32)[:, 0]
     if q.offsets is not None:
         ones = jnp.sum(rows.astype(jnp.int32), -1, keepdims=True)

@@ -279,9 +279,11 @@ def test_no_program_holds_a_converted_model(profile, dtype, recipe):
     slots, static = 4, (model.module, model.numerics, 128)
     state = programs.empty_state(make_cache(model.config, model.numerics, slots, 128), slots, 600)
     forced = np.full((slots, programs.BURST), -1, np.int32)
-    decode = jax.jit(lambda *a: programs.decode(*static, *a), donate_argnums=1)
-    temporary = decode.lower(model.params, state, forced, np.int32(1)).compile().memory_analysis().temp_size_in_bytes
-    assert temporary < 0.2 * size, f"{temporary / 1e6:.1f} MB beside weights of {size / 1e6:.1f} MB"
+    chunk, zero = np.zeros((1, 128), np.int32), np.int32(0)
+    for program, args in ((programs.decode, (forced, zero)), (programs.prefill, (chunk, zero, zero, zero))):
+        jitted = jax.jit(lambda *a, program=program: program(*static, *a), donate_argnums=1)
+        temporary = jitted.lower(model.params, state, *args).compile().memory_analysis().temp_size_in_bytes
+        assert temporary < 0.2 * size, f"{temporary / 1e6:.1f} MB beside weights of {size / 1e6:.1f} MB"
 
 
 def test_gradients_pass_quantized_weights():
