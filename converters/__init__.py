@@ -1,16 +1,18 @@
 """Readers of checkpoint formats (NumPy only), and the converters between them."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from converters.mediapipe.convert import ConversionConfig, convert_checkpoint
     from converters.source import Source, TensorSpec, open_source
 
-__all__ = ["Source", "TensorSpec", "open_source"]
+__all__ = ["ConversionConfig", "Source", "TensorSpec", "convert_checkpoint", "open_source"]
+
+_HOMES = {"ConversionConfig": "mediapipe.convert", "convert_checkpoint": "mediapipe.convert"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from converters import source
-
-    return getattr(source, name)
+    return getattr(importlib.import_module(f"converters.{_HOMES.get(name, 'source')}"), name)

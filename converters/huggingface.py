@@ -37,6 +37,7 @@ class HuggingFaceSource:
       directory: holds ``config.json``.
       files: the weights files, or one index; None looks for them by their usual names.
       path: what the user named, for messages.
+      config: what stands for ``config.json`` where there is none.
 
     Raises:
       CheckpointError: no or bad ``config.json``, no weights, damaged, missing or contradictory files; all at once.
@@ -44,13 +45,22 @@ class HuggingFaceSource:
 
     format = "huggingface"
 
-    def __init__(self, directory: Path, *, files: Sequence[Path] | None = None, path: Path | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        files: Sequence[Path] | None = None,
+        path: Path | None = None,
+        config: dict[str, Any] | None = None,
+    ):
         self.directory = directory
         self.path = path or directory
         self.metadata: dict[str, Any] = {}
         self._home: dict[str, _File] = {}
         problems: list[str] = []
-        self.config = self._read_config(problems)
+        if config is None or (directory / "config.json").exists():
+            config = self._read_config(problems)
+        self.config = config
         self.generation_config = _collect(problems, read_json, directory / "generation_config.json")
         index, files = self._find_files(files, problems)
         shards = {path.name: _collect(problems, _open, path) for path in files}

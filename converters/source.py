@@ -49,7 +49,7 @@ class Source(Protocol):
 
     Attributes:
       path: what the user named.
-      format: ``huggingface``, ``gguf`` or ``llmjax``.
+      format: ``huggingface``, ``gguf``, ``llmjax`` or ``mediapipe``.
       config: ``config.json`` of a directory; empty for GGUF.
       generation_config: ``generation_config.json`` beside it, or None.
       metadata: key-value pairs of a GGUF file; empty for other formats.
@@ -130,7 +130,11 @@ def _open_directory(path: Path) -> Source:
 def _open_files(path: Path, files: list[Path]) -> Source:
     from converters.gguf import GgufSource
     from converters.huggingface import HuggingFaceSource
+    from converters.mediapipe.container import is_container
+    from converters.mediapipe.source import MediapipeSource
 
+    if len(files) == 1 and is_container(files[0]):
+        return MediapipeSource(files[0])
     ggufs = [file for file in files if _is_gguf(file)]
     if len(files) == 1 and ggufs:
         return GgufSource(files[0])

@@ -103,13 +103,26 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = verb("convert", _convert, "Write a checkpoint in another form, quantized or expanded.")
     convert.add_argument("source", metavar="SRC", help="a checkpoint's path, or smollm2")
-    convert.add_argument("destination", metavar="DST", help="a new directory")
-    convert.add_argument("--to", required=True, help="llmjax (packed weights) or hf (floats, for transformers)")
+    convert.add_argument("destination", metavar="DST", help="a new directory, or a new file for mediapipe")
+    convert.add_argument(
+        "--to", required=True, help="llmjax (packed weights), hf (floats, for transformers) or mediapipe (a *.bin file)"
+    )
     convert.add_argument("--bits", type=int, choices=(4, 8), help="the same as --quantize int4 or int8")
     convert.add_argument("--group-size", type=int, metavar="N", help="with --bits: a scale for every N inputs")
     convert.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
     _weight_flags(convert)
+    bin_file = convert.add_argument_group("with --to mediapipe")
+    bin_file.add_argument("--model-type", metavar="TYPE", help="GEMMA_2B, PHI_2, ... (default: by the architecture)")
+    bin_file.add_argument("--backend", choices=("cpu", "gpu"))
+    for role in _BITS:
+        bin_file.add_argument(f"--{role.replace('_', '-')}-bits", type=int, choices=(4, 8), help="default 8")
+    bin_file.add_argument("--asymmetric", action="store_true", help="use zero points (gpu)")
+    bin_file.add_argument("--vocab", metavar="PATH", help="a SentencePiece model, or a directory with tokenizer.json")
     return parser
+
+
+# Roles with bits of their own; the head has the embedding's.
+_BITS = ("attention", "feed_forward", "embedding")
 
 
 def _weight_flags(group: Any) -> None:
@@ -119,6 +132,9 @@ def _weight_flags(group: Any) -> None:
     group.add_argument(
         "--quantize", metavar="SCHEME", help="int8, int4, int4-g32, ... or a recipe: its name or a *.toml file"
     )
+    group.add_argument(
+        "--config", metavar="FILE", help="keys that win over the checkpoint's config.json: a JSON file or config:NAME"
+    )
 
 
 def _model_flags(numerics: str = "fast") -> argparse.ArgumentParser:
@@ -126,7 +142,11 @@ def _model_flags(numerics: str = "fast") -> argparse.ArgumentParser:
     group = flags.add_argument_group("model")
     group.add_argument("--model", required=True, help="a checkpoint's path, or smollm2 for the installed demo model")
     _weight_flags(group)
-    group.add_argument("--numerics", default=numerics, help=f"reference, hf, fast or dynamic_int8 (default {numerics})")
+    group.add_argument(
+        "--numerics",
+        default=numerics,
+        help=f"reference, hf, fast, dynamic_int8, mediapipe_gpu or mediapipe_cpu (default {numerics})",
+    )
     group.add_argument("--max-batch", type=int, default=8, metavar="N", help="decode slots (default 8)")
     group.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long")
     group.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
@@ -182,6 +202,7 @@ def _model(args: argparse.Namespace) -> "Model":
         numerics=args.numerics,
         check_finite=args.check_finite,
         random_weights=args.random_weights,
+        config=args.config,
     )
 
 
@@ -348,25 +369,51 @@ def _inspect(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from llmjax.conversion import convert
 
-    quantize = args.quantize
+    quantize, options = args.quantize, _mediapipe_options(args)
+    given = ["--quantize"] * (quantize is not None)
     if args.bits is not None:
-        if quantize is not None:
-            raise RequestError("--bits and --quantize say the same; give one of them")
+        given.append("--bits")
         quantize = f"int{args.bits}" + (f"-g{args.group_size}" if args.group_size else "")
     elif args.group_size:
         raise RequestError("--group-size goes with --bits")
-    convert(
+    by_role = {role: getattr(args, f"{role}_bits") for role in _BITS}
+    if args.asymmetric or any(by_role.values()):
+        given.append("--attention-bits and the like")
+        kind = "-asym" if args.asymmetric else ""
+        quantize = {role: f"int{bits or 8}{kind}" for role, bits in by_role.items()}
+    if len(given) > 1:
+        raise RequestError(f"{' and '.join(given)} say the same; give one of them")
+    destination = convert(
         args.source,
         args.destination,
         to=args.to,
         quantize=quantize,
         dtype=args.dtype,
         check_finite=args.check_finite,
+        config=args.config,
         report=_report_tensors,
+        **options,
     )
-    size = sum(f.stat().st_size for f in Path(args.destination).iterdir())
-    print(f"{args.destination}: {size / 1e6:.1f} MB", file=sys.stderr)
+    if args.to == "mediapipe":
+        from llmjax.quant import error
+
+        print(error.roles_to_text(error.errors(destination, args.source, args.config)), file=sys.stderr)
+    files = destination.iterdir() if destination.is_dir() else [destination]
+    print(f"{destination}: {sum(f.stat().st_size for f in files) / 1e6:.1f} MB", file=sys.stderr)
     return 0
+
+
+def _mediapipe_options(args: argparse.Namespace) -> dict[str, Any]:
+    options = {"model_type": args.model_type, "backend": args.backend, "vocab": args.vocab}
+    if args.to == "mediapipe":
+        if args.backend is None:
+            raise RequestError("--to mediapipe: needs --backend cpu or --backend gpu")
+        return options | {"announce": lambda plan: print(plan, file=sys.stderr)}
+    flags = {**options, "asymmetric": args.asymmetric, **{f"{r}_bits": getattr(args, f"{r}_bits") for r in _BITS}}
+    wrong = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value]
+    if wrong:
+        raise RequestError(f"{', '.join(wrong)}: only with --to mediapipe")
+    return {}
 
 
 def _report_tensors(done: int, total: int) -> None:

@@ -1,6 +1,7 @@
 """``llmjax convert``: a checkpoint into another form, tensor by tensor, whole or not at all."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 
 from converters.llmjax import PARTS, VERSION, WEIGHTS, LlmjaxSource
+from converters.mediapipe.convert import convert_source
+from converters.mediapipe.source import MediapipeSource
 from converters.safetensors import SafetensorsWriter
 from converters.source import Source, open_source
 from llmjax.errors import CheckpointError, ConfigError
-from llmjax.loading import check_dtype, find_model, fitting_plan, read_tokenizer
+from llmjax.loading import check_dtype, find_model, fitting_plan, read_override, read_tokenizer
 from llmjax.models.registry import read_config
 from llmjax.parameters import Parameter, read_all
 from llmjax.plan import Plan, describe, sources_of
@@ -23,7 +26,7 @@ from llmjax.quant.qtensor import QTensor, dequantize
 from llmjax.quant.schemes import Recipe, parse
 from llmjax.text import export
 
-FORMATS: tuple[str, ...] = ("llmjax", "hf")
+FORMATS: tuple[str, ...] = ("llmjax", "hf", "mediapipe")
 
 # Told after each parameter: how many are done, and how many there are.
 Report = Callable[[int, int], None]
@@ -37,19 +40,25 @@ def convert(
     quantize: str | Path | Mapping[str, Any] | None = None,
     dtype: str | None = None,
     check_finite: bool = False,
+    config: str | Path | Mapping[str, Any] | None = None,
     report: Report = lambda done, total: None,
+    **mediapipe: Any,
 ) -> Path:
-    """Writes a checkpoint as a directory of another kind.
+    """Writes a checkpoint in another form.
 
     Args:
       source: anything ``llmjax.load`` reads.
-      destination: a new directory, or an empty one.  It appears under its name when it is whole.
+      destination: a new directory, or an empty one; a new file for ``mediapipe``.  It appears under its name when it
+        is whole.
       to: ``llmjax`` keeps quantized weights packed (``converters.llmjax`` describes the files); ``hf`` writes floats
-        under Hugging Face's names.
-      quantize: for ``llmjax``: see ``llmjax.load``.
+        under Hugging Face's names; ``mediapipe`` writes a ``.bin`` file.
+      quantize: for ``llmjax``: see ``llmjax.load``; for ``mediapipe`` int4 or int8, or either with -asym, by role, and
+        int8 where nothing is said.
       dtype: of floats; None keeps each tensor's own, and writes quantized ones as float32 to ``hf``.
       check_finite: refuse NaN and infinite weights.
+      config: see ``llmjax.load``.
       report: called after each parameter.
+      **mediapipe: for ``mediapipe``: see ``converters.mediapipe.convert.convert_source``.
 
     Returns:
       the destination.
@@ -60,6 +69,14 @@ def convert(
     """
     if to not in FORMATS:
         raise ConfigError(f"to: unknown {to!r}; expected one of {', '.join(FORMATS)}")
+    override = read_override(config)
+    if to == "mediapipe":
+        if dtype is not None:
+            raise ConfigError("dtype: floats are float32 in MediaPipe's files; leave it out")
+        convert_source(source, Path(destination), quantize, override, check_finite, report, **mediapipe)
+        return Path(destination)
+    if mediapipe:
+        raise ConfigError(f"{', '.join(mediapipe)}: only for to='mediapipe'")
     if to == "hf" and quantize is not None:
         raise ConfigError(
             "quantize: a checkpoint in Hugging Face's form holds floats; leave it out, or use --to llmjax"
@@ -68,9 +85,9 @@ def convert(
     recipe = None if quantize is None else parse(quantize)
     opened = open_source(find_model(source))
     try:
-        plan = fitting_plan(opened, recipe)
-        config, where = describe(opened)
-        if read_config(config, where)[1] != plan.config:
+        plan = fitting_plan(opened, recipe, override)
+        facts, where = describe(opened, override)
+        if read_config(facts, where)[1] != plan.config:
             found = ", ".join(spec.name for spec in plan.configuring)
             raise ConfigError(f"{where}: {found}: the files to be written have no place for it; use the source itself")
         with _whole_directory(Path(destination)) as folder:
@@ -78,11 +95,11 @@ def convert(
             if to == "llmjax":
                 block = _write_packed(folder, parameters, len(plan.assignments), report)
                 block["recipe"] = _recipe(opened, recipe)
-                config = {**config, "quantization": block}
+                facts = {**facts, "quantization": block}
             else:
                 stored = _write_hf(folder, parameters, plan, report)
-                config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")} | {"dtype": stored}
-            _write_json(folder / "config.json", config)
+                facts = {k: v for k, v in facts.items() if k not in ("dtype", "torch_dtype")} | {"dtype": stored}
+            _write_json(folder / "config.json", facts)
             _write_tokenizer(opened, folder)
     finally:
         opened.close()
@@ -178,13 +195,17 @@ def _joined(parts: dict[str, np.ndarray], files: tuple[str, ...], names: Any) ->
 
 
 def _write_tokenizer(source: Source, folder: Path) -> None:
-    if source.format != "gguf":
+    if isinstance(source, MediapipeSource) and source.vocabulary:
+        (folder / "tokenizer.model").write_bytes(source.vocabulary)
+    elif source.format != "gguf":
         for name in export.FILES:
             if (source.directory / name).is_file():
                 shutil.copyfile(source.directory / name, folder / name)
         return
     tokenizer = read_tokenizer(source)
     if tokenizer is not None:
+        if not all(map(tokenizer.piece, tokenizer.prefix_ids)):  # a start token beyond the vocabulary has no text
+            tokenizer = dataclasses.replace(tokenizer, prefix_ids=(), bos_id=None)
         export.save(tokenizer, folder)
         _write_json(folder / "generation_config.json", {"eos_token_id": list(tokenizer.eos_ids)})
 

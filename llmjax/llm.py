@@ -192,7 +192,7 @@ class LLM:
         Raises:
           RequestError: this thread is in the middle of another run.
         """
-        samples = Samples(requests, self.model.numerics.name)
+        samples = Samples(requests, self.model.numerics.label)
         with self._turn():
             for update in self.engine.run(samples.rows(), reserve=_reserve(requests, reserve)):
                 if update.row.finish_reason and (output := samples.add(update.row)):

@@ -11,14 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from converters.jsonfile import read_json
+from converters.mediapipe.source import MediapipeSource
 from converters.source import Source, open_source
 from llmjax import configs
 from llmjax import numerics as numerics_lib
 from llmjax.errors import CheckpointError, ConfigError, TokenizerError
 from llmjax.model import Model
+from llmjax.models.mediapipe_config import emulated
 from llmjax.models.registry import read_config
-from llmjax.parameters import Parameter, made, random_rows, read_all
-from llmjax.plan import Plan, make_plan, parameter_shapes
+from llmjax.parameters import Parameter, is_packed, made, random_rows, read_all
+from llmjax.plan import Override, Plan, make_plan, parameter_shapes
 from llmjax.quant.qtensor import QTensor
 from llmjax.quant.schemes import Recipe, parse
 from llmjax.text.tokenizer import Tokenizer
@@ -49,9 +52,10 @@ def load(
     numerics: str = "reference",
     check_finite: bool = False,
     random_weights: bool = False,
+    config: str | Path | Mapping[str, Any] | None = None,
 ) -> Model:
-    """Loads a checkpoint: a Hugging Face or llmjax directory, a ``*.gguf`` file, or ``smollm2`` for the installed demo
-    model.
+    """Loads a checkpoint: a Hugging Face or llmjax directory, a ``*.gguf`` file, a MediaPipe ``*.bin``, or ``smollm2``
+    for the installed demo model.
 
     Args:
       path: where it is.  Nothing is ever downloaded.
@@ -62,6 +66,8 @@ def load(
       numerics: the profile that says how everything is computed (``llmjax.numerics``).
       check_finite: refuse weights that are NaN or infinite (reads every value once more).
       random_weights: for ``config:NAME`` alone: build the full-size model with random weights instead of reading any.
+      config: keys of a ``config.json`` that win over the checkpoint's own, or a whole one (with ``model_type``): a
+        mapping, a JSON file or ``config:NAME``.
 
     Raises:
       CheckpointError: the file is missing, damaged, or its tensors do not fit its configuration; all such problems at
@@ -72,11 +78,15 @@ def load(
     check_dtype(dtype)
     recipe = None if quantize is None else parse(quantize)
     numerics_lib.resolve(numerics, jnp.dtype(jnp.float32))  # a wrong name fails before the reading
+    override = read_override(config)
     if random_weights or str(path).startswith(configs.PREFIX):
+        if override is not None:
+            raise ConfigError("config: goes with a checkpoint, not with random weights")
         return _random_model(str(path), dtype or "float32", recipe, numerics, random_weights)
     source = open_source(find_model(path))
     try:
-        plan = fitting_plan(source, recipe)
+        plan = fitting_plan(source, recipe, override)
+        computed = emulated(plan.config, numerics, str(source.path))
         tokenizer = read_tokenizer(source)
         if tokenizer is not None and tokenizer.vocab_size > plan.config.vocab_size:
             raise TokenizerError(
@@ -90,7 +100,7 @@ def load(
         source.close()
     return Model(
         architecture=plan.architecture,
-        config=plan.config,
+        config=computed,
         params=params,
         numerics=_numerics(numerics, params, source.path),
         tokenizer=tokenizer,
@@ -105,26 +115,56 @@ def check_dtype(dtype: str | None) -> None:
         raise ConfigError(f"dtype: unknown {dtype!r}; expected one of {', '.join(DTYPES)}")
 
 
-def fitting_plan(source: Source, recipe: Recipe | None) -> Plan:
+def read_override(config: str | Path | Mapping[str, Any] | None) -> Override:
+    """Keys of a ``config.json`` from what a user says.
+
+    Raises:
+      ConfigError: there is no such file or configuration, or it is no JSON object.
+    """
+    if config is None or isinstance(config, Mapping):
+        return config
+    if str(config).startswith(configs.PREFIX):
+        return configs.read(str(config))["config"]
+    try:
+        found = read_json(Path(config))
+    except CheckpointError as error:
+        raise ConfigError(f"config: {error}") from None
+    if found is None:
+        raise ConfigError(f"config: {config}: no such file; expected a JSON file or {configs.PREFIX}NAME")
+    return found
+
+
+def fitting_plan(source: Source, recipe: Recipe | None, override: Override = None) -> Plan:
     """The plan of a checkpoint that can be loaded, and quantized by ``recipe`` if there is one.
 
     Raises:
       CheckpointError: its tensors do not fit its configuration.
       ConfigError: the configuration is not supported, or the checkpoint is quantized already.
     """
-    plan = make_plan(source)
+    plan = make_plan(source, override)
     if plan.problems:
         raise CheckpointError(
             f"{source.path}: " + "\n  ".join(["tensors do not fit the configuration:", *plan.problems])
         )
     if recipe is not None:
-        if source.format == "llmjax":
-            raise ConfigError(
-                f"{source.path}: quantize: these weights are quantized already, and rounding them twice loses more "
-                "than either; quantize their source"
-            )
+        check_not_quantized(source)
         _warn(recipe, plan)
     return plan
+
+
+def check_not_quantized(source: Source) -> None:
+    """Raises ConfigError for a checkpoint that must not be quantized again."""
+    if is_quantized(source):
+        raise ConfigError(
+            f"{source.path}: quantize: these weights are quantized already, and rounding them twice loses more "
+            "than either; quantize their source"
+        )
+
+
+def is_quantized(source: Source) -> bool:
+    """Whether a checkpoint's weights are quantized for good.  Those of GGUF may be quantized anew: few of its types are
+    ones that can be written."""
+    return source.format != "gguf" and any(is_packed(source, source.spec(name)) for name in source.names())
 
 
 def _warn(recipe: Recipe, plan: Plan) -> None:
@@ -163,6 +203,7 @@ def _random_model(name: str, dtype: str, recipe: Recipe | None, numerics: str, r
         rows = random_rows(random, parameter, shape)
         scheme = recipe.scheme(parameter) if recipe else None
         _put(params, parameter, made(rows, shape, jnp.dtype(dtype), scheme, parameter))
+    config = emulated(config, numerics, name)
     eos = (facts["special_tokens"]["eos"]["id"],)
     return Model(architecture, config, params, _numerics(numerics, params, Path(name)), None, eos, Path(name))
 
@@ -175,9 +216,21 @@ def read_tokenizer(source: Source) -> Tokenizer | None:
         if source.metadata.get("tokenizer.ggml.model") in ("no_vocab", "none"):
             return None
         return tokenizer.from_gguf(source.metadata, source.path)
+    if isinstance(source, MediapipeSource):
+        return _mediapipe_tokenizer(source)
     if not any((source.directory / f).exists() for f in ("tokenizer.json", "tokenizer.model")):
         return None
     return tokenizer.from_huggingface(source.directory)
+
+
+def _mediapipe_tokenizer(source: MediapipeSource) -> Tokenizer | None:
+    from llmjax.text import mediapipe
+
+    if not source.vocabulary:
+        return None
+    tokens = source.parameters
+    start = tokens.start_token_id if tokens.WhichOneof("start_token_union") == "start_token_id" else None
+    return mediapipe.read(source.vocabulary, str(source.path), start_id=start, stop=tokens.stop_tokens)
 
 
 def _eos_ids(source: Source, tokenizer: Tokenizer | None) -> tuple[int, ...]:

@@ -8,7 +8,12 @@ clash. The profiles are the ones a result may name; each records itself in every
 ``hf``            what transformers computes in the checkpoint's dtype, its roundings included.
 ``fast``          bfloat16 products where weights are stored so, float32 elsewhere; never quantizes activations.
 ``dynamic_int8``  as ``fast``, but activations are rounded to 8 bits, row by row, where they meet a quantized weight.
+``mediapipe_gpu`` as ``reference``, with the formulas of MediaPipe's gpu runtime; agrees with its logits to 2e-5.
+``mediapipe_cpu`` as ``dynamic_int8``, with the formulas of MediaPipe's open cpu runtime: emulated from its source, not
+                  validated against the runtime.
 ================  ==================================================================================================
+
+What the formulas of the last two are: ``llmjax.models.mediapipe_config.emulated``.
 
 Quantized weights mean their dequantized values in all of them; ``llmjax.quant.product`` defines the products.
 """
@@ -40,13 +45,18 @@ class Numerics:
     round_alibi: bool = False
 
     @property
+    def label(self) -> str:
+        """The name as a result records it."""
+        return f"{self.name} (not validated against the runtime)" if self.name == "mediapipe_cpu" else self.name
+
+    @property
     def compiler_options(self) -> dict[str, bool]:
         """For ``jax.jit``.  XLA may leave out a rounding to bfloat16 between two operations; ``hf`` is made of such
         roundings."""
         return {"xla_allow_excess_precision": False} if self.name == "hf" else {}
 
 
-PROFILES: tuple[str, ...] = ("reference", "hf", "fast", "dynamic_int8")
+PROFILES: tuple[str, ...] = ("reference", "hf", "fast", "dynamic_int8", "mediapipe_gpu", "mediapipe_cpu")
 
 
 def resolve(name: str, stored: jnp.dtype) -> Numerics:
@@ -60,7 +70,7 @@ def resolve(name: str, stored: jnp.dtype) -> Numerics:
     """
     float32 = jnp.dtype(jnp.float32)
     stored = jnp.dtype(stored)
-    if name == "reference":
+    if name in ("reference", "mediapipe_gpu"):
         return Numerics(name, activations=float32, products=float32)
     if name == "hf":
         return Numerics(name, activations=stored, products=stored, round_alibi=True)
@@ -68,4 +78,6 @@ def resolve(name: str, stored: jnp.dtype) -> Numerics:
         bf16 = jnp.dtype(jnp.bfloat16)
         products = bf16 if stored == bf16 else float32
         return Numerics(name, activations=float32, products=products, digits=3 if name == "fast" else 1)
+    if name == "mediapipe_cpu":
+        return Numerics(name, activations=float32, products=float32, digits=1)
     raise ConfigError(f"numerics: unknown profile {name!r}; expected one of {', '.join(PROFILES)}")

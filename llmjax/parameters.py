@@ -8,6 +8,7 @@ import numpy as np
 
 from converters.gguf import GgufSource
 from converters.llmjax import LlmjaxSource
+from converters.mediapipe.source import MediapipeSource
 from converters.source import Source, TensorSpec
 from llmjax.arrays import aligned, row_chunks
 from llmjax.errors import CheckpointError
@@ -62,7 +63,7 @@ def _read(source: Source, assignment: Assignment, dtype: str | None, recipe: Rec
 
 def packed_tensor(source: Source, name: str) -> QTensor | None:
     """A quantized tensor of a checkpoint as it is stored; None for one of floats, or of a type that is expanded."""
-    if isinstance(source, LlmjaxSource):
+    if isinstance(source, LlmjaxSource | MediapipeSource):
         parts = source.parts(name)
         return None if parts is None else QTensor(**parts)
     spec = source.spec(name)
@@ -73,7 +74,7 @@ def packed_tensor(source: Source, name: str) -> QTensor | None:
 
 def is_packed(source: Source, spec: TensorSpec) -> bool:
     """Whether a tensor is quantized and stays so."""
-    if isinstance(source, LlmjaxSource):
+    if isinstance(source, LlmjaxSource | MediapipeSource):
         return spec.dtype.startswith("INT")
     return source.format == "gguf" and spec.dtype in gguf.TYPES and len(spec.shape) == 2
 

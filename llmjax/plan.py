@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from converters.mediapipe.source import MediapipeSource
 from converters.source import Source, TensorSpec
 from llmjax import numerics
-from llmjax.models import gguf_config, gguf_names
+from llmjax.models import gguf_config, gguf_names, mediapipe_config, mediapipe_names
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
 from llmjax.models.names import From, Names, SameNames
 from llmjax.models.registry import Architecture, read_config
+
+# Keys of a config.json.
+Override = Mapping[str, Any] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,21 +55,40 @@ class Plan:
     problems: list[str]
 
 
-def describe(source: Source) -> tuple[Mapping[str, Any], str]:
-    """The source's configuration as Hugging Face would write it, and how messages call it."""
+def describe(source: Source, override: Override = None) -> tuple[Mapping[str, Any], str]:
+    """The source's configuration as Hugging Face would write it, and how messages call it.
+
+    Args:
+      source: the checkpoint.
+      override: keys that win over the source's own; with ``model_type`` among them it is the whole configuration.
+    """
+    if override is not None and "model_type" in override:
+        return override, f"{source.path}: the configuration given for it"
+    raw, where = _own_config(source)
+    return (raw, where) if override is None else ({**raw, **override}, f"{where} with the configuration given for it")
+
+
+def _own_config(source: Source) -> tuple[Mapping[str, Any], str]:
     if source.format == "gguf":
         shapes = {n: source.spec(n).shape for n in source.names()}
         return gguf_config.hf_config(source.metadata, shapes, str(source.path)), str(source.path)
+    if isinstance(source, MediapipeSource):
+        kind = mediapipe_config.find(source.model_type, str(source.path))
+        return mediapipe_config.hf_config(source.parameters, kind, str(source.path)), str(source.path)
     return source.config, str(source.directory / "config.json")
 
 
-def make_plan(source: Source) -> Plan:
+def make_plan(source: Source, override: Override = None) -> Plan:
     """Matches a source's tensors with the parameters of the model its config describes.
+
+    Args:
+      source: the checkpoint.
+      override: see ``describe``.
 
     Raises:
       ConfigError: the configuration is not supported.
     """
-    raw, where = describe(source)
+    raw, where = describe(source, override)
     architecture, config = read_config(raw, where)
     specs = {name: source.spec(name) for name in source.names()}
     problems: list[str] = []
@@ -105,6 +128,8 @@ def make_plan(source: Source) -> Plan:
 def _names(source: Source, architecture: Architecture, config: DecoderConfig, specs: Mapping[str, TensorSpec]) -> Names:
     if source.format == "gguf":
         return gguf_names.names(config, architecture.model_type, specs)
+    if isinstance(source, MediapipeSource):
+        return mediapipe_names.names(architecture.model_type, source.backend)
     return SameNames() if source.format == "llmjax" else architecture.hf_names(config)
 
 
@@ -128,4 +153,5 @@ def sources_of(parameter: str, names: Names) -> tuple[From, list[str]]:
     entry = names[re.sub(r"^layers\.\d+\.", "layers.{}.", module)]
     if isinstance(entry, str):
         entry = From((entry,))
+    ending = entry.endings.get(ending, ending)
     return entry, [f"{m.format(layer[1] if layer else '')}.{ending}" for m in entry.modules]

@@ -39,7 +39,7 @@ def identity(llm: LLM, params: SamplingParams, shard: Shard = WHOLE) -> dict[str
             "tokenizer_sha256": tokenizer and tokenizer.fingerprint(),
             "chat_template_sha256": tokenizer and tokenizer.chat_template and _hash(tokenizer.chat_template),
         },
-        "numerics": model.numerics.name,
+        "numerics": model.numerics.label,
         "weights": _stored(model),
         "slots": llm.engine.slots,
         "chunk": llm.engine.chunk,

@@ -51,7 +51,7 @@ def run(llm: LLM, lines: Iterable[str], output: IO[str]) -> ScoreSummary:
             (score,) = llm.score([_text(row)])
             summary.rows += 1
             summary.logprobs += score.scored
-            result = {"id": row_id, **score.to_dict(), "numerics": llm.model.numerics.name}
+            result = {"id": row_id, **score.to_dict(), "numerics": llm.model.numerics.label}
         except LlmjaxError as error:
             summary.failed += 1
             result = {"id": row_id, "line": number, "error": f"line {number}: {error}"}

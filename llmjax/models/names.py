@@ -26,11 +26,13 @@ class From:
       modules: source modules, ``{}`` standing for the layer's number.
       make: builds the parameter from the source tensors, in order.
       source_shape: the shape each source tensor must have, given the parameter's.
+      endings: what the source calls ``weight`` and ``bias``, where it does not call them so.
     """
 
     modules: tuple[str, ...]
     make: Callable[[list[np.ndarray]], np.ndarray] = _only
     source_shape: Callable[[Shape], Shape] = lambda shape: shape
+    endings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def stacked(module: str, rows: Mapping[str, int]) -> dict[str, str | From]:

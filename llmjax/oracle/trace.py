@@ -121,7 +121,7 @@ def _manifest(model: Model, ids: np.ndarray, globs: list[str]) -> dict[str, Any]
         "tokenizer_sha256": model.tokenizer.fingerprint() if model.tokenizer else None,
         "token_ids": ids.tolist(),
         "token_ids_sha256": hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest(),
-        "numerics": model.numerics.name,
+        "numerics": model.numerics.label,
         "stored_dtype": str(model.params["embed"]["weight"].dtype),
         "taps": globs,
         "llmjax": version("llmjax"),

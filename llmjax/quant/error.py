@@ -1,15 +1,16 @@
 """How far one checkpoint's weights are from another's: ``llmjax inspect Q --against SRC``."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from converters.source import open_source
 from llmjax.arrays import row_chunks
 from llmjax.errors import CheckpointError, ConfigError
-from llmjax.loading import find_model, fitting_plan
+from llmjax.loading import find_model, fitting_plan, read_override
 from llmjax.parameters import Parameter, read_all
 from llmjax.quant.qtensor import QTensor, dequantize
 from llmjax.quant.schemes import role_of
@@ -48,15 +49,26 @@ class Error:
         return float(10 * np.log10(self.power / self.squares)) if self.power else float("-inf")
 
 
-def errors(candidate: str | Path, reference: str | Path) -> list[Error]:
+def errors(
+    candidate: str | Path, reference: str | Path, config: str | Path | Mapping[str, Any] | None = None
+) -> list[Error]:
     """The error of every parameter, one tensor in memory at a time.
+
+    Args:
+      candidate: a checkpoint.
+      reference: one of the same model; where it ties head and embedding and the candidate does not, the head has no
+        part in this.
+      config: of the reference: see ``llmjax.load``.
 
     Raises:
       CheckpointError: one of them is damaged, or they are not the same model.
     """
     sources = [open_source(find_model(path)) for path in (candidate, reference)]
     try:
-        plans = [fitting_plan(source, None) for source in sources]
+        plans = [fitting_plan(sources[0], None), fitting_plan(sources[1], None, read_override(config))]
+        if plans[1].config.tie_word_embeddings and not plans[0].config.tie_word_embeddings:
+            rest = [a for a in plans[0].assignments if a.parameter != "head.weight"]
+            plans[0] = dataclasses.replace(plans[0], assignments=rest)
         shapes = [{a.parameter: a.shape for a in plan.assignments} for plan in plans]
         if shapes[0] != shapes[1]:
             different = sorted(n for n in shapes[0] | shapes[1] if shapes[0].get(n) != shapes[1].get(n))
@@ -107,10 +119,18 @@ def _rows(value: Parameter, rows: slice) -> np.ndarray:
 def to_text(found: list[Error]) -> str:
     """For a terminal: by parameter, then by role."""
     width = max(len(e.name) for e in found)
-    head = f"  {'':{width}}  {'kept':15} {'max':>10} {'RMS':>10} {'SQNR dB':>8}"
-    lines = ["error of each tensor", head, *(_line(e, width) for e in found if e.squares)]
-    lines += [f"  {sum(1 for e in found if not e.squares)} tensors are equal", "", "error of each role", head]
-    return "\n".join([*lines, *(_line(e, width) for e in by_role(found))])
+    lines = ["error of each tensor", _head(width), *(_line(e, width) for e in found if e.squares)]
+    lines += [f"  {sum(1 for e in found if not e.squares)} tensors are equal", "", roles_to_text(found, width)]
+    return "\n".join(lines)
+
+
+def roles_to_text(found: list[Error], width: int = 16) -> str:
+    """For a terminal: by role, in a column of ``width``."""
+    return "\n".join(["error of each role", _head(width), *(_line(e, width) for e in by_role(found))])
+
+
+def _head(width: int) -> str:
+    return f"  {'':{width}}  {'kept':15} {'max':>10} {'RMS':>10} {'SQNR dB':>8}"
 
 
 def to_dict(found: list[Error]) -> dict[str, list[dict[str, str | float | None]]]:

@@ -30,6 +30,8 @@ class Vocabulary:
       bos_id: None where there is none.
       eos_id: None where there is none.
       unk_id: of the UNKNOWN piece.
+      charsmap: SentencePiece's compiled rules of Unicode normalization; empty for none.
+      single_spaces: remove white space around the text, and all but one space within it.
     """
 
     pieces: Sequence[str]
@@ -39,6 +41,8 @@ class Vocabulary:
     bos_id: int | None
     eos_id: int | None
     unk_id: int | None
+    charsmap: bytes = b""
+    single_spaces: bool = False
 
 
 def read(data: bytes, where: str, *, add_bos: bool, chat_template: str | None) -> Tokenizer:
@@ -83,10 +87,6 @@ def parse(data: bytes, where: str) -> Vocabulary:
     if trainer.model_type != proto.TrainerSpec.BPE:
         kind = proto.TrainerSpec.ModelType.Name(trainer.model_type)
         refused.append(f"model type: expected BPE, found {kind}")
-    if spec.precompiled_charsmap:
-        refused.append(f"normalizer: expected identity, found {spec.name!r}")
-    if spec.remove_extra_whitespaces:
-        refused.append("remove_extra_whitespaces: expected false, found true")
     if not spec.escape_whitespaces:
         refused.append("escape_whitespaces: expected true, found false")
     if trainer.treat_whitespace_as_suffix:
@@ -102,6 +102,8 @@ def parse(data: bytes, where: str) -> Vocabulary:
         bos_id=bos if bos >= 0 else None,
         eos_id=eos if eos >= 0 else None,
         unk_id=unk if unk >= 0 else None,
+        charsmap=spec.precompiled_charsmap,
+        single_spaces=spec.remove_extra_whitespaces,
     )
 
 
@@ -152,7 +154,10 @@ def build(
         ),
         where,
     )
-    steps = [normalizers.Prepend("▁")] if prefix and everywhere else []
+    everywhere |= model.single_spaces  # a space that is put before the text would be removed
+    steps = _cleaning(model, where)
+    if prefix and everywhere:
+        steps.append(normalizers.Prepend("▁"))
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
@@ -168,6 +173,19 @@ def build(
     # normalize their own strings, too, which a prepended space spoils.
     add_tokens(backend, added((USER_DEFINED,), normalized=not steps), special=False)
     return backend, prefix and not everywhere
+
+
+def _cleaning(model: Vocabulary, where: str) -> list[normalizers.Normalizer]:
+    """What SentencePiece does to a text before it marks the spaces."""
+    steps: list[normalizers.Normalizer] = []
+    if model.charsmap:
+        try:
+            steps.append(normalizers.Precompiled(model.charsmap))
+        except Exception as error:  # the library raises no other class
+            raise TokenizerError(f"{where}: the rules of normalization are damaged: {error}") from None
+    if model.single_spaces:
+        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+    return steps
 
 
 def _merges(model: Vocabulary) -> list[tuple[str, str]]:

@@ -1,0 +1,1 @@
+"""MediaPipe's model files: read, written and made from checkpoints."""

@@ -1,0 +1,314 @@
+"""MediaPipe's checkpoint converter as Python had it until MediaPipe 1.0: ``ConversionConfig``, ``convert_checkpoint``.
+
+Names, order and defaults of the options are those of 0.10.21.  What differs, on purpose:
+
+- every model type takes safetensors and pytorch checkpoints, and both backends work for all of them;
+- dimensions come from ``config.json`` beside the weights; without one they are the published ones, and tensors of
+  other shapes are refused;
+- a checkpoint whose ``config.json`` asks for what the runtime does not compute is refused;
+- files appear under their names when they are whole, and a mistake in the options is a ``ConfigError``.
+
+Asymmetric weights (``is_symmetric=False``) lose their zero points in a cpu file, as in MediaPipe: its cpu layout has no
+place for them.  Use them for the gpu alone.
+"""
+
+import dataclasses
+import glob
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.huggingface import HuggingFaceSource
+from converters.mediapipe import job, writer
+from converters.mediapipe.source import MediapipeSource
+from converters.mediapipe.weight_files import Weights
+from converters.mediapipe.writer import Report
+from converters.source import Source, open_source
+from llmjax.errors import CheckpointError, ConfigError
+from llmjax.loading import find_model, is_quantized
+from llmjax.models.mediapipe_config import ModelType
+from llmjax.models.registry import read_config
+from llmjax.plan import Override, parameter_shapes
+from llmjax.quant.schemes import parse
+
+# By checkpoint format: what a directory's weights are called, the first one found, and endings.
+_FORMATS = {
+    "safetensors": (("model.safetensors.index.json", "model.safetensors"), (".safetensors",)),
+    "pytorch": (("pytorch_model.bin.index.json", "pytorch_model.bin"), (".bin", ".pt", ".pth")),
+}
+_BITS = ("attention_quant_bits", "feedforward_quant_bits", "embedding_quant_bits")
+_LORA_TYPES = ("GEMMA_2B", "GEMMA2_2B", "PHI_2")
+_OTHER_MODELS = "it belongs to model types that llmjax does not convert"
+# Options that must stay as they are, and why.
+_REFUSED = {
+    "obfuscate": "MediaPipe's public converter writes the same file with it and without it; leave it out",
+    "fp16_scale": "MediaPipe's converter ignores it; leave it out",
+    "image_encoder_file": _OTHER_MODELS,
+    "image_adapter_file": _OTHER_MODELS,
+    "submodel_type": _OTHER_MODELS,
+    "use_fake_weights": "weights of zero help nobody; llmjax loads config:NAME with random weights",
+    "is_quantized": "of MediaPipe 0.10.30: give the checkpoint from before it was quantized, or an llmjax directory to "
+    "llmjax.convert",
+    "block_size": "of MediaPipe 0.10.32: the files of 0.10.21 have one scale for each output channel",
+    "lora_alpha": "of MediaPipe 0.10.30, which stores it and never uses it; scale the weights by alpha / rank instead",
+    "lora_main_model_type": _OTHER_MODELS,
+    "use_dynamic_ple": _OTHER_MODELS,
+    "use_mse_quant": "of later versions: files of 0.10.21 are quantized by the largest weight",
+    "apply_srq": _OTHER_MODELS,
+}
+
+
+@dataclasses.dataclass
+class ConversionConfig:
+    """MediaPipe's options.
+
+    Attributes:
+      input_ckpt: a directory, a file, or a pattern of files.
+      ckpt_format: ``safetensors`` or ``pytorch``.
+      model_type: ``GEMMA_2B``, ``GEMMA_7B``, ``GEMMA2_2B``, ``PHI_2``, ``FALCON_RW_1B`` or ``STABLELM_4E1T_3B``.
+      backend: ``cpu`` or ``gpu``.
+      output_dir: gets one raw file for each tensor, ``layer_info.txt`` and, unless told otherwise, the model.
+      is_symmetric: zero is an integer; see above for the cpu.
+      attention_quant_bits: 4 or 8, of q, k, v and o.
+      feedforward_quant_bits: 4 or 8, of the MLP.
+      embedding_quant_bits: 4 or 8, of embedding and head.
+      combine_file_only: read the raw files that are in ``output_dir`` already.
+      vocab_model_file: a SentencePiece model, or a directory with ``tokenizer.json`` and ``tokenizer_config.json``.
+      output_tflite_file: the model; None for ``model.tflite`` in ``output_dir``.
+      lora_ckpt: a LoRA checkpoint.
+      lora_rank: its rank.
+      lora_output_tflite_file: the file of the LoRA weights.
+
+    The other fields are MediaPipe's, too, and are refused with the reason where they are set; those after
+    ``use_fake_weights`` are of later versions than 0.10.21.
+
+    Raises:
+      ConfigError: an option is wrong, or two contradict each other.
+    """
+
+    input_ckpt: str
+    ckpt_format: str
+    model_type: str
+    backend: str
+    output_dir: str
+    is_symmetric: bool = True
+    attention_quant_bits: int = 8
+    feedforward_quant_bits: int = 8
+    embedding_quant_bits: int = 8
+    combine_file_only: bool = False
+    vocab_model_file: str = ""
+    obfuscate: bool = False
+    output_tflite_file: str | None = None
+    fp16_scale: float | None = None
+    lora_ckpt: str | None = None
+    lora_rank: int | None = None
+    lora_output_tflite_file: str | None = None
+    image_encoder_file: str | None = None
+    image_adapter_file: str | None = None
+    submodel_type: str | None = None
+    use_fake_weights: bool = False
+    is_quantized: bool = dataclasses.field(default=False, kw_only=True)
+    block_size: int = dataclasses.field(default=0, kw_only=True)
+    lora_alpha: float | None = dataclasses.field(default=None, kw_only=True)
+    lora_main_model_type: str | None = dataclasses.field(default=None, kw_only=True)
+    use_dynamic_ple: bool = dataclasses.field(default=True, kw_only=True)
+    use_mse_quant: bool = dataclasses.field(default=False, kw_only=True)
+    apply_srq: Any = dataclasses.field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        problems = list(self._problems())
+        if problems:
+            raise ConfigError("ConversionConfig: " + "\n  ".join(problems))
+        if self.output_tflite_file is None:
+            self.output_tflite_file = str(Path(self.output_dir) / "model.tflite")
+
+    def _problems(self) -> Any:
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, reason in _REFUSED.items():
+            if getattr(self, name) not in (defaults[name], None):
+                yield f"{name}: {getattr(self, name)!r} is not supported: {reason}"
+        for name, known in (("ckpt_format", tuple(_FORMATS)), ("backend", writer.BACKENDS)):
+            if getattr(self, name) not in known:
+                yield f"{name}: unknown {getattr(self, name)!r}; expected one of {', '.join(known)}"
+        if self.model_type not in job.MODEL_TYPES:
+            yield f"model_type: unknown {self.model_type!r}; expected one of {', '.join(job.MODEL_TYPES)}"
+        for name in _BITS:
+            if type(getattr(self, name)) is not int or getattr(self, name) not in (4, 8):
+                yield f"{name}: expected 4 or 8, found {getattr(self, name)!r}"
+        for name in ("is_symmetric", "combine_file_only"):
+            if not isinstance(getattr(self, name), bool):
+                yield f"{name}: expected True or False, found {getattr(self, name)!r}"
+        if not self.output_dir or Path(self.output_dir).is_file():
+            yield f"output_dir: expected a directory, found {'nothing' if not self.output_dir else 'a file'}"
+        if self.output_tflite_file is not None and Path(self.output_tflite_file).is_dir():
+            yield f"output_tflite_file: {self.output_tflite_file}: expected a file, found a directory"
+        yield from self._lora_problems()
+
+    def _lora_problems(self) -> Any:
+        if (self.lora_ckpt is None) != (self.lora_rank is None):
+            yield "lora_ckpt and lora_rank: expected both or none"
+        if self.lora_rank is None:
+            if self.lora_output_tflite_file is not None:
+                yield "lora_output_tflite_file: goes with lora_ckpt and lora_rank"
+            return
+        if type(self.lora_rank) is not int or self.lora_rank < 1:
+            yield f"lora_rank: expected a positive integer, found {self.lora_rank!r}"
+        if self.backend == "cpu":
+            yield "lora_ckpt: MediaPipe's cpu backend has no LoRA; use gpu"
+        if self.model_type not in _LORA_TYPES:
+            yield f"lora_ckpt: MediaPipe has LoRA for {', '.join(_LORA_TYPES)}, not for {self.model_type}"
+        if self.lora_output_tflite_file is None:
+            yield "lora_output_tflite_file: missing, expected the file for the LoRA weights"
+
+
+def convert_checkpoint(config: ConversionConfig, *, report: Report = lambda done, total: None) -> None:
+    """Converts a checkpoint to a ``.bin`` file.
+
+    Args:
+      config: what to do.
+      report: called after each parameter: how many are done, and how many there are.
+
+    Raises:
+      ConfigError: an option does not fit the checkpoint, or the checkpoint does not fit the model type.
+      CheckpointError: the checkpoint or the raw files are damaged, or something cannot be written.
+      TokenizerError: the vocabulary is damaged or does not fit the model.
+    """
+    config = dataclasses.replace(config)  # options may have been set after the check
+    kind, output = job.model_type(config.model_type), Path(config.output_dir)
+    if config.lora_ckpt is not None:
+        raise ConfigError("lora_ckpt: llmjax does not write MediaPipe's LoRA files")
+    assert config.output_tflite_file is not None
+    path = Path(config.output_tflite_file)
+    if config.combine_file_only:
+        _combine(config, kind, output, path, report)
+        return
+    source = _open(config, kind)
+    try:
+        vocabulary, where = _vocabulary(config, source.directory, kind)
+        attention, feed_forward, embedding = (getattr(config, name) for name in _BITS)
+        recipe = job.recipe(attention, feed_forward, embedding, config.is_symmetric)
+        try:
+            work, parameters = job.prepare(source, kind, config.backend, recipe, vocabulary, where)
+        except CheckpointError as error:
+            if (source.directory / "config.json").exists():
+                raise
+            raise CheckpointError(
+                f"{error}\n  (there is no config.json beside the weights, so these are the published dimensions of "
+                f"{kind.name})"
+            ) from None
+        work.run(path, parameters, weights=output, report=report)
+    finally:
+        source.close()
+
+
+def convert_source(
+    source: str | Path,
+    destination: Path,
+    quantize: str | Path | Mapping[str, Any] | None,
+    override: Override,
+    check_finite: bool,
+    report: Report,
+    *,
+    backend: str | None = None,
+    model_type: str | None = None,
+    vocab: str | Path | None = None,
+    announce: Callable[[str], None] = lambda plan: None,
+) -> None:
+    """``llmjax.convert(..., to="mediapipe")``: any checkpoint to a ``.bin`` file, without raw weight files.
+
+    Args:
+      source: anything ``llmjax.load`` reads; weights that are quantized already stay what they are.
+      destination: a new file.
+      quantize: a scheme or recipe; None for int8, or as it is.
+      override: keys of a ``config.json`` that win over the checkpoint's own.
+      check_finite: refuse NaN and infinite weights.
+      report: called after each parameter.
+      backend: ``cpu`` or ``gpu``.
+      model_type: as of ``ConversionConfig``; None for the one whose architecture it is.
+      vocab: as ``vocab_model_file``; None for the checkpoint's own.
+      announce: told the plan before anything is written.
+
+    Raises:
+      LlmjaxError: as ``convert_checkpoint``.
+    """
+    backend = job.known_backend(backend)
+    kind = None if model_type is None else job.model_type(model_type)
+    if destination.exists():
+        raise CheckpointError(f"{destination}: exists; expected a new file")
+    opened = open_source(find_model(source))
+    try:
+        kind = kind or job.infer(opened, override)
+        if vocab is None and isinstance(opened, MediapipeSource) and opened.vocabulary:
+            vocabulary, where = opened.vocabulary, str(opened.path)
+        else:
+            vocabulary, where = read_vocabulary(vocab or opened.directory, kind, given=vocab is not None)
+        recipe = None if quantize is None else parse(quantize)
+        if recipe is None and not is_quantized(opened):
+            recipe = parse("int8")
+        work, parameters = job.prepare(opened, kind, backend, recipe, vocabulary, where, override, check_finite)
+        announce(work.to_text())
+        work.run(destination, parameters, report=report)
+    finally:
+        opened.close()
+
+
+def _combine(config: ConversionConfig, kind: ModelType, output: Path, path: Path, report: Report) -> None:
+    directory = Path(config.input_ckpt)
+    directory = directory if directory.is_dir() else directory.parent
+    from converters.jsonfile import read_json
+
+    beside = directory / "config.json"
+    found = read_json(beside) if config.input_ckpt else None
+    _, model = read_config(found or kind.config, str(beside) if found else kind.name)
+    job.check_config(model, kind, str(beside) if found else kind.name)
+    vocabulary, where = _vocabulary(config, directory, kind)
+    job.check_vocabulary(vocabulary, model.vocab_size, where)
+    places = writer.items(parameter_shapes(model), model, kind, config.backend, lambda parameter: (32, False))
+    weights = Weights(output, places, kind, config.backend)
+    work = job.Job(kind, config.backend, model, weights.items, vocabulary)
+    work.run(path, weights.read(), report=report)
+
+
+def _open(config: ConversionConfig, kind: ModelType) -> Source:
+    names, endings = _FORMATS[config.ckpt_format]
+    path = Path(config.input_ckpt)
+    if path.is_dir():
+        first = next((path / name for name in names if (path / name).exists()), None)
+        files = [first] if first else sorted(p for p in path.iterdir() if p.suffix in endings)
+    else:
+        files = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(config.input_ckpt))
+    what = f"{config.ckpt_format} weights ({', '.join('*' + ending for ending in endings)})"
+    if not files:
+        raise CheckpointError(f"{config.input_ckpt}: no {what}; expected a directory, a file or a pattern of files")
+    wrong = [p.name for p in files if p.suffix not in (*endings, ".json")]
+    if wrong or len({p.parent for p in files}) > 1:
+        found = f"found {wrong[0]}" if wrong else "found files in several directories"
+        raise CheckpointError(f"{config.input_ckpt}: expected {what} in one directory, {found}; check ckpt_format")
+    return HuggingFaceSource(files[0].parent, files=files, path=path, config=kind.config)
+
+
+def _vocabulary(config: ConversionConfig, directory: Path, kind: ModelType) -> tuple[bytes, str]:
+    """The SentencePiece model, and where it comes from."""
+    return read_vocabulary(config.vocab_model_file or directory, kind, given=bool(config.vocab_model_file))
+
+
+def read_vocabulary(path: str | Path, kind: ModelType, *, given: bool) -> tuple[bytes, str]:
+    """A SentencePiece model from a file, or from a directory's ``tokenizer.model`` or ``tokenizer.json``.
+
+    Raises:
+      ConfigError: there is none.
+      TokenizerError: it is damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        model = path / "tokenizer.model"
+        if not model.is_file():
+            raise ConfigError(
+                f"{path}: no tokenizer.model; "
+                + ("expected one" if given else "give vocab_model_file: a SentencePiece model")
+            )
+        path = model
+    try:
+        return path.read_bytes(), str(path)
+    except OSError as error:
+        raise ConfigError(f"vocab_model_file: {path}: cannot read it: {error.strerror}") from None

@@ -1,0 +1,111 @@
+"""``LlmParameters``: the protobuf that tells MediaPipe's runtime a model's dimensions and its start and stop tokens.
+
+Fields and numbers: https://github.com/google-ai-edge/mediapipe (``tasks/cc/genai/inference/proto``).
+"""
+
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
+
+from llmjax.errors import CheckpointError
+
+_TYPES = {"int32": 5, "bool": 8, "float": 2, "string": 9, "enum": 14}
+_ENUMS = {
+    "Activation": ("ACTIVATION_UNSPECIFIED", "GELU", "SILU", "RELU", "RELU1P5"),
+    "Norm": ("NORM_UNSPECIFIED", "NO_NORM", "RMS_NORM", "LAYER_NORM", "RMS_NO_SCALE"),
+    "MaskType": ("UNSPECIFIED", "CAUSAL", "PREFIX", "BIDIRECTIONAL"),
+    "ScaleType": ("SCALE_UNSPECIFIED", "PER_DIM", "INV_SQRT_HEAD_DIM", "INV_SQRT_MODEL_WIDTH", "RESCALE_FACTOR"),
+    "Normalization": ("NORMALIZATION_UNKNOWN", "BYTES_TO_UNICODE"),
+}
+# By message: fields as (number, name, type), * for repeated ones.
+_MESSAGES = {
+    "FeedForwardParameters": (
+        (1, "no_bias", "bool"),
+        (2, "activation", "Activation"),
+        (3, "pre_norm", "Norm"),
+        (4, "post_norm", "Norm"),
+    ),
+    "FinalProjectParameters": ((1, "no_bias", "bool"), (2, "soft_cap_value", "float")),
+    "SelfAttentionParameters": (
+        (1, "qkv_no_bias", "bool"),
+        (2, "post_proj_no_bias", "bool"),
+        (3, "attention_mask_type", "MaskType"),
+        (4, "soft_cap_value", "float"),
+        (5, "attention_scale_type", "ScaleType"),
+        (6, "sliding_window_size", "int32"),
+        (7, "qk_norm", "bool"),
+    ),
+    "TransformerParameters": (
+        (1, "batch_size", "int32"),
+        (2, "max_seq_length", "int32"),
+        (3, "embedding_dim", "int32"),
+        (4, "hidden_dimension", "int32"),
+        (5, "head_dimension", "int32"),
+        (6, "num_heads", "int32"),
+        (7, "num_stacks", "int32"),
+        (9, "num_kv_heads", "int32"),
+        (11, "feed_forward_parameters", "FeedForwardParameters"),
+        (12, "final_project_parameters", "FinalProjectParameters"),
+        (13, "pre_norm", "Norm"),
+        (14, "post_norm", "Norm"),
+        (15, "final_norm", "Norm"),
+        (16, "self_attention_parameters", "SelfAttentionParameters"),
+        (18, "skip_absolute_positional_embeddings", "bool"),
+        (19, "num_local_layers_per_global", "int32"),
+        # Reserved in the published schema; the converter's gpu files have 1 in both.
+        (23, "reserved_23", "int32"),
+        (24, "reserved_24", "int32"),
+        (25, "query_rescale_factor", "float"),
+        (32, "global_rope_wavelength", "float"),
+        (33, "global_rope_scaling", "float"),
+    ),
+    "LlmParameters": (
+        (1, "transformer_parameters", "TransformerParameters"),
+        (2, "vocab_size", "int32"),
+        (4, "start_token_id", "int32"),
+        (6, "start_token", "string"),
+        (5, "stop_tokens", "string*"),
+        (7, "input_output_normalizations", "Normalization*"),
+    ),
+}
+
+
+def _make() -> Any:
+    package = "odml.infra.proto"
+    file = descriptor_pb2.FileDescriptorProto(name="llmjax/llm_parameters.proto", package=package, syntax="proto3")
+    for name, values in _ENUMS.items():
+        enum = file.enum_type.add(name=name)
+        for number, value in enumerate(values):
+            enum.value.add(name=value, number=number)
+    for name, fields in _MESSAGES.items():
+        entry = file.message_type.add(name=name)
+        for number, field, kind in fields:
+            base = kind.rstrip("*")
+            added = entry.field.add(name=field, number=number, label=3 if kind.endswith("*") else 1)
+            added.type = _TYPES.get(base, 14 if base in _ENUMS else 11)
+            if base not in _TYPES:
+                added.type_name = f".{package}.{base}"
+            if field in ("start_token_id", "start_token"):
+                added.oneof_index = 0
+        if name == "LlmParameters":
+            entry.oneof_decl.add(name="start_token_union")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.LlmParameters"))
+
+
+LlmParameters: Any = _make()
+
+
+def read(data: bytes, where: str) -> Any:
+    """A message from its bytes.
+
+    Raises:
+      CheckpointError: they are damaged.
+    """
+    found = LlmParameters()
+    try:
+        found.ParseFromString(data)
+    except (message.DecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{where}: not an LlmParameters protobuf, or a damaged one: {error}") from None
+    return found
