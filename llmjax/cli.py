@@ -147,7 +147,7 @@ def _model_flags(numerics: str = "fast") -> argparse.ArgumentParser:
         default=numerics,
         help=f"reference, hf, fast, dynamic_int8, mediapipe_gpu or mediapipe_cpu (default {numerics})",
     )
-    group.add_argument("--max-batch", type=int, default=8, metavar="N", help="decode slots (default 8)")
+    group.add_argument("--max-batch", type=int, metavar="N", help="decode slots (default 1; batch: up to 32)")
     group.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long")
     group.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
     group.add_argument("--random-weights", action="store_true", help="with --model config:NAME, which has none")
@@ -208,12 +208,18 @@ def _model(args: argparse.Namespace) -> "Model":
 
 def _llm(args: argparse.Namespace) -> "tuple[LLM, float]":
     """The model and the seconds it took to load."""
+    from llmjax.batch.job import RESERVE
     from llmjax.llm import LLM
+    from llmjax.runtime.cache import job_slots
 
     began = time.monotonic()
+    model = _model(args)
+    slots = args.max_batch
+    if slots is None:
+        slots = job_slots(model.config, model.numerics, RESERVE) if args.run is _batch else 1
     llm = LLM(
-        _model(args),
-        max_batch=args.max_batch,
+        model,
+        max_batch=slots,
         seed=getattr(args, "seed", None) or 0,
         truncate_prompt=args.truncate_prompt,
     )

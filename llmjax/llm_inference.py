@@ -60,7 +60,7 @@ class LlmInference:
             raise RequestError(f"max_tokens: expected an integer of at least 2, found {options.max_tokens!r}")
         if options.top_k < 1:
             raise RequestError(f"top_k: expected a positive integer, found {options.top_k!r}")
-        return cls(options, LLM(options.model_path, max_batch=4))
+        return cls(options, LLM(options.model_path, max_batch=1))
 
     def _pieces(self, text: str) -> Iterator[str]:
         if self._closed:

@@ -23,8 +23,6 @@ from llmjax.runtime.row import Request, Row
 from llmjax.runtime.sampling import Knobs, key_words
 from llmjax.runtime.state import State
 
-# One-row products take a slow path on the CPU (llmjax.matmul), so fewer slots would be slower, not faster.
-MIN_SLOTS = 4
 # Below this a smaller cache saves too little to be worth a program of its own.
 MIN_LENGTH = 256
 # Tokens between two looks at the text where a row has stop strings: what it generates after one is lost.
@@ -73,7 +71,8 @@ class Engine:
 
     Args:
       model: the model.
-      slots: rows decoded together; at least 4.
+      slots: rows decoded together: 1 is fastest for one row (XLA:CPU reads a weight at memory speed for one, at half of
+        it for more), 32 for many.
       chunk: prompt tokens a prefill call takes.
       block: cache positions attention folds at a time.
       logits_processor: changes the logits before all else does; see ``LLM``.
@@ -95,7 +94,7 @@ class Engine:
         logits_processor: LogitsProcessor | None = None,
         enable_prefix_caching: bool = True,
     ):
-        for name, value, least in (("slots", slots, MIN_SLOTS), ("chunk", chunk, 1), ("block", block, 1)):
+        for name, value, least in (("slots", slots, 1), ("chunk", chunk, 1), ("block", block, 1)):
             if not isinstance(value, int) or value < least:
                 raise RequestError(f"{name}: expected an integer of at least {least}, found {value!r}")
         self.model, self.slots, self.chunk, self.block = model, slots, chunk, block

@@ -226,7 +226,7 @@ def test_truncated_prompt_keeps_its_end(model):
     assert request.ids == list(range(120, 300))
 
 
-@pytest.mark.parametrize(("field", "value"), [("slots", 3), ("chunk", 0), ("block", -1)])
+@pytest.mark.parametrize(("field", "value"), [("slots", 0), ("chunk", 0), ("block", -1)])
 def test_engine_settings(model, field, value):
     with pytest.raises(RequestError, match=f"{field}: expected an integer of at least"):
         Engine(model, **{field: value})
