@@ -1,12 +1,11 @@
 """The ``llmjax`` command: each verb calls one library function.
 
 Data goes to stdout or the named file, progress and logs to stderr.  Exit codes: 0 fine, 1 the work failed in part, 2
-wrong usage or bad input.
+wrong usage or bad input, 130 interrupted.
 """
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import sys
@@ -69,21 +68,33 @@ def _parser() -> argparse.ArgumentParser:
     chat = verb("chat", _chat, "Talk with a model, a line at a time.", model, sampling)
     chat.add_argument("--system", help="system message")
 
-    batch = verb("batch", _batch, "Run a JSONL of prompts into a JSONL of answers, in order.", model, sampling)
-    batch.add_argument("--input", required=True, help="JSONL file, or - for stdin")
-    batch.add_argument("--output", required=True, help="JSONL file, or - for stdout")
+    batch = verb(
+        "batch", _batch, "Run a JSONL of prompts into a JSONL of answers; run again, it goes on.", model, sampling
+    )
+    batch.add_argument("--input", required=True, help="JSONL file, *.gz or not, or - for stdin")
+    batch.add_argument("--output", required=True, help="JSONL file, *.gz or not, or - for stdout")
+    batch.add_argument("--ordered", action="store_true", help="leave the answers in the order of the rows")
+    batch.add_argument("--shard", metavar="I/N", help="do part I of N of the rows, chosen by their ids")
+    batch.add_argument("--force", action="store_true", help="start over, whatever the output holds")
+    batch.add_argument("--retry-errors", action="store_true", help="run rows again that failed when they ran")
+    batch.add_argument(
+        "--dry-run", action="store_true", help="check and count the rows, estimate the time, write nothing"
+    )
+    batch.add_argument(
+        "--progress-seconds", type=float, default=10.0, metavar="S", help="between lines of progress; 0 for none"
+    )
 
     score = verb("score", _score, "Log-probabilities, NLL and perplexity of given texts.", model)
     score.add_argument("--input", required=True, help='JSONL of {"text": ...} or {"token_ids": [...]}, or - for stdin')
     score.add_argument("--output", required=True, help="JSONL file, or - for stdout")
 
-    trace = verb("trace", _trace, "Write a model's named activations for one prompt.", model)
+    # Flags of its own: a default set on shared ones would be every verb's.
+    trace = verb("trace", _trace, "Write a model's named activations for one prompt.", _model_flags("reference"))
     what = trace.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="the text, or - for stdin")
     what.add_argument("--ids", type=_id_list, metavar="ID,ID", help="token ids, taken as they are")
     trace.add_argument("--output", required=True, metavar="DIR", help="a new directory")
     trace.add_argument("--taps", action="append", metavar="GLOB", help="names to keep, * by default; may be repeated")
-    trace.set_defaults(numerics="reference")
 
     inspect = verb("inspect", _inspect, "Say what a checkpoint is and whether llmjax runs it, from its headers alone.")
     inspect.add_argument("path", metavar="PATH")
@@ -126,15 +137,15 @@ def _weight_flags(group: Any) -> None:
     )
 
 
-def _model_flags() -> argparse.ArgumentParser:
+def _model_flags(numerics: str = "fast") -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group("model")
     group.add_argument("--model", required=True, help="a checkpoint's path, or smollm2 for the installed demo model")
     _weight_flags(group)
     group.add_argument(
         "--numerics",
-        default="fast",
-        help="reference, hf, fast (default), dynamic_int8, mediapipe_gpu or mediapipe_cpu (not validated)",
+        default=numerics,
+        help=f"reference, hf, fast, dynamic_int8, mediapipe_gpu or mediapipe_cpu (default {numerics})",
     )
     group.add_argument("--max-batch", type=int, default=8, metavar="N", help="decode slots (default 8)")
     group.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long")
@@ -157,7 +168,15 @@ def _sampling_flags() -> argparse.ArgumentParser:
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the text here; may be repeated")
     group.add_argument("--stop-token-ids", type=_id_list, metavar="ID,ID")
     group.add_argument("--ignore-eos", action="store_true", default=None)
+    group.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: repeat the text's tokens less")
+    group.add_argument("--presence-penalty", type=float, metavar="P", help="off the logit of generated tokens, -2 to 2")
+    group.add_argument("--frequency-penalty", type=float, metavar="P", help="the same for each time, -2 to 2")
+    group.add_argument("--logit-bias", type=_bias, metavar="ID:BIAS,ID:BIAS", help="added to logits, -100 to 100")
+    group.add_argument("--allowed-token-ids", type=_id_list, metavar="ID,ID", help="draw no others")
+    group.add_argument("--bad-words", action="append", metavar="TEXT", help="never generate this; may be repeated")
+    group.add_argument("--n", type=int, metavar="N", help="batch: samples of each prompt (default 1)")
     group.add_argument("--logprobs", type=int, metavar="K", help="batch: report the K most likely tokens")
+    group.add_argument("--prompt-logprobs", type=int, metavar="K", help="batch: the same for the prompt's tokens")
     return flags
 
 
@@ -261,22 +280,41 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _batch(args: argparse.Namespace) -> int:
-    from llmjax.batch.job import run
-    from llmjax.batch.progress import Reporter
+    from llmjax.batch import dryrun, job
+    from llmjax.batch.rows import WHOLE, Shard
 
     params = _params(args)
-    with _input(args.input) as lines, _output(args.output, args.input) as begin:
-        llm, load_seconds = _llm(args)
-        total = None if args.input == "-" else _count_rows(args.input)
-        summary = run(llm, lines, begin(), params, total=total, reporter=Reporter())
-    print(f"{summary.describe()}; load {load_seconds:.1f} s", file=sys.stderr)
-    return 1 if summary.failed else 0
+    shard = Shard.parse(args.shard) if args.shard else WHOLE
+    if args.dry_run:
+        report = dryrun.run(lambda: _llm(args)[0], args.input, args.output, params, shard)
+        print(report.describe())
+        return 1 if report.bad else 0
+    options = job.Options(args.ordered, shard, args.retry_errors, args.force, args.progress_seconds)
+    about = {"model": args.model, "input": args.input, "ordered": args.ordered, "truncate_prompt": args.truncate_prompt}
+    summary = job.run(lambda: _llm(args)[0], args.input, args.output, params, options, about)
+    if summary.problem:
+        print(f"llmjax: {summary.problem}; {_how_to_go_on(args)}", file=sys.stderr)
+    print(summary.describe(), file=sys.stderr)
+    if summary.removed:
+        print(f"llmjax: rows no longer in the input were removed; they are in {args.output}.previous", file=sys.stderr)
+    if summary.status == "interrupted":
+        print(f"llmjax: interrupted; {_how_to_go_on(args)}", file=sys.stderr)
+        return 130
+    return 1 if summary.problem or summary.totals.failed else 0
+
+
+def _how_to_go_on(args: argparse.Namespace) -> str:
+    if not Path(args.output).is_file() and not args.output.endswith(".gz"):
+        return "to go on later, a job needs a file for its output"
+    same = "the same command" + (", without --force," if args.force else "")
+    return f"{same} goes on from the rows that are done"
 
 
 def _score(args: argparse.Namespace) -> int:
+    from llmjax.batch.files import open_lines
     from llmjax.batch.scoring import run
 
-    with _input(args.input) as lines, _output(args.output, args.input) as begin:
+    with open_lines(args.input) as lines, _output(args.output, args.input) as begin:
         llm, _ = _llm(args)
         summary = run(llm, lines, begin())
     print(summary.describe(), file=sys.stderr)
@@ -300,6 +338,10 @@ def _trace(args: argparse.Namespace) -> int:
 
 def _id_list(text: str) -> list[int]:
     return [int(i) for i in text.split(",")]
+
+
+def _bias(text: str) -> dict[int, float]:
+    return {int(i): float(value) for i, value in (pair.split(":") for pair in text.split(","))}
 
 
 def _prompt(text: str) -> str:
@@ -379,18 +421,6 @@ def _report_tensors(done: int, total: int) -> None:
         print(f"\r{done} of {total} tensors", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
-def _input(path: str) -> contextlib.AbstractContextManager[IO[str]]:
-    # Bytes that are no UTF-8 must spoil their own row only: they pass as lone surrogates and are refused there.
-    if path == "-":
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-        return contextlib.nullcontext(sys.stdin)
-    try:
-        return open(path, encoding="utf-8", errors="surrogateescape")
-    except OSError as error:
-        raise RequestError(f"{path}: cannot read the input: {error.strerror}") from None
-
-
 @contextlib.contextmanager
 def _output(path: str, source: str) -> Iterator[Callable[[], IO[str]]]:
     """Opens the output at once, so that a wrong path costs nothing, and empties it only when the work begins: a model
@@ -428,11 +458,6 @@ def _output(path: str, source: str) -> Iterator[Callable[[], IO[str]]]:
     finally:
         if is_new and not began:
             os.unlink(path)
-
-
-def _count_rows(path: str) -> int:
-    with open(path, "rb") as file:
-        return sum(1 for line in file if line.strip())
 
 
 if __name__ == "__main__":

@@ -4,20 +4,22 @@ import contextlib
 import dataclasses
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmjax.errors import RequestError, TokenizerError
+from llmjax.errors import RequestError, TokenizerError, TooLongError
 from llmjax.loading import load
 from llmjax.model import Model, check_ids
 from llmjax.outputs import RequestOutput, Score
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine, Update
+from llmjax.runtime.logits import LogitsProcessor, bad_word_ids, row_controls
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request
+from llmjax.runtime.samples import Samples
 from llmjax.runtime.sampling import row_seed
 from llmjax.text.tokenizer import Tokenizer
 
@@ -37,6 +39,12 @@ class LLM:
       chunk: prompt tokens a prefill call takes.
       block: cache positions attention folds at a time.
       truncate_prompt: keep the last tokens of a prompt that is too long, instead of refusing it.
+      logits_processor: for research: a pure function, compiled into every decode step, of the model's logits (float32
+        ``[B, V]``, a row per slot) and ``llmjax.runtime.logits.Tokens`` (the rows' tokens ``ids [B, S]``,
+        ``prompt_length [B]``, ``length [B]``, ``active [B]``); returns the logits, before bars, biases, penalties and
+        the draw.  A row's result must depend on that row alone, or it will depend on its neighbours.
+      enable_prefix_caching: compute a beginning that prompts share once (whole chunks, or all of a prompt); results are
+        the same in every bit.
 
     Raises:
       LlmjaxError: see ``llmjax.load``.
@@ -53,13 +61,22 @@ class LLM:
         chunk: int = 128,
         block: int = 128,
         truncate_prompt: bool = False,
+        logits_processor: LogitsProcessor | None = None,
+        enable_prefix_caching: bool = True,
     ):
         if not isinstance(model, Model):
             model = load(model, numerics=numerics, dtype=dtype)
         self.model = model
         self.seed = seed
         self.truncate_prompt = truncate_prompt
-        self.engine = Engine(model, slots=max_batch, chunk=chunk, block=block)
+        self.engine = Engine(
+            model,
+            slots=max_batch,
+            chunk=chunk,
+            block=block,
+            logits_processor=logits_processor,
+            enable_prefix_caching=enable_prefix_caching,
+        )
         self._lock = threading.Lock()  # one run at a time owns the slots
         self._owner: int | None = None  # the thread whose run that is
 
@@ -91,7 +108,9 @@ class LLM:
           forced: see ``Request``.
 
         Raises:
-          RequestError: an empty prompt, one longer than the context, or ids outside the vocabulary.
+          RequestError: an empty prompt, one longer than the context, ids outside the vocabulary, or bad words that
+            leave nothing.
+          TokenizerError: text, or bad words, for a model without a tokenizer.
         """
         params = params or SamplingParams()
         text = prompt if isinstance(prompt, str) else None
@@ -101,7 +120,7 @@ class LLM:
         context = self.model.context_length
         if len(ids) >= context:
             if not self.truncate_prompt:
-                raise RequestError(
+                raise TooLongError(
                     f"prompt: {len(ids)} tokens, longer than the model's context of {context} less one for the answer; "
                     "shorten it, or ask for truncation (truncate_prompt, --truncate-prompt)"
                 )
@@ -115,6 +134,8 @@ class LLM:
                 raise RequestError(
                     f"stop_token_ids: {token} is outside the vocabulary (0 to {self.model.config.vocab_size - 1})"
                 )
+        bad_words = bad_word_ids(self.tokenizer, params.bad_words) if params.bad_words else ()
+        row_controls(params, bad_words, self.model.config.vocab_size)
         room = context - len(ids)
         params = dataclasses.replace(
             params, max_tokens=min(params.max_tokens or room, room), min_tokens=min(params.min_tokens, room)
@@ -122,7 +143,7 @@ class LLM:
         seed = params.seed
         if seed is None:
             seed = self.seed if request_id is None else row_seed(self.seed, request_id)
-        return Request(request_id or "0", text, ids, params, seed, tuple(forced))
+        return Request(request_id or "0", text, ids, params, seed, tuple(forced), bad_words=bad_words)
 
     def _warn_without_bos(self, ids: list[int]) -> None:
         bos = self.model.tokenizer.bos_id if self.model.tokenizer else None
@@ -145,10 +166,39 @@ class LLM:
         """``Engine.run``, one run at a time: another thread waits for its turn.
 
         Raises:
-          RequestError: this thread is in the middle of another run, such as a stream that was not read to its end.
+          RequestError: this thread is in the middle of another run, such as a stream that was not read to its end; or
+            a request wants several samples, whose text cannot come as one stream.
         """
+
+        def checked() -> Iterator[Request]:
+            for request in requests:
+                if request.params.n > 1:
+                    raise RequestError(f"n: a stream is one sample, found {request.params.n}; use generate or batch")
+                yield request
+
         with self._turn():
-            yield from self.engine.run(requests, burst=burst, reserve=reserve)
+            yield from self.engine.run(checked(), burst=burst, reserve=_reserve(requests, reserve))
+
+    def outputs(
+        self, requests: Iterable[Request], *, reserve: int = 0, on_update: Callable[[], None] | None = None
+    ) -> Iterator[RequestOutput]:
+        """Runs requests and yields each answer, all its ``n`` samples in it, as soon as it is whole, in any order.
+
+        Args:
+          requests: of any number; taken one by one, as slots become free.
+          reserve: see ``Engine.run``.
+          on_update: called whenever rows have new tokens; what it raises ends the run.
+
+        Raises:
+          RequestError: this thread is in the middle of another run.
+        """
+        samples = Samples(requests, self.model.numerics.label)
+        with self._turn():
+            for update in self.engine.run(samples.rows(), reserve=_reserve(requests, reserve)):
+                if update.row.finish_reason and (output := samples.add(update.row)):
+                    yield output
+                if on_update is not None:
+                    on_update()
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -190,11 +240,15 @@ class LLM:
         return self._finished(requests)
 
     def _finished(self, requests: list[Request]) -> list[RequestOutput]:
-        done = {u.row.request.request_id: u.row for u in self.run(requests) if u.row.finish_reason}
-        return [done[r.request_id].output(self.model.numerics.label) for r in requests]
+        done = {output.request_id: output for output in self.outputs(requests)}
+        return [done[r.request_id] for r in requests]
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
-        """Pieces of text as they become certain; concatenated they are what ``generate`` returns."""
+        """Pieces of text as they become certain; concatenated they are what ``generate`` returns.
+
+        Raises:
+          RequestError: a bad prompt, or ``n`` above 1.
+        """
         for update in self.run([self.request(prompt, sampling_params)], burst=1):
             if update.piece:
                 yield update.piece
@@ -236,6 +290,12 @@ class LLM:
                 logprobs, best = self.engine.score(ids)
             scores.append(Score(list(ids), [None, *map(float, logprobs)], [None, *map(int, best)]))
         return scores
+
+
+def _reserve(requests: Iterable[Request], reserve: int) -> int:
+    """Cache positions to begin with: what the longest of a list needs, at least ``reserve``."""
+    lengths = [len(r.ids) + (r.params.max_tokens or 0) for r in requests] if isinstance(requests, list) else []
+    return max([reserve, *lengths])
 
 
 def _plain(token: Any) -> Any:

@@ -185,7 +185,7 @@ def _cleaning(model: Vocabulary, where: str) -> list[normalizers.Normalizer]:
             raise TokenizerError(f"{where}: the rules of normalization are damaged: {error}") from None
     if model.single_spaces:
         # Of spaces alone, where normalizers.Strip takes all white space.
-        for pattern, text in (("^ +| +$", ""), (" {2,}", " ")):
+        for pattern, text in ((r"\A +| +\z", ""), (" {2,}", " ")):
             steps.append(normalizers.Replace(tokenizers.Regex(pattern), text))
     return steps
 
