@@ -75,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("--output", required=True, help="JSONL file, *.gz or not, or - for stdout")
     batch.add_argument("--ordered", action="store_true", help="leave the answers in the order of the rows")
     batch.add_argument("--shard", metavar="I/N", help="do part I of N of the rows, chosen by their ids")
+    batch.add_argument(
+        "--lora-modules",
+        type=_named,
+        nargs="+",
+        metavar="NAME=PATH",
+        help="LoRA adapters that rows may ask for by name (lora)",
+    )
     batch.add_argument("--force", action="store_true", help="start over, whatever the output holds")
     batch.add_argument("--retry-errors", action="store_true", help="run rows again that failed when they ran")
     batch.add_argument(
@@ -147,6 +154,7 @@ def _model_flags(numerics: str = "fast") -> argparse.ArgumentParser:
         default=numerics,
         help=f"reference, hf, fast, dynamic_int8, mediapipe_gpu or mediapipe_cpu (default {numerics})",
     )
+    group.add_argument("--lora", metavar="PATH", help="a LoRA adapter (PEFT directory) that changes the model")
     group.add_argument("--max-batch", type=int, metavar="N", help="decode slots (default 1; batch: up to 32)")
     group.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long")
     group.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
@@ -200,6 +208,7 @@ def _model(args: argparse.Namespace) -> "Model":
         dtype=args.dtype,
         quantize=args.quantize,
         numerics=args.numerics,
+        lora=args.lora,
         check_finite=args.check_finite,
         random_weights=args.random_weights,
         config=args.config,
@@ -220,6 +229,7 @@ def _llm(args: argparse.Namespace) -> "tuple[LLM, float]":
     llm = LLM(
         model,
         max_batch=slots,
+        loras=dict(getattr(args, "lora_modules", None) or ()),
         seed=getattr(args, "seed", None) or 0,
         truncate_prompt=args.truncate_prompt,
     )
@@ -348,6 +358,13 @@ def _id_list(text: str) -> list[int]:
 
 def _bias(text: str) -> dict[int, float]:
     return {int(i): float(value) for i, value in (pair.split(":") for pair in text.split(","))}
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"expected NAME=PATH, found {text!r}")
+    return name, path
 
 
 def _prompt(text: str) -> str:
