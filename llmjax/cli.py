@@ -20,6 +20,7 @@ from llmjax.errors import LlmjaxError, RequestError
 
 if TYPE_CHECKING:  # the verbs import what they need: `llmjax --help` must not wait for JAX
     from llmjax.llm import LLM
+    from llmjax.lora.adapter import LoraSource
     from llmjax.model import Model
     from llmjax.runtime.params import SamplingParams
 
@@ -107,6 +108,24 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", metavar="PATH")
     inspect.add_argument("--against", metavar="SRC", help="the checkpoint it was made from: report each weight's error")
     inspect.add_argument("--json", action="store_true")
+
+    lora = verbs.add_parser("lora", help="Check a LoRA adapter, or merge it into a checkpoint.", allow_abbrev=False)
+    lora_verbs = lora.add_subparsers(required=True, metavar="VERB")
+    for name, run, text in (
+        ("check", _lora_check, "Say what an adapter is, whether it fits, and what it changes."),
+        ("merge", _lora_merge, "Write the checkpoint with the adapter in its weights, in its own format and dtype."),
+    ):
+        sub = lora_verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.add_argument("--model", required=True, help="the base checkpoint's path")
+        sub.add_argument("--lora", required=True, metavar="PATH", help="a PEFT directory, or its weights alone")
+        sub.add_argument("--alpha", type=float, help="for weights without adapter_config.json: scale = alpha / rank")
+        sub.add_argument("--rank", type=int, help="for the same: what is expected")
+        sub.set_defaults(run=run)
+        if name == "check":
+            sub.add_argument("--prompt", help="text to compare logits on (default: a few token ids)")
+            sub.add_argument("--json", action="store_true", help="machine-readable, to stdout")
+        else:
+            sub.add_argument("--output", required=True, metavar="DIR", help="a new directory, or an empty one")
 
     convert = verb("convert", _convert, "Write a checkpoint in another form, quantized or expanded.")
     convert.add_argument("source", metavar="SRC", help="a checkpoint's path, or smollm2")
@@ -387,6 +406,28 @@ def _inspect(args: argparse.Namespace) -> int:
         values, text = values | {"error": error.to_dict(found)}, f"{text}\n\n{error.to_text(found)}"
     print(json.dumps(values, indent=2, ensure_ascii=False) if args.json else text)
     return 0 if report.supported else 1
+
+
+def _adapter(args: argparse.Namespace) -> "LoraSource":
+    from llmjax.lora.adapter import LoraSource
+
+    return LoraSource(args.lora, args.alpha, args.rank)
+
+
+def _lora_check(args: argparse.Namespace) -> int:
+    from llmjax.lora.check import check
+
+    report = check(args.model, _adapter(args), prompt=args.prompt)
+    print(json.dumps(report.to_dict()) if args.json else report.describe())
+    return 0
+
+
+def _lora_merge(args: argparse.Namespace) -> int:
+    from llmjax.lora.check import merge
+
+    destination = merge(args.model, _adapter(args), args.output, report=_report_tensors)
+    print(f"{destination}: written", file=sys.stderr)
+    return 0
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -42,13 +42,13 @@ class Merge:
       deltas: by parameter.
       mode: ``merged``, ``unmerged``; None merges into floats and leaves quantized weights as they are, which merging
         would round a second time.
-      numerics: the profile the weights are for.
+      numerics: the profile the weights are for; None for files, whose floats keep the dtype they have.
       survivals: by parameter, of packed weights that were rounded again.
     """
 
     deltas: Mapping[str, Delta]
     mode: str | None
-    numerics: str
+    numerics: str | None
     survivals: dict[str, Survival] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -63,7 +63,7 @@ class Merge:
     def dtype(self, stored: np.dtype) -> np.dtype:
         """What merged floats are kept as: a rounding to 16 bits that the products do not make would cost a part of the
         delta."""
-        return jnp.dtype(resolve(self.numerics, stored).products)
+        return stored if self.numerics is None else jnp.dtype(resolve(self.numerics, stored).products)
 
     def into_packed(self, q: QTensor, delta: Delta, parameter: str) -> QTensor:
         """A quantized weight with its delta, rounded again under the scheme it has."""

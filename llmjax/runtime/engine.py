@@ -156,8 +156,8 @@ class Engine:
     def run(self, requests: Iterable[Request], *, burst: int = BURST, reserve: int = 0) -> Iterator[Update]:
         """Runs requests as slots become free, in any mix of lengths.
 
-        A prompt goes through prefill a chunk at a time; between chunks the rows that decode make one step, so that none
-        of them waits for a long prompt.
+        A prompt goes through prefill a chunk at a time; between chunks (as many as slots are free) the rows that decode
+        make one step, so that none of them waits for a long prompt.
 
         Args:
           requests: taken one by one, only when a slot is free.
@@ -187,13 +187,16 @@ class Engine:
         rows: dict[int, Row] = {}
         more, filling = True, None
         while not self._stopping:
-            if filling is None and more and len(rows) < self.slots:
-                request = next(queue, None)
-                if request is None:
-                    more = False
-                else:
-                    filling = self._fill(request, set(range(self.slots)) - set(rows))
-            if filling is not None:
+            # As many chunks as slots are free: were it one, short rows would end faster than others begin.
+            for _ in range(self.slots - len(rows)):
+                if filling is None and more:
+                    request = next(queue, None)
+                    if request is None:
+                        more = False
+                    else:
+                        filling = self._fill(request, set(range(self.slots)) - set(rows))
+                if filling is None:
+                    break
                 try:
                     next(filling)
                 except StopIteration as filled:
