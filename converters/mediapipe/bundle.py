@@ -181,7 +181,7 @@ def _check_files(config: BundleConfig, options: list[str], output: Path) -> None
         path = Path(getattr(config, option))
         try:
             with open(path, "rb") as file:
-                head = file.read(8)
+                file.read(1)
         except OSError as error:
             raise ConfigError(f"{option}: {path}: cannot read it: {error.strerror}") from None
         if output.exists() and output.samefile(path):

@@ -73,7 +73,7 @@ def read_file(path: Path) -> Graph:
     Raises:
       CheckpointError: the file cannot be read either.
     """
-    return read(memoryview(MappedFile(path).bytes), str(path))
+    return read(MappedFile(path).bytes.data, str(path))
 
 
 def read(data: memoryview, where: str) -> Graph:
@@ -84,7 +84,7 @@ def read(data: memoryview, where: str) -> Graph:
     """
     if bytes(data[4:8]) != IDENTIFIER:
         raise CheckpointError(
-            f"{where}: not a TFLite file: expected {IDENTIFIER!r} at byte 4, found {bytes(data[4:8])}"
+            f"{where}: not a TFLite file: expected {IDENTIFIER!r} at byte 4, found {bytes(data[4:8])!r}"
         )
     try:
         return _read(data)
