@@ -144,11 +144,28 @@ def _parser() -> argparse.ArgumentParser:
         bin_file.add_argument(f"--{role.replace('_', '-')}-bits", type=int, choices=(4, 8), help="default 8")
     bin_file.add_argument("--asymmetric", action="store_true", help="use zero points (gpu)")
     bin_file.add_argument("--vocab", metavar="PATH", help="a SentencePiece model, or a directory with tokenizer.json")
+    _bundle_flags(verb("bundle", _bundle, "Pack a TFLite graph and its vocabulary into a MediaPipe .task file."))
     return parser
 
 
 # Roles with bits of their own; the head has the embedding's.
 _BITS = ("attention", "feed_forward", "embedding")
+
+
+def _bundle_flags(flags: argparse.ArgumentParser) -> None:
+    flags.add_argument("--tflite-model", required=True, metavar="FILE", help="with signatures to prefill and decode")
+    flags.add_argument("--tokenizer-model", required=True, metavar="FILE", help="a SentencePiece model")
+    flags.add_argument("--start-token", required=True, metavar="TEXT")
+    flags.add_argument("--stop-token", required=True, action="append", dest="stop_tokens", metavar="TEXT")
+    flags.add_argument("--output", required=True, dest="output_filename", metavar="FILE", help=".task is added")
+    flags.add_argument("--bytes-to-unicode", action="store_true", dest="enable_bytes_to_unicode_mapping")
+    flags.add_argument("--system-prompt", metavar="TEXT")
+    for role in ("user", "model", "system"):
+        flags.add_argument(f"--prompt-prefix-{role}", metavar="TEXT", help=f"text before the turn of {role}")
+        flags.add_argument(f"--prompt-suffix-{role}", metavar="TEXT")
+    flags.add_argument(
+        "--no-strict", action="store_false", dest="strict", help="take tokens and graphs unchecked, as MediaPipe does"
+    )
 
 
 def _weight_flags(group: Any) -> None:
@@ -464,6 +481,15 @@ def _convert(args: argparse.Namespace) -> int:
         print(error.roles_to_text(error.errors(destination, args.source, args.config)), file=sys.stderr)
     files = destination.iterdir() if destination.is_dir() else [destination]
     print(f"{destination}: {sum(f.stat().st_size for f in files) / 1e6:.1f} MB", file=sys.stderr)
+    return 0
+
+
+def _bundle(args: argparse.Namespace) -> int:
+    from converters import BundleConfig, create_bundle
+
+    names = {field.name for field in fields(BundleConfig)}
+    path = create_bundle(BundleConfig(**{name: value for name, value in vars(args).items() if name in names}))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
     return 0
 
 
