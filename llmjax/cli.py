@@ -127,6 +127,21 @@ def _parser() -> argparse.ArgumentParser:
         else:
             sub.add_argument("--output", required=True, metavar="DIR", help="a new directory, or an empty one")
 
+    # As with trace; the time to compile is to be measured, so nothing compiled is kept.
+    bench = verb("bench", _bench, "Measure speed beside what the machine can do.", _load_flags())
+    bench.add_argument("--max-batch", type=int, default=1, metavar="N", help="decode slots (default 1)")
+    bench.add_argument("--in-use", type=_id_list, default=[1], metavar="N,N", help="slots that decode (default 1)")
+    bench.add_argument(
+        "--prompt-lengths", type=_id_list, default=[128, 512], metavar="N,N", help="tokens (default 128,512)"
+    )
+    bench.add_argument("--output-length", type=int, default=32, metavar="N", help="tokens to decode (default 32)")
+    bench.add_argument(
+        "--context", type=_id_list, metavar="N,N", help="tokens in the cache before decoding (default: the prompts')"
+    )
+    bench.add_argument("--cache", type=_id_list, metavar="N,N", help="cache positions (default: the fewest that do)")
+    bench.add_argument("--repeat", type=int, default=5, metavar="N", help="measurements of each setting (default 5)")
+    bench.add_argument("--json", action="store_true")
+
     convert = verb("convert", _convert, "Write a checkpoint in another form, quantized or expanded.")
     convert.add_argument("source", metavar="SRC", help="a checkpoint's path, or smollm2")
     convert.add_argument("destination", metavar="DST", help="a new directory, or a new file for mediapipe")
@@ -180,7 +195,8 @@ def _weight_flags(group: Any) -> None:
     )
 
 
-def _model_flags(numerics: str = "fast") -> argparse.ArgumentParser:
+def _load_flags(numerics: str = "fast") -> argparse.ArgumentParser:
+    """What ``_model`` reads."""
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group("model")
     group.add_argument("--model", required=True, help="a checkpoint's path, or smollm2 for the installed demo model")
@@ -191,10 +207,16 @@ def _model_flags(numerics: str = "fast") -> argparse.ArgumentParser:
         help=f"reference, hf, fast, dynamic_int8, mediapipe_gpu or mediapipe_cpu (default {numerics})",
     )
     group.add_argument("--lora", metavar="PATH", help="a LoRA adapter (PEFT directory) that changes the model")
-    group.add_argument("--max-batch", type=int, metavar="N", help="decode slots (default 1; batch: up to 32)")
-    group.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long")
     group.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
     group.add_argument("--random-weights", action="store_true", help="with --model config:NAME, which has none")
+    return flags
+
+
+def _model_flags(numerics: str = "fast") -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False, parents=[_load_flags(numerics)])
+    group = flags.add_argument_group("engine")
+    group.add_argument("--max-batch", type=int, metavar="N", help="decode slots (default 1; batch: up to 32)")
+    group.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long")
     group.add_argument("--no-compile-cache", action="store_true", help="compile anew, keep nothing")
     return flags
 
@@ -447,6 +469,24 @@ def _lora_merge(args: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from llmjax.bench import measure
+    from llmjax.bench.report import to_text
+
+    options = measure.Options(
+        slots=args.max_batch,
+        in_use=args.in_use,
+        prompt_lengths=args.prompt_lengths,
+        output_length=args.output_length,
+        contexts=args.context,
+        caches=args.cache,
+        repeat=args.repeat,
+    )
+    report = measure.run(lambda: _model(args), options, _report_line)
+    print(json.dumps(report.to_dict(), indent=2) if args.json else to_text(report))
+    return 0
+
+
 def _convert(args: argparse.Namespace) -> int:
     from llmjax.conversion import convert
 
@@ -509,6 +549,11 @@ def _mediapipe_options(args: argparse.Namespace) -> dict[str, Any]:
 def _report_tensors(done: int, total: int) -> None:
     if sys.stderr.isatty():
         print(f"\r{done} of {total} tensors", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def _report_line(line: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -41,7 +41,7 @@ def identity(llm: LLM, params: SamplingParams, shard: Shard = WHOLE) -> dict[str
         },
         "loras": list(llm.loras),
         "numerics": model.numerics.label,
-        "weights": _stored(model),
+        "weights": stored(model),
         "slots": llm.engine.slots,
         "chunk": llm.engine.chunk,
         "block": llm.engine.block,
@@ -49,7 +49,7 @@ def identity(llm: LLM, params: SamplingParams, shard: Shard = WHOLE) -> dict[str
         "params": json.loads(json.dumps(params.to_dict())),
         "shard": str(shard),
         "versions": {name: importlib.metadata.version(name) for name in ("llmjax", "jax", "jaxlib")},
-        "device": _device(),
+        "device": describe_device(),
     }
 
 
@@ -94,13 +94,14 @@ def _pieces(leaf: jax.Array) -> Iterator[bytes]:
         yield flat[start : start + size].tobytes()
 
 
-def _stored(model: Model) -> list[str]:
+def stored(model: Model) -> list[str]:
     """The kinds of weights there are: dtypes, and schemes of quantized ones."""
     leaves = jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, QTensor))
     return sorted({x.scheme if isinstance(x, QTensor) else str(x.dtype) for x in leaves})
 
 
-def _device() -> dict[str, str]:
+def describe_device() -> dict[str, str]:
+    """Platform, kind and, of a CPU, the processor's name."""
     device = jax.devices()[0]
     found = {"platform": device.platform, "kind": device.device_kind}
     return found | ({"processor": _processor()} if device.platform == "cpu" else {})
