@@ -115,6 +115,8 @@ class LLM:
                 raise RequestError(
                     f"stop_token_ids: {token} is outside the vocabulary (0 to {self.model.config.vocab_size - 1})"
                 )
+        if self.model.tokenizer and not params.ignore_eos:
+            params = dataclasses.replace(params, stop=(*params.stop, *self.model.tokenizer.stop))
         room = context - len(ids)
         params = dataclasses.replace(
             params, max_tokens=min(params.max_tokens or room, room), min_tokens=min(params.min_tokens, room)

@@ -18,7 +18,7 @@ from llmjax import configs
 from llmjax import numerics as numerics_lib
 from llmjax.errors import CheckpointError, ConfigError, TokenizerError
 from llmjax.model import Model
-from llmjax.models.mediapipe_config import emulated
+from llmjax.models.mediapipe_config import emulated, find
 from llmjax.models.registry import read_config
 from llmjax.parameters import Parameter, is_packed, made, random_rows, read_all
 from llmjax.plan import Override, Plan, make_plan, parameter_shapes
@@ -230,7 +230,14 @@ def _mediapipe_tokenizer(source: MediapipeSource) -> Tokenizer | None:
         return None
     tokens = source.parameters
     start = tokens.start_token_id if tokens.WhichOneof("start_token_union") == "start_token_id" else None
-    return mediapipe.read(source.vocabulary, str(source.path), start_id=start, stop=tokens.stop_tokens)
+    kind = find(source.model_type, str(source.path))
+    return mediapipe.read(
+        source.vocabulary,
+        str(source.path),
+        start_id=start,
+        stop=tokens.stop_tokens,
+        bytes_to_unicode=kind.bytes_to_unicode,
+    )
 
 
 def _eos_ids(source: Source, tokenizer: Tokenizer | None) -> tuple[int, ...]:
