@@ -151,6 +151,8 @@ class LLM:
                 )
         bad_words = bad_word_ids(self.tokenizer, params.bad_words) if params.bad_words else ()
         row_controls(params, bad_words, self.model.config.vocab_size)
+        if self.model.tokenizer and not params.ignore_eos:
+            params = dataclasses.replace(params, stop=(*params.stop, *self.model.tokenizer.stop))
         room = context - len(ids)
         params = dataclasses.replace(
             params, max_tokens=min(params.max_tokens or room, room), min_tokens=min(params.min_tokens, room)

@@ -20,7 +20,7 @@ from llmjax.lora import merge as merging
 from llmjax.lora.adapter import AnyLora, read_adapter
 from llmjax.lora.apply import beside, with_loras
 from llmjax.model import Model
-from llmjax.models.mediapipe_config import emulated
+from llmjax.models.mediapipe_config import emulated, find
 from llmjax.models.registry import read_config
 from llmjax.parameters import Parameter, is_packed, made, random_rows, read_all
 from llmjax.plan import Override, Plan, make_plan, parameter_shapes, path_of
@@ -251,7 +251,14 @@ def _mediapipe_tokenizer(source: MediapipeSource) -> Tokenizer | None:
         return None
     tokens = source.parameters
     start = tokens.start_token_id if tokens.WhichOneof("start_token_union") == "start_token_id" else None
-    return mediapipe.read(source.vocabulary, str(source.path), start_id=start, stop=tokens.stop_tokens)
+    kind = find(source.model_type, str(source.path))
+    return mediapipe.read(
+        source.vocabulary,
+        str(source.path),
+        start_id=start,
+        stop=tokens.stop_tokens,
+        bytes_to_unicode=kind.bytes_to_unicode,
+    )
 
 
 def _eos_ids(source: Source, tokenizer: Tokenizer | None) -> tuple[int, ...]:

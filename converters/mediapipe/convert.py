@@ -20,6 +20,7 @@ from typing import Any
 
 from converters.huggingface import HuggingFaceSource
 from converters.mediapipe import job, writer
+from converters.mediapipe import vocabulary as vocabulary_lib
 from converters.mediapipe.source import MediapipeSource
 from converters.mediapipe.weight_files import Weights
 from converters.mediapipe.writer import Report
@@ -184,7 +185,7 @@ def convert_checkpoint(config: ConversionConfig, *, report: Report = lambda done
         return
     source = _open(config, kind)
     try:
-        vocabulary, where = _vocabulary(config, source.directory, kind)
+        vocabulary, where = _vocabulary(config, source.directory)
         attention, feed_forward, embedding = (getattr(config, name) for name in _BITS)
         recipe = job.recipe(attention, feed_forward, embedding, config.is_symmetric)
         try:
@@ -197,6 +198,7 @@ def convert_checkpoint(config: ConversionConfig, *, report: Report = lambda done
                 f"{kind.name})"
             ) from None
         work.run(path, parameters, weights=output, report=report)
+        _keep(vocabulary, where, output)
     finally:
         source.close()
 
@@ -241,7 +243,7 @@ def convert_source(
         if vocab is None and isinstance(opened, MediapipeSource) and opened.vocabulary:
             vocabulary, where = opened.vocabulary, str(opened.path)
         else:
-            vocabulary, where = read_vocabulary(vocab or opened.directory, kind, given=vocab is not None)
+            vocabulary, where = read_vocabulary(vocab or opened.directory, given=vocab is not None)
         recipe = None if quantize is None else parse(quantize)
         if recipe is None and not is_quantized(opened):
             recipe = parse("int8")
@@ -261,12 +263,13 @@ def _combine(config: ConversionConfig, kind: ModelType, output: Path, path: Path
     found = read_json(beside) if config.input_ckpt else None
     _, model = read_config(found or kind.config, str(beside) if found else kind.name)
     job.check_config(model, kind, str(beside) if found else kind.name)
-    vocabulary, where = _vocabulary(config, directory, kind)
+    vocabulary, where = _vocabulary(config, directory)
     job.check_vocabulary(vocabulary, model.vocab_size, where)
     places = writer.items(parameter_shapes(model), model, kind, config.backend, lambda parameter: (32, False))
     weights = Weights(output, places, kind, config.backend)
     work = job.Job(kind, config.backend, model, weights.items, vocabulary)
     work.run(path, weights.read(), report=report)
+    _keep(vocabulary, where, output)
 
 
 def _open(config: ConversionConfig, kind: ModelType) -> Source:
@@ -287,12 +290,19 @@ def _open(config: ConversionConfig, kind: ModelType) -> Source:
     return HuggingFaceSource(files[0].parent, files=files, path=path, config=kind.config)
 
 
-def _vocabulary(config: ConversionConfig, directory: Path, kind: ModelType) -> tuple[bytes, str]:
+def _vocabulary(config: ConversionConfig, directory: Path) -> tuple[bytes, str]:
     """The SentencePiece model, and where it comes from."""
-    return read_vocabulary(config.vocab_model_file or directory, kind, given=bool(config.vocab_model_file))
+    return read_vocabulary(config.vocab_model_file or directory, given=bool(config.vocab_model_file))
 
 
-def read_vocabulary(path: str | Path, kind: ModelType, *, given: bool) -> tuple[bytes, str]:
+def _keep(vocabulary: bytes, where: str, output: Path) -> None:
+    """Writes a vocabulary that was made from Hugging Face's beside the weight files, as MediaPipe does."""
+    if Path(where).name == "tokenizer.json":
+        with writer.whole_file(output / "spm.model") as partial:
+            partial.write_bytes(vocabulary)
+
+
+def read_vocabulary(path: str | Path, *, given: bool) -> tuple[bytes, str]:
     """A SentencePiece model from a file, or from a directory's ``tokenizer.model`` or ``tokenizer.json``.
 
     Raises:
@@ -302,10 +312,12 @@ def read_vocabulary(path: str | Path, kind: ModelType, *, given: bool) -> tuple[
     path = Path(path)
     if path.is_dir():
         model = path / "tokenizer.model"
+        if not model.is_file() and (path / "tokenizer.json").is_file():
+            return vocabulary_lib.from_huggingface(path), str(path / "tokenizer.json")
         if not model.is_file():
             raise ConfigError(
-                f"{path}: no tokenizer.model; "
-                + ("expected one" if given else "give vocab_model_file: a SentencePiece model")
+                f"{path}: neither tokenizer.model nor tokenizer.json"
+                + ("" if given else "; give vocab_model_file: a SentencePiece model, or a directory with one of these")
             )
         path = model
     try:

@@ -45,10 +45,12 @@ class Vocabulary:
     single_spaces: bool = False
 
 
-def read(data: bytes, where: str, *, add_bos: bool, chat_template: str | None) -> Tokenizer:
-    """See ``llmjax.text.tokenizer.from_sentencepiece``."""
-    vocabulary = parse(data, where)
-    backend, dummy_prefix = build(vocabulary, where)
+def read(
+    data: bytes, where: str, *, add_bos: bool, chat_template: str | None, bytes_to_unicode: bool = False
+) -> Tokenizer:
+    """See ``llmjax.text.tokenizer.from_sentencepiece``; ``bytes_to_unicode``: see ``build``."""
+    vocabulary = parse(data, where, bytes_to_unicode=bytes_to_unicode)
+    backend, dummy_prefix = build(vocabulary, where, bytes_to_unicode=bytes_to_unicode)
     bos, eos = vocabulary.bos_id, vocabulary.eos_id
     return Tokenizer(
         backend=backend,
@@ -63,8 +65,8 @@ def read(data: bytes, where: str, *, add_bos: bool, chat_template: str | None) -
     )
 
 
-def parse(data: bytes, where: str) -> Vocabulary:
-    """Reads a ``tokenizer.model``.
+def parse(data: bytes, where: str, *, bytes_to_unicode: bool = False) -> Vocabulary:
+    """Reads a ``tokenizer.model``; with ``bytes_to_unicode`` (see ``build``) it need not mark spaces.
 
     Raises:
       TokenizerError: it is damaged, not a BPE model, or normalizes text in a way llmjax does not.
@@ -87,7 +89,7 @@ def parse(data: bytes, where: str) -> Vocabulary:
     if trainer.model_type != proto.TrainerSpec.BPE:
         kind = proto.TrainerSpec.ModelType.Name(trainer.model_type)
         refused.append(f"model type: expected BPE, found {kind}")
-    if not spec.escape_whitespaces:
+    if not spec.escape_whitespaces and not (bytes_to_unicode and not spec.add_dummy_prefix):
         refused.append("escape_whitespaces: expected true, found false")
     if trainer.treat_whitespace_as_suffix:
         refused.append("treat_whitespace_as_suffix: expected false, found true")
@@ -120,6 +122,7 @@ def build(
     dummy_prefix: bool | None = None,
     everywhere: bool = False,
     strip_after: Collection[str] = (),
+    bytes_to_unicode: bool = False,
 ) -> tuple[tokenizers.Tokenizer, bool]:
     """The tokenizer of a vocabulary, and whether the caller must still put the dummy prefix.
 
@@ -130,6 +133,8 @@ def build(
       everywhere: begin every stretch between added tokens with the dummy prefix (llama.cpp, and
         transformers' "legacy" mode), not only the text.
       strip_after: special and user-defined tokens that swallow the white space behind them.
+      bytes_to_unicode: the vocabulary spells bytes as GPT-2 does, and so must a text before anything else is done to
+        it (MediaPipe's files of Phi-2, Falcon and StableLM).
 
     Raises:
       TokenizerError: a piece appears twice, or there is none for unknown text.
@@ -154,13 +159,14 @@ def build(
         ),
         where,
     )
-    everywhere |= model.single_spaces  # a space that is put before the text would be removed
-    steps = _cleaning(model, where)
+    # A space that is put before the text would be removed, or spelled as a byte.
+    everywhere |= model.single_spaces or bytes_to_unicode
+    steps: list[normalizers.Normalizer] = [normalizers.ByteLevel()] if bytes_to_unicode else []
+    steps += _cleaning(model, where)
     if prefix and everywhere:
         steps.append(normalizers.Prepend("▁"))
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    backend.decoder = _decoder(model, prefix, bytes_to_unicode)
     typed = list(zip(model.pieces, model.types, strict=True))
 
     def added(kinds: Sequence[int], normalized: bool) -> list[tokenizers.AddedToken]:
@@ -171,8 +177,23 @@ def build(
     add_tokens(backend, added((CONTROL, UNKNOWN), normalized=False), special=True)
     # SentencePiece finds these in the normalized text ("▁▁" for two spaces).  The library would
     # normalize their own strings, too, which a prepended space spoils.
-    add_tokens(backend, added((USER_DEFINED,), normalized=not steps), special=False)
+    user_defined = added((USER_DEFINED,), normalized=not steps)
+    if bytes_to_unicode:  # they are found in the spelled text, where "  " is "ĠĠ"
+        user_defined = [
+            t for t in user_defined if t.content.isascii() and t.content.isprintable() and " " not in t.content
+        ]
+    add_tokens(backend, user_defined, special=False)
     return backend, prefix and not everywhere
+
+
+def _decoder(model: Vocabulary, prefix: bool, bytes_to_unicode: bool) -> decoders.Decoder:
+    if not bytes_to_unicode:
+        strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+        return decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+    if any("▁" in piece for piece in model.pieces):
+        # No vocabulary of this kind should have it.  MediaPipe makes an invalid byte of it: here U+FFFD, spelled.
+        return decoders.Sequence([decoders.Replace("▁", "ï¿½"), decoders.ByteLevel()])
+    return decoders.ByteLevel()
 
 
 def _cleaning(model: Vocabulary, where: str) -> list[normalizers.Normalizer]:

@@ -30,6 +30,7 @@ class Tokenizer:
       where: the file, for messages.
       dummy_prefix: ``encode`` puts a space before a text that does not begin with a special token
         (SentencePiece's ``add_dummy_prefix``, where ``backend`` does not do it itself).
+      stop: strings that end a text as ``eos_ids`` do, whatever tokens they are made of (MediaPipe's files).
     """
 
     backend: tokenizers.Tokenizer
@@ -41,6 +42,7 @@ class Tokenizer:
     special: Mapping[str, str]
     where: str
     dummy_prefix: bool = False
+    stop: tuple[str, ...] = ()
 
     @property
     def add_bos(self) -> bool:

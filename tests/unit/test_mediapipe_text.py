@@ -1,0 +1,132 @@
+"""Vocabularies of MediaPipe's files: made from Hugging Face's, and run with bytes spelled as GPT-2 does."""
+
+import json
+import random
+import shutil
+
+import pytest
+import sentencepiece
+from tokenizers import normalizers
+
+import llmjax
+from converters import convert_checkpoint
+from converters.mediapipe import vocabulary
+from converters.mediapipe.container import VOCABULARY, BinFile
+from llmjax.errors import LlmjaxError, TokenizerError
+from llmjax.text import mediapipe
+from tests.mediapipe_files import DATA, config
+
+HF = DATA / "hf_tok"
+TOKENIZERS = DATA.parent / "tokenizers"
+WEB = json.loads((DATA / "web_runtime.json").read_text())["results"]
+SPELLED = [name for name in WEB if not name.startswith("GEMMA")]
+
+
+def test_equal_to_the_real_converters(tmp_path):
+    real = (HF / "spm.model").read_bytes()
+    assert vocabulary.from_huggingface(HF) == real
+    convert_checkpoint(config("PHI_2", "gpu", tmp_path, vocab_model_file=str(HF)))
+    assert BinFile(tmp_path / "out" / "model.tflite").blob(VOCABULARY) == real
+    assert (tmp_path / "out" / "spm.model").read_bytes() == real
+
+
+def _changed(folder, tokenizer=None, config=None, vocab=None):
+    shutil.copytree(HF, folder / "tok")
+    for name, changes in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
+        path = folder / "tok" / name
+        state = json.loads(path.read_text()) | (changes or {})
+        if vocab and name == "tokenizer.json":
+            state["model"]["vocab"] = vocab
+        path.write_text(json.dumps(state))
+    return folder / "tok"
+
+
+def _token(number, content, normalized=True):
+    return {"id": number, "content": content, "normalized": normalized}
+
+
+WRONG = {
+    "unk_token: expected a token, which the format needs, found None": {"config": {"unk_token": None}},
+    "unk_token 'x' of tokenizer_config.json is not in model.vocab": {"config": {"unk_token": "x"}},
+    "expected a BPE vocabulary, found 'Unigram'": {"tokenizer": {"model": {"type": "Unigram", "vocab": []}}},
+    "expected the ids 0 to 1, each of them once": {"vocab": {"<|endoftext|>": 0, "a": 2}},
+    "ids 0 to 2, each": {"vocab": {"<|endoftext|>": 0, "a": 1, "b": 1}},
+    "ids 0 to 1, each": {"vocab": {"<|endoftext|>": "0", "a": 1}},
+    "give the model's tokenizer.model": {"vocab": {"<|endoftext|>": 0, "▁a": 1}},
+    "added token 'ab' is in model.vocab or added twice": {"tokenizer": {"added_tokens": [_token(7, "ab")]}},
+    "expected objects with id, content and normalized": {"tokenizer": {"added_tokens": [{"id": 7}]}},
+    "found 'text'": {"tokenizer": {"added_tokens": "text"}},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_bad_vocabularies(message, tmp_path):
+    with pytest.raises(TokenizerError) as error:
+        vocabulary.from_huggingface(_changed(tmp_path, **WRONG[message]))
+    assert message in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_files_that_are_missing(tmp_path):
+    folder = _changed(tmp_path)
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(LlmjaxError, match="tokenizer_config.json: no such file"):
+        convert_checkpoint(config("PHI_2", "cpu", tmp_path, vocab_model_file=str(folder)))
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(LlmjaxError, match="neither tokenizer.model nor tokenizer.json"):
+        convert_checkpoint(config("PHI_2", "cpu", tmp_path, vocab_model_file=str(folder)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_ids_that_move_are_told(tmp_path):
+    folder = _changed(tmp_path, tokenizer={"added_tokens": [_token(9, "  ")]})
+    with pytest.warns(UserWarning, match="added token '  ' has id 9 and gets 7"):
+        vocabulary.from_huggingface(folder)
+
+
+def _texts():
+    rng = random.Random(0)
+    alphabet = ["a", "b", " ", "  ", "the ", "ing", "\n", "é", "日本", "🙂", "▁", "\t\t", "0", "...", "<", "\u00a0"]
+    return ["", " ", "hello world", *("".join(rng.choices(alphabet, k=rng.randrange(1, 12))) for _ in range(300))]
+
+
+@pytest.mark.parametrize("name", ["stablelm_3b", "phi2", "falcon_rw"])
+def test_ids_are_sentencepieces(name):
+    """As MediaPipe's runtime does it: SentencePiece on the spelled text."""
+    model = vocabulary.from_huggingface(TOKENIZERS / name)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+    tokenizer = mediapipe.read(model, "x", start_id=0, stop=["<|endoftext|>"], bytes_to_unicode=True)
+    spell = normalizers.ByteLevel().normalize_str
+    for text in _texts():
+        ids = tokenizer.encode(text)
+        assert ids == [0, *reference.encode(spell(text) if text else "")], text
+        ids = ids[1:]
+        assert tokenizer.decode(ids) == text
+        stream = tokenizer.detokenizer()
+        assert "".join([*map(stream.push, ids), stream.flush()]) == text
+    assert tokenizer.stop == ("<|endoftext|>",)
+
+
+@pytest.mark.parametrize("name", SPELLED)
+def test_ids_and_texts_of_the_web_runtime(name):
+    tokenizer = llmjax.load(DATA / f"{name}.bin").tokenizer
+    for text, case in WEB[name].items():
+        ids = tokenizer.encode(text)
+        assert ids[1:] == case["prompt_ids"][1:]
+        assert (ids[0], case["prompt_ids"][0]) == ((50256, 127) if "PHI_2" in name else (ids[0], ids[0]))
+        known = [i for i in case["generated_ids"] if i < tokenizer.vocab_size]
+        if known == case["generated_ids"]:  # the vocabulary was longer there
+            assert tokenizer.decode(known) == case["text"]
+
+
+def test_stop_tokens_end_a_text_as_strings(monkeypatch):
+    import dataclasses
+
+    model = llmjax.load(DATA / "GEMMA_2B_gpu_int8_mp0.10.21.bin")
+    params = llmjax.SamplingParams(temperature=0, max_tokens=12)
+    assert llmjax.LLM(model).generate(["hello"], params)[0].outputs[0].text.startswith("llollo")
+    # No piece of the vocabulary, but in the text.
+    stopped = dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, stop=("oll",)))
+    output = llmjax.LLM(stopped).generate(["hello"], params)[0].outputs[0]
+    assert (output.text, output.finish_reason) == ("ll", "stop")
+    ignored = dataclasses.replace(params, ignore_eos=True)
+    assert llmjax.LLM(stopped).generate(["hello"], ignored)[0].outputs[0].finish_reason == "length"
