@@ -4,12 +4,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from converters.mediapipe.bundle import BundleConfig, create_bundle
     from converters.mediapipe.convert import ConversionConfig, convert_checkpoint
     from converters.source import Source, TensorSpec, open_source
 
-__all__ = ["ConversionConfig", "Source", "TensorSpec", "convert_checkpoint", "open_source"]
+__all__ = [
+    "BundleConfig",
+    "ConversionConfig",
+    "Source",
+    "TensorSpec",
+    "convert_checkpoint",
+    "create_bundle",
+    "open_source",
+]
 
-_HOMES = {"ConversionConfig": "mediapipe.convert", "convert_checkpoint": "mediapipe.convert"}
+_HOMES = {
+    "BundleConfig": "mediapipe.bundle",
+    "ConversionConfig": "mediapipe.convert",
+    "convert_checkpoint": "mediapipe.convert",
+    "create_bundle": "mediapipe.bundle",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -131,10 +131,16 @@ def _open_files(path: Path, files: list[Path]) -> Source:
     from converters.gguf import GgufSource
     from converters.huggingface import HuggingFaceSource
     from converters.mediapipe.container import is_container
+    from converters.mediapipe.package import kind_of
     from converters.mediapipe.source import MediapipeSource
 
     if len(files) == 1 and is_container(files[0]):
         return MediapipeSource(files[0])
+    if len(files) == 1 and (kind := kind_of(files[0])):
+        raise CheckpointError(
+            f"{files[0]}: a .{kind} bundle: llmjax does not run its TFLite graph yet, it shows what is inside "
+            "(llmjax inspect); load the model's .bin file, GGUF file or Hugging Face directory"
+        )
     ggufs = [file for file in files if _is_gguf(file)]
     if len(files) == 1 and ggufs:
         return GgufSource(files[0])

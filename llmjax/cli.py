@@ -20,6 +20,7 @@ from llmjax.errors import LlmjaxError, RequestError
 
 if TYPE_CHECKING:  # the verbs import what they need: `llmjax --help` must not wait for JAX
     from llmjax.llm import LLM
+    from llmjax.lora.adapter import LoraSource
     from llmjax.model import Model
     from llmjax.runtime.params import SamplingParams
 
@@ -75,6 +76,13 @@ def _parser() -> argparse.ArgumentParser:
     batch.add_argument("--output", required=True, help="JSONL file, *.gz or not, or - for stdout")
     batch.add_argument("--ordered", action="store_true", help="leave the answers in the order of the rows")
     batch.add_argument("--shard", metavar="I/N", help="do part I of N of the rows, chosen by their ids")
+    batch.add_argument(
+        "--lora-modules",
+        type=_named,
+        nargs="+",
+        metavar="NAME=PATH",
+        help="LoRA adapters that rows may ask for by name (lora)",
+    )
     batch.add_argument("--force", action="store_true", help="start over, whatever the output holds")
     batch.add_argument("--retry-errors", action="store_true", help="run rows again that failed when they ran")
     batch.add_argument(
@@ -101,9 +109,27 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--against", metavar="SRC", help="the checkpoint it was made from: report each weight's error")
     inspect.add_argument("--json", action="store_true")
 
+    lora = verbs.add_parser("lora", help="Check a LoRA adapter, or merge it into a checkpoint.", allow_abbrev=False)
+    lora_verbs = lora.add_subparsers(required=True, metavar="VERB")
+    for name, run, text in (
+        ("check", _lora_check, "Say what an adapter is, whether it fits, and what it changes."),
+        ("merge", _lora_merge, "Write the checkpoint with the adapter in its weights, in its own format and dtype."),
+    ):
+        sub = lora_verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.add_argument("--model", required=True, help="the base checkpoint's path")
+        sub.add_argument("--lora", required=True, metavar="PATH", help="a PEFT directory, or its weights alone")
+        sub.add_argument("--alpha", type=float, help="for weights without adapter_config.json: scale = alpha / rank")
+        sub.add_argument("--rank", type=int, help="for the same: what is expected")
+        sub.set_defaults(run=run)
+        if name == "check":
+            sub.add_argument("--prompt", help="text to compare logits on (default: a few token ids)")
+            sub.add_argument("--json", action="store_true", help="machine-readable, to stdout")
+        else:
+            sub.add_argument("--output", required=True, metavar="DIR", help="a new directory, or an empty one")
+
     # As with trace; the time to compile is to be measured, so nothing compiled is kept.
     bench = verb("bench", _bench, "Measure speed beside what the machine can do.", _load_flags())
-    bench.add_argument("--max-batch", type=int, default=8, metavar="N", help="decode slots (default 8)")
+    bench.add_argument("--max-batch", type=int, default=1, metavar="N", help="decode slots (default 1)")
     bench.add_argument("--in-use", type=_id_list, default=[1], metavar="N,N", help="slots that decode (default 1)")
     bench.add_argument(
         "--prompt-lengths", type=_id_list, default=[128, 512], metavar="N,N", help="tokens (default 128,512)"
@@ -133,11 +159,28 @@ def _parser() -> argparse.ArgumentParser:
         bin_file.add_argument(f"--{role.replace('_', '-')}-bits", type=int, choices=(4, 8), help="default 8")
     bin_file.add_argument("--asymmetric", action="store_true", help="use zero points (gpu)")
     bin_file.add_argument("--vocab", metavar="PATH", help="a SentencePiece model, or a directory with tokenizer.json")
+    _bundle_flags(verb("bundle", _bundle, "Pack a TFLite graph and its vocabulary into a MediaPipe .task file."))
     return parser
 
 
 # Roles with bits of their own; the head has the embedding's.
 _BITS = ("attention", "feed_forward", "embedding")
+
+
+def _bundle_flags(flags: argparse.ArgumentParser) -> None:
+    flags.add_argument("--tflite-model", required=True, metavar="FILE", help="with signatures to prefill and decode")
+    flags.add_argument("--tokenizer-model", required=True, metavar="FILE", help="a SentencePiece model")
+    flags.add_argument("--start-token", required=True, metavar="TEXT")
+    flags.add_argument("--stop-token", required=True, action="append", dest="stop_tokens", metavar="TEXT")
+    flags.add_argument("--output", required=True, dest="output_filename", metavar="FILE", help=".task is added")
+    flags.add_argument("--bytes-to-unicode", action="store_true", dest="enable_bytes_to_unicode_mapping")
+    flags.add_argument("--system-prompt", metavar="TEXT")
+    for role in ("user", "model", "system"):
+        flags.add_argument(f"--prompt-prefix-{role}", metavar="TEXT", help=f"text before the turn of {role}")
+        flags.add_argument(f"--prompt-suffix-{role}", metavar="TEXT")
+    flags.add_argument(
+        "--no-strict", action="store_false", dest="strict", help="take tokens and graphs unchecked, as MediaPipe does"
+    )
 
 
 def _weight_flags(group: Any) -> None:
@@ -163,6 +206,7 @@ def _load_flags(numerics: str = "fast") -> argparse.ArgumentParser:
         default=numerics,
         help=f"reference, hf, fast, dynamic_int8, mediapipe_gpu or mediapipe_cpu (default {numerics})",
     )
+    group.add_argument("--lora", metavar="PATH", help="a LoRA adapter (PEFT directory) that changes the model")
     group.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
     group.add_argument("--random-weights", action="store_true", help="with --model config:NAME, which has none")
     return flags
@@ -171,7 +215,7 @@ def _load_flags(numerics: str = "fast") -> argparse.ArgumentParser:
 def _model_flags(numerics: str = "fast") -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False, parents=[_load_flags(numerics)])
     group = flags.add_argument_group("engine")
-    group.add_argument("--max-batch", type=int, default=8, metavar="N", help="decode slots (default 8)")
+    group.add_argument("--max-batch", type=int, metavar="N", help="decode slots (default 1; batch: up to 32)")
     group.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long")
     group.add_argument("--no-compile-cache", action="store_true", help="compile anew, keep nothing")
     return flags
@@ -222,6 +266,7 @@ def _model(args: argparse.Namespace) -> "Model":
         dtype=args.dtype,
         quantize=args.quantize,
         numerics=args.numerics,
+        lora=args.lora,
         check_finite=args.check_finite,
         random_weights=args.random_weights,
         config=args.config,
@@ -230,12 +275,19 @@ def _model(args: argparse.Namespace) -> "Model":
 
 def _llm(args: argparse.Namespace) -> "tuple[LLM, float]":
     """The model and the seconds it took to load."""
+    from llmjax.batch.job import RESERVE
     from llmjax.llm import LLM
+    from llmjax.runtime.cache import job_slots
 
     began = time.monotonic()
+    model = _model(args)
+    slots = args.max_batch
+    if slots is None:
+        slots = job_slots(model.config, model.numerics, RESERVE) if args.run is _batch else 1
     llm = LLM(
-        _model(args),
-        max_batch=args.max_batch,
+        model,
+        max_batch=slots,
+        loras=dict(getattr(args, "lora_modules", None) or ()),
         seed=getattr(args, "seed", None) or 0,
         truncate_prompt=args.truncate_prompt,
     )
@@ -366,6 +418,13 @@ def _bias(text: str) -> dict[int, float]:
     return {int(i): float(value) for i, value in (pair.split(":") for pair in text.split(","))}
 
 
+def _named(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"expected NAME=PATH, found {text!r}")
+    return name, path
+
+
 def _prompt(text: str) -> str:
     """The prompt as given, or all of stdin for ``-``."""
     prompt = sys.stdin.read() if text == "-" else text
@@ -386,6 +445,28 @@ def _inspect(args: argparse.Namespace) -> int:
         values, text = values | {"error": error.to_dict(found)}, f"{text}\n\n{error.to_text(found)}"
     print(json.dumps(values, indent=2, ensure_ascii=False) if args.json else text)
     return 0 if report.supported else 1
+
+
+def _adapter(args: argparse.Namespace) -> "LoraSource":
+    from llmjax.lora.adapter import LoraSource
+
+    return LoraSource(args.lora, args.alpha, args.rank)
+
+
+def _lora_check(args: argparse.Namespace) -> int:
+    from llmjax.lora.check import check
+
+    report = check(args.model, _adapter(args), prompt=args.prompt)
+    print(json.dumps(report.to_dict()) if args.json else report.describe())
+    return 0
+
+
+def _lora_merge(args: argparse.Namespace) -> int:
+    from llmjax.lora.check import merge
+
+    destination = merge(args.model, _adapter(args), args.output, report=_report_tensors)
+    print(f"{destination}: written", file=sys.stderr)
+    return 0
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -440,6 +521,15 @@ def _convert(args: argparse.Namespace) -> int:
         print(error.roles_to_text(error.errors(destination, args.source, args.config)), file=sys.stderr)
     files = destination.iterdir() if destination.is_dir() else [destination]
     print(f"{destination}: {sum(f.stat().st_size for f in files) / 1e6:.1f} MB", file=sys.stderr)
+    return 0
+
+
+def _bundle(args: argparse.Namespace) -> int:
+    from converters import BundleConfig, create_bundle
+
+    names = {field.name for field in fields(BundleConfig)}
+    path = create_bundle(BundleConfig(**{name: value for name, value in vars(args).items() if name in names}))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
     return 0
 
 

@@ -6,7 +6,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from converters.mediapipe import package
 from converters.source import Source, TensorSpec, open_source
+from llmjax import bundles
+from llmjax.bundles import BundleReport
 from llmjax.errors import ConfigError, LlmjaxError, TokenizerError
 from llmjax.loading import find_model, read_tokenizer
 from llmjax.parameters import is_packed
@@ -70,13 +73,16 @@ class Report:
         return "\n".join(lines)
 
 
-def inspect(path: str | Path) -> Report:
-    """Reads a checkpoint's headers and plans its loading without reading a weight.
+def inspect(path: str | Path) -> Report | BundleReport:
+    """Reads a checkpoint's headers and plans its loading without reading a weight; of a bundle, what is in it.
 
     Raises:
       CheckpointError: there is no checkpoint, or its headers are damaged.
     """
-    source = open_source(find_model(path))
+    path = Path(find_model(path))
+    if path.is_file() and package.kind_of(path):
+        return bundles.inspect(path)
+    source = open_source(path)
     try:
         return _report(source)
     finally:

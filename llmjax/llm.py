@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ import numpy as np
 
 from llmjax.errors import RequestError, TokenizerError, TooLongError
 from llmjax.loading import load
+from llmjax.lora.adapter import AnyLora
+from llmjax.lora.resident import with_adapters
 from llmjax.model import Model, check_ids
 from llmjax.outputs import RequestOutput, Score
 from llmjax.runtime.decode import BURST
@@ -35,6 +37,8 @@ class LLM:
       max_batch: decode slots of the compiled program; part of what fixes a result's last bits.
       numerics: profile for a model given as a path.
       dtype: storage dtype for a model given as a path.
+      lora: an adapter for all rows, for a model given as a path: see ``llmjax.load``.
+      loras: adapters by name, kept beside the weights; each row may use one (``lora=NAME``).
       seed: the job's seed: rows without their own draw by it and their id; a single prompt uses it as it is.
       chunk: prompt tokens a prefill call takes.
       block: cache positions attention folds at a time.
@@ -57,6 +61,8 @@ class LLM:
         max_batch: int = 8,
         numerics: str = "fast",
         dtype: str | None = None,
+        lora: AnyLora | None = None,
+        loras: Mapping[str, AnyLora] | None = None,
         seed: int = 0,
         chunk: int = 128,
         block: int = 128,
@@ -65,7 +71,12 @@ class LLM:
         enable_prefix_caching: bool = True,
     ):
         if not isinstance(model, Model):
-            model = load(model, numerics=numerics, dtype=dtype)
+            model = load(model, numerics=numerics, dtype=dtype, lora=lora)
+        elif lora is not None:
+            raise RequestError("lora: the model is loaded already; give the adapter to llmjax.load, or a name (loras)")
+        if loras:
+            model = with_adapters(model, loras)
+        self.loras = tuple(loras or ())
         self.model = model
         self.seed = seed
         self.truncate_prompt = truncate_prompt
@@ -76,6 +87,7 @@ class LLM:
             block=block,
             logits_processor=logits_processor,
             enable_prefix_caching=enable_prefix_caching,
+            adapters={name: place for place, name in enumerate(self.loras, 1)},
         )
         self._lock = threading.Lock()  # one run at a time owns the slots
         self._owner: int | None = None  # the thread whose run that is
@@ -98,6 +110,7 @@ class LLM:
         *,
         request_id: str | None = None,
         forced: Sequence[int] = (),
+        lora: str | None = None,
     ) -> Request:
         """Checks a prompt and its parameters and settles everything they leave open.
 
@@ -106,6 +119,7 @@ class LLM:
           params: defaults to ``SamplingParams()``.
           request_id: names the row; None for a single prompt, which draws with the job's seed itself.
           forced: see ``Request``.
+          lora: the name of a resident adapter.
 
         Raises:
           RequestError: an empty prompt, one longer than the context, ids outside the vocabulary, or bad words that
@@ -113,6 +127,7 @@ class LLM:
           TokenizerError: text, or bad words, for a model without a tokenizer.
         """
         params = params or SamplingParams()
+        self._check_lora(lora)
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(map(_plain, prompt))
         if text == "" or not ids:
@@ -143,7 +158,12 @@ class LLM:
         seed = params.seed
         if seed is None:
             seed = self.seed if request_id is None else row_seed(self.seed, request_id)
-        return Request(request_id or "0", text, ids, params, seed, tuple(forced), bad_words=bad_words)
+        return Request(request_id or "0", text, ids, params, seed, tuple(forced), bad_words=bad_words, lora=lora)
+
+    def _check_lora(self, lora: str | None) -> None:
+        if lora is not None and lora not in self.loras:
+            known = ", ".join(self.loras) or "none (loras, --lora-modules)"
+            raise RequestError(f"lora: no adapter named {lora!r}; resident are {known}")
 
     def _warn_without_bos(self, ids: list[int]) -> None:
         bos = self.model.tokenizer.bos_id if self.model.tokenizer else None
@@ -155,11 +175,16 @@ class LLM:
             )
 
     def chat_request(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        lora: str | None = None,
     ) -> Request:
         """As ``request``, for a conversation rendered with the checkpoint's chat template (which writes BOS itself)."""
         messages = list(messages)
-        request = self.request(self.tokenizer.encode_chat(messages), params, request_id=request_id)
+        request = self.request(self.tokenizer.encode_chat(messages), params, request_id=request_id, lora=lora)
         return dataclasses.replace(request, prompt=self.tokenizer.render_chat(messages))
 
     def run(self, requests: Iterable[Request], *, burst: int = BURST, reserve: int = 0) -> Iterator[Update]:
@@ -215,12 +240,15 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Continues one prompt or many.
 
         Args:
           prompts: a text, a list of token ids, or a list of those.
           sampling_params: for all, or one for each.
+          lora: the resident adapter of all, or of each.
 
         Returns:
           an output for each prompt, in order.
@@ -230,11 +258,12 @@ class LLM:
         """
         single = _is_single(prompts)
         many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
-        params = _per_prompt(sampling_params, len(many))
+        params = _per_prompt(sampling_params, len(many), "sampling_params")
+        adapters = _per_prompt(lora, len(many), "lora")
         requests = []
-        for i, (prompt, p) in enumerate(zip(many, params, strict=True)):
+        for i, (prompt, p, adapter) in enumerate(zip(many, params, adapters, strict=True)):
             try:
-                requests.append(self.request(prompt, p, request_id=None if single else str(i)))
+                requests.append(self.request(prompt, p, request_id=None if single else str(i), lora=adapter))
             except RequestError as error:
                 raise error if single else RequestError(f"prompt {i}: {error}") from None
         return self._finished(requests)
@@ -243,13 +272,15 @@ class LLM:
         done = {output.request_id: output for output in self.outputs(requests)}
         return [done[r.request_id] for r in requests]
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, lora: str | None = None
+    ) -> Iterator[str]:
         """Pieces of text as they become certain; concatenated they are what ``generate`` returns.
 
         Raises:
           RequestError: a bad prompt, or ``n`` above 1.
         """
-        for update in self.run([self.request(prompt, sampling_params)], burst=1):
+        for update in self.run([self.request(prompt, sampling_params, lora=lora)], burst=1):
             if update.piece:
                 yield update.piece
 
@@ -257,29 +288,34 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | None = None,
+        *,
+        lora: str | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or many, rendered with the checkpoint's own chat template.
 
         Args:
           messages: ``[{"role": "user", "content": "..."}, ...]``, or a list of those.
           sampling_params: for all.
+          lora: the resident adapter of all.
         """
         single = len(messages) > 0 and isinstance(messages[0], dict)
         chats: list[Any] = [messages] if single else list(messages)
         requests = [
-            self.chat_request(chat, sampling_params, request_id=None if single else str(i))
+            self.chat_request(chat, sampling_params, request_id=None if single else str(i), lora=lora)
             for i, chat in enumerate(chats)
         ]
         return self._finished(requests)
 
-    def score(self, texts_or_ids: Prompt | Sequence[Prompt]) -> list[Score]:
-        """Per-token log-probabilities of given texts or token ids, teacher forced through the chunked prefill.
+    def score(self, texts_or_ids: Prompt | Sequence[Prompt], *, lora: str | None = None) -> list[Score]:
+        """Per-token log-probabilities of given texts or token ids, teacher forced through the chunked prefill, under
+        the resident adapter ``lora``.
 
         Raises:
           RequestError: an empty text, or one longer than the context.
         """
         single = _is_single(texts_or_ids)
         many: list[Prompt] = [texts_or_ids] if single else list(texts_or_ids)  # type: ignore[list-item, arg-type]
+        self._check_lora(lora)
         scores = []
         for i, text in enumerate(many):
             if len(text) == 0:
@@ -287,7 +323,7 @@ class LLM:
             ids = self.tokenizer.encode(text) if isinstance(text, str) else list(map(_plain, text))
             check_ids(ids, self.model, f"text {i}")
             with self._turn():
-                logprobs, best = self.engine.score(ids)
+                logprobs, best = self.engine.score(ids, lora)
             scores.append(Score(list(ids), [None, *map(float, logprobs)], [None, *map(int, best)]))
         return scores
 
@@ -308,11 +344,9 @@ def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
 
 
-def _per_prompt(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> Sequence[SamplingParams | None]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise RequestError(f"sampling_params: expected one, or one for each of {count} prompts, found {len(params)}")
-    return params
+def _per_prompt(value: Any, count: int, name: str) -> Sequence[Any]:
+    if value is None or isinstance(value, SamplingParams | str):
+        return [value] * count
+    if len(value) != count:
+        raise RequestError(f"{name}: expected one, or one for each of {count} prompts, found {len(value)}")
+    return list(value)

@@ -3,6 +3,7 @@
 Fields and numbers: https://github.com/google-ai-edge/mediapipe (``tasks/cc/genai/inference/proto``).
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
@@ -15,6 +16,7 @@ _ENUMS = {
     "Norm": ("NORM_UNSPECIFIED", "NO_NORM", "RMS_NORM", "LAYER_NORM", "RMS_NO_SCALE"),
     "MaskType": ("UNSPECIFIED", "CAUSAL", "PREFIX", "BIDIRECTIONAL"),
     "ScaleType": ("SCALE_UNSPECIFIED", "PER_DIM", "INV_SQRT_HEAD_DIM", "INV_SQRT_MODEL_WIDTH", "RESCALE_FACTOR"),
+    "Sampler": ("TYPE_UNSPECIFIED", "TOP_K", "TOP_P", "GREEDY"),
     "Normalization": ("NORMALIZATION_UNKNOWN", "BYTES_TO_UNICODE"),
 }
 # By message: fields as (number, name, type), * for repeated ones.
@@ -59,6 +61,12 @@ _MESSAGES = {
         (32, "global_rope_wavelength", "float"),
         (33, "global_rope_scaling", "float"),
     ),
+    "PromptTemplate": ((1, "session_prefix", "string"), (2, "prompt_prefix", "string"), (3, "prompt_suffix", "string")),
+    "PromptTemplates": (
+        (1, "user_template", "PromptTemplate"),
+        (2, "model_template", "PromptTemplate"),
+        (3, "system_template", "PromptTemplate"),
+    ),
     "LlmParameters": (
         (1, "transformer_parameters", "TransformerParameters"),
         (2, "vocab_size", "int32"),
@@ -66,18 +74,48 @@ _MESSAGES = {
         (6, "start_token", "string"),
         (5, "stop_tokens", "string*"),
         (7, "input_output_normalizations", "Normalization*"),
+        (8, "prompt_template", "PromptTemplate"),
+        (9, "num_draft_tokens", "int32"),
+        (11, "user_role_token", "string"),
+        (12, "system_role_token", "string"),
+        (13, "model_role_token", "string"),
+        (14, "end_role_token", "string"),
+        (17, "prompt_templates", "PromptTemplates"),
+        (18, "stop_token_ids", "int32*"),
+    ),
+}
+_LITERT_LM = {
+    "TokenIds": ((1, "ids", "int32*"),),
+    "TokenUnion": ((1, "token_ids", "TokenIds"), (2, "token_str", "string")),
+    "PromptAffixes": ((1, "prefix", "string"), (2, "suffix", "string")),
+    "PromptTemplates": ((1, "user", "PromptAffixes"), (2, "model", "PromptAffixes"), (3, "system", "PromptAffixes")),
+    "SamplerParameters": (
+        (1, "type", "Sampler"),
+        (2, "k", "int32"),
+        (3, "p", "float"),
+        (4, "temperature", "float"),
+        (5, "seed", "int32"),
+    ),
+    "LlmMetadata": (
+        (1, "start_token", "TokenUnion"),
+        (2, "stop_tokens", "TokenUnion*"),
+        (3, "prompt_templates", "PromptTemplates"),
+        (4, "sampler_params", "SamplerParameters"),
+        (5, "max_num_tokens", "int32"),
+        (7, "jinja_prompt_template", "string"),
     ),
 }
 
 
-def _make() -> Any:
-    package = "odml.infra.proto"
-    file = descriptor_pb2.FileDescriptorProto(name="llmjax/llm_parameters.proto", package=package, syntax="proto3")
-    for name, values in _ENUMS.items():
+def _make(package: str, messages: Mapping[str, Any], root: str) -> Any:
+    """The class of a message, from its package's fields."""
+    file = descriptor_pb2.FileDescriptorProto(name=f"llmjax/{root}.proto", package=package, syntax="proto3")
+    used = {kind.rstrip("*") for fields in messages.values() for _, _, kind in fields}
+    for name in sorted(used & set(_ENUMS)):
         enum = file.enum_type.add(name=name)
-        for number, value in enumerate(values):
+        for number, value in enumerate(_ENUMS[name]):
             enum.value.add(name=value, number=number)
-    for name, fields in _MESSAGES.items():
+    for name, fields in messages.items():
         entry = file.message_type.add(name=name)
         for number, field, kind in fields:
             base = kind.rstrip("*")
@@ -85,27 +123,30 @@ def _make() -> Any:
             added.type = _TYPES.get(base, 14 if base in _ENUMS else 11)
             if base not in _TYPES:
                 added.type_name = f".{package}.{base}"
-            if field in ("start_token_id", "start_token"):
+            if field in ("start_token_id", "start_token") and name == "LlmParameters":
                 added.oneof_index = 0
         if name == "LlmParameters":
             entry.oneof_decl.add(name="start_token_union")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.LlmParameters"))
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{package}.{root}"))
 
 
-LlmParameters: Any = _make()
+LlmParameters: Any = _make("odml.infra.proto", _MESSAGES, "LlmParameters")
+# Of LiteRT-LM, https://github.com/google-ai-edge/LiteRT-LM (``runtime/proto``).
+LlmMetadata: Any = _make("litert.lm.proto", _LITERT_LM, "LlmMetadata")
 
 
-def read(data: bytes, where: str) -> Any:
+def read(data: bytes, where: str, kind: Any = LlmParameters) -> Any:
     """A message from its bytes.
 
     Raises:
       CheckpointError: they are damaged.
     """
-    found = LlmParameters()
+    found = kind()
     try:
         found.ParseFromString(data)
     except (message.DecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{where}: not an LlmParameters protobuf, or a damaged one: {error}") from None
+        name = kind.DESCRIPTOR.name
+        raise CheckpointError(f"{where}: not an {name} protobuf, or a damaged one: {error}") from None
     return found

@@ -39,6 +39,7 @@ def identity(llm: LLM, params: SamplingParams, shard: Shard = WHOLE) -> dict[str
             "tokenizer_sha256": tokenizer and tokenizer.fingerprint(),
             "chat_template_sha256": tokenizer and tokenizer.chat_template and _hash(tokenizer.chat_template),
         },
+        "loras": list(llm.loras),
         "numerics": model.numerics.label,
         "weights": stored(model),
         "slots": llm.engine.slots,

@@ -1,7 +1,8 @@
 """llmjax's own rows.
 
 In: ``id`` (or ``custom_id``; the line's number where there is none), one of ``prompt``, ``messages``,
-``prompt_token_ids``, and sampling parameters by the names of ``SamplingParams``.
+``prompt_token_ids``, ``lora`` (the name of a resident adapter), and sampling parameters by the names of
+``SamplingParams``.
 
 Out: ``id``, ``text``, ``token_ids``, ``finish_reason``, ``stop_reason``, ``usage``, ``seed``, ``params``, ``numerics``,
 ``hash``, and where they are asked for ``token_logprobs``, ``logprobs``, ``prompt_logprobs``.  With n above 1,
@@ -39,19 +40,22 @@ def parse(row: dict[str, Any]) -> Question:
     Raises:
       RequestError: no prompt or several, a key that is not known, or a prompt of the wrong type.
     """
+    unknown = sorted(set(row) - {*_IDS, *_PROMPTS, "lora", *PARAMS})
+    if unknown:
+        raise RequestError(f"unknown key {', '.join(unknown)}; expected id, {', '.join((*_PROMPTS, 'lora', *PARAMS))}")
     given = [p for p in _PROMPTS if p in row]
     if len(given) != 1:
         raise RequestError(f"expected exactly one of {', '.join(_PROMPTS)}, found {', '.join(given) or 'none'}")
-    unknown = sorted(set(row) - {*_IDS, *_PROMPTS, *PARAMS})
-    if unknown:
-        raise RequestError(f"unknown key {', '.join(unknown)}; expected id, {', '.join((*_PROMPTS, *PARAMS))}")
     kind = given[0]
     prompt = row[kind]
     if kind == "prompt":
         checked_text(prompt, kind)
     elif kind == "prompt_token_ids":
         checked_ids(prompt, kind)
-    return Question(kind, prompt, {name: row[name] for name in PARAMS if name in row})
+    lora = row.get("lora")
+    if lora is not None:
+        checked_text(lora, "lora")
+    return Question(kind, prompt, {name: row[name] for name in PARAMS if name in row}, lora=lora)
 
 
 def answer(question: Question, output: RequestOutput, llm: LLM, content: str) -> dict[str, Any]:
@@ -71,6 +75,7 @@ def answer(question: Question, output: RequestOutput, llm: LLM, content: str) ->
         "seed": output.seed,
         "params": output.params.to_dict(),
         "numerics": output.numerics,
+        **({} if question.lora is None else {"lora": question.lora}),
         "hash": content,
     }
 

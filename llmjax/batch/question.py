@@ -17,12 +17,14 @@ class Question(NamedTuple):
       prompt: a text, token ids, or messages.
       params: sampling parameters it sets, by name.
       model: the model it names, if it does; recorded, not obeyed.
+      lora: the resident adapter it wants.
     """
 
     kind: str
     prompt: Any
     params: dict[str, Any]
     model: str | None = None
+    lora: str | None = None
 
     @property
     def is_chat(self) -> bool:

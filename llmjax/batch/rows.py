@@ -146,8 +146,8 @@ def _read(number: int, line: str, llm: LLM, defaults: SamplingParams, index: Ind
 def _request(question: Question, row_id: str, llm: LLM, defaults: SamplingParams) -> Request:
     params = dataclasses.replace(defaults, **question.params)
     if question.is_chat:
-        return llm.chat_request(question.prompt, params, request_id=row_id)
-    return llm.request(question.prompt, params, request_id=row_id)
+        return llm.chat_request(question.prompt, params, request_id=row_id, lora=question.lora)
+    return llm.request(question.prompt, params, request_id=row_id, lora=question.lora)
 
 
 def _key(name: str | int) -> bytes:

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -23,8 +24,6 @@ from llmjax.runtime.row import Request, Row
 from llmjax.runtime.sampling import Knobs, key_words
 from llmjax.runtime.state import State
 
-# One-row products take a slow path on the CPU (llmjax.matmul), so fewer slots would be slower, not faster.
-MIN_SLOTS = 4
 # Below this a smaller cache saves too little to be worth a program of its own.
 MIN_LENGTH = 256
 # Tokens between two looks at the text where a row has stop strings: what it generates after one is lost.
@@ -73,11 +72,13 @@ class Engine:
 
     Args:
       model: the model.
-      slots: rows decoded together; at least 4.
+      slots: rows decoded together: 1 is fastest for one row (XLA:CPU reads a weight at memory speed for one, at half of
+        it for more), 32 for many.
       chunk: prompt tokens a prefill call takes.
       block: cache positions attention folds at a time.
       logits_processor: changes the logits before all else does; see ``LLM``.
       enable_prefix_caching: copy the beginning that prompts share instead of computing it again; the bits are the same.
+      adapters: places of the resident LoRA adapters by name, from 1.
 
     Attributes:
       progress: running counts.
@@ -94,8 +95,9 @@ class Engine:
         block: int = 128,
         logits_processor: LogitsProcessor | None = None,
         enable_prefix_caching: bool = True,
+        adapters: Mapping[str, int] = MappingProxyType({}),
     ):
-        for name, value, least in (("slots", slots, MIN_SLOTS), ("chunk", chunk, 1), ("block", block, 1)):
+        for name, value, least in (("slots", slots, 1), ("chunk", chunk, 1), ("block", block, 1)):
             if not isinstance(value, int) or value < least:
                 raise RequestError(f"{name}: expected an integer of at least {least}, found {value!r}")
         self.model, self.slots, self.chunk, self.block = model, slots, chunk, block
@@ -109,6 +111,7 @@ class Engine:
         self._share = self._compiled(states.share, (chunk,), donate=0)
         self._admit = self._compiled(states.admit, (), donate=0)
         self._sharing = enable_prefix_caching
+        self._adapters = adapters
         self._length = 0
         self._state: State | None = None
         self._stopping = False
@@ -153,8 +156,8 @@ class Engine:
     def run(self, requests: Iterable[Request], *, burst: int = BURST, reserve: int = 0) -> Iterator[Update]:
         """Runs requests as slots become free, in any mix of lengths.
 
-        A prompt goes through prefill a chunk at a time; between chunks the rows that decode make one step, so that none
-        of them waits for a long prompt.
+        A prompt goes through prefill a chunk at a time; between chunks (as many as slots are free) the rows that decode
+        make one step, so that none of them waits for a long prompt.
 
         Args:
           requests: taken one by one, only when a slot is free.
@@ -184,13 +187,16 @@ class Engine:
         rows: dict[int, Row] = {}
         more, filling = True, None
         while not self._stopping:
-            if filling is None and more and len(rows) < self.slots:
-                request = next(queue, None)
-                if request is None:
-                    more = False
-                else:
-                    filling = self._fill(request, set(range(self.slots)) - set(rows))
-            if filling is not None:
+            # As many chunks as slots are free: were it one, short rows would end faster than others begin.
+            for _ in range(self.slots - len(rows)):
+                if filling is None and more:
+                    request = next(queue, None)
+                    if request is None:
+                        more = False
+                    else:
+                        filling = self._fill(request, set(range(self.slots)) - set(rows))
+                if filling is None:
+                    break
                 try:
                     next(filling)
                 except StopIteration as filled:
@@ -226,7 +232,8 @@ class Engine:
         self._ensure(len(request.ids) + params.max_tokens)
         row = Row(request, self.model.tokenizer, self.model.eos_ids)
         ids = np.asarray(request.ids, np.int32)
-        place = self._prefixes.take(ids, free)
+        adapter = self._adapter(request.lora)
+        place = self._prefixes.take(ids, free, int(adapter))
         slot, begun = np.int32(place.slot), place.length
         if begun and (place.source != place.slot or place.logits is not None):
             chunks = 0 if place.source == place.slot else -(-begun // self.chunk)
@@ -240,14 +247,14 @@ class Engine:
             part = ids[start : start + self.chunk]
             padded = np.pad(part, (0, self.chunk - len(part)))[None]
             self._state, logits = self._prefill(
-                self.model.params, self._state, padded, slot, np.int32(start), np.int32(len(part))
+                self.model.params, self._state, padded, slot, np.int32(start), np.int32(len(part)), adapter
             )
             self._prefixes.add(place.slot, ids[: start + len(part)], logits)
         self.progress.reused_tokens += begun
         self.progress.prefill_tokens += len(ids) - begun
         if params.prompt_logprobs is not None and request.index == 0:
             row.prompt_logprobs = [None]
-            for scored in self._scores(ids, wanted=True):
+            for scored in self._scores(ids, adapter, wanted=True):
                 row.prompt_logprobs += scored.by_token(request.ids[len(row.prompt_logprobs) :], params.prompt_logprobs)
                 yield
         self._state = self._admit(self._state, slot, self._row_arrays(request))
@@ -286,7 +293,11 @@ class Engine:
             "min_tokens": np.int32(params.min_tokens),
             "max_tokens": np.int32(params.max_tokens or 0),
             "want_logprobs": np.bool_(bool(params.logprobs)),
+            "adapter": self._adapter(request.lora),
         }
+
+    def _adapter(self, lora: str | None) -> np.int32:
+        return np.int32(0 if lora is None else self._adapters[lora])
 
     def _collect(self, rows: dict[int, Row], produced: Produced) -> Iterator[Update]:
         """Hands a burst's tokens to the rows; a row that a stop string ended loses the tokens after it and its slot."""
@@ -322,23 +333,22 @@ class Engine:
                 "(--check-finite), store them in a wider dtype, or look at the logits processor"
             )
 
-    def _scores(self, ids: np.ndarray, *, wanted: bool) -> Iterator[Scored]:
+    def _scores(self, ids: np.ndarray, adapter: np.int32, *, wanted: bool) -> Iterator[Scored]:
         """What follows each token of a text but the last, chunk by chunk; ``wanted`` asks for alternatives, too."""
         cache = make_cache(self.model.config, self.model.numerics, 1, self._bucket(len(ids)))
         for start in range(0, len(ids) - 1, self.chunk):
             part, after = (array[start : start + self.chunk] for array in (ids[:-1], ids[1:]))
             pad = (0, self.chunk - len(part))
-            cache, scored = self._score(
-                self.model.params, cache, np.pad(part, pad)[None], np.pad(after, pad), np.int32(start), np.bool_(wanted)
-            )
+            tokens = np.pad(part, pad)[None], np.pad(after, pad)
+            cache, scored = self._score(self.model.params, cache, *tokens, np.int32(start), np.bool_(wanted), adapter)
             scored = Scored(*(x[: len(part)] for x in jax.device_get(scored)))
             self._check_finite(scored.logprobs)
             yield scored
 
-    def score(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def score(self, ids: Sequence[int], lora: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities float32 ``[T - 1]`` of each token after the first, and the most likely token int32 ``[T -
         1]`` there."""
-        scored = list(self._scores(np.asarray(ids, np.int32), wanted=False))
+        scored = list(self._scores(np.asarray(ids, np.int32), self._adapter(lora), wanted=False))
         self.progress.prefill_tokens += len(ids)
         return (
             np.concatenate([np.zeros(0, np.float32), *(s.logprobs for s in scored)]),

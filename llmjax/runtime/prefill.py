@@ -24,6 +24,7 @@ def prefill(
     slot: jax.Array,
     start: jax.Array,
     length: jax.Array,
+    adapter: jax.Array,
 ) -> tuple[State, jax.Array]:
     """Runs one chunk of a prompt into a slot's cache.
 
@@ -37,12 +38,13 @@ def prefill(
       slot: int32 ``[]``.
       start: int32 ``[]``, position of the chunk's first token.
       length: int32 ``[]``, tokens that are no padding.
+      adapter: int32 ``[]``, see ``Context``.
 
     Returns:
       the state, and the logits float32 ``[V]`` that follow the chunk's last token, which are in the state as well.
     """
     positions = start + jnp.arange(ids.shape[1])[None]
-    ctx = Context(positions, numerics, block, slot, last=length[None] - 1)
+    ctx = Context(positions, numerics, block, slot, last=length[None] - 1, adapter=adapter[None])
     logits, out = module.apply({"params": params, "cache": state.cache}, ids, ctx, mutable=["cache"])
     last = logits[0, 0].astype(jnp.float32)
     return state.replace(
@@ -87,6 +89,7 @@ def score_chunk(
     targets: jax.Array,
     start: jax.Array,
     wanted: jax.Array,
+    adapter: jax.Array,
 ) -> tuple[Any, Scored]:
     """Runs one chunk of a given text and scores what follows each of its tokens.
 
@@ -100,8 +103,9 @@ def score_chunk(
       targets: int32 ``[C]``, the token that follows each.
       start: int32 ``[]``.
       wanted: bool ``[]``, whether alternatives are.
+      adapter: int32 ``[]``, see ``Context``.
     """
-    ctx = Context(start + jnp.arange(ids.shape[1])[None], numerics, block, 0)
+    ctx = Context(start + jnp.arange(ids.shape[1])[None], numerics, block, 0, adapter=adapter[None])
     logits, out = module.apply({"params": params, "cache": cache}, ids, ctx, mutable=["cache"])
     logits = logits[0].astype(jnp.float32)
     norm = jax.nn.logsumexp(logits, -1)

@@ -15,11 +15,13 @@ class Held:
       ids: int32 ``[T]``; whole chunks of a prompt, or all of it.
       logits: float32 ``[V]``, what follows if ``ids`` are a whole prompt.
       used: when the slot was last taken.
+      adapter: the place of the LoRA adapter they went through.
     """
 
     ids: np.ndarray
     logits: jax.Array | None = None
     used: int = 0
+    adapter: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,20 +56,21 @@ class Prefixes:
         self._held = [Held(np.zeros(0, np.int32)) for _ in range(slots)]
         self._clock = 0
 
-    def take(self, ids: np.ndarray, free: Collection[int]) -> Place:
+    def take(self, ids: np.ndarray, free: Collection[int], adapter: int = 0) -> Place:
         """Picks a free slot for a prompt: one that holds its beginning, or the one that rested longest.
 
         Args:
           ids: int32 ``[T]``.
           free: slots without a row; not empty.
+          adapter: place of the row's LoRA adapter.
         """
-        shared = [self._shared(held, ids) for held in self._held]
+        shared = [self._shared(held, ids) if held.adapter == adapter else 0 for held in self._held]
         source = max(range(len(shared)), key=lambda s: (shared[s], s in free))
         slot = source if source in free and shared[source] else min(free, key=lambda s: self._held[s].used)
         length = shared[source]
         logits = self._held[source].logits if length == len(ids) else None
         self._clock += 1
-        self._held[slot] = Held(ids[:length], logits, self._clock)
+        self._held[slot] = Held(ids[:length], logits, self._clock, adapter)
         return Place(slot, source, length, logits)
 
     def _shared(self, held: Held, ids: np.ndarray) -> int:

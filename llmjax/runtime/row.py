@@ -21,6 +21,7 @@ class Request:
       forced: tokens to impose instead of the first draws; their log-probabilities are reported all the same.
       index: which of the prompt's samples this row is.
       bad_words: the params' bad words as token sequences.
+      lora: the resident adapter it uses, by name.
     """
 
     request_id: str
@@ -31,6 +32,7 @@ class Request:
     forced: tuple[int, ...] = ()
     index: int = 0
     bad_words: tuple[tuple[int, ...], ...] = ()
+    lora: str | None = None
 
 
 class Row:

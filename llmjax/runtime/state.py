@@ -27,6 +27,7 @@ class State(struct.PyTreeNode):
       min_tokens: int32 ``[B]``: no stop token before this many.
       max_tokens: int32 ``[B]``.
       want_logprobs: bool ``[B]``: rows whose alternatives are reported.
+      adapter: int32 ``[B]``, see ``Context``.
     """
 
     cache: Any
@@ -41,6 +42,7 @@ class State(struct.PyTreeNode):
     min_tokens: jax.Array
     max_tokens: jax.Array
     want_logprobs: jax.Array
+    adapter: jax.Array
 
     @property
     def tokens(self) -> Tokens:
@@ -67,6 +69,7 @@ def empty_state(cache: Any, slots: int, length: int, vocab: int) -> State:
         min_tokens=full(jnp.int32),
         max_tokens=full(jnp.int32),
         want_logprobs=full(jnp.bool_),
+        adapter=full(jnp.int32),
     )
 
 
@@ -82,7 +85,8 @@ def admit(state: State, slot: jax.Array, row: dict[str, Any]) -> State:
     Args:
       state: donated.
       slot: int32 ``[]``.
-      row: ``ids [S]``, ``knobs``, ``controls``, ``stops [V]``, ``min_tokens``, ``max_tokens``, ``want_logprobs``.
+      row: ``ids [S]``, ``knobs``, ``controls``, ``stops [V]``, ``min_tokens``, ``max_tokens``,
+        ``want_logprobs``, ``adapter``.
     """
     new = {"step": 0, "active": True, **row}
     return state.replace(

@@ -13,11 +13,12 @@ import safetensors
 import llmjax
 from llmjax import cli
 from llmjax.cli import main
+from tests.tiny import checkpoint
 
 
 @pytest.fixture(scope="module")
-def llm(smollm2_path):
-    return llmjax.LLM(smollm2_path)
+def llm(short_smollm2):
+    return llmjax.LLM(short_smollm2)
 
 
 @pytest.fixture
@@ -140,19 +141,20 @@ def test_chat_keeps_the_conversation(shared, llm, capsys, monkeypatch):
     assert asked[2] == ["Be kind.", "Hello."]
 
 
-def test_trace(capsys, tmp_path, smollm2_path):
-    args = ["trace", "--model", "smollm2", "--ids", "504,3575,282", "--taps", "layers.3.*", "--taps", "logits"]
+def test_trace(capsys, tmp_path):
+    model = str(checkpoint(tmp_path / "model"))
+    args = ["trace", "--model", model, "--ids", "50,35,28", "--taps", "layers.1.*", "--taps", "logits"]
     assert main([*args, "--output", str(tmp_path / "t")]) == 0
     assert "17 activations of 3 tokens" in capsys.readouterr().err
     manifest = json.loads((tmp_path / "t/manifest.json").read_text())
-    assert manifest["token_ids"] == [504, 3575, 282] and manifest["numerics"] == "reference"
+    assert manifest["token_ids"] == [50, 35, 28] and manifest["numerics"] == "reference"
     with safetensors.safe_open(tmp_path / "t/activations.safetensors", "numpy") as file:
-        assert file.get_tensor("logits").shape == (3, 49152)
-        assert file.get_tensor("layers.3.attn.probs").shape == (9, 3, 3)
+        assert file.get_tensor("logits").shape == (3, 600)
+        assert file.get_tensor("layers.1.attn.probs").shape == (6, 3, 3)
     for extra, message in (([], "exists already"), (["--taps", "no.such"], "matches no activation")):
         code, err = failing(capsys, *args[:5], *extra, "--output", str(tmp_path / ("u" if extra else "t")))
         assert code == 2 and message in err
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["t"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "t"]
 
 
 def test_inspect(capsys, smollm2_path):
@@ -184,7 +186,7 @@ def test_bad_requests(shared, capsys, flags, message):
 def test_bad_settings(capsys, smollm2_path):
     for flags, message in (
         (["--numerics", "exact"], "numerics: unknown profile 'exact'"),
-        (["--max-batch", "2"], "slots: expected an integer of at least 4"),
+        (["--max-batch", "0"], "slots: expected an integer of at least 1"),
     ):
         code, err = failing(capsys, "generate", "--model", "smollm2", "--prompt", "hi", *flags)
         assert code == 2 and message in err and err.count("\n") == 1

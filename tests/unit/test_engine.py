@@ -226,7 +226,7 @@ def test_truncated_prompt_keeps_its_end(model):
     assert request.ids == list(range(120, 300))
 
 
-@pytest.mark.parametrize(("field", "value"), [("slots", 3), ("chunk", 0), ("block", -1)])
+@pytest.mark.parametrize(("field", "value"), [("slots", 0), ("chunk", 0), ("block", -1)])
 def test_engine_settings(model, field, value):
     with pytest.raises(RequestError, match=f"{field}: expected an integer of at least"):
         Engine(model, **{field: value})
@@ -252,7 +252,8 @@ def test_no_program_holds_a_second_copy_of_a_weight():
     static = (model.module, model.numerics, 16)
     slot, ids = np.int32(0), np.zeros((1, 16), np.int32)
     step = (np.full((4, BURST), -1, np.int32), np.ones(4, np.bool_), slot, np.False_)
-    for program, args in ((partial(decode, *static, None), step), (partial(prefill, *static), (ids, slot, slot, slot))):
+    fill = (ids, slot, slot, slot, slot)
+    for program, args in ((partial(decode, *static, None), step), (partial(prefill, *static), fill)):
         compiled = jax.jit(program, donate_argnums=1).lower(model.params, state, *args).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < table
         assert "f32[20000,96]" not in compiled.as_text().split("ENTRY")[1]

@@ -285,7 +285,7 @@ def test_no_program_holds_a_converted_model(profile, dtype, recipe):
     chunk, zero = np.zeros((1, 128), np.int32), np.int32(0)
     for program, args in (
         (functools.partial(decode, *static, None), step),
-        (functools.partial(prefill, *static), (chunk, zero, zero, zero)),
+        (functools.partial(prefill, *static), (chunk, zero, zero, zero, zero)),
     ):
         jitted = jax.jit(program, donate_argnums=1)
         temporary = jitted.lower(model.params, state, *args).compile().memory_analysis().temp_size_in_bytes
