@@ -179,7 +179,7 @@ def run(load: Callable[[], Model], options: Options, report: Callable[[str], Non
     loaded = time.perf_counter() - began
     engine = Engine(model, slots=options.slots, enable_prefix_caching=False)
     costs = Costs(model)
-    settings = list(_settings(_Bench(engine), costs, options))
+    settings = list(_settings(Runner(engine), costs, options))
     for i, setting in enumerate(settings):
         report(f"warming up {i + 1} of {len(settings)}")
         before = engine.compile_seconds
@@ -224,7 +224,7 @@ def run(load: Callable[[], Model], options: Options, report: Callable[[str], Non
     )
 
 
-class _Bench:
+class Runner:
     """Drives one engine's programs with states made to measure: one a cache length, shared by all settings."""
 
     def __init__(self, engine: Engine):
@@ -286,7 +286,7 @@ class _Bench:
         return time.perf_counter() - began
 
 
-def _settings(bench: _Bench, costs: Costs, options: Options) -> Iterator[_Setting]:
+def _settings(bench: Runner, costs: Costs, options: Options) -> Iterator[_Setting]:
     context_length, new = bench.engine.model.context_length, options.output_length
     contexts = options.contexts or options.prompt_lengths
     for tokens in {*options.prompt_lengths, *contexts}:
