@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from converters.mediapipe import lora as mediapipe
+from converters.mediapipe.container import is_container
 from converters.peft import CONFIG, AdapterFile, open_adapter
 from converters.source import shown
 from llmjax.errors import CheckpointError, LoraError
@@ -31,12 +33,15 @@ class LoraSource:
       alpha: for weights without ``adapter_config.json``: ``scale = alpha / r``.
       rank: r, to be checked against such weights; None takes what they have.
       rslora: ``scale = alpha / sqrt(r)`` for such weights.
+      restore_o: for a MediaPipe file: put o's factors in order, which MediaPipe's converter scrambles; False takes them
+        as they are, which is what MediaPipe's runtime computes.
     """
 
     path: str | Path
     alpha: float | None = None
     rank: int | None = None
     rslora: bool = False
+    restore_o: bool = False
 
 
 AnyLora = str | Path | LoraSource
@@ -104,6 +109,8 @@ def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfi
         at once.
     """
     source = lora if isinstance(lora, LoraSource) else LoraSource(lora)
+    if is_container(Path(source.path)):
+        return _from_mediapipe(source, config)
     try:
         file = open_adapter(Path(source.path))
     except CheckpointError as error:
@@ -133,6 +140,30 @@ def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfi
         raise _error(file.path, problems)
     _warn_of_zeros(file.path, deltas)
     return Adapter(file.path, deltas)
+
+
+def _from_mediapipe(source: LoraSource, config: DecoderConfig) -> Adapter:
+    path = Path(source.path)
+    if source.alpha is None:
+        raise LoraError(
+            f"{path}: MediaPipe's files hold no scale: give alpha (scale = alpha / rank); alpha = rank is what its "
+            "runtime computes"
+        )
+    shapes = parameter_shapes(config)
+    try:
+        factors = mediapipe.read(path, shapes)
+    except CheckpointError as error:
+        raise LoraError(str(error)) from None
+    deltas = {}
+    for (layer, module), found in factors.items():
+        restored = mediapipe.restored(found) if module == "o" and source.restore_o else found
+        rank = found.a.shape[0]
+        if source.rank not in (None, rank):
+            raise LoraError(f"{path}: expected rank {source.rank}, found {rank}")
+        scale = source.alpha / (rank**0.5 if source.rslora else rank)
+        deltas[f"layers.{layer}.attn.{module}.weight"] = Delta(restored.a, restored.b, scale)
+    _warn_of_zeros(path, deltas)
+    return Adapter(path, deltas)
 
 
 def _settings(source: LoraSource, file: AdapterFile) -> LoraConfig:
