@@ -1,12 +1,11 @@
 """The ``llmjax`` command: each verb calls one library function.
 
 Data goes to stdout or the named file, progress and logs to stderr.  Exit codes: 0 fine, 1 the work failed in part, 2
-wrong usage or bad input.
+wrong usage or bad input, 130 interrupted.
 """
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import sys
@@ -21,6 +20,7 @@ from llmjax.errors import LlmjaxError, RequestError
 
 if TYPE_CHECKING:  # the verbs import what they need: `llmjax --help` must not wait for JAX
     from llmjax.llm import LLM
+    from llmjax.lora.adapter import LoraSource
     from llmjax.model import Model
     from llmjax.runtime.params import SamplingParams
 
@@ -69,26 +69,78 @@ def _parser() -> argparse.ArgumentParser:
     chat = verb("chat", _chat, "Talk with a model, a line at a time.", model, sampling)
     chat.add_argument("--system", help="system message")
 
-    batch = verb("batch", _batch, "Run a JSONL of prompts into a JSONL of answers, in order.", model, sampling)
-    batch.add_argument("--input", required=True, help="JSONL file, or - for stdin")
-    batch.add_argument("--output", required=True, help="JSONL file, or - for stdout")
+    batch = verb(
+        "batch", _batch, "Run a JSONL of prompts into a JSONL of answers; run again, it goes on.", model, sampling
+    )
+    batch.add_argument("--input", required=True, help="JSONL file, *.gz or not, or - for stdin")
+    batch.add_argument("--output", required=True, help="JSONL file, *.gz or not, or - for stdout")
+    batch.add_argument("--ordered", action="store_true", help="leave the answers in the order of the rows")
+    batch.add_argument("--shard", metavar="I/N", help="do part I of N of the rows, chosen by their ids")
+    batch.add_argument(
+        "--lora-modules",
+        type=_named,
+        nargs="+",
+        metavar="NAME=PATH",
+        help="LoRA adapters that rows may ask for by name (lora)",
+    )
+    batch.add_argument("--force", action="store_true", help="start over, whatever the output holds")
+    batch.add_argument("--retry-errors", action="store_true", help="run rows again that failed when they ran")
+    batch.add_argument(
+        "--dry-run", action="store_true", help="check and count the rows, estimate the time, write nothing"
+    )
+    batch.add_argument(
+        "--progress-seconds", type=float, default=10.0, metavar="S", help="between lines of progress; 0 for none"
+    )
 
     score = verb("score", _score, "Log-probabilities, NLL and perplexity of given texts.", model)
     score.add_argument("--input", required=True, help='JSONL of {"text": ...} or {"token_ids": [...]}, or - for stdin')
     score.add_argument("--output", required=True, help="JSONL file, or - for stdout")
 
-    trace = verb("trace", _trace, "Write a model's named activations for one prompt.", model)
+    # Flags of its own: a default set on shared ones would be every verb's.
+    trace = verb("trace", _trace, "Write a model's named activations for one prompt.", _model_flags("reference"))
     what = trace.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="the text, or - for stdin")
     what.add_argument("--ids", type=_id_list, metavar="ID,ID", help="token ids, taken as they are")
     trace.add_argument("--output", required=True, metavar="DIR", help="a new directory")
     trace.add_argument("--taps", action="append", metavar="GLOB", help="names to keep, * by default; may be repeated")
-    trace.set_defaults(numerics="reference")
 
     inspect = verb("inspect", _inspect, "Say what a checkpoint is and whether llmjax runs it, from its headers alone.")
     inspect.add_argument("path", metavar="PATH")
     inspect.add_argument("--against", metavar="SRC", help="the checkpoint it was made from: report each weight's error")
     inspect.add_argument("--json", action="store_true")
+
+    lora = verbs.add_parser("lora", help="Check a LoRA adapter, or merge it into a checkpoint.", allow_abbrev=False)
+    lora_verbs = lora.add_subparsers(required=True, metavar="VERB")
+    for name, run, text in (
+        ("check", _lora_check, "Say what an adapter is, whether it fits, and what it changes."),
+        ("merge", _lora_merge, "Write the checkpoint with the adapter in its weights, in its own format and dtype."),
+    ):
+        sub = lora_verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.add_argument("--model", required=True, help="the base checkpoint's path")
+        sub.add_argument("--lora", required=True, metavar="PATH", help="a PEFT directory, or its weights alone")
+        sub.add_argument("--alpha", type=float, help="for weights without adapter_config.json: scale = alpha / rank")
+        sub.add_argument("--rank", type=int, help="for the same: what is expected")
+        sub.set_defaults(run=run)
+        if name == "check":
+            sub.add_argument("--prompt", help="text to compare logits on (default: a few token ids)")
+            sub.add_argument("--json", action="store_true", help="machine-readable, to stdout")
+        else:
+            sub.add_argument("--output", required=True, metavar="DIR", help="a new directory, or an empty one")
+
+    # As with trace; the time to compile is to be measured, so nothing compiled is kept.
+    bench = verb("bench", _bench, "Measure speed beside what the machine can do.", _load_flags())
+    bench.add_argument("--max-batch", type=int, default=1, metavar="N", help="decode slots (default 1)")
+    bench.add_argument("--in-use", type=_id_list, default=[1], metavar="N,N", help="slots that decode (default 1)")
+    bench.add_argument(
+        "--prompt-lengths", type=_id_list, default=[128, 512], metavar="N,N", help="tokens (default 128,512)"
+    )
+    bench.add_argument("--output-length", type=int, default=32, metavar="N", help="tokens to decode (default 32)")
+    bench.add_argument(
+        "--context", type=_id_list, metavar="N,N", help="tokens in the cache before decoding (default: the prompts')"
+    )
+    bench.add_argument("--cache", type=_id_list, metavar="N,N", help="cache positions (default: the fewest that do)")
+    bench.add_argument("--repeat", type=int, default=5, metavar="N", help="measurements of each setting (default 5)")
+    bench.add_argument("--json", action="store_true")
 
     convert = verb("convert", _convert, "Write a checkpoint in another form, quantized or expanded.")
     convert.add_argument("source", metavar="SRC", help="a checkpoint's path, or smollm2")
@@ -143,20 +195,28 @@ def _weight_flags(group: Any) -> None:
     )
 
 
-def _model_flags() -> argparse.ArgumentParser:
+def _load_flags(numerics: str = "fast") -> argparse.ArgumentParser:
+    """What ``_model`` reads."""
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group("model")
     group.add_argument("--model", required=True, help="a checkpoint's path, or smollm2 for the installed demo model")
     _weight_flags(group)
     group.add_argument(
         "--numerics",
-        default="fast",
-        help="reference, hf, fast (default), dynamic_int8, mediapipe_gpu or mediapipe_cpu (not validated)",
+        default=numerics,
+        help=f"reference, hf, fast, dynamic_int8, mediapipe_gpu or mediapipe_cpu (default {numerics})",
     )
-    group.add_argument("--max-batch", type=int, default=8, metavar="N", help="decode slots (default 8)")
-    group.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long")
+    group.add_argument("--lora", metavar="PATH", help="a LoRA adapter (PEFT directory) that changes the model")
     group.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
     group.add_argument("--random-weights", action="store_true", help="with --model config:NAME, which has none")
+    return flags
+
+
+def _model_flags(numerics: str = "fast") -> argparse.ArgumentParser:
+    flags = argparse.ArgumentParser(add_help=False, parents=[_load_flags(numerics)])
+    group = flags.add_argument_group("engine")
+    group.add_argument("--max-batch", type=int, metavar="N", help="decode slots (default 1; batch: up to 32)")
+    group.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long")
     group.add_argument("--no-compile-cache", action="store_true", help="compile anew, keep nothing")
     return flags
 
@@ -174,7 +234,15 @@ def _sampling_flags() -> argparse.ArgumentParser:
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the text here; may be repeated")
     group.add_argument("--stop-token-ids", type=_id_list, metavar="ID,ID")
     group.add_argument("--ignore-eos", action="store_true", default=None)
+    group.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: repeat the text's tokens less")
+    group.add_argument("--presence-penalty", type=float, metavar="P", help="off the logit of generated tokens, -2 to 2")
+    group.add_argument("--frequency-penalty", type=float, metavar="P", help="the same for each time, -2 to 2")
+    group.add_argument("--logit-bias", type=_bias, metavar="ID:BIAS,ID:BIAS", help="added to logits, -100 to 100")
+    group.add_argument("--allowed-token-ids", type=_id_list, metavar="ID,ID", help="draw no others")
+    group.add_argument("--bad-words", action="append", metavar="TEXT", help="never generate this; may be repeated")
+    group.add_argument("--n", type=int, metavar="N", help="batch: samples of each prompt (default 1)")
     group.add_argument("--logprobs", type=int, metavar="K", help="batch: report the K most likely tokens")
+    group.add_argument("--prompt-logprobs", type=int, metavar="K", help="batch: the same for the prompt's tokens")
     return flags
 
 
@@ -198,6 +266,7 @@ def _model(args: argparse.Namespace) -> "Model":
         dtype=args.dtype,
         quantize=args.quantize,
         numerics=args.numerics,
+        lora=args.lora,
         check_finite=args.check_finite,
         random_weights=args.random_weights,
         config=args.config,
@@ -206,12 +275,19 @@ def _model(args: argparse.Namespace) -> "Model":
 
 def _llm(args: argparse.Namespace) -> "tuple[LLM, float]":
     """The model and the seconds it took to load."""
+    from llmjax.batch.job import RESERVE
     from llmjax.llm import LLM
+    from llmjax.runtime.cache import job_slots
 
     began = time.monotonic()
+    model = _model(args)
+    slots = args.max_batch
+    if slots is None:
+        slots = job_slots(model.config, model.numerics, RESERVE) if args.run is _batch else 1
     llm = LLM(
-        _model(args),
-        max_batch=args.max_batch,
+        model,
+        max_batch=slots,
+        loras=dict(getattr(args, "lora_modules", None) or ()),
         seed=getattr(args, "seed", None) or 0,
         truncate_prompt=args.truncate_prompt,
     )
@@ -278,22 +354,41 @@ def _chat(args: argparse.Namespace) -> int:
 
 
 def _batch(args: argparse.Namespace) -> int:
-    from llmjax.batch.job import run
-    from llmjax.batch.progress import Reporter
+    from llmjax.batch import dryrun, job
+    from llmjax.batch.rows import WHOLE, Shard
 
     params = _params(args)
-    with _input(args.input) as lines, _output(args.output, args.input) as begin:
-        llm, load_seconds = _llm(args)
-        total = None if args.input == "-" else _count_rows(args.input)
-        summary = run(llm, lines, begin(), params, total=total, reporter=Reporter())
-    print(f"{summary.describe()}; load {load_seconds:.1f} s", file=sys.stderr)
-    return 1 if summary.failed else 0
+    shard = Shard.parse(args.shard) if args.shard else WHOLE
+    if args.dry_run:
+        report = dryrun.run(lambda: _llm(args)[0], args.input, args.output, params, shard)
+        print(report.describe())
+        return 1 if report.bad else 0
+    options = job.Options(args.ordered, shard, args.retry_errors, args.force, args.progress_seconds)
+    about = {"model": args.model, "input": args.input, "ordered": args.ordered, "truncate_prompt": args.truncate_prompt}
+    summary = job.run(lambda: _llm(args)[0], args.input, args.output, params, options, about)
+    if summary.problem:
+        print(f"llmjax: {summary.problem}; {_how_to_go_on(args)}", file=sys.stderr)
+    print(summary.describe(), file=sys.stderr)
+    if summary.removed:
+        print(f"llmjax: rows no longer in the input were removed; they are in {args.output}.previous", file=sys.stderr)
+    if summary.status == "interrupted":
+        print(f"llmjax: interrupted; {_how_to_go_on(args)}", file=sys.stderr)
+        return 130
+    return 1 if summary.problem or summary.totals.failed else 0
+
+
+def _how_to_go_on(args: argparse.Namespace) -> str:
+    if not Path(args.output).is_file() and not args.output.endswith(".gz"):
+        return "to go on later, a job needs a file for its output"
+    same = "the same command" + (", without --force," if args.force else "")
+    return f"{same} goes on from the rows that are done"
 
 
 def _score(args: argparse.Namespace) -> int:
+    from llmjax.batch.files import open_lines
     from llmjax.batch.scoring import run
 
-    with _input(args.input) as lines, _output(args.output, args.input) as begin:
+    with open_lines(args.input) as lines, _output(args.output, args.input) as begin:
         llm, _ = _llm(args)
         summary = run(llm, lines, begin())
     print(summary.describe(), file=sys.stderr)
@@ -319,6 +414,17 @@ def _id_list(text: str) -> list[int]:
     return [int(i) for i in text.split(",")]
 
 
+def _bias(text: str) -> dict[int, float]:
+    return {int(i): float(value) for i, value in (pair.split(":") for pair in text.split(","))}
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"expected NAME=PATH, found {text!r}")
+    return name, path
+
+
 def _prompt(text: str) -> str:
     """The prompt as given, or all of stdin for ``-``."""
     prompt = sys.stdin.read() if text == "-" else text
@@ -339,6 +445,46 @@ def _inspect(args: argparse.Namespace) -> int:
         values, text = values | {"error": error.to_dict(found)}, f"{text}\n\n{error.to_text(found)}"
     print(json.dumps(values, indent=2, ensure_ascii=False) if args.json else text)
     return 0 if report.supported else 1
+
+
+def _adapter(args: argparse.Namespace) -> "LoraSource":
+    from llmjax.lora.adapter import LoraSource
+
+    return LoraSource(args.lora, args.alpha, args.rank)
+
+
+def _lora_check(args: argparse.Namespace) -> int:
+    from llmjax.lora.check import check
+
+    report = check(args.model, _adapter(args), prompt=args.prompt)
+    print(json.dumps(report.to_dict()) if args.json else report.describe())
+    return 0
+
+
+def _lora_merge(args: argparse.Namespace) -> int:
+    from llmjax.lora.check import merge
+
+    destination = merge(args.model, _adapter(args), args.output, report=_report_tensors)
+    print(f"{destination}: written", file=sys.stderr)
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from llmjax.bench import measure
+    from llmjax.bench.report import to_text
+
+    options = measure.Options(
+        slots=args.max_batch,
+        in_use=args.in_use,
+        prompt_lengths=args.prompt_lengths,
+        output_length=args.output_length,
+        contexts=args.context,
+        caches=args.cache,
+        repeat=args.repeat,
+    )
+    report = measure.run(lambda: _model(args), options, _report_line)
+    print(json.dumps(report.to_dict(), indent=2) if args.json else to_text(report))
+    return 0
 
 
 def _convert(args: argparse.Namespace) -> int:
@@ -405,16 +551,9 @@ def _report_tensors(done: int, total: int) -> None:
         print(f"\r{done} of {total} tensors", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
-def _input(path: str) -> contextlib.AbstractContextManager[IO[str]]:
-    # Bytes that are no UTF-8 must spoil their own row only: they pass as lone surrogates and are refused there.
-    if path == "-":
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-        return contextlib.nullcontext(sys.stdin)
-    try:
-        return open(path, encoding="utf-8", errors="surrogateescape")
-    except OSError as error:
-        raise RequestError(f"{path}: cannot read the input: {error.strerror}") from None
+def _report_line(line: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -454,11 +593,6 @@ def _output(path: str, source: str) -> Iterator[Callable[[], IO[str]]]:
     finally:
         if is_new and not began:
             os.unlink(path)
-
-
-def _count_rows(path: str) -> int:
-    with open(path, "rb") as file:
-        return sum(1 for line in file if line.strip())
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from converters.safetensors import SafetensorsWriter
 from converters.source import Source, open_source
 from llmjax.errors import CheckpointError, ConfigError
 from llmjax.loading import check_dtype, find_model, fitting_plan, read_override, read_tokenizer
+from llmjax.lora import merge as merging
+from llmjax.lora.adapter import AnyLora, read_adapter
 from llmjax.models.registry import read_config
 from llmjax.parameters import Parameter, read_all
 from llmjax.plan import Plan, describe, sources_of
@@ -41,6 +44,7 @@ def convert(
     dtype: str | None = None,
     check_finite: bool = False,
     config: str | Path | Mapping[str, Any] | None = None,
+    lora: AnyLora | None = None,
     report: Report = lambda done, total: None,
     **mediapipe: Any,
 ) -> Path:
@@ -57,6 +61,8 @@ def convert(
       dtype: of floats; None keeps each tensor's own, and writes quantized ones as float32 to ``hf``.
       check_finite: refuse NaN and infinite weights.
       config: see ``llmjax.load``.
+      lora: an adapter to merge into the weights; quantized ones are rounded again, and a warning says what that leaves
+        of it.
       report: called after each parameter.
       **mediapipe: for ``mediapipe``: see ``converters.mediapipe.convert.convert_source``.
 
@@ -66,6 +72,7 @@ def convert(
     Raises:
       CheckpointError: the source is damaged, or the destination exists or cannot be written.
       ConfigError: the scheme or dtype does not fit.
+      LoraError: the adapter is damaged, of a kind that is not supported, or does not fit.
     """
     if to not in FORMATS:
         raise ConfigError(f"to: unknown {to!r}; expected one of {', '.join(FORMATS)}")
@@ -73,6 +80,8 @@ def convert(
     if to == "mediapipe":
         if dtype is not None:
             raise ConfigError("dtype: floats are float32 in MediaPipe's files; leave it out")
+        if lora is not None:
+            raise ConfigError("lora: write the merged checkpoint first (llmjax lora merge), then convert that")
         convert_source(source, Path(destination), quantize, override, check_finite, report, **mediapipe)
         return Path(destination)
     if mediapipe:
@@ -91,7 +100,9 @@ def convert(
             found = ", ".join(spec.name for spec in plan.configuring)
             raise ConfigError(f"{where}: {found}: the files to be written have no place for it; use the source itself")
         with _whole_directory(Path(destination)) as folder:
-            parameters = read_all(opened, plan, dtype, recipe, check_finite)
+            deltas = {} if lora is None else read_adapter(lora, plan.architecture, plan.config).deltas
+            merge = merging.Merge(deltas, "merged", numerics=None)
+            parameters = read_all(opened, plan, dtype, recipe, check_finite, merge)
             if to == "llmjax":
                 block = _write_packed(folder, parameters, len(plan.assignments), report)
                 block["recipe"] = _recipe(opened, recipe)
@@ -101,6 +112,8 @@ def convert(
                 facts = {k: v for k, v in facts.items() if k not in ("dtype", "torch_dtype")} | {"dtype": stored}
             _write_json(folder / "config.json", facts)
             _write_tokenizer(opened, folder)
+        if merge.survivals:
+            warnings.warn(f"{destination}: {merging.describe(merge.survivals)}", stacklevel=2)
     finally:
         opened.close()
     return Path(destination)

@@ -29,5 +29,9 @@ class RequestError(LlmjaxError):
     """A prompt or a sampling parameter is invalid."""
 
 
+class TooLongError(RequestError):
+    """A prompt does not fit the model's context."""
+
+
 class ResumeError(LlmjaxError):
     """A batch job cannot go on from what its output holds."""

@@ -4,20 +4,24 @@ import contextlib
 import dataclasses
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmjax.errors import RequestError, TokenizerError
+from llmjax.errors import RequestError, TokenizerError, TooLongError
 from llmjax.loading import load
+from llmjax.lora.adapter import AnyLora
+from llmjax.lora.resident import with_adapters
 from llmjax.model import Model, check_ids
 from llmjax.outputs import RequestOutput, Score
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine, Update
+from llmjax.runtime.logits import LogitsProcessor, bad_word_ids, row_controls
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request
+from llmjax.runtime.samples import Samples
 from llmjax.runtime.sampling import row_seed
 from llmjax.text.tokenizer import Tokenizer
 
@@ -33,10 +37,18 @@ class LLM:
       max_batch: decode slots of the compiled program; part of what fixes a result's last bits.
       numerics: profile for a model given as a path.
       dtype: storage dtype for a model given as a path.
+      lora: an adapter for all rows, for a model given as a path: see ``llmjax.load``.
+      loras: adapters by name, kept beside the weights; each row may use one (``lora=NAME``).
       seed: the job's seed: rows without their own draw by it and their id; a single prompt uses it as it is.
       chunk: prompt tokens a prefill call takes.
       block: cache positions attention folds at a time.
       truncate_prompt: keep the last tokens of a prompt that is too long, instead of refusing it.
+      logits_processor: for research: a pure function, compiled into every decode step, of the model's logits (float32
+        ``[B, V]``, a row per slot) and ``llmjax.runtime.logits.Tokens`` (the rows' tokens ``ids [B, S]``,
+        ``prompt_length [B]``, ``length [B]``, ``active [B]``); returns the logits, before bars, biases, penalties and
+        the draw.  A row's result must depend on that row alone, or it will depend on its neighbours.
+      enable_prefix_caching: compute a beginning that prompts share once (whole chunks, or all of a prompt); results are
+        the same in every bit.
 
     Raises:
       LlmjaxError: see ``llmjax.load``.
@@ -49,17 +61,34 @@ class LLM:
         max_batch: int = 8,
         numerics: str = "fast",
         dtype: str | None = None,
+        lora: AnyLora | None = None,
+        loras: Mapping[str, AnyLora] | None = None,
         seed: int = 0,
         chunk: int = 128,
         block: int = 128,
         truncate_prompt: bool = False,
+        logits_processor: LogitsProcessor | None = None,
+        enable_prefix_caching: bool = True,
     ):
         if not isinstance(model, Model):
-            model = load(model, numerics=numerics, dtype=dtype)
+            model = load(model, numerics=numerics, dtype=dtype, lora=lora)
+        elif lora is not None:
+            raise RequestError("lora: the model is loaded already; give the adapter to llmjax.load, or a name (loras)")
+        if loras:
+            model = with_adapters(model, loras)
+        self.loras = tuple(loras or ())
         self.model = model
         self.seed = seed
         self.truncate_prompt = truncate_prompt
-        self.engine = Engine(model, slots=max_batch, chunk=chunk, block=block)
+        self.engine = Engine(
+            model,
+            slots=max_batch,
+            chunk=chunk,
+            block=block,
+            logits_processor=logits_processor,
+            enable_prefix_caching=enable_prefix_caching,
+            adapters={name: place for place, name in enumerate(self.loras, 1)},
+        )
         self._lock = threading.Lock()  # one run at a time owns the slots
         self._owner: int | None = None  # the thread whose run that is
 
@@ -81,6 +110,7 @@ class LLM:
         *,
         request_id: str | None = None,
         forced: Sequence[int] = (),
+        lora: str | None = None,
     ) -> Request:
         """Checks a prompt and its parameters and settles everything they leave open.
 
@@ -89,11 +119,15 @@ class LLM:
           params: defaults to ``SamplingParams()``.
           request_id: names the row; None for a single prompt, which draws with the job's seed itself.
           forced: see ``Request``.
+          lora: the name of a resident adapter.
 
         Raises:
-          RequestError: an empty prompt, one longer than the context, or ids outside the vocabulary.
+          RequestError: an empty prompt, one longer than the context, ids outside the vocabulary, or bad words that
+            leave nothing.
+          TokenizerError: text, or bad words, for a model without a tokenizer.
         """
         params = params or SamplingParams()
+        self._check_lora(lora)
         text = prompt if isinstance(prompt, str) else None
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(map(_plain, prompt))
         if text == "" or not ids:
@@ -101,7 +135,7 @@ class LLM:
         context = self.model.context_length
         if len(ids) >= context:
             if not self.truncate_prompt:
-                raise RequestError(
+                raise TooLongError(
                     f"prompt: {len(ids)} tokens, longer than the model's context of {context} less one for the answer; "
                     "shorten it, or ask for truncation (truncate_prompt, --truncate-prompt)"
                 )
@@ -115,6 +149,8 @@ class LLM:
                 raise RequestError(
                     f"stop_token_ids: {token} is outside the vocabulary (0 to {self.model.config.vocab_size - 1})"
                 )
+        bad_words = bad_word_ids(self.tokenizer, params.bad_words) if params.bad_words else ()
+        row_controls(params, bad_words, self.model.config.vocab_size)
         if self.model.tokenizer and not params.ignore_eos:
             params = dataclasses.replace(params, stop=(*params.stop, *self.model.tokenizer.stop))
         room = context - len(ids)
@@ -124,7 +160,12 @@ class LLM:
         seed = params.seed
         if seed is None:
             seed = self.seed if request_id is None else row_seed(self.seed, request_id)
-        return Request(request_id or "0", text, ids, params, seed, tuple(forced))
+        return Request(request_id or "0", text, ids, params, seed, tuple(forced), bad_words=bad_words, lora=lora)
+
+    def _check_lora(self, lora: str | None) -> None:
+        if lora is not None and lora not in self.loras:
+            known = ", ".join(self.loras) or "none (loras, --lora-modules)"
+            raise RequestError(f"lora: no adapter named {lora!r}; resident are {known}")
 
     def _warn_without_bos(self, ids: list[int]) -> None:
         bos = self.model.tokenizer.bos_id if self.model.tokenizer else None
@@ -136,21 +177,55 @@ class LLM:
             )
 
     def chat_request(
-        self, messages: Sequence[Message], params: SamplingParams | None = None, *, request_id: str | None = None
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        lora: str | None = None,
     ) -> Request:
         """As ``request``, for a conversation rendered with the checkpoint's chat template (which writes BOS itself)."""
         messages = list(messages)
-        request = self.request(self.tokenizer.encode_chat(messages), params, request_id=request_id)
+        request = self.request(self.tokenizer.encode_chat(messages), params, request_id=request_id, lora=lora)
         return dataclasses.replace(request, prompt=self.tokenizer.render_chat(messages))
 
     def run(self, requests: Iterable[Request], *, burst: int = BURST, reserve: int = 0) -> Iterator[Update]:
         """``Engine.run``, one run at a time: another thread waits for its turn.
 
         Raises:
-          RequestError: this thread is in the middle of another run, such as a stream that was not read to its end.
+          RequestError: this thread is in the middle of another run, such as a stream that was not read to its end; or
+            a request wants several samples, whose text cannot come as one stream.
         """
+
+        def checked() -> Iterator[Request]:
+            for request in requests:
+                if request.params.n > 1:
+                    raise RequestError(f"n: a stream is one sample, found {request.params.n}; use generate or batch")
+                yield request
+
         with self._turn():
-            yield from self.engine.run(requests, burst=burst, reserve=reserve)
+            yield from self.engine.run(checked(), burst=burst, reserve=_reserve(requests, reserve))
+
+    def outputs(
+        self, requests: Iterable[Request], *, reserve: int = 0, on_update: Callable[[], None] | None = None
+    ) -> Iterator[RequestOutput]:
+        """Runs requests and yields each answer, all its ``n`` samples in it, as soon as it is whole, in any order.
+
+        Args:
+          requests: of any number; taken one by one, as slots become free.
+          reserve: see ``Engine.run``.
+          on_update: called whenever rows have new tokens; what it raises ends the run.
+
+        Raises:
+          RequestError: this thread is in the middle of another run.
+        """
+        samples = Samples(requests, self.model.numerics.label)
+        with self._turn():
+            for update in self.engine.run(samples.rows(), reserve=_reserve(requests, reserve)):
+                if update.row.finish_reason and (output := samples.add(update.row)):
+                    yield output
+                if on_update is not None:
+                    on_update()
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -167,12 +242,15 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Continues one prompt or many.
 
         Args:
           prompts: a text, a list of token ids, or a list of those.
           sampling_params: for all, or one for each.
+          lora: the resident adapter of all, or of each.
 
         Returns:
           an output for each prompt, in order.
@@ -182,22 +260,29 @@ class LLM:
         """
         single = _is_single(prompts)
         many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
-        params = _per_prompt(sampling_params, len(many))
+        params = _per_prompt(sampling_params, len(many), "sampling_params")
+        adapters = _per_prompt(lora, len(many), "lora")
         requests = []
-        for i, (prompt, p) in enumerate(zip(many, params, strict=True)):
+        for i, (prompt, p, adapter) in enumerate(zip(many, params, adapters, strict=True)):
             try:
-                requests.append(self.request(prompt, p, request_id=None if single else str(i)))
+                requests.append(self.request(prompt, p, request_id=None if single else str(i), lora=adapter))
             except RequestError as error:
                 raise error if single else RequestError(f"prompt {i}: {error}") from None
         return self._finished(requests)
 
     def _finished(self, requests: list[Request]) -> list[RequestOutput]:
-        done = {u.row.request.request_id: u.row for u in self.run(requests) if u.row.finish_reason}
-        return [done[r.request_id].output(self.model.numerics.label) for r in requests]
+        done = {output.request_id: output for output in self.outputs(requests)}
+        return [done[r.request_id] for r in requests]
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
-        """Pieces of text as they become certain; concatenated they are what ``generate`` returns."""
-        for update in self.run([self.request(prompt, sampling_params)], burst=1):
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, lora: str | None = None
+    ) -> Iterator[str]:
+        """Pieces of text as they become certain; concatenated they are what ``generate`` returns.
+
+        Raises:
+          RequestError: a bad prompt, or ``n`` above 1.
+        """
+        for update in self.run([self.request(prompt, sampling_params, lora=lora)], burst=1):
             if update.piece:
                 yield update.piece
 
@@ -205,29 +290,34 @@ class LLM:
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | None = None,
+        *,
+        lora: str | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or many, rendered with the checkpoint's own chat template.
 
         Args:
           messages: ``[{"role": "user", "content": "..."}, ...]``, or a list of those.
           sampling_params: for all.
+          lora: the resident adapter of all.
         """
         single = len(messages) > 0 and isinstance(messages[0], dict)
         chats: list[Any] = [messages] if single else list(messages)
         requests = [
-            self.chat_request(chat, sampling_params, request_id=None if single else str(i))
+            self.chat_request(chat, sampling_params, request_id=None if single else str(i), lora=lora)
             for i, chat in enumerate(chats)
         ]
         return self._finished(requests)
 
-    def score(self, texts_or_ids: Prompt | Sequence[Prompt]) -> list[Score]:
-        """Per-token log-probabilities of given texts or token ids, teacher forced through the chunked prefill.
+    def score(self, texts_or_ids: Prompt | Sequence[Prompt], *, lora: str | None = None) -> list[Score]:
+        """Per-token log-probabilities of given texts or token ids, teacher forced through the chunked prefill, under
+        the resident adapter ``lora``.
 
         Raises:
           RequestError: an empty text, or one longer than the context.
         """
         single = _is_single(texts_or_ids)
         many: list[Prompt] = [texts_or_ids] if single else list(texts_or_ids)  # type: ignore[list-item, arg-type]
+        self._check_lora(lora)
         scores = []
         for i, text in enumerate(many):
             if len(text) == 0:
@@ -235,9 +325,15 @@ class LLM:
             ids = self.tokenizer.encode(text) if isinstance(text, str) else list(map(_plain, text))
             check_ids(ids, self.model, f"text {i}")
             with self._turn():
-                logprobs, best = self.engine.score(ids)
+                logprobs, best = self.engine.score(ids, lora)
             scores.append(Score(list(ids), [None, *map(float, logprobs)], [None, *map(int, best)]))
         return scores
+
+
+def _reserve(requests: Iterable[Request], reserve: int) -> int:
+    """Cache positions to begin with: what the longest of a list needs, at least ``reserve``."""
+    lengths = [len(r.ids) + (r.params.max_tokens or 0) for r in requests] if isinstance(requests, list) else []
+    return max([reserve, *lengths])
 
 
 def _plain(token: Any) -> Any:
@@ -250,11 +346,9 @@ def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
 
 
-def _per_prompt(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> Sequence[SamplingParams | None]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params] * count
-    if len(params) != count:
-        raise RequestError(f"sampling_params: expected one, or one for each of {count} prompts, found {len(params)}")
-    return params
+def _per_prompt(value: Any, count: int, name: str) -> Sequence[Any]:
+    if value is None or isinstance(value, SamplingParams | str):
+        return [value] * count
+    if len(value) != count:
+        raise RequestError(f"{name}: expected one, or one for each of {count} prompts, found {len(value)}")
+    return list(value)

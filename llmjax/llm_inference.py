@@ -23,6 +23,7 @@ class LlmInferenceOptions:
       top_k: candidates of each draw.
       temperature: randomness; 0 is greedy.
       random_seed: fixes the draws.  (The values drawn are llmjax's own: MediaPipe's GPU sampler is closed source.)
+      lora_path: a LoRA adapter that changes the model: a PEFT directory.
       result_listener: called by ``generate_response_async`` with ``(partial_result, done)``.
       error_listener: called with the error where ``generate_response_async`` fails.
     """
@@ -32,6 +33,7 @@ class LlmInferenceOptions:
     top_k: int = 40
     temperature: float = 0.8
     random_seed: int = 0
+    lora_path: str | None = None
     result_listener: ResultListener | None = None
     error_listener: ErrorListener | None = None
 
@@ -60,7 +62,7 @@ class LlmInference:
             raise RequestError(f"max_tokens: expected an integer of at least 2, found {options.max_tokens!r}")
         if options.top_k < 1:
             raise RequestError(f"top_k: expected a positive integer, found {options.top_k!r}")
-        return cls(options, LLM(options.model_path, max_batch=4))
+        return cls(options, LLM(options.model_path, max_batch=1, lora=options.lora_path))
 
     def _pieces(self, text: str) -> Iterator[str]:
         if self._closed:

@@ -1,7 +1,6 @@
 """From a checkpoint on disk to a ``Model``."""
 
 import importlib.util
-import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +15,15 @@ from converters.mediapipe.source import MediapipeSource
 from converters.source import Source, open_source
 from llmjax import configs
 from llmjax import numerics as numerics_lib
-from llmjax.errors import CheckpointError, ConfigError, TokenizerError
+from llmjax.errors import CheckpointError, ConfigError, LoraError, TokenizerError
+from llmjax.lora import merge as merging
+from llmjax.lora.adapter import AnyLora, read_adapter
+from llmjax.lora.apply import beside, with_loras
 from llmjax.model import Model
 from llmjax.models.mediapipe_config import emulated, find
 from llmjax.models.registry import read_config
 from llmjax.parameters import Parameter, is_packed, made, random_rows, read_all
-from llmjax.plan import Override, Plan, make_plan, parameter_shapes
+from llmjax.plan import Override, Plan, make_plan, parameter_shapes, path_of
 from llmjax.quant.qtensor import QTensor
 from llmjax.quant.schemes import Recipe, parse
 from llmjax.text.tokenizer import Tokenizer
@@ -50,6 +52,8 @@ def load(
     dtype: str | None = None,
     quantize: str | Path | Mapping[str, Any] | None = None,
     numerics: str = "reference",
+    lora: AnyLora | None = None,
+    lora_mode: str | None = None,
     check_finite: bool = False,
     random_weights: bool = False,
     config: str | Path | Mapping[str, Any] | None = None,
@@ -64,6 +68,9 @@ def load(
         float32 otherwise; with a dtype and no ``quantize`` they are expanded.
       quantize: a scheme (``int8``, ``int4-g32``, ...) or a recipe: see ``llmjax.quant.schemes.parse``.
       numerics: the profile that says how everything is computed (``llmjax.numerics``).
+      lora: a LoRA adapter that changes the model: a PEFT directory, or a ``LoraSource`` for what lacks a configuration.
+      lora_mode: ``merged`` into the weights (quantized ones are rounded again, and a warning says what that leaves of
+        it) or ``unmerged``, computed beside them.  None merges into floats and leaves quantized weights as they are.
       check_finite: refuse weights that are NaN or infinite (reads every value once more).
       random_weights: for ``config:NAME`` alone: build the full-size model with random weights instead of reading any.
       config: keys of a ``config.json`` that win over the checkpoint's own, or a whole one (with ``model_type``): a
@@ -73,13 +80,18 @@ def load(
       CheckpointError: the file is missing, damaged, or its tensors do not fit its configuration; all such problems at
         once.
       ConfigError: the configuration asks for something llmjax does not do, or the scheme does not fit the model.
+      LoraError: the adapter is damaged, of a kind that is not supported, or does not fit.
       TokenizerError: the tokenizer files are damaged or of an unknown kind.
     """
     check_dtype(dtype)
     recipe = None if quantize is None else parse(quantize)
     numerics_lib.resolve(numerics, jnp.dtype(jnp.float32))  # a wrong name fails before the reading
+    if lora is None and lora_mode is not None:
+        raise LoraError("lora_mode: goes with an adapter (lora)")
     override = read_override(config)
     if random_weights or str(path).startswith(configs.PREFIX):
+        if lora is not None:
+            raise LoraError(f"{path}: an adapter goes with a checkpoint, not with random weights")
         if override is not None:
             raise ConfigError("config: goes with a checkpoint, not with random weights")
         return _random_model(str(path), dtype or "float32", recipe, numerics, random_weights)
@@ -93,11 +105,19 @@ def load(
                 f"{source.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding only "
                 f"{plan.config.vocab_size} rows; the tokenizer files belong to another model"
             )
+        adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
+        merge = merging.Merge(adapter.deltas if adapter else {}, lora_mode, numerics)
         params: dict[str, Any] = {}
-        for name, value in read_all(source, plan, dtype, recipe, check_finite):
+        apart = {}
+        for name, value in read_all(source, plan, dtype, recipe, check_finite, merge):
             _put(params, name, value)
+            if name in merge.deltas and merge.delta(name, isinstance(value, QTensor)) is None:
+                apart[name] = beside(merge.deltas[name])
     finally:
         source.close()
+    if merge.survivals:
+        warnings.warn(f"{source.path}: {merging.describe(merge.survivals)}", stacklevel=2)
+    params = with_loras(params, apart)
     return Model(
         architecture=plan.architecture,
         config=computed,
@@ -106,6 +126,7 @@ def load(
         tokenizer=tokenizer,
         eos_ids=_eos_ids(source, tokenizer),
         path=source.path,
+        lora=adapter.path if adapter else None,
     )
 
 
@@ -249,7 +270,7 @@ def _eos_ids(source: Source, tokenizer: Tokenizer | None) -> tuple[int, ...]:
 
 
 def _put(tree: dict[str, Any], name: str, leaf: Parameter) -> None:
-    *parents, last = re.sub(r"\blayers\.(\d+)", r"layers_\1", name).split(".")
+    *parents, last = path_of(name)
     for parent in parents:
         tree = tree.setdefault(parent, {})
     tree[last] = jax.device_put(leaf)

@@ -36,13 +36,13 @@ def _float_product(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.A
 
     def multiply(part: jax.Array) -> jax.Array:
         return lax.dot_general(
-            rows,
             part.astype(numerics.products),
+            rows,
             (((1,), (1,)), ((), ())),
             precision=lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )
 
     converted = weight.dtype != numerics.products
-    y = over_tiles(multiply, weight, weight.shape, rows) if converted else multiply(weight)
+    y = over_tiles(multiply, weight, weight.shape, rows) if converted else multiply(weight).T
     return y[:count].reshape(*lead, weight.shape[0])

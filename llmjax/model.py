@@ -30,6 +30,7 @@ class Model:
       tokenizer: None when the checkpoint brings none; prompts must then be token ids.
       eos_ids: every token that ends a text, of the tokenizer's files and of ``generation_config.json``.
       path: where it was read from.
+      lora: the adapter it was loaded with, merged or beside the weights.
     """
 
     architecture: Architecture
@@ -39,6 +40,7 @@ class Model:
     tokenizer: Tokenizer | None
     eos_ids: tuple[int, ...]
     path: Path
+    lora: Path | None = None
 
     @property
     def context_length(self) -> int:

@@ -22,6 +22,7 @@ class CompletionOutput:
       finish_reason: ``stop`` or ``length``.
       stop_reason: the stop string or token id that ended the text; None for the model's own end-of-text token or
         ``length``.
+      seed: what this sample drew with: as the seed of a prompt with ``n`` 1 it draws the same tokens again.
     """
 
     index: int
@@ -32,6 +33,7 @@ class CompletionOutput:
     logprobs: list[dict[int, float]] | None
     finish_reason: str
     stop_reason: str | int | None
+    seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +44,12 @@ class RequestOutput:
       request_id: the row's id; a prompt's place in the list unless one was given.
       prompt: the text, None when the prompt was given as ids.
       prompt_token_ids: the ids as fed, BOS included.
-      outputs: the continuations.
+      outputs: the continuations, in the order of their index.
       params: what was in force; ``max_tokens`` is what the context left room for.
-      seed: alone with these ids and params it gives the same tokens again.
+      seed: alone with these ids and params it gives the same tokens again; the first sample's own.
       numerics: the profile.
+      prompt_logprobs: for each token of the prompt the most likely ids and their log-probabilities, the token itself
+        included; None for the first, which nothing precedes; None altogether if not asked for.
     """
 
     request_id: str
@@ -55,6 +59,7 @@ class RequestOutput:
     params: SamplingParams
     seed: int
     numerics: str
+    prompt_logprobs: list[dict[int, float] | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

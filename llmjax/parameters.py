@@ -12,6 +12,7 @@ from converters.mediapipe.source import MediapipeSource
 from converters.source import Source, TensorSpec
 from llmjax.arrays import aligned, row_chunks
 from llmjax.errors import CheckpointError
+from llmjax.lora.merge import Merge, merged_rows
 from llmjax.plan import Assignment, Plan
 from llmjax.quant import gguf
 from llmjax.quant.qtensor import QTensor
@@ -22,7 +23,12 @@ Parameter = np.ndarray | QTensor
 
 
 def read_all(
-    source: Source, plan: Plan, dtype: str | None, recipe: Recipe | None, check_finite: bool = False
+    source: Source,
+    plan: Plan,
+    dtype: str | None,
+    recipe: Recipe | None,
+    check_finite: bool = False,
+    merge: Merge | None = None,
 ) -> Iterator[tuple[str, Parameter]]:
     """Every parameter by its canonical name, in memory of its own; the mapped pages it came from are given back.
 
@@ -32,6 +38,7 @@ def read_all(
       dtype: of what is not quantized; None keeps each tensor as it is stored, packed ones packed.
       recipe: what to quantize; None for nothing.
       check_finite: refuse NaN and infinite values.
+      merge: what is added to the weights on the way; None for nothing.
 
     Raises:
       CheckpointError: NaN or infinite values (all of them named), or a tied head that differs from the embedding.
@@ -39,7 +46,7 @@ def read_all(
     """
     bad = []
     for assignment in plan.assignments:
-        value = _read(source, assignment, dtype, recipe)
+        value = _read(source, assignment, dtype, recipe, merge or Merge({}, None, "reference"))
         if check_finite and not _finite(value):
             bad.append(f"{assignment.parameter} (from {', '.join(s.name for s in assignment.sources)})")
         yield assignment.parameter, value
@@ -48,14 +55,18 @@ def read_all(
     _check_tied(source, plan)
 
 
-def _read(source: Source, assignment: Assignment, dtype: str | None, recipe: Recipe | None) -> Parameter:
-    scheme = recipe.scheme(assignment.parameter) if recipe else None
+def _read(source: Source, assignment: Assignment, dtype: str | None, recipe: Recipe | None, merge: Merge) -> Parameter:
+    name = assignment.parameter
+    scheme = recipe.scheme(name) if recipe else None
     try:
         if scheme is None and dtype is None and (packed := _packed(source, assignment)) is not None:
-            return packed
+            delta = merge.delta(name, quantized=True)
+            return packed if delta is None else merge.into_packed(packed, delta, name)
         value = assignment.make([source.read(s.name) for s in assignment.sources])
-        rows = _releasing(source, assignment, value)
-        return made(rows, value.shape, jnp.dtype(dtype) if dtype else value.dtype, scheme, assignment.parameter)
+        rows, stored = _releasing(source, assignment, value), jnp.dtype(dtype) if dtype else value.dtype
+        if (delta := merge.delta(name, quantized=scheme is not None)) is not None:
+            rows, stored = merged_rows(rows, delta), stored if dtype else merge.dtype(stored)
+        return made(rows, value.shape, stored, scheme, name)
     finally:
         for spec in assignment.sources:
             source.release(spec.name)

@@ -146,6 +146,11 @@ def canonical(path: tuple[Any, ...]) -> str:
     return re.sub(r"\blayers_(\d+)", r"layers.\1", ".".join(str(key.key) for key in path))
 
 
+def path_of(name: str) -> list[str]:
+    """The inverse of ``canonical``: the keys that lead to a parameter."""
+    return re.sub(r"\blayers\.(\d+)", r"layers_\1", name).split(".")
+
+
 def sources_of(parameter: str, names: Names) -> tuple[From, list[str]]:
     """How a parameter is made, and the names of the tensors it is made from."""
     module, ending = parameter.rsplit(".", 1)

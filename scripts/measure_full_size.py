@@ -3,6 +3,7 @@
 
     python scripts/measure_full_size.py config:gemma-2b bfloat16
     python scripts/measure_full_size.py config:gemma-7b bfloat16 --quantize int8 int4 --convert-only
+    python scripts/measure_full_size.py config:gemma-2b bfloat16 --mediapipe cpu-int8 gpu-int4
 
 Writes the checkpoint (sharded safetensors), reads it once to know what reading costs, then loads or converts it in a
 fresh process.  Peak memory is that process's, of which file pages that were mapped count too.
@@ -103,6 +104,28 @@ def convert(folder: str, destination: str, scheme: str) -> None:
     print(json.dumps({"convert_s": time.monotonic() - began, "peak": peak_memory()}))
 
 
+def convert_to_mediapipe(folder: str, destination: str, target: str) -> None:
+    """In a process of its own: a ``.bin`` file, by MediaPipe's options and so with raw weight files beside it."""
+    from converters import ConversionConfig, convert_checkpoint
+    from converters.mediapipe.container import VOCABULARY, BinFile
+    from llmjax.models.mediapipe_config import MODEL_TYPES
+
+    published = json.loads((Path(folder) / "config.json").read_text())
+    kind = next(m for m in MODEL_TYPES.values() if m.config["hidden_size"] == published["hidden_size"])
+    tiny = ROOT / "tests" / "data" / "mediapipe" / "GEMMA_2B_gpu_int8_mp0.10.21.bin"
+    vocabulary = Path(destination) / "spm.model"
+    vocabulary.parent.mkdir()
+    vocabulary.write_bytes(BinFile(tiny).blob(VOCABULARY) or b"")
+    backend, bits = target.split("-int")
+    options = {f"{role}_quant_bits": int(bits) for role in ("attention", "feedforward", "embedding")}
+    config = ConversionConfig(
+        folder, "safetensors", kind.name, backend, destination, vocab_model_file=str(vocabulary), **options
+    )
+    began = time.monotonic()
+    convert_checkpoint(config)
+    print(json.dumps({"convert_s": time.monotonic() - began, "peak": peak_memory()}))
+
+
 def jax_ready(tree: object) -> None:
     import jax
 
@@ -147,35 +170,48 @@ def report_generation(folder: Path, weights: int, allowed: float) -> None:
         print(f"  {what} {size / 1e9:.2f} GB = {size / weights:.2f} x weights (allowed {allowed / 1e9:.2f} GB)")
 
 
+def report_conversion(folder: Path, name: str, found: dict[str, float], packed: int) -> None:
+    copy = folder.parent / "copy"
+    copy_s = copied(folder, copy, packed)
+    copy.unlink()
+    print(f"{name}: {packed / 1e9:.2f} GB")
+    print(f"  convert {found['convert_s']:.1f} s = {found['convert_s'] / copy_s:.2f} x reading and writing")
+    print(f"  those bytes ({copy_s:.1f} s); peak {found['peak'] / 1e9:.2f} GB", flush=True)
+
+
 def main() -> None:
     """Measures and prints."""
     if sys.argv[1:2] == ["--generate"]:
         return generate(sys.argv[2])
     if sys.argv[1:2] == ["--convert"]:
         return convert(*sys.argv[2:5])
+    if sys.argv[1:2] == ["--to-mediapipe"]:
+        return convert_to_mediapipe(*sys.argv[2:5])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="config:NAME")
     parser.add_argument("dtype", choices=("bfloat16", "float32"))
     parser.add_argument("folder", nargs="?", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--quantize", nargs="+", metavar="SCHEME", help="convert to these, and run those instead")
     parser.add_argument("--convert-only", action="store_true")
+    parser.add_argument("--mediapipe", nargs="+", metavar="TARGET", help="convert to .bin files: cpu-int8, gpu-int4")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary) / "float"
         folder.mkdir()
         weights = write(args.config, args.dtype, folder)
         print(f"{args.config} {args.dtype}: {weights / 1e9:.2f} GB of weights", flush=True)
-        if not args.quantize:
+        for target in args.mediapipe or ():
+            converted = Path(temporary) / target
+            found = in_child("--to-mediapipe", str(folder), str(converted), target)
+            report_conversion(folder, target, found, sum(file.stat().st_size for file in converted.iterdir()))
+            shutil.rmtree(converted)
+        if not args.quantize and not args.mediapipe:
             report_generation(folder, weights, 1.15 * weights + 1e9)
         for scheme in args.quantize or ():
             converted = Path(temporary) / scheme
             found = in_child("--convert", str(folder), str(converted), scheme)
             packed = sum(file.stat().st_size for file in converted.glob("*.safetensors"))
-            copy_s = copied(folder, Path(temporary) / "copy", packed)
-            (Path(temporary) / "copy").unlink()
-            print(f"{scheme}: {packed / 1e9:.2f} GB")
-            print(f"  convert {found['convert_s']:.1f} s = {found['convert_s'] / copy_s:.2f} x reading and writing")
-            print(f"  those bytes ({copy_s:.1f} s); peak {found['peak'] / 1e9:.2f} GB", flush=True)
+            report_conversion(folder, scheme, found, packed)
             if not args.convert_only:
                 report_generation(converted, packed, packed + 1e9)
             shutil.rmtree(converted)

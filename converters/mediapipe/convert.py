@@ -19,16 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from converters.huggingface import HuggingFaceSource
-from converters.mediapipe import job, writer
+from converters.mediapipe import job, lora, writer
 from converters.mediapipe import vocabulary as vocabulary_lib
 from converters.mediapipe.source import MediapipeSource
 from converters.mediapipe.weight_files import Weights
 from converters.mediapipe.writer import Report
+from converters.peft import CONFIG, WEIGHTS
 from converters.source import Source, open_source
-from llmjax.errors import CheckpointError, ConfigError
+from llmjax.errors import CheckpointError, ConfigError, LoraError
 from llmjax.loading import find_model, is_quantized
+from llmjax.lora.adapter import LoraSource, read_adapter
+from llmjax.models.config import DecoderConfig
 from llmjax.models.mediapipe_config import ModelType
-from llmjax.models.registry import read_config
+from llmjax.models.registry import architectures, read_config
 from llmjax.plan import Override, parameter_shapes
 from llmjax.quant.schemes import parse
 
@@ -38,7 +41,7 @@ _FORMATS = {
     "pytorch": (("pytorch_model.bin.index.json", "pytorch_model.bin"), (".bin", ".pt", ".pth")),
 }
 _BITS = ("attention_quant_bits", "feedforward_quant_bits", "embedding_quant_bits")
-_LORA_TYPES = ("GEMMA_2B", "GEMMA2_2B", "PHI_2")
+_LORA_TYPES = ("GEMMA_2B", "GEMMA_7B", "GEMMA2_2B", "PHI_2")
 _OTHER_MODELS = "it belongs to model types that llmjax does not convert"
 # Options that must stay as they are, and why.
 _REFUSED = {
@@ -76,9 +79,10 @@ class ConversionConfig:
       combine_file_only: read the raw files that are in ``output_dir`` already.
       vocab_model_file: a SentencePiece model, or a directory with ``tokenizer.json`` and ``tokenizer_config.json``.
       output_tflite_file: the model; None for ``model.tflite`` in ``output_dir``.
-      lora_ckpt: a LoRA checkpoint.
+      lora_ckpt: a LoRA checkpoint: PEFT's weights of q, k, v and o in every layer.  Its alpha has no place in the file.
       lora_rank: its rank.
       lora_output_tflite_file: the file of the LoRA weights.
+      lora_o_proj: llmjax's own: ``mediapipe`` scrambles o's factors as MediaPipe's converter does, ``right`` does not.
 
     The other fields are MediaPipe's, too, and are refused with the reason where they are set; those after
     ``use_fake_weights`` are of later versions than 0.10.21.
@@ -111,6 +115,7 @@ class ConversionConfig:
     is_quantized: bool = dataclasses.field(default=False, kw_only=True)
     block_size: int = dataclasses.field(default=0, kw_only=True)
     lora_alpha: float | None = dataclasses.field(default=None, kw_only=True)
+    lora_o_proj: str = dataclasses.field(default="mediapipe", kw_only=True)
     lora_main_model_type: str | None = dataclasses.field(default=None, kw_only=True)
     use_dynamic_ple: bool = dataclasses.field(default=True, kw_only=True)
     use_mse_quant: bool = dataclasses.field(default=False, kw_only=True)
@@ -158,6 +163,10 @@ class ConversionConfig:
             yield "lora_ckpt: MediaPipe's cpu backend has no LoRA; use gpu"
         if self.model_type not in _LORA_TYPES:
             yield f"lora_ckpt: MediaPipe has LoRA for {', '.join(_LORA_TYPES)}, not for {self.model_type}"
+        if self.combine_file_only:
+            yield "lora_ckpt: not with combine_file_only, which reads no checkpoint"
+        if self.lora_o_proj not in lora.O_PROJ:
+            yield f"lora_o_proj: expected {' or '.join(lora.O_PROJ)}, found {self.lora_o_proj!r}"
         if self.lora_output_tflite_file is None:
             yield "lora_output_tflite_file: missing, expected the file for the LoRA weights"
 
@@ -176,8 +185,6 @@ def convert_checkpoint(config: ConversionConfig, *, report: Report = lambda done
     """
     config = dataclasses.replace(config)  # options may have been set after the check
     kind, output = job.model_type(config.model_type), Path(config.output_dir)
-    if config.lora_ckpt is not None:
-        raise ConfigError("lora_ckpt: llmjax does not write MediaPipe's LoRA files")
     assert config.output_tflite_file is not None
     path = Path(config.output_tflite_file)
     if config.combine_file_only:
@@ -197,10 +204,60 @@ def convert_checkpoint(config: ConversionConfig, *, report: Report = lambda done
                 f"{error}\n  (there is no config.json beside the weights, so these are the published dimensions of "
                 f"{kind.name})"
             ) from None
+        factors = _lora_factors(config, kind, work.config)
         work.run(path, parameters, weights=output, report=report)
         _keep(vocabulary, where, output)
+        _write_lora(config, factors, work, vocabulary)
     finally:
         source.close()
+
+
+def _lora_factors(
+    config: ConversionConfig, kind: ModelType, model: DecoderConfig
+) -> dict[tuple[int, str], lora.Factors]:
+    """What the LoRA file is to hold; read before anything is written.
+
+    Raises:
+      LoraError: the adapter is damaged, or is not one of rank r on q, k, v and o of every layer.
+    """
+    if config.lora_ckpt is None:
+        return {}
+    path, rank = Path(config.lora_ckpt), config.lora_rank
+    assert rank is not None
+    if path.is_dir() and not (path / CONFIG).exists():
+        path = next((path / name for name in WEIGHTS if (path / name).is_file()), path)
+    beside = ((path if path.is_dir() else path.parent) / CONFIG).exists()
+    adapter = read_adapter(
+        path if beside else LoraSource(path, alpha=rank, rank=rank), architectures()[kind.model_type], model
+    )
+    wanted = {f"layers.{i}.attn.{m}.weight": (i, m) for i in range(model.num_hidden_layers) for m in "qkvo"}
+    other = sorted(set(adapter.deltas) ^ set(wanted))
+    wrong = sorted({d.rank for d in adapter.deltas.values()} - {rank})
+    if other or wrong:
+        problem = (
+            f"lora_rank is {rank}, found rank {wrong[0]}"
+            if wrong
+            else (
+                "MediaPipe's files hold q, k, v and o of every layer and nothing else; "
+                + ("found" if other[0] in adapter.deltas else "missing")
+                + f" {other[0]}"
+            )
+        )
+        raise LoraError(f"{adapter.path}: {problem}")
+    factors = {wanted[name]: lora.Factors(d.a, d.b) for name, d in adapter.deltas.items()}
+    if config.lora_o_proj == "right":
+        return factors
+    return {key: lora.scrambled(f) if key[1] == "o" else f for key, f in factors.items()}
+
+
+def _write_lora(
+    config: ConversionConfig, factors: dict[tuple[int, str], lora.Factors], work: job.Job, vocabulary: bytes
+) -> None:
+    if factors:
+        assert config.lora_output_tflite_file is not None and config.lora_rank is not None
+        writer.write_lora(
+            Path(config.lora_output_tflite_file), factors, config.lora_rank, work.config, work.kind, vocabulary
+        )
 
 
 def convert_source(

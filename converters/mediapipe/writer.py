@@ -4,12 +4,12 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from converters.mediapipe import layout
+from converters.mediapipe import layout, lora
 from converters.mediapipe.container import BACKEND, MODEL_TYPE, PARAMETERS, VOCABULARY, BinWriter, Entry
 from converters.mediapipe.source import SCALE, SUM, ZERO, quotients
 from llmjax.errors import CheckpointError
@@ -173,6 +173,36 @@ def write(
                 report(done, done + len(uses))
             if uses:
                 raise AssertionError(f"no values for {', '.join(uses)}")
+            writer.close()
+        finally:
+            writer.abandon()
+
+
+def write_lora(
+    path: Path,
+    factors: Mapping[tuple[int, str], lora.Factors],
+    rank: int,
+    config: DecoderConfig,
+    kind: ModelType,
+    vocabulary: bytes,
+) -> None:
+    """Writes a LoRA file; it appears under its name when it is whole.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    blobs = {
+        PARAMETERS: mediapipe_config.parameters(config, kind, "gpu").SerializeToString(),
+        VOCABULARY: vocabulary,
+        BACKEND: b"gpu",
+    }
+    found = list(lora.tensors(factors, kind.name))
+    numbers = {MODEL_TYPE: kind.number, lora.RANK: rank}
+    with whole_file(path) as partial:
+        writer = BinWriter(partial, kind.name, "gpu", [entry for entry, _ in found], blobs, numbers)
+        try:
+            for entry, data in found:
+                writer.write(entry.name, data)
             writer.close()
         finally:
             writer.abandon()

@@ -1,52 +1,180 @@
-"""One line of a batch's input, and one of its output."""
+"""The rows of a batch's input, whichever form they have, checked and ready to run."""
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, replace
+from types import ModuleType
 from typing import Any, NamedTuple
 
+from llmjax.batch import native, openai
+from llmjax.batch.files import open_lines
+from llmjax.batch.index import Index, Written, digest
+from llmjax.batch.question import Question, check_text_id
 from llmjax.errors import LlmjaxError, RequestError
 from llmjax.llm import LLM
 from llmjax.outputs import RequestOutput
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request
 
-_PROMPTS = ("prompt", "messages", "prompt_token_ids")
-_PARAMS = tuple(f.name for f in fields(SamplingParams))
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Part ``part`` (from 1) of ``parts``: the rows whose id's hash falls there, so that equal ids meet."""
+
+    part: int
+    parts: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        """From ``i/n``.
+
+        Raises:
+          RequestError: it is no such thing.
+        """
+        part, slash, parts = text.partition("/")
+        if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+            raise RequestError(f"shard: expected i/n with i from 1 to n, such as 1/4, found {text!r}")
+        return cls(int(part), int(parts))
+
+    def has(self, row_id: str) -> bool:
+        """Whether a row is in it."""
+        return int.from_bytes(digest(row_id)[-8:], "big") % self.parts == self.part - 1
+
+    def __str__(self) -> str:
+        return f"{self.part}/{self.parts}"
+
+
+WHOLE = Shard(1, 1)
 
 
 class InputRow(NamedTuple):
-    """A parsed line: ``request`` is None where the row cannot run, and ``error`` then says why."""
+    """A line of the input.
+
+    Attributes:
+      line: its number, from 1.
+      row_id: its id, or the line's number; None where the line is no JSON.
+      form: the module that reads and writes rows of its kind.
+      question: what it asks, None where it cannot be told.
+      request: that, ready to run; None where it cannot.
+      error: why not, or why it failed when it ran.
+      key: which row it is.
+      content: digest of everything its answer depends on but the model.
+    """
 
     line: int
     row_id: str | None
+    form: ModuleType
+    question: Question | None
     request: Request | None
-    error: str | None
+    error: LlmjaxError | None
+    key: bytes
+    content: bytes
+
+    def answer(self, output: RequestOutput, llm: LLM) -> tuple[Written, bytes]:
+        """The output row of what became of it."""
+        assert self.question is not None
+        row = self.form.answer(self.question, output, llm, self.content.hex())
+        used = len(output.prompt_token_ids), sum(len(c.token_ids) for c in output.outputs)
+        return Written(self.key, self.content, False, *used), _line(row)
+
+    def failure(self) -> tuple[Written, bytes]:
+        """The output row that says why there is no answer."""
+        line = self.line if self.request is None else None
+        row = self.form.failure(self.row_id, line, str(self.error), self.content.hex())
+        return Written(self.key, self.content, True, 0, 0), _line(row)
 
 
-def read_rows(lines: Iterable[str], llm: LLM, defaults: SamplingParams) -> Iterator[InputRow]:
+def read_rows(
+    lines: Iterable[str], llm: LLM, defaults: SamplingParams, index: Index, shard: Shard = WHOLE
+) -> Iterator[InputRow]:
     """Parses lines one by one; blank ones are skipped, bad ones become rows with an error.
 
     Args:
-      lines: JSON objects: ``id`` or ``custom_id`` (the line number where absent), one of ``prompt``, ``messages``,
-        ``prompt_token_ids``, and sampling parameters by name.
+      lines: JSON objects in the form of ``llmjax.batch.native`` or ``llmjax.batch.openai``.
       llm: tokenises and checks.
       defaults: parameters a row does not set.
+      index: remembers the ids.
+      shard: which rows to yield.
     """
-    seen: set[str] = set()
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        row_id = None
-        try:
-            row = parse_object(line)
-            row_id = str(row.get("id", row.get("custom_id", number)))
-            if row_id in seen:
-                raise RequestError(f"id {row_id!r} was used by an earlier row; ids name rows and seed their draws")
-            seen.add(row_id)
-            yield InputRow(number, row_id, _request(row, row_id, llm, defaults), None)
-        except LlmjaxError as error:
-            yield InputRow(number, row_id, None, f"line {number}: {error}")
+        if line.strip():
+            row = _read(number, line, llm, defaults, index, shard)
+            if row is not None:
+                yield row
+
+
+def count_rows(source: str, shard: Shard = WHOLE) -> int | None:
+    """Rows of an input file; None for stdin, which can be read but once."""
+    if source == "-":
+        return None
+    with open_lines(source) as lines:
+        filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        return sum(1 for number, line in filled if shard == WHOLE or shard.has(_shard_id(number, line)))
+
+
+def _shard_id(number: int, line: str) -> str:
+    try:
+        row = parse_object(line)
+        return (openai if openai.is_form(row) else native).row_id(row, number)
+    except LlmjaxError:
+        return str(number)
+
+
+def _read(number: int, line: str, llm: LLM, defaults: SamplingParams, index: Index, shard: Shard) -> InputRow | None:
+    row_id: str | None = None
+    form: ModuleType = native
+    question: Question | None = None
+    try:
+        row = parse_object(line)
+        form = openai if openai.is_form(row) else native
+        row_id = form.row_id(row, number)
+        if not shard.has(row_id):
+            return None
+        check_text_id(row_id)
+        if not index.is_new(row_id):
+            raise RequestError(f"id {row_id!r} was used by an earlier row; ids name rows and seed their draws")
+        question = form.parse(row)
+        request = _request(question, row_id, llm, defaults)
+        return InputRow(number, row_id, form, question, request, None, _key(row_id), _content(question, request))
+    except LlmjaxError as error:
+        if row_id is None and not shard.has(str(number)):
+            return None
+        content = digest(f"{line.strip()}\n{error}")
+        return InputRow(number, row_id, form, question, None, error, _key(number), content)
+
+
+def _request(question: Question, row_id: str, llm: LLM, defaults: SamplingParams) -> Request:
+    params = dataclasses.replace(defaults, **question.params)
+    if question.is_chat:
+        return llm.chat_request(question.prompt, params, request_id=row_id, lora=question.lora)
+    return llm.request(question.prompt, params, request_id=row_id, lora=question.lora)
+
+
+def _key(name: str | int) -> bytes:
+    """A row that can run is known by its id; one that cannot, perhaps for want of an id, by its line."""
+    return digest(f"id {name}" if isinstance(name, str) else f"line {name}")
+
+
+def _content(question: Question, request: Request) -> bytes:
+    values = vars(request) | {"params": request.params.to_dict(), "prompt": question.kind, "model": question.model}
+    return digest(json.dumps(values, sort_keys=True))
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    # Lone surrogates in an id are written as the escapes JSON has for them.
+    return f"{json.dumps(row, ensure_ascii=False)}\n".encode("utf-8", "backslashreplace")
+
+
+def describe(row: Any) -> Written | None:
+    """What an output row stands for; None for JSON that is no row of a job."""
+    if not isinstance(row, dict):
+        return None
+    form = openai if "custom_id" in row else native
+    try:
+        name, content, failed, prompt_tokens, completion_tokens = form.describe(row)
+        return Written(_key(name), bytes.fromhex(content), failed, prompt_tokens, completion_tokens)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def parse_object(line: str) -> dict[str, Any]:
@@ -65,51 +193,3 @@ def parse_object(line: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise RequestError(f"expected a JSON object, found {type(row).__name__}")
     return row
-
-
-def _request(row: dict[str, Any], row_id: str, llm: LLM, defaults: SamplingParams) -> Request:
-    given = [p for p in _PROMPTS if p in row]
-    if len(given) != 1:
-        raise RequestError(f"expected exactly one of {', '.join(_PROMPTS)}, found {', '.join(given) or 'none'}")
-    unknown = sorted(set(row) - {"id", "custom_id", *_PROMPTS, *_PARAMS})
-    if unknown:
-        raise RequestError(f"unknown key {', '.join(unknown)}; expected id, {', '.join((*_PROMPTS, *_PARAMS))}")
-    params = replace(defaults, **{k: row[k] for k in _PARAMS if k in row})
-    prompt = row[given[0]]
-    if given[0] == "prompt":
-        if not isinstance(prompt, str):
-            raise RequestError(f"prompt: expected a string, found {type(prompt).__name__}")
-        return llm.request(prompt, params, request_id=row_id)
-    if given[0] == "messages":
-        return llm.chat_request(prompt, params, request_id=row_id)
-    if not isinstance(prompt, list):
-        raise RequestError(f"prompt_token_ids: expected a list, found {type(prompt).__name__}")
-    return llm.request(prompt, params, request_id=row_id)
-
-
-def output_row(output: RequestOutput) -> dict[str, Any]:
-    """A finished row as written: one JSON object."""
-    (completion,) = output.outputs
-    row: dict[str, Any] = {
-        "id": output.request_id,
-        "text": completion.text,
-        "token_ids": completion.token_ids,
-        "finish_reason": completion.finish_reason,
-        "stop_reason": completion.stop_reason,
-        "usage": {
-            "prompt_tokens": len(output.prompt_token_ids),
-            "completion_tokens": len(completion.token_ids),
-        },
-        "seed": output.seed,
-        "params": output.params.to_dict(),
-        "numerics": output.numerics,
-    }
-    if completion.logprobs is not None:
-        row["token_logprobs"] = completion.token_logprobs
-        row["logprobs"] = [{str(k): v for k, v in step.items()} for step in completion.logprobs]
-    return row
-
-
-def error_row(row: InputRow) -> dict[str, Any]:
-    """A row that could not run, as written."""
-    return {"id": row.row_id, "line": row.line, "error": row.error}

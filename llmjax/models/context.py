@@ -21,6 +21,7 @@ class Context(struct.PyTreeNode):
       active: bool ``[B]``; rows that are False leave the cache as it is.  ``None`` means all are active.
       last: int32 ``[B]``; when given, the head runs on token ``last[b]`` of each row alone and logits are ``[B, 1,
         V]``.
+      adapter: int32 ``[B]``, each row's LoRA adapter among the resident ones, 0 for none.  ``None`` means none.
     """
 
     positions: jax.Array
@@ -29,6 +30,7 @@ class Context(struct.PyTreeNode):
     slot: jax.Array | int = 0
     active: jax.Array | None = None
     last: jax.Array | None = None
+    adapter: jax.Array | None = None
 
     def select_last(self, x: jax.Array) -> jax.Array:
         """``[B, T, D] -> [B, 1, D]`` where only the last token's logits are wanted, else ``x``."""

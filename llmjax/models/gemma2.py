@@ -12,6 +12,7 @@ from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, Attention, Embedding, GatedMLP, UnitOffsetRMSNorm, language_head
 from llmjax.models.names import hf_names
+from llmjax.models.once import traced_once
 from llmjax.models.registry import Architecture
 
 
@@ -52,6 +53,7 @@ class Gemma2Config(DecoderConfig):
         return Gemma2(self)
 
 
+@traced_once
 class Block(nn.Module):
     """Each branch is normed before it and after it; norms multiply by 1 + w."""
 

@@ -13,6 +13,7 @@ from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, Attention, Embedding, GatedMLP, UnitOffsetRMSNorm, language_head
 from llmjax.models.names import Names, hf_names
+from llmjax.models.once import traced_once
 from llmjax.models.registry import Architecture
 
 
@@ -59,6 +60,7 @@ class Gemma3Config(DecoderConfig):
         return Gemma3(self)
 
 
+@traced_once
 class Block(nn.Module):
     """Each branch is normed before it and after it; norms multiply by 1 + w."""
 

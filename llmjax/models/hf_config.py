@@ -8,7 +8,7 @@ sliding window.  Files come in two dialects, transformers 4 (``rope_theta``, ``r
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
-from llmjax.errors import ConfigError
+from llmjax.errors import ConfigError, LlmjaxError
 from llmjax.models.attention import Llama3Scaling, Rope
 from llmjax.models.layers import ACTIVATIONS
 
@@ -41,6 +41,10 @@ class Reader:
       config: the parsed file.
       where: how error messages call it.
     """
+
+    irrelevant: frozenset[str] = IRRELEVANT
+    must_be_false: tuple[str, ...] = _MUST_BE_FALSE
+    error: type[LlmjaxError] = ConfigError
 
     def __init__(self, config: Mapping[str, Any], where: str):
         self._config, self._where = dict(config), where
@@ -212,10 +216,10 @@ class Reader:
     def _all_problems(self) -> list[str]:
         """What was wrong, and what is left over."""
         found = list(self._problems)
-        for key in _MUST_BE_FALSE:
+        for key in self.must_be_false:
             if self._config.get(key):
                 found.append(f"{key}: {self._config[key]!r} is not supported, expected false")
-        for key in sorted(set(self._config) - self._seen - IRRELEVANT):
+        for key in sorted(set(self._config) - self._seen - self.irrelevant):
             value = self._config[key]
             if value is not None:
                 found.append(
@@ -233,6 +237,6 @@ class Reader:
         """
         problems = self._all_problems()
         if len(problems) == 1:
-            raise ConfigError(f"{self._where}: {problems[0]}")
+            raise self.error(f"{self._where}: {problems[0]}")
         if problems:
-            raise ConfigError(f"{self._where}: " + "\n  ".join(["unsupported configuration:", *problems]))
+            raise self.error(f"{self._where}: " + "\n  ".join(["unsupported configuration:", *problems]))

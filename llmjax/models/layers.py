@@ -36,7 +36,8 @@ def parameter(module: nn.Module, name: str, init: Callable[..., jax.Array], shap
 class Projection(nn.Module):
     """``x [..., in] -> x . W^T + b [..., out]``: the seam every product with a weight goes through.
 
-    Its name in the tree is its role (``q``, ``gate``, ...).
+    Its name in the tree is its role (``q``, ``gate``, ...).  A leaf ``lora`` beside its weight adds an adapter's delta
+    (``llmjax.lora.apply``).
 
     Attributes:
       features: out.
@@ -56,7 +57,11 @@ class Projection(nn.Module):
             y = y.astype(ctx.numerics.activations)
         if self.bias:
             y = y + parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
-        return tap(self, "", y.astype(ctx.numerics.activations))
+        y = y.astype(ctx.numerics.activations)
+        if self.has_variable("params", "lora"):
+            delta: jax.Array | None = self.get_variable("params", "lora")(x, ctx.adapter)
+            y = y if delta is None else (y + delta).astype(y.dtype)
+        return tap(self, "", y)
 
 
 class Embedding(nn.Module):

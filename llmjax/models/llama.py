@@ -15,6 +15,7 @@ from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, Attention, Embedding, GatedMLP, RMSNorm, language_head
 from llmjax.models.names import hf_names
+from llmjax.models.once import traced_once
 from llmjax.models.registry import Architecture
 
 
@@ -53,6 +54,7 @@ class LlamaConfig(DecoderConfig):
         return Llama(self)
 
 
+@traced_once
 class Block(nn.Module):
     """Pre-norm, sequential residual."""
 

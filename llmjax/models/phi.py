@@ -12,6 +12,7 @@ from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, MLP, Attention, Embedding, LayerNorm, Projection, parameter
 from llmjax.models.names import hf_names
+from llmjax.models.once import traced_once
 from llmjax.models.registry import Architecture
 
 
@@ -41,6 +42,7 @@ class PhiConfig(DecoderConfig):
         return Phi(self)
 
 
+@traced_once
 class Block(nn.Module):
     """Parallel residual: attention and MLP read the same norm."""
 

@@ -23,6 +23,7 @@ from llmjax.models.layers import (
     standardised,
 )
 from llmjax.models.names import From, Names, hf_names
+from llmjax.models.once import traced_once
 from llmjax.models.registry import Architecture
 
 
@@ -69,6 +70,7 @@ class LayerNormPerHead(nn.Module):
         return tap(self, "", (standardised(x, self.eps) * weight.astype(jnp.float32)).astype(x.dtype))
 
 
+@traced_once
 class Block(nn.Module):
     """Pre-norm; sequential residual, or (StableLM 2 12B) both branches side by side on one norm."""
 

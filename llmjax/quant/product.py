@@ -65,7 +65,7 @@ def in_tiles(x: jax.Array, q: QTensor) -> jax.Array:
 
     def multiply(part: QTensor) -> jax.Array:
         return _sum(
-            lax.dot_general(c, w, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
+            lax.dot_general(w, c, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
             for c, w in zip(columns, halves(part), strict=True)
         )
 
@@ -104,12 +104,12 @@ def in_digits(x: jax.Array, q: QTensor, count: int) -> jax.Array:
 
     def multiply(part: QTensor) -> jax.Array:
         return _sum(
-            lax.dot_general(c, n, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
+            lax.dot_general(n, c, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
             for c, n in zip(columns, integers(part), strict=True)
         )
 
     # Eight bits are multiplied as they stand.
-    sums = multiply(q) if q.bits == 8 else over_tiles(multiply, q, q.shape, rows, jnp.int32)
+    sums = multiply(q).T if q.bits == 8 else over_tiles(multiply, q, q.shape, rows, jnp.int32)
     y = _combined(sums, count, x.shape[0]) * q.scales.astype(jnp.float32)[:, 0]
     if q.offsets is not None:
         ones = jnp.sum(rows.astype(jnp.int32), -1, keepdims=True)

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llmjax.bits import storage
 from llmjax.models.config import DecoderConfig
@@ -18,6 +20,22 @@ def make_cache(config: DecoderConfig, numerics: Numerics, slots: int, length: in
         return {"attn": {name: jnp.zeros(shape, storage(numerics.products)) for name in ("k", "v")}}
 
     return {f"layers_{i}": layer() for i in range(config.num_hidden_layers)}
+
+
+# What the cache of a job over many rows may take in memory.
+_JOB_BYTES = 2 << 30
+_JOB_SLOTS = (8, 32)
+
+
+def job_slots(config: DecoderConfig, numerics: Numerics, length: int) -> int:
+    """Slots for a job over many rows of up to ``length`` tokens: 32, fewer where their cache would take above 2 GiB,
+    at least 8.  Of the model alone, so that the same command gives the same bits on any machine's free memory."""
+    row = sum(
+        x.size * x.dtype.itemsize
+        for x in jax.tree.leaves(jax.eval_shape(lambda: make_cache(config, numerics, 1, length)))
+    )
+    least, most = _JOB_SLOTS
+    return int(np.clip(_JOB_BYTES // row, least, most))
 
 
 def bucket(tokens: int, unit: int, context: int) -> int:

@@ -1,9 +1,11 @@
 """The engine: fills decode slots from a queue of requests, runs the compiled programs, hands finished rows back."""
 
 import dataclasses
+import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -12,25 +14,46 @@ import numpy as np
 
 from llmjax.errors import CheckpointError, RequestError
 from llmjax.model import Model
-from llmjax.runtime import decode as programs
+from llmjax.runtime import state as states
 from llmjax.runtime.cache import bucket, make_cache
-from llmjax.runtime.decode import BURST, Produced, State
+from llmjax.runtime.decode import BURST, Produced, decode
+from llmjax.runtime.logits import Controls, LogitsProcessor, no_controls, row_controls
+from llmjax.runtime.prefill import Scored, prefill, score_chunk
+from llmjax.runtime.prefixes import Prefixes
 from llmjax.runtime.row import Request, Row
 from llmjax.runtime.sampling import Knobs, key_words
+from llmjax.runtime.state import State
 
-# One-row products take a slow path on the CPU (llmjax.matmul), so fewer slots would be slower, not faster.
-MIN_SLOTS = 4
 # Below this a smaller cache saves too little to be worth a program of its own.
 MIN_LENGTH = 256
+# Tokens between two looks at the text where a row has stop strings: what it generates after one is lost.
+STOP_BURST = 8
 
 
 @dataclasses.dataclass
 class Progress:
-    """Counts since the engine was made: tokens through prefill and decode, and rows finished."""
+    """Counts since the engine was made.
 
+    Attributes:
+      slots: of the engine.
+      prefill_tokens: prompt tokens computed.
+      reused_tokens: prompt tokens copied from another row with the same beginning.
+      decode_tokens: tokens generated, those lost behind a stop string left out.
+      decode_steps: steps of all slots together.
+      rows: finished.
+    """
+
+    slots: int
     prefill_tokens: int = 0
+    reused_tokens: int = 0
     decode_tokens: int = 0
+    decode_steps: int = 0
     rows: int = 0
+
+    @property
+    def busy(self) -> float:
+        """The fraction of slots that gave a token, over all decode steps."""
+        return self.decode_tokens / max(1, self.decode_steps * self.slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +72,13 @@ class Engine:
 
     Args:
       model: the model.
-      slots: rows decoded together; at least 4.
+      slots: rows decoded together: 1 is fastest for one row (XLA:CPU reads a weight at memory speed for one, at half of
+        it for more), 32 for many.
       chunk: prompt tokens a prefill call takes.
       block: cache positions attention folds at a time.
+      logits_processor: changes the logits before all else does; see ``LLM``.
+      enable_prefix_caching: copy the beginning that prompts share instead of computing it again; the bits are the same.
+      adapters: places of the resident LoRA adapters by name, from 1.
 
     Attributes:
       progress: running counts.
@@ -59,21 +86,35 @@ class Engine:
       compile_seconds: time that took.
     """
 
-    def __init__(self, model: Model, *, slots: int = 8, chunk: int = 128, block: int = 128):
-        for name, value, least in (("slots", slots, MIN_SLOTS), ("chunk", chunk, 1), ("block", block, 1)):
+    def __init__(
+        self,
+        model: Model,
+        *,
+        slots: int = 8,
+        chunk: int = 128,
+        block: int = 128,
+        logits_processor: LogitsProcessor | None = None,
+        enable_prefix_caching: bool = True,
+        adapters: Mapping[str, int] = MappingProxyType({}),
+    ):
+        for name, value, least in (("slots", slots, 1), ("chunk", chunk, 1), ("block", block, 1)):
             if not isinstance(value, int) or value < least:
                 raise RequestError(f"{name}: expected an integer of at least {least}, found {value!r}")
         self.model, self.slots, self.chunk, self.block = model, slots, chunk, block
-        self.progress = Progress()
+        self.progress = Progress(slots)
         self.traces: Counter[str] = Counter()
         self.compile_seconds = 0.0
         static = (model.module, model.numerics, block)
-        self._prefill = self._compiled(programs.prefill, static, donate=1)
-        self._decode = self._compiled(programs.decode, static, donate=1)
-        self._score = self._compiled(programs.score_chunk, static, donate=1)
-        self._admit = self._compiled(programs.admit, (), donate=0)
+        self._prefill = self._compiled(prefill, static, donate=1)
+        self._decode = self._compiled(decode, (*static, logits_processor), donate=1)
+        self._score = self._compiled(score_chunk, static, donate=1)
+        self._share = self._compiled(states.share, (chunk,), donate=0)
+        self._admit = self._compiled(states.admit, (), donate=0)
+        self._sharing = enable_prefix_caching
+        self._adapters = adapters
         self._length = 0
         self._state: State | None = None
+        self._stopping = False
 
     def _compiled(self, function: Callable[..., Any], static: tuple[Any, ...], donate: int) -> Callable[..., Any]:
         """``function`` jitted, its static arguments bound, its traces counted and the time they take added up."""
@@ -93,28 +134,30 @@ class Engine:
 
         return call
 
-    def _unit(self) -> int:
-        return int(np.lcm(self.chunk, self.block))
-
     def _bucket(self, tokens: int) -> int:
-        return bucket(max(tokens, MIN_LENGTH), self._unit(), self.model.context_length)
+        unit = int(np.lcm(self.chunk, self.block))
+        return bucket(max(tokens, MIN_LENGTH), unit, self.model.context_length)
 
     def _ensure(self, tokens: int) -> State:
-        """A state whose cache holds ``tokens`` a row; a longer cache keeps the rows that are in it."""
+        """A state whose cache holds ``tokens`` a row; a longer cache keeps what is in it."""
         length = self._bucket(tokens)
         model = self.model
         if self._state is None:
+            length = max(length, self._length)  # the programs of an interrupted run are compiled for it
             cache = make_cache(model.config, model.numerics, self.slots, length)
-            self._state = programs.empty_state(cache, self.slots, model.config.vocab_size)
+            self._state = states.empty_state(cache, self.slots, length, model.config.vocab_size)
+            self._prefixes = Prefixes(self.slots, self.chunk, self._sharing)
             self._length = length
         elif length > self._length:
-            pad = ((0, 0), (0, 0), (0, length - self._length), (0, 0))
-            self._state = self._state.replace(cache=jax.tree.map(lambda x: jnp.pad(x, pad), self._state.cache))
+            self._state = states.lengthened(self._state, length - self._length)
             self._length = length
         return self._state
 
     def run(self, requests: Iterable[Request], *, burst: int = BURST, reserve: int = 0) -> Iterator[Update]:
         """Runs requests as slots become free, in any mix of lengths.
+
+        A prompt goes through prefill a chunk at a time; between chunks (as many as slots are free) the rows that decode
+        make one step, so that none of them waits for a long prompt.
 
         Args:
           requests: taken one by one, only when a slot is free.
@@ -125,9 +168,8 @@ class Engine:
         Yields:
           an update whenever a row has new text or has finished, rows in any order.
         """
-        if isinstance(requests, list):
-            reserve = max([reserve, *(len(r.ids) + (r.params.max_tokens or 0) for r in requests)])
-        self._state = self._ensure(reserve).replace(active=jnp.zeros(self.slots, jnp.bool_))
+        self._stopping = False
+        self._ensure(reserve)
         try:
             yield from self._run(iter(requests), burst)
         except GeneratorExit:
@@ -136,64 +178,126 @@ class Engine:
             self._state = None  # an interrupted program may have consumed its buffers
             raise
 
+    def stop(self) -> None:
+        """Ends the run at the next step: rows that have finished are handed back, the others are dropped.  May be
+        called from a signal handler."""
+        self._stopping = True
+
     def _run(self, queue: Iterator[Request], burst: int) -> Iterator[Update]:
         rows: dict[int, Row] = {}
-        more = True
-        while True:
-            while more and len(rows) < self.slots:
-                request = next(queue, None)
-                if request is None:
-                    more = False
+        more, filling = True, None
+        while not self._stopping:
+            # As many chunks as slots are free: were it one, short rows would end faster than others begin.
+            for _ in range(self.slots - len(rows)):
+                if filling is None and more:
+                    request = next(queue, None)
+                    if request is None:
+                        more = False
+                    else:
+                        filling = self._fill(request, set(range(self.slots)) - set(rows))
+                if filling is None:
                     break
-                slot = next(s for s in range(self.slots) if s not in rows)
-                rows[slot] = self._start(slot, request)
-            if not rows:
+                try:
+                    next(filling)
+                except StopIteration as filled:
+                    slot, row = filled.value
+                    rows[slot], filling = row, None
+            if rows:
+                waiting = filling is not None or (more and len(rows) < self.slots)
+                yield from self._collect(rows, self._burst(rows, 1 if waiting else burst, more))
+            elif filling is None and not more:
                 return
-            self._state, produced = self._decode(self.model.params, self._state, self._forced(rows), np.int32(burst))
-            yield from self._collect(rows, jax.device_get(produced))
 
-    def _forced(self, rows: dict[int, Row]) -> np.ndarray:
-        """int32 ``[slots, BURST]``: tokens to impose in the next burst, -1 where the draw is free."""
+    def _burst(self, rows: dict[int, Row], steps: int, refill: bool) -> Produced:
+        """Runs the decode program, up to ``steps`` tokens a row."""
         forced = np.full((self.slots, BURST), -1, np.int32)
+        going = np.zeros(self.slots, np.bool_)
         for slot, row in rows.items():
             tokens = row.forced[:BURST]
             forced[slot, : len(tokens)] = tokens
-        return forced
+            going[slot] = True
+            if row.request.params.stop:
+                steps = min(steps, STOP_BURST)
+        self._state, produced = self._decode(
+            self.model.params, self._state, forced, going, np.int32(steps), np.bool_(refill)
+        )
+        produced = jax.device_get(produced)
+        self.progress.decode_steps += int(produced.steps)
+        return produced
 
-    def _start(self, slot: int, request: Request) -> Row:
-        """Prefills a prompt into a slot and makes it active."""
+    def _fill(self, request: Request, free: set[int]) -> Generator[None, None, tuple[int, Row]]:
+        """Brings a prompt into a free slot, a chunk at every ``next``, and makes it active; returns slot and row."""
         params = request.params
         assert params.max_tokens is not None
-        state = self._ensure(len(request.ids) + params.max_tokens)
+        self._ensure(len(request.ids) + params.max_tokens)
+        row = Row(request, self.model.tokenizer, self.model.eos_ids)
         ids = np.asarray(request.ids, np.int32)
-        for start in range(0, len(ids), self.chunk):
+        adapter = self._adapter(request.lora)
+        place = self._prefixes.take(ids, free, int(adapter))
+        slot, begun = np.int32(place.slot), place.length
+        if begun and (place.source != place.slot or place.logits is not None):
+            chunks = 0 if place.source == place.slot else -(-begun // self.chunk)
+            logits = self._none.bias if place.logits is None else place.logits
+            self._state = self._share(
+                self._state, np.int32(place.source), slot, np.int32(chunks), np.int32(begun), logits
+            )
+        for start in range(begun, len(ids), self.chunk):
+            if start > begun:
+                yield
             part = ids[start : start + self.chunk]
             padded = np.pad(part, (0, self.chunk - len(part)))[None]
-            state = self._prefill(
-                self.model.params, state, padded, np.int32(slot), np.int32(start), np.int32(len(part))
+            self._state, logits = self._prefill(
+                self.model.params, self._state, padded, slot, np.int32(start), np.int32(len(part)), adapter
             )
-        self.progress.prefill_tokens += len(ids)
-        self._state = self._admit(state, np.int32(slot), self._row_arrays(request))
-        return Row(request, self.model.tokenizer, self.model.eos_ids)
+            self._prefixes.add(place.slot, ids[: start + len(part)], logits)
+        self.progress.reused_tokens += begun
+        self.progress.prefill_tokens += len(ids) - begun
+        if params.prompt_logprobs is not None and request.index == 0:
+            row.prompt_logprobs = [None]
+            for scored in self._scores(ids, adapter, wanted=True):
+                row.prompt_logprobs += scored.by_token(request.ids[len(row.prompt_logprobs) :], params.prompt_logprobs)
+                yield
+        self._state = self._admit(self._state, slot, self._row_arrays(request))
+        return place.slot, row
+
+    @functools.cached_property
+    def _none(self) -> Controls:
+        """The controls of a row that asks for nothing, kept on the device."""
+        return jax.tree.map(lambda x: x[0], no_controls(1, self.model.config.vocab_size))
+
+    @functools.cached_property
+    def _stops(self) -> Callable[[tuple[int, ...]], jax.Array]:
+        @functools.lru_cache(maxsize=64)  # most rows of a job end alike
+        def stops(ends: tuple[int, ...]) -> jax.Array:
+            array = np.zeros(self.model.config.vocab_size, np.bool_)
+            array[[i for i in ends if i < len(array)]] = True
+            return jnp.asarray(array)
+
+        return stops
 
     def _row_arrays(self, request: Request) -> dict[str, Any]:
         params = request.params
-        stops = np.zeros(self.model.config.vocab_size, np.bool_)
-        ends = [*params.stop_token_ids, *(() if params.ignore_eos else self.model.eos_ids)]
-        stops[[i for i in ends if i < len(stops)]] = True
+        controls = row_controls(params, request.bad_words, self.model.config.vocab_size)
+        knobs: list[Any] = [
+            np.float32(params.temperature),
+            np.int32(params.top_k),
+            np.float32(params.top_p),
+            np.float32(params.min_p),
+            key_words(request.seed),
+        ]
         return {
-            "knobs": Knobs(
-                jnp.float32(params.temperature),
-                jnp.int32(params.top_k),
-                jnp.float32(params.top_p),
-                jnp.float32(params.min_p),
-                jnp.asarray(key_words(request.seed)),
-            ),
-            "stops": stops,
+            "ids": np.pad(np.asarray(request.ids, np.int32), (0, self._length - len(request.ids))),
+            "knobs": Knobs(*knobs),
+            "controls": self._none if controls is None else controls,
+            "stops": self._stops((*params.stop_token_ids, *(() if params.ignore_eos else self.model.eos_ids))),
             "min_tokens": np.int32(params.min_tokens),
             "max_tokens": np.int32(params.max_tokens or 0),
             "want_logprobs": np.bool_(bool(params.logprobs)),
+            "adapter": self._adapter(request.lora),
         }
+
+    def _adapter(self, lora: str | None) -> np.int32:
+        return np.int32(0 if lora is None else self._adapters[lora])
 
     def _collect(self, rows: dict[int, Row], produced: Produced) -> Iterator[Update]:
         """Hands a burst's tokens to the rows; a row that a stop string ended loses the tokens after it and its slot."""
@@ -214,8 +318,6 @@ class Engine:
             if row.finish_reason:
                 del rows[slot]
                 self.progress.rows += 1
-                assert self._state is not None
-                self._state = self._state.replace(active=self._state.active.at[slot].set(False))
             if piece or row.finish_reason:
                 yield Update(row, piece)
 
@@ -228,24 +330,27 @@ class Engine:
         if np.isnan(logprobs).any():
             raise CheckpointError(
                 f"{self.model.path}: the model computes NaN; look for damaged weights with check_finite=True "
-                "(--check-finite), or store them in a wider dtype"
+                "(--check-finite), store them in a wider dtype, or look at the logits processor"
             )
 
-    def score(self, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def _scores(self, ids: np.ndarray, adapter: np.int32, *, wanted: bool) -> Iterator[Scored]:
+        """What follows each token of a text but the last, chunk by chunk; ``wanted`` asks for alternatives, too."""
+        cache = make_cache(self.model.config, self.model.numerics, 1, self._bucket(len(ids)))
+        for start in range(0, len(ids) - 1, self.chunk):
+            part, after = (array[start : start + self.chunk] for array in (ids[:-1], ids[1:]))
+            pad = (0, self.chunk - len(part))
+            tokens = np.pad(part, pad)[None], np.pad(after, pad)
+            cache, scored = self._score(self.model.params, cache, *tokens, np.int32(start), np.bool_(wanted), adapter)
+            scored = Scored(*(x[: len(part)] for x in jax.device_get(scored)))
+            self._check_finite(scored.logprobs)
+            yield scored
+
+    def score(self, ids: Sequence[int], lora: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities float32 ``[T - 1]`` of each token after the first, and the most likely token int32 ``[T -
         1]`` there."""
-        array = np.asarray(ids, np.int32)
-        length = self._bucket(len(array))
-        cache = make_cache(self.model.config, self.model.numerics, 1, length)
-        logprobs, best = [], []
-        for start in range(0, len(array) - 1, self.chunk):
-            part, after = (array[:-1][start : start + self.chunk], array[1:][start : start + self.chunk])
-            pad = (0, self.chunk - len(part))
-            cache, p, b = self._score(
-                self.model.params, cache, np.pad(part, pad)[None], np.pad(after, pad), np.int32(start)
-            )
-            logprobs.append(np.asarray(p)[: len(part)])
-            self._check_finite(logprobs[-1])
-            best.append(np.asarray(b)[: len(part)])
-        self.progress.prefill_tokens += len(array)
-        return np.concatenate(logprobs or [np.zeros(0)]), np.concatenate(best or [np.zeros(0, np.int32)])
+        scored = list(self._scores(np.asarray(ids, np.int32), self._adapter(lora), wanted=False))
+        self.progress.prefill_tokens += len(ids)
+        return (
+            np.concatenate([np.zeros(0, np.float32), *(s.logprobs for s in scored)]),
+            np.concatenate([np.zeros(0, np.int32), *(s.best for s in scored)]),
+        )

@@ -2,22 +2,25 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmjax.errors import RequestError
 
 MAX_LOGPROBS = 20
+MAX_SAMPLES = 16384  # vLLM's
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
     """How to continue a prompt.
 
-    The draw (``llmjax.runtime.sampling``) orders candidates by logit, ties by lower id, then applies temperature,
-    top-k, top-p, min-p.
+    ``llmjax.runtime.logits`` defines what bars, biases and penalties do to the logits; the draw
+    (``llmjax.runtime.sampling``) then orders candidates, ties by lower id, applies temperature, top-k, top-p, min-p.
 
     Attributes:
+      n: samples of each prompt, each drawn with a key of its own; they share the prompt's computation.  1 with
+        temperature 0, where all would be the same.
       temperature: divides the logits; 0 is greedy (the highest logit, ties to the lower id).
       top_k: keep the k best candidates; 0 or -1 keeps all.
       top_p: keep the shortest run of best candidates whose probability reaches this; in (0, 1].
@@ -28,12 +31,22 @@ class SamplingParams:
       stop: strings that end the text; cut from it, wherever the token borders fall.
       stop_token_ids: tokens that end the text, beside the model's own.
       ignore_eos: do not stop at the model's end-of-text tokens.
-      logprobs: report this many most likely tokens at each step (at most 20); None for none.
+      logprobs: report this many most likely tokens at each step (at most 20) under the model's own logits, before bars,
+        biases, penalties and temperature; None for none.
+      prompt_logprobs: the same for the prompt's tokens, the first excepted.
+      repetition_penalty: above 1 makes tokens of the prompt and of the generated text less likely, below 1 more.
+      presence_penalty: taken off the logit of every token generated before; -2 to 2.
+      frequency_penalty: taken off once for each time it was; -2 to 2.
+      logit_bias: added to tokens' logits, ``{id: -100 to 100}``.
+      allowed_token_ids: only these can be drawn; None for all.
+      bad_words: texts never generated, at the beginning of a word or within one: the last token of each cannot follow
+        the others.
 
     Raises:
       RequestError: a value out of range, with the field, the value and the range.
     """
 
+    n: int = 1
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -45,16 +58,26 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for field in ("stop", "stop_token_ids"):
+        for field in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
             value = getattr(self, field)
-            if value is None or isinstance(value, str):
-                value = (value,) if value is not None else ()
+            if isinstance(value, str):
+                value = (value,)
+            if value is None and field not in _OPTIONAL:
+                value = ()
             if isinstance(value, list):
                 value = tuple(value)
             object.__setattr__(self, field, value)
         object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
+        object.__setattr__(self, "logit_bias", _integer_keys(self.logit_bias))
         for field, (kind, ok, what) in _RULES.items():
             value = getattr(self, field)
             if value is None and field in _OPTIONAL:
@@ -63,6 +86,8 @@ class SamplingParams:
                 raise RequestError(f"{field}: expected {what}, found {value!r}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens: expected at most max_tokens {self.max_tokens}, found {self.min_tokens}")
+        if self.n > 1 and self.temperature == 0:
+            raise RequestError(f"n: expected 1 with temperature 0, where all samples are the same, found {self.n}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "SamplingParams":
@@ -85,12 +110,26 @@ def _is(value: Any, kind: str) -> bool:
         return False
     if kind == "number":
         return isinstance(value, int | float) and math.isfinite(value)
+    if kind == "mapping":
+        return isinstance(value, Mapping)
     return isinstance(value, int) if kind == "integer" else isinstance(value, tuple)
 
 
-_OPTIONAL = {"seed", "max_tokens", "logprobs"}
+def _integer_keys(bias: Any) -> Any:
+    """JSON's keys are strings."""
+    if not isinstance(bias, Mapping):
+        return bias
+    return {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in bias.items()}
+
+
+def _are_ids(values: Any) -> bool:
+    return all(_is(i, "integer") and i >= 0 for i in values)
+
+
+_OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids"}
 _Rule = tuple[str, Callable[[Any], bool], str]
 _RULES: dict[str, _Rule] = {
+    "n": ("integer", lambda v: 1 <= v <= MAX_SAMPLES, f"an integer from 1 to {MAX_SAMPLES}"),
     "temperature": ("number", lambda v: 0 <= v <= 100, "a number from 0 (greedy) to 100"),
     "top_k": ("integer", lambda v: v >= 0, "an integer from 0 (all), or -1"),
     "top_p": ("number", lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
@@ -99,7 +138,18 @@ _RULES: dict[str, _Rule] = {
     "max_tokens": ("integer", lambda v: v >= 1, "a positive integer"),
     "min_tokens": ("integer", lambda v: v >= 0, "an integer from 0"),
     "stop": ("list", lambda v: all(isinstance(s, str) and s for s in v), "non-empty strings"),
-    "stop_token_ids": ("list", lambda v: all(_is(i, "integer") and i >= 0 for i in v), "token ids"),
+    "stop_token_ids": ("list", _are_ids, "token ids"),
     "ignore_eos": ("flag", lambda v: True, "true or false"),
     "logprobs": ("integer", lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),
+    "prompt_logprobs": ("integer", lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),
+    "repetition_penalty": ("number", lambda v: v > 0, "a number above 0"),
+    "presence_penalty": ("number", lambda v: -2 <= v <= 2, "a number from -2 to 2"),
+    "frequency_penalty": ("number", lambda v: -2 <= v <= 2, "a number from -2 to 2"),
+    "logit_bias": (
+        "mapping",
+        lambda v: _are_ids(v) and all(_is(b, "number") and -100 <= b <= 100 for b in v.values()),
+        "token ids with numbers from -100 to 100",
+    ),
+    "allowed_token_ids": ("list", lambda v: len(v) > 0 and _are_ids(v), "token ids, at least one"),
+    "bad_words": ("list", lambda v: all(isinstance(s, str) and s for s in v), "non-empty strings"),
 }

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from llmjax.outputs import CompletionOutput, RequestOutput
+from llmjax.outputs import CompletionOutput
 from llmjax.runtime.params import SamplingParams
 from llmjax.text.tokenizer import Tokenizer
 
@@ -19,6 +19,9 @@ class Request:
       params: ``max_tokens`` is set and fits the context.
       seed: what the row draws with.
       forced: tokens to impose instead of the first draws; their log-probabilities are reported all the same.
+      index: which of the prompt's samples this row is.
+      bad_words: the params' bad words as token sequences.
+      lora: the resident adapter it uses, by name.
     """
 
     request_id: str
@@ -27,6 +30,9 @@ class Request:
     params: SamplingParams
     seed: int
     forced: tuple[int, ...] = ()
+    index: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    lora: str | None = None
 
 
 class Row:
@@ -34,11 +40,13 @@ class Row:
 
     Attributes:
       finish_reason: None while the row goes on.
+      prompt_logprobs: see ``RequestOutput``.
     """
 
     def __init__(self, request: Request, tokenizer: Tokenizer | None, eos_ids: Sequence[int]):
         self.request = request
         self.finish_reason: str | None = None
+        self.prompt_logprobs: list[dict[int, float] | None] | None = None
         self._stop_reason: str | int | None = None
         self._eos = () if request.params.ignore_eos else tuple(eos_ids)
         self._detokenizer = tokenizer.detokenizer() if tokenizer is not None else None
@@ -96,12 +104,12 @@ class Row:
         self._shown = max(self._shown, end)
         return piece
 
-    def output(self, numerics: str) -> RequestOutput:
+    def completion(self) -> CompletionOutput:
         """The finished row as the caller gets it."""
         assert self.finish_reason is not None
         request = self.request
-        completion = CompletionOutput(
-            index=0,
+        return CompletionOutput(
+            index=request.index,
             text=self._text,
             token_ids=self._token_ids,
             cumulative_logprob=sum(self._logprobs),
@@ -109,9 +117,7 @@ class Row:
             logprobs=None if request.params.logprobs is None else self._alternatives,
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
-        )
-        return RequestOutput(
-            request.request_id, request.prompt, request.ids, [completion], request.params, request.seed, numerics
+            seed=request.seed,
         )
 
 

@@ -1,12 +1,12 @@
 """The draw: which token follows, given logits, parameters and a key.  Defined here, so that another runtime can replay
 it.
 
-For one row, in float32:
+For one row, in float32, from the logits that ``llmjax.runtime.logits`` leaves:
 
 1. Candidates stand in descending logit order, ties by lower id.  ``x_i = exp((l_i - l_0) / temperature)``.
 2. ``top_k`` keeps the first k; ``Z`` is the mass (sum of x) of what is kept.
 3. ``top_p`` keeps the shortest run whose mass reaches ``top_p * Z``, at least one candidate.
-4. ``min_p`` keeps candidates with ``x_i >= min_p``; ``Z`` is now the mass of what is left.
+4. ``min_p`` keeps candidates with ``x_i >= min_p`` and ``x_i > 0``; ``Z`` is now the mass of what is left.
 5. ``u`` is uniform in [0, 1): the upper 24 bits of the first word of ``threefry2x32(row key, (0, step))`` over
 ``2**24``, which is
    ``jax.random.fold_in(key, step)``; ``step`` counts the row's generated tokens from 0.
@@ -15,7 +15,7 @@ kept.
 
 Temperature 0 takes the first candidate.  A row's key is ``jax.random.key(seed)`` of its own seed, or
 ``fold_in(key(job seed), first 32 bits of sha256(row id))``; as a seed that is the key's two words in one 64-bit
-integer.
+integer.  Sample i > 0 of a prompt with ``n`` > 1 has ``fold_in(row key, i)``; sample 0 has the row's key.
 """
 
 import hashlib
@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from llmjax.runtime.params import MAX_LOGPROBS
 
 # Candidates looked at before the whole vocabulary is sorted: a sort of 256,000 logits takes as long as a decode step.
 HEAD = 512
@@ -52,7 +54,16 @@ def row_seed(job_seed: int, row_id: str) -> int:
     """The seed of a row that brings none: a function of the job's seed and the row's id, not of its place in the
     batch."""
     number = int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:4], "big")
-    high, low = np.asarray(_fold_in(key_words(job_seed), np.uint32(number)))
+    return _folded(job_seed, number)
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of sample ``index`` of a prompt whose own is ``seed``."""
+    return _folded(seed, index) if index else seed
+
+
+def _folded(seed: int, data: int) -> int:
+    high, low = np.asarray(_fold_in(key_words(seed), np.uint32(data)))
     return int(high) << 32 | int(low)
 
 
@@ -105,6 +116,25 @@ def best_candidates(logits: jax.Array, size: int) -> tuple[jax.Array, jax.Array]
     return best, ids
 
 
+def alternatives(logits: jax.Array, norm: jax.Array, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Ids and log-probabilities ``[B, MAX_LOGPROBS]`` of the most likely tokens; zeros unless ``wanted``.
+
+    Args:
+      logits: float32 ``[B, V]``.
+      norm: float32 ``[B]``, their logsumexp.
+      wanted: bool ``[]``.
+    """
+    size = min(MAX_LOGPROBS, logits.shape[-1])
+
+    def top() -> tuple[jax.Array, jax.Array]:
+        best, ids = best_candidates(logits, size)
+        pad = ((0, 0), (0, MAX_LOGPROBS - size))
+        return jnp.pad(ids, pad), jnp.pad(best - norm[:, None], pad, constant_values=-jnp.inf)
+
+    shape = (logits.shape[0], MAX_LOGPROBS)
+    return lax.cond(wanted, top, lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32)))
+
+
 def _weights(logits: jax.Array, top: jax.Array, temperature: jax.Array) -> jax.Array:
     return jnp.exp((logits - top) / jnp.where(temperature > 0, temperature, 1.0))
 
@@ -114,7 +144,7 @@ def _kept(x: jax.Array, cumulative: jax.Array, mass: jax.Array, top_k: jax.Array
     index = jnp.arange(x.shape[0])
     before = cumulative - x
     in_p = (knobs.top_p >= 1) | (before < knobs.top_p * mass)
-    keep = (index < top_k) & in_p & (x >= knobs.min_p) | (index == 0)
+    keep = (index < top_k) & in_p & (x >= knobs.min_p) & (x > 0) | (index == 0)
     return jnp.sum(jnp.cumsum(~keep) == 0)
 
 

@@ -31,7 +31,7 @@ class Vocabulary:
       eos_id: None where there is none.
       unk_id: of the UNKNOWN piece.
       charsmap: SentencePiece's compiled rules of Unicode normalization; empty for none.
-      single_spaces: remove white space around the text, and all but one space within it.
+      single_spaces: remove spaces around the text, and all but one of several within it.
     """
 
     pieces: Sequence[str]
@@ -205,7 +205,9 @@ def _cleaning(model: Vocabulary, where: str) -> list[normalizers.Normalizer]:
         except Exception as error:  # the library raises no other class
             raise TokenizerError(f"{where}: the rules of normalization are damaged: {error}") from None
     if model.single_spaces:
-        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+        # Of spaces alone, where normalizers.Strip takes all white space.
+        for pattern, text in ((r"\A +| +\z", ""), (" {2,}", " ")):
+            steps.append(normalizers.Replace(tokenizers.Regex(pattern), text))
     return steps
 
 

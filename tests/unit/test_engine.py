@@ -2,14 +2,16 @@
 loop."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
 from llmjax import LLM, CheckpointError, RequestError, SamplingParams
-from llmjax.runtime import decode
+from llmjax.runtime.decode import BURST, decode
 from llmjax.runtime.engine import Engine
+from llmjax.runtime.prefill import prefill
 from tests.tiny import random_ids, random_model
 
 
@@ -37,7 +39,7 @@ def requests(llm, params=None):
 
 
 def results(llm, reqs, **run):
-    return {u.row.request.request_id: u.row.output("x").outputs[0] for u in llm.run(reqs, **run) if u.row.finish_reason}
+    return {u.row.request.request_id: u.row.completion() for u in llm.run(reqs, **run) if u.row.finish_reason}
 
 
 def test_rows_are_the_same_in_every_bit_alone_shuffled_and_among_others(llm):
@@ -109,7 +111,7 @@ def test_stream_is_generate(model):
     streamed = []
     for update in llm.run([llm.request(prompt, params)], burst=1):
         if update.row.finish_reason:
-            streamed.append(update.row.output("x").outputs[0])
+            streamed.append(update.row.completion())
     assert streamed == [whole]
 
 
@@ -120,6 +122,37 @@ def test_the_reported_seed_replays_a_row_alone(llm):
         again = llm.generate(prompt, dataclasses.replace(out.params, seed=out.seed))[0]
         assert again.outputs == out.outputs
         assert again.seed == out.seed
+
+
+def test_samples_come_together_and_each_replays_alone(llm):
+    prompts = [random_ids(np.random.default_rng(i), 9) for i in range(3)]
+    params = SamplingParams(max_tokens=8, n=3)
+    requests = (llm.request(p, params, request_id=f"r{i}") for i, p in enumerate(prompts))
+    found = {output.request_id: output for output in llm.outputs(requests)}
+    assert sorted(found) == ["r0", "r1", "r2"]
+    for output in found.values():
+        assert [c.index for c in output.outputs] == [0, 1, 2]
+        assert len({tuple(c.token_ids) for c in output.outputs}) == 3
+        for c in output.outputs:
+            (alone,) = llm.generate(output.prompt_token_ids, SamplingParams(max_tokens=8, seed=c.seed))
+            assert alone.outputs[0] == dataclasses.replace(c, index=0)
+        assert output.seed == output.outputs[0].seed == llm.request([1], request_id=output.request_id).seed
+    with pytest.raises(RequestError, match="n: a stream is one sample, found 3"):
+        next(llm.stream(prompts[0], params))
+
+
+def test_requests_are_taken_as_slots_become_free(llm):
+    taken = []
+
+    def requests():
+        for i in range(40):
+            taken.append(i)
+            yield llm.request([i + 1], SamplingParams(max_tokens=1 + i % 3, n=1 + i % 2))
+
+    outputs = llm.outputs(requests())
+    for done, _ in enumerate(outputs, 1):
+        assert len(taken) - done <= llm.engine.slots
+    assert len(taken) == done == 40
 
 
 def test_different_rows_and_seeds_differ(llm):
@@ -193,7 +226,7 @@ def test_truncated_prompt_keeps_its_end(model):
     assert request.ids == list(range(120, 300))
 
 
-@pytest.mark.parametrize(("field", "value"), [("slots", 3), ("chunk", 0), ("block", -1)])
+@pytest.mark.parametrize(("field", "value"), [("slots", 0), ("chunk", 0), ("block", -1)])
 def test_engine_settings(model, field, value):
     with pytest.raises(RequestError, match=f"{field}: expected an integer of at least"):
         Engine(model, **{field: value})
@@ -216,11 +249,12 @@ def test_no_program_holds_a_second_copy_of_a_weight():
     table = model.params["embed"]["weight"].nbytes
     llm.generate([1, 2, 3], SamplingParams(max_tokens=2, temperature=0))
     state = llm.engine._state
-    static = (model.module, model.numerics, 16, model.params, state)
+    static = (model.module, model.numerics, 16)
     slot, ids = np.int32(0), np.zeros((1, 16), np.int32)
-    forced = np.full((4, decode.BURST), -1, np.int32)
-    for program, args in ((decode.decode, (forced, slot)), (decode.prefill, (ids, slot, slot, slot))):
-        compiled = jax.jit(program, static_argnums=(0, 1, 2), donate_argnums=4).lower(*static, *args).compile()
+    step = (np.full((4, BURST), -1, np.int32), np.ones(4, np.bool_), slot, np.False_)
+    fill = (ids, slot, slot, slot, slot)
+    for program, args in ((partial(decode, *static, None), step), (partial(prefill, *static), fill)):
+        compiled = jax.jit(program, donate_argnums=1).lower(model.params, state, *args).compile()
         assert compiled.memory_analysis().temp_size_in_bytes < table
         assert "f32[20000,96]" not in compiled.as_text().split("ENTRY")[1]
 
@@ -263,6 +297,6 @@ def test_numpy_ids_are_ids(llm):
     ids = np.array([3, 4, 5])
     params = SamplingParams(temperature=0, max_tokens=3)
     (one,), (other,) = llm.generate(ids, params), llm.generate([[3, 4, 5]], params)
-    assert one.outputs == other.outputs and one.prompt_token_ids == [3, 4, 5]
+    assert one.outputs[0].token_ids == other.outputs[0].token_ids and one.prompt_token_ids == [3, 4, 5]
     with pytest.raises(RequestError, match="expected a list of token ids"):
         llm.request([[1], [2, 3]])

@@ -31,6 +31,18 @@ from llmjax import RequestError, SamplingParams
         ("stop_token_ids", ["a"]),
         ("ignore_eos", 1),
         ("logprobs", 21),
+        ("prompt_logprobs", -1),
+        ("n", 0),
+        ("n", 1.0),
+        ("repetition_penalty", 0),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -3),
+        ("logit_bias", {3: 101}),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", [3]),
+        ("allowed_token_ids", []),
+        ("allowed_token_ids", [-1]),
+        ("bad_words", [""]),
     ],
 )
 def test_invalid_values_are_refused_by_name(field, value):
@@ -43,6 +55,11 @@ def test_min_tokens_above_max_tokens():
         SamplingParams(max_tokens=3, min_tokens=4)
 
 
+def test_samples_of_a_greedy_prompt():
+    with pytest.raises(RequestError, match="n: expected 1 with temperature 0, where all samples are the same, found 2"):
+        SamplingParams(n=2, temperature=0)
+
+
 def test_unknown_parameter_from_json():
     with pytest.raises(RequestError, match="unknown sampling parameter temprature"):
         SamplingParams.from_dict({"temprature": 1})
@@ -51,6 +68,7 @@ def test_unknown_parameter_from_json():
 def test_forms_are_settled():
     params = SamplingParams(stop="a", top_k=-1, stop_token_ids=[3])
     assert (params.stop, params.top_k, params.stop_token_ids) == (("a",), 0, (3,))
+    assert SamplingParams(logit_bias={"5": 1}).logit_bias == {5: 1}
 
 
 def test_every_public_name_exists():

@@ -1,5 +1,6 @@
 """Quantized weights: what the integers mean, how they are made, and that every program computes what is defined."""
 
+import functools
 import math
 
 import jax
@@ -15,8 +16,10 @@ from llmjax.quant import gguf, product
 from llmjax.quant.qtensor import QTensor, dequantize, integers, take
 from llmjax.quant.rounding import quantize
 from llmjax.quant.schemes import Recipe, Scheme, parse, recipe_names, role_of
-from llmjax.runtime import decode as programs
 from llmjax.runtime.cache import make_cache
+from llmjax.runtime.decode import BURST, decode
+from llmjax.runtime.prefill import prefill
+from llmjax.runtime.state import empty_state
 from tests.tiny import random_model
 
 RNG = np.random.default_rng(5)
@@ -277,11 +280,14 @@ def test_no_program_holds_a_converted_model(profile, dtype, recipe):
         math.prod(leaf.shape) for leaf in jax.tree.leaves(model.params, is_leaf=lambda x: hasattr(x, "bits"))
     )
     slots, static = 4, (model.module, model.numerics, 128)
-    state = programs.empty_state(make_cache(model.config, model.numerics, slots, 128), slots, 600)
-    forced = np.full((slots, programs.BURST), -1, np.int32)
+    state = empty_state(make_cache(model.config, model.numerics, slots, 128), slots, 128, 600)
+    step = (np.full((slots, BURST), -1, np.int32), np.ones(slots, np.bool_), np.int32(1), np.False_)
     chunk, zero = np.zeros((1, 128), np.int32), np.int32(0)
-    for program, args in ((programs.decode, (forced, zero)), (programs.prefill, (chunk, zero, zero, zero))):
-        jitted = jax.jit(lambda *a, program=program: program(*static, *a), donate_argnums=1)
+    for program, args in (
+        (functools.partial(decode, *static, None), step),
+        (functools.partial(prefill, *static), (chunk, zero, zero, zero, zero)),
+    ):
+        jitted = jax.jit(program, donate_argnums=1)
         temporary = jitted.lower(model.params, state, *args).compile().memory_analysis().temp_size_in_bytes
         assert temporary < 0.2 * size, f"{temporary / 1e6:.1f} MB beside weights of {size / 1e6:.1f} MB"
 

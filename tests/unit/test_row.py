@@ -30,7 +30,7 @@ def run(text: str | Sequence[int], **params):
         pieces.append(row.push(token, -0.5, {}))
         if row.finish_reason:
             break
-    out = row.output("reference").outputs[0] if row.finish_reason else None
+    out = row.completion() if row.finish_reason else None
     return pieces, out
 
 

@@ -1,0 +1,145 @@
+"""``llmjax batch --dry-run``: what a job would do, and about how long that takes."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from llmjax.batch import manifest as manifests
+from llmjax.batch.files import open_lines
+from llmjax.batch.identity import identity
+from llmjax.batch.index import Index
+from llmjax.batch.progress import clock
+from llmjax.batch.rows import WHOLE, Shard, read_rows
+from llmjax.errors import LlmjaxError, TooLongError
+from llmjax.llm import LLM
+from llmjax.runtime.params import SamplingParams
+
+# Bad rows that are named; the others are counted.
+_NAMED = 20
+_CALIBRATION_TOKENS = 32
+
+
+@dataclasses.dataclass
+class Report:
+    """What a job would meet.
+
+    Attributes:
+      rows: that can run.
+      bad: that cannot.
+      too_long: of those, prompts longer than the context.
+      errors: of bad rows, the first ones.
+      prompt_tokens: of all rows.
+      longest: prompt, in tokens.
+      answer_tokens: at most, if every row goes on to its ``max_tokens``.
+      estimate: the time, and how that is known.
+    """
+
+    rows: int = 0
+    bad: int = 0
+    too_long: int = 0
+    errors: list[str] = dataclasses.field(default_factory=list)
+    prompt_tokens: int = 0
+    longest: int = 0
+    answer_tokens: int = 0
+    estimate: str = ""
+
+    def describe(self) -> str:
+        """For a terminal."""
+        lines = [
+            f"rows           {self.rows + self.bad:,}: {self.rows:,} can run, {self.bad:,} cannot "
+            f"({self.too_long:,} of them too long for the context)",
+            f"prompt tokens  {self.prompt_tokens:,}, the longest prompt {self.longest:,}",
+            f"answer tokens  at most {self.answer_tokens:,}",
+            f"time           {self.estimate}",
+            *self.errors,
+        ]
+        if self.bad > len(self.errors):
+            lines.append(f"... and {self.bad - len(self.errors):,} more rows that cannot run")
+        return "\n".join(lines)
+
+
+def run(load: Callable[[], LLM], source: str, output: str, params: SamplingParams, shard: Shard = WHOLE) -> Report:
+    """Reads and checks every row as a job would, and writes nothing.
+
+    Args:
+      load: makes the LLM.
+      source: path of the input, ``-`` for stdin.
+      output: path of the output; a manifest beside it tells how fast the job was so far.
+      params: defaults for rows.
+      shard: which rows.
+
+    Raises:
+      LlmjaxError: the input cannot be read, or from ``load``.
+    """
+    report, index = Report(), Index()
+    with open_lines(source) as lines, contextlib.closing(index):
+        llm = load()
+        for row in read_rows(lines, llm, params, index, shard):
+            if row.request is None:
+                report.bad += 1
+                report.too_long += isinstance(row.error, TooLongError)
+                if len(report.errors) < _NAMED:
+                    report.errors.append(f"line {row.line}: {row.error}")
+                continue
+            size = len(row.request.ids)
+            report.rows += 1
+            report.prompt_tokens += size
+            report.longest = max(report.longest, size)
+            report.answer_tokens += (row.request.params.max_tokens or 0) * row.request.params.n
+    if report.rows:
+        report.estimate = _from_manifest(llm, output, params, shard, report) or _from_calibration(llm, report)
+    else:
+        report.estimate = "none, no row can run"
+    return report
+
+
+def _from_manifest(llm: LLM, output: str, params: SamplingParams, shard: Shard, report: Report) -> str:
+    """From what this job has done already; empty where it has not."""
+    if output == "-":
+        return ""
+    try:
+        manifest = manifests.read(Path(output))
+    except LlmjaxError:
+        return ""
+    if manifest is None or any(manifests.differences(manifest.job, identity(llm, params, shard))):
+        return ""
+    done = sum(run["rows"] for run in manifest.runs)
+    if not done:
+        return ""
+    seconds = sum(run["seconds"] - run["compile_seconds"] for run in manifest.runs)
+    left = max(report.rows + report.bad - manifest.counts.get("rows", 0), 0)
+    return (
+        f"about {clock(seconds / done * left)} for the {left:,} rows not done yet, from the {done:,} that took "
+        f"{clock(seconds)} (manifest of {output})"
+    )
+
+
+def _from_calibration(llm: LLM, report: Report) -> str:
+    """From random prompts of the rows' mean length, run in all slots at once."""
+    length = min(max(report.prompt_tokens // report.rows, 1), llm.model.context_length - _CALIBRATION_TOKENS - 1)
+    random = np.random.default_rng(0)
+    compiled = llm.engine.compile_seconds
+
+    def seconds(tokens: int) -> float:
+        prompts = [random.integers(0, llm.model.config.vocab_size, length).tolist() for _ in range(llm.engine.slots)]
+        began = time.monotonic()
+        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
+        return time.monotonic() - began
+
+    seconds(1)
+    compiled = llm.engine.compile_seconds - compiled
+    prefill = seconds(1)
+    decode = max(seconds(1 + _CALIBRATION_TOKENS) - prefill, 1e-9)
+    prefill_rate = length * llm.engine.slots / prefill
+    decode_rate = _CALIBRATION_TOKENS * llm.engine.slots / decode
+    least = compiled + report.prompt_tokens / prefill_rate
+    most = least + report.answer_tokens / decode_rate
+    return (
+        f"{clock(least)} for the prompts, {clock(most)} if every answer is as long as it may be; from a calibration: "
+        f"prefill {prefill_rate:,.0f} tok/s, decode {decode_rate:,.0f} tok/s in {llm.engine.slots} slots, compile "
+        f"{compiled:.1f} s"
+    )

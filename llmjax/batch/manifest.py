@@ -1,0 +1,99 @@
+"""``OUT.manifest.json``: what made an output, what is in it, and how long that took."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmjax.batch.files import write_whole
+from llmjax.batch.identity import differences
+from llmjax.errors import ResumeError
+
+FORMAT, VERSION = "llmjax-batch", 1
+
+
+@dataclasses.dataclass
+class Manifest:
+    """The file beside an output.
+
+    Attributes:
+      job: everything that fixes the answers (``identity``); a job goes on only where it is the same.
+      status: ``running`` (also of a job that was killed), ``interrupted``, ``failed`` or ``complete``.
+      about: what is good to know and may change: paths, options, ...
+      counts: of the output: rows, failed, prompt_tokens, completion_tokens.
+      runs: each with ``began``, ``seconds``, ... of one start of the job.
+    """
+
+    job: dict[str, Any]
+    status: str = "running"
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    runs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+    def write(self, output: Path) -> None:
+        """Writes the manifest of ``output`` in one go.
+
+        Raises:
+          OSError: the earlier one is still there.
+        """
+        values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        write_whole(_path(output), [json.dumps(values, indent=2, ensure_ascii=False).encode("utf-8", "replace"), b"\n"])
+
+
+def _path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.manifest.json")
+
+
+def read(output: Path) -> Manifest | None:
+    """The manifest of ``output``; None where there is none.
+
+    Raises:
+      ResumeError: it cannot be read.
+    """
+    path = _path(output)
+    try:
+        values = json.loads(path.read_bytes())
+        if values.pop("format") != FORMAT or values.pop("version") != VERSION:
+            raise ValueError(f"expected format {FORMAT} version {VERSION}")
+        manifest = Manifest(**values)
+        if not isinstance(manifest.job, Mapping) or not isinstance(manifest.runs, list):
+            raise ValueError("job or runs is missing")
+        return manifest
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ResumeError(f"{path}: not a manifest this llmjax can read: {error}; --force starts over") from None
+
+
+def going_on(output: Path, job: dict[str, Any]) -> Manifest:
+    """The manifest of a job that begins or goes on.
+
+    Raises:
+      ResumeError: ``output`` was made by another job, or by none that is known.
+    """
+    found = read(output)
+    if found is None:
+        rows = next((path for path in (output, output.with_name(f"{output.name}.partial")) if _has_bytes(path)), None)
+        if rows is not None:
+            raise ResumeError(
+                f"{rows}: holds something already, and no {_path(output).name} says how it was made; name another "
+                "output, or start over with --force"
+            )
+        return Manifest(job)
+    changed = list(differences(found.job, job))
+    if changed:
+        raise ResumeError(
+            "\n  ".join(
+                [
+                    f"{output}: was begun with other settings; use those again, name another output, or start over "
+                    "with --force:",
+                    *changed,
+                ]
+            )
+        )
+    return found
+
+
+def _has_bytes(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0

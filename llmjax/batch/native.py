@@ -1,0 +1,125 @@
+"""llmjax's own rows.
+
+In: ``id`` (or ``custom_id``; the line's number where there is none), one of ``prompt``, ``messages``,
+``prompt_token_ids``, ``lora`` (the name of a resident adapter), and sampling parameters by the names of
+``SamplingParams``.
+
+Out: ``id``, ``text``, ``token_ids``, ``finish_reason``, ``stop_reason``, ``usage``, ``seed``, ``params``, ``numerics``,
+``hash``, and where they are asked for ``token_logprobs``, ``logprobs``, ``prompt_logprobs``.  With n above 1,
+``outputs`` is a list of what belongs to each sample, ``index`` and ``seed`` among it.  A row that could not run:
+``id``, ``line``, ``error``, ``hash``; without ``line`` if it failed when it ran.
+"""
+
+import math
+from typing import Any
+
+from llmjax.batch.question import PARAMS, Question, checked_id, checked_ids, checked_text
+from llmjax.errors import RequestError
+from llmjax.llm import LLM
+from llmjax.outputs import CompletionOutput, RequestOutput
+
+_IDS = ("id", "custom_id")
+_PROMPTS = ("prompt", "messages", "prompt_token_ids")
+
+
+def row_id(row: dict[str, Any], line: int) -> str:
+    """The row's id.
+
+    Raises:
+      RequestError: it has two, or one that is none.
+    """
+    given = [name for name in _IDS if name in row]
+    if len(given) > 1:
+        raise RequestError("expected id or custom_id, found both")
+    return checked_id(row[given[0]], given[0]) if given else str(line)
+
+
+def parse(row: dict[str, Any]) -> Question:
+    """What the row asks.
+
+    Raises:
+      RequestError: no prompt or several, a key that is not known, or a prompt of the wrong type.
+    """
+    unknown = sorted(set(row) - {*_IDS, *_PROMPTS, "lora", *PARAMS})
+    if unknown:
+        raise RequestError(f"unknown key {', '.join(unknown)}; expected id, {', '.join((*_PROMPTS, 'lora', *PARAMS))}")
+    given = [p for p in _PROMPTS if p in row]
+    if len(given) != 1:
+        raise RequestError(f"expected exactly one of {', '.join(_PROMPTS)}, found {', '.join(given) or 'none'}")
+    kind = given[0]
+    prompt = row[kind]
+    if kind == "prompt":
+        checked_text(prompt, kind)
+    elif kind == "prompt_token_ids":
+        checked_ids(prompt, kind)
+    lora = row.get("lora")
+    if lora is not None:
+        checked_text(lora, "lora")
+    return Question(kind, prompt, {name: row[name] for name in PARAMS if name in row}, lora=lora)
+
+
+def answer(question: Question, output: RequestOutput, llm: LLM, content: str) -> dict[str, Any]:
+    """The output row of a finished request."""
+    several = [_completion(c) for c in output.outputs]
+    if len(several) > 1:
+        several = [
+            {"index": c.index, **fields, "seed": c.seed} for c, fields in zip(output.outputs, several, strict=True)
+        ]
+    completion_tokens = sum(len(c.token_ids) for c in output.outputs)
+    prompt = {} if output.prompt_logprobs is None else {"prompt_logprobs": prompt_logprobs(output)}
+    return {
+        "id": output.request_id,
+        **(several[0] if len(several) == 1 else {"outputs": several}),
+        **prompt,
+        "usage": {"prompt_tokens": len(output.prompt_token_ids), "completion_tokens": completion_tokens},
+        "seed": output.seed,
+        "params": output.params.to_dict(),
+        "numerics": output.numerics,
+        **({} if question.lora is None else {"lora": question.lora}),
+        "hash": content,
+    }
+
+
+def _completion(completion: CompletionOutput) -> dict[str, Any]:
+    fields: dict[str, Any] = {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "stop_reason": completion.stop_reason,
+    }
+    if completion.logprobs is not None:
+        fields["token_logprobs"] = [finite(p) for p in completion.token_logprobs]
+        fields["logprobs"] = [_step(step) for step in completion.logprobs]
+    return fields
+
+
+def prompt_logprobs(output: RequestOutput) -> list[dict[str, float | None] | None]:
+    """The prompt's log-probabilities as JSON has them; None for the first token, which nothing precedes."""
+    return [None if step is None else _step(step) for step in output.prompt_logprobs or ()]
+
+
+def _step(step: dict[int, float]) -> dict[str, float | None]:
+    return {str(token): finite(logprob) for token, logprob in step.items()}
+
+
+def finite(value: float) -> float | None:
+    """JSON has no minus infinity, the log-probability of the impossible."""
+    return value if math.isfinite(value) else None
+
+
+def failure(row_id: str | None, line: int | None, message: str, content: str) -> dict[str, Any]:
+    """The output row of a row that could not run (``line`` is then its place), or failed when it ran."""
+    if line is None:
+        return {"id": row_id, "error": message, "hash": content}
+    return {"id": row_id, "line": line, "error": f"line {line}: {message}", "hash": content}
+
+
+def describe(row: dict[str, Any]) -> tuple[str | int, str, bool, int, int]:
+    """Of an output row: id, or line where it could not run; hash; whether it failed; prompt and completion tokens.
+
+    Raises:
+      KeyError, TypeError: it is none.
+    """
+    if "error" in row:
+        return row.get("line", row["id"]), row["hash"], True, 0, 0
+    return row["id"], row["hash"], False, row["usage"]["prompt_tokens"], row["usage"]["completion_tokens"]

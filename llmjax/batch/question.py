@@ -1,0 +1,63 @@
+"""What a row of the input asks, in whichever form it was written."""
+
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from llmjax.errors import RequestError
+from llmjax.runtime.params import SamplingParams
+
+PARAMS: tuple[str, ...] = tuple(f.name for f in fields(SamplingParams))
+
+
+class Question(NamedTuple):
+    """A prompt and the parameters that go with it.
+
+    Attributes:
+      kind: which of a form's prompts it is.
+      prompt: a text, token ids, or messages.
+      params: sampling parameters it sets, by name.
+      model: the model it names, if it does; recorded, not obeyed.
+      lora: the resident adapter it wants.
+    """
+
+    kind: str
+    prompt: Any
+    params: dict[str, Any]
+    model: str | None = None
+    lora: str | None = None
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the prompt is messages."""
+        return self.kind in ("messages", "/v1/chat/completions")
+
+
+def checked_id(value: Any, name: str) -> str:
+    """An id as a string.
+
+    Raises:
+      RequestError: it is neither a string nor an integer, or no text.
+    """
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise RequestError(f"{name}: expected a string or an integer, found {value!r:.80}")
+    return str(value)
+
+
+def check_text_id(row_id: str) -> None:
+    """Raises RequestError for an id that cannot be written as UTF-8."""
+    if any("\ud800" <= char <= "\udfff" for char in row_id):
+        raise RequestError("id: half a surrogate pair, which no UTF-8 text has")
+
+
+def checked_ids(value: Any, name: str) -> list[Any]:
+    """Raises RequestError for anything but a list."""
+    if not isinstance(value, list):
+        raise RequestError(f"{name}: expected a list, found {type(value).__name__}")
+    return value
+
+
+def checked_text(value: Any, name: str) -> str:
+    """Raises RequestError for anything but a string."""
+    if not isinstance(value, str):
+        raise RequestError(f"{name}: expected a string, found {type(value).__name__}")
+    return value

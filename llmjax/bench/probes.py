@@ -1,0 +1,64 @@
+"""What the machine itself can do: bytes read a second and operations a second, in programs of a few lines."""
+
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+# Far above any processor's caches; a GPU reads more in the time one call takes to start.
+_READ_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}
+_READ_ARRAYS = 16
+_WIDTH = 4096
+# Rows, inputs and outputs of the product: large enough for full speed, small enough for a second at most.
+_MATMUL_SIZE = {"cpu": 1536, "gpu": 8192}
+
+
+def read_probe(size: int | None = None) -> Callable[[], float]:
+    """A function that returns bytes read a second: products of one float32 row with large ``[out, in]`` arrays, which
+    read at memory speed on all cores.
+
+    Args:
+      size: bytes to read, rounded down to whole rows; None takes what suits the device.
+    """
+    size = size or _READ_BYTES.get(jax.default_backend(), _READ_BYTES["gpu"])
+    rows = max(1, size // (_READ_ARRAYS * _WIDTH * 4))
+    weights = [jnp.full((rows, _WIDTH), 0.5 + i, jnp.float32) for i in range(_READ_ARRAYS)]
+    x = jnp.ones((1, _WIDTH), jnp.float32)
+
+    @jax.jit
+    def read(x: jax.Array, weights: list[jax.Array]) -> list[jax.Array]:
+        return [_product(x, w, jnp.float32) for w in weights]
+
+    return functools.partial(_rate, functools.partial(read, x, weights), sum(w.nbytes for w in weights))
+
+
+def matmul_probe(dtype: str, size: int | None = None) -> Callable[[], float]:
+    """A function that returns operations a second (two for each multiply-add) of a square product.
+
+    Args:
+      dtype: of both operands: ``float32`` (at the highest precision), ``bfloat16``, ``float16`` or ``int8`` (summed in
+        int32).
+      size: of each side; None takes what suits the device.
+    """
+    size = size or _MATMUL_SIZE.get(jax.default_backend(), _MATMUL_SIZE["gpu"])
+    a, b = (jnp.full((size, size), value, dtype) for value in (1, 2))
+    sums = jnp.int32 if dtype == "int8" else jnp.float32
+    multiply = jax.jit(functools.partial(_product, sums=sums))
+    return functools.partial(_rate, functools.partial(multiply, a, b), 2 * size**3)
+
+
+def _product(x: jax.Array, weight: jax.Array, sums: jnp.dtype) -> jax.Array:
+    return lax.dot_general(
+        x, weight, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=sums
+    )
+
+
+def _rate(call: Callable[[], object], amount: int) -> float:
+    """``amount`` a second, over a few calls that wait for each other only at the end."""
+    calls = 4
+    began = time.perf_counter()
+    jax.block_until_ready([call() for _ in range(calls)])
+    return calls * amount / (time.perf_counter() - began)

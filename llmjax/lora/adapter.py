@@ -1,0 +1,250 @@
+"""Reading an adapter and fitting it to a model: which factors change which projection, and by what scale."""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from converters.mediapipe import lora as mediapipe
+from converters.mediapipe.container import is_container
+from converters.peft import CONFIG, AdapterFile, open_adapter
+from converters.source import shown
+from llmjax.errors import CheckpointError, LoraError
+from llmjax.lora.config import LoraConfig
+from llmjax.models.config import DecoderConfig
+from llmjax.models.names import From
+from llmjax.models.registry import Architecture
+from llmjax.plan import parameter_shapes, sources_of
+from llmjax.quant.schemes import role_of
+
+_DTYPES = ("F32", "F16", "BF16")
+_MOST = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSource:
+    """Where an adapter is, and what its files leave open.
+
+    Attributes:
+      path: a PEFT directory, or a weights file.
+      alpha: for weights without ``adapter_config.json``: ``scale = alpha / r``.
+      rank: r, to be checked against such weights; None takes what they have.
+      rslora: ``scale = alpha / sqrt(r)`` for such weights.
+      restore_o: for a MediaPipe file: put o's factors in order, which MediaPipe's converter scrambles; False takes them
+        as they are, which is what MediaPipe's runtime computes.
+    """
+
+    path: str | Path
+    alpha: float | None = None
+    rank: int | None = None
+    rslora: bool = False
+    restore_o: bool = False
+
+
+AnyLora = str | Path | LoraSource
+
+
+@dataclasses.dataclass(frozen=True)
+class Delta:
+    """``scale * B . A``, added to one projection's weight ``[out, in]``.
+
+    Attributes:
+      a: A, float32 ``[r, in]``.
+      b: B, float32 ``[out, r]``.
+      scale: alpha / r, or alpha / sqrt(r).
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.a.shape[0]
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it changes nothing."""
+        return not (self.a.any() and self.b.any())
+
+    def rows(self, rows: slice) -> np.ndarray:
+        """Some rows of ``scale * B . A``, float32."""
+        return np.float32(self.scale) * (self.b[rows] @ self.a)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter that fits a model.
+
+    Attributes:
+      path: where it was read from.
+      deltas: by the parameter they change (``layers.0.attn.q.weight``); those of a module that the checkpoint has
+        fused share their A.
+    """
+
+    path: Path
+    deltas: Mapping[str, Delta]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A parameter that a module of the base model fills, alone or with others."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    entry: From
+
+
+def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfig) -> Adapter:
+    """Reads an adapter whole and fits it to a model.
+
+    Warns where modules would not be changed at all.
+
+    Raises:
+      LoraError: it is missing, damaged, of a kind that is not supported, or made for another model; all such problems
+        at once.
+    """
+    source = lora if isinstance(lora, LoraSource) else LoraSource(lora)
+    if is_container(Path(source.path)):
+        return _from_mediapipe(source, config)
+    try:
+        file = open_adapter(Path(source.path))
+    except CheckpointError as error:
+        raise LoraError(str(error)) from None
+    settings = _settings(source, file)
+    modules = _modules(architecture, config)
+    problems = list(file.problems)
+    deltas: dict[str, Delta] = {}
+    prefix = ""
+    for module, factors in file.factors.items():
+        stem = _stem(module)
+        if stem not in modules:
+            problems.append(_unknown(module, modules, config))
+            continue
+        prefix = module.removesuffix(stem)
+        try:
+            deltas |= _deltas(file, module, factors, modules[stem], settings)
+        except LoraError as error:
+            problems.append(str(error))
+    found = {_stem(module) for module in file.factors}
+    for stem in modules:
+        if stem not in found and settings.targets(prefix + stem):
+            problems.append(f"module {prefix + stem}: target_modules names it, but the file has no factors of it")
+    if not file.factors and not problems:
+        problems.append("no factors (*.lora_A.weight, *.lora_B.weight) in it")
+    if problems:
+        raise _error(file.path, problems)
+    _warn_of_zeros(file.path, deltas)
+    return Adapter(file.path, deltas)
+
+
+def _from_mediapipe(source: LoraSource, config: DecoderConfig) -> Adapter:
+    path = Path(source.path)
+    if source.alpha is None:
+        raise LoraError(
+            f"{path}: MediaPipe's files hold no scale: give alpha (scale = alpha / rank); alpha = rank is what its "
+            "runtime computes"
+        )
+    shapes = parameter_shapes(config)
+    try:
+        factors = mediapipe.read(path, shapes)
+    except CheckpointError as error:
+        raise LoraError(str(error)) from None
+    deltas = {}
+    for (layer, module), found in factors.items():
+        restored = mediapipe.restored(found) if module == "o" and source.restore_o else found
+        rank = found.a.shape[0]
+        if source.rank not in (None, rank):
+            raise LoraError(f"{path}: expected rank {source.rank}, found {rank}")
+        scale = source.alpha / (rank**0.5 if source.rslora else rank)
+        deltas[f"layers.{layer}.attn.{module}.weight"] = Delta(restored.a, restored.b, scale)
+    _warn_of_zeros(path, deltas)
+    return Adapter(path, deltas)
+
+
+def _settings(source: LoraSource, file: AdapterFile) -> LoraConfig:
+    if file.config is not None:
+        if source.alpha is not None or source.rank is not None or source.rslora:
+            raise LoraError(f"{file.path}: {CONFIG} lies beside it and says rank and alpha; leave them out")
+        return LoraConfig.from_peft(file.config, str(file.path.parent / CONFIG))
+    if source.alpha is None:
+        raise LoraError(
+            f"{file.path}: no {CONFIG} beside it, so the scale is not known: give alpha (scale = alpha / rank)"
+        )
+    for name, value in (("alpha", source.alpha), ("rank", source.rank)):
+        if value is not None and not 0 < value < float("inf"):
+            raise LoraError(f"{name}: expected a positive number, found {value!r}")
+    return LoraConfig(source.rank, source.alpha, source.rslora)
+
+
+def _modules(architecture: Architecture, config: DecoderConfig) -> dict[str, list[_Part]]:
+    """What each linear module of the base model fills, by its stem."""
+    names = architecture.hf_names(config)
+    modules: dict[str, list[_Part]] = {}
+    for parameter, shape in parameter_shapes(config).items():
+        if role_of(parameter) in ("attention", "feed_forward", "head"):
+            entry, (tensor,) = sources_of(parameter, names)
+            modules.setdefault(_stem(tensor.removesuffix(".weight")), []).append(_Part(parameter, shape, entry))
+    return modules
+
+
+def _stem(module: str) -> str:
+    """A module's name without the classes it is wrapped in: those of multimodal models have moved about between
+    versions of transformers, and differ between files and modules."""
+    return re.sub(r"^(model\.|language_model\.)*", "", module)
+
+
+def _unknown(module: str, modules: Mapping[str, list[_Part]], config: DecoderConfig) -> str:
+    layer = re.search(r"\.(\d+)\.", module)
+    if layer and _stem(module).replace(layer[0], ".0.", 1) in modules:
+        return f"module {shown(module)}: the model has layers 0 to {config.num_hidden_layers - 1}"
+    if module.endswith("lm_head"):
+        return f"module {shown(module)}: the head is the embedding's table here, which an adapter cannot change"
+    endings = sorted({name.rsplit(".", 1)[-1] for name in modules})
+    return f"module {shown(module)} is no projection of this model; expected {', '.join(endings)}"
+
+
+def _deltas(
+    file: AdapterFile, module: str, factors: Mapping[str, str], parts: list[_Part], settings: LoraConfig
+) -> dict[str, Delta]:
+    """One module's deltas, by parameter: B's rows are cut as the weight's are."""
+    what = f"module {shown(module)}"
+    for side in "AB":
+        if side not in factors:
+            raise LoraError(f"{what}: lora_{side} is missing")
+    if settings.targets(module) is False:
+        raise LoraError(f"{what}: the file has factors of it, but target_modules does not name it")
+    specs = {side: file.spec(factors[side]) for side in "AB"}
+    rank = settings.rank_of(module) or specs["A"].shape[0]
+    out, width = parts[0].entry.source_shape(parts[0].shape)
+    for side, expected in (("A", (rank, width)), ("B", (out, rank))):
+        spec = specs[side]
+        if spec.dtype not in _DTYPES:
+            raise LoraError(f"{what}: lora_{side}: expected {', '.join(_DTYPES)}, found {spec.dtype}")
+        if spec.shape != expected:
+            raise LoraError(
+                f"{what}: lora_{side}: expected shape {list(expected)} at rank {rank}, found {list(spec.shape)}"
+            )
+    a, b = (file.read(factors[side]).astype(np.float32) for side in "AB")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise LoraError(f"{what}: NaN or infinite values")
+    scale = settings.scale_of(module, rank)
+    return {part.parameter: Delta(a, np.ascontiguousarray(part.entry.make([b])), scale) for part in parts}
+
+
+def _error(path: Path, problems: list[str]) -> LoraError:
+    if len(problems) == 1:
+        return LoraError(f"{path}: {problems[0]}")
+    more = [f"and {len(problems) - _MOST} more"] if len(problems) > _MOST else []
+    return LoraError("\n  ".join([f"{path}: this adapter does not fit:", *problems[:_MOST], *more]))
+
+
+def _warn_of_zeros(path: Path, deltas: Mapping[str, Delta]) -> None:
+    zero = sorted(name for name, delta in deltas.items() if delta.is_zero)
+    if zero:
+        which = "all deltas are" if len(zero) == len(deltas) else f"{len(zero)} of {len(deltas)} deltas are"
+        warnings.warn(f"{path}: {which} zero and change nothing ({zero[0]} ...); was it trained?", stacklevel=4)

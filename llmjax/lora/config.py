@@ -1,0 +1,199 @@
+"""What ``adapter_config.json`` of PEFT means for each module, read as strictly as a model's ``config.json``."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from llmjax.errors import LoraError
+from llmjax.models.hf_config import Reader
+
+# Bookkeeping, training-only settings, and options of other options that are refused where they are on.
+_IRRELEVANT = frozenset(
+    """
+    auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config inference_mode loftq_config
+    lora_dropout lora_ga_config megatron_core peft_version qalora_group_size revision task_type
+    """.split()
+)
+# Each changes what the adapter computes; PEFT writes them as null or false where they are off.
+_OFF = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "enable_lora",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "megatron_config",
+    "merge_weights",
+    "modules_to_save",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+# The others (pissa, olora, corda, loftq, lora_ga) change the base's weights as well.
+_INIT = (True, False, "gaussian", "eva", "orthogonal", "mica")
+
+
+class _AdapterReader(Reader):
+    irrelevant = _IRRELEVANT
+    must_be_false = ()
+    error = LoraError
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Rank, scale and choice of modules.
+
+    Attributes:
+      rank: r of modules without their own; None takes it from the tensors.
+      alpha: of modules without their own; ``scale = alpha / r``.
+      rslora: ``scale = alpha / sqrt(r)`` instead (Kalajdzievski 2023, arXiv:2312.03732).
+      rank_pattern: regular expressions of module names, and their r; the first that matches wins.
+      alpha_pattern: the like for alpha.
+      target_modules: names or endings of modules, or one regular expression; None where it is not known.
+      exclude_modules: as target_modules.
+      layers: numbers of the layers that names in ``target_modules`` mean; None for all.
+      layers_pattern: what those layers' list is called.
+    """
+
+    rank: int | None
+    alpha: float
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    target_modules: tuple[str, ...] | str | None = None
+    exclude_modules: tuple[str, ...] | str = ()
+    layers: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+
+    @classmethod
+    def from_peft(cls, values: Mapping[str, Any], where: str) -> "LoraConfig":
+        """Reads ``adapter_config.json``.
+
+        Raises:
+          LoraError: with every key that is wrong, not supported or not known.
+        """
+        r = _AdapterReader(values, where)
+        r.expect("peft_type", ("LORA",))
+        r.expect("bias", ("none",), "none")
+        r.expect("init_lora_weights", _INIT, True)
+        r.flag("fan_in_fan_out", False)  # of Conv1D layers; PEFT, too, takes no notice of it on linear ones
+        for key in _OFF:
+            if r.get(key) not in (None, False, [], {}):
+                r.problem(f"{key}: {r.get(key)!r} is not supported, expected it off")
+        result = cls(
+            rank=r.size("r", 8),
+            alpha=r.number("lora_alpha", 8),
+            rslora=r.flag("use_rslora", False),
+            rank_pattern=_pattern(r, "rank_pattern", int),
+            alpha_pattern=_pattern(r, "alpha_pattern", float),
+            target_modules=_modules(r, "target_modules"),
+            exclude_modules=_modules(r, "exclude_modules") or (),
+            layers=_layers(r),
+            layers_pattern=_patterns(r, "layers_pattern"),
+        )
+        if isinstance(result.target_modules, str) and (result.layers or result.layers_pattern):
+            r.problem("layers_to_transform: goes with names in target_modules, not with a regular expression")
+        if result.layers_pattern and result.layers is None:
+            r.problem("layers_pattern: goes with layers_to_transform, which is absent")
+        r.finish()
+        return result
+
+    def rank_of(self, module: str) -> int | None:
+        """r of a module."""
+        return _first(self.rank_pattern, module, self.rank)
+
+    def scale_of(self, module: str, rank: int) -> float:
+        """What multiplies ``B . A``."""
+        alpha = _first(self.alpha_pattern, module, self.alpha)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+    def targets(self, module: str) -> bool | None:
+        """Whether the adapter is meant to change a module of this name, as PEFT decides it; None where the
+        configuration does not say."""
+        if self.target_modules is None:
+            return None
+        if _named(self.exclude_modules, module):
+            return False
+        if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
+            return module.rsplit(".", 1)[-1] != "lm_head"
+        if not _named(self.target_modules, module):
+            return False
+        if self.layers is None or module in self.target_modules:
+            return True
+        patterns = [rf"(?:^|.*?\.){p}\." for p in self.layers_pattern] or [r".*?\.[^.]*\."]
+        found = next((m for p in patterns if (m := re.match(rf"{p}(\d+)\.", module))), None)
+        return found is not None and int(found[1]) in self.layers
+
+
+def _first(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+
+
+def _named(names: tuple[str, ...] | str, module: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _is_regex(text: str) -> bool:
+    try:
+        re.compile(text)
+    except (re.error, RecursionError):
+        return False
+    return True
+
+
+def _pattern(r: Reader, key: str, kind: type) -> dict[str, Any]:
+    found = r.get(key, {})
+    if not isinstance(found, dict):
+        r.problem(f"{key}: expected an object, found {found!r}")
+        return {}
+    numbers = (int,) if kind is int else (int, float)
+    for name, value in found.items():
+        if not _is_regex(name):
+            r.problem(f"{key}: {name!r} is no regular expression")
+        if not isinstance(value, numbers) or isinstance(value, bool) or not 0 < value < math.inf:
+            what = "a positive integer" if kind is int else "a positive number"
+            r.problem(f"{key}: {name}: expected {what}, found {value!r}")
+    return found
+
+
+def _modules(r: Reader, key: str) -> tuple[str, ...] | str | None:
+    found = r.get(key)
+    if isinstance(found, str):
+        if not _is_regex(found):
+            r.problem(f"{key}: {found!r} is no regular expression")
+            return None
+        return found
+    return None if found is None else _names(r, key)
+
+
+def _names(r: Reader, key: str) -> tuple[str, ...]:
+    found = r.get(key, [])
+    found = [found] if isinstance(found, str) else found
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        r.problem(f"{key}: expected a list of names, found {found!r}")
+        return ()
+    return tuple(found)
+
+
+def _patterns(r: Reader, key: str) -> tuple[str, ...]:
+    for name in _names(r, key):
+        if not _is_regex(name):
+            r.problem(f"{key}: {name!r} is no regular expression")
+    return _names(r, key)
+
+
+def _layers(r: Reader) -> tuple[int, ...] | None:
+    found = r.get("layers_to_transform", [])
+    found = [found] if type(found) is int else found
+    if not isinstance(found, list) or not all(type(i) is int and i >= 0 for i in found):
+        r.problem(f"layers_to_transform: expected numbers of layers, found {found!r}")
+        return None
+    return tuple(found) or None

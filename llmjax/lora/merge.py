@@ -1,0 +1,119 @@
+"""Adding an adapter to the weights it changes."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax.arrays import row_chunks
+from llmjax.errors import LoraError
+from llmjax.lora.adapter import Delta
+from llmjax.numerics import resolve
+from llmjax.quant.qtensor import QTensor, dequantize
+from llmjax.quant.rounding import Rows, quantize
+from llmjax.quant.schemes import Scheme
+
+MODES: tuple[str, ...] = ("merged", "unmerged")
+
+
+@dataclasses.dataclass(frozen=True)
+class Survival:
+    """What rounding left of a delta that was merged into quantized weights.
+
+    Attributes:
+      count: weights.
+      changed: weights whose value is another than before.
+      kept: ``<d, D> / <D, D>`` of the wanted change D and the one that came about, d: 1 where all of it is there.
+      noise: ``|d - D| / |D|``: what was put there instead.
+    """
+
+    count: int
+    changed: int
+    kept: float
+    noise: float
+
+
+@dataclasses.dataclass
+class Merge:
+    """Which deltas are merged while a checkpoint is read, and what came of it.
+
+    Attributes:
+      deltas: by parameter.
+      mode: ``merged``, ``unmerged``; None merges into floats and leaves quantized weights as they are, which merging
+        would round a second time.
+      numerics: the profile the weights are for; None for files, whose floats keep the dtype they have.
+      survivals: by parameter, of packed weights that were rounded again.
+    """
+
+    deltas: Mapping[str, Delta]
+    mode: str | None
+    numerics: str | None
+    survivals: dict[str, Survival] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.mode is not None and self.mode not in MODES:
+            raise LoraError(f"lora_mode: unknown {self.mode!r}; expected {' or '.join(MODES)}")
+
+    def delta(self, parameter: str, quantized: bool) -> Delta | None:
+        """What is to be added to a parameter."""
+        merges = self.mode == "merged" or (self.mode is None and not quantized)
+        return self.deltas.get(parameter) if merges else None
+
+    def dtype(self, stored: np.dtype) -> np.dtype:
+        """What merged floats are kept as: a rounding to 16 bits that the products do not make would cost a part of the
+        delta."""
+        return stored if self.numerics is None else jnp.dtype(resolve(self.numerics, stored).products)
+
+    def into_packed(self, q: QTensor, delta: Delta, parameter: str) -> QTensor:
+        """A quantized weight with its delta, rounded again under the scheme it has."""
+        merged, self.survivals[parameter] = requantized(q, delta, parameter)
+        return merged
+
+
+def merged_rows(rows: Rows, delta: Delta) -> Rows:
+    """``W + scale * B . A``, float32, a few rows at a time."""
+    return lambda start, stop: rows(start, stop).astype(np.float32) + delta.rows(slice(start, stop))
+
+
+def requantized(q: QTensor, delta: Delta, parameter: str) -> tuple[QTensor, Survival]:
+    """The weight plus its delta, quantized by the scheme the weight has, and what became of the delta.
+
+    Raises:
+      LoraError: weights of 5 bits, which llmjax reads but does not make.
+    """
+    if q.bits == 5:
+        raise LoraError(
+            f"{parameter}: {q.scheme}: a delta cannot be merged into weights of 5 bits; load it unmerged, or expand "
+            "the weights (dtype)"
+        )
+    group = None if q.scales.shape[1] == 1 else q.group
+    scheme = Scheme(q.bits, group, symmetric=q.offsets is None)
+    merged = quantize(merged_rows(lambda start, stop: _rows(q, start, stop), delta), q.shape, scheme, parameter)
+    changed, dot, power, noise = 0, 0.0, 0.0, 0.0
+    for rows in row_chunks(q.shape):
+        wanted = delta.rows(rows).astype(np.float64)
+        came = _rows(merged, rows.start, rows.stop).astype(np.float64) - _rows(q, rows.start, rows.stop)
+        changed += int(np.count_nonzero(came))
+        dot, power = dot + float((came * wanted).sum()), power + float(np.square(wanted).sum())
+        noise += float(np.square(came - wanted).sum())
+    kept, rest = (dot / power, float(np.sqrt(noise / power))) if power else (1.0, 0.0)
+    return merged, Survival(q.shape[0] * q.shape[1], changed, kept, rest)
+
+
+def _rows(q: QTensor, start: int, stop: int) -> np.ndarray:
+    return dequantize(q.map(lambda leaf: leaf[start:stop]))
+
+
+def describe(survivals: Mapping[str, Survival]) -> str:
+    """One line for a warning or a log."""
+    found = survivals.values()
+    count, changed = sum(s.count for s in found), sum(s.changed for s in found)
+    worst = min(survivals, key=lambda name: survivals[name].kept)
+    kept = np.mean([s.kept for s in found])
+    noise = np.mean([s.noise for s in found])
+    return (
+        f"merged into {len(survivals)} quantized weights and rounded again: {changed:,} of {count:,} values changed, "
+        f"{kept:.0%} of the delta is there, under rounding noise {noise:.2g} times its size "
+        f"(least: {worst}, {survivals[worst].kept:.0%})"
+    )

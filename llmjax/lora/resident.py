@@ -1,0 +1,25 @@
+"""Several adapters kept beside one model, so that every row of a batch can use its own."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+
+from llmjax.errors import LoraError
+from llmjax.lora.adapter import AnyLora, read_adapter
+from llmjax.lora.apply import Lora, stacked, with_loras
+from llmjax.model import Model
+
+
+def with_adapters(model: Model, loras: Mapping[str, AnyLora]) -> Model:
+    """The model with all of these adapters beside its weights: stacked, the first at place 1, none at place 0.
+
+    Raises:
+      LoraError: one does not fit, or the model has an adapter beside its weights already.
+    """
+    if any(isinstance(leaf, Lora) for leaf in jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, Lora))):
+        raise LoraError(f"{model.path}: loaded with an adapter beside its weights (lora); give that one a name as well")
+    adapters = [read_adapter(lora, model.architecture, model.config) for lora in loras.values()]
+    parameters = sorted({name for adapter in adapters for name in adapter.deltas})
+    beside = {name: stacked([adapter.deltas.get(name) for adapter in adapters]) for name in parameters}
+    return dataclasses.replace(model, params=with_loras(model.params, beside))

@@ -1,0 +1,114 @@
+"""Given tokens through the model in chunks of one fixed size: a prompt into a slot's cache, or a text to be scored."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from llmjax.models.context import Context
+from llmjax.numerics import Numerics
+from llmjax.runtime.sampling import alternatives
+from llmjax.runtime.state import State
+
+
+def prefill(
+    module: nn.Module,
+    numerics: Numerics,
+    block: int,
+    params: Any,
+    state: State,
+    ids: jax.Array,
+    slot: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+    adapter: jax.Array,
+) -> tuple[State, jax.Array]:
+    """Runs one chunk of a prompt into a slot's cache.
+
+    Args:
+      module: static.
+      numerics: static.
+      block: static; see ``Context``.
+      params: the model's.
+      state: donated.
+      ids: int32 ``[1, C]``, right-padded.
+      slot: int32 ``[]``.
+      start: int32 ``[]``, position of the chunk's first token.
+      length: int32 ``[]``, tokens that are no padding.
+      adapter: int32 ``[]``, see ``Context``.
+
+    Returns:
+      the state, and the logits float32 ``[V]`` that follow the chunk's last token, which are in the state as well.
+    """
+    positions = start + jnp.arange(ids.shape[1])[None]
+    ctx = Context(positions, numerics, block, slot, last=length[None] - 1, adapter=adapter[None])
+    logits, out = module.apply({"params": params, "cache": state.cache}, ids, ctx, mutable=["cache"])
+    last = logits[0, 0].astype(jnp.float32)
+    return state.replace(
+        cache=out["cache"],
+        logits=state.logits.at[slot].set(last),
+        position=state.position.at[slot].set(start + length),
+    ), last
+
+
+class Scored(NamedTuple):
+    """What follows each of ``C`` given tokens.
+
+    Attributes:
+      logprobs: float32 ``[C]``, log-probability of the token that does follow.
+      best: int32 ``[C]``, the most likely token.
+      top_ids: int32 ``[C, MAX_LOGPROBS]``, the most likely tokens, where wanted.
+      top_logprobs: float32, as top_ids.
+    """
+
+    logprobs: jax.Array
+    best: jax.Array
+    top_ids: jax.Array
+    top_logprobs: jax.Array
+
+    def by_token(self, ids: Sequence[int], wanted: int) -> list[dict[int, float]]:
+        """For each place the log-probabilities of the ``wanted`` best tokens and of the one that does follow, the first
+        of ``ids``."""
+        found = []
+        for token, logprob, top, top_logprobs in zip(ids, self.logprobs, self.top_ids, self.top_logprobs, strict=False):
+            best = zip(top[:wanted], top_logprobs[:wanted], strict=True)
+            found.append({int(i): float(p) for i, p in best} | {int(token): float(logprob)})
+        return found
+
+
+def score_chunk(
+    module: nn.Module,
+    numerics: Numerics,
+    block: int,
+    params: Any,
+    cache: Any,
+    ids: jax.Array,
+    targets: jax.Array,
+    start: jax.Array,
+    wanted: jax.Array,
+    adapter: jax.Array,
+) -> tuple[Any, Scored]:
+    """Runs one chunk of a given text and scores what follows each of its tokens.
+
+    Args:
+      module: static.
+      numerics: static.
+      block: static.
+      params: the model's.
+      cache: one row, ``[1, K, S, H]`` a buffer; donated.
+      ids: int32 ``[1, C]``.
+      targets: int32 ``[C]``, the token that follows each.
+      start: int32 ``[]``.
+      wanted: bool ``[]``, whether alternatives are.
+      adapter: int32 ``[]``, see ``Context``.
+    """
+    ctx = Context(start + jnp.arange(ids.shape[1])[None], numerics, block, 0, adapter=adapter[None])
+    logits, out = module.apply({"params": params, "cache": cache}, ids, ctx, mutable=["cache"])
+    logits = logits[0].astype(jnp.float32)
+    norm = jax.nn.logsumexp(logits, -1)
+    chosen = jnp.take_along_axis(logits, targets[:, None], -1)[:, 0]
+    top = alternatives(logits, norm, wanted)
+    return out["cache"], Scored(chosen - norm, lax.argmax(logits, 1, jnp.int32), *top)

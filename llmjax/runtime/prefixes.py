@@ -1,0 +1,89 @@
+"""Which prompts the slots' caches hold, so that what prompts have in common is computed once."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass
+class Held:
+    """What one slot's cache holds: prompt tokens, from the first position on.
+
+    Attributes:
+      ids: int32 ``[T]``; whole chunks of a prompt, or all of it.
+      logits: float32 ``[V]``, what follows if ``ids`` are a whole prompt.
+      used: when the slot was last taken.
+      adapter: the place of the LoRA adapter they went through.
+    """
+
+    ids: np.ndarray
+    logits: jax.Array | None = None
+    used: int = 0
+    adapter: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a prompt goes, and what of it need not be computed.
+
+    Attributes:
+      slot: the one it gets.
+      source: a slot that holds its beginning; may be the same.
+      length: tokens of that beginning: whole chunks, or the whole prompt.
+      logits: float32 ``[V]``, what follows where the beginning is all.
+    """
+
+    slot: int
+    source: int
+    length: int
+    logits: jax.Array | None
+
+
+class Prefixes:
+    """Looks only at prompts: the decode program computes other bits than prefill.  A slot keeps its prompt when its row
+    ends, until another takes the slot.
+
+    Args:
+      slots: how many.
+      chunk: tokens a prefill call takes.
+      enabled: False finds nothing in common.
+    """
+
+    def __init__(self, slots: int, chunk: int, enabled: bool = True):
+        self._chunk, self._enabled = chunk, enabled
+        self._held = [Held(np.zeros(0, np.int32)) for _ in range(slots)]
+        self._clock = 0
+
+    def take(self, ids: np.ndarray, free: Collection[int], adapter: int = 0) -> Place:
+        """Picks a free slot for a prompt: one that holds its beginning, or the one that rested longest.
+
+        Args:
+          ids: int32 ``[T]``.
+          free: slots without a row; not empty.
+          adapter: place of the row's LoRA adapter.
+        """
+        shared = [self._shared(held, ids) if held.adapter == adapter else 0 for held in self._held]
+        source = max(range(len(shared)), key=lambda s: (shared[s], s in free))
+        slot = source if source in free and shared[source] else min(free, key=lambda s: self._held[s].used)
+        length = shared[source]
+        logits = self._held[source].logits if length == len(ids) else None
+        self._clock += 1
+        self._held[slot] = Held(ids[:length], logits, self._clock, adapter)
+        return Place(slot, source, length, logits)
+
+    def _shared(self, held: Held, ids: np.ndarray) -> int:
+        n = min(len(held.ids), len(ids)) if self._enabled else 0
+        differ = np.flatnonzero(held.ids[:n] != ids[:n])
+        same = int(differ[0]) if len(differ) else n
+        if same == len(ids) == len(held.ids) and held.logits is not None:
+            return same
+        # The prompt's last token must be computed: its logits are wanted.
+        return min(same, len(ids) - 1) // self._chunk * self._chunk
+
+    def add(self, slot: int, ids: Sequence[int] | np.ndarray, logits: jax.Array) -> None:
+        """Notes that a slot now holds these tokens, the last ``logits`` of which follow; only whole chunks, or a whole
+        prompt."""
+        held = self._held[slot]
+        held.ids, held.logits = np.asarray(ids, np.int32), logits

@@ -1,0 +1,62 @@
+"""Peak memory of a batch job of few rows against one of many: it must not grow with their number.
+
+    python scripts/many_rows.py --rows 1000 100000
+
+A tiny model of random weights answers each row with one token.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests import tiny  # noqa: E402
+
+
+def measure(folder: Path, rows: int, resume: bool) -> tuple[float, float]:
+    """Peak resident memory of the job's process in bytes, and its seconds."""
+    source = folder / f"{rows}.jsonl"
+    with open(source, "w") as file:
+        for i in range(rows):
+            file.write(json.dumps({"id": f"row number {i}", "prompt": f"{i} bottles", "max_tokens": 1}) + "\n")
+    flags = ["--model", str(folder / "model"), "--input", str(source), "--output", str(folder / f"{rows}.out.jsonl")]
+    command = [sys.executable, __file__, "--child", *flags, "--ordered", "--max-batch", "32", "--progress-seconds", "0"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
+    for _ in range(2 if resume else 1):
+        began = time.monotonic()
+        out = subprocess.run(command, env=env, capture_output=True, text=True)
+        if out.returncode:
+            raise SystemExit(out.stderr)
+    return float(out.stdout), time.monotonic() - began
+
+
+def main() -> None:
+    """Measures and prints."""
+    if sys.argv[1:2] == ["--child"]:
+        from llmjax.cli import main as llmjax_main
+
+        status = llmjax_main(["batch", *sys.argv[2:]])
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        raise SystemExit(status)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1000, 100_000])
+    parser.add_argument("--resume", action="store_true", help="start each job again and measure that")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="llmjax-rows-") as folder:
+        tiny.checkpoint(Path(folder) / "model")
+        measure(Path(folder), 10, resume=False)  # compiling takes more memory than all else: no job measured does it
+        for rows in args.rows:
+            peak, seconds = measure(Path(folder), rows, args.resume)
+            print(f"{rows:,} rows: peak {peak / 1e6:.0f} MB, {seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

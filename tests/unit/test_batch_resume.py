@@ -1,0 +1,258 @@
+"""A job that is killed, interrupted, starved of disk or given other rows goes on, and ends as if nothing had been."""
+
+import dataclasses
+import gzip
+import json
+import os
+import resource
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from llmjax import LLM, SamplingParams
+from llmjax.batch import job
+from llmjax.batch.files import locked
+from llmjax.batch.job import Options
+from llmjax.batch.journal import Journal
+from llmjax.errors import CheckpointError, RequestError, ResumeError
+from tests import tiny
+
+QUIET = {"progress_seconds": 0}
+PARAMS = SamplingParams(max_tokens=3)
+ROWS = [{"id": f"r{i}", "prompt": "abcdefgh"[: 1 + i % 7], "max_tokens": 1 + i % 5} for i in range(12)]
+ROWS[4] = {"id": "bad", "prompt": "x", "temperature": -1}
+ROWS[6] = {"custom_id": "o", "method": "POST", "url": "/v1/completions", "body": {"prompt": "abc"}}
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    return LLM(tiny.checkpoint(tmp_path_factory.mktemp("tiny")), max_batch=4, chunk=16, block=16)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path, ROWS)
+    return tmp_path
+
+
+def write(folder, rows, name="in.jsonl"):
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run(llm, folder, output="out.jsonl", params=PARAMS, source="in.jsonl", **options):
+    return job.run(lambda: llm, str(folder / source), str(folder / output), params, Options(**QUIET | options))
+
+
+def counted(monkeypatch, llm):
+    """Ids of the requests that run from here on."""
+    fill, started = llm.engine._fill, []
+    monkeypatch.setattr(llm.engine, "_fill", lambda r, free: started.append(r.request_id) or fill(r, free))
+    return started
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_cut_anywhere_it_ends_the_same(llm, folder):
+    run(llm, folder, ordered=True)
+    out, manifest = folder / "out.jsonl", folder / "out.jsonl.manifest.json"
+    whole, made = out.read_bytes(), manifest.read_bytes()
+    ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    last = ends[-3]
+    for cut in sorted({0, *range(last, len(whole), 23), *(e + d for e in ends[-3:] for d in (-2, -1, 0, 1))}):
+        out.write_bytes(whole[:cut])
+        summary = run(llm, folder, ordered=True)
+        assert out.read_bytes() == whole, cut
+        assert summary.kept == sum(end <= cut for end in ends)
+    assert names(folder) == ["in.jsonl", "out.jsonl", "out.jsonl.manifest.json"]
+    assert json.loads(manifest.read_bytes())["job"] == json.loads(made)["job"]
+
+
+def test_a_finished_job_does_nothing_and_keeps_its_bytes(llm, folder, monkeypatch):
+    first = run(llm, folder)
+    before = (folder / "out.jsonl").read_bytes()
+    started = counted(monkeypatch, llm)
+    again = run(llm, folder)
+    assert started == [] and again.kept == 12 and again.totals == first.totals and again.totals.failed == 1
+    assert (folder / "out.jsonl").read_bytes() == before
+    run(llm, folder, ordered=True)
+    assert [json.loads(line).get("id") for line in (folder / "out.jsonl").read_text().splitlines()][:4] == [
+        "r0",
+        "r1",
+        "r2",
+        "r3",
+    ]
+
+
+def test_damaged_lines_are_run_again(llm, folder):
+    run(llm, folder, ordered=True)
+    out = folder / "out.jsonl"
+    whole = out.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    lines[3] = b"\0" * (len(lines[3]) - 1) + b"\n"
+    lines[7] = b'{"id": "r7"}\n'
+    out.write_bytes(b"".join(lines))
+    assert run(llm, folder, ordered=True).kept == 10
+    assert out.read_bytes() == whole
+
+
+def test_only_changed_rows_run_again(llm, folder, monkeypatch):
+    run(llm, folder, ordered=True)
+    before = (folder / "out.jsonl").read_bytes()
+    changed = [row for row in ROWS if row.get("id") != "r8"]
+    changed[0] = changed[0] | {"prompt": "new"}
+    changed[1] = changed[1] | {"temperature": 0.5}
+    changed[4] = changed[4] | {"temperature": 1}
+    changed.append({"id": "more", "prompt": "x"})
+    write(folder, changed)
+    started = counted(monkeypatch, llm)
+    summary = run(llm, folder, ordered=True)
+    assert sorted(started) == ["bad", "more", "r0", "r1"] and summary.kept == 8 and summary.removed
+    assert (folder / "out.jsonl.previous").read_bytes().startswith(before)
+    resumed = (folder / "out.jsonl").read_bytes()
+    run(llm, folder, "other.jsonl", ordered=True)
+    assert (folder / "other.jsonl").read_bytes() == resumed
+
+
+def test_rows_of_another_input_are_not_thrown_away(llm, folder):
+    run(llm, folder)
+    before = (folder / "out.jsonl").read_bytes()
+    (folder / "in.jsonl").write_text("")
+    with pytest.raises(ResumeError, match="none of its 12 rows is in the input"):
+        run(llm, folder)
+    assert (folder / "out.jsonl").read_bytes() == before
+
+
+def test_other_settings_are_refused_by_name(llm, folder):
+    run(llm, folder)
+    before = (folder / "out.jsonl").read_bytes()
+    with pytest.raises(ResumeError, match=r"params.max_tokens: was 3, now 4"):
+        run(llm, folder, params=SamplingParams(max_tokens=4))
+    with pytest.raises(ResumeError, match=r'shard: was "1/1", now "1/2"'):
+        run(llm, folder, shard=job.Shard(1, 2))
+    other = LLM(tiny.random_model("fast"), max_batch=8, chunk=16, block=16, seed=3)
+    with pytest.raises(ResumeError) as refused:
+        run(other, folder)
+    for field in ("model.weights_sha256", "model.config_sha256", "model.tokenizer_sha256", "slots: was 4", "seed: was"):
+        assert field in str(refused.value)
+    assert (folder / "out.jsonl").read_bytes() == before
+    run(llm, folder, params=SamplingParams(max_tokens=4), force=True)
+    assert (folder / "out.jsonl").read_bytes() != before
+
+
+def test_an_output_of_unknown_origin_is_refused(llm, folder):
+    (folder / "out.jsonl").write_text("precious\n")
+    with pytest.raises(ResumeError, match="holds something already"):
+        run(llm, folder)
+    (folder / "out.jsonl.manifest.json").write_text('{"format": "llmjax-batch"}')
+    with pytest.raises(ResumeError, match="not a manifest"):
+        run(llm, folder)
+    assert (folder / "out.jsonl").read_text() == "precious\n"
+
+
+@pytest.mark.parametrize("output", ["out.jsonl", "out.jsonl.gz"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_goes_on(llm, folder, monkeypatch, output, number):
+    run(llm, folder, f"whole-{output}", ordered=True)
+    append, written = Journal.append, []
+
+    def appending(self, *args):
+        append(self, *args)
+        written.append(args)
+        if len(written) == 5:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Journal, "append", appending)
+    first = run(llm, folder, output, ordered=True)
+    assert first.status == "interrupted" and 5 <= first.totals.rows < 12
+    assert json.loads((folder / f"{output}.manifest.json").read_text())["status"] == "interrupted"
+    second = run(llm, folder, output, ordered=True)
+    assert second.status == "complete" and second.kept == first.totals.rows
+    assert (folder / output).read_bytes() == (folder / f"whole-{output}").read_bytes()
+    manifest = json.loads((folder / f"{output}.manifest.json").read_text())
+    assert manifest["counts"]["rows"] == 12 == sum(r["rows"] for r in manifest["runs"])
+    assert not [name for name in names(folder) if name.endswith((".lock", ".partial", ".tmp"))]
+
+
+def test_a_second_interrupt_does_not_wait(llm, folder, monkeypatch):
+    append = Journal.append
+
+    def appending(self, *args):
+        append(self, *args)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Journal, "append", appending)
+    with pytest.raises(KeyboardInterrupt):
+        run(llm, folder)
+    assert json.loads((folder / "out.jsonl.manifest.json").read_text())["status"] == "interrupted"
+    monkeypatch.undo()
+    assert run(llm, folder).kept == 1
+
+
+def test_a_row_that_makes_the_model_fail_is_told_apart(llm, folder, monkeypatch):
+    """The embedding of "z" is NaN."""
+    params = jax.tree.map(lambda x: x, llm.model.params)
+    z = llm.tokenizer.encode("z")[0]
+    params["embed"]["weight"] = params["embed"]["weight"].at[z].set(np.nan)
+    ill = LLM(dataclasses.replace(llm.model, params=params), max_batch=4, chunk=16, block=16)
+    rows = [{"id": i, "prompt": "abz" if i in (2, 9) else "abc"} for i in range(12)]
+    write(folder, rows)
+    summary = run(ill, folder, ordered=True)
+    found = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in found if "error" in row] == ["2", "9"] and summary.totals.failed == 2
+    assert "the model computes NaN" in found[2]["error"] and "line" not in found[2]
+    started = counted(monkeypatch, ill)
+    assert run(ill, folder, ordered=True).kept == 12 and not started
+    assert run(ill, folder, ordered=True, retry_errors=True).kept == 10 and set(started) == {"2", "9"}
+    write(folder, [row | {"prompt": "z"} for row in rows])
+    with pytest.raises(CheckpointError, match="NaN"):
+        run(ill, folder, "none.jsonl")
+    assert (folder / "none.jsonl").read_text() == ""
+
+
+def test_gzip_in_and_out(llm, folder):
+    (folder / "in.jsonl.gz").write_bytes(gzip.compress((folder / "in.jsonl").read_bytes()))
+    run(llm, folder, "plain.jsonl", ordered=True)
+    run(llm, folder, "out.jsonl.gz", source="in.jsonl.gz", ordered=True)
+    once = (folder / "out.jsonl.gz").read_bytes()
+    assert gzip.decompress(once) == (folder / "plain.jsonl").read_bytes()
+    assert run(llm, folder, "out.jsonl.gz", source="in.jsonl.gz", ordered=True).kept == 12
+    assert (folder / "out.jsonl.gz").read_bytes() == once
+    (folder / "in.jsonl.gz").write_bytes((folder / "in.jsonl.gz").read_bytes()[:-20])
+    with pytest.raises(RequestError, match="damaged or was cut short"):
+        run(llm, folder, "out2.jsonl.gz", source="in.jsonl.gz")
+
+
+def test_a_full_disk_loses_nothing(llm, folder):
+    """The system itself refuses to write on, in the middle of a row."""
+    run(llm, folder, "whole.jsonl", ordered=True)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        summary = run(llm, folder, ordered=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert summary.status == "failed" and "writing the output failed: File too large" in summary.problem
+    rows = (folder / "out.jsonl").read_bytes()
+    assert 0 < summary.totals.rows < 12 and rows.endswith(b"\n") and rows.count(b"\n") == summary.totals.rows
+    assert run(llm, folder, ordered=True).kept == summary.totals.rows
+    assert (folder / "out.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
+
+
+def test_one_job_at_a_time(llm, folder):
+    with locked(folder / "out.jsonl"), pytest.raises(ResumeError, match=f"another job .*process {os.getpid()}"):
+        run(llm, folder)
+    run(llm, folder)
+    assert not (folder / "out.jsonl.lock").exists()
+
+
+def test_the_folder_must_be_there_before_the_model_is_loaded(folder):
+    def load():
+        raise AssertionError
+
+    with pytest.raises(RequestError, match="cannot write the output: No such file"):
+        job.run(load, str(folder / "in.jsonl"), str(folder / "no" / "out.jsonl"), PARAMS)

@@ -1,0 +1,177 @@
+"""Rows of a batch: the forms they may have, what their answers look like, and how they are shared out."""
+
+import json
+
+import pytest
+
+from llmjax import LLM, SamplingParams
+from llmjax.batch import dryrun, job, openai
+from llmjax.batch.files import open_lines
+from llmjax.batch.index import Index
+from llmjax.batch.job import Options
+from llmjax.batch.progress import Count, Reporter
+from llmjax.batch.rows import Shard, count_rows, read_rows
+from llmjax.errors import RequestError
+from tests import tiny
+
+PARAMS = SamplingParams(max_tokens=4, temperature=0)
+QUIET = Options(ordered=True, progress_seconds=0)
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}>"
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    folder = tiny.checkpoint(tmp_path_factory.mktemp("tiny"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return LLM(folder, max_batch=4, chunk=16, block=16)
+
+
+def answers(llm, folder, rows, options=QUIET):
+    source = folder / "in.jsonl"
+    source.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    job.run(lambda: llm, str(source), str(folder / "out.jsonl"), PARAMS, options)
+    return [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+
+
+def chat(body, **row):
+    return {"custom_id": "c", "method": "POST", "url": openai.CHAT, "body": body} | row
+
+
+def completion(body, **row):
+    return {"custom_id": "c", "method": "POST", "url": openai.COMPLETIONS, "body": body} | row
+
+
+HI = [{"role": "user", "content": "hi"}]
+
+
+def test_openai_rows_are_answered_in_openai_form(llm, tmp_path):
+    (plain,) = llm.generate(["abc"], PARAMS)
+    (talk,) = llm.chat([HI], PARAMS)
+    rows = [
+        completion({"model": "m", "prompt": "abc", "logprobs": 2, "user": "me"}, custom_id="a"),
+        chat({"messages": HI, "logprobs": True, "top_logprobs": 2, "stream": False}, custom_id="b"),
+        chat({"messages": HI, "max_completion_tokens": 2, "temperature": 1, "top_k": 5, "seed": 7}, custom_id="c"),
+    ]
+    a, b, c = answers(llm, tmp_path, rows)
+    assert set(a) == {"id", "custom_id", "response", "error", "llmjax"} and a["error"] is None
+    assert a["response"]["status_code"] == 200 and a["custom_id"] == "a"
+    body = a["response"]["body"]
+    assert body["object"] == "text_completion" and body["model"] == "m"
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    (choice,) = body["choices"]
+    assert choice["text"] == plain.outputs[0].text and choice["finish_reason"] == "length" and choice["index"] == 0
+    assert choice["logprobs"]["token_logprobs"] == pytest.approx(plain.outputs[0].token_logprobs)
+    assert [len(step) for step in choice["logprobs"]["top_logprobs"]] <= [2] * 4
+    body = b["response"]["body"]
+    assert body["object"] == "chat.completion" and body["choices"][0]["message"]["role"] == "assistant"
+    assert body["choices"][0]["message"]["content"] == talk.outputs[0].text
+    steps = body["choices"][0]["logprobs"]["content"]
+    assert len(steps) == 4 and all(s["top_logprobs"][0]["logprob"] >= s["top_logprobs"][1]["logprob"] for s in steps)
+    assert c["llmjax"]["params"] | {"temperature": 1, "max_tokens": 2, "top_k": 5} == c["llmjax"]["params"]
+    assert c["llmjax"]["seed"] == 7 and c["response"]["body"]["choices"][0]["logprobs"] is None
+
+
+def test_several_samples_and_the_prompts_logprobs(llm, tmp_path):
+    several = {"n": 3, "temperature": 1, "prompt_logprobs": 1}
+    rows = [{"id": "a", "prompt": "abc", **several}, completion({"prompt": "abc", **several}, custom_id="b")]
+    a, b = answers(llm, tmp_path, rows)
+    assert [c["index"] for c in a["outputs"]] == [0, 1, 2] and "text" not in a
+    assert len({c["seed"] for c in a["outputs"]}) == 3 and a["outputs"][0]["seed"] == a["seed"]
+    assert a["usage"] == {"prompt_tokens": 3, "completion_tokens": 12}
+    assert a["prompt_logprobs"][0] is None and len(a["prompt_logprobs"]) == 3
+    assert [c["index"] for c in b["response"]["body"]["choices"]] == [0, 1, 2]
+    assert b["llmjax"]["prompt_logprobs"] == a["prompt_logprobs"]
+
+
+BAD = [
+    (chat({"messages": HI, "tools": []}), "body.tools: not supported"),
+    (chat({"messages": HI, "stream": True}), "body.stream: only False is supported, found True"),
+    (chat({"messages": HI, "top_logprobs": 2}), "body.top_logprobs: expected logprobs true"),
+    (chat({"messages": HI, "logprobs": 2}), "body.logprobs: expected true or false, found 2"),
+    (chat({"messages": HI, "max_tokens": 2, "max_completion_tokens": 3}), "differ; give one"),
+    (chat({"messages": []}), "messages: expected a non-empty list"),
+    (chat({"prompt": "x"}), "body: expected messages, found prompt"),
+    (completion({"prompt": ["a", "b"]}), "expected one prompt"),
+    (completion({"prompt": "x", "temperature": "hot"}), "temperature: expected a number"),
+    (completion({"prompt": "x", "max_completion_tokens": 3}), "max_completion_tokens: not supported"),
+    (completion({"prompt": "x"}, url="/v1/embeddings"), "url: expected /v1/chat/completions"),
+    (completion({"prompt": "x"}, method="GET"), "method: expected POST"),
+    (completion({"prompt": "x"}, extra=1), "unknown key extra"),
+    (completion("x"), "body: expected an object, found str"),
+    ({"url": openai.CHAT, "body": {"messages": HI}}, "custom_id: expected a string"),
+    ({"id": "x", "custom_id": "y", "prompt": "z"}, "expected id or custom_id, found both"),
+    ({"id": None, "prompt": "z"}, "id: expected a string or an integer, found None"),
+    ({"id": True, "prompt": "z"}, "id: expected a string or an integer, found True"),
+    ({"id": "\ud800", "prompt": "z"}, "half a surrogate pair"),
+    ({"id": "x", "prompt": "z", "lora": "a"}, "unknown key lora"),
+]
+
+
+def test_bad_rows_say_why(llm, tmp_path):
+    rows = [row | ({"custom_id": str(i)} if row.get("custom_id") == "c" else {}) for i, (row, _) in enumerate(BAD)]
+    found = answers(llm, tmp_path, [*rows, {"id": "last", "prompt": "x"}])
+    assert "text" in found.pop()
+    for (_, expected), row in zip(BAD, found, strict=True):
+        message = row["error"]["message"] if "custom_id" in row else row["error"]
+        assert expected in message, (expected, message)
+
+
+def test_ids_may_be_numbers_and_default_to_the_line(llm, tmp_path):
+    found = answers(llm, tmp_path, [{"id": 7, "prompt": "x"}, "", {"prompt": "x"}, {"id": "3", "prompt": "x"}])
+    assert [row["id"] for row in found] == ["7", "3", "3"]
+    assert "was used by an earlier row" in found[2]["error"]
+
+
+def test_shards_share_the_rows_out(llm, tmp_path):
+    rows = [{"id": f"r{i % 17}", "prompt": "x"} for i in range(20)] + ["{bad", {"prompt": "y"}]
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+
+    def read(shard):
+        index = Index()
+        try:
+            with open_lines(str(path)) as lines:
+                return [(r.line, str(r.error)) for r in read_rows(lines, llm, PARAMS, index, shard)]
+        finally:
+            index.close()
+
+    shards = [Shard(i, 3) for i in (1, 2, 3)]
+    parts = [read(shard) for shard in shards]
+    assert sorted(sum(parts, [])) == read(Shard(1, 1)) and all(parts)
+    assert [count_rows(str(path), shard) for shard in shards] == [len(part) for part in parts]
+    for text in ("0/2", "3/2", "1", "a/b", "1/0", "-1/2"):
+        with pytest.raises(RequestError, match="shard: expected i/n"):
+            Shard.parse(text)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_to_stdout(llm, tmp_path, capsysbinary, ordered):
+    rows = [{"id": i, "prompt": "x", "max_tokens": 50 if i == 0 else 1} for i in range(4)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = Options(ordered=ordered, progress_seconds=0)
+    job.run(lambda: llm, str(tmp_path / "in.jsonl"), "-", PARAMS, options)
+    ids = [json.loads(line)["id"] for line in capsysbinary.readouterr().out.splitlines()]
+    assert sorted(ids) == ["0", "1", "2", "3"] and ids[0] == "0" if ordered else ids[-1] == "0"
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_dry_run_counts_and_writes_nothing(llm, tmp_path):
+    rows = [{"prompt": "abc"}, {"prompt": "x" * 300}, {"prompt": 5}, {"prompt_token_ids": [1] * 9, "max_tokens": 2}]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    report = dryrun.run(lambda: llm, str(source), str(output), PARAMS)
+    assert (report.rows, report.bad, report.too_long, report.prompt_tokens, report.answer_tokens) == (2, 2, 1, 12, 6)
+    assert report.longest == 9 and "from a calibration: prefill" in report.estimate
+    assert "line 2: prompt: 300 tokens, longer than the model's context" in report.describe()
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+    job.run(lambda: llm, str(source), str(output), PARAMS, QUIET)
+    report = dryrun.run(lambda: llm, str(source), str(output), PARAMS)
+    assert report.estimate.startswith("about 0:00 for the 0 rows not done yet, from the 4")
+
+
+def test_progress_says_what_is_left(llm):
+    reporter = Reporter(llm.engine, Count(total=1000, done=400, kept=300, under_way=3), lambda: None, seconds=0)
+    reporter._meter._began -= 50
+    line = reporter.line()
+    assert line.startswith("400/1,000 rows · prefill 0 tok/s · decode 0 tok/s · 3/4 slots · 5:0")
+    assert line.endswith(" left")

@@ -1,0 +1,120 @@
+"""Continuous batching: prompts that begin alike are computed once, nothing waits for a long prompt, slots stay busy,
+nothing is compiled on the way."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from llmjax import LLM, SamplingParams
+from llmjax.runtime.prefixes import Prefixes
+from tests.tiny import random_ids, random_model
+
+CHUNK = 16
+RNG = np.random.default_rng(7)
+SYSTEM = random_ids(RNG, 40)
+
+
+def engine(model, **options):
+    return LLM(model, max_batch=4, chunk=CHUNK, block=16, **options)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model()
+
+
+def family(llm):
+    """Prompts that share two chunks and a half, one of them whole and some n times; others share nothing."""
+    tails = [random_ids(RNG, n) for n in (1, 5, 8, 30, 60)]
+    prompts = [SYSTEM, *(SYSTEM + t for t in tails), SYSTEM[:32], SYSTEM[:33], SYSTEM[:20] + tails[3], tails[4], SYSTEM]
+    for i, prompt in enumerate(prompts):
+        params = SamplingParams(max_tokens=3 + 5 * i % 11, n=1 + 2 * (i % 3 == 1), logprobs=2)
+        yield llm.request(prompt, params, request_id=str(i))
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_shared_beginnings_leave_every_bit(model, window):
+    if window is not None:
+        model = random_model(model_type="mistral", sliding_window=window)
+    shared, apart = engine(model), engine(model, enable_prefix_caching=False)
+    requests = list(family(shared))
+    expected = {o.request_id: o for o in apart.outputs(requests)}
+    assert apart.engine.progress.reused_tokens == 0
+    for order in (requests, requests[::-1]):
+        assert {o.request_id: o for o in shared.outputs(order)} == expected
+    counts, whole = shared.engine.progress, apart.engine.progress
+    assert counts.prefill_tokens + counts.reused_tokens == 2 * whole.prefill_tokens
+    assert counts.reused_tokens > 0.6 * 2 * whole.prefill_tokens
+    assert max(shared.engine.traces.values()) == 1
+
+
+def test_what_a_slot_holds():
+    prefixes, logits = Prefixes(3, 4), object()
+    ids = np.arange(11)
+    place = prefixes.take(ids, {0, 1, 2})
+    assert place.length == 0
+    for n in (4, 8, 11):
+        prefixes.add(place.slot, ids[:n], logits)
+    others = {0, 1, 2} - {place.slot}
+
+    def found(ids, free=others):
+        return dataclasses.replace(Prefixes.take(clone(prefixes), np.asarray(ids), free), slot=-1)
+
+    def clone(p):
+        other = Prefixes(3, 4)
+        other._held = [dataclasses.replace(h) for h in p._held]
+        return other
+
+    assert (found(ids).length, found(ids).logits) == (11, logits)  # the whole prompt
+    assert (found(ids[:10]).length, found(ids[:10]).logits) == (8, None)
+    assert found(ids[:8]).length == 4  # its last token must be computed
+    assert found([*ids[:9], 99, 98, 97]).length == 8
+    assert found([*ids, 11, 12]).length == 8  # what follows the last whole chunk was computed with padding behind it
+    assert found([5, *ids]).length == 0
+    assert prefixes.take(np.arange(9), {0, 1, 2}).slot == place.slot  # nothing to copy
+    assert prefixes.take(np.arange(20, 30), {0, 1, 2}).slot != place.slot  # the slot that rested longest
+
+
+def spied(llm, name, calls):
+    program = getattr(llm.engine, name)
+    setattr(llm.engine, name, lambda *args: calls.append(name) or program(*args))
+
+
+def test_rows_decode_while_a_long_prompt_comes_in(model):
+    llm, calls = engine(model), []
+    for name in ("_prefill", "_decode"):
+        spied(llm, name, calls)
+    short = llm.request([1, 2, 3], SamplingParams(max_tokens=40), request_id="short")
+    long = llm.request(random_ids(RNG, 100), SamplingParams(max_tokens=5), request_id="long")
+    done = [o.request_id for o in llm.outputs([short, long])]
+    assert set(done) == {"short", "long"}
+    chunk, step = ["_prefill"], ["_decode"]
+    assert calls[:11] == 4 * chunk + step + 3 * chunk + step + chunk + step
+
+
+def test_slots_stay_busy_and_nothing_is_compiled_on_the_way(model):
+    llm = engine(model)
+    longest = 60 + 40
+
+    def requests():
+        for i in range(60):
+            yield llm.request(random_ids(RNG, 1 + 17 * i % 60), SamplingParams(max_tokens=10 + 7 * i % 31))
+
+    outputs = list(llm.outputs(requests(), reserve=longest))
+    progress = llm.engine.progress
+    assert progress.rows == len(outputs) == 60
+    assert progress.decode_tokens == sum(len(o.outputs[0].token_ids) for o in outputs)
+    assert progress.busy > 0.85
+    assert dict(llm.engine.traces) == {"prefill": 1, "decode": 1, "admit": 1}
+
+
+def test_a_row_that_ends_makes_room_at_once(model):
+    """One row ends after 2 steps, the others after 30; the fifth must not wait for them."""
+    llm, calls = engine(model), []
+    spied(llm, "_decode", calls)
+    lengths = (2, 30, 30, 30, 25)
+    requests = [llm.request([i], SamplingParams(max_tokens=n), request_id=str(i)) for i, n in enumerate(lengths)]
+    for _ in llm.outputs(requests):
+        pass
+    assert llm.engine.progress.decode_steps <= 2 + 30 + 4

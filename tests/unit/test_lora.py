@@ -1,0 +1,223 @@
+"""LoRA on a tiny model, against its definition: the same checkpoint with ``W + scale * B . A`` written into it."""
+
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import llmjax
+from llmjax import LLM, LoraError, RequestError, SamplingParams
+from llmjax.cli import main
+from llmjax.lora.adapter import LoraSource
+from tests.tiny import CONFIG, checkpoint, random_ids
+
+RNG = np.random.default_rng(5)
+IDS = random_ids(RNG, 30)
+GREEDY = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+PROJECTIONS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp("lora") / "base")
+
+
+def weights(base):
+    return load_file(base / "model.safetensors")
+
+
+def write_adapter(base, folder, seed=0, rank=3, alpha=5.0, projections=PROJECTIONS, change=None, **config):
+    """A PEFT directory; ``change(tensors)`` damages it."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    tensors = {}
+    for name, w in weights(base).items():
+        if any(p in name for p in projections):
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            tensors[f"{stem}.lora_A.weight"] = rng.normal(size=(rank, w.shape[1])).astype(np.float32) * 0.3
+            tensors[f"{stem}.lora_B.weight"] = rng.normal(size=(w.shape[0], rank)).astype(np.float32) * 0.3
+    if change:
+        change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": [*projections], "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings | config))
+    return folder
+
+
+def by_hand(base, adapter, folder, scale):
+    """The checkpoint the adapter stands for."""
+    shutil.copytree(base, folder)
+    tensors, factors = weights(base), load_file(adapter / "adapter_model.safetensors")
+    for name in list(factors):
+        if name.endswith("lora_A.weight"):
+            a, b = factors[name], factors[name.replace("lora_A", "lora_B")]
+            target = name.removeprefix("base_model.model.").replace(".lora_A", "")
+            tensors[target] = (tensors[target].astype(np.float64) + scale * (b.astype(np.float64) @ a)).astype(
+                np.float32
+            )
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base):
+    return write_adapter(base, base.parent / "adapter")
+
+
+@pytest.fixture(scope="module")
+def expected(base, adapter):
+    return llmjax.load(by_hand(base, adapter, base.parent / "by_hand", 5.0 / 3)).logits([IDS])[0]
+
+
+def close(found, expected):
+    return np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("mode", ["merged", "unmerged"])
+def test_an_adapter_is_what_it_says(base, adapter, expected, mode):
+    assert close(llmjax.load(base, lora=adapter, lora_mode=mode).logits([IDS])[0], expected)
+    assert not close(llmjax.load(base).logits([IDS])[0], expected)
+
+
+def test_every_row_its_own(base, adapter, expected):
+    """Among strangers and alone: the same bits; and the same model as merged."""
+    other = write_adapter(base, base.parent / "other", seed=1, rank=5, projections=("q_proj", "gate_proj"))
+    llm = LLM(llmjax.load(base), max_batch=3, chunk=16, block=16, loras={"one": adapter, "two": other})
+    names = ["one", None, "two", "one", "two"]
+    outputs = [o.outputs[0] for o in llm.generate([IDS] * 5, GREEDY, lora=names)]
+    for output, name in zip(outputs, names, strict=True):
+        alone = llm.generate(IDS, GREEDY, lora=name)[0].outputs[0]
+        assert (alone.token_ids, alone.token_logprobs) == (output.token_ids, output.token_logprobs)
+    for name, lora in (("one", adapter), (None, None), ("two", other)):
+        merged = LLM(llmjax.load(base, lora=lora), max_batch=3, chunk=16, block=16)
+        found, wanted = outputs[names.index(name)], merged.generate(IDS, GREEDY)[0].outputs[0]
+        assert found.token_ids == wanted.token_ids
+        np.testing.assert_allclose(found.token_logprobs, wanted.token_logprobs, atol=1e-4)
+        np.testing.assert_allclose(
+            llm.score([IDS], lora=name)[0].scored, merged.score([IDS])[0].scored, rtol=1e-4, atol=1e-4
+        )
+    assert len({tuple(o.token_ids) for o in outputs[:3]}) == 3
+    assert llm.engine.traces["decode"] == 1
+    with pytest.raises(RequestError, match="no adapter named 'three'; resident are one, two"):
+        llm.generate(IDS, GREEDY, lora="three")
+
+
+def test_quantized_weights_keep_it_apart(base, adapter, expected):
+    """Merging on request rounds again and says what is left."""
+    plain, apart = llmjax.load(base, quantize="int8"), llmjax.load(base, quantize="int8", lora=adapter)
+    exact = llmjax.load(base, lora=adapter).logits([IDS])[0]
+    off = np.abs(apart.logits([IDS])[0] - exact).max()
+    assert off < 0.3 * np.abs(plain.logits([IDS])[0] - exact).max()
+    packed = llmjax.convert(base, base.parent / "packed", quantize="int8")
+    with pytest.warns(UserWarning, match=r"rounded again: [\d,]+ of [\d,]+ values changed, \d+% of the delta"):
+        llmjax.load(packed, lora=adapter, lora_mode="merged")
+
+
+def test_scales(base, adapter):
+    """rslora, and patterns for some modules."""
+    one = ("self_attn.q_proj",)
+    lora = write_adapter(
+        base, base.parent / "rs", projections=one, use_rslora=True, alpha_pattern={"0.self_attn.q_proj": 9}
+    )
+    model = llmjax.load(base, lora=lora, lora_mode="unmerged")
+    found = [float(model.params[f"layers_{i}"]["attn"]["q"]["lora"].scale) for i in range(2)]
+    np.testing.assert_allclose(found, [9 / 3**0.5, 5 / 3**0.5], rtol=1e-6)
+
+
+def drop(tensors):
+    del tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+
+
+def wide(tensors):
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_A.weight"
+    tensors[name] = np.zeros((3, 50), np.float32)
+
+
+def rename(old, new):
+    def change(tensors):
+        for name in [n for n in tensors if old in n]:
+            tensors[name.replace(old, new)] = tensors.pop(name)
+
+    return change
+
+
+def extra(name):
+    return lambda tensors: tensors.update({name: np.ones((2, 2), np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "message"),
+    [
+        (drop, {}, "layers.0.self_attn.q_proj: lora_B is missing"),
+        (wide, {}, r"layers.1.self_attn.v_proj: lora_A: expected shape \[3, 48\] at rank 3, found \[3, 50\]"),
+        (None, {"r": 4}, r"expected shape \[4, 48\] at rank 4, found \[3, 48\]"),
+        (rename("layers.1.", "layers.7."), {}, "the model has layers 0 to 1"),
+        (rename("q_proj", "w_proj"), {}, "is no projection of this model; expected down_proj"),
+        (None, {"target_modules": ["q_proj"]}, "target_modules does not name it"),
+        (None, {"target_modules": [*PROJECTIONS, "up_proj"]}, "but the file has no factors of it"),
+        (None, {"use_dora": True}, "use_dora: True is not supported"),
+        (None, {"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        (None, {"bias": "all"}, "bias"),
+        (None, {"peft_type": "LOHA"}, "peft_type"),
+        (None, {"novelty": 3}, "novelty"),
+        (extra("base_model.model.lm_head.weight"), {}, "a whole weight"),
+        (extra("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"), {}, "DoRA"),
+    ],
+)
+def test_refused_by_name(base, tmp_path, change, config, message):
+    lora = write_adapter(base, tmp_path / "a", change=change, **config)
+    with pytest.raises(LoraError, match=message):
+        llmjax.load(base, lora=lora)
+
+
+def test_an_untrained_adapter_warns(base, tmp_path):
+    def untrained(tensors):
+        for name in tensors:
+            if "lora_B" in name:
+                tensors[name] *= 0
+
+    lora = write_adapter(base, tmp_path / "a", change=untrained)
+    with pytest.warns(UserWarning, match="all deltas are zero and change nothing"):
+        llmjax.load(base, lora=lora)
+
+
+def test_weights_without_a_configuration(base, adapter, expected, tmp_path):
+    file = tmp_path / "w.safetensors"
+    shutil.copy(adapter / "adapter_model.safetensors", file)
+    assert close(llmjax.load(base, lora=LoraSource(file, alpha=5.0, rank=3)).logits([IDS])[0], expected)
+    with pytest.raises(LoraError, match="give alpha"):
+        llmjax.load(base, lora=file)
+    with pytest.raises(LoraError, match="at rank 4"):
+        llmjax.load(base, lora=LoraSource(file, alpha=5.0, rank=4))
+
+
+def test_merge_and_check(base, adapter, expected, tmp_path, capsys):
+    """A normal checkpoint of the base's kind comes out."""
+    merged = tmp_path / "merged"
+    assert main(["lora", "merge", "--model", str(base), "--lora", str(adapter), "--output", str(merged)]) == 0
+    assert close(llmjax.load(merged).logits([IDS])[0], expected)
+    assert {n: w.dtype for n, w in weights(merged).items()} == {n: w.dtype for n, w in weights(base).items()}
+    capsys.readouterr()
+    assert main(["lora", "check", "--model", str(base), "--lora", str(adapter), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["modules"]) == 4 * CONFIG["num_hidden_layers"]
+    assert report["difference"] < 1e-4 * report["size"] < report["effect"]
+    assert main(["lora", "check", "--model", str(base), "--lora", str(tmp_path)]) == 2
+    assert "no adapter here" in capsys.readouterr().err
+
+
+def test_rows_of_a_job_name_theirs(base, adapter, tmp_path):
+    lines = [{"id": "a", "prompt_token_ids": IDS, "lora": "one"}, {"id": "b", "prompt_token_ids": IDS}]
+    lines += [{"id": "c", "prompt_token_ids": IDS, "lora": "two"}]
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, lines)))
+    args = ["batch", "--model", str(base), "--input", str(source), "--output", str(target), "--max-tokens", "4"]
+    with warnings.catch_warnings():
+        assert main([*args, "--temperature", "0", "--lora-modules", f"one={adapter}", "--no-compile-cache"]) == 1
+    rows = {r["id"]: r for r in map(json.loads, target.read_text().splitlines()) if "id" in r}
+    assert rows["a"]["lora"] == "one" and "lora" not in rows["b"]
+    assert rows["a"]["token_ids"] != rows["b"]["token_ids"]
+    assert "no adapter named 'two'; resident are one" in rows["c"]["error"]

@@ -1,0 +1,73 @@
+"""MediaPipe's LoRA files, against the real converter's."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import llmjax
+from converters import convert_checkpoint
+from converters.mediapipe import lora
+from converters.mediapipe.container import BinFile
+from llmjax import LoraError
+from llmjax.errors import ConfigError
+from llmjax.lora.adapter import LoraSource
+from tests.mediapipe_files import DATA, config
+
+REAL = sorted(DATA.glob("*_lora_*.bin"))
+IDS = [2, 27, 26, 50, 59, 56, 21, 19]
+
+
+def written(kind: str, folder: Path, **options) -> Path:
+    path = folder / "lora.bin"
+    settings = {"lora_ckpt": str(DATA / f"{kind}_lora"), "lora_rank": 4, "lora_output_tflite_file": str(path)}
+    convert_checkpoint(config(kind, "gpu", folder, (8, 8, 8), **settings | options))
+    return path
+
+
+def same(ours: Path, theirs: Path) -> bool:
+    a, b = BinFile(ours), BinFile(theirs)
+    names = [list(f.entries.items()) for f in (a, b)]
+    blobs = [
+        [f.name, f.numbers[lora.RANK], *map(f.blob, ("odml.infra.proto.LlmParameters", "backend"))] for f in (a, b)
+    ]
+    return names[0] == names[1] and blobs[0] == blobs[1] and all(np.array_equal(a.raw(n), b.raw(n)) for n in a.entries)
+
+
+@pytest.mark.parametrize("real", REAL, ids=lambda path: path.stem)
+def test_equal_to_the_real_converters(real, tmp_path):
+    kind = real.name.split("_gpu")[0]
+    assert same(written(kind, tmp_path), real)
+    (tmp_path / "b").mkdir()
+    assert not same(written(kind, tmp_path / "b", lora_o_proj="right"), real)
+
+
+@pytest.mark.parametrize("kind", ["GEMMA_2B", "GEMMA2_2B", "PHI_2"])
+def test_round_trip(kind, tmp_path):
+    """o in order, or scrambled and restored, is the adapter itself, to the rounding of the file."""
+    file = next(DATA.joinpath(f"{kind}_lora").iterdir())
+    models = [llmjax.load(DATA / kind, lora=LoraSource(file, alpha=4.0))]
+    for o_proj in lora.O_PROJ:
+        (tmp_path / o_proj).mkdir()
+        path = written(kind, tmp_path / o_proj, lora_o_proj=o_proj)
+        source = LoraSource(path, alpha=4.0, restore_o=o_proj == "mediapipe")
+        models.append(llmjax.load(DATA / kind, lora=source))
+        stored = llmjax.load(DATA / kind, lora=LoraSource(path, alpha=4.0))
+    expected, scrambled, right = (m.logits([IDS])[0] for m in models)
+    np.testing.assert_array_equal(scrambled, right)
+    assert np.abs(right - expected).max() <= (1e-5 if kind == "PHI_2" else 2e-2) * np.abs(expected).max()
+    np.testing.assert_array_equal(stored.logits([IDS])[0], right)
+    wrong = llmjax.load(DATA / kind, lora=LoraSource(tmp_path / "mediapipe" / "lora.bin", alpha=4.0))
+    assert np.abs(wrong.logits([IDS])[0] - expected).max() > 0.05 * np.abs(expected).max()
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(LoraError, match="hold no scale: give alpha"):
+        llmjax.load(DATA / "GEMMA_2B", lora=REAL[0])
+    with pytest.raises(LoraError, match="this is a model"):
+        llmjax.load(DATA / "GEMMA_2B", lora=LoraSource(next(DATA.glob("GEMMA_2B_gpu_int8*")), alpha=1))
+    with pytest.raises(LoraError, match=r"expected .* bytes for|no LoRA factor"):
+        llmjax.load(DATA / "PHI_2", lora=LoraSource(REAL[0], alpha=1))
+    with pytest.raises((LoraError, ConfigError), match="rank"):
+        written("GEMMA_2B", tmp_path, lora_rank=3)
+    assert not list(tmp_path.glob("*.bin"))
