@@ -172,7 +172,7 @@ def llmjax(variant: str, prompt: int, decode: int, file: str, **_: object) -> Ca
     """The engine's own programs, one row."""
     from llmjax.bench.measure import Runner
     from llmjax.loading import load
-    from llmjax.runtime import engine
+    from llmjax.runtime.engine import Engine
 
     settings = {
         "stored": {},
@@ -182,7 +182,7 @@ def llmjax(variant: str, prompt: int, decode: int, file: str, **_: object) -> Ca
     }[variant]
     model = load(file, **({"numerics": "fast"} | settings))
     # The fewest slots there can be: one row is measured.
-    runner = Runner(engine.Engine(model, slots=getattr(engine, "MIN_SLOTS", 1), enable_prefix_caching=False))
+    runner = Runner(Engine(model, slots=1, enable_prefix_caching=False))
     length = runner.length(prompt + decode)
     return lambda: {
         "prefill": prompt / runner.prefill(prompt, length),

@@ -21,7 +21,7 @@ def small_probes(monkeypatch):
 
 
 def test_command(small_probes, tmp_path, capsys):
-    path = str(checkpoint(tmp_path / "m", max_position_embeddings=1000))
+    path = str(checkpoint(tmp_path / "m", max_position_embeddings=1000, num_hidden_layers=1))
     command = ["bench", "--model", path, "--quantize", "int8", "--max-batch", "4", "--in-use", "1,4", "--repeat", "2"]
     command += ["--prompt-lengths", "9,150", "--output-length", "40", "--context", "20,300", "--cache", "256,512"]
     assert main([*command, "--json"]) == 0

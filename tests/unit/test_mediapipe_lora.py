@@ -83,7 +83,7 @@ def test_gemma_7b_beside_its_own_bin(tmp_path):
     options = {"lora_ckpt": str(adapter), "lora_rank": 4, "lora_output_tflite_file": str(path)}
     convert_checkpoint(config("GEMMA_7B", "gpu", tmp_path, (8, 8, 8), input_ckpt=str(source), **options))
     expected = llmjax.load(source, lora=LoraSource(adapter, alpha=4.0)).logits([IDS])[0]
-    for base, tolerance in ((source, 2e-3), (tmp_path / "out" / "model.tflite", 2e-2)):
+    for base, tolerance in ((source, 2e-3), (tmp_path / "out" / "model.tflite", 5e-2)):
         found = llmjax.load(base, lora=LoraSource(path, alpha=4.0, restore_o=True)).logits([IDS])[0]
         assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
