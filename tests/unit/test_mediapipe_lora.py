@@ -1,9 +1,12 @@
 """MediaPipe's LoRA files, against the real converter's."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import llmjax
 from converters import convert_checkpoint
@@ -59,6 +62,30 @@ def test_round_trip(kind, tmp_path):
     np.testing.assert_array_equal(stored.logits([IDS])[0], right)
     wrong = llmjax.load(DATA / kind, lora=LoraSource(tmp_path / "mediapipe" / "lora.bin", alpha=4.0))
     assert np.abs(wrong.logits([IDS])[0] - expected).max() > 0.05 * np.abs(expected).max()
+
+
+def test_gemma_7b_beside_its_own_bin(tmp_path):
+    """MediaPipe's converter has no LoRA for it; here the adapter goes with the quantized ``.bin`` as well."""
+    source, adapter, rng = tmp_path / "source", tmp_path / "adapter.safetensors", np.random.default_rng(0)
+    shutil.copytree(DATA / "GEMMA_2B", source)
+    weights = load_file(source / "model.safetensors")
+    factors = load_file(DATA / "GEMMA_2B_lora" / "adapter_model.safetensors")
+    for name in [n for n in (*weights, *factors) if "k_proj" in n or "v_proj" in n]:  # of as many heads as q
+        if name in weights:
+            weights[name] = (0.1 * rng.normal(size=(32, 32))).astype(weights[name].dtype)
+        elif "lora_B" in name:
+            factors[name] = rng.normal(size=(32, 4)).astype(np.float32)
+    save_file(weights, source / "model.safetensors")
+    save_file(factors, adapter)
+    settings = json.loads((source / "config.json").read_text()) | {"num_key_value_heads": 2}
+    (source / "config.json").write_text(json.dumps(settings))
+    path = tmp_path / "lora.bin"
+    options = {"lora_ckpt": str(adapter), "lora_rank": 4, "lora_output_tflite_file": str(path)}
+    convert_checkpoint(config("GEMMA_7B", "gpu", tmp_path, (8, 8, 8), input_ckpt=str(source), **options))
+    expected = llmjax.load(source, lora=LoraSource(adapter, alpha=4.0)).logits([IDS])[0]
+    for base, tolerance in ((source, 2e-3), (tmp_path / "out" / "model.tflite", 2e-2)):
+        found = llmjax.load(base, lora=LoraSource(path, alpha=4.0, restore_o=True)).logits([IDS])[0]
+        assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
 def test_bad_input(tmp_path):
