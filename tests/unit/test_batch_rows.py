@@ -103,7 +103,7 @@ BAD = [
     ({"id": None, "prompt": "z"}, "id: expected a string or an integer, found None"),
     ({"id": True, "prompt": "z"}, "id: expected a string or an integer, found True"),
     ({"id": "\ud800", "prompt": "z"}, "half a surrogate pair"),
-    ({"id": "x", "prompt": "z", "lora": "a"}, "unknown key lora"),
+    ({"id": "x", "prompt": "z", "lora": "a"}, "lora: no adapter named 'a'; resident are none"),
 ]
 
 
