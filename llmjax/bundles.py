@@ -107,7 +107,7 @@ def _as_dict(message: Any) -> dict[str, Any]:
 
 def _graph(found: Package, part: Part, problems: list[str]) -> dict[str, Any]:
     read = graph.read(found.view(part), f"{found.path}: {part.name}")
-    if not read.operators:
+    if not read.operators and not read.signatures:
         problems.append(
             f"{part.name} is no graph but named weights, as in a .bin file: unpack it, and llmjax loads it as that"
         )

@@ -1,7 +1,6 @@
 """``llmjax convert``: a checkpoint into another form, tensor by tensor, whole or not at all."""
 
 import contextlib
-import dataclasses
 import json
 import os
 import shutil
@@ -28,6 +27,7 @@ from llmjax.plan import Plan, describe, sources_of
 from llmjax.quant.qtensor import QTensor, dequantize
 from llmjax.quant.schemes import Recipe, parse
 from llmjax.text import export
+from llmjax.text.mediapipe import MediapipeTokenizer, for_transformers
 
 FORMATS: tuple[str, ...] = ("llmjax", "hf", "mediapipe")
 
@@ -217,8 +217,8 @@ def _write_tokenizer(source: Source, folder: Path) -> None:
         return
     tokenizer = read_tokenizer(source)
     if tokenizer is not None:
-        if not all(map(tokenizer.piece, tokenizer.prefix_ids)):  # a start token beyond the vocabulary has no text
-            tokenizer = dataclasses.replace(tokenizer, prefix_ids=(), bos_id=None)
+        if isinstance(tokenizer, MediapipeTokenizer) and isinstance(source, MediapipeSource) and source.vocabulary:
+            tokenizer = for_transformers(tokenizer, source.vocabulary)
         export.save(tokenizer, folder)
         _write_json(folder / "generation_config.json", {"eos_token_id": list(tokenizer.eos_ids)})
 

@@ -1,15 +1,49 @@
-"""The tokenizer in a ``.bin`` file of MediaPipe's: a SentencePiece model, and tokens that start and stop a text."""
+"""The tokenizer in a ``.bin`` file of MediaPipe's: a SentencePiece model, and tokens that start and stop a text.
+
+It does what the official runtimes do, not what transformers would: strings of special tokens in a text are text, the
+whole text is normalized before user-defined pieces are found in it, and a generated text keeps its first space.
+Where the web runtime prints special and byte tokens by their names, llmjax leaves out the former and joins the latter.
+Measured with npm's @mediapipe/tasks-genai 0.10.24.
+"""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
+
+from tokenizers import normalizers
 
 from llmjax.text import sentencepiece
 from llmjax.text.tokenizer import Tokenizer
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MediapipeTokenizer(Tokenizer):
+    """A tokenizer as MediaPipe's runtimes have it.
+
+    Attributes:
+      normalizer: what is done to the whole text first.
+      bytes_to_unicode: it spells the text's bytes.
+    """
+
+    normalizer: normalizers.Normalizer
+    bytes_to_unicode: bool
+
+    def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
+        """See ``Tokenizer``; strings of special tokens are text."""
+        try:
+            text = self.normalizer.normalize_str(text)
+        except (TypeError, UnicodeEncodeError):
+            pass  # no text, which is refused below
+        return super().encode(text, add_bos=add_bos)
+
+    def fingerprint(self) -> str:
+        """See ``Tokenizer``."""
+        return hashlib.sha256(f"{super().fingerprint()}\n{self.normalizer.__getstate__()!r}".encode()).hexdigest()
+
+
 def read(
     model: bytes, where: str, *, start_id: int | None, stop: Sequence[str], bytes_to_unicode: bool = False
-) -> Tokenizer:
+) -> MediapipeTokenizer:
     """A tokenizer whose texts begin with ``start_id`` and end at ``stop``.
 
     Args:
@@ -22,12 +56,42 @@ def read(
     Raises:
       TokenizerError: the model is damaged, or of a kind llmjax does not have.
     """
-    tokenizer = sentencepiece.read(model, where, add_bos=False, chat_template=None, bytes_to_unicode=bytes_to_unicode)
-    ids = [tokenizer.backend.token_to_id(text) for text in stop]
-    return dataclasses.replace(
-        tokenizer,
+    vocabulary = sentencepiece.parse(model, where, bytes_to_unicode=bytes_to_unicode)
+    backend, _ = sentencepiece.build(vocabulary, where, dummy_prefix=False, bytes_to_unicode=bytes_to_unicode)
+    prefix = [normalizers.Prepend("▁")] if vocabulary.add_dummy_prefix else []
+    normalizer = normalizers.Sequence([backend.normalizer, *prefix])
+    backend.normalizer = normalizers.Sequence([])
+    backend.encode_special_tokens = True
+    ids = [backend.token_to_id(text) for text in stop]
+    return MediapipeTokenizer(
+        backend=backend,
         bos_id=start_id,
-        prefix_ids=() if start_id is None else (start_id,),
         eos_ids=tuple(sorted({i for i in ids if i is not None})),
+        prefix_ids=() if start_id is None else (start_id,),
+        suffix_ids=(),
+        chat_template=None,
+        special=sentencepiece.special_tokens(vocabulary),
+        where=where,
         stop=tuple(text for text in stop if text),
+        normalizer=normalizer,
+        bytes_to_unicode=bytes_to_unicode,
     )
+
+
+def for_transformers(tokenizer: MediapipeTokenizer, model: bytes) -> Tokenizer:
+    """The same vocabulary as Hugging Face's files can say it: special tokens are found in texts.
+
+    Args:
+      tokenizer: what ``read`` returned.
+      model: of which.
+
+    Raises:
+      TokenizerError: as ``read``.
+    """
+    plain = sentencepiece.read(
+        model, tokenizer.where, add_bos=False, chat_template=None, bytes_to_unicode=tokenizer.bytes_to_unicode
+    )
+    # A start token beyond the vocabulary has no text.
+    prefix = tuple(i for i in tokenizer.prefix_ids if plain.piece(i))
+    bos = tokenizer.bos_id if prefix else None
+    return dataclasses.replace(plain, bos_id=bos, prefix_ids=prefix, eos_ids=tokenizer.eos_ids, stop=tokenizer.stop)

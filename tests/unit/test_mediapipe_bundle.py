@@ -63,6 +63,35 @@ def test_options_are_mediapipes(tmp_path):
         config.start_token = "x"
 
 
+# LlmParameters by MpLlmBundlerGenerateMetadata of MediaPipe 0.10.35, whose start token is <bos>, stop token <eos>.
+LATER = [
+    (
+        {
+            **{f"prompt_prefix_{role}": f"{role[0].upper()}<" for role in ("user", "model", "system")},
+            **{f"prompt_suffix_{role}": f">{role[0].upper()}" for role in ("user", "model", "system")},
+            **{f"{role}_role_token": role[0] for role in ("user", "system", "model", "end")},
+        },
+        "2a053c656f733e32053c626f733e420a1202553c1a043e554d3c5a01756201736a016d7201658a011e0a081202553c1a023e55120812024d"
+        "3c1a023e4d1a081202533c1a023e53",
+    ),
+    (
+        {"system_prompt": "sys", "prompt_prefix_user": "U<", "prompt_prefix_model": "M<"},
+        "2a053c656f733e32053c626f733e42090a037379731202553c8a010c0a041202553c120412024d3c",
+    ),
+    (
+        {"prompt_suffix_user": ">U", "enable_bytes_to_unicode_mapping": True},
+        "2a053c656f733e32053c626f733e3a010142041a023e558a01060a041a023e55",
+    ),
+    ({"prompt_prefix_user": ""}, "2a053c656f733e32053c626f733e"),
+    ({"prompt_suffix_model": "x"}, "2a053c656f733e32053c626f733e8a010512031a0178"),
+]
+
+
+@pytest.mark.parametrize("changes, expected", LATER)
+def test_metadata_of_later_versions(changes, expected):
+    assert bundle.metadata(BundleConfig("m", "t", "<bos>", ["<eos>"], "o", **changes)).hex() == expected
+
+
 def test_fields_of_later_versions(tmp_path):
     changes = {
         "prompt_prefix_user": "<u>",

@@ -200,6 +200,18 @@ def test_litertlm(tmp_path, capsys):
     assert "model_type=tf_lite_prefill_decode" in capsys.readouterr().out
 
 
+def test_litertlm_of_the_real_builder():
+    """LiteRT-LM's own, litert-lm-builder 0.18.1."""
+    found = inspect(DATA.parent / "bundles" / "litert_lm_0.18.1.litertlm")
+    assert found.version == "1.7.0"
+    assert {"Authors": "llmjax", "i": -3, "f": 1.5, "b": True, "u": 2**63}.items() <= found.notes.items()
+    assert found.metadata["stop_tokens"] == [{"token_str": "<eos>"}, {"token_ids": {"ids": [5]}}]
+    assert found.metadata["sampler_params"] == {"type": "TOP_P", "k": 64, "p": 0.5}
+    assert found.tokenizer["vocab_size"] == 100
+    assert [s["name"] for s in found.graphs[0]["signatures"]] == ["prefill_8", "decode"]
+    assert not any("named weights" in problem for problem in found.problems)
+
+
 @pytest.mark.parametrize("make", [_task, _litertlm])
 def test_not_to_be_loaded(make, tmp_path, capsys):
     path = make(tmp_path)

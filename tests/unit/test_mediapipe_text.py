@@ -12,14 +12,14 @@ import llmjax
 from converters import convert_checkpoint
 from converters.mediapipe import vocabulary
 from converters.mediapipe.container import VOCABULARY, BinFile
-from llmjax.errors import LlmjaxError, TokenizerError
+from llmjax.errors import LlmjaxError, RequestError, TokenizerError
 from llmjax.text import mediapipe
+from llmjax.text.tokenizer import from_huggingface
 from tests.mediapipe_files import DATA, config
 
 HF = DATA / "hf_tok"
 TOKENIZERS = DATA.parent / "tokenizers"
 WEB = json.loads((DATA / "web_runtime.json").read_text())["results"]
-SPELLED = [name for name in WEB if not name.startswith("GEMMA")]
 
 
 def test_equal_to_the_real_converters(tmp_path):
@@ -106,7 +106,51 @@ def test_ids_are_sentencepieces(name):
     assert tokenizer.stop == ("<|endoftext|>",)
 
 
-@pytest.mark.parametrize("name", SPELLED)
+# Ids that npm's @mediapipe/tasks-genai 0.10.24 feeds for these texts, and how many `sizeInTokens` counts.
+AS_TEXT = {
+    "<eos>": [73, 3, 75, 74, 80, 3],
+    "<unk>": [73, 3, 81, 85, 93, 3],
+    "<bos>o": [73, 3, 88, 74, 80, 3, 74],
+    "<start_of_turn>hello": [73, 4, 8, 54],
+    "日本": [73, 3],
+}
+IN_THE_WEB = {
+    "GEMMA_2B_gpu_int8_mp0.10.21": AS_TEXT
+    | {"hello <eos> o": [60, 54, 73, 3, 75, 74, 80, 3, 22], " ": [], "hello\nbox": [60, 54, 72]},
+    "FALCON_RW_1B_gpu_int8_mp0.10.21": AS_TEXT
+    | {"hello <eos> o": [60, 54, 3, 75, 74, 80, 3, 74], " ": [73, 3], "hello\nbox": [60, 54, 3, 88, 19]},
+}
+
+
+@pytest.mark.parametrize("name", IN_THE_WEB)
+def test_special_tokens_and_spaces_as_the_web_runtime_takes_them(name):
+    """Special tokens are text there, user-defined ones are found in the text as it is after normalization."""
+    tokenizer = llmjax.load(DATA / f"{name}.bin").tokenizer
+    assert {text: tokenizer.encode(text)[1:] for text in IN_THE_WEB[name]} == IN_THE_WEB[name]
+    for text in (5, "\ud800"):
+        with pytest.raises(RequestError):
+            tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("spelled", [False, True])
+def test_ids_are_sentencepieces_whatever_its_pieces(spelled):
+    file = BinFile(DATA / "GEMMA_2B_gpu_int8_mp0.10.21.bin")
+    model = file.blob(VOCABULARY)
+    reference = sentencepiece.SentencePieceProcessor(model_proto=model)
+    tokenizer = mediapipe.read(model, "x", start_id=2, stop=["<eos>"], bytes_to_unicode=spelled)
+    spell = normalizers.ByteLevel().normalize_str if spelled else str
+    rng = random.Random(1)
+    parts = ["<start_of_turn>", "<end_of_turn>", "<bos>", "<unk>", " ", "  ", "the fox", "\n", "é", "ﬁ", "o"]
+    for text in ["", *("".join(rng.choices(parts, k=rng.randrange(1, 9))) for _ in range(300))]:
+        assert tokenizer.encode(text)[1:] == reference.encode(spell(text) if text else ""), text
+
+
+def test_a_rescued_tokenizer_finds_special_tokens(tmp_path):
+    llmjax.convert(DATA / "GEMMA_2B_gpu_int8_mp0.10.21.bin", tmp_path / "hf", to="hf")
+    assert from_huggingface(tmp_path / "hf").encode("hello<eos>") == [2, 60, 54, 1]
+
+
+@pytest.mark.parametrize("name", WEB)
 def test_ids_and_texts_of_the_web_runtime(name):
     tokenizer = llmjax.load(DATA / f"{name}.bin").tokenizer
     for text, case in WEB[name].items():
