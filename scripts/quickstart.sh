@@ -35,7 +35,8 @@ mkdir -p "$out" || die "cannot write to $out: name another folder"
 # An earlier answer file would be resumed, not run again.
 rm -f "$out/quickstart.jsonl" "$out/quickstart.jsonl".*
 say "answering $(wc -l <"$prompts" | tr -d ' ') prompts"
-"$VENV/bin/llmjax" batch --model smollm2 --input "$prompts" --output "$out/quickstart.jsonl" ||
+# A slot a row; without --max-batch a job has up to 32, for thousands of rows.
+"$VENV/bin/llmjax" batch --model smollm2 --max-batch 8 --input "$prompts" --output "$out/quickstart.jsonl" ||
   die "llmjax batch failed (status $?); what it wrote is in $out"
 
 "$PY" - "$prompts" "$out/quickstart.jsonl" <<'PYTHON'
