@@ -7,16 +7,12 @@ reads at memory speed.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from llmjax.dots import dot
 from llmjax.numerics import Numerics
 from llmjax.quant.product import product
 from llmjax.quant.qtensor import QTensor
 from llmjax.tiles import over_tiles
-
-# Below this many rows XLA:CPU sends bfloat16 products down a path ten times slower than memory (jaxlib 0.10); zero rows
-# are free.
-MIN_ROWS = 4
 
 
 def matmul(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax.Array:
@@ -28,21 +24,11 @@ def matmul(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax
 
 
 def _float_product(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.Array:
-    lead = x.shape[:-1]
     rows = x.reshape(-1, x.shape[-1]).astype(numerics.products)
-    count = rows.shape[0]
-    if count < MIN_ROWS and rows.dtype != jnp.float32:
-        rows = jnp.pad(rows, ((0, MIN_ROWS - count), (0, 0)))
 
     def multiply(part: jax.Array) -> jax.Array:
-        return lax.dot_general(
-            part.astype(numerics.products),
-            rows,
-            (((1,), (1,)), ((), ())),
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
+        return dot(part.astype(numerics.products), rows, jnp.float32)
 
     converted = weight.dtype != numerics.products
     y = over_tiles(multiply, weight, weight.shape, rows) if converted else multiply(weight).T
-    return y[:count].reshape(*lead, weight.shape[0])
+    return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -13,31 +13,35 @@ from jax import lax
 
 from llmjax.bits import from_storage, to_storage
 
-# Of float32: what a core keeps in its cache, more or less; halving or doubling it costs up to a fifth.
+# Of what a tile is converted to: what the caches keep, more or less; halving or doubling it costs up to a fifth.
 _TILE_BYTES = 4 << 20
-# Weights below this, in float32, are converted whole: a loop costs more to compile than their copies to keep.
+# Weights that are converted to less are converted whole: a loop costs more to compile than their copies to keep.
 _SMALL_BYTES = 4 << 20
 
 
 def over_tiles(
-    multiply: Callable[[Any], jax.Array], weight: Any, shape: tuple[int, ...], x: jax.Array, dtype: Any = jnp.float32
+    multiply: Callable[[Any], jax.Array],
+    weight: Any,
+    shape: tuple[int, ...],
+    x: jax.Array,
+    dtype: Any = jnp.float32,
 ) -> jax.Array:
     """``[rows, out]``, some output channels at a time where the weight is large and on the CPU, else all at once.
 
     Args:
-      multiply: from some rows of the weight, ``[t, ...]`` a leaf, to ``[t, rows]``: XLA:CPU multiplies a weight with
-        few rows up to twice as fast this way round.
+      multiply: from some rows of the weight, ``[t, ...]`` a leaf, to ``[t, rows]``.
       weight: a pytree of arrays ``[out, ...]``.
       shape: ``(out, in)`` of what the weight stands for.
-      x: ``[rows, ...]``, what ``multiply`` multiplies with.
+      x: ``[rows, ...]``, what ``multiply`` multiplies with; the weight is converted to its dtype.
       dtype: of the result.
     """
     out, width = shape
     # Two tiles at least: a loop of one turn is no loop to XLA.
-    tile = min((out + 1) // 2, max(16, _TILE_BYTES // (4 * width) // 16 * 16))
+    size = x.dtype.itemsize
+    tile = min((out + 1) // 2, max(16, _TILE_BYTES // (size * width) // 16 * 16))
     if jax.default_backend() != "cpu":
         return multiply(weight).T
-    if 4 * out * width < _SMALL_BYTES:
+    if size * out * width < _SMALL_BYTES:
         return multiply(_after(x, weight)).T
 
     def part(leaf: jax.Array, start: jax.Array) -> jax.Array:

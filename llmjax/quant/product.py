@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from llmjax.dots import dot
 from llmjax.quant.qtensor import QTensor, halves, integers
 from llmjax.tiles import over_tiles
 
 _BASE = 254
-# XLA:CPU sends integer products of fewer rows down a slow path (jaxlib 0.10).
-_MIN_ROWS = 4
+
 
 
 def product(x: jax.Array, q: QTensor, digits: int | None) -> jax.Array:
@@ -64,10 +64,7 @@ def in_tiles(x: jax.Array, q: QTensor) -> jax.Array:
     columns = _columns(x, 1 if q.bits == 8 else 2)
 
     def multiply(part: QTensor) -> jax.Array:
-        return _sum(
-            lax.dot_general(w, c, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST)
-            for c, w in zip(columns, halves(part), strict=True)
-        )
+        return _sum(dot(w, c, jnp.float32) for c, w in zip(columns, halves(part), strict=True))
 
     return over_tiles(multiply, q, q.shape, x)
 
@@ -99,14 +96,10 @@ def in_digits(x: jax.Array, q: QTensor, count: int) -> jax.Array:
     """
     scale, digits = to_digits(x, count)
     rows = jnp.concatenate(digits)
-    rows = jnp.pad(rows, ((0, max(0, _MIN_ROWS - rows.shape[0])), (0, 0)))
     columns = _columns(rows, 1 if q.bits == 8 else 2)
 
     def multiply(part: QTensor) -> jax.Array:
-        return _sum(
-            lax.dot_general(n, c, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
-            for c, n in zip(columns, integers(part), strict=True)
-        )
+        return _sum(dot(n, c, jnp.int32) for c, n in zip(columns, integers(part), strict=True))
 
     # Eight bits are multiplied as they stand.
     sums = multiply(q).T if q.bits == 8 else over_tiles(multiply, q, q.shape, rows, jnp.int32)
