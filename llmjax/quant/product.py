@@ -25,11 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from llmjax.cpu import has_integer_dot
 from llmjax.dots import dot
 from llmjax.quant.qtensor import QTensor, halves, integers
 from llmjax.tiles import over_tiles
 
 _BASE = 254
+# Rows of digits up to which integers beat float32 tiles on a CPU that multiplies no faster in int8 than in float32.
+_INTEGER_ROWS = 4
 
 
 
@@ -45,9 +48,9 @@ def product(x: jax.Array, q: QTensor, digits: int | None) -> jax.Array:
     x = x.astype(jnp.float32)
     # Without the barrier XLA moves what it can of the unpacking out of the decode loop and keeps the result.
     x, q = lax.optimization_barrier((x, q))
-    on_cpu = jax.default_backend() == "cpu"
-    if digits is not None and q.scales.shape[1] == 1 and on_cpu:
-        return in_digits(x, q, digits)
+    if digits is not None and q.scales.shape[1] == 1 and jax.default_backend() == "cpu":
+        if digits == 1 or digits * x.shape[0] <= _INTEGER_ROWS or has_integer_dot():
+            return in_digits(x, q, digits)
     if digits == 1:
         scale, (rounded,) = to_digits(x, 1)
         x = scale * rounded.astype(jnp.float32)
