@@ -41,7 +41,7 @@ def over_tiles(
     tile = min((out + 1) // 2, max(16, _TILE_BYTES // (size * width) // 16 * 16))
     if jax.default_backend() != "cpu":
         return multiply(weight).T
-    if size * out * width < _SMALL_BYTES:
+    if converted_whole(shape, size):
         return multiply(_after(x, weight)).T
 
     def part(leaf: jax.Array, start: jax.Array) -> jax.Array:
@@ -56,6 +56,11 @@ def over_tiles(
     # Overwritten, so any value does.  One that waits for x: XLA would make the zeros of all layers before it begins.
     y = jnp.broadcast_to(x.reshape(-1)[0].astype(dtype), (out, x.shape[0]))
     return lax.fori_loop(0, -(-out // tile), step, y).T
+
+
+def converted_whole(shape: tuple[int, ...], size: int) -> bool:
+    """Whether a weight of ``shape`` is converted to elements of ``size`` bytes at once, not in tiles."""
+    return size * shape[0] * shape[1] < _SMALL_BYTES
 
 
 def _after(x: jax.Array, weight: Any) -> Any:

@@ -39,6 +39,12 @@ class DecoderConfig:
     max_position_embeddings: int
     tie_word_embeddings: bool
 
+    @property
+    def period(self) -> int:
+        """Layer ``i`` is computed like layer ``i + period``."""
+        windows = getattr(self, "windows", ())
+        return next((p for p in range(1, len(windows)) if windows[p:] == windows[:-p]), max(1, len(windows)))
+
     @classmethod
     def from_hf(cls, config: Reader) -> Self:
         """Reads ``config.json``; leaves it to the caller to ``finish`` the reader."""

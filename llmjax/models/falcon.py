@@ -18,7 +18,7 @@ from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, MLP, Attention, Embedding, LayerNorm, Projection, language_head
 from llmjax.models.names import From, Names, Shape, hf_names
-from llmjax.models.once import traced_once
+from llmjax.models.stack import in_turn, traced_once
 from llmjax.models.registry import Architecture
 
 
@@ -137,8 +137,7 @@ class Falcon(nn.Module):
         c = self.config
         embed = Embedding(c.vocab_size, c.hidden_size, name="embed")
         x = tap(self, "embed", embed(ids, ctx))
-        for i in range(c.num_hidden_layers):
-            x = Block(c, name=f"layers_{i}")(x, ctx)
+        x = in_turn(self, [Block(c, name=f"layers_{i}") for i in range(c.num_hidden_layers)], x, ctx)
         x = LayerNorm(c.layer_norm_epsilon, name="final_norm")(ctx.select_last(x))
         return tap(self, "logits", language_head(embed, x, ctx, tied=c.tie_word_embeddings))
 

@@ -12,7 +12,7 @@ from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, Attention, Embedding, GatedMLP, UnitOffsetRMSNorm, language_head
 from llmjax.models.names import hf_names
-from llmjax.models.once import traced_once
+from llmjax.models.stack import in_turn, traced_once
 from llmjax.models.registry import Architecture
 
 
@@ -92,8 +92,7 @@ class Gemma2(nn.Module):
         c = self.config
         embed = Embedding(c.vocab_size, c.hidden_size, scale=c.hidden_size**0.5, name="embed")
         x = tap(self, "embed", embed(ids, ctx))
-        for i, window in enumerate(c.windows):
-            x = Block(c, window, name=f"layers_{i}")(x, ctx)
+        x = in_turn(self, [Block(c, window, name=f"layers_{i}") for i, window in enumerate(c.windows)], x, ctx)
         x = UnitOffsetRMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
         logits = language_head(embed, x, ctx, tied=c.tie_word_embeddings)
         if c.final_logit_softcapping is not None:

@@ -12,7 +12,7 @@ from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, MLP, Attention, Embedding, LayerNorm, Projection, parameter
 from llmjax.models.names import hf_names
-from llmjax.models.once import traced_once
+from llmjax.models.stack import in_turn, traced_once
 from llmjax.models.registry import Architecture
 
 
@@ -78,8 +78,7 @@ class Phi(nn.Module):
         c = self.config
         embed = Embedding(c.vocab_size, c.hidden_size, name="embed")
         x = tap(self, "embed", embed(ids, ctx))
-        for i in range(c.num_hidden_layers):
-            x = Block(c, name=f"layers_{i}")(x, ctx)
+        x = in_turn(self, [Block(c, name=f"layers_{i}") for i in range(c.num_hidden_layers)], x, ctx)
         x = LayerNorm(c.layer_norm_eps, name="final_norm")(ctx.select_last(x))
         if c.tie_word_embeddings:
             return tap(self, "logits", embed.attend(x, ctx, Bias(c.vocab_size, name="head")()))

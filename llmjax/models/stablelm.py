@@ -23,7 +23,7 @@ from llmjax.models.layers import (
     standardised,
 )
 from llmjax.models.names import From, Names, hf_names
-from llmjax.models.once import traced_once
+from llmjax.models.stack import in_turn, traced_once
 from llmjax.models.registry import Architecture
 
 
@@ -107,8 +107,7 @@ class StableLm(nn.Module):
         c = self.config
         embed = Embedding(c.vocab_size, c.hidden_size, name="embed")
         x = tap(self, "embed", embed(ids, ctx))
-        for i in range(c.num_hidden_layers):
-            x = Block(c, name=f"layers_{i}")(x, ctx)
+        x = in_turn(self, [Block(c, name=f"layers_{i}") for i in range(c.num_hidden_layers)], x, ctx)
         x = LayerNorm(c.layer_norm_eps, name="final_norm")(ctx.select_last(x))
         return tap(self, "logits", language_head(embed, x, ctx, tied=c.tie_word_embeddings))
 

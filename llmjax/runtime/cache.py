@@ -8,18 +8,34 @@ import numpy as np
 
 from llmjax.bits import storage
 from llmjax.models.config import DecoderConfig
+from llmjax.models.stack import STACKED
 from llmjax.numerics import Numerics
 
 
-def make_cache(config: DecoderConfig, numerics: Numerics, slots: int, length: int) -> dict[str, Any]:
-    """A zeroed ``cache`` collection: ``layers_i / attn / {k, v}``, each ``[slots, K, length, H]`` in the
-    storage of the dtype products run in."""
-    shape = (slots, config.num_key_value_heads, length, config.head_dim)
+def make_cache(
+    config: DecoderConfig, numerics: Numerics, slots: int, length: int, *, stacked: bool = False
+) -> dict[str, Any]:
+    """A zeroed ``cache`` collection in the storage of the dtype products run in.
 
-    def layer() -> dict[str, Any]:
+    Args:
+      config: the model's.
+      numerics: the profile.
+      slots: rows.
+      length: positions a row.
+      stacked: as ``models.stack`` stacks layers.
+
+    Returns:
+      ``layers_i / attn / {k, v}``, each ``[slots, K, length, H]``.
+    """
+
+    def layers(count: int) -> dict[str, Any]:
+        shape = (count * slots, config.num_key_value_heads, length, config.head_dim)
         return {"attn": {name: jnp.zeros(shape, storage(numerics.products)) for name in ("k", "v")}}
 
-    return {f"layers_{i}": layer() for i in range(config.num_hidden_layers)}
+    count, period = config.num_hidden_layers, config.period
+    if stacked:
+        return {STACKED: tuple(layers(count // period) for _ in range(period))}
+    return {f"layers_{i}": layers(1) for i in range(count)}
 
 
 # What the cache of a job over many rows may take in memory.

@@ -14,6 +14,7 @@ import numpy as np
 
 from llmjax.errors import CheckpointError, RequestError
 from llmjax.model import Model
+from llmjax.models.stack import stacked
 from llmjax.runtime import state as states
 from llmjax.runtime.cache import bucket, make_cache
 from llmjax.runtime.decode import BURST, Produced, decode
@@ -104,6 +105,9 @@ class Engine:
         self.progress = Progress(slots)
         self.traces: Counter[str] = Counter()
         self.compile_seconds = 0.0
+        layers = stacked(model.params, model.config.period)
+        self._params = layers or model.params
+        self._cache = functools.partial(make_cache, model.config, model.numerics, stacked=layers is not None)
         static = (model.module, model.numerics, block)
         self._prefill = self._compiled(prefill, static, donate=1)
         self._decode = self._compiled(decode, (*static, logits_processor), donate=1)
@@ -144,8 +148,11 @@ class Engine:
         model = self.model
         if self._state is None:
             length = max(length, self._length)  # the programs of an interrupted run are compiled for it
-            cache = make_cache(model.config, model.numerics, self.slots, length)
-            self._state = states.empty_state(cache, self.slots, length, model.config.vocab_size)
+
+            def empty() -> State:
+                return states.empty_state(self._cache(self.slots, length), self.slots, length, model.config.vocab_size)
+
+            self._state = jax.jit(empty)()  # one program instead of one for each kind of buffer
             self._prefixes = Prefixes(self.slots, self.chunk, self._sharing)
             self._length = length
         elif length > self._length:
@@ -219,7 +226,7 @@ class Engine:
             if row.request.params.stop:
                 steps = min(steps, STOP_BURST)
         self._state, produced = self._decode(
-            self.model.params, self._state, forced, going, np.int32(steps), np.bool_(refill)
+            self._params, self._state, forced, going, np.int32(steps), np.bool_(refill)
         )
         produced = jax.device_get(produced)
         self.progress.decode_steps += int(produced.steps)
@@ -247,7 +254,7 @@ class Engine:
             part = ids[start : start + self.chunk]
             padded = np.pad(part, (0, self.chunk - len(part)))[None]
             self._state, logits = self._prefill(
-                self.model.params, self._state, padded, slot, np.int32(start), np.int32(len(part)), adapter
+                self._params, self._state, padded, slot, np.int32(start), np.int32(len(part)), adapter
             )
             self._prefixes.add(place.slot, ids[: start + len(part)], logits)
         self.progress.reused_tokens += begun
@@ -335,12 +342,12 @@ class Engine:
 
     def _scores(self, ids: np.ndarray, adapter: np.int32, *, wanted: bool) -> Iterator[Scored]:
         """What follows each token of a text but the last, chunk by chunk; ``wanted`` asks for alternatives, too."""
-        cache = make_cache(self.model.config, self.model.numerics, 1, self._bucket(len(ids)))
+        cache = self._cache(1, self._bucket(len(ids)))
         for start in range(0, len(ids) - 1, self.chunk):
             part, after = (array[start : start + self.chunk] for array in (ids[:-1], ids[1:]))
             pad = (0, self.chunk - len(part))
             tokens = np.pad(part, pad)[None], np.pad(after, pad)
-            cache, scored = self._score(self.model.params, cache, *tokens, np.int32(start), np.bool_(wanted), adapter)
+            cache, scored = self._score(self._params, cache, *tokens, np.int32(start), np.bool_(wanted), adapter)
             scored = Scored(*(x[: len(part)] for x in jax.device_get(scored)))
             self._check_finite(scored.logprobs)
             yield scored

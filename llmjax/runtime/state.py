@@ -15,7 +15,7 @@ class State(struct.PyTreeNode):
     """Everything the step reads and writes; ``B`` is the number of slots.
 
     Attributes:
-      cache: the module's ``cache`` collection, ``[B, K, S, H]`` a buffer.
+      cache: the module's ``cache`` collection, ``[B, K, S, H]`` a buffer, or ``[n * B, K, S, H]`` for n stacked layers.
       logits: float32 ``[B, V]``, of the token each row will draw next.
       position: int32 ``[B]``, where that token will stand.
       step: int32 ``[B]``, tokens generated so far.
@@ -120,8 +120,10 @@ def share(
 
     def copy(i: jax.Array, cache: Any) -> Any:
         def one(x: jax.Array) -> jax.Array:
-            part = lax.dynamic_slice(x, (source, 0, i * chunk, 0), (1, x.shape[1], chunk, x.shape[3]))
-            return lax.dynamic_update_slice(x, part, (slot, 0, i * chunk, 0))
+            layers = x.reshape(-1, state.active.shape[0], *x.shape[1:])
+            size = (*layers.shape[:1], 1, *layers.shape[2:3], chunk, *layers.shape[4:])
+            part = lax.dynamic_slice(layers, (0, source, 0, i * chunk, 0), size)
+            return lax.dynamic_update_slice(layers, part, (0, slot, 0, i * chunk, 0)).reshape(x.shape)
 
         return jax.tree.map(one, cache)
 
