@@ -11,7 +11,9 @@ Two definitions, in float32, ``W`` being the dequantized weight (``qtensor``):
 The first, ``in_tiles``, dequantizes a tile of rows at a time, small enough to stay in the cache, and multiplies in
 float32: it serves every scheme and never holds a float weight.
 
-The second, ``in_digits``, serves one scale per output channel on the CPU.  A row of activations is written in digits of
+The second, ``in_digits``, serves one scale per output channel on the CPU: for any number of rows where the CPU has an
+instruction for integer products, elsewhere for one row (three digits of many rows are three times a float32 product's
+work) and for dynamic int8.  A row of activations is written in digits of
 base 254, ``x = s * (q1 + q2/254 + q3/254^2)``, and the digits are multiplied as integers, which is exact.  Three digits
 are weight-only with less error than a float32 product has (2e-7 of max|x|), one digit is dynamic int8; the result has
 the same bits for any number of rows, in any order of summation.
@@ -31,9 +33,6 @@ from llmjax.quant.qtensor import QTensor, halves, integers
 from llmjax.tiles import over_tiles
 
 _BASE = 254
-# Rows of digits up to which integers beat float32 tiles on a CPU that multiplies no faster in int8 than in float32.
-_INTEGER_ROWS = 4
-
 
 
 def product(x: jax.Array, q: QTensor, digits: int | None) -> jax.Array:
@@ -49,7 +48,7 @@ def product(x: jax.Array, q: QTensor, digits: int | None) -> jax.Array:
     # Without the barrier XLA moves what it can of the unpacking out of the decode loop and keeps the result.
     x, q = lax.optimization_barrier((x, q))
     if digits is not None and q.scales.shape[1] == 1 and jax.default_backend() == "cpu":
-        if digits == 1 or digits * x.shape[0] <= _INTEGER_ROWS or has_integer_dot():
+        if digits == 1 or x.shape[0] == 1 or has_integer_dot():
             return in_digits(x, q, digits)
     if digits == 1:
         scale, (rounded,) = to_digits(x, 1)

@@ -180,7 +180,8 @@ def test_integer_products_are_exact():
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "int4-asym"])
 @pytest.mark.parametrize("digits", [1, 3])
-def test_the_same_bits_in_any_batch_shape(scheme, digits):
+def test_digits_give_the_same_bits_in_any_batch_shape(scheme, digits, monkeypatch):
+    monkeypatch.setattr(product, "has_integer_dot", lambda: True)
     q = on_device(quantized(weight(70, 128), scheme))
     x = RNG.standard_normal((33, 128)).astype(np.float32)
     run = jax.jit(product.product, static_argnums=2)
@@ -189,7 +190,21 @@ def test_the_same_bits_in_any_batch_shape(scheme, digits):
         np.testing.assert_array_equal(np.asarray(run(x[:rows], q, digits)), whole[:rows])
 
 
-def test_three_digits_are_closer_than_a_float32_product():
+def test_many_rows_are_floats_where_integers_are_slow(monkeypatch):
+    """One row of three digits, and dynamic int8, are integers on any CPU."""
+    q = on_device(quantized(weight(70, 128), "int8"))
+    x = jnp.asarray(RNG.standard_normal((9, 128)), jnp.float32)
+    monkeypatch.setattr(product, "in_digits", lambda *_: "digits")
+    monkeypatch.setattr(product, "in_tiles", lambda *_: "tiles")
+    for integer_dot, many in ((False, "tiles"), (True, "digits")):
+        monkeypatch.setattr(product, "has_integer_dot", lambda integer_dot=integer_dot: integer_dot)
+        assert product.product(x, q, 3) == many
+        assert product.product(x[:1], q, 3) == product.product(x, q, 1) == "digits"
+    assert product.product(x, q, None) == "tiles"
+
+
+def test_three_digits_are_closer_than_a_float32_product(monkeypatch):
+    monkeypatch.setattr(product, "has_integer_dot", lambda: True)
     q = quantized(RNG.standard_normal((256, 2048)).astype(np.float32), "int8")
     x = RNG.standard_normal((8, 2048)).astype(np.float32)
     truth = x.astype(np.float64) @ dequantize(q).astype(np.float64).T

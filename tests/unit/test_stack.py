@@ -1,0 +1,94 @@
+"""Layers run in a loop over stacked weights: the same numbers as one after the other."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax import LLM, SamplingParams
+from llmjax.models.stack import STACKED, stacked
+from llmjax.quant.rounding import quantize
+from llmjax.quant.schemes import Scheme
+from llmjax.runtime import engine
+from tests.tiny import random_ids, random_model
+
+RNG = np.random.default_rng(5)
+FULL = (None,) * 4
+ALTERNATING = (8, None) * 2
+
+
+def packed_model(scheme="int4-g32", windows=FULL, **others):
+    """A model whose layers' weights are quantized; ``others`` names the scheme of single layers."""
+    wide = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, max_position_embeddings=1024)
+    model = random_model("fast", num_hidden_layers=4, **wide)
+    for name, layer in model.params.items():
+        for role in layer.values() if name.startswith("layers_") else ():
+            for projection in role.values() if isinstance(role, dict) else ():
+                if isinstance(projection, dict):
+                    w = np.asarray(projection["weight"])
+                    kind = Scheme.parse(others.get(name, scheme))
+                    q = quantize(lambda a, b, w=w: w[a:b], w.shape, kind, name)
+                    projection["weight"] = jax.tree.map(jnp.asarray, q)
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, windows=windows))
+
+
+def outputs(model, prompts, **options):
+    llm = LLM(model, max_batch=4, **options)
+    rows = [r.outputs[0] for r in llm.generate(prompts, SamplingParams(max_tokens=12, temperature=0, logprobs=1))]
+    return llm, [row.token_ids for row in rows], np.array([row.cumulative_logprob for row in rows])
+
+
+@pytest.mark.parametrize("windows", [FULL, ALTERNATING])
+def test_a_loop_computes_what_the_layers_do(monkeypatch, windows):
+    """Prompts of one chunk and of several, one whose beginning is copied from another slot's cache."""
+    model = packed_model(windows=windows)
+    long = random_ids(RNG, 300)
+    prompts = [random_ids(RNG, 5), long, long[:256] + [7], random_ids(RNG, 140)]
+    llm, tokens, logprobs = outputs(model, prompts)
+    assert len(llm.engine._params[STACKED]) == (2 if windows == ALTERNATING else 1)
+    assert llm.engine.progress.reused_tokens == 256
+    score = llm.score(long)[0].logprobs[1:]
+    monkeypatch.setattr(engine, "stacked", lambda *_: None)
+    plain, expected, expected_logprobs = outputs(model, prompts)
+    assert STACKED not in plain.engine._params
+    assert tokens == expected
+    np.testing.assert_allclose(logprobs, expected_logprobs, atol=2e-4)
+    np.testing.assert_allclose(score, plain.score(long)[0].logprobs[1:], atol=2e-4)
+
+
+def test_rows_keep_their_bits_among_others():
+    model = packed_model(windows=ALTERNATING)
+    prompts = [random_ids(RNG, n) for n in (3, 130, 9, 40, 77)]
+    _, together, sums = outputs(model, prompts)
+    for prompt, tokens, total in zip(prompts, together, sums, strict=True):
+        _, [alone], [alone_total] = outputs(model, [prompt])
+        assert alone == tokens and alone_total == total
+
+
+def test_a_cache_that_grows_keeps_its_rows():
+    model = packed_model()
+    llm = LLM(model, max_batch=2)
+    short, long = random_ids(RNG, 20), random_ids(RNG, 500)
+    greedy = SamplingParams(max_tokens=8, temperature=0)
+    before = llm.generate(short, greedy)[0].outputs[0].token_ids
+    llm.generate(long, greedy)
+    assert llm.generate([short, long], greedy)[0].outputs[0].token_ids == before
+
+
+@pytest.mark.parametrize(
+    "model",
+    [packed_model("int8"), packed_model(layers_2="int4"), random_model("fast")],
+    ids=["int8", "mixed", "float"],
+)
+def test_what_would_be_copied_is_not_stacked(model):
+    """Weights multiplied as they are stored, and layers of different kinds."""
+    assert stacked(model.params, model.config.period) is None
+
+
+@pytest.mark.parametrize(
+    ("windows", "period"), [(FULL, 1), (ALTERNATING, 2), ((8, 8, None) * 2, 3), ((8, None, 8), 2), ((8, 8, None), 3)]
+)
+def test_period(windows, period):
+    assert dataclasses.replace(random_model().config, windows=windows).period == period
