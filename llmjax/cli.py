@@ -275,15 +275,13 @@ def _model(args: argparse.Namespace) -> "Model":
 
 def _llm(args: argparse.Namespace) -> "tuple[LLM, float]":
     """The model and the seconds it took to load."""
-    from llmjax.batch.job import RESERVE
     from llmjax.llm import LLM
-    from llmjax.runtime.cache import job_slots
 
     began = time.monotonic()
     model = _model(args)
     slots = args.max_batch
     if slots is None:
-        slots = job_slots(model.config, model.numerics, RESERVE) if args.run is _batch else 1
+        slots = _job_slots(model) if args.run is _batch else 1
     llm = LLM(
         model,
         max_batch=slots,
@@ -292,6 +290,13 @@ def _llm(args: argparse.Namespace) -> "tuple[LLM, float]":
         truncate_prompt=args.truncate_prompt,
     )
     return llm, time.monotonic() - began
+
+
+def _job_slots(model: "Model") -> int:
+    from llmjax.batch.job import RESERVE
+    from llmjax.runtime.cache import job_slots
+
+    return job_slots(model.config, model.numerics, RESERVE)
 
 
 def _params(args: argparse.Namespace) -> "SamplingParams":

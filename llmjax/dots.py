@@ -1,7 +1,7 @@
 """``W . x^T`` the way XLA:CPU computes it fastest; every product with a weight comes down to this.
 
-Measured with jaxlib 0.10 on two cores with AVX2 (``scripts/bench_products.py``); another release may want another
-choice, none changes what is computed.
+Measured with jaxlib 0.10 on two cores with AVX2; another release may want another choice, none changes what
+is computed.  ``scripts/bench_products.py`` measures them.
 """
 
 import jax
@@ -10,8 +10,8 @@ from jax import lax
 
 # One row of 8 or 16 bits takes a path twenty times slower than memory; a row of zeros is nearly free.
 _MIN_ROWS = 2
-# Up to so many rows of a type of so many bytes ``x . W^T`` is faster, by a third for int8 and twice for bfloat16; above,
-# and always in float32, ``W . x^T`` is, by up to twice.
+# Up to so many rows of a type of so many bytes ``x . W^T`` is faster, by a third for int8 and two and a half times for
+# bfloat16; above, and always in float32, ``W . x^T`` is, by up to twice.
 _ROWS_FIRST = {1: 4, 2: 16, 4: 0}
 
 

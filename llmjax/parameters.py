@@ -99,10 +99,13 @@ def _packed(source: Source, assignment: Assignment) -> QTensor | None:
     if len(packed) < len(found) or len(set(kinds)) > 1:
         return None
     leaves = zip(*map(jax.tree.leaves, packed), strict=True)
-    return jax.tree.unflatten(kinds[0], [_owned(assignment.make(list(same))) for same in leaves])
+    return jax.tree.unflatten(kinds[0], [_owned(assignment.make(list(same)), same) for same in leaves])
 
 
-def _owned(value: np.ndarray) -> np.ndarray:
+def _owned(value: np.ndarray, parts: tuple[np.ndarray, ...]) -> np.ndarray:
+    """``value`` in aligned memory that is neither the file's nor shared with another parameter."""
+    if value is parts[0] and value.flags.writeable and value.ctypes.data % 64 == 0:
+        return value  # unpacked into memory of its own, and taken as it is
     own = aligned(value.shape, value.dtype)
     own[...] = value
     return own

@@ -15,8 +15,8 @@ from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, Attention, Embedding, GatedMLP, RMSNorm, language_head
 from llmjax.models.names import hf_names
-from llmjax.models.stack import in_turn, traced_once
 from llmjax.models.registry import Architecture
+from llmjax.models.stack import in_turn, traced_once
 
 
 @dataclasses.dataclass(frozen=True)

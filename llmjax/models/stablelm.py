@@ -23,8 +23,8 @@ from llmjax.models.layers import (
     standardised,
 )
 from llmjax.models.names import From, Names, hf_names
-from llmjax.models.stack import in_turn, traced_once
 from llmjax.models.registry import Architecture
+from llmjax.models.stack import in_turn, traced_once
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """A model's layers, one after the other: alike layers are traced once, and small packed ones run in a loop.
 
 What starting a program costs grows with its layers: tracing, compiling, and reading a compiled one back (0.7 ms a
-kernel, 2,000 kernels in 30 layers).  A loop over stacked weights has those of one layer.  But XLA:CPU copies what a loop
-cuts out of a stack before it multiplies with it, which only weights that are converted anyway make up for.
+kernel, 2,000 kernels in 30 layers).  A loop over stacked weights has those of one layer.  But XLA:CPU copies what a
+loop cuts out of a stack before it multiplies with it, which only weights that are converted anyway make up for.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from llmjax.arrays import aligned
 from llmjax.bits import from_storage, to_storage
 from llmjax.models.context import Context
 from llmjax.quant.qtensor import QTensor
@@ -69,7 +71,7 @@ def in_turn(model: nn.Module, blocks: Sequence[nn.Module], x: jax.Array, ctx: Co
         for block in blocks:
             x = block(x, ctx)
         return x
-    pattern = model.get_variable("params", STACKED)
+    pattern: tuple[Any, ...] = model.get_variable("params", STACKED)
     count = len(blocks) // len(pattern)
     alike = [block.clone(parent=None, name=None) for block in blocks[: len(pattern)]]
 
@@ -106,7 +108,12 @@ def stacked(params: dict[str, Any], period: int) -> dict[str, Any] | None:
     if any(_kind(layer) != _kind(group[0]) for group in groups for layer in group):
         return None
     rest = {name: value for name, value in params.items() if not name.startswith("layers_")}
-    return {**rest, STACKED: tuple(jax.tree.map(lambda *leaves: jnp.stack(leaves), *group) for group in groups)}
+    return {**rest, STACKED: tuple(jax.tree.map(_stack, *group) for group in groups)}
+
+
+def _stack(*leaves: jax.Array) -> jax.Array:
+    stack = aligned((len(leaves), *leaves[0].shape), leaves[0].dtype)  # NumPy: nothing to compile
+    return jnp.asarray(np.stack(leaves, out=stack))
 
 
 def _converted(layer: Any) -> bool:
