@@ -5,8 +5,9 @@
 
 The rows are pieces of Python's documentation of 8 to 512 tokens, each with its own limit of 8 to 128 new tokens, which
 every runtime is made to use up.  A rate is all new tokens of the rows over the wall time of the whole job, prefill
-included, compiling and loading not.  transformers gets float32 weights, rows sorted by length, left padding, and every
-batch size of ``--transformers-batches``; its rows wait for the longest of their batch, as they do for its users.
+included, compiling and loading not.  transformers gets rows sorted by length, left padding, and every batch size of
+``--transformers-batches`` in every dtype of ``--transformers-dtypes``; its rows wait for the longest of their batch, as
+they do for its users.
 llama.cpp (``pip install --no-deps xllamacpp==2026.10.11549``) gets the same GGUF file and parallel slots.
 """
 
@@ -70,13 +71,13 @@ def engine(model: Model, slots: int) -> Run:
     return run
 
 
-def transformers_(checkpoint: str, batch: int) -> Run:
-    """Batched ``generate`` in float32."""
+def transformers_(checkpoint: str, batch: int, dtype: str) -> Run:
+    """Batched ``generate``."""
     import torch
     import transformers
 
     torch.set_num_threads(os.cpu_count() or 1)
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype))
 
     def run(rows: list[Job]) -> str:
         order = sorted(rows, key=lambda row: (len(row.ids), row.limit))
@@ -120,6 +121,13 @@ def llama_cpp(path: str, slots: int) -> Run:
     return run
 
 
+def _installed(package: str) -> bool:
+    found = importlib.util.find_spec(package) is not None
+    if not found:
+        print(f"skipped: {package} is not installed", flush=True)
+    return found
+
+
 def main() -> None:
     """Alternates the runtimes over the same rows and prints rates and ratios."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -128,6 +136,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--dtype", help="of llmjax's weights; as stored in the file where absent")
     parser.add_argument("--transformers-batches", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--transformers-dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--only", nargs="+", default=["llmjax", "alone", "transformers", "llama.cpp"])
     args = parser.parse_args()
     path = str(find_model("smollm2"))
@@ -139,11 +148,12 @@ def main() -> None:
             runs["llmjax"] = engine(model, args.slots)
         if "alone" in args.only:
             runs["llmjax, one row at a time"] = engine(model, 1)
-        if "transformers" in args.only and importlib.util.find_spec("transformers"):
+        if "transformers" in args.only and _installed("transformers"):
             llmjax.convert(path, f"{folder}/hf", to="hf", dtype="float32")
-            for batch in args.transformers_batches:
-                runs[f"transformers, batch {batch}"] = transformers_(f"{folder}/hf", batch)
-        if "llama.cpp" in args.only and importlib.util.find_spec("xllamacpp"):
+            for dtype in args.transformers_dtypes:
+                for batch in args.transformers_batches:
+                    runs[f"transformers, {dtype}, batch {batch}"] = transformers_(f"{folder}/hf", batch, dtype)
+        if "llama.cpp" in args.only and _installed("xllamacpp"):
             runs["llama.cpp"] = llama_cpp(path, args.slots)
         new, prompt = sum(row.limit for row in rows), sum(len(row.ids) for row in rows)
         print(f"{len(rows)} rows: {prompt} prompt and {new} new tokens", flush=True)
