@@ -45,8 +45,6 @@ def product(x: jax.Array, q: QTensor, digits: int | None) -> jax.Array:
         float32.
     """
     x = x.astype(jnp.float32)
-    # Without the barrier XLA moves what it can of the unpacking out of the decode loop and keeps the result.
-    x, q = lax.optimization_barrier((x, q))
     if digits is not None and q.scales.shape[1] == 1 and jax.default_backend() == "cpu":
         if digits == 1 or x.shape[0] == 1 or has_integer_dot():
             return in_digits(x, q, digits)
@@ -56,19 +54,22 @@ def product(x: jax.Array, q: QTensor, digits: int | None) -> jax.Array:
     return in_tiles(x, q)
 
 
-def _columns(x: jax.Array, parts: int) -> list[jax.Array]:
-    """``x``'s columns as ``integers`` has the weight's."""
-    return [x[:, i::parts] for i in range(parts)]
+def _columns(x: jax.Array, q: QTensor) -> tuple[list[jax.Array], QTensor]:
+    """``x``'s columns as ``integers`` has the weight's, and the weight behind a barrier: without it XLA moves what it
+    can of the unpacking out of the decode loop and keeps the result.  What is done to x before is done once for all
+    weights that it meets."""
+    parts = 1 if q.bits == 8 else 2
+    return lax.optimization_barrier(([x[:, i::parts] for i in range(parts)], q))
 
 
 def in_tiles(x: jax.Array, q: QTensor) -> jax.Array:
     """Weight-only in float32: ``x [rows, in] -> [rows, out]``, some output channels at a time."""
-    columns = _columns(x, 1 if q.bits == 8 else 2)
+    columns, q = _columns(x, q)
 
     def multiply(part: QTensor) -> jax.Array:
         return _sum(dot(w, c, jnp.float32) for c, w in zip(columns, halves(part), strict=True))
 
-    return over_tiles(multiply, q, q.shape, x)
+    return over_tiles(multiply, q, q.shape, columns[0])
 
 
 def _sum(parts: Iterable[jax.Array]) -> jax.Array:
@@ -98,13 +99,13 @@ def in_digits(x: jax.Array, q: QTensor, count: int) -> jax.Array:
     """
     scale, digits = to_digits(x, count)
     rows = jnp.concatenate(digits)
-    columns = _columns(rows, 1 if q.bits == 8 else 2)
+    columns, q = _columns(rows, q)
 
     def multiply(part: QTensor) -> jax.Array:
         return _sum(dot(n, c, jnp.int32) for c, n in zip(columns, integers(part), strict=True))
 
     # Eight bits are multiplied as they stand.
-    sums = multiply(q).T if q.bits == 8 else over_tiles(multiply, q, q.shape, rows, jnp.int32)
+    sums = multiply(q).T if q.bits == 8 else over_tiles(multiply, q, q.shape, columns[0], jnp.int32)
     y = _combined(sums, count, x.shape[0]) * q.scales.astype(jnp.float32)[:, 0]
     if q.offsets is not None:
         ones = jnp.sum(rows.astype(jnp.int32), -1, keepdims=True)

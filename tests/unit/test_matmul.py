@@ -1,0 +1,33 @@
+"""Products with weights, whatever way round they run: their definition in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmjax.dots import dot
+from llmjax.matmul import matmul
+from llmjax.numerics import resolve
+
+RNG = np.random.default_rng(3)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 16, 17, 40])
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float32"])
+def test_dot_is_its_definition(dtype, rows):
+    w, x = (jnp.asarray(RNG.integers(-127, 128, (n, 96)), dtype) for n in (70, rows))
+    y = jax.jit(dot, static_argnums=2)(w, x, jnp.int32 if dtype == "int8" else jnp.float32)
+    assert y.shape == (70, rows)
+    np.testing.assert_array_equal(y, np.asarray(w, np.int64) @ np.asarray(x, np.int64).T)  # sums below 2^24
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize(("profile", "stored"), [("fast", "bfloat16"), ("reference", "bfloat16"), ("hf", "float16")])
+def test_weights_of_16_bits(profile, stored, rows):
+    """Both operands rounded to the profile's product dtype, the sum in float32."""
+    numerics = resolve(profile, stored)
+    w = jnp.asarray(RNG.standard_normal((70, 96)), stored)
+    x = jnp.asarray(RNG.standard_normal((rows, 96)), jnp.float32)
+    y = jax.jit(matmul, static_argnums=2)(x, w, numerics)
+    expected = np.asarray(x.astype(numerics.products), np.float64) @ np.asarray(w, np.float64).T
+    np.testing.assert_allclose(y, expected, atol=1e-5)
