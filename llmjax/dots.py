@@ -1,7 +1,7 @@
 """``W . x^T`` the way XLA:CPU computes it fastest; every product with a weight comes down to this.
 
-Measured with jaxlib 0.10 on two cores with AVX2; another release may want another choice, none changes what
-is computed.  ``scripts/bench_products.py`` measures them.
+Measured with jaxlib 0.10 on two cores with AVX2 (``scripts/bench_products.py``); another release may want another
+choice, none changes what is computed.
 """
 
 import jax
@@ -18,10 +18,15 @@ _ROWS_FIRST = {1: 4, 2: 16, 4: 0}
 def dot(weight: jax.Array, x: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
     """``weight [out, in] . x^T [in, rows] -> [out, rows]`` with sums of ``dtype``, at the highest precision."""
     rows, size = x.shape[0], x.dtype.itemsize
+    if jax.default_backend() != "cpu":
+        return _dot(weight, x, dtype)
     if rows < _MIN_ROWS and size < 4:
         x = jnp.pad(x, ((0, _MIN_ROWS - rows), (0, 0)))
     first = x.shape[0] <= _ROWS_FIRST.get(size, 0)
-    a, b = (x, weight) if first else (weight, x)
     # The barrier: XLA would turn the transpose of a product into the product the other way round.
-    y = lax.optimization_barrier(lax.dot_general(a, b, (((1,), (1,)), ((), ())), lax.Precision.HIGHEST, dtype))
+    y = lax.optimization_barrier(_dot(x, weight, dtype) if first else _dot(weight, x, dtype))
     return (y.T if first else y)[:, :rows]
+
+
+def _dot(a: jax.Array, b: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
+    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), lax.Precision.HIGHEST, dtype)

@@ -13,10 +13,10 @@ float32: it serves every scheme and never holds a float weight.
 
 The second, ``in_digits``, serves one scale per output channel on the CPU: for any number of rows where the CPU has an
 instruction for integer products, elsewhere for one row (three digits of many rows are three times a float32 product's
-work) and for dynamic int8.  A row of activations is written in digits of
-base 254, ``x = s * (q1 + q2/254 + q3/254^2)``, and the digits are multiplied as integers, which is exact.  Three digits
-are weight-only with less error than a float32 product has (2e-7 of max|x|), one digit is dynamic int8; the result has
-the same bits for any number of rows, in any order of summation.
+work) and for dynamic int8.  A row of activations is written in digits of base 254, ``x = s * (q1 + q2/254 +
+q3/254^2)``, and the digits are multiplied as integers, which is exact.  Three digits are weight-only with less error
+than a float32 product has (2e-7 of max|x|), one digit is dynamic int8; the result has the same bits for any number of
+rows, in any order of summation.
 """
 
 import functools
