@@ -12,11 +12,14 @@ The first, ``in_tiles``, dequantizes a tile of rows at a time, small enough to s
 float32: it serves every scheme and never holds a float weight.
 
 The second, ``in_digits``, serves one scale per output channel on the CPU: for any number of rows where the CPU has an
-instruction for integer products, elsewhere for one row (three digits of many rows are three times a float32 product's
-work) and for dynamic int8.  A row of activations is written in digits of base 254, ``x = s * (q1 + q2/254 +
-q3/254^2)``, and the digits are multiplied as integers, which is exact.  Three digits are weight-only with less error
-than a float32 product has (2e-7 of max|x|), one digit is dynamic int8; the result has the same bits for any number of
-rows, in any order of summation.
+instruction for integer products (three digits of many rows are three times a float32 product's work), and for dynamic
+int8.  A row of activations is written in digits of base 254, ``x = s * (q1 + q2/254 + q3/254^2)``, and the digits are
+multiplied as integers, which is exact.  Three digits are weight-only with less error than a float32 product has (2e-7
+of max|x|), one digit is dynamic int8; the result has the same bits for any number of rows, in any order of summation.
+
+``in_row`` is weight-only for one row, the step of a single stream, as a sum that XLA:CPU compiles itself: it widens the
+weights in registers and reads them almost at the speed of memory, which no library product here does.  It takes two
+digits, as large as 32 bits hold their sums, where the CPU has no integer instruction.
 """
 
 import functools
@@ -46,7 +49,9 @@ def product(x: jax.Array, q: QTensor, digits: int | None) -> jax.Array:
     """
     x = x.astype(jnp.float32)
     if digits is not None and q.scales.shape[1] == 1 and jax.default_backend() == "cpu":
-        if digits == 1 or x.shape[0] == 1 or has_integer_dot():
+        if x.shape[0] == 1 and digits > 1 and not has_integer_dot():
+            return in_row(x, q, 2, _largest_base(q))
+        if digits == 1 or has_integer_dot():
             return in_digits(x, q, digits)
     if digits == 1:
         scale, (rounded,) = to_digits(x, 1)
@@ -76,17 +81,18 @@ def _sum(parts: Iterable[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, parts)
 
 
-def to_digits(x: jax.Array, count: int) -> tuple[jax.Array, list[jax.Array]]:
-    """``x = scale * sum_k digits[k] / 254^k``: scale float32 ``[rows, 1]``, digits int8 like x, between -127 and
-    127."""
+def to_digits(x: jax.Array, count: int, base: int = _BASE) -> tuple[jax.Array, list[jax.Array]]:
+    """``x = scale * sum_k digits[k] / base^k``: scale float32 ``[rows, 1]``, digits like x, between -base/2 and
+    base/2: int8 where they fit, else int32."""
     top = jnp.max(jnp.abs(x), -1, keepdims=True)
-    rest = x * jnp.where(top > 0, 127 / top, 0)
+    largest = base // 2
+    rest = x * jnp.where(top > 0, largest / top, 0)
     digits = []
     for _ in range(count):
         digit = jnp.round(rest)
-        digits.append(digit.astype(jnp.int8))
-        rest = (rest - digit) * _BASE
-    return top * np.float32(1 / 127), digits
+        digits.append(digit.astype(jnp.int8 if largest <= 127 else jnp.int32))
+        rest = (rest - digit) * base
+    return top * np.float32(1 / largest), digits
 
 
 def in_digits(x: jax.Array, q: QTensor, count: int) -> jax.Array:
@@ -106,17 +112,52 @@ def in_digits(x: jax.Array, q: QTensor, count: int) -> jax.Array:
 
     # Eight bits are multiplied as they stand.
     sums = multiply(q).T if q.bits == 8 else over_tiles(multiply, q, q.shape, columns[0], jnp.int32)
-    y = _combined(sums, count, x.shape[0]) * q.scales.astype(jnp.float32)[:, 0]
+    return scale * _scaled(sums, rows, q, count, _BASE)
+
+
+def in_row(x: jax.Array, q: QTensor, count: int, base: int) -> jax.Array:
+    """``in_digits`` for one row, its digits of ``base``: ``x [1, in] -> [1, out]``.
+
+    One reduction computes the sums of several output channels and all digits: a reduction of several operands is the
+    only one that XLA:CPU leaves in one piece with what it sums, so that the widened weights are never stored, and
+    several channels share the digits they read (``scripts/bench_products.py``).
+    """
+    scale, digits = to_digits(x, count, base)
+    rows = jnp.concatenate(digits)
+    columns, q = _columns(rows.astype(jnp.int32), q)
+    out = q.shape[0]
+    together = next(n for n in (4, 2, 1) if out % n == 0)
+    weights = [n.reshape(together, out // together, -1).astype(jnp.int32) for n in integers(q)]
+    terms = [
+        _sum(w[channel] * c[digit] for c, w in zip(columns, weights, strict=True))
+        for digit in range(count)
+        for channel in range(together)
+    ]
+    zero = jnp.int32(0)
+    sums = lax.reduce(terms, [zero] * len(terms), lambda a, b: [i + j for i, j in zip(a, b, strict=True)], (1,))
+    return scale * _scaled(jnp.stack(sums).reshape(count, out), rows, q, count, base)
+
+
+def _largest_base(q: QTensor) -> int:
+    """Of digits whose products with a row of ``q`` add up within 32 bits, and that float32 holds exactly."""
+    widest = 128 if q.bits == 8 else 1 << q.bits
+    return 2 * min((2**31 - 1) // (widest * q.shape[1]), 2**15 - 1)
+
+
+def _scaled(sums: jax.Array, digits: jax.Array, q: QTensor, count: int, base: int) -> jax.Array:
+    """``scales * D + offsets * E`` of ``in_digits``, of int32 sums ``[count * rows, out]``."""
+    rows = digits.shape[0] // count
+    y = _combined(sums, count, rows, base) * q.scales.astype(jnp.float32)[:, 0]
     if q.offsets is not None:
-        ones = jnp.sum(rows.astype(jnp.int32), -1, keepdims=True)
-        y = y + _combined(ones, count, x.shape[0]) * q.offsets.astype(jnp.float32)[:, 0]
-    return scale * y
+        ones = jnp.sum(digits.astype(jnp.int32), -1, keepdims=True)
+        y = y + _combined(ones, count, rows, base) * q.offsets.astype(jnp.float32)[:, 0]
+    return y
 
 
-def _combined(sums: jax.Array, count: int, rows: int) -> jax.Array:
-    """``sum_k sums[k] / 254^k`` of int32 ``[count * rows, out]``, the smallest first."""
+def _combined(sums: jax.Array, count: int, rows: int, base: int) -> jax.Array:
+    """``sum_k sums[k] / base^k`` of int32 ``[count * rows, out]``, the smallest first."""
     parts = sums[: count * rows].reshape(count, rows, -1).astype(jnp.float32)
     total = parts[-1]
     for k in range(count - 2, -1, -1):
-        total = parts[k] + total * np.float32(1 / _BASE)
+        total = parts[k] + total * np.float32(1 / base)
     return total

@@ -191,15 +191,17 @@ def test_digits_give_the_same_bits_in_any_batch_shape(scheme, digits, monkeypatc
 
 
 def test_many_rows_are_floats_where_integers_are_slow(monkeypatch):
-    """One row of three digits, and dynamic int8, are integers on any CPU."""
+    """One weight-only row, and dynamic int8, are integers on any CPU."""
     q = on_device(quantized(weight(70, 128), "int8"))
     x = jnp.asarray(RNG.standard_normal((9, 128)), jnp.float32)
     monkeypatch.setattr(product, "in_digits", lambda *_: "digits")
     monkeypatch.setattr(product, "in_tiles", lambda *_: "tiles")
-    for integer_dot, many in ((False, "tiles"), (True, "digits")):
+    monkeypatch.setattr(product, "in_row", lambda *_: "row")
+    for integer_dot, many, one in ((False, "tiles", "row"), (True, "digits", "digits")):
         monkeypatch.setattr(product, "has_integer_dot", lambda integer_dot=integer_dot: integer_dot)
         assert product.product(x, q, 3) == many
-        assert product.product(x[:1], q, 3) == product.product(x, q, 1) == "digits"
+        assert product.product(x[:1], q, 3) == one
+        assert product.product(x, q, 1) == "digits"
     assert product.product(x, q, None) == "tiles"
 
 
@@ -216,6 +218,26 @@ def test_three_digits_are_closer_than_a_float32_product(monkeypatch):
     assert error(3) <= 1.2 * error(None) and error(3) < 4e-7
     assert 1e-6 < error(2) < 1e-4
     assert 1e-3 < error(1) < 2e-2
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "int8-asym", "int4-asym"])
+@pytest.mark.parametrize("shape", [(70, 128), (61, 2048), (64, 16384)])
+def test_one_row_is_closer_than_a_float32_product(scheme, shape):
+    """As many digits as 32 bits hold: a wider row has smaller ones."""
+    q = quantized(RNG.standard_normal(shape).astype(np.float32), scheme)
+    x = RNG.standard_normal((1, shape[1])).astype(np.float32)
+    truth = x.astype(np.float64) @ dequantize(q).astype(np.float64).T
+    base = product._largest_base(q)
+    y = np.asarray(jax.jit(product.in_row, static_argnums=(2, 3))(x, on_device(q), 2, base))
+    assert np.abs(y - truth).max() <= 1e-6 * np.abs(truth).max()
+
+
+def test_the_largest_sums_of_a_row_fit():
+    """Every product as large as it can be, and of one sign."""
+    q = QTensor(np.full((4, 16384), -128, np.int8), np.ones((4, 1), np.float32))
+    x = np.ones((1, 16384), np.float32)
+    y = np.asarray(jax.jit(product.in_row, static_argnums=(2, 3))(x, on_device(q), 2, product._largest_base(q)))
+    np.testing.assert_allclose(y, -128 * 16384, rtol=1e-6)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "int4-g32", "int8-asym"])
