@@ -17,9 +17,9 @@ int8.  A row of activations is written in digits of base 254, ``x = s * (q1 + q2
 multiplied as integers, which is exact.  Three digits are weight-only with less error than a float32 product has (2e-7
 of max|x|), one digit is dynamic int8; the result has the same bits for any number of rows, in any order of summation.
 
-``in_row`` is weight-only for one row, the step of a single stream, as a sum that XLA:CPU compiles itself: it widens the
-weights in registers and reads them almost at the speed of memory, which no library product here does.  It takes two
-digits, as large as 32 bits hold their sums, where the CPU has no integer instruction.
+``in_row`` is the same for one row, the step of a single stream, as a sum that XLA:CPU compiles itself: it widens the
+weights in registers and reads them almost at the speed of memory, which no library product does on a CPU without such
+an instruction.  There weight-only takes two digits, as large as 32 bits hold their sums.
 """
 
 import functools
@@ -49,7 +49,9 @@ def product(x: jax.Array, q: QTensor, digits: int | None) -> jax.Array:
     """
     x = x.astype(jnp.float32)
     if digits is not None and q.scales.shape[1] == 1 and jax.default_backend() == "cpu":
-        if x.shape[0] == 1 and digits > 1 and not has_integer_dot():
+        if x.shape[0] == 1 and digits == 1:
+            return in_row(x, q, 1, _BASE)
+        if x.shape[0] == 1 and not has_integer_dot():
             return in_row(x, q, 2, _largest_base(q))
         if digits == 1 or has_integer_dot():
             return in_digits(x, q, digits)
@@ -120,17 +122,24 @@ def in_row(x: jax.Array, q: QTensor, count: int, base: int) -> jax.Array:
 
     One reduction computes the sums of several output channels and all digits: a reduction of several operands is the
     only one that XLA:CPU leaves in one piece with what it sums, so that the widened weights are never stored, and
-    several channels share the digits they read (``scripts/bench_products.py``).
+    channels summed together share the digits they read (``scripts/bench_products.py``).
     """
     scale, digits = to_digits(x, count, base)
-    rows = jnp.concatenate(digits)
-    columns, q = _columns(rows.astype(jnp.int32), q)
-    out = q.shape[0]
-    together = next(n for n in (4, 2, 1) if out % n == 0)
-    weights = [n.reshape(together, out // together, -1).astype(jnp.int32) for n in integers(q)]
+    rows = jnp.concatenate(digits).astype(jnp.int32)
+    out, width = q.shape
+    # XLA stores a concatenation of two pieces or more; digits made in another way it would make again for each output
+    # channel.  A single digit of 8-bit weights is therefore cut in two.
+    halved = q.bits == 8 and count == 1 and width % 2 == 0
+    columns = jnp.split(rows, 2, 1) if halved else [rows] if q.bits == 8 else [rows[:, 0::2], rows[:, 1::2]]
+    pieces = jnp.concatenate([c[k : k + 1] for k in range(count) for c in columns])
+    pieces, q = lax.optimization_barrier((pieces, q))
+    weights = [n for part in integers(q) for n in (jnp.split(part, 2, 1) if halved else [part])]
+    # As many sums at once as the CPU has registers for; two digits of unpacked halves leave none to share.
+    together = 1 if q.bits < 8 and count > 1 else next(n for n in (4, 2, 1) if out % n == 0)
+    wide = [n.astype(jnp.int32).reshape(together, out // together, -1) for n in weights]
     terms = [
-        _sum(w[channel] * c[digit] for c, w in zip(columns, weights, strict=True))
-        for digit in range(count)
+        _sum(n[channel] * pieces[k * len(columns) + i] for i, n in enumerate(wide))
+        for k in range(count)
         for channel in range(together)
     ]
     zero = jnp.int32(0)

@@ -191,7 +191,7 @@ def test_digits_give_the_same_bits_in_any_batch_shape(scheme, digits, monkeypatc
 
 
 def test_many_rows_are_floats_where_integers_are_slow(monkeypatch):
-    """One weight-only row, and dynamic int8, are integers on any CPU."""
+    """Dynamic int8, and one row of weight-only, are integers on any CPU."""
     q = on_device(quantized(weight(70, 128), "int8"))
     x = jnp.asarray(RNG.standard_normal((9, 128)), jnp.float32)
     monkeypatch.setattr(product, "in_digits", lambda *_: "digits")
@@ -202,6 +202,7 @@ def test_many_rows_are_floats_where_integers_are_slow(monkeypatch):
         assert product.product(x, q, 3) == many
         assert product.product(x[:1], q, 3) == one
         assert product.product(x, q, 1) == "digits"
+        assert product.product(x[:1], q, 1) == "row"
     assert product.product(x, q, None) == "tiles"
 
 
@@ -221,7 +222,7 @@ def test_three_digits_are_closer_than_a_float32_product(monkeypatch):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "int8-asym", "int4-asym"])
-@pytest.mark.parametrize("shape", [(70, 128), (61, 2048), (64, 16384)])
+@pytest.mark.parametrize("shape", [(70, 128), (61, 2048), (64, 16384), (8, 24)])
 def test_one_row_is_closer_than_a_float32_product(scheme, shape):
     """As many digits as 32 bits hold: a wider row has smaller ones."""
     q = quantized(RNG.standard_normal(shape).astype(np.float32), scheme)
@@ -230,6 +231,14 @@ def test_one_row_is_closer_than_a_float32_product(scheme, shape):
     base = product._largest_base(q)
     y = np.asarray(jax.jit(product.in_row, static_argnums=(2, 3))(x, on_device(q), 2, base))
     assert np.abs(y - truth).max() <= 1e-6 * np.abs(truth).max()
+
+
+@pytest.mark.parametrize("shape", [(9, 15), (70, 33), (64, 128)])
+def test_one_row_of_dynamic_int8_has_the_bits_of_many(shape):
+    q = on_device(quantized(weight(*shape), "int8"))
+    x = RNG.standard_normal((3, shape[1])).astype(np.float32)
+    run = jax.jit(product.product, static_argnums=2)
+    np.testing.assert_array_equal(run(x[:1], q, 1), np.asarray(run(x, q, 1))[:1])
 
 
 def test_the_largest_sums_of_a_row_fit():
