@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llmjax.cpu import has_bfloat16_dot
+
 # One row of 8 or 16 bits takes a path twenty times slower than memory; a row of zeros is nearly free.
 _MIN_ROWS = 2
 # Up to so many rows of a type of so many bytes ``x . W^T`` is faster, by a third for int8 and two and a half times for
@@ -20,6 +22,11 @@ def dot(weight: jax.Array, x: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
     rows, size = x.shape[0], x.dtype.itemsize
     if jax.default_backend() != "cpu":
         return _dot(weight, x, dtype)
+    if rows == 1 and x.dtype == jnp.bfloat16 and not has_bfloat16_dot():
+        # A sum of products, written so, is read at the speed of memory or nearly.
+        weight, x = lax.optimization_barrier((weight, x))
+        y = jnp.sum(weight.astype(jnp.float32) * x.astype(jnp.float32), -1)
+        return lax.optimization_barrier(y).astype(dtype)[:, None]
     if rows < _MIN_ROWS and size < 4:
         x = jnp.pad(x, ((0, _MIN_ROWS - rows), (0, 0)))
     first = x.shape[0] <= _ROWS_FIRST.get(size, 0)
