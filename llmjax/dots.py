@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from llmjax.cpu import has_bfloat16_dot
-
 # One row of 8 or 16 bits takes a path twenty times slower than memory; a row of zeros is nearly free.
 _MIN_ROWS = 2
 # Up to so many rows of a type of so many bytes ``x . W^T`` is faster, by a third for int8 and two and a half times for
@@ -22,22 +20,12 @@ def dot(weight: jax.Array, x: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
     rows, size = x.shape[0], x.dtype.itemsize
     if jax.default_backend() != "cpu":
         return _dot(weight, x, dtype)
-    if rows == 1 and x.dtype == jnp.bfloat16 and not has_bfloat16_dot():
-        return _one_bfloat16_row(weight, x).astype(dtype)[:, None]
     if rows < _MIN_ROWS and size < 4:
         x = jnp.pad(x, ((0, _MIN_ROWS - rows), (0, 0)))
     first = x.shape[0] <= _ROWS_FIRST.get(size, 0)
     # The barrier: XLA would turn the transpose of a product into the product the other way round.
     y = lax.optimization_barrier(_dot(x, weight, dtype) if first else _dot(weight, x, dtype))
     return (y.T if first else y)[:, :rows]
-
-
-def _one_bfloat16_row(weight: jax.Array, x: jax.Array) -> jax.Array:
-    """A sum of products as XLA:CPU reads it fastest: ``[out]``."""
-    # Widened as integers, which ends the fusion: with what made x in it, an MLP in one, it is four times slower.
-    wide = lax.bitcast_convert_type(x[0], jnp.uint16).astype(jnp.uint32) << 16
-    weight, row = lax.optimization_barrier((weight, lax.bitcast_convert_type(wide, jnp.float32)))
-    return lax.optimization_barrier(jnp.sum(weight.astype(jnp.float32) * row, -1))
 
 
 def _dot(a: jax.Array, b: jax.Array, dtype: jnp.dtype | type) -> jax.Array:

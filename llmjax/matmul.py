@@ -1,34 +1,76 @@
-"""The one place that decides how a product ``x . W`` runs; quantized weights go on to ``llmjax.quant.product``.
+"""The one place that decides how a product ``x . W`` runs.
 
 Definition: ``y[..., o] = sum_i float32(x[..., i]) * float32(W[o, i])``, both operands first rounded to the profile's
-product dtype, the sum in float32.  Weights are output-major ``[out, in]``: Hugging Face's layout, and the one XLA:CPU
-reads at memory speed.
+product dtype, the sum in float32.  A quantized weight means its dequantized values; under ``dynamic_int8``, x is first
+rounded to 8 bits (``llmjax.quant.product``).  Weights are output-major ``[out, in]``: Hugging Face's layout, and the
+one XLA:CPU reads at memory speed.
+
+On the CPU, by weight, profile and rows of x; the reasons are a benchmark's lines (``scripts/bench_products.py``):
+
+===============================  ===================================  ==================================================
+one row, 4, 8 or 16 bits         profiles whose sums may be reordered ``llmjax.sums``: close to the speed of memory
+one scale a channel, 4, 8 bits   ``fast``, few rows (any with AMX)    ``quant.product.in_digits``: exact integers
+                                 ``dynamic_int8``                     the same, one digit
+floats of the product's dtype    all                                  ``llmjax.dots``: the library's product
+whatever else                    all                                  ``llmjax.tiles``: converted a tile at a time
+===============================  ===================================  ==================================================
+
+Elsewhere a product is written as it is defined, and the compiler knows best.
 """
 
 import jax
 import jax.numpy as jnp
 
+from llmjax.cpu import has_integer_dot, has_integer_tiles
 from llmjax.dots import dot
 from llmjax.numerics import Numerics
-from llmjax.quant.product import product
+from llmjax.quant.product import in_digits, in_tiles, to_digits
 from llmjax.quant.qtensor import QTensor
+from llmjax.sums import one_row, summed, sums_pay
 from llmjax.tiles import over_tiles
+
+# Three digits are three times the rows of a float32 product: above this, only AMX makes up for it.
+_DIGIT_ROWS = 16
 
 
 def matmul(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax.Array:
     """``x [..., in] . weight [out, in] -> float32 [..., out]``, in the profile's product dtype with a float32 sum."""
+    rows = x.reshape(-1, x.shape[-1])
     if isinstance(weight, QTensor):
-        y = product(x.reshape(-1, x.shape[-1]), weight, numerics.digits)
-        return y.reshape(*x.shape[:-1], weight.shape[0])
-    return _float_product(x, weight, numerics)
+        y = _quantized_product(rows.astype(jnp.float32), weight, numerics)
+    else:
+        y = _float_product(rows.astype(numerics.products), weight, numerics)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _quantized_product(x: jax.Array, q: QTensor, numerics: Numerics) -> jax.Array:
+    digits, summed_up = numerics.digits, _summed(x, q, numerics)
+    if digits is not None and not summed_up and _integers_pay(len(x), q, digits):
+        return in_digits(x, q, digits)
+    scale = None
+    if digits == 1:
+        scale, (rounded,) = to_digits(x, 1)
+        x = rounded.astype(jnp.float32)
+    y = one_row(x, q) if summed_up else in_tiles(x, q)
+    return y if scale is None else scale * y
 
 
 def _float_product(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.Array:
-    rows = x.reshape(-1, x.shape[-1]).astype(numerics.products)
+    if _summed(x, weight, numerics):
+        return one_row(x, weight)
 
     def multiply(part: jax.Array) -> jax.Array:
-        return dot(part.astype(numerics.products), rows, jnp.float32)
+        return dot(part.astype(numerics.products), x, jnp.float32)
 
     converted = weight.dtype != numerics.products
-    y = over_tiles(multiply, weight, weight.shape, rows) if converted else multiply(weight).T
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+    return over_tiles(multiply, weight, weight.shape, x) if converted else multiply(weight).T
+
+
+def _summed(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> bool:
+    return len(x) == 1 and sums_pay(numerics) and summed(weight)
+
+
+def _integers_pay(rows: int, q: QTensor, digits: int) -> bool:
+    if q.scales.shape[1] > 1 or q.bits == 5 or jax.default_backend() != "cpu":
+        return False
+    return digits == 1 or has_integer_tiles() or (has_integer_dot() and rows <= _DIGIT_ROWS)

@@ -20,6 +20,7 @@ Quantized weights mean their dequantized values in all of them; ``llmjax.quant.p
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from llmjax.errors import ConfigError
@@ -34,8 +35,11 @@ class Numerics:
       activations: dtype of the residual stream, of norms' outputs and of everything elementwise.
       products: dtype both operands of a product have; the sum is always float32, then rounded to ``activations``.
         ``None`` keeps each weight's own dtype.
-      digits: how products with quantized weights run: see ``llmjax.quant.product``.
+      digits: 1 rounds activations to 8 bits where they meet a quantized weight (dynamic int8); 3 allows exact integer
+        products (``llmjax.quant.product``); None has float32 products alone.
       round_alibi: build ALiBi from bfloat16 slopes and positions, as transformers' Falcon does even in a float32 model.
+      reassociates: the compiler may add up floats in any order it likes, the same one every time.  Only then does it
+        use the CPU's vectors for sums; it costs no accuracy (``tests/unit/test_numerics.py``).
     """
 
     name: str
@@ -43,6 +47,7 @@ class Numerics:
     products: jnp.dtype
     digits: int | None = None
     round_alibi: bool = False
+    reassociates: bool = False
 
     @property
     def label(self) -> str:
@@ -51,9 +56,18 @@ class Numerics:
 
     @property
     def compiler_options(self) -> dict[str, bool]:
-        """For ``jax.jit``.  XLA may leave out a rounding to bfloat16 between two operations; ``hf`` is made of such
-        roundings."""
-        return {"xla_allow_excess_precision": False} if self.name == "hf" else {}
+        """For ``jax.jit``.
+
+        XLA may leave out a rounding to bfloat16 between two operations; ``hf`` is made of such roundings.  Of what
+        "fast math" lets LLVM do, only ``reassociates`` is wanted: NaN, infinity, division and functions keep their
+        meaning.
+        """
+        if self.name == "hf":
+            return {"xla_allow_excess_precision": False}
+        if self.reassociates and jax.default_backend() == "cpu":
+            kept = ("nans", "infs", "division", "functions")
+            return {"xla_cpu_enable_fast_math": True} | {f"xla_cpu_fast_math_honor_{what}": True for what in kept}
+        return {}
 
 
 PROFILES: tuple[str, ...] = ("reference", "hf", "fast", "dynamic_int8", "mediapipe_gpu", "mediapipe_cpu")
@@ -77,7 +91,8 @@ def resolve(name: str, stored: jnp.dtype) -> Numerics:
     if name in ("fast", "dynamic_int8"):
         bf16 = jnp.dtype(jnp.bfloat16)
         products = bf16 if stored == bf16 else float32
-        return Numerics(name, activations=float32, products=products, digits=3 if name == "fast" else 1)
+        digits = 3 if name == "fast" else 1
+        return Numerics(name, activations=float32, products=products, digits=digits, reassociates=True)
     if name == "mediapipe_cpu":
         return Numerics(name, activations=float32, products=float32, digits=1)
     raise ConfigError(f"numerics: unknown profile {name!r}; expected one of {', '.join(PROFILES)}")

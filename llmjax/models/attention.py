@@ -13,9 +13,12 @@ from jax import lax
 
 from llmjax.bits import from_storage
 from llmjax.models.context import Context
+from llmjax.sums import few_rows, sums_pay
 
 # Not -inf: the running maximum of a block that is masked for some row must stay finite, or exp(-inf - -inf) makes NaN.
 MASKED = -1e30
+# Where S stands in a cache's buffers: k ``[R, K, S, H]``, v ``[R, K, H, S]``.
+POSITION_AXIS = {"k": 2, "v": 3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,42 +209,53 @@ def cached_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, score
     Args:
       q: ``[B, T, N, H]``.
       cache_k: ``[R, K, S, H]``, as ``bits.storage`` of the products' dtype, with R >= B rows, this call's tokens
-        already written; S a multiple of ``ctx.block``.
-      cache_v: as cache_k.
+        already written; S a multiple of ``ctx.block``, and of twice that where neither T nor the cache's length may
+        show in a bit.
+      cache_v: ``[R, K, H, S]``, else as cache_k: both are then read along what is summed.
       scores: the layer's rule.
       ctx: positions, slot, block.
 
     Returns:
       ``[B, T, N, H]`` in q's dtype.
     """
-    batch, _, _, width = q.shape
-    num_kv = cache_k.shape[1]
-    size = (batch, num_kv, ctx.block, width)
+    batch, count, _, width = q.shape
+    num_kv, length = cache_k.shape[1:3]
     dtype = ctx.numerics.products
+    step = count == 1
+    # A step is short of things to do at once: it takes two blocks a turn, prompts one.
+    block = 2 * ctx.block if step and length % (2 * ctx.block) == 0 else ctx.block
+    product = few_rows if step and sums_pay(ctx.numerics) else _row_products
     qg = _grouped(q, num_kv).astype(dtype)
+    rows = qg.reshape(batch, num_kv, -1, width)
     first = jnp.int32(0)
     if scores.window is not None:
-        first = jnp.maximum(0, jnp.min(ctx.positions) - scores.window + 1) // ctx.block
-    last = jnp.max(ctx.positions) // ctx.block + 1
+        first = jnp.maximum(0, jnp.min(ctx.positions) - scores.window + 1) // block
+    last = jnp.max(ctx.positions) // block + 1
 
     def fold(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, acc = carry
-        start = (ctx.slot, 0, i * ctx.block, 0)
-        keys = from_storage(lax.dynamic_slice(cache_k, start, size), dtype)
-        values = from_storage(lax.dynamic_slice(cache_v, start, size), dtype)
-        products = _einsum("BKGTH,BKSH->BKGTS", qg, keys)
-        s, mask = scores(products, ctx.positions, i * ctx.block + jnp.arange(ctx.block), ctx)
+        start = i * block
+        keys = lax.dynamic_slice(cache_k, (ctx.slot, 0, start, 0), (batch, num_kv, block, width))
+        values = lax.dynamic_slice(cache_v, (ctx.slot, 0, 0, start), (batch, num_kv, width, block))
+        products = product(rows, from_storage(keys, dtype)).reshape(*qg.shape[:-1], block)
+        s, mask = scores(products, ctx.positions, start + jnp.arange(block), ctx)
         new_top = jnp.maximum(top, jnp.max(jnp.where(mask, s, MASKED), -1, keepdims=True))
         p = jnp.where(mask, jnp.exp(s - new_top), 0.0)
         shrink = jnp.exp(top - new_top)
         total = total * shrink + jnp.sum(p, -1, keepdims=True)
-        acc = acc * shrink + _einsum("BKGTS,BKSH->BKGTH", p.astype(values.dtype), values)
+        weights = p.astype(dtype).reshape(batch, num_kv, -1, block)
+        acc = acc * shrink + product(weights, from_storage(values, dtype)).reshape(qg.shape)
         return new_top, total, acc
 
     stats = jnp.zeros((*qg.shape[:-1], 1), jnp.float32)
     zero = (stats + MASKED, stats, jnp.zeros(qg.shape, jnp.float32))
     _, total, acc = lax.fori_loop(first, last, fold, zero)
     return _ungrouped(acc / total).astype(q.dtype)
+
+
+def _row_products(x: jax.Array, w: jax.Array) -> jax.Array:
+    """``x [B, K, M, in] . w [B, K, out, in] -> float32 [B, K, M, out]``."""
+    return _einsum("BKMI,BKOI->BKMO", x, w)
 
 
 def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:

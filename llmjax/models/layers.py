@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from llmjax.bits import look_up, to_storage
 from llmjax.matmul import matmul
-from llmjax.models.attention import Rope, Scores, cached_attention, dense_attention
+from llmjax.models.attention import POSITION_AXIS, Rope, Scores, cached_attention, dense_attention
 from llmjax.models.context import Context, tap
 from llmjax.quant.qtensor import QTensor, take
 
@@ -152,8 +152,8 @@ def standardised(x: jax.Array, eps: float) -> jax.Array:
 class Attention(nn.Module):
     """Multi-head attention with grouped key/value heads (Ainslie et al. 2023, arXiv:2305.13245).
 
-    With a ``cache`` collection (``k``, ``v``: ``[R, K, S, H]``) the tokens are written at their positions and attend to
-    all that is there; without one they attend to each other.
+    With a ``cache`` collection (``k``: ``[R, K, S, H]``, ``v``: ``[R, K, H, S]``) the tokens are written at their
+    positions and attend to all that is there; without one they attend to each other.
 
     Attributes:
       num_heads: N.
@@ -202,10 +202,12 @@ class Attention(nn.Module):
         cache: jax.Array = self.get_variable("cache", name)
         positions = ctx.positions
         if ctx.active is not None:
-            positions = jnp.where(ctx.active[:, None], positions, cache.shape[2])  # out of range: dropped
+            length = cache.shape[POSITION_AXIS[name]]
+            positions = jnp.where(ctx.active[:, None], positions, length)  # out of range: dropped
         rows = ctx.slot + jnp.arange(new.shape[0])[:, None]
         new = to_storage(new.astype(ctx.numerics.products))
-        cache = cache.at[rows, :, positions].set(new, mode="drop", unique_indices=True)
+        place = cache.at[rows, :, positions] if name == "k" else cache.at[rows, :, :, positions]
+        cache = place.set(new, mode="drop", unique_indices=True)
         self.put_variable("cache", name, cache)
         return cache
 

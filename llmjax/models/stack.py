@@ -22,7 +22,7 @@ from llmjax.quant.qtensor import QTensor
 from llmjax.tiles import converted_whole
 
 # The entry of the ``params`` and ``cache`` collections that holds stacked layers: a tuple with one tree for each layer
-# of the pattern that repeats, leaves ``[n, ...]`` and cache buffers ``[n * R, K, S, H]``, n being the repetitions.
+# of the pattern that repeats, leaves ``[n, ...]`` and cache buffers of ``n * R`` rows, n being the repetitions.
 STACKED = "layers"
 
 _Block = TypeVar("_Block", bound=type[nn.Module])

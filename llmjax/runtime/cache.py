@@ -1,5 +1,6 @@
 """The key/value cache: one pair of buffers a layer, a row per decode slot."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.bits import storage
+from llmjax.models.attention import POSITION_AXIS
 from llmjax.models.config import DecoderConfig
 from llmjax.models.stack import STACKED
 from llmjax.numerics import Numerics
@@ -25,17 +27,23 @@ def make_cache(
       stacked: as ``models.stack`` stacks layers.
 
     Returns:
-      ``layers_i / attn / {k, v}``, each ``[slots, K, length, H]``.
+      ``layers_i / attn / {k, v}``, ``[slots, K, length, H]`` and ``[slots, K, H, length]``.
     """
 
     def layers(count: int) -> dict[str, Any]:
-        shape = (count * slots, config.num_key_value_heads, length, config.head_dim)
-        return {"attn": {name: jnp.zeros(shape, storage(numerics.products)) for name in ("k", "v")}}
+        rows, heads, width = count * slots, config.num_key_value_heads, config.head_dim
+        shapes = {"k": (rows, heads, length, width), "v": (rows, heads, width, length)}
+        return {"attn": {name: jnp.zeros(shape, storage(numerics.products)) for name, shape in shapes.items()}}
 
     count, period = config.num_hidden_layers, config.period
     if stacked:
         return {STACKED: tuple(layers(count // period) for _ in range(period))}
     return {f"layers_{i}": layers(1) for i in range(count)}
+
+
+def along_positions(function: Callable[[jax.Array, int], jax.Array], cache: Any) -> Any:
+    """``function(buffer, axis)`` of every buffer of a ``cache`` collection, the axis being that of positions."""
+    return jax.tree_util.tree_map_with_path(lambda path, x: function(x, POSITION_AXIS[path[-1].key]), cache)
 
 
 # What the cache of a job over many rows may take in memory.

@@ -139,7 +139,7 @@ class Engine:
         return call
 
     def _bucket(self, tokens: int) -> int:
-        unit = int(np.lcm(self.chunk, self.block))
+        unit = int(np.lcm(self.chunk, 2 * self.block))  # see ``cached_attention``
         return bucket(max(tokens, MIN_LENGTH), unit, self.model.context_length)
 
     def _ensure(self, tokens: int) -> State:

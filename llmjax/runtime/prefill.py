@@ -98,7 +98,7 @@ def score_chunk(
       numerics: static.
       block: static.
       params: the model's.
-      cache: one row, ``[1, K, S, H]`` a buffer; donated.
+      cache: one row; donated.
       ids: int32 ``[1, C]``.
       targets: int32 ``[C]``, the token that follows each.
       start: int32 ``[]``.

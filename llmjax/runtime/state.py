@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from llmjax.runtime.cache import along_positions
 from llmjax.runtime.logits import Controls, Tokens, no_controls
 from llmjax.runtime.sampling import Knobs
 
@@ -15,7 +16,8 @@ class State(struct.PyTreeNode):
     """Everything the step reads and writes; ``B`` is the number of slots.
 
     Attributes:
-      cache: the module's ``cache`` collection, ``[B, K, S, H]`` a buffer, or ``[n * B, K, S, H]`` for n stacked layers.
+      cache: the module's ``cache`` collection, see ``runtime.cache``: ``B`` rows a buffer, or ``n * B`` for n stacked
+        layers.
       logits: float32 ``[B, V]``, of the token each row will draw next.
       position: int32 ``[B]``, where that token will stand.
       step: int32 ``[B]``, tokens generated so far.
@@ -75,8 +77,11 @@ def empty_state(cache: Any, slots: int, length: int, vocab: int) -> State:
 
 def lengthened(state: State, more: int) -> State:
     """``state`` with room for ``more`` positions, the rows in it kept."""
-    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0))), state.cache)
-    return state.replace(cache=cache, ids=jnp.pad(state.ids, ((0, 0), (0, more))))
+
+    def pad(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
+
+    return state.replace(cache=along_positions(pad, state.cache), ids=jnp.pad(state.ids, ((0, 0), (0, more))))
 
 
 def admit(state: State, slot: jax.Array, row: dict[str, Any]) -> State:
@@ -119,13 +124,16 @@ def share(
     """
 
     def copy(i: jax.Array, cache: Any) -> Any:
-        def one(x: jax.Array) -> jax.Array:
+        def one(x: jax.Array, axis: int) -> jax.Array:
             layers = x.reshape(-1, state.active.shape[0], *x.shape[1:])
-            size = (*layers.shape[:1], 1, *layers.shape[2:3], chunk, *layers.shape[4:])
-            part = lax.dynamic_slice(layers, (0, source, 0, i * chunk, 0), size)
-            return lax.dynamic_update_slice(layers, part, (0, slot, 0, i * chunk, 0)).reshape(x.shape)
+            axis += 1
+            size = [1 if k == 1 else chunk if k == axis else n for k, n in enumerate(layers.shape)]
+            begin = [source if k == 1 else i * chunk if k == axis else 0 for k in range(layers.ndim)]
+            part = lax.dynamic_slice(layers, begin, size)
+            begin[1] = slot
+            return lax.dynamic_update_slice(layers, part, begin).reshape(x.shape)
 
-        return jax.tree.map(one, cache)
+        return along_positions(one, cache)
 
     return state.replace(
         cache=lax.fori_loop(0, chunks, copy, state.cache),

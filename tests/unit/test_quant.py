@@ -10,6 +10,7 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from llmjax import CheckpointError, ConfigError
+from llmjax.matmul import matmul
 from llmjax.model import Model
 from llmjax.numerics import resolve
 from llmjax.quant import gguf, product
@@ -20,6 +21,7 @@ from llmjax.runtime.cache import make_cache
 from llmjax.runtime.decode import BURST, decode
 from llmjax.runtime.prefill import prefill
 from llmjax.runtime.state import empty_state
+from llmjax.sums import few_rows
 from tests.tiny import random_model
 
 RNG = np.random.default_rng(5)
@@ -44,6 +46,13 @@ def quantized(w: np.ndarray, scheme: str) -> QTensor:
 
 def on_device(q: QTensor) -> QTensor:
     return q.map(jnp.asarray)
+
+
+def multiplied(x: np.ndarray, q: QTensor, profile: str) -> np.ndarray:
+    """``x . W^T`` as a model of that profile runs it."""
+    numerics = resolve(profile, jnp.float32)
+    run = jax.jit(matmul, static_argnums=2, compiler_options=numerics.compiler_options)
+    return np.asarray(run(x, on_device(q), numerics))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -129,18 +138,19 @@ def test_gguf_blocks_keep_their_exact_values(kind):
     q = gguf.unpack(raw.reshape(-1), kind, (out, 512))
     np.testing.assert_array_equal(dequantize(q), quants.dequantize(raw.reshape(out, -1), GGMLQuantizationType[kind]))
     x = RNG.standard_normal((3, 512)).astype(np.float32)
-    y = np.asarray(jax.jit(lambda x, q: product.product(x, q, None))(x, on_device(q)))
+    y = multiplied(x, q, "reference")
     truth = x.astype(np.float64) @ dequantize(q).astype(np.float64).T
     assert np.abs(y - truth).max() <= 2e-5 * np.abs(truth).max()
     assert q.nbytes <= 1.6 * raw.nbytes
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("digits", [None, 3])
-def test_weight_only_products(scheme, digits):
+@pytest.mark.parametrize("profile", ["reference", "fast"])
+@pytest.mark.parametrize("rows", [1, 5, 33])
+def test_weight_only_products(scheme, profile, rows):
     q = quantized(weight(70, 128), scheme)
-    x = RNG.standard_normal((5, 128)).astype(np.float32)
-    y = np.asarray(jax.jit(product.product, static_argnums=2)(x, on_device(q), digits))
+    x = RNG.standard_normal((rows, 128)).astype(np.float32)
+    y = multiplied(x, q, profile)
     truth = x.astype(np.float64) @ dequantize(q).astype(np.float64).T
     assert np.abs(y - truth).max() <= 3e-6 * np.abs(truth).max()
 
@@ -180,40 +190,51 @@ def test_integer_products_are_exact():
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "int4-asym"])
 @pytest.mark.parametrize("digits", [1, 3])
-def test_digits_give_the_same_bits_in_any_batch_shape(scheme, digits, monkeypatch):
-    monkeypatch.setattr(product, "has_integer_dot", lambda: True)
+def test_digits_give_the_same_bits_in_any_batch_shape(scheme, digits):
     q = on_device(quantized(weight(70, 128), scheme))
     x = RNG.standard_normal((33, 128)).astype(np.float32)
-    run = jax.jit(product.product, static_argnums=2)
+    run = jax.jit(product.in_digits, static_argnums=2)
     whole = np.asarray(run(x, q, digits))
     for rows in (1, 2, 3, 4, 8, 17):
         np.testing.assert_array_equal(np.asarray(run(x[:rows], q, digits)), whole[:rows])
 
 
-def test_many_rows_are_floats_where_integers_are_slow(monkeypatch):
-    """Dynamic int8, and one row of weight-only, are integers on any CPU."""
+@pytest.mark.parametrize(
+    ("dot", "tiles", "ways"),
+    [
+        (False, False, ("row", "tiles", "tiles", "row", "digits")),
+        (True, False, ("row", "digits", "tiles", "row", "digits")),
+        (True, True, ("row", "digits", "digits", "row", "digits")),
+    ],
+)
+def test_which_way_a_product_runs(dot, tiles, ways, monkeypatch):
+    """By rows and profile, for a CPU without an instruction for integer products, with VNNI, and with AMX."""
+    monkeypatch.setattr("llmjax.matmul.has_integer_dot", lambda: dot)
+    monkeypatch.setattr("llmjax.matmul.has_integer_tiles", lambda: tiles)
     q = on_device(quantized(weight(70, 128), "int8"))
-    x = jnp.asarray(RNG.standard_normal((9, 128)), jnp.float32)
-    monkeypatch.setattr(product, "in_digits", lambda *_: "digits")
-    monkeypatch.setattr(product, "in_tiles", lambda *_: "tiles")
-    monkeypatch.setattr(product, "in_row", lambda *_: "row")
-    for integer_dot, many, one in ((False, "tiles", "row"), (True, "digits", "digits")):
-        monkeypatch.setattr(product, "has_integer_dot", lambda integer_dot=integer_dot: integer_dot)
-        assert product.product(x, q, 3) == many
-        assert product.product(x[:1], q, 3) == one
-        assert product.product(x, q, 1) == "digits"
-        assert product.product(x[:1], q, 1) == "row"
-    assert product.product(x, q, None) == "tiles"
+    taken = []
+    for name, way in (("in_digits", "digits"), ("in_tiles", "tiles"), ("one_row", "row")):
+        monkeypatch.setattr(
+            f"llmjax.matmul.{name}", lambda x, q, *_, way=way: (taken.append(way), jnp.zeros((len(x), 70)))[1]
+        )
+    fast, dynamic = (resolve(name, jnp.float32) for name in ("fast", "dynamic_int8"))
+    for rows, numerics in ((1, fast), (4, fast), (99, fast), (1, dynamic), (99, dynamic)):
+        matmul(jnp.ones((rows, 128)), q, numerics)
+    assert tuple(taken) == ways
+    taken.clear()
+    for profile in ("reference", "hf"):
+        matmul(jnp.ones((1, 128)), q, resolve(profile, jnp.float32))
+    assert taken == ["tiles", "tiles"]
 
 
-def test_three_digits_are_closer_than_a_float32_product(monkeypatch):
-    monkeypatch.setattr(product, "has_integer_dot", lambda: True)
+def test_three_digits_are_closer_than_a_float32_product():
     q = quantized(RNG.standard_normal((256, 2048)).astype(np.float32), "int8")
     x = RNG.standard_normal((8, 2048)).astype(np.float32)
     truth = x.astype(np.float64) @ dequantize(q).astype(np.float64).T
 
     def error(digits):
-        y = np.asarray(jax.jit(product.product, static_argnums=2)(x, on_device(q), digits))
+        run = jax.jit(lambda x, q: product.in_digits(x, q, digits) if digits else product.in_tiles(x, q))
+        y = np.asarray(run(x, on_device(q)))
         return np.sqrt(np.mean((y - truth) ** 2)) / np.sqrt(np.mean(truth**2))
 
     assert error(3) <= 1.2 * error(None) and error(3) < 4e-7
@@ -221,41 +242,44 @@ def test_three_digits_are_closer_than_a_float32_product(monkeypatch):
     assert 1e-3 < error(1) < 2e-2
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4", "int8-asym", "int4-asym"])
-@pytest.mark.parametrize("shape", [(70, 128), (61, 2048), (64, 16384), (8, 24)])
+@pytest.mark.parametrize("scheme", [*SCHEMES, "bfloat16"])
+@pytest.mark.parametrize("shape", [(70, 128), (61, 2048), (64, 16384), (8, 192)])
 def test_one_row_is_closer_than_a_float32_product(scheme, shape):
-    """As many digits as 32 bits hold: a wider row has smaller ones."""
-    q = quantized(RNG.standard_normal(shape).astype(np.float32), scheme)
+    """Odd numbers of channels take another way."""
+    w = RNG.standard_normal(shape).astype(np.float32)
     x = RNG.standard_normal((1, shape[1])).astype(np.float32)
-    truth = x.astype(np.float64) @ dequantize(q).astype(np.float64).T
-    base = product._largest_base(q)
-    y = np.asarray(jax.jit(product.in_row, static_argnums=(2, 3))(x, on_device(q), 2, base))
-    assert np.abs(y - truth).max() <= 1e-6 * np.abs(truth).max()
+    if scheme == "bfloat16":
+        w, x = (jnp.asarray(a, jnp.bfloat16) for a in (w, x))
+        numerics = resolve("fast", jnp.bfloat16)
+        run = jax.jit(matmul, static_argnums=2, compiler_options=numerics.compiler_options)
+        y = np.asarray(run(x, w, numerics))
+        truth = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    else:
+        q = quantized(w, scheme)
+        y = multiplied(x, q, "fast")
+        truth = x.astype(np.float64) @ dequantize(q).astype(np.float64).T
+    # Groups are added up one by one, as a plain float32 product adds its terms.
+    assert np.abs(y - truth).max() <= (3e-6 if "-g" in scheme else 1e-6) * np.abs(truth).max()
 
 
-@pytest.mark.parametrize("shape", [(9, 15), (70, 33), (64, 128)])
-def test_one_row_of_dynamic_int8_has_the_bits_of_many(shape):
-    q = on_device(quantized(weight(*shape), "int8"))
-    x = RNG.standard_normal((3, shape[1])).astype(np.float32)
-    run = jax.jit(product.product, static_argnums=2)
-    np.testing.assert_array_equal(run(x[:1], q, 1), np.asarray(run(x, q, 1))[:1])
-
-
-def test_the_largest_sums_of_a_row_fit():
-    """Every product as large as it can be, and of one sign."""
-    q = QTensor(np.full((4, 16384), -128, np.int8), np.ones((4, 1), np.float32))
-    x = np.ones((1, 16384), np.float32)
-    y = np.asarray(jax.jit(product.in_row, static_argnums=(2, 3))(x, on_device(q), 2, product._largest_base(q)))
-    np.testing.assert_allclose(y, -128 * 16384, rtol=1e-6)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("rows", "out", "width"), [(1, 32, 64), (1, 7, 64), (3, 20, 48), (8, 16, 128), (71, 5, 32)])
+def test_few_rows(rows, out, width, dtype):
+    """Batched, as attention has it."""
+    x, w = (jnp.asarray(RNG.standard_normal((2, 3, n, width)), dtype) for n in (rows, out))
+    y = jax.jit(few_rows, compiler_options=resolve("fast", jnp.float32).compiler_options)(x, w)
+    truth = np.asarray(x, np.float64) @ np.asarray(w, np.float64).swapaxes(-1, -2)
+    np.testing.assert_allclose(y, truth, atol=2e-6 * np.abs(truth).max())
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "int4-g32", "int8-asym"])
-def test_dynamic_int8_is_its_definition(scheme):
+@pytest.mark.parametrize("rows", [1, 5])
+def test_dynamic_int8_is_its_definition(scheme, rows):
     q = quantized(weight(70, 128), scheme)
-    x = RNG.standard_normal((5, 128)).astype(np.float32)
+    x = RNG.standard_normal((rows, 128)).astype(np.float32)
     top = np.abs(x).max(-1, keepdims=True)
     rounded = np.round(x * (np.float32(127) / top)) * (top * np.float32(1 / 127))
-    y = np.asarray(jax.jit(product.product, static_argnums=2)(x, on_device(q), 1))
+    y = multiplied(x, q, "dynamic_int8")
     truth = rounded.astype(np.float64) @ dequantize(q).astype(np.float64).T
     assert np.abs(y - truth).max() <= 3e-6 * np.abs(truth).max()
 
@@ -342,7 +366,7 @@ def test_gradients_pass_quantized_weights():
     """Towards what stands before them: adapters are trained so."""
     q = quantized(weight(), "int4-g32")
     x = RNG.standard_normal((2, 128)).astype(np.float32)
-    gradient = jax.grad(lambda x: product.product(x, on_device(q), None).sum())(x)
+    gradient = jax.grad(lambda x: matmul(x, on_device(q), resolve("reference", jnp.float32)).sum())(x)
     np.testing.assert_allclose(gradient, np.broadcast_to(dequantize(q).sum(0), x.shape), rtol=1e-4, atol=1e-4)
 
 

@@ -1,0 +1,119 @@
+"""``x . W^T`` of a single row, the step of a single stream, as one sum that XLA:CPU compiles itself.
+
+It reads a weight once, widens it in registers and adds up on both cores, which for 8, 16 and 4 bits no library product
+does: close to the speed of memory, whatever the CPU (``scripts/bench_products.py``).  Two things make it so:
+
+- A reduction of several operands is the only one XLA:CPU leaves in one piece with what it sums.
+- LLVM may add up floats in any order (``numerics.Numerics.reassociates``): one after the other they would take four
+  times as long, and lose more to rounding.
+"""
+
+import functools
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from llmjax.numerics import Numerics
+from llmjax.quant.qtensor import QTensor, integers
+
+# As many sums at once as the CPU has registers for; they share the activations they read.
+_TOGETHER = (4, 2)
+_ROWS = 8
+
+
+def sums_pay(numerics: Numerics) -> bool:
+    """Whether sums run as fast as this module needs them to."""
+    return numerics.reassociates and jax.default_backend() == "cpu"
+
+
+def summed(weight: jax.Array | QTensor) -> bool:
+    """Whether ``one_row`` serves a weight: one that is widened, and whose channels can be summed at least in pairs."""
+    if isinstance(weight, QTensor):
+        return weight.bits != 5 and weight.shape[0] % _TOGETHER[-1] == 0
+    return weight.dtype.itemsize == 2 and weight.shape[0] % _TOGETHER[-1] == 0
+
+
+def one_row(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
+    """``x [1, in] . weight [out, in] -> float32 [1, out]``, x in the dtype it is rounded to."""
+    packed = isinstance(weight, QTensor) and weight.bits < 8
+    # XLA stores a concatenation; x made in another way it would make again for each output channel.
+    pieces = jnp.concatenate([x[:, 0::2], x[:, 1::2]] if packed else [x, jnp.zeros_like(x)])
+    pieces, weight = lax.optimization_barrier((pieces, weight))
+    columns = list(pieces.astype(jnp.float32))[: 2 if packed else 1]
+    if isinstance(weight, QTensor):
+        return _quantized_sum(columns, weight)
+    return _sum_of_products(columns, [weight], None, None)
+
+
+def _quantized_sum(columns: list[jax.Array], q: QTensor) -> jax.Array:
+    parts = list(integers(q))
+    scales = q.scales.astype(jnp.float32)
+    offsets = None if q.offsets is None else q.offsets.astype(jnp.float32)
+    if scales.shape[1] > 1:
+        return _sum_of_products(columns, parts, scales, offsets)
+    y = _sum_of_products(columns, parts, None, None) * scales[:, 0]
+    return y if offsets is None else y + _sum(map(jnp.sum, columns)) * offsets[:, 0]
+
+
+def _sum_of_products(
+    columns: list[jax.Array], parts: list[jax.Array], scales: jax.Array | None, offsets: jax.Array | None
+) -> jax.Array:
+    """``sum_p columns[p] . (scales * parts[p] + offsets)^T -> [1, out]``.
+
+    Args:
+      columns: float32 ``[in / P]`` each.
+      parts: ``[out, in / P]`` each.
+      scales: float32 ``[out, G]``, or None for ones.
+      offsets: as scales, or None for zeros.
+    """
+    out = parts[0].shape[0]
+    together = next(n for n in _TOGETHER if out % n == 0)
+    groups = 1 if scales is None else scales.shape[1]
+
+    def split(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(together, out // together, groups, -1)
+
+    columns = [c.reshape(groups, -1) for c in columns]
+    wide = [split(p.astype(jnp.float32)) for p in parts]
+    terms = []
+    for i in range(together):
+        term = _sum(p[i] * c for p, c in zip(wide, columns, strict=True))
+        if scales is not None:
+            term = term * split(scales)[i]
+        if offsets is not None:
+            term = term + split(offsets)[i] * _sum(columns)
+        terms.append(term)
+    return jnp.stack(_added(terms, (1, 2))).reshape(1, out)
+
+
+def few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
+    """``x [..., M, in] . w [..., out, in] -> float32 [..., M, out]``, M rows with the same w: cached attention.
+
+    Unlike a library product it reads w where it stands, a slice of a cache say, without copying it first.
+    """
+    rows, out = x.shape[-2], w.shape[-2]
+    x = lax.optimization_barrier(jnp.concatenate([x, x[..., :1, :]], -2)).astype(jnp.float32)  # stored: see ``one_row``
+    # A reduction of one operand would not be left in one piece.
+    together = 2 if rows % 2 and out % 2 == 0 else 1
+    parts = w.astype(jnp.float32).reshape(*w.shape[:-2], together, out // together, w.shape[-1])
+    at_once = next(n for n in range(min(rows, _ROWS), 0, -1) if rows % n == 0)
+    sums: list[jax.Array] = []
+    for first in range(0, rows, at_once):
+        terms = [
+            parts[..., i, :, :] * x[..., row, None, :] for row in range(first, first + at_once) for i in range(together)
+        ]
+        sums += _added(terms, (terms[0].ndim - 1,))
+    joined = [jnp.concatenate(sums[i : i + together], -1) for i in range(0, len(sums), together)]
+    return jnp.stack(joined, -2)
+
+
+def _added(terms: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
+    zeros = [np.float32(0)] * len(terms)
+    return lax.reduce(terms, zeros, lambda a, b: [i + j for i, j in zip(a, b, strict=True)], axes)
+
+
+def _sum(parts: Iterable[jax.Array]) -> jax.Array:
+    return functools.reduce(jnp.add, parts)

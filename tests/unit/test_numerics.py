@@ -1,0 +1,68 @@
+"""What the profiles let the compiler do: sums in another order, and nothing else."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from llmjax.models.attention import Rope
+from llmjax.numerics import PROFILES, resolve
+
+RNG = np.random.default_rng(11)
+FAST = resolve("fast", jnp.float32).compiler_options
+
+# Function, its definition in float64, arguments, error allowed: absolute, or relative to a value above 1.
+FUNCTIONS = {
+    "exp": (jnp.exp, np.exp, RNG.uniform(-80, 0, 40000), 2e-7),
+    "tanh": (jnp.tanh, np.tanh, RNG.uniform(-12, 12, 40000), 5e-7),
+    "logistic": (jax.nn.sigmoid, lambda x: 1 / (1 + np.exp(-x)), RNG.uniform(-60, 60, 40000), 3e-7),
+    "log": (jnp.log, np.log, np.exp(RNG.uniform(-60, 60, 40000)), 3e-7),
+    "rsqrt": (lax.rsqrt, lambda x: x**-0.5, np.exp(RNG.uniform(0, 30, 40000)), 3e-7),
+    "sin": (jnp.sin, np.sin, RNG.uniform(0, 131072, 40000), 2e-7),
+    "cos": (jnp.cos, np.cos, RNG.uniform(0, 131072, 40000), 2e-7),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_keep_their_accuracy(name):
+    """Made of sums that only hold in the order they are written in: the angles of a long context, above all."""
+    function, definition, x, error = FUNCTIONS[name]
+    x = x.astype(np.float32)
+    y = np.asarray(jax.jit(function, compiler_options=FAST)(x))
+    truth = definition(x.astype(np.float64))
+    np.testing.assert_array_less(np.abs(y - truth) / np.maximum(1, np.abs(truth)), error)
+
+
+def test_rotations_keep_their_accuracy():
+    rope, positions = Rope(1e4, 64), np.array([[0, 1, 777, 8191, 131071]], np.int32)
+    x = RNG.standard_normal((1, 5, 2, 64)).astype(np.float32)
+    y = jax.jit(rope, compiler_options=FAST)(x, positions)
+    np.testing.assert_allclose(y, jax.jit(rope)(x, positions), atol=5e-7)
+
+
+def test_nan_and_infinity_keep_their_meaning():
+    """But for ``x - x``, which becomes 0 whatever x is."""
+    x = jnp.array([1.0, jnp.nan, jnp.inf, -jnp.inf, 0.0])
+
+    @jax.jit
+    def plain(x):
+        return (
+            jnp.isnan(x),
+            x / x,
+            jnp.maximum(x, 0),
+            jnp.exp(x),
+            jnp.where(x > 0, x, -x),
+            x - 1e-3,
+            jnp.max(x),
+            jnp.sum(x * 2),
+        )
+
+    options = jax.jit(plain, compiler_options=FAST)
+    for found, expected in zip(options(x), plain(x), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_which_profiles_reorder_sums():
+    assert [name for name in PROFILES if resolve(name, jnp.float32).reassociates] == ["fast", "dynamic_int8"]
+    assert FAST and not resolve("reference", jnp.float32).compiler_options
