@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""Each way a product ``x . W^T`` can run, beside the one llmjax chooses: the reasons for ``llmjax/dots.py`` and
-``llmjax/quant/product.py``.
+"""Each way a product ``x . W^T`` can run, beside the one llmjax chooses: the reasons for ``llmjax/matmul.py``.
 
     .venv/bin/python scripts/bench_products.py
     .venv/bin/python scripts/bench_products.py --shape 1536,576 --layers 48 --rows 1 8
@@ -13,6 +12,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from llmjax.cpu import has_integer_dot
+from llmjax.cpu import has_integer_dot, has_integer_tiles
 from llmjax.matmul import matmul
 from llmjax.numerics import resolve
-from llmjax.quant.product import in_digits, in_tiles, product
-from llmjax.quant.qtensor import QTensor
+from llmjax.quant.product import in_digits, in_tiles
 from llmjax.quant.rounding import quantize
 from llmjax.quant.schemes import Scheme
+from llmjax.sums import one_row
 
 Product = Callable[[jax.Array, Any], jax.Array]
 
@@ -42,30 +42,27 @@ def weight_first(x: jax.Array, w: jax.Array) -> jax.Array:
     return lax.optimization_barrier(y).T
 
 
-def chosen(x: jax.Array, w: Any) -> jax.Array:
-    """What llmjax runs."""
-    if isinstance(w, QTensor):
-        return product(x, w, 3)
-    return matmul(x, w, resolve("fast", w.dtype))
+def chosen(profile: str) -> Product:
+    """What llmjax runs under a profile."""
+    return lambda x, w: matmul(x, w, resolve(profile, w.dtype))
 
 
-def ways(kind: str) -> dict[str, Product]:
+def ways(kind: str, rows: int) -> dict[str, Product]:
     """The alternatives for weights of a kind."""
     if kind in ("float32", "bfloat16"):
-        return {"x.W^T": rows_first, "W.x^T": weight_first, "*": chosen}
-    return {
-        "float32 tiles": in_tiles,
-        "3 digits": lambda x, w: in_digits(x, w, 3),
-        "*": chosen,
-        "1 digit": lambda x, w: in_digits(x, w, 1),
-        "* dynamic": lambda x, w: product(x, w, 1),
-    }
+        found = {"x.W^T": rows_first, "W.x^T": weight_first, "*": chosen("fast")}
+    else:
+        found = {"float32 tiles": in_tiles}
+        if "-g" not in kind:
+            found |= {"3 digits": lambda x, w: in_digits(x, w, 3), "1 digit": lambda x, w: in_digits(x, w, 1)}
+        found |= {"*": chosen("fast"), "* dynamic": chosen("dynamic_int8")}
+    return ({"sum": one_row} if rows == 1 else {}) | found
 
 
 def speed(multiply: Product, x: jax.Array, weights: list[Any], repeats: int) -> float:
     """Weights a second."""
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=resolve("fast", jnp.float32).compiler_options)
     def run(x: jax.Array, weights: list[Any]) -> jax.Array:
         for w in weights:
             y = lax.optimization_barrier(multiply(x, w))  # all of it, though one element is read
@@ -94,7 +91,8 @@ def main() -> None:
     args = parser.parse_args()
     out, width = map(int, args.shape.split(","))
     rng = np.random.default_rng(0)
-    print(f"jax {jax.__version__}, integer dot instructions: {has_integer_dot()}, [{out}, {width}] x {args.layers}")
+    instructions = {"dot": has_integer_dot(), "tiles": has_integer_tiles()}
+    print(f"jax {jax.__version__}, integer instructions: {instructions}, [{out}, {width}] x {args.layers}")
     for kind in args.kinds:
         weights: list[Any] = []
         for _ in range(args.layers):
@@ -104,10 +102,11 @@ def main() -> None:
             else:
                 q = quantize(lambda a, b, w=w: w[a:b], w.shape, Scheme.parse(kind))
                 weights.append(q.map(jnp.asarray))
-        table = {name: way for name, way in ways(kind).items() if "-g" not in kind or "digit" not in name}
         for rows in args.rows:
             x = jnp.asarray(rng.standard_normal((rows, width), np.float32))
-            found = (f"{name} {speed(way, x, weights, args.repeats) / 1e9:6.2f}" for name, way in table.items())
+            found = (
+                f"{name} {speed(way, x, weights, args.repeats) / 1e9:6.2f}" for name, way in ways(kind, rows).items()
+            )
             print(f"{kind:9} {rows:4} rows   " + "   ".join(found), flush=True)
 
 
