@@ -30,10 +30,8 @@ def sums_pay(numerics: Numerics) -> bool:
 
 
 def summed(weight: jax.Array | QTensor) -> bool:
-    """Whether ``one_row`` serves a weight: one that is widened, and whose channels can be summed at least in pairs."""
-    if isinstance(weight, QTensor):
-        return weight.bits != 5 and weight.shape[0] % _TOGETHER[-1] == 0
-    return weight.dtype.itemsize == 2 and weight.shape[0] % _TOGETHER[-1] == 0
+    """Whether ``one_row`` serves a weight: its channels can be summed at least in pairs."""
+    return weight.shape[0] % _TOGETHER[-1] == 0 and not (isinstance(weight, QTensor) and weight.bits == 5)
 
 
 def one_row(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:

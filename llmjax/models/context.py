@@ -12,8 +12,8 @@ class Context(struct.PyTreeNode):
     """Where the tokens of this call stand, and how to compute.
 
     Attributes:
-      positions: int32 ``[B, T]``, each token's position in its own sequence.  Rows are right-padded; padding lies after
-        the tokens, so the causal rule alone keeps it out of sight.
+      positions: int32 ``[B, T]``, each token's position in its own sequence, one after the other.  Rows are
+        right-padded; padding lies after the tokens, so the causal rule alone keeps it out of sight.
       numerics: the profile (static).
       block: cache positions folded at a time by cached attention (static).
       slot: int32 ``[]``, the cache row of batch row 0; batch row ``b`` owns cache row ``slot + b``.  Unused without a

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 
 from llmjax.bits import look_up, to_storage
 from llmjax.matmul import matmul
@@ -200,12 +201,19 @@ class Attention(nn.Module):
     def _write(self, name: str, new: jax.Array, ctx: Context) -> jax.Array:
         """Puts ``new [B, T, K, H]`` at each token's position and returns the whole cache."""
         cache: jax.Array = self.get_variable("cache", name)
+        axis = POSITION_AXIS[name]
+        new = to_storage(new.astype(ctx.numerics.products))
+        if new.shape[0] == 1 and new.shape[1] > 1:  # a part of a prompt, in one piece: XLA:CPU scatters one by one
+            begin = [ctx.slot, 0, 0, 0]
+            begin[axis] = ctx.positions[0, 0]
+            part = new.transpose(0, 2, 1, 3) if name == "k" else new.transpose(0, 2, 3, 1)
+            cache = lax.dynamic_update_slice(cache, part, begin)
+            self.put_variable("cache", name, cache)
+            return cache
         positions = ctx.positions
         if ctx.active is not None:
-            length = cache.shape[POSITION_AXIS[name]]
-            positions = jnp.where(ctx.active[:, None], positions, length)  # out of range: dropped
+            positions = jnp.where(ctx.active[:, None], positions, cache.shape[axis])  # out of range: dropped
         rows = ctx.slot + jnp.arange(new.shape[0])[:, None]
-        new = to_storage(new.astype(ctx.numerics.products))
         place = cache.at[rows, :, positions] if name == "k" else cache.at[rows, :, :, positions]
         cache = place.set(new, mode="drop", unique_indices=True)
         self.put_variable("cache", name, cache)
