@@ -47,13 +47,21 @@ def one_row(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
 
 
 def _quantized_sum(columns: list[jax.Array], q: QTensor) -> jax.Array:
-    parts = list(integers(q))
+    parts = _integers(q)
     scales = q.scales.astype(jnp.float32)
     offsets = None if q.offsets is None else q.offsets.astype(jnp.float32)
     if scales.shape[1] > 1:
         return _sum_of_products(columns, parts, scales, offsets)
     y = _sum_of_products(columns, parts, None, None) * scales[:, 0]
     return y if offsets is None else y + _sum(map(jnp.sum, columns)) * offsets[:, 0]
+
+
+def _integers(q: QTensor) -> list[jax.Array]:
+    """As ``qtensor.integers``; four bits are taken apart in 32, where they end up, in fewer instructions."""
+    if q.bits != 4:
+        return list(integers(q))
+    values = q.values.astype(jnp.int32)
+    return [(values & 15) - q.zero, (values >> 4) - q.zero]
 
 
 def _sum_of_products(

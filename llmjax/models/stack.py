@@ -2,7 +2,8 @@
 
 What starting a program costs grows with its layers: tracing, compiling, and reading a compiled one back (0.7 ms a
 kernel, 2,000 kernels in 30 layers).  A loop over stacked weights has those of one layer.  But XLA:CPU copies what a
-loop cuts out of a stack before it multiplies with it, which only weights that are converted anyway make up for.
+loop cuts out of a stack before it multiplies with it, unless the weight is converted (``llmjax.tiles``) or the product
+is a sum (``llmjax.sums``) anyway.
 """
 
 from collections.abc import Callable, Sequence
@@ -94,15 +95,16 @@ def _pick(i: jax.Array, leaf: jax.Array) -> jax.Array:
     return from_storage(lax.dynamic_index_in_dim(to_storage(leaf), i, keepdims=False), leaf.dtype)
 
 
-def stacked(params: dict[str, Any], period: int) -> dict[str, Any] | None:
+def stacked(params: dict[str, Any], period: int, bits: int = 5) -> dict[str, Any] | None:
     """``params`` with the layers' entries made one, a copy, where a loop over them is no slower; else None.
 
     Args:
       params: a model's.
       period: layer ``i`` is computed like layer ``i + period``.
+      bits: weights of up to so many are converted where they are used: 5, or 8 where a step is one row, a sum.
     """
     layers = [params[f"layers_{i}"] for i in range(sum(name.startswith("layers_") for name in params))]
-    if len(layers) % period or not all(map(_converted, layers)):
+    if len(layers) % period or not all(_converted(layer, bits) for layer in layers):
         return None
     groups = [layers[i::period] for i in range(period)]
     if any(_kind(layer) != _kind(group[0]) for group in groups for layer in group):
@@ -116,11 +118,11 @@ def _stack(*leaves: jax.Array) -> jax.Array:
     return jnp.asarray(np.stack(leaves, out=stack))
 
 
-def _converted(layer: Any) -> bool:
-    """Whether each weight of a layer is packed in fewer than 8 bits and small."""
+def _converted(layer: Any, bits: int) -> bool:
+    """Whether each weight of a layer has up to ``bits`` bits and is small."""
     leaves = jax.tree.leaves(layer, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     return all(
-        leaf.bits < 8 and converted_whole(leaf.shape, 4) if isinstance(leaf, QTensor) else leaf.ndim < 2
+        leaf.bits <= bits and converted_whole(leaf.shape, 4) if isinstance(leaf, QTensor) else leaf.ndim < 2
         for leaf in leaves
     )
 

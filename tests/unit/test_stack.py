@@ -50,7 +50,7 @@ def test_a_loop_computes_what_the_layers_do(monkeypatch, windows):
     assert len(llm.engine._params[STACKED]) == (2 if windows == ALTERNATING else 1)
     assert llm.engine.progress.reused_tokens == 256
     score = llm.score(long)[0].logprobs[1:]
-    monkeypatch.setattr(engine, "stacked", lambda *_: None)
+    monkeypatch.setattr(engine, "stacked", lambda *_, **__: None)
     plain, expected, expected_logprobs = outputs(model, prompts)
     assert STACKED not in plain.engine._params
     assert tokens == expected
