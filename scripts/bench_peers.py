@@ -35,7 +35,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-OURS = ("stored", "int8", "dynamic_int8", "float32")
+OURS = ("stored", "int8", "dynamic_int8", "int4", "bfloat16", "float32")
 PEERS = ("transformers-f32", "transformers-bf16", "llama.cpp-q4_1", "llama.cpp-q8_0", "litert-int8")
 PHASES = ("decode", "prefill")
 
@@ -178,6 +178,8 @@ def llmjax(variant: str, prompt: int, decode: int, file: str, **_: object) -> Ca
         "stored": {},
         "int8": {"dtype": "float32", "quantize": "int8"},
         "dynamic_int8": {"dtype": "float32", "quantize": "int8", "numerics": "dynamic_int8"},
+        "int4": {"dtype": "float32", "quantize": "int4"},
+        "bfloat16": {"dtype": "bfloat16"},
         "float32": {"dtype": "float32"},
     }[variant]
     model = load(file, **({"numerics": "fast"} | settings))
