@@ -13,7 +13,7 @@ from llmjax.cpu import has_bfloat16_dot
 # One row of 8 or 16 bits takes a path twenty times slower than memory; a row of zeros is nearly free.
 _MIN_ROWS = 2
 # Up to so many rows of a type of so many bytes ``x . W^T`` is faster, by a third for int8 and two and a half times for
-# bfloat16; above, and always in float32, ``W . x^T`` is, by up to twice.  A CPU that multiplies bfloat16 does so equally
+# bfloat16; above, and always in float32, ``W . x^T`` is, by up to twice.  A CPU that multiplies bfloat16 itself is as
 # fast either way, and rows first spares it the transpose.
 _ROWS_FIRST = {1: 4, 2: 16, 4: 0}
 

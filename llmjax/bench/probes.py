@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llmjax.numerics import resolve
+from llmjax.sums import one_row, sums_pay
+
 # Far above any processor's caches; a GPU reads more in the time one call takes to start.
 _READ_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}
 _READ_ARRAYS = 16
@@ -17,20 +20,23 @@ _MATMUL_SIZE = {"cpu": 1536, "gpu": 8192}
 
 
 def read_probe(size: int | None = None) -> Callable[[], float]:
-    """A function that returns bytes read a second: products of one float32 row with large ``[out, in]`` arrays, which
-    read at memory speed on all cores.
+    """A function that returns bytes read a second: products of one float32 row with large ``[out, in]`` arrays, as sums
+    on the CPU (``llmjax.sums``), which read at memory speed on all cores.
 
     Args:
       size: bytes to read, rounded down to whole rows; None takes what suits the device.
     """
     size = size or _READ_BYTES.get(jax.default_backend(), _READ_BYTES["gpu"])
-    rows = max(1, size // (_READ_ARRAYS * _WIDTH * 4))
+    rows = max(2, size // (_READ_ARRAYS * _WIDTH * 4) // 4 * 4)
     weights = [jnp.full((rows, _WIDTH), 0.5 + i, jnp.float32) for i in range(_READ_ARRAYS)]
     x = jnp.ones((1, _WIDTH), jnp.float32)
 
-    @jax.jit
+    numerics = resolve("fast", jnp.dtype(jnp.float32))
+    multiply = one_row if sums_pay(numerics) else functools.partial(_product, sums=jnp.float32)
+
+    @functools.partial(jax.jit, compiler_options=numerics.compiler_options)
     def read(x: jax.Array, weights: list[jax.Array]) -> list[jax.Array]:
-        return [_product(x, w, jnp.float32) for w in weights]
+        return [multiply(x, w) for w in weights]
 
     return functools.partial(_rate, functools.partial(read, x, weights), sum(w.nbytes for w in weights))
 
