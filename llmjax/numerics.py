@@ -6,7 +6,8 @@ clash. The profiles are the ones a result may name; each records itself in every
 ================  ==================================================================================================
 ``reference``     float32 activations and products at the highest matmul precision; the formulas of the papers.
 ``hf``            what transformers computes in the checkpoint's dtype, its roundings included.
-``fast``          bfloat16 products where weights are stored so, float32 elsewhere; never quantizes activations.
+``fast``          bfloat16 products where weights are stored so, float32 elsewhere; sums in the order that is quickest;
+                  never quantizes activations.
 ``dynamic_int8``  as ``fast``, but activations are rounded to 8 bits, row by row, where they meet a quantized weight.
 ``mediapipe_gpu`` as ``reference``, with the formulas of MediaPipe's gpu runtime; agrees with its logits to 2e-5.
 ``mediapipe_cpu`` as ``dynamic_int8``, with the formulas of MediaPipe's open cpu runtime: emulated from its source, not

@@ -9,6 +9,7 @@ import pytest
 
 from llmjax import LLM, SamplingParams
 from llmjax.models.stack import STACKED, stacked
+from llmjax.numerics import resolve
 from llmjax.quant.rounding import quantize
 from llmjax.quant.schemes import Scheme
 from llmjax.runtime import engine
@@ -65,6 +66,24 @@ def test_rows_keep_their_bits_among_others():
     for prompt, tokens, total in zip(prompts, together, sums, strict=True):
         _, [alone], [alone_total] = outputs(model, [prompt])
         assert alone == tokens and alone_total == total
+
+
+@pytest.mark.parametrize("profile", ["fast", "dynamic_int8"])
+def test_one_slot_of_8_bits_runs_in_a_loop(monkeypatch, profile):
+    model = packed_model("int8", windows=ALTERNATING)
+    model = dataclasses.replace(model, numerics=resolve(profile, jnp.float32))
+    prompts = [random_ids(RNG, n) for n in (3, 140)]
+
+    def run():
+        llm = LLM(model, max_batch=1)
+        rows = llm.generate(prompts, SamplingParams(max_tokens=12, temperature=0))
+        return STACKED in llm.engine._params, [row.outputs[0].token_ids for row in rows]
+
+    looped, tokens = run()
+    monkeypatch.setattr(engine, "stacked", lambda *_, **__: None)
+    plain, expected = run()
+    assert looped and not plain
+    assert tokens == expected
 
 
 def test_a_cache_that_grows_keeps_its_rows():
