@@ -43,17 +43,16 @@ def one_row(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     columns = list(pieces.astype(jnp.float32))[: 2 if packed else 1]
     if isinstance(weight, QTensor):
         return _quantized_sum(columns, weight)
-    return _sum_of_products(columns, [weight], None, None)
+    return _sum_of_products(columns, [weight])
 
 
 def _quantized_sum(columns: list[jax.Array], q: QTensor) -> jax.Array:
-    parts = _integers(q)
-    scales = q.scales.astype(jnp.float32)
-    offsets = None if q.offsets is None else q.offsets.astype(jnp.float32)
+    parts, scales = _integers(q), q.scales.astype(jnp.float32)
+    if q.offsets is not None:
+        return _sum_of_products(columns, parts, scales, q.offsets.astype(jnp.float32))
     if scales.shape[1] > 1:
-        return _sum_of_products(columns, parts, scales, offsets)
-    y = _sum_of_products(columns, parts, None, None) * scales[:, 0]
-    return y if offsets is None else y + _sum(map(jnp.sum, columns)) * offsets[:, 0]
+        return _sum_of_products(columns, parts, scales)
+    return _sum_of_products(columns, parts) * scales[:, 0]
 
 
 def _integers(q: QTensor) -> list[jax.Array]:
@@ -65,7 +64,10 @@ def _integers(q: QTensor) -> list[jax.Array]:
 
 
 def _sum_of_products(
-    columns: list[jax.Array], parts: list[jax.Array], scales: jax.Array | None, offsets: jax.Array | None
+    columns: list[jax.Array],
+    parts: list[jax.Array],
+    scales: jax.Array | None = None,
+    offsets: jax.Array | None = None,
 ) -> jax.Array:
     """``sum_p columns[p] . (scales * parts[p] + offsets)^T -> [1, out]``.
 
@@ -79,19 +81,16 @@ def _sum_of_products(
     together = next(n for n in _TOGETHER if out % n == 0)
     groups = 1 if scales is None else scales.shape[1]
 
-    def split(leaf: jax.Array) -> jax.Array:
-        return leaf.reshape(together, out // together, groups, -1)
+    def split(leaf: jax.Array) -> list[jax.Array]:
+        return list(leaf.reshape(together, out // together, groups, -1))
 
     columns = [c.reshape(groups, -1) for c in columns]
     wide = [split(p.astype(jnp.float32)) for p in parts]
-    terms = []
-    for i in range(together):
-        term = _sum(p[i] * c for p, c in zip(wide, columns, strict=True))
-        if scales is not None:
-            term = term * split(scales)[i]
-        if offsets is not None:
-            term = term + split(offsets)[i] * _sum(columns)
-        terms.append(term)
+    if scales is not None and offsets is not None:  # not apart from the integers' sum, which it may nearly cancel
+        wide = [[n * s + o for n, s, o in zip(w, split(scales), split(offsets), strict=True)] for w in wide]
+    terms = [_sum(w * c for w, c in zip(channels, columns, strict=True)) for channels in zip(*wide, strict=True)]
+    if scales is not None and offsets is None:
+        terms = [term * s for term, s in zip(terms, split(scales), strict=True)]
     return jnp.stack(_added(terms, (1, 2))).reshape(1, out)
 
 
