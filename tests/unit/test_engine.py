@@ -242,21 +242,44 @@ def test_every_profile_runs_and_stays_deterministic(profile, dtype):
     assert results(llm, reqs[3:4]) == {reqs[3].request_id: together[reqs[3].request_id]}
 
 
-def test_no_program_holds_a_second_copy_of_a_weight():
-    """bfloat16 weights: neither the embedding lookup nor a product may convert a whole table, in or out of the loop."""
-    model = random_model("fast", "bfloat16", vocab_size=20_000, hidden_size=96, tie_word_embeddings=True)
-    llm = LLM(model, max_batch=4, chunk=16, block=16)
-    table = model.params["embed"]["weight"].nbytes
-    llm.generate([1, 2, 3], SamplingParams(max_tokens=2, temperature=0))
-    state = llm.engine._state
+def compiled_programs(llm):
+    """The decode and the prefill program of an engine of chunks and blocks of 16 that has run."""
+    engine, model = llm.engine, llm.engine.model
     static = (model.module, model.numerics, 16)
     slot, ids = np.int32(0), np.zeros((1, 16), np.int32)
-    step = (np.full((4, BURST), -1, np.int32), np.ones(4, np.bool_), slot, np.False_)
+    step = (np.full((engine.slots, BURST), -1, np.int32), np.ones(engine.slots, np.bool_), slot, np.False_)
     fill = (ids, slot, slot, slot, slot)
     for program, args in ((partial(decode, *static, None), step), (partial(prefill, *static), fill)):
-        compiled = jax.jit(program, donate_argnums=1).lower(model.params, state, *args).compile()
+        jitted = jax.jit(program, donate_argnums=1, compiler_options=model.numerics.compiler_options)
+        yield jitted.lower(engine._params, engine._state, *args).compile()
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_no_program_holds_a_second_copy_of_a_weight(slots):
+    """bfloat16 weights: neither the embedding lookup nor a product may convert a whole table, in or out of the loop."""
+    model = random_model("fast", "bfloat16", vocab_size=20_000, hidden_size=96, tie_word_embeddings=True)
+    llm = LLM(model, max_batch=slots, chunk=16, block=16)
+    table = model.params["embed"]["weight"].nbytes
+    llm.generate([1, 2, 3], SamplingParams(max_tokens=2, temperature=0))
+    for compiled in compiled_programs(llm):
         assert compiled.memory_analysis().temp_size_in_bytes < table
         assert "f32[20000,96]" not in compiled.as_text().split("ENTRY")[1]
+
+
+@pytest.mark.parametrize("profile", ["reference", "fast"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("slots", [1, 4])
+def test_no_program_copies_the_cache(profile, dtype, slots):
+    """It is written in place: beside a long cache the temporaries are smaller than a single one of its buffers."""
+    model = random_model(profile, dtype, max_position_embeddings=16384)
+    llm = LLM(model, max_batch=slots, chunk=16, block=16)
+    llm.generate(list(range(20)), SamplingParams(max_tokens=2, temperature=0))
+    llm.engine._ensure(16384)
+    buffer = max(leaf.nbytes for leaf in jax.tree.leaves(llm.engine._state.cache))
+    for compiled in compiled_programs(llm):
+        memory = compiled.memory_analysis()
+        assert memory.temp_size_in_bytes < buffer
+        assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(llm.engine._state.cache))
 
 
 def test_a_stream_left_open_is_told_not_waited_for(llm):

@@ -333,9 +333,11 @@ def test_a_quantized_model_means_its_dequantized_values(profile, recipe):
 
 
 @pytest.mark.parametrize(("profile", "dtype", "recipe"), [
-    ("reference", "bfloat16", None), ("fast", "float32", "int4-g32"), ("fast", "float32", "int8"),
+    ("reference", "bfloat16", None), ("fast", "bfloat16", None), ("fast", "float32", "int4-g32"),
+    ("fast", "float32", "int4"), ("fast", "float32", "int8"), ("dynamic_int8", "float32", "int8"),
 ])  # fmt: skip
-def test_no_program_holds_a_converted_model(profile, dtype, recipe):
+@pytest.mark.parametrize("slots", [1, 4])
+def test_no_program_holds_a_converted_model(profile, dtype, recipe, slots):
     """The temporaries of the compiled programs stay far below the float32 size of the weights they convert."""
     wide = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=4, num_hidden_layers=4)
     model = random_model(profile, dtype, **wide)
@@ -349,7 +351,7 @@ def test_no_program_holds_a_converted_model(profile, dtype, recipe):
     size = 4 * sum(
         math.prod(leaf.shape) for leaf in jax.tree.leaves(model.params, is_leaf=lambda x: hasattr(x, "bits"))
     )
-    slots, static = 4, (model.module, model.numerics, 128)
+    static = (model.module, model.numerics, 128)
     state = empty_state(make_cache(model.config, model.numerics, slots, 128), slots, 128, 600)
     step = (np.full((slots, BURST), -1, np.int32), np.ones(slots, np.bool_), np.int32(1), np.False_)
     chunk, zero = np.zeros((1, 128), np.int32), np.int32(0)
@@ -357,7 +359,7 @@ def test_no_program_holds_a_converted_model(profile, dtype, recipe):
         (functools.partial(decode, *static, None), step),
         (functools.partial(prefill, *static), (chunk, zero, zero, zero, zero)),
     ):
-        jitted = jax.jit(program, donate_argnums=1)
+        jitted = jax.jit(program, donate_argnums=1, compiler_options=model.numerics.compiler_options)
         temporary = jitted.lower(model.params, state, *args).compile().memory_analysis().temp_size_in_bytes
         assert temporary < 0.2 * size, f"{temporary / 1e6:.1f} MB beside weights of {size / 1e6:.1f} MB"
 
