@@ -203,7 +203,8 @@ class Attention(nn.Module):
         cache: jax.Array = self.get_variable("cache", name)
         axis = POSITION_AXIS[name]
         new = to_storage(new.astype(ctx.numerics.products))
-        if new.shape[0] == 1 and new.shape[1] > 1:  # a part of a prompt, in one piece: XLA:CPU scatters one by one
+        # A part of a prompt, in one piece: XLA:CPU scatters one by one.
+        if ctx.active is None and new.shape[0] == 1 and new.shape[1] > 1:
             begin = [ctx.slot, 0, 0, 0]
             begin[axis] = ctx.positions[0, 0]
             part = new.transpose(0, 2, 1, 3) if name == "k" else new.transpose(0, 2, 3, 1)
