@@ -46,8 +46,10 @@ def one_row(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
 
 
 def _in_halves(x: jax.Array) -> jax.Array:
-    """``[..., in] -> [..., 2, in / 2]``, the same in memory: a concatenation, which XLA stores.  Activations made in
-    another way it would make again for each output channel; it sees through one with zeros, or with x itself."""
+    """``[..., in] -> [..., 2, in / 2]``, the same in memory.
+
+    A concatenation keeps XLA from making the activations again for each output channel, unless they are very cheap to
+    make; it sees through one with zeros, or with x itself."""
     if x.shape[-1] % 2:
         return x[..., None, :]
     half = x.shape[-1] // 2
