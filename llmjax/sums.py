@@ -37,23 +37,13 @@ def summed(weight: jax.Array | QTensor) -> bool:
 def one_row(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     """``x [1, in] . weight [out, in] -> float32 [1, out]``, x in the dtype it is rounded to."""
     packed = isinstance(weight, QTensor) and weight.bits < 8
-    pieces = jnp.concatenate([x[:, 0::2], x[:, 1::2]]) if packed else _in_halves(x)
+    # XLA stores a concatenation; x made in another way it would make again for each output channel.
+    pieces = jnp.concatenate([x[:, 0::2], x[:, 1::2]] if packed else [x, jnp.zeros_like(x)])
     pieces, weight = lax.optimization_barrier((pieces, weight))
-    columns = list(pieces.astype(jnp.float32)) if packed else [pieces.astype(jnp.float32).reshape(-1)]
+    columns = list(pieces.astype(jnp.float32))[: 2 if packed else 1]
     if isinstance(weight, QTensor):
         return _quantized_sum(columns, weight)
     return _sum_of_products(columns, [weight])
-
-
-def _in_halves(x: jax.Array) -> jax.Array:
-    """``[..., in] -> [..., 2, in / 2]``, the same in memory.
-
-    A concatenation keeps XLA from making the activations again for each output channel, unless they are very cheap to
-    make; it sees through one with zeros, or with x itself."""
-    if x.shape[-1] % 2:
-        return x[..., None, :]
-    half = x.shape[-1] // 2
-    return jnp.stack([x[..., :half], x[..., half:]], -2)
 
 
 def _quantized_sum(columns: list[jax.Array], q: QTensor) -> jax.Array:
@@ -110,7 +100,7 @@ def few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
     Unlike a library product it reads w where it stands, a slice of a cache say, without copying it first.
     """
     rows, out = x.shape[-2], w.shape[-2]
-    x = lax.optimization_barrier(_in_halves(x)).astype(jnp.float32).reshape(x.shape)
+    x = lax.optimization_barrier(jnp.concatenate([x, x[..., :1, :]], -2)).astype(jnp.float32)  # stored: see ``one_row``
     # A reduction of one operand would not be left in one piece.
     together = 2 if rows % 2 and out % 2 == 0 else 1
     parts = w.astype(jnp.float32).reshape(*w.shape[:-2], together, out // together, w.shape[-1])
