@@ -8,9 +8,9 @@ one XLA:CPU reads at memory speed.
 On the CPU, by weight, profile and rows of x; the reasons are a benchmark's lines (``scripts/bench_products.py``):
 
 ===============================  ===================================  ==================================================
-one row, 4, 8 or 16 bits         profiles whose sums may be reordered ``llmjax.sums``: close to the speed of memory
+one row, all but 5 bits          ``fast``, ``dynamic_int8``           ``llmjax.sums``: close to the speed of memory
 one scale a channel, 4, 8 bits   ``fast``, few rows (any with AMX)    ``quant.product.in_digits``: exact integers
-                                 ``dynamic_int8``                     the same, one digit
+                                 ``dynamic_int8``, ``mediapipe_cpu``  the same, one digit
 floats of the product's dtype    all                                  ``llmjax.dots``: the library's product
 whatever else                    all                                  ``llmjax.tiles``: converted a tile at a time
 ===============================  ===================================  ==================================================

@@ -1,7 +1,8 @@
 """``x . W^T`` of a single row, the step of a single stream, as one sum that XLA:CPU compiles itself.
 
 It reads a weight once, widens it in registers and adds up on both cores, which for 8, 16 and 4 bits no library product
-does: close to the speed of memory, whatever the CPU (``scripts/bench_products.py``).  Two things make it so:
+does, and in float32 is no slower than one: close to the speed of memory, whatever the CPU
+(``scripts/bench_products.py``).  Two things make it so:
 
 - A reduction of several operands is the only one XLA:CPU leaves in one piece with what it sums.
 - LLVM may add up floats in any order (``numerics.Numerics.reassociates``): one after the other they would take four
@@ -21,6 +22,7 @@ from llmjax.quant.qtensor import QTensor, integers
 
 # As many sums at once as the CPU has registers for; they share the activations they read.
 _TOGETHER = (4, 2)
+# Rows that share a weight in one sum, for the same reason.
 _ROWS = 8
 
 
@@ -37,7 +39,8 @@ def summed(weight: jax.Array | QTensor) -> bool:
 def one_row(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     """``x [1, in] . weight [out, in] -> float32 [1, out]``, x in the dtype it is rounded to."""
     packed = isinstance(weight, QTensor) and weight.bits < 8
-    # XLA stores a concatenation; x made in another way it would make again for each output channel.
+    # A concatenation keeps XLA from making x again for each output channel, but not always: that with zeros becomes a
+    # pad, which it fuses where x is a few multiplications.
     pieces = jnp.concatenate([x[:, 0::2], x[:, 1::2]] if packed else [x, jnp.zeros_like(x)])
     pieces, weight = lax.optimization_barrier((pieces, weight))
     columns = list(pieces.astype(jnp.float32))[: 2 if packed else 1]
@@ -88,7 +91,7 @@ def _sum_of_products(
     wide = [split(p.astype(jnp.float32)) for p in parts]
     if scales is not None and offsets is not None:  # not apart from the integers' sum, which it may nearly cancel
         wide = [[n * s + o for n, s, o in zip(w, split(scales), split(offsets), strict=True)] for w in wide]
-    terms = [_sum(w * c for w, c in zip(channels, columns, strict=True)) for channels in zip(*wide, strict=True)]
+    terms = [total(w * c for w, c in zip(channels, columns, strict=True)) for channels in zip(*wide, strict=True)]
     if scales is not None and offsets is None:
         terms = [term * s for term, s in zip(terms, split(scales), strict=True)]
     return jnp.stack(_added(terms, (1, 2))).reshape(1, out)
@@ -120,5 +123,6 @@ def _added(terms: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:
     return lax.reduce(terms, zeros, lambda a, b: [i + j for i, j in zip(a, b, strict=True)], axes)
 
 
-def _sum(parts: Iterable[jax.Array]) -> jax.Array:
+def total(parts: Iterable[jax.Array]) -> jax.Array:
+    """Of arrays, added up in their order."""
     return functools.reduce(jnp.add, parts)

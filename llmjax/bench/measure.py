@@ -16,7 +16,6 @@ import numpy as np
 from llmjax.batch.identity import describe_device, stored
 from llmjax.bench.cost import Cost, Costs, is_quantized
 from llmjax.bench.probes import matmul_probe, read_probe
-from llmjax.cpu import has_integer_tiles
 from llmjax.errors import RequestError
 from llmjax.model import Model
 from llmjax.runtime.decode import BURST
@@ -334,12 +333,10 @@ def _measured(setting: _Setting, read: float, flops: float) -> Measured:
 
 
 def _product_dtypes(model: Model) -> list[str]:
-    """What the model's products may run in; int8 where integers are multiplied for many rows (``llmjax.matmul``)."""
+    """What the model's products may run in; int8 where quantized weights meet digits (``llmjax.matmul``)."""
     found = ["float32", str(model.numerics.products)]
     leaves = jax.tree.leaves(model.params, is_leaf=is_quantized)
-    digits = model.numerics.digits
-    integers = digits == 1 or (digits is not None and has_integer_tiles())
-    if jax.default_backend() == "cpu" and integers and any(map(is_quantized, leaves)):
+    if jax.default_backend() == "cpu" and model.numerics.digits is not None and any(map(is_quantized, leaves)):
         found.append("int8")
     return list(dict.fromkeys(found))
 

@@ -24,7 +24,7 @@ def read_probe(size: int | None = None) -> Callable[[], float]:
     on the CPU (``llmjax.sums``), which read at memory speed on all cores.
 
     Args:
-      size: bytes to read, rounded down to whole rows; None takes what suits the device.
+      size: bytes to read, rounded down to a few whole rows of each array; None takes what suits the device.
     """
     size = size or _READ_BYTES.get(jax.default_backend(), _READ_BYTES["gpu"])
     rows = max(2, size // (_READ_ARRAYS * _WIDTH * 4) // 4 * 4)

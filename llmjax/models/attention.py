@@ -19,6 +19,8 @@ from llmjax.sums import few_rows, sums_pay
 MASKED = -1e30
 # Where S stands in a cache's buffers: k ``[R, K, S, H]``, v ``[R, K, H, S]``.
 POSITION_AXIS = {"k": 2, "v": 3}
+# Blocks a step folds in one turn; it is short of things to do at once.  Prompts take one.
+STEP_BLOCKS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,8 +211,8 @@ def cached_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, score
     Args:
       q: ``[B, T, N, H]``.
       cache_k: ``[R, K, S, H]``, as ``bits.storage`` of the products' dtype, with R >= B rows, this call's tokens
-        already written; S a multiple of ``ctx.block``, and of twice that where neither T nor the cache's length may
-        show in a bit.
+        already written; S a multiple of ``ctx.block``, and of ``STEP_BLOCKS`` of them where its length may not show
+        in a bit.
       cache_v: ``[R, K, H, S]``, else as cache_k: both are then read along what is summed.
       scores: the layer's rule.
       ctx: positions, slot, block.
@@ -222,8 +224,8 @@ def cached_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, score
     num_kv, length = cache_k.shape[1:3]
     dtype = ctx.numerics.products
     step = count == 1
-    # A step is short of things to do at once: it takes two blocks a turn, prompts one.
-    block = 2 * ctx.block if step and length % (2 * ctx.block) == 0 else ctx.block
+    wide = STEP_BLOCKS * ctx.block
+    block = wide if step and length % wide == 0 else ctx.block
     product = few_rows if step and sums_pay(ctx.numerics) else _row_products
     qg = _grouped(q, num_kv).astype(dtype)
     rows = qg.reshape(batch, num_kv, -1, width)

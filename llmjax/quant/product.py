@@ -19,9 +19,6 @@ weight-only with less error than a float32 product has (2e-7 of max|x|), one dig
 same bits for any number of rows, in any order of summation.
 """
 
-import functools
-from collections.abc import Iterable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +26,7 @@ from jax import lax
 
 from llmjax.dots import dot
 from llmjax.quant.qtensor import QTensor, halves, integers
+from llmjax.sums import total
 from llmjax.tiles import over_tiles
 
 _BASE = 254
@@ -47,13 +45,9 @@ def in_tiles(x: jax.Array, q: QTensor) -> jax.Array:
     columns, q = _columns(x, q)
 
     def multiply(part: QTensor) -> jax.Array:
-        return _sum(dot(w, c, jnp.float32) for c, w in zip(columns, halves(part), strict=True))
+        return total(dot(w, c, jnp.float32) for c, w in zip(columns, halves(part), strict=True))
 
     return over_tiles(multiply, q, q.shape, columns[0])
-
-
-def _sum(parts: Iterable[jax.Array]) -> jax.Array:
-    return functools.reduce(jnp.add, parts)
 
 
 def to_digits(x: jax.Array, count: int) -> tuple[jax.Array, list[jax.Array]]:
@@ -81,7 +75,7 @@ def in_digits(x: jax.Array, q: QTensor, count: int) -> jax.Array:
     columns, q = _columns(rows, q)
 
     def multiply(part: QTensor) -> jax.Array:
-        return _sum(dot(n, c, jnp.int32) for c, n in zip(columns, integers(part), strict=True))
+        return total(dot(n, c, jnp.int32) for c, n in zip(columns, integers(part), strict=True))
 
     # Eight bits are multiplied as they stand.
     sums = multiply(q).T if q.bits == 8 else over_tiles(multiply, q, q.shape, columns[0], jnp.int32)

@@ -14,6 +14,7 @@ import numpy as np
 
 from llmjax.errors import CheckpointError, RequestError
 from llmjax.model import Model
+from llmjax.models.attention import STEP_BLOCKS
 from llmjax.models.stack import stacked
 from llmjax.runtime import state as states
 from llmjax.runtime.cache import bucket, make_cache
@@ -141,7 +142,7 @@ class Engine:
         return call
 
     def _bucket(self, tokens: int) -> int:
-        unit = int(np.lcm(self.chunk, 2 * self.block))  # see ``cached_attention``
+        unit = int(np.lcm(self.chunk, STEP_BLOCKS * self.block))
         return bucket(max(tokens, MIN_LENGTH), unit, self.model.context_length)
 
     def _ensure(self, tokens: int) -> State:

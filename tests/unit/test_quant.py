@@ -48,11 +48,11 @@ def on_device(q: QTensor) -> QTensor:
     return q.map(jnp.asarray)
 
 
-def multiplied(x: np.ndarray, q: QTensor, profile: str) -> np.ndarray:
+def multiplied(x: np.ndarray | jax.Array, w: QTensor | jax.Array, profile: str) -> np.ndarray:
     """``x . W^T`` as a model of that profile runs it."""
-    numerics = resolve(profile, jnp.float32)
+    numerics = resolve(profile, w.dtype)
     run = jax.jit(matmul, static_argnums=2, compiler_options=numerics.compiler_options)
-    return np.asarray(run(x, on_device(q), numerics))
+    return np.asarray(run(x, jax.tree.map(jnp.asarray, w), numerics))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -250,9 +250,7 @@ def test_one_row_is_closer_than_a_float32_product(scheme, shape):
     x = RNG.standard_normal((1, shape[1])).astype(np.float32)
     if scheme == "bfloat16":
         w, x = (jnp.asarray(a, jnp.bfloat16) for a in (w, x))
-        numerics = resolve("fast", jnp.bfloat16)
-        run = jax.jit(matmul, static_argnums=2, compiler_options=numerics.compiler_options)
-        y = np.asarray(run(x, w, numerics))
+        y = multiplied(x, w, "fast")
         truth = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
     else:
         q = quantized(w, scheme)
