@@ -38,15 +38,13 @@ def summed(weight: jax.Array | QTensor) -> bool:
 
 def one_row(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     """``x [1, in] . weight [out, in] -> float32 [1, out]``, x in the dtype it is rounded to."""
+    x = x.astype(jnp.float32)
     packed = isinstance(weight, QTensor) and weight.bits < 8
-    # A concatenation keeps XLA from making x again for each output channel, but not always: that with zeros becomes a
-    # pad, which it fuses where x is a few multiplications.
-    pieces = jnp.concatenate([x[:, 0::2], x[:, 1::2]] if packed else [x, jnp.zeros_like(x)])
-    pieces, weight = lax.optimization_barrier((pieces, weight))
-    columns = list(pieces.astype(jnp.float32))[: 2 if packed else 1]
+    columns = _stored(jnp.concatenate([x[:, 0::2], x[:, 1::2]]) if packed else x)
+    columns, weight = lax.optimization_barrier((columns, weight))
     if isinstance(weight, QTensor):
-        return _quantized_sum(columns, weight)
-    return _sum_of_products(columns, [weight])
+        return _quantized_sum(list(columns), weight)
+    return _sum_of_products(list(columns), [weight])
 
 
 def _quantized_sum(columns: list[jax.Array], q: QTensor) -> jax.Array:
@@ -103,7 +101,7 @@ def few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
     Unlike a library product it reads w where it stands, a slice of a cache say, without copying it first.
     """
     rows, out = x.shape[-2], w.shape[-2]
-    x = lax.optimization_barrier(jnp.concatenate([x, x[..., :1, :]], -2)).astype(jnp.float32)  # stored: see ``one_row``
+    x = _stored(x.astype(jnp.float32))
     # A reduction of one operand would not be left in one piece.
     together = 2 if rows % 2 and out % 2 == 0 else 1
     parts = w.astype(jnp.float32).reshape(*w.shape[:-2], together, out // together, w.shape[-1])
@@ -116,6 +114,18 @@ def few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
         sums += _added(terms, (terms[0].ndim - 1,))
     joined = [jnp.concatenate(sums[i : i + together], -1) for i in range(0, len(sums), together)]
     return jnp.stack(joined, -2)
+
+
+def _stored(x: jax.Array) -> jax.Array:
+    """float32 x, kept in memory for a sum that reads it once for each output channel.
+
+    XLA:CPU would take into the sum, and do again for each channel, what x is made by: a norm's multiplication, say.
+    It never does a reduction twice, and that of x's bits with themselves leaves x; one of floats it might hand over,
+    with the copies of x for all channels, to a library.
+    """
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    bits = lax.reduce_or(lax.optimization_barrier(jnp.stack([bits, bits])), (0,))
+    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def _added(terms: list[jax.Array], axes: tuple[int, ...]) -> list[jax.Array]:

@@ -271,19 +271,24 @@ def test_few_rows(rows, out, width, dtype):
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4", "int4-g32", "bfloat16", "float32", "attention"])
-def test_a_sum_does_not_make_its_activations_again(kind):
-    """An activation function within the sum would be computed for each output channel."""
+@pytest.mark.parametrize(("before", "name"), [(jnp.exp, "exponential"), (lambda x: jnp.maximum(x, 0), "maximum")])
+def test_a_sum_does_not_make_its_activations_again(kind, before, name):
+    """What comes before a sum would, within it, be computed for each output channel; cheap things cost most, for XLA
+    takes those in first.  Nor are they written out once for each channel."""
     x, w = (RNG.standard_normal(shape).astype(np.float32) for shape in ((1, 512), (256, 512)))
     if kind == "attention":
         weights, multiply = jnp.asarray(w), few_rows
     else:
         weights = jnp.asarray(w, kind) if "float" in kind else on_device(quantized(w, kind))
-        numerics = resolve("fast", weights.dtype)
-        multiply = functools.partial(matmul, numerics=numerics)
-    run = jax.jit(lambda x, w: multiply(jnp.exp(x), w), compiler_options=resolve("fast", jnp.float32).compiler_options)
-    parts = run.lower(x, weights).compile().as_text().split("\n}\n")
-    assert [part for part in parts if "exponential(" in part]
-    assert not [part for part in parts if "exponential(" in part and " reduce(" in part]
+        multiply = functools.partial(matmul, numerics=resolve("fast", weights.dtype))
+    options = resolve("fast", jnp.float32).compiler_options
+    program = jax.jit(lambda x, w: multiply(before(x), w), compiler_options=options).lower(x, weights).compile()
+    parts = program.as_text().split("\n}\n")
+    sums = [part for part in parts if " reduce(" in part and "[256," in part]
+    assert sums
+    assert any(f"{name}(" in part for part in parts)
+    assert not any(f"{name}(" in part for part in sums)
+    assert program.memory_analysis().temp_size_in_bytes < w.nbytes / 4
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "int4-g32", "int8-asym"])
