@@ -2,16 +2,14 @@
 loop."""
 
 import dataclasses
-from functools import partial
 
 import jax
 import numpy as np
 import pytest
 
 from llmjax import LLM, CheckpointError, RequestError, SamplingParams
-from llmjax.runtime.decode import BURST, decode
 from llmjax.runtime.engine import Engine
-from llmjax.runtime.prefill import prefill
+from tests.programs import compiled_programs
 from tests.tiny import random_ids, random_model
 
 
@@ -240,18 +238,6 @@ def test_every_profile_runs_and_stays_deterministic(profile, dtype):
     together = results(llm, reqs)
     assert results(llm, reqs[::-1]) == together
     assert results(llm, reqs[3:4]) == {reqs[3].request_id: together[reqs[3].request_id]}
-
-
-def compiled_programs(llm):
-    """The decode and the prefill program of an engine of chunks and blocks of 16 that has run."""
-    engine, model = llm.engine, llm.engine.model
-    static = (model.module, model.numerics, 16)
-    slot, ids = np.int32(0), np.zeros((1, 16), np.int32)
-    step = (np.full((engine.slots, BURST), -1, np.int32), np.ones(engine.slots, np.bool_), slot, np.False_)
-    fill = (ids, slot, slot, slot, slot)
-    for program, args in ((partial(decode, *static, None), step), (partial(prefill, *static), fill)):
-        jitted = jax.jit(program, donate_argnums=1, compiler_options=model.numerics.compiler_options)
-        yield jitted.lower(engine._params, engine._state, *args).compile()
 
 
 @pytest.mark.parametrize("slots", [1, 4])

@@ -1,6 +1,7 @@
 """Layers run in a loop over stacked weights: the same numbers as one after the other."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from llmjax.numerics import resolve
 from llmjax.quant.rounding import quantize
 from llmjax.quant.schemes import Scheme
 from llmjax.runtime import engine
+from tests.programs import compiled_programs
 from tests.tiny import random_ids, random_model
 
 RNG = np.random.default_rng(5)
@@ -84,6 +86,20 @@ def test_one_slot_of_8_bits_runs_in_a_loop(monkeypatch, profile):
     plain, expected = run()
     assert looped and not plain
     assert tokens == expected
+
+
+@pytest.mark.parametrize("tokens", [20, 1000])
+@pytest.mark.parametrize(("slots", "scheme"), [(1, "int8"), (1, "int4-g32"), (4, "int4-g32"), (1, None), (4, None)])
+def test_no_program_copies_a_cache(slots, scheme, tokens):
+    """Not the layers' common one, either; in the shortest all positions are one block."""
+    model = packed_model(scheme) if scheme else random_model("fast", max_position_embeddings=1024)
+    llm = LLM(model, max_batch=slots)
+    llm.engine._ensure(tokens)
+    assert (STACKED in llm.engine._params) == bool(scheme)
+    shapes = {str(list(leaf.shape)).replace(" ", "") for leaf in jax.tree.leaves(llm.engine._state.cache)}
+    for compiled in compiled_programs(llm):
+        copies = re.findall(r"= \w+(\[[\d,]*\])\S* copy\(", compiled.as_text())
+        assert copies and not shapes & set(copies)
 
 
 def test_a_cache_that_grows_keeps_its_rows():
