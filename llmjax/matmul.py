@@ -8,8 +8,8 @@ one XLA:CPU reads at memory speed.
 On the CPU, by weight, profile and rows of x; the reasons are a benchmark's lines (``scripts/bench_products.py``):
 
 ===============================  ===================================  ==================================================
-one row, all but 5 bits          ``fast``, ``dynamic_int8``           ``llmjax.sums``: close to the speed of memory
-one scale a channel, 4, 8 bits   ``fast``, few rows (any with AMX)    ``quant.product.in_digits``: exact integers
+a few rows, all but 5 bits       ``fast``, ``dynamic_int8``           ``llmjax.sums``: one row at the speed of memory
+one scale a channel, 4, 8 bits   ``fast`` with AMX                    ``quant.product.in_digits``: exact integers
                                  ``dynamic_int8``, ``mediapipe_cpu``  the same, one digit
 floats of the product's dtype    all                                  ``llmjax.dots``: the library's product
 whatever else                    all                                  ``llmjax.tiles``: converted a tile at a time
@@ -21,16 +21,13 @@ Elsewhere a product is written as it is defined, and the compiler knows best.
 import jax
 import jax.numpy as jnp
 
-from llmjax.cpu import has_integer_dot, has_integer_tiles
+from llmjax.cpu import has_integer_tiles
 from llmjax.dots import dot
 from llmjax.numerics import Numerics
 from llmjax.quant.product import in_digits, in_tiles, to_digits
 from llmjax.quant.qtensor import QTensor
-from llmjax.sums import one_row, summed, sums_pay
+from llmjax.sums import by_weight, can_sum, sums_pay
 from llmjax.tiles import over_tiles
-
-# Three digits are three times the rows of a float32 product: above this, only AMX makes up for it.
-_DIGIT_ROWS = 16
 
 
 def matmul(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax.Array:
@@ -44,20 +41,20 @@ def matmul(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax
 
 
 def _quantized_product(x: jax.Array, q: QTensor, numerics: Numerics) -> jax.Array:
-    digits, summed_up = numerics.digits, _summed(x, q, numerics)
-    if digits is not None and not summed_up and _integers_pay(len(x), q, digits):
+    digits, summed = numerics.digits, len(x) <= summed_rows(q, numerics)
+    if digits is not None and not summed and _integers_pay(q, digits):
         return in_digits(x, q, digits)
     scale = None
     if digits == 1:
         scale, (rounded,) = to_digits(x, 1)
         x = rounded.astype(jnp.float32)
-    y = one_row(x, q) if summed_up else in_tiles(x, q)
+    y = by_weight(x, q) if summed else in_tiles(x, q)
     return y if scale is None else scale * y
 
 
 def _float_product(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.Array:
-    if _summed(x, weight, numerics):
-        return one_row(x, weight)
+    if len(x) <= summed_rows(weight, numerics):
+        return by_weight(x, weight)
 
     def multiply(part: jax.Array) -> jax.Array:
         return dot(part.astype(numerics.products), x, jnp.float32)
@@ -66,11 +63,18 @@ def _float_product(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.A
     return over_tiles(multiply, weight, weight.shape, x) if converted else multiply(weight).T
 
 
-def _summed(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> bool:
-    return len(x) == 1 and sums_pay(numerics) and summed(weight)
+def summed_rows(weight: jax.Array | QTensor, numerics: Numerics) -> int:
+    """Up to how many rows meet a weight in a sum; 0 for none."""
+    if not (sums_pay(numerics) and can_sum(weight)):
+        return 0
+    if not isinstance(weight, QTensor):
+        return 4 if weight.dtype.itemsize < 4 else 1
+    if weight.scales.shape[1] > 1 or weight.offsets is not None or has_integer_tiles():
+        return 1
+    return 4 if numerics.digits == 1 else 16
 
 
-def _integers_pay(rows: int, q: QTensor, digits: int) -> bool:
+def _integers_pay(q: QTensor, digits: int) -> bool:
     if q.scales.shape[1] > 1 or q.bits == 5 or jax.default_backend() != "cpu":
         return False
-    return digits == 1 or has_integer_tiles() or (has_integer_dot() and rows <= _DIGIT_ROWS)
+    return digits == 1 or has_integer_tiles()

@@ -1,4 +1,4 @@
-"""``x . W^T`` of a single row, the step of a single stream, as one sum that XLA:CPU compiles itself.
+"""``x . W^T`` of a few rows, the step of a few streams, as sums that XLA:CPU compiles itself.
 
 It reads a weight once, widens it in registers and adds up on both cores, which for 8, 16 and 4 bits no library product
 does, and in float32 is no slower than one: close to the speed of memory, whatever the CPU
@@ -20,10 +20,12 @@ from jax import lax
 from llmjax.numerics import Numerics
 from llmjax.quant.qtensor import QTensor, integers
 
-# As many sums at once as the CPU has registers for; they share the activations they read.
-_TOGETHER = (4, 2)
-# Rows that share a weight in one sum, for the same reason.
-_ROWS = 8
+# As many sums at once as the CPU has registers for: rows share the weights they read, channels the activations.
+_ROWS = 4
+_CHANNELS = (4, 2)
+_SUMS = 16
+# Rows at once in attention.
+_CACHE_ROWS = 8
 
 
 def sums_pay(numerics: Numerics) -> bool:
@@ -31,26 +33,34 @@ def sums_pay(numerics: Numerics) -> bool:
     return numerics.reassociates and jax.default_backend() == "cpu"
 
 
-def summed(weight: jax.Array | QTensor) -> bool:
-    """Whether ``one_row`` serves a weight: its channels can be summed at least in pairs."""
-    return weight.shape[0] % _TOGETHER[-1] == 0 and not (isinstance(weight, QTensor) and weight.bits == 5)
+def can_sum(weight: jax.Array | QTensor) -> bool:
+    """Whether ``by_weight`` serves a weight: its channels can be summed at least in pairs."""
+    return weight.shape[0] % _CHANNELS[-1] == 0 and not (isinstance(weight, QTensor) and weight.bits == 5)
 
 
-def one_row(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
-    """``x [1, in] . weight [out, in] -> float32 [1, out]``, x in the dtype it is rounded to."""
-    x = x.astype(jnp.float32)
-    packed = isinstance(weight, QTensor) and weight.bits < 8
-    columns = _stored(jnp.concatenate([x[:, 0::2], x[:, 1::2]]) if packed else x)
+def by_weight(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
+    """``x [rows, in] . weight [out, in] -> float32 [rows, out]``, x in the dtype it is rounded to.
+
+    A row's bits do not depend on its place among the others, but on how many there are.
+    """
+    rows = x.shape[0]
+    passes = -(-rows // _ROWS)
+    at_once = -(-rows // passes)
+    x = jnp.pad(x.astype(jnp.float32), ((0, passes * at_once - rows), (0, 0)))  # all rows in sums of one kind
+    parts = 2 if isinstance(weight, QTensor) and weight.bits < 8 else 1
+    columns = _stored(jnp.stack([x[:, i::parts] for i in range(parts)]))
     columns, weight = lax.optimization_barrier((columns, weight))
-    if isinstance(weight, QTensor):
-        return _quantized_sum(list(columns), weight)
-    return _sum_of_products(list(columns), [weight])
+    y = [_some_rows(columns[:, i : i + at_once], weight) for i in range(0, len(x), at_once)]
+    return jnp.concatenate(y)[:rows]
 
 
-def _quantized_sum(columns: list[jax.Array], q: QTensor) -> jax.Array:
-    parts, scales = _integers(q), q.scales.astype(jnp.float32)
-    if q.offsets is not None:
-        return _sum_of_products(columns, parts, scales, q.offsets.astype(jnp.float32))
+def _some_rows(columns: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
+    """Of x's columns ``[P, rows, in / P]``, as the weight's integers are kept in P parts."""
+    if not isinstance(weight, QTensor):
+        return _sum_of_products(columns, [weight])
+    parts, scales = _integers(weight), weight.scales.astype(jnp.float32)
+    if weight.offsets is not None:
+        return _sum_of_products(columns, parts, scales, weight.offsets.astype(jnp.float32))
     if scales.shape[1] > 1:
         return _sum_of_products(columns, parts, scales)
     return _sum_of_products(columns, parts) * scales[:, 0]
@@ -65,38 +75,47 @@ def _integers(q: QTensor) -> list[jax.Array]:
 
 
 def _sum_of_products(
-    columns: list[jax.Array],
+    columns: jax.Array,
     parts: list[jax.Array],
     scales: jax.Array | None = None,
     offsets: jax.Array | None = None,
 ) -> jax.Array:
-    """``sum_p columns[p] . (scales * parts[p] + offsets)^T -> [1, out]``.
+    """``sum_p columns[p] . (scales * parts[p] + offsets)^T -> [rows, out]``.
 
     Args:
-      columns: float32 ``[in / P]`` each.
-      parts: ``[out, in / P]`` each.
+      columns: float32 ``[P, rows, in / P]``.
+      parts: P of ``[out, in / P]``.
       scales: float32 ``[out, G]``, or None for ones.
       offsets: as scales, or None for zeros.
     """
-    out = parts[0].shape[0]
-    together = next(n for n in _TOGETHER if out % n == 0)
+    rows, out = columns.shape[1], parts[0].shape[0]
+    # Where rows are several, so are a channel's sums: LLVM adds up parts in one order for this row, another for that.
+    apart = len(parts) if rows > 1 else 1
+    together = next(n for n in _CHANNELS if out % n == 0 and rows * apart * n <= _SUMS)
     groups = 1 if scales is None else scales.shape[1]
 
     def split(leaf: jax.Array) -> list[jax.Array]:
         return list(leaf.reshape(together, out // together, groups, -1))
 
-    columns = [c.reshape(groups, -1) for c in columns]
+    columns = columns.reshape(*columns.shape[:2], groups, -1)
     wide = [split(p.astype(jnp.float32)) for p in parts]
-    if scales is not None and offsets is not None:  # not apart from the integers' sum, which it may nearly cancel
-        wide = [[n * s + o for n, s, o in zip(w, split(scales), split(offsets), strict=True)] for w in wide]
-    terms = [total(w * c for w, c in zip(channels, columns, strict=True)) for channels in zip(*wide, strict=True)]
-    if scales is not None and offsets is None:
-        terms = [term * s for term, s in zip(terms, split(scales), strict=True)]
-    return jnp.stack(_added(terms, (1, 2))).reshape(1, out)
+    factors = None if scales is None else split(scales)
+    if factors is not None and offsets is not None:  # not apart from the integers' sum, which it may nearly cancel
+        wide = [[n * s + o for n, s, o in zip(w, factors, split(offsets), strict=True)] for w in wide]
+        factors = None
+    terms = []
+    for row in range(rows):
+        for channel in range(together):
+            products = [w[channel] * c[row] for w, c in zip(wide, columns, strict=True)]
+            if apart == 1:
+                products = [total(products)]
+            terms += products if factors is None else [product * factors[channel] for product in products]
+    sums = _added(terms, (1, 2))
+    return jnp.stack([total(sums[i : i + apart]) for i in range(0, len(sums), apart)]).reshape(rows, out)
 
 
-def few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
-    """``x [..., M, in] . w [..., out, in] -> float32 [..., M, out]``, M rows with the same w: cached attention.
+def by_cache(x: jax.Array, w: jax.Array) -> jax.Array:
+    """``x [..., M, in] . w [..., out, in] -> float32 [..., M, out]``, M rows with the same w: attention.
 
     Unlike a library product it reads w where it stands, a slice of a cache say, without copying it first.
     """
@@ -105,7 +124,7 @@ def few_rows(x: jax.Array, w: jax.Array) -> jax.Array:
     # A reduction of one operand would not be left in one piece.
     together = 2 if rows % 2 and out % 2 == 0 else 1
     parts = w.astype(jnp.float32).reshape(*w.shape[:-2], together, out // together, w.shape[-1])
-    at_once = next(n for n in range(min(rows, _ROWS), 0, -1) if rows % n == 0)
+    at_once = next(n for n in range(min(rows, _CACHE_ROWS), 0, -1) if rows % n == 0)
     sums: list[jax.Array] = []
     for first in range(0, rows, at_once):
         terms = [

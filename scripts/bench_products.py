@@ -26,7 +26,7 @@ from llmjax.numerics import resolve
 from llmjax.quant.product import in_digits, in_tiles
 from llmjax.quant.rounding import quantize
 from llmjax.quant.schemes import Scheme
-from llmjax.sums import one_row
+from llmjax.sums import by_weight
 
 Product = Callable[[jax.Array, Any], jax.Array]
 
@@ -56,7 +56,7 @@ def ways(kind: str, rows: int) -> dict[str, Product]:
         if "-g" not in kind:
             found |= {"3 digits": lambda x, w: in_digits(x, w, 3), "1 digit": lambda x, w: in_digits(x, w, 1)}
         found |= {"*": chosen("fast"), "* dynamic": chosen("dynamic_int8")}
-    return ({"sum": one_row} if rows == 1 else {}) | found
+    return ({"sum": by_weight} if rows <= 16 else {}) | found
 
 
 def speed(multiply: Product, x: jax.Array, weights: list[Any], repeats: int) -> float:

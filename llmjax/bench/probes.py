@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from llmjax.numerics import resolve
-from llmjax.sums import one_row, sums_pay
+from llmjax.sums import by_weight, sums_pay
 
 # Far above any processor's caches; a GPU reads more in the time one call takes to start.
 _READ_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}
@@ -32,7 +32,7 @@ def read_probe(size: int | None = None) -> Callable[[], float]:
     x = jnp.ones((1, _WIDTH), jnp.float32)
 
     numerics = resolve("fast", jnp.dtype(jnp.float32))
-    multiply = one_row if sums_pay(numerics) else functools.partial(_product, sums=jnp.float32)
+    multiply = by_weight if sums_pay(numerics) else functools.partial(_product, sums=jnp.float32)
 
     @functools.partial(jax.jit, compiler_options=numerics.compiler_options)
     def read(x: jax.Array, weights: list[jax.Array]) -> list[jax.Array]:

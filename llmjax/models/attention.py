@@ -13,7 +13,7 @@ from jax import lax
 
 from llmjax.bits import from_storage
 from llmjax.models.context import Context
-from llmjax.sums import few_rows, sums_pay
+from llmjax.sums import by_cache, sums_pay
 
 # Not -inf: the running maximum of a block that is masked for some row must stay finite, or exp(-inf - -inf) makes NaN.
 MASKED = -1e30
@@ -226,7 +226,7 @@ def cached_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, score
     step = count == 1
     wide = STEP_BLOCKS * ctx.block
     block = wide if step and length % wide == 0 else ctx.block
-    product = few_rows if step and sums_pay(ctx.numerics) else _row_products
+    product = by_cache if step and sums_pay(ctx.numerics) else _row_products
     qg = _grouped(q, num_kv).astype(dtype)
     rows = qg.reshape(batch, num_kv, -1, width)
     first = jnp.int32(0)

@@ -18,7 +18,9 @@ from jax import lax
 
 from llmjax.arrays import aligned
 from llmjax.bits import from_storage, to_storage
+from llmjax.matmul import summed_rows
 from llmjax.models.context import Context
+from llmjax.numerics import Numerics
 from llmjax.quant.qtensor import QTensor
 from llmjax.tiles import converted_whole
 
@@ -95,16 +97,17 @@ def _pick(i: jax.Array, leaf: jax.Array) -> jax.Array:
     return from_storage(lax.dynamic_index_in_dim(to_storage(leaf), i, keepdims=False), leaf.dtype)
 
 
-def stacked(params: dict[str, Any], period: int, bits: int = 5) -> dict[str, Any] | None:
+def stacked(params: dict[str, Any], period: int, slots: int, numerics: Numerics) -> dict[str, Any] | None:
     """``params`` with the layers' entries made one, a copy, where a loop over them is no slower; else None.
 
     Args:
       params: a model's.
       period: layer ``i`` is computed like layer ``i + period``.
-      bits: weights of up to so many are converted where they are used: 5, or 8 where a step is one row, a sum.
+      slots: rows of a decode step.
+      numerics: the profile.
     """
     layers = [params[f"layers_{i}"] for i in range(sum(name.startswith("layers_") for name in params))]
-    if len(layers) % period or not all(_converted(layer, bits) for layer in layers):
+    if len(layers) % period or not all(_converted(layer, slots, numerics) for layer in layers):
         return None
     groups = [layers[i::period] for i in range(period)]
     if any(_kind(layer) != _kind(group[0]) for group in groups for layer in group):
@@ -118,11 +121,13 @@ def _stack(*leaves: jax.Array) -> jax.Array:
     return jnp.asarray(np.stack(leaves, out=stack))
 
 
-def _converted(layer: Any, bits: int) -> bool:
-    """Whether each weight of a layer has up to ``bits`` bits and is small."""
+def _converted(layer: Any, slots: int, numerics: Numerics) -> bool:
+    """Whether each weight of a layer is small, and converted where a decode step multiplies with it."""
     leaves = jax.tree.leaves(layer, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     return all(
-        leaf.bits <= bits and converted_whole(leaf.shape, 4) if isinstance(leaf, QTensor) else leaf.ndim < 2
+        converted_whole(leaf.shape, 4) and (leaf.bits <= 5 or slots <= summed_rows(leaf, numerics))
+        if isinstance(leaf, QTensor)
+        else leaf.ndim < 2
         for leaf in leaves
     )
 

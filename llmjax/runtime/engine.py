@@ -25,7 +25,6 @@ from llmjax.runtime.prefixes import Prefixes
 from llmjax.runtime.row import Request, Row
 from llmjax.runtime.sampling import Knobs, key_words
 from llmjax.runtime.state import State
-from llmjax.sums import sums_pay
 
 # Below this a smaller cache saves too little to be worth a program of its own.
 MIN_LENGTH = 256
@@ -107,8 +106,7 @@ class Engine:
         self.progress = Progress(slots)
         self.traces: Counter[str] = Counter()
         self.compile_seconds = 0.0
-        sums = slots == 1 and sums_pay(model.numerics)
-        layers = stacked(model.params, model.config.period, bits=8 if sums else 5)
+        layers = stacked(model.params, model.config.period, slots, model.numerics)
         self._params = layers or model.params
         self._cache = functools.partial(make_cache, model.config, model.numerics, stacked=layers is not None)
         static = (model.module, model.numerics, block)

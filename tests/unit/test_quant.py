@@ -21,7 +21,7 @@ from llmjax.runtime.cache import make_cache
 from llmjax.runtime.decode import BURST, decode
 from llmjax.runtime.prefill import prefill
 from llmjax.runtime.state import empty_state
-from llmjax.sums import few_rows
+from llmjax.sums import by_cache, by_weight
 from tests.tiny import random_model
 
 RNG = np.random.default_rng(5)
@@ -200,25 +200,23 @@ def test_digits_give_the_same_bits_in_any_batch_shape(scheme, digits):
 
 
 @pytest.mark.parametrize(
-    ("dot", "tiles", "ways"),
+    ("tiles", "ways"),
     [
-        (False, False, ("row", "tiles", "tiles", "row", "digits")),
-        (True, False, ("row", "digits", "tiles", "row", "digits")),
-        (True, True, ("row", "digits", "digits", "row", "digits")),
+        (False, ("sum", "sum", "sum", "tiles", "sum", "sum", "digits")),
+        (True, ("sum", "digits", "digits", "digits", "sum", "digits", "digits")),
     ],
 )
-def test_which_way_a_product_runs(dot, tiles, ways, monkeypatch):
-    """By rows and profile, for a CPU without an instruction for integer products, with VNNI, and with AMX."""
-    monkeypatch.setattr("llmjax.matmul.has_integer_dot", lambda: dot)
+def test_which_way_a_product_runs(tiles, ways, monkeypatch):
+    """By rows and profile, for a CPU without and with AMX."""
     monkeypatch.setattr("llmjax.matmul.has_integer_tiles", lambda: tiles)
     q = on_device(quantized(weight(70, 128), "int8"))
     taken = []
-    for name, way in (("in_digits", "digits"), ("in_tiles", "tiles"), ("one_row", "row")):
+    for name, way in (("in_digits", "digits"), ("in_tiles", "tiles"), ("by_weight", "sum")):
         monkeypatch.setattr(
             f"llmjax.matmul.{name}", lambda x, q, *_, way=way: (taken.append(way), jnp.zeros((len(x), 70)))[1]
         )
     fast, dynamic = (resolve(name, jnp.float32) for name in ("fast", "dynamic_int8"))
-    for rows, numerics in ((1, fast), (4, fast), (99, fast), (1, dynamic), (99, dynamic)):
+    for rows, numerics in (*((n, fast) for n in (1, 4, 16, 17)), *((n, dynamic) for n in (1, 4, 5))):
         matmul(jnp.ones((rows, 128)), q, numerics)
     assert tuple(taken) == ways
     taken.clear()
@@ -261,12 +259,33 @@ def test_one_row_is_closer_than_a_float32_product(scheme, shape):
     assert np.abs(y - truth).max() <= (3e-6 if "-g" in scheme else 1e-6) * np.abs(truth).max()
 
 
+@pytest.mark.parametrize("kind", ["int8", "int8-asym", "int4", "int4-g32", "bfloat16", "float32"])
+@pytest.mark.parametrize("rows", [2, 3, 5, 8, 16])
+@pytest.mark.parametrize("shape", [(70, 128), (192, 576), (64, 16384)])
+def test_a_row_has_the_same_bits_in_any_place(kind, rows, shape):
+    """In a sum of several rows, among others."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal(shape).astype(np.float32)
+    q = jnp.asarray(w, kind) if "float" in kind else quantized(w, kind)
+    exact = np.asarray(q if "float" in kind else dequantize(q)).astype(np.float64)
+    weights = q if "float" in kind else on_device(q)
+    x = rng.standard_normal((rows, shape[1])).astype(np.float32)
+    run = jax.jit(by_weight, compiler_options=resolve("fast", jnp.float32).compiler_options)
+    y = np.asarray(run(x, weights))
+    truth = x.astype(np.float64) @ exact.T
+    assert np.abs(y - truth).max() <= 3e-6 * np.abs(truth).max()
+    for turn in range(1, rows):
+        np.testing.assert_array_equal(np.roll(run(np.roll(x, turn, 0), weights), -turn, 0), y)
+    alone = np.asarray(run(np.where(np.arange(rows)[:, None] == 1, x, 7), weights))
+    np.testing.assert_array_equal(alone[1], y[1])
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("rows", "out", "width"), [(1, 32, 64), (1, 7, 64), (3, 20, 48), (8, 16, 128), (71, 5, 32)])
-def test_few_rows(rows, out, width, dtype):
+def test_by_cache(rows, out, width, dtype):
     """Batched, as attention has it."""
     x, w = (jnp.asarray(RNG.standard_normal((2, 3, n, width)), dtype) for n in (rows, out))
-    y = jax.jit(few_rows, compiler_options=resolve("fast", jnp.float32).compiler_options)(x, w)
+    y = jax.jit(by_cache, compiler_options=resolve("fast", jnp.float32).compiler_options)(x, w)
     truth = np.asarray(x, np.float64) @ np.asarray(w, np.float64).swapaxes(-1, -2)
     np.testing.assert_allclose(y, truth, atol=2e-6 * np.abs(truth).max())
 
@@ -278,7 +297,7 @@ def test_a_sum_does_not_make_its_activations_again(kind, before, name):
     takes those in first.  Nor are they written out once for each channel."""
     x, w = (RNG.standard_normal(shape).astype(np.float32) for shape in ((1, 512), (256, 512)))
     if kind == "attention":
-        weights, multiply = jnp.asarray(w), few_rows
+        weights, multiply = jnp.asarray(w), by_cache
     else:
         weights = jnp.asarray(w, kind) if "float" in kind else on_device(quantized(w, kind))
         multiply = functools.partial(matmul, numerics=resolve("fast", weights.dtype))

@@ -61,8 +61,9 @@ def test_a_loop_computes_what_the_layers_do(monkeypatch, windows):
     np.testing.assert_allclose(score, plain.score(long)[0].logprobs[1:], atol=2e-4)
 
 
-def test_rows_keep_their_bits_among_others():
-    model = packed_model(windows=ALTERNATING)
+@pytest.mark.parametrize("scheme", ["int4-g32", "int4", "int8"])
+def test_rows_keep_their_bits_among_others(scheme):
+    model = packed_model(scheme, windows=ALTERNATING)
     prompts = [random_ids(RNG, n) for n in (3, 130, 9, 40, 77)]
     _, together, sums = outputs(model, prompts)
     for prompt, tokens, total in zip(prompts, together, sums, strict=True):
@@ -71,13 +72,13 @@ def test_rows_keep_their_bits_among_others():
 
 
 @pytest.mark.parametrize("profile", ["fast", "dynamic_int8"])
-def test_one_slot_of_8_bits_runs_in_a_loop(monkeypatch, profile):
+def test_few_slots_of_8_bits_run_in_a_loop(monkeypatch, profile):
     model = packed_model("int8", windows=ALTERNATING)
     model = dataclasses.replace(model, numerics=resolve(profile, jnp.float32))
     prompts = [random_ids(RNG, n) for n in (3, 140)]
 
     def run():
-        llm = LLM(model, max_batch=1)
+        llm = LLM(model, max_batch=2)
         rows = llm.generate(prompts, SamplingParams(max_tokens=12, temperature=0))
         return STACKED in llm.engine._params, [row.outputs[0].token_ids for row in rows]
 
@@ -119,7 +120,7 @@ def test_a_cache_that_grows_keeps_its_rows():
 )
 def test_what_would_be_copied_is_not_stacked(model):
     """Weights multiplied as they are stored, and layers of different kinds."""
-    assert stacked(model.params, model.config.period) is None
+    assert stacked(model.params, model.config.period, 17, model.numerics) is None
 
 
 @pytest.mark.parametrize(
