@@ -41,11 +41,12 @@ def matmul(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax
 
 
 def _quantized_product(x: jax.Array, q: QTensor, numerics: Numerics) -> jax.Array:
-    digits, summed = numerics.digits, len(x) <= summed_rows(q, numerics)
-    if digits is not None and not summed and _integers_pay(q, digits):
-        return in_digits(x, q, digits)
+    summed = len(x) <= summed_rows(q, numerics)
+    in_integers = integers_pay(numerics) and q.scales.shape[1] == 1 and q.bits != 5
+    if numerics.digits is not None and in_integers and not summed:
+        return in_digits(x, q, numerics.digits)
     scale = None
-    if digits == 1:
+    if numerics.digits == 1:
         scale, (rounded,) = to_digits(x, 1)
         x = rounded.astype(jnp.float32)
     y = by_weight(x, q) if summed else in_tiles(x, q)
@@ -64,7 +65,11 @@ def _float_product(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.A
 
 
 def summed_rows(weight: jax.Array | QTensor, numerics: Numerics) -> int:
-    """Up to how many rows meet a weight in a sum; 0 for none."""
+    """Up to how many rows meet a weight in a sum; 0 for none.
+
+    Sums of one row are the fastest there is for every kind.  More rows are worth it until the alternative is as fast:
+    a library product of bfloat16 or of one digit soon, tiles and three digits not before sixteen.
+    """
     if not (sums_pay(numerics) and can_sum(weight)):
         return 0
     if not isinstance(weight, QTensor):
@@ -74,7 +79,7 @@ def summed_rows(weight: jax.Array | QTensor, numerics: Numerics) -> int:
     return 4 if numerics.digits == 1 else 16
 
 
-def _integers_pay(q: QTensor, digits: int) -> bool:
-    if q.scales.shape[1] > 1 or q.bits == 5 or jax.default_backend() != "cpu":
-        return False
-    return digits == 1 or has_integer_tiles()
+def integers_pay(numerics: Numerics) -> bool:
+    """Whether products of several rows with quantized weights run in integers: one digit with any CPU, three with AMX
+    alone, for they are three times the rows of a float32 product."""
+    return jax.default_backend() == "cpu" and (numerics.digits == 1 or (numerics.digits == 3 and has_integer_tiles()))

@@ -74,8 +74,7 @@ class Engine:
 
     Args:
       model: the model.
-      slots: rows decoded together: 1 is fastest for one row (XLA:CPU reads a weight at memory speed for one, at half of
-        it for more), 32 for many.
+      slots: rows decoded together, all computed at every step, in use or not: 1 is fastest for one row, 32 for many.
       chunk: prompt tokens a prefill call takes.
       block: cache positions attention folds at a time.
       logits_processor: changes the logits before all else does; see ``LLM``.

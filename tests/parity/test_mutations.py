@@ -281,6 +281,14 @@ def error_of(m: llmjax.Model, name: str) -> float:
     return error(m.logits([expected["long"].tolist()])[0][meta(name)["rows"]], expected["logits_long"])
 
 
+@pytest.fixture(autouse=True)
+def no_traces():
+    """What is traced is used again for equal arguments, whatever has been put in a function's place since."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_seen(fault, monkeypatch, record_property):
     name, make = FAULTS[fault]
