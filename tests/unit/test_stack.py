@@ -103,6 +103,20 @@ def test_no_program_copies_a_cache(slots, scheme, tokens):
         assert copies and not shapes & set(copies)
 
 
+@pytest.mark.parametrize(("slots", "scheme"), [(1, "int8"), (2, "int4"), (1, None), (2, None)])
+def test_the_length_of_a_cache_moves_no_bit(slots, scheme):
+    """Of one block, in which attention needs no loop, and of several."""
+    model = packed_model(scheme) if scheme else random_model("fast", max_position_embeddings=1024)
+    prompts = [random_ids(RNG, n) for n in (3, 150)]
+    found = []
+    for tokens in (20, 1000):
+        llm = LLM(model, max_batch=slots)
+        llm.engine._ensure(tokens)
+        rows = llm.generate(prompts, SamplingParams(max_tokens=12, temperature=0, logprobs=1))
+        found.append([(row.outputs[0].token_ids, row.outputs[0].cumulative_logprob) for row in rows])
+    assert found[0] == found[1]
+
+
 def test_a_cache_that_grows_keeps_its_rows():
     model = packed_model()
     llm = LLM(model, max_batch=2)
