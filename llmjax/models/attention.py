@@ -251,9 +251,7 @@ def cached_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, score
 
     stats = jnp.zeros((*qg.shape[:-1], 1), jnp.float32)
     zero = (stats + MASKED, stats, jnp.zeros(qg.shape, jnp.float32))
-    # Without a loop where there is one block: XLA:CPU would move the slice of the values out of it, and write the
-    # cache once for each of its readers, into copies.
-    _, total, acc = fold(first, zero) if block == length else lax.fori_loop(first, last, fold, zero)
+    _, total, acc = lax.fori_loop(first, last, fold, zero)
     return _ungrouped(acc / total).astype(q.dtype)
 
 

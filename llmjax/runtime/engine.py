@@ -139,8 +139,11 @@ class Engine:
         return call
 
     def _bucket(self, tokens: int) -> int:
-        unit = int(np.lcm(self.chunk, STEP_BLOCKS * self.block))
-        return bucket(max(tokens, MIN_LENGTH), unit, self.model.context_length)
+        # Two turns of a step's attention at least.  With one, XLA:CPU would move the slice of the values out of its
+        # loop, copy the cache for it, and add up in another order than it does in a longer cache.
+        turn = STEP_BLOCKS * self.block
+        unit = int(np.lcm(self.chunk, turn))
+        return bucket(max(tokens, MIN_LENGTH, 2 * turn), unit, self.model.context_length)
 
     def _ensure(self, tokens: int) -> State:
         """A state whose cache holds ``tokens`` a row; a longer cache keeps what is in it."""

@@ -24,14 +24,14 @@ def small_probes(monkeypatch):
 def test_command(small_probes, tmp_path, capsys):
     path = str(checkpoint(tmp_path / "m", max_position_embeddings=1000, num_hidden_layers=1))
     command = ["bench", "--model", path, "--quantize", "int8", "--max-batch", "4", "--in-use", "1,4", "--repeat", "2"]
-    command += ["--prompt-lengths", "9,150", "--output-length", "40", "--context", "20,300", "--cache", "256,512"]
+    command += ["--prompt-lengths", "9,150", "--output-length", "40", "--context", "20,600", "--cache", "512,1024"]
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     keys = [(s["phase"], s["tokens"], s["cache"], s["in_use"]) for s in found["settings"]]
     assert keys == [
-        *[("prefill", 9, 256, 1), ("prefill", 150, 256, 1)],
-        *[("decode", 20, 256, 1), ("decode", 20, 256, 4), ("decode", 20, 512, 1), ("decode", 20, 512, 4)],
-        *[("decode", 300, 512, 1), ("decode", 300, 512, 4)],
+        *[("prefill", 9, 512, 1), ("prefill", 150, 512, 1)],
+        *[("decode", 20, 512, 1), ("decode", 20, 512, 4), ("decode", 20, 1024, 1), ("decode", 20, 1024, 4)],
+        *[("decode", 600, 1024, 1), ("decode", 600, 1024, 4)],
     ]
     # Three digits are multiplied in integers only where tiles of them are.
     assert set(found["matmul_flops_per_second"]) == {"float32"} | ({"int8"} if has_integer_tiles() else set())
