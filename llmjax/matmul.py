@@ -42,9 +42,9 @@ def matmul(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax
 
 def _quantized_product(x: jax.Array, q: QTensor, numerics: Numerics) -> jax.Array:
     summed = len(x) <= summed_rows(q, numerics)
-    in_integers = integers_pay(numerics) and q.scales.shape[1] == 1 and q.bits != 5
-    if numerics.digits is not None and in_integers and not summed:
-        return in_digits(x, q, numerics.digits)
+    digits = integer_digits(numerics)
+    if digits is not None and not summed and q.scales.shape[1] == 1 and q.bits != 5:
+        return in_digits(x, q, digits)
     scale = None
     if numerics.digits == 1:
         scale, (rounded,) = to_digits(x, 1)
@@ -79,7 +79,8 @@ def summed_rows(weight: jax.Array | QTensor, numerics: Numerics) -> int:
     return 4 if numerics.digits == 1 else 16
 
 
-def integers_pay(numerics: Numerics) -> bool:
-    """Whether products of several rows with quantized weights run in integers: one digit with any CPU, three with AMX
-    alone, for they are three times the rows of a float32 product."""
-    return jax.default_backend() == "cpu" and (numerics.digits == 1 or (numerics.digits == 3 and has_integer_tiles()))
+def integer_digits(numerics: Numerics) -> int | None:
+    """Digits in which several rows meet quantized weights; None where they do as floats.  One pays on any CPU, three
+    with AMX alone, for they are three times the rows of a float32 product."""
+    pays = jax.default_backend() == "cpu" and (numerics.digits == 1 or has_integer_tiles())
+    return numerics.digits if pays else None

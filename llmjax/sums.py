@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from llmjax.numerics import Numerics
-from llmjax.quant.qtensor import QTensor, integers
+from llmjax.quant.qtensor import QTensor, columns, integers
 
 # As many sums at once as the CPU has registers for: rows share the weights they read, channels the activations.
 _ROWS = 4
@@ -47,23 +47,22 @@ def by_weight(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     passes = -(-rows // _ROWS)
     at_once = -(-rows // passes)
     x = jnp.pad(x.astype(jnp.float32), ((0, passes * at_once - rows), (0, 0)))  # all rows in sums of one kind
-    parts = 2 if isinstance(weight, QTensor) and weight.bits < 8 else 1
-    columns = _stored(jnp.stack([x[:, i::parts] for i in range(parts)]))
-    columns, weight = lax.optimization_barrier((columns, weight))
-    y = [_some_rows(columns[:, i : i + at_once], weight) for i in range(0, len(x), at_once)]
+    parts = _stored(jnp.stack(columns(x, weight) if isinstance(weight, QTensor) else [x]))
+    parts, weight = lax.optimization_barrier((parts, weight))
+    y = [_some_rows(parts[:, i : i + at_once], weight) for i in range(0, len(x), at_once)]
     return jnp.concatenate(y)[:rows]
 
 
-def _some_rows(columns: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
-    """Of x's columns ``[P, rows, in / P]``, as the weight's integers are kept in P parts."""
+def _some_rows(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
+    """Of x's ``columns``, ``[P, rows, in / P]``."""
     if not isinstance(weight, QTensor):
-        return _sum_of_products(columns, [weight])
+        return _sum_of_products(x, [weight])
     parts, scales = _integers(weight), weight.scales.astype(jnp.float32)
     if weight.offsets is not None:
-        return _sum_of_products(columns, parts, scales, weight.offsets.astype(jnp.float32))
+        return _sum_of_products(x, parts, scales, weight.offsets.astype(jnp.float32))
     if scales.shape[1] > 1:
-        return _sum_of_products(columns, parts, scales)
-    return _sum_of_products(columns, parts) * scales[:, 0]
+        return _sum_of_products(x, parts, scales)
+    return _sum_of_products(x, parts) * scales[:, 0]
 
 
 def _integers(q: QTensor) -> list[jax.Array]:
@@ -75,20 +74,20 @@ def _integers(q: QTensor) -> list[jax.Array]:
 
 
 def _sum_of_products(
-    columns: jax.Array,
+    x: jax.Array,
     parts: list[jax.Array],
     scales: jax.Array | None = None,
     offsets: jax.Array | None = None,
 ) -> jax.Array:
-    """``sum_p columns[p] . (scales * parts[p] + offsets)^T -> [rows, out]``.
+    """``sum_p x[p] . (scales * parts[p] + offsets)^T -> [rows, out]``.
 
     Args:
-      columns: float32 ``[P, rows, in / P]``.
+      x: float32 ``[P, rows, in / P]``.
       parts: P of ``[out, in / P]``.
       scales: float32 ``[out, G]``, or None for ones.
       offsets: as scales, or None for zeros.
     """
-    rows, out = columns.shape[1], parts[0].shape[0]
+    rows, out = x.shape[1], parts[0].shape[0]
     # Where rows are several, so are a channel's sums: LLVM adds up parts in one order for this row, another for that.
     apart = len(parts) if rows > 1 else 1
     together = next(n for n in _CHANNELS if out % n == 0 and rows * apart * n <= _SUMS)
@@ -97,7 +96,7 @@ def _sum_of_products(
     def split(leaf: jax.Array) -> list[jax.Array]:
         return list(leaf.reshape(together, out // together, groups, -1))
 
-    columns = columns.reshape(*columns.shape[:2], groups, -1)
+    x = x.reshape(*x.shape[:2], groups, -1)
     wide = [split(p.astype(jnp.float32)) for p in parts]
     factors = None if scales is None else split(scales)
     if factors is not None and offsets is not None:  # not apart from the integers' sum, which it may nearly cancel
@@ -106,7 +105,7 @@ def _sum_of_products(
     terms = []
     for row in range(rows):
         for channel in range(together):
-            products = [w[channel] * c[row] for w, c in zip(wide, columns, strict=True)]
+            products = [w[channel] * c[row] for w, c in zip(wide, x, strict=True)]
             if apart == 1:
                 products = [total(products)]
             terms += products if factors is None else [product * factors[channel] for product in products]

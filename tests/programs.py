@@ -1,23 +1,34 @@
-"""The compiled programs of an engine, to look into."""
+"""The compiled programs of a model, to look into."""
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 
 from llmjax import LLM
+from llmjax.model import Model
 from llmjax.runtime.decode import BURST, decode
 from llmjax.runtime.prefill import prefill
+from llmjax.runtime.state import State
 
 
-def compiled_programs(llm: LLM) -> Iterator[jax.stages.Compiled]:
-    """Decode and prefill, for the cache there is."""
-    engine, model = llm.engine, llm.engine.model
-    static = (model.module, model.numerics, engine.block)
-    slot, ids = np.int32(0), np.zeros((1, engine.chunk), np.int32)
-    step = (np.full((engine.slots, BURST), -1, np.int32), np.ones(engine.slots, np.bool_), slot, np.False_)
-    fill = (ids, slot, slot, slot, slot)
+def compiled_programs(
+    model: Model, params: Any, state: State, chunk: int = 128, block: int = 128
+) -> Iterator[jax.stages.Compiled]:
+    """Decode and prefill, for slots and cache as the state has them."""
+    static, slots = (model.module, model.numerics, block), len(state.active)
+    zero, ids = np.int32(0), np.zeros((1, chunk), np.int32)
+    step = (np.full((slots, BURST), -1, np.int32), np.ones(slots, np.bool_), np.int32(1), np.False_)
+    fill = (ids, zero, zero, zero, zero)
     for program, args in ((partial(decode, *static, None), step), (partial(prefill, *static), fill)):
         jitted = jax.jit(program, donate_argnums=1, compiler_options=model.numerics.compiler_options)
-        yield jitted.lower(engine._params, engine._state, *args).compile()
+        yield jitted.lower(params, state, *args).compile()
+
+
+def engine_programs(llm: LLM) -> Iterator[jax.stages.Compiled]:
+    """Those of an engine with a cache."""
+    engine = llm.engine
+    assert engine._state is not None
+    return compiled_programs(engine.model, engine._params, engine._state, engine.chunk, engine.block)

@@ -17,7 +17,7 @@ from llmjax.batch.identity import describe_device, stored
 from llmjax.bench.cost import Cost, Costs, is_quantized
 from llmjax.bench.probes import matmul_probe, read_probe
 from llmjax.errors import RequestError
-from llmjax.matmul import integers_pay
+from llmjax.matmul import integer_digits
 from llmjax.model import Model
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine
@@ -337,7 +337,7 @@ def _product_dtypes(model: Model) -> list[str]:
     """What the model's products may run in; int8 where quantized weights are multiplied in integers."""
     found = ["float32", str(model.numerics.products)]
     leaves = jax.tree.leaves(model.params, is_leaf=is_quantized)
-    if integers_pay(model.numerics) and any(map(is_quantized, leaves)):
+    if integer_digits(model.numerics) and any(map(is_quantized, leaves)):
         found.append("int8")
     return list(dict.fromkeys(found))
 

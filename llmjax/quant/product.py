@@ -25,7 +25,7 @@ import numpy as np
 from jax import lax
 
 from llmjax.dots import dot
-from llmjax.quant.qtensor import QTensor, halves, integers
+from llmjax.quant.qtensor import QTensor, columns, halves, integers
 from llmjax.sums import total
 from llmjax.tiles import over_tiles
 
@@ -33,21 +33,19 @@ _BASE = 254
 
 
 def _columns(x: jax.Array, q: QTensor) -> tuple[list[jax.Array], QTensor]:
-    """``x``'s columns as ``integers`` has the weight's, and the weight behind a barrier: without it XLA moves what it
-    can of the unpacking out of the decode loop and keeps the result.  What is done to x before is done once for all
-    weights that it meets."""
-    parts = 1 if q.bits == 8 else 2
-    return lax.optimization_barrier(([x[:, i::parts] for i in range(parts)], q))
+    """``columns``, and the weight behind a barrier: without it XLA moves what it can of the unpacking out of the decode
+    loop and keeps the result.  What is done to x before is done once for all weights that it meets."""
+    return lax.optimization_barrier((columns(x, q), q))
 
 
 def in_tiles(x: jax.Array, q: QTensor) -> jax.Array:
     """Weight-only in float32: ``x [rows, in] -> [rows, out]``, some output channels at a time."""
-    columns, q = _columns(x, q)
+    parts, q = _columns(x, q)
 
     def multiply(part: QTensor) -> jax.Array:
-        return total(dot(w, c, jnp.float32) for c, w in zip(columns, halves(part), strict=True))
+        return total(dot(w, c, jnp.float32) for c, w in zip(parts, halves(part), strict=True))
 
-    return over_tiles(multiply, q, q.shape, columns[0])
+    return over_tiles(multiply, q, q.shape, parts[0])
 
 
 def to_digits(x: jax.Array, count: int) -> tuple[jax.Array, list[jax.Array]]:
@@ -72,13 +70,13 @@ def in_digits(x: jax.Array, q: QTensor, count: int) -> jax.Array:
     """
     scale, digits = to_digits(x, count)
     rows = jnp.concatenate(digits)
-    columns, q = _columns(rows, q)
+    parts, q = _columns(rows, q)
 
     def multiply(part: QTensor) -> jax.Array:
-        return total(dot(n, c, jnp.int32) for c, n in zip(columns, integers(part), strict=True))
+        return total(dot(n, c, jnp.int32) for c, n in zip(parts, integers(part), strict=True))
 
     # Eight bits are multiplied as they stand.
-    sums = multiply(q).T if q.bits == 8 else over_tiles(multiply, q, q.shape, columns[0], jnp.int32)
+    sums = multiply(q).T if q.bits == 8 else over_tiles(multiply, q, q.shape, parts[0], jnp.int32)
     return scale * _scaled(sums, rows, q, count)
 
 

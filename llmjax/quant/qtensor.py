@@ -89,6 +89,11 @@ def integers(q: QTensor) -> tuple[Any, ...]:
     return low.astype(np.int8) - np.int8(q.zero), high.astype(np.int8) - np.int8(q.zero)
 
 
+def columns(x: Any, q: QTensor) -> list[Any]:
+    """The columns of ``x [..., in]`` as ``integers`` has the weight's."""
+    return [x] if q.bits == 8 else [x[..., 0::2], x[..., 1::2]]
+
+
 def halves(q: QTensor) -> tuple[Any, ...]:
     """The float32 values, in columns as ``integers`` has them."""
     scales = q.scales.astype(np.float32)[..., None]

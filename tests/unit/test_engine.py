@@ -9,7 +9,7 @@ import pytest
 
 from llmjax import LLM, CheckpointError, RequestError, SamplingParams
 from llmjax.runtime.engine import Engine
-from tests.programs import compiled_programs
+from tests.programs import engine_programs
 from tests.tiny import random_ids, random_model
 
 
@@ -247,7 +247,7 @@ def test_no_program_holds_a_second_copy_of_a_weight(slots):
     llm = LLM(model, max_batch=slots, chunk=16, block=16)
     table = model.params["embed"]["weight"].nbytes
     llm.generate([1, 2, 3], SamplingParams(max_tokens=2, temperature=0))
-    for compiled in compiled_programs(llm):
+    for compiled in engine_programs(llm):
         assert compiled.memory_analysis().temp_size_in_bytes < table
         assert "f32[20000,96]" not in compiled.as_text().split("ENTRY")[1]
 
@@ -262,7 +262,7 @@ def test_no_program_copies_the_cache(profile, dtype, slots):
     llm.generate(list(range(20)), SamplingParams(max_tokens=2, temperature=0))
     llm.engine._ensure(16384)
     buffer = max(leaf.nbytes for leaf in jax.tree.leaves(llm.engine._state.cache))
-    for compiled in compiled_programs(llm):
+    for compiled in engine_programs(llm):
         memory = compiled.memory_analysis()
         assert memory.temp_size_in_bytes < buffer
         assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(llm.engine._state.cache))

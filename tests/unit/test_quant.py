@@ -18,10 +18,9 @@ from llmjax.quant.qtensor import QTensor, dequantize, integers, take
 from llmjax.quant.rounding import quantize
 from llmjax.quant.schemes import Recipe, Scheme, parse, recipe_names, role_of
 from llmjax.runtime.cache import make_cache
-from llmjax.runtime.decode import BURST, decode
-from llmjax.runtime.prefill import prefill
 from llmjax.runtime.state import empty_state
 from llmjax.sums import by_cache, by_weight
+from tests.programs import compiled_programs
 from tests.tiny import random_model
 
 RNG = np.random.default_rng(5)
@@ -390,16 +389,9 @@ def test_no_program_holds_a_converted_model(profile, dtype, recipe, slots):
     size = 4 * sum(
         math.prod(leaf.shape) for leaf in jax.tree.leaves(model.params, is_leaf=lambda x: hasattr(x, "bits"))
     )
-    static = (model.module, model.numerics, 128)
     state = empty_state(make_cache(model.config, model.numerics, slots, 128), slots, 128, 600)
-    step = (np.full((slots, BURST), -1, np.int32), np.ones(slots, np.bool_), np.int32(1), np.False_)
-    chunk, zero = np.zeros((1, 128), np.int32), np.int32(0)
-    for program, args in (
-        (functools.partial(decode, *static, None), step),
-        (functools.partial(prefill, *static), (chunk, zero, zero, zero, zero)),
-    ):
-        jitted = jax.jit(program, donate_argnums=1, compiler_options=model.numerics.compiler_options)
-        temporary = jitted.lower(model.params, state, *args).compile().memory_analysis().temp_size_in_bytes
+    for compiled in compiled_programs(model, model.params, state):
+        temporary = compiled.memory_analysis().temp_size_in_bytes
         assert temporary < 0.2 * size, f"{temporary / 1e6:.1f} MB beside weights of {size / 1e6:.1f} MB"
 
 

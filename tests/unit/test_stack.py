@@ -14,7 +14,7 @@ from llmjax.numerics import resolve
 from llmjax.quant.rounding import quantize
 from llmjax.quant.schemes import Scheme
 from llmjax.runtime import engine
-from tests.programs import compiled_programs
+from tests.programs import engine_programs
 from tests.tiny import random_ids, random_model
 
 RNG = np.random.default_rng(5)
@@ -71,14 +71,15 @@ def test_rows_keep_their_bits_among_others(scheme):
         assert alone == tokens and alone_total == total
 
 
+@pytest.mark.parametrize("slots", [1, 2])
 @pytest.mark.parametrize("profile", ["fast", "dynamic_int8"])
-def test_few_slots_of_8_bits_run_in_a_loop(monkeypatch, profile):
+def test_few_slots_of_8_bits_run_in_a_loop(monkeypatch, profile, slots):
     model = packed_model("int8", windows=ALTERNATING)
     model = dataclasses.replace(model, numerics=resolve(profile, jnp.float32))
     prompts = [random_ids(RNG, n) for n in (3, 140)]
 
     def run():
-        llm = LLM(model, max_batch=2)
+        llm = LLM(model, max_batch=slots)
         rows = llm.generate(prompts, SamplingParams(max_tokens=12, temperature=0))
         return STACKED in llm.engine._params, [row.outputs[0].token_ids for row in rows]
 
@@ -92,20 +93,20 @@ def test_few_slots_of_8_bits_run_in_a_loop(monkeypatch, profile):
 @pytest.mark.parametrize("tokens", [20, 1000])
 @pytest.mark.parametrize(("slots", "scheme"), [(1, "int8"), (1, "int4-g32"), (4, "int4-g32"), (1, None), (4, None)])
 def test_no_program_copies_a_cache(slots, scheme, tokens):
-    """Not the layers' common one, either; in the shortest all positions are one block."""
+    """Not the layers' common one, either; the shortest cache there is and a longer one."""
     model = packed_model(scheme) if scheme else random_model("fast", max_position_embeddings=1024)
     llm = LLM(model, max_batch=slots)
     llm.engine._ensure(tokens)
     assert (STACKED in llm.engine._params) == bool(scheme)
     shapes = {str(list(leaf.shape)).replace(" ", "") for leaf in jax.tree.leaves(llm.engine._state.cache)}
-    for compiled in compiled_programs(llm):
+    for compiled in engine_programs(llm):
         copies = re.findall(r"= \w+(\[[\d,]*\])\S* copy\(", compiled.as_text())
         assert copies and not shapes & set(copies)
 
 
 @pytest.mark.parametrize(("slots", "scheme"), [(1, "int8"), (2, "int4"), (1, None), (2, None)])
 def test_the_length_of_a_cache_moves_no_bit(slots, scheme):
-    """Of one block, in which attention needs no loop, and of several."""
+    """The shortest there is and a longer one."""
     model = packed_model(scheme) if scheme else random_model("fast", max_position_embeddings=1024)
     prompts = [random_ids(RNG, n) for n in (3, 150)]
     found = []
