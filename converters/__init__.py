@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from converters.mediapipe.bundle import BundleConfig, create_bundle
     from converters.mediapipe.convert import ConversionConfig, convert_checkpoint
-    from converters.source import Source, TensorSpec, open_source
+    from converters.readers.opening import open_source
+    from converters.readers.source import Source, TensorSpec
 
 __all__ = [
     "BundleConfig",
@@ -19,6 +20,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Source": "readers.source",
+    "TensorSpec": "readers.source",
+    "open_source": "readers.opening",
     "BundleConfig": "mediapipe.bundle",
     "ConversionConfig": "mediapipe.convert",
     "convert_checkpoint": "mediapipe.convert",
@@ -29,4 +33,4 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"converters.{_HOMES.get(name, 'source')}"), name)
+    return getattr(importlib.import_module(f"converters.{_HOMES[name]}"), name)

@@ -8,7 +8,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmjax.conversion import convert
+    from llmjax.checkpoint.inspection import inspect
+    from llmjax.checkpoint.loading import load
     from llmjax.errors import (
         CheckpointError,
         ConfigError,
@@ -18,14 +19,13 @@ if TYPE_CHECKING:
         ResumeError,
         TokenizerError,
     )
-    from llmjax.inspection import inspect
     from llmjax.llm import LLM
     from llmjax.llm_inference import LlmInference, LlmInferenceOptions
-    from llmjax.loading import load
     from llmjax.model import Model
     from llmjax.oracle.trace import Trace, trace
-    from llmjax.outputs import CompletionOutput, RequestOutput, Score
+    from llmjax.runtime.outputs import CompletionOutput, RequestOutput, Score
     from llmjax.runtime.params import SamplingParams
+    from llmjax.writing import convert
 
 _HOME = {
     "CheckpointError": "errors",
@@ -35,18 +35,18 @@ _HOME = {
     "RequestError": "errors",
     "ResumeError": "errors",
     "TokenizerError": "errors",
-    "convert": "conversion",
-    "inspect": "inspection",
+    "convert": "writing",
+    "inspect": "checkpoint.inspection",
     "LLM": "llm",
     "LlmInference": "llm_inference",
     "LlmInferenceOptions": "llm_inference",
     "Trace": "oracle.trace",
-    "load": "loading",
+    "load": "checkpoint.loading",
     "trace": "oracle.trace",
     "Model": "model",
-    "CompletionOutput": "outputs",
-    "RequestOutput": "outputs",
-    "Score": "outputs",
+    "CompletionOutput": "runtime.outputs",
+    "RequestOutput": "runtime.outputs",
+    "Score": "runtime.outputs",
     "SamplingParams": "runtime.params",
 }
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from llmjax.checkpoint.loading import load
 from llmjax.errors import RequestError, TokenizerError, TooLongError
-from llmjax.loading import load
 from llmjax.lora.adapter import AnyLora
 from llmjax.lora.resident import with_adapters
 from llmjax.model import Model, check_ids
-from llmjax.outputs import RequestOutput, Score
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine, Update
 from llmjax.runtime.logits import LogitsProcessor, bad_word_ids, row_controls
+from llmjax.runtime.outputs import RequestOutput, Score
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request
 from llmjax.runtime.samples import Samples

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.errors import RequestError
+from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
-from llmjax.models.registry import Architecture
 from llmjax.numerics import Numerics
 from llmjax.text.tokenizer import Tokenizer
 

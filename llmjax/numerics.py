@@ -14,9 +14,9 @@ clash. The profiles are the ones a result may name; each records itself in every
                   validated against the runtime.
 ================  ==================================================================================================
 
-What the formulas of the last two are: ``llmjax.models.mediapipe_config.emulated``.
+What the formulas of the last two are: ``llmjax.checkpoint.mediapipe_config.emulated``.
 
-Quantized weights mean their dequantized values in all of them; ``llmjax.quant.product`` defines the products.
+Quantized weights mean their dequantized values in all of them; ``llmjax.products.digits`` defines the products.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Numerics:
       products: dtype both operands of a product have; the sum is always float32, then rounded to ``activations``.
         ``None`` keeps each weight's own dtype.
       digits: 1 rounds activations to 8 bits where they meet a quantized weight (dynamic int8); 3 allows exact integer
-        products (``llmjax.quant.product``); None has float32 products alone.
+        products (``llmjax.products.digits``); None has float32 products alone.
       round_alibi: build ALiBi from bfloat16 slopes and positions, as transformers' Falcon does even in a float32 model.
       reassociates: the compiler may add up floats in any order it likes, the same one every time.  Only then does it
         use the CPU's vectors for sums; it costs no accuracy (``tests/unit/test_numerics.py``).

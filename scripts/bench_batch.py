@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 import llmjax
-from llmjax.loading import find_model
+from llmjax.checkpoint.loading import find_model
 from llmjax.model import Model
 
 

@@ -77,7 +77,7 @@ def main() -> None:
 
 def compared(args: argparse.Namespace, names: list[str], pythons: dict[str, str], folder: Path) -> dict:
     """``{name: {phase: tokens a second in each round}}`` of what could be measured."""
-    from llmjax.loading import find_model
+    from llmjax.checkpoint.loading import find_model
 
     gguf = find_model("smollm2")
     task = {"threads": args.threads, "prompt": args.prompt, "decode": args.decode, "gguf": str(gguf)}
@@ -171,7 +171,7 @@ def work(name: str, threads: int, **task: object) -> None:
 def llmjax(variant: str, prompt: int, decode: int, file: str, **_: object) -> Callable[[], dict[str, float]]:
     """The engine's own programs, one row."""
     from llmjax.bench.measure import Runner
-    from llmjax.loading import load
+    from llmjax.checkpoint.loading import load
     from llmjax.runtime.engine import Engine
 
     settings = {
@@ -294,7 +294,7 @@ def start_up(rounds: int) -> dict[str, list[float]]:
     command = [
         sys.executable,
         "-m",
-        "llmjax.cli",
+        "llmjax",
         "generate",
         "--model",
         "smollm2",

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Each way a product ``x . W^T`` can run, beside the one llmjax chooses: the reasons for ``llmjax/matmul.py``.
+"""Each way a product ``x . W^T`` can run, beside the one llmjax chooses: the reasons for ``llmjax/products/matmul.py``.
 
     .venv/bin/python scripts/bench_products.py
     .venv/bin/python scripts/bench_products.py --shape 1536,576 --layers 48 --rows 1 8
@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from llmjax.cpu import has_integer_dot, has_integer_tiles
-from llmjax.matmul import matmul
 from llmjax.numerics import resolve
-from llmjax.quant.product import in_digits, in_tiles
+from llmjax.products.cpu import has_integer_dot, has_integer_tiles
+from llmjax.products.digits import in_digits, in_tiles
+from llmjax.products.matmul import matmul
+from llmjax.products.sums import by_weight
 from llmjax.quant.rounding import quantize
 from llmjax.quant.schemes import Scheme
-from llmjax.sums import by_weight
 
 Product = Callable[[jax.Array, Any], jax.Array]
 

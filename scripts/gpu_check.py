@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import llmjax  # noqa: E402
-from llmjax.loading import find_model  # noqa: E402
+from llmjax.checkpoint.loading import find_model  # noqa: E402
 from tests.parity import golden  # noqa: E402
 
 # Float32 sums in another order; TF32 products would miss this by a factor of ten.

@@ -50,7 +50,7 @@ def write_rows(path: Path, count: int) -> None:
 def command(folder: Path, output: str) -> list[str]:
     """The job's command line."""
     paths = ["--model", str(folder / "model"), "--input", str(folder / "in.jsonl"), "--output", str(folder / output)]
-    return [sys.executable, "-m", "llmjax.cli", "batch", *paths, "--ordered", "--progress-seconds", "0"]
+    return [sys.executable, "-m", "llmjax", "batch", *paths, "--ordered", "--progress-seconds", "0"]
 
 
 def run(folder: Path, output: str, start_s: float = math.inf, rows_s: float = math.inf) -> tuple[int, float]:

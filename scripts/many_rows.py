@@ -41,7 +41,7 @@ def measure(folder: Path, rows: int, resume: bool) -> tuple[float, float]:
 def main() -> None:
     """Measures and prints."""
     if sys.argv[1:2] == ["--child"]:
-        from llmjax.cli import main as llmjax_main
+        from llmjax.cli.main import main as llmjax_main
 
         status = llmjax_main(["batch", *sys.argv[2:]])
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

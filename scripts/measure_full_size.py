@@ -34,7 +34,7 @@ def write(name: str, dtype: str, folder: Path) -> int:
 
     from llmjax import configs
     from llmjax.models.registry import read_config
-    from llmjax.plan import parameter_shapes
+    from llmjax.models.tree import parameter_shapes
 
     facts = configs.read(name)
     architecture, config = read_config(facts["config"], name)
@@ -66,7 +66,7 @@ def write(name: str, dtype: str, folder: Path) -> int:
 
 def source_shapes(names: dict, parameters: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors a checkpoint of this architecture holds."""
-    from llmjax.plan import sources_of
+    from llmjax.models.names import sources_of
 
     shapes = {}
     for parameter, shape in parameters.items():
@@ -107,8 +107,8 @@ def convert(folder: str, destination: str, scheme: str) -> None:
 def convert_to_mediapipe(folder: str, destination: str, target: str) -> None:
     """In a process of its own: a ``.bin`` file, by MediaPipe's options and so with raw weight files beside it."""
     from converters import ConversionConfig, convert_checkpoint
-    from converters.mediapipe.container import VOCABULARY, BinFile
-    from llmjax.models.mediapipe_config import MODEL_TYPES
+    from converters.readers.mediapipe.container import VOCABULARY, BinFile
+    from llmjax.checkpoint.mediapipe_config import MODEL_TYPES
 
     published = json.loads((Path(folder) / "config.json").read_text())
     kind = next(m for m in MODEL_TYPES.values() if m.config["hidden_size"] == published["hidden_size"])

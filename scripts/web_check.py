@@ -20,8 +20,8 @@ import numpy as np
 
 import llmjax
 from converters import ConversionConfig, convert_checkpoint, open_source
-from converters.safetensors import SafetensorsWriter
-from llmjax.models.mediapipe_config import MODEL_TYPES
+from llmjax.checkpoint.mediapipe_config import MODEL_TYPES
+from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
 from llmjax.runtime.params import SamplingParams
 
 PROMPTS = ["hello", "a box", "The quick brown fox, 12 + 3!", "o"]

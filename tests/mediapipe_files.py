@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from converters import ConversionConfig, convert_checkpoint
-from converters.mediapipe.container import BACKEND, MODEL_TYPE, PARAMETERS, VOCABULARY, BinFile
+from converters.readers.mediapipe.container import BACKEND, MODEL_TYPE, PARAMETERS, VOCABULARY, BinFile
 
 DATA = Path(__file__).parent / "data" / "mediapipe"
 BINS = sorted(path for path in DATA.glob("*.bin") if "_lora_" not in path.name)

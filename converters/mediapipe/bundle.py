@@ -18,20 +18,13 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
-from converters.mediapipe import graph
-from converters.mediapipe.parameters import LlmParameters
 from converters.mediapipe.writer import whole_file
-from converters.source import shown
+from converters.readers.mediapipe import graph
+from converters.readers.mediapipe.package import METADATA, MODEL, OPTIONAL, TOKENIZER
+from converters.readers.mediapipe.parameters import LlmParameters
+from converters.readers.source import shown
 from llmjax.errors import ConfigError, LlmjaxError, TokenizerError
 
-MODEL, TOKENIZER, METADATA = "TF_LITE_PREFILL_DECODE", "TOKENIZER_MODEL", "METADATA"
-# Entries that later versions may add, by their option.
-OPTIONAL = {
-    "tflite_embedder": "TF_LITE_EMBEDDER",
-    "tflite_per_layer_embedder": "TF_LITE_PER_LAYER_EMBEDDER",
-    "tflite_vision_encoder": "TF_LITE_VISION_ENCODER",
-    "tflite_vision_adapter": "TF_LITE_VISION_ADAPTER",
-}
 _ALIGNMENT = 4
 _HEADER_BYTES = 30  # of an entry, before its name
 _ROLES = ("user", "model", "system")

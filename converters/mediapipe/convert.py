@@ -18,21 +18,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.huggingface import HuggingFaceSource
 from converters.mediapipe import job, lora, writer
 from converters.mediapipe import vocabulary as vocabulary_lib
-from converters.mediapipe.source import MediapipeSource
 from converters.mediapipe.weight_files import Weights
 from converters.mediapipe.writer import Report
-from converters.peft import CONFIG, WEIGHTS
-from converters.source import Source, open_source
+from converters.readers.huggingface import HuggingFaceSource
+from converters.readers.mediapipe.lora import Factors
+from converters.readers.mediapipe.source import MediapipeSource
+from converters.readers.opening import open_source
+from converters.readers.peft import CONFIG, WEIGHTS
+from converters.readers.source import Source
+from llmjax.checkpoint.loading import find_model, is_quantized
+from llmjax.checkpoint.mediapipe_config import ModelType
+from llmjax.checkpoint.plan import Override
 from llmjax.errors import CheckpointError, ConfigError, LoraError
-from llmjax.loading import find_model, is_quantized
 from llmjax.lora.adapter import LoraSource, read_adapter
 from llmjax.models.config import DecoderConfig
-from llmjax.models.mediapipe_config import ModelType
 from llmjax.models.registry import architectures, read_config
-from llmjax.plan import Override, parameter_shapes
+from llmjax.models.tree import parameter_shapes
 from llmjax.quant.schemes import parse
 
 # By checkpoint format: what a directory's weights are called, the first one found, and endings.
@@ -212,9 +215,7 @@ def convert_checkpoint(config: ConversionConfig, *, report: Report = lambda done
         source.close()
 
 
-def _lora_factors(
-    config: ConversionConfig, kind: ModelType, model: DecoderConfig
-) -> dict[tuple[int, str], lora.Factors]:
+def _lora_factors(config: ConversionConfig, kind: ModelType, model: DecoderConfig) -> dict[tuple[int, str], Factors]:
     """What the LoRA file is to hold; read before anything is written.
 
     Raises:
@@ -244,14 +245,14 @@ def _lora_factors(
             )
         )
         raise LoraError(f"{adapter.path}: {problem}")
-    factors = {wanted[name]: lora.Factors(d.a, d.b) for name, d in adapter.deltas.items()}
+    factors = {wanted[name]: Factors(d.a, d.b) for name, d in adapter.deltas.items()}
     if config.lora_o_proj == "right":
         return factors
     return {key: lora.scrambled(f) if key[1] == "o" else f for key, f in factors.items()}
 
 
 def _write_lora(
-    config: ConversionConfig, factors: dict[tuple[int, str], lora.Factors], work: job.Job, vocabulary: bytes
+    config: ConversionConfig, factors: dict[tuple[int, str], Factors], work: job.Job, vocabulary: bytes
 ) -> None:
     if factors:
         assert config.lora_output_tflite_file is not None and config.lora_rank is not None
@@ -314,7 +315,7 @@ def convert_source(
 def _combine(config: ConversionConfig, kind: ModelType, output: Path, path: Path, report: Report) -> None:
     directory = Path(config.input_ckpt)
     directory = directory if directory.is_dir() else directory.parent
-    from converters.jsonfile import read_json
+    from converters.readers.jsonfile import read_json
 
     beside = directory / "config.json"
     found = read_json(beside) if config.input_ckpt else None

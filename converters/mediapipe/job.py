@@ -10,20 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.llmjax import LlmjaxSource
 from converters.mediapipe import writer
-from converters.mediapipe.source import MediapipeSource
 from converters.mediapipe.weight_files import Folder
 from converters.mediapipe.writer import BACKENDS, Item, Parameters, Report
-from converters.source import Source, problems_error
+from converters.readers.llmjax_directory import LlmjaxSource
+from converters.readers.mediapipe.source import MediapipeSource
+from converters.readers.source import Source, problems_error
+from llmjax.checkpoint import mediapipe_config
+from llmjax.checkpoint.loading import check_not_quantized, fitting_plan
+from llmjax.checkpoint.mediapipe_config import MODEL_TYPES, ModelType
+from llmjax.checkpoint.parameters import is_packed, packed_tensor, read_all
+from llmjax.checkpoint.plan import Assignment, Override, Plan, describe
 from llmjax.errors import CheckpointError, ConfigError, LlmjaxError, TokenizerError
-from llmjax.loading import check_not_quantized, fitting_plan
-from llmjax.models import mediapipe_config
 from llmjax.models.config import DecoderConfig
-from llmjax.models.mediapipe_config import MODEL_TYPES, ModelType
 from llmjax.models.registry import read_config
-from llmjax.parameters import is_packed, packed_tensor, read_all
-from llmjax.plan import Assignment, Override, Plan, describe
 from llmjax.quant.schemes import Recipe, Scheme, role_of
 
 

@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from converters.jsonfile import read_json
+from converters.readers.jsonfile import read_json
 from llmjax.errors import CheckpointError, TokenizerError
 
 _NORMAL, _UNKNOWN, _USER_DEFINED = 1, 2, 4

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.mediapipe import layout
-from converters.mediapipe.source import SCALE, ZERO
 from converters.mediapipe.writer import Item
-from converters.source import problems_error, shown
+from converters.readers.mediapipe import layout
+from converters.readers.mediapipe.source import SCALE, ZERO
+from converters.readers.source import problems_error, shown
+from llmjax.checkpoint.mediapipe_config import ModelType
 from llmjax.errors import CheckpointError
-from llmjax.models.mediapipe_config import ModelType
 from llmjax.quant.qtensor import QTensor
 
 INFO = "layer_info.txt"

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.mediapipe import layout, lora
-from converters.mediapipe.container import BACKEND, MODEL_TYPE, PARAMETERS, VOCABULARY, BinWriter, Entry
-from converters.mediapipe.source import SCALE, SUM, ZERO, quotients
+from converters.mediapipe import lora
+from converters.mediapipe.bin_file import BinWriter
+from converters.readers.mediapipe import layout
+from converters.readers.mediapipe.container import BACKEND, LORA_RANK, MODEL_TYPE, PARAMETERS, VOCABULARY, Entry
+from converters.readers.mediapipe.lora import Factors
+from converters.readers.mediapipe.source import SCALE, SUM, ZERO, quotients
+from llmjax.checkpoint import mediapipe_config, mediapipe_names
+from llmjax.checkpoint.mediapipe_config import ModelType
 from llmjax.errors import CheckpointError
-from llmjax.models import mediapipe_config, mediapipe_names
 from llmjax.models.config import DecoderConfig
-from llmjax.models.mediapipe_config import ModelType
-from llmjax.plan import sources_of
+from llmjax.models.names import sources_of
 from llmjax.quant.qtensor import QTensor
 
 BACKENDS: tuple[str, ...] = ("cpu", "gpu")
@@ -180,7 +183,7 @@ def write(
 
 def write_lora(
     path: Path,
-    factors: Mapping[tuple[int, str], lora.Factors],
+    factors: Mapping[tuple[int, str], Factors],
     rank: int,
     config: DecoderConfig,
     kind: ModelType,
@@ -197,7 +200,7 @@ def write_lora(
         BACKEND: b"gpu",
     }
     found = list(lora.tensors(factors, kind.name))
-    numbers = {MODEL_TYPE: kind.number, lora.RANK: rank}
+    numbers = {MODEL_TYPE: kind.number, LORA_RANK: rank}
     with whole_file(path) as partial:
         writer = BinWriter(partial, kind.name, "gpu", [entry for entry, _ in found], blobs, numbers)
         try:

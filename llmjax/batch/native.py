@@ -16,7 +16,7 @@ from typing import Any
 from llmjax.batch.question import PARAMS, Question, checked_id, checked_ids, checked_text
 from llmjax.errors import RequestError
 from llmjax.llm import LLM
-from llmjax.outputs import CompletionOutput, RequestOutput
+from llmjax.runtime.outputs import CompletionOutput, RequestOutput
 
 _IDS = ("id", "custom_id")
 _PROMPTS = ("prompt", "messages", "prompt_token_ids")

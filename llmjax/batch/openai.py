@@ -15,7 +15,7 @@ from llmjax.batch.native import finite, prompt_logprobs
 from llmjax.batch.question import PARAMS, Question, checked_id, checked_ids, checked_text
 from llmjax.errors import RequestError
 from llmjax.llm import LLM
-from llmjax.outputs import CompletionOutput, RequestOutput
+from llmjax.runtime.outputs import CompletionOutput, RequestOutput
 from llmjax.text.tokenizer import Tokenizer
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"

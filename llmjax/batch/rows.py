@@ -12,7 +12,7 @@ from llmjax.batch.index import Index, Written, digest
 from llmjax.batch.question import Question, check_text_id
 from llmjax.errors import LlmjaxError, RequestError
 from llmjax.llm import LLM
-from llmjax.outputs import RequestOutput
+from llmjax.runtime.outputs import RequestOutput
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request
 

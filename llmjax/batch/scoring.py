@@ -8,7 +8,7 @@ from typing import IO, Any
 from llmjax.batch.rows import parse_object
 from llmjax.errors import LlmjaxError, RequestError
 from llmjax.llm import LLM
-from llmjax.outputs import Score
+from llmjax.runtime.outputs import Score
 
 
 @dataclasses.dataclass

@@ -17,8 +17,8 @@ from llmjax.batch.identity import describe_device, stored
 from llmjax.bench.cost import Cost, Costs, is_quantized
 from llmjax.bench.probes import matmul_probe, read_probe
 from llmjax.errors import RequestError
-from llmjax.matmul import integer_digits
 from llmjax.model import Model
+from llmjax.products.matmul import integer_digits
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine
 from llmjax.runtime.params import SamplingParams

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from llmjax.numerics import resolve
-from llmjax.sums import by_weight, sums_pay
+from llmjax.products.sums import by_weight, sums_pay
 
 # Far above any processor's caches; a GPU reads more in the time one call takes to start.
 _READ_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}
@@ -21,7 +21,7 @@ _MATMUL_SIZE = {"cpu": 1536, "gpu": 8192}
 
 def read_probe(size: int | None = None) -> Callable[[], float]:
     """A function that returns bytes read a second: products of one float32 row with large ``[out, in]`` arrays, as sums
-    on the CPU (``llmjax.sums``), which read at memory speed on all cores.
+    on the CPU (``llmjax.products.sums``), which read at memory speed on all cores.
 
     Args:
       size: bytes to read, rounded down to a few whole rows of each array; None takes what suits the device.

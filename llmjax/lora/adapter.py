@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.mediapipe import lora as mediapipe
-from converters.mediapipe.container import is_container
-from converters.peft import CONFIG, AdapterFile, open_adapter
-from converters.source import shown
+from converters.readers.mediapipe import lora as mediapipe
+from converters.readers.mediapipe.container import is_container
+from converters.readers.peft import CONFIG, AdapterFile, open_adapter
+from converters.readers.source import shown
 from llmjax.errors import CheckpointError, LoraError
 from llmjax.lora.config import LoraConfig
+from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
-from llmjax.models.names import From
-from llmjax.models.registry import Architecture
-from llmjax.plan import parameter_shapes, sources_of
+from llmjax.models.names import From, sources_of
+from llmjax.models.tree import parameter_shapes
 from llmjax.quant.schemes import role_of
 
 _DTYPES = ("F32", "F16", "BF16")

@@ -13,7 +13,7 @@ from flax import struct
 from jax import lax
 
 from llmjax.lora.adapter import Delta
-from llmjax.plan import path_of
+from llmjax.models.tree import path_of
 
 
 class Lora(struct.PyTreeNode):

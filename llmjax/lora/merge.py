@@ -6,10 +6,10 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.arrays import row_chunks
 from llmjax.errors import LoraError
 from llmjax.lora.adapter import Delta
 from llmjax.numerics import resolve
+from llmjax.quant.arrays import row_chunks
 from llmjax.quant.qtensor import QTensor, dequantize
 from llmjax.quant.rounding import Rows, quantize
 from llmjax.quant.schemes import Scheme

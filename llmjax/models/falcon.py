@@ -12,13 +12,14 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from llmjax.models.attention import Rope, Scores
+from llmjax.models.architecture import Architecture
+from llmjax.models.attention import Scores
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, MLP, Attention, Embedding, LayerNorm, Projection, language_head
 from llmjax.models.names import From, Names, Shape, hf_names
-from llmjax.models.registry import Architecture
+from llmjax.models.rope import Rope
 from llmjax.models.stack import in_turn, traced_once
 
 

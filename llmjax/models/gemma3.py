@@ -7,13 +7,14 @@ from typing import Self
 import jax
 from flax import linen as nn
 
-from llmjax.models.attention import Rope, Scores, softcap
+from llmjax.models.architecture import Architecture
+from llmjax.models.attention import Scores, softcap
 from llmjax.models.config import FULL, SLIDING, DecoderConfig, dimensions, layer_windows
 from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, Attention, Embedding, GatedMLP, UnitOffsetRMSNorm, language_head
 from llmjax.models.names import Names, hf_names
-from llmjax.models.registry import Architecture
+from llmjax.models.rope import Rope
 from llmjax.models.stack import in_turn, traced_once
 
 

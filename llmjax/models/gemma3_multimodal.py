@@ -3,8 +3,8 @@
 from typing import Self
 
 from llmjax.models import gemma3
+from llmjax.models.architecture import Architecture
 from llmjax.models.hf_config import Reader
-from llmjax.models.registry import Architecture
 
 
 class Gemma3MultimodalConfig(gemma3.Gemma3Config):

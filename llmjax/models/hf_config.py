@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from llmjax.errors import ConfigError, LlmjaxError
-from llmjax.models.attention import Llama3Scaling, Rope
 from llmjax.models.layers import ACTIVATIONS
+from llmjax.models.rope import Llama3Scaling, Rope
 
 T = TypeVar("T")
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from llmjax.bits import look_up, to_storage
-from llmjax.matmul import matmul
-from llmjax.models.attention import POSITION_AXIS, Rope, Scores, cached_attention, dense_attention
+from llmjax.models.attention import POSITION_AXIS, Scores, cached_attention, dense_attention
 from llmjax.models.context import Context, tap
+from llmjax.models.rope import Rope
+from llmjax.products.matmul import matmul
+from llmjax.quant.bits import look_up, to_storage
 from llmjax.quant.qtensor import QTensor, take
 
 _normal = nn.initializers.normal(0.02)

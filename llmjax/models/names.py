@@ -6,6 +6,7 @@ parameter is a part or a rearrangement of source tensors, the table holds a ``Fr
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -95,3 +96,14 @@ ROLES: dict[str, str] = {
     **{r: f"attn.{r}" for r in ("q", "k", "v", "o", "q_norm", "k_norm")},
     **{r: f"mlp.{r}" for r in ("gate", "up", "down")},
 }
+
+
+def sources_of(parameter: str, names: Names) -> tuple[From, list[str]]:
+    """How a parameter is made, and the names of the tensors it is made from."""
+    module, ending = parameter.rsplit(".", 1)
+    layer = re.match(r"layers\.(\d+)\.", module)
+    entry = names[re.sub(r"^layers\.\d+\.", "layers.{}.", module)]
+    if isinstance(entry, str):
+        entry = From((entry,))
+    ending = entry.endings.get(ending, ending)
+    return entry, [f"{m.format(layer[1] if layer else '')}.{ending}" for m in entry.modules]

@@ -6,13 +6,14 @@ import dataclasses
 import jax
 from flax import linen as nn
 
-from llmjax.models.attention import Rope, Scores
+from llmjax.models.architecture import Architecture
+from llmjax.models.attention import Scores
 from llmjax.models.config import DecoderConfig, dimensions
 from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, MLP, Attention, Embedding, LayerNorm, Projection, parameter
 from llmjax.models.names import hf_names
-from llmjax.models.registry import Architecture
+from llmjax.models.rope import Rope
 from llmjax.models.stack import in_turn, traced_once
 
 

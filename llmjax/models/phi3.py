@@ -3,11 +3,11 @@ fused tensors on disk."""
 
 from typing import Self
 
+from llmjax.models.architecture import Architecture
 from llmjax.models.config import dimensions
 from llmjax.models.hf_config import Reader
 from llmjax.models.llama import LlamaConfig
 from llmjax.models.names import Names, hf_names, stacked
-from llmjax.models.registry import Architecture
 
 
 class Phi3Config(LlamaConfig):

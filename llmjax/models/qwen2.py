@@ -3,10 +3,10 @@ mention."""
 
 from typing import Any, Self
 
+from llmjax.models.architecture import Architecture
 from llmjax.models.config import FULL, SLIDING, dimensions, layer_windows
 from llmjax.models.hf_config import Reader
 from llmjax.models.llama import HF_NAMES, LlamaConfig
-from llmjax.models.registry import Architecture
 
 
 class Qwen2Config(LlamaConfig):

@@ -2,10 +2,10 @@
 
 from typing import Self
 
+from llmjax.models.architecture import Architecture
 from llmjax.models.hf_config import Reader
 from llmjax.models.llama import HF_NAMES, LlamaConfig
 from llmjax.models.qwen2 import qwen_options
-from llmjax.models.registry import Architecture
 
 
 class Qwen3Config(LlamaConfig):

@@ -1,57 +1,24 @@
 """The architectures llmjax knows, by the ``model_type`` of their ``config.json``."""
 
-import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping
 from typing import Any
 
+from llmjax import models
 from llmjax.errors import ConfigError
+from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.hf_config import Reader
-from llmjax.models.names import Names
 
 
-@dataclasses.dataclass(frozen=True)
-class Architecture:
-    """One entry of the registry; each architecture's file ends with its own.
-
-    Attributes:
-      model_type: Hugging Face's name.
-      config: the config class.
-      hf_names: the table of Hugging Face names for a config.
-      gguf: ``general.architecture`` of its GGUF files, None where llama.cpp has none.
-      dropped: regular expressions of source tensors that are known and not needed.
-      reference_attention: the ``attn_implementation`` under which transformers computes this architecture right.
-      needs_bos: trained so that a prompt without BOS gives garbage; such a prompt warns.
-    """
-
-    model_type: str
-    config: type[DecoderConfig]
-    hf_names: Callable[[Any], Names]
-    gguf: str | None = None
-    dropped: tuple[str, ...] = ()
-    reference_attention: str = "eager"
-    needs_bos: bool = False
-
-
+@functools.cache
 def architectures() -> dict[str, Architecture]:
-    """All of them, by model_type."""
-    from llmjax.models import (
-        falcon,
-        gemma,
-        gemma2,
-        gemma3,
-        gemma3_multimodal,
-        llama,
-        mistral,
-        phi,
-        phi3,
-        qwen2,
-        qwen3,
-        stablelm,
-    )
-
-    modules = (gemma, gemma2, gemma3, gemma3_multimodal, phi, falcon, stablelm, llama, mistral, qwen2, qwen3, phi3)
-    return {m.ARCHITECTURE.model_type: m.ARCHITECTURE for m in modules}
+    """All of them, by model_type: what the files of this folder call ``ARCHITECTURE``."""
+    modules = [importlib.import_module(f"{models.__name__}.{m.name}") for m in pkgutil.iter_modules(models.__path__)]
+    found = [m.ARCHITECTURE for m in modules if hasattr(m, "ARCHITECTURE")]
+    return {architecture.model_type: architecture for architecture in found}
 
 
 def find(config: Mapping[str, Any], where: str) -> Architecture:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from llmjax.models.attention import Rope, Scores
+from llmjax.models.architecture import Architecture
+from llmjax.models.attention import Scores
 from llmjax.models.config import DecoderConfig, dimensions
 from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
@@ -23,7 +24,7 @@ from llmjax.models.layers import (
     standardised,
 )
 from llmjax.models.names import From, Names, hf_names
-from llmjax.models.registry import Architecture
+from llmjax.models.rope import Rope
 from llmjax.models.stack import in_turn, traced_once
 
 

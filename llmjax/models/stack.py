@@ -2,8 +2,8 @@
 
 What starting a program costs grows with its layers: tracing, compiling, and reading a compiled one back (0.7 ms a
 kernel, 2,000 kernels in 30 layers).  A loop over stacked weights has those of one layer.  But XLA:CPU copies what a
-loop cuts out of a stack before it multiplies with it, unless the weight is converted (``llmjax.tiles``) or the product
-is a sum (``llmjax.sums``) anyway.
+loop cuts out of a stack before it multiplies with it, unless the weight is converted (``products.tiles``) or the
+product is a sum (``products.sums``) anyway.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,13 +16,13 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from llmjax.arrays import aligned
-from llmjax.bits import from_storage, to_storage
-from llmjax.matmul import summed_rows
 from llmjax.models.context import Context
 from llmjax.numerics import Numerics
+from llmjax.products.matmul import summed_rows
+from llmjax.products.tiles import converted_whole
+from llmjax.quant.arrays import aligned
+from llmjax.quant.bits import from_storage, to_storage
 from llmjax.quant.qtensor import QTensor
-from llmjax.tiles import converted_whole
 
 # The entry of the ``params`` and ``cache`` collections that holds stacked layers: a tuple with one tree for each layer
 # of the pattern that repeats, leaves ``[n, ...]`` and cache buffers of ``n * R`` rows, n being the repetitions.

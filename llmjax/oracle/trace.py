@@ -25,7 +25,7 @@ import numpy as np
 from llmjax.errors import RequestError
 from llmjax.model import Model, check_ids
 from llmjax.models.context import TAP, Context
-from llmjax.plan import canonical
+from llmjax.models.tree import canonical
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from llmjax.arrays import aligned, row_chunks
+from llmjax.quant.arrays import aligned, row_chunks
 from llmjax.quant.qtensor import QTensor, pack
 
 

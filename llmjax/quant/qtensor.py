@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from llmjax.bits import look_up
+from llmjax.quant.bits import look_up
 
 
 class QTensor(struct.PyTreeNode):

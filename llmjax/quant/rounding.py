@@ -20,8 +20,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llmjax.arrays import aligned, row_chunks
 from llmjax.errors import CheckpointError, ConfigError
+from llmjax.quant.arrays import aligned, row_chunks
 from llmjax.quant.qtensor import QTensor, pack
 from llmjax.quant.schemes import Scheme
 from llmjax.quant.search import mse_scales

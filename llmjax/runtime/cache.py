@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.bits import storage
 from llmjax.models.attention import POSITION_AXIS
 from llmjax.models.config import DecoderConfig
 from llmjax.models.stack import STACKED
 from llmjax.numerics import Numerics
+from llmjax.quant.bits import storage
 
 
 def make_cache(

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from llmjax.outputs import CompletionOutput
+from llmjax.runtime.outputs import CompletionOutput
 from llmjax.runtime.params import SamplingParams
 from llmjax.text.tokenizer import Tokenizer
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Iterator
 
-from llmjax.outputs import RequestOutput
+from llmjax.runtime.outputs import RequestOutput
 from llmjax.runtime.row import Request, Row
 from llmjax.runtime.sampling import sample_seed
 

@@ -29,7 +29,7 @@ _IRRELEVANT = frozenset({"merges", "pre", "scores", "token_type_count"})
 
 
 def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
-    """See ``llmjax.text.tokenizer.from_gguf``."""
+    """See ``llmjax.text.reading.from_gguf``."""
     entries = _Entries(metadata, str(path))
     model = entries.text("model")
     if model not in ("gpt2", "llama"):

@@ -33,7 +33,7 @@ _CLASS_SPECIAL = {"GemmaTokenizer": {"mask_token": "<mask>"}}
 
 
 def read(directory: Path) -> Tokenizer:
-    """See ``llmjax.text.tokenizer.from_huggingface``."""
+    """See ``llmjax.text.reading.from_huggingface``."""
     config_file = directory / "tokenizer_config.json"
     config = _object(config_file)
     file = next((f for n in ("tokenizer.json", "tokenizer.model") if (f := directory / n).exists()), None)

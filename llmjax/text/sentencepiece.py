@@ -48,7 +48,7 @@ class Vocabulary:
 def read(
     data: bytes, where: str, *, add_bos: bool, chat_template: str | None, bytes_to_unicode: bool = False
 ) -> Tokenizer:
-    """See ``llmjax.text.tokenizer.from_sentencepiece``; ``bytes_to_unicode``: see ``build``."""
+    """See ``llmjax.text.reading.from_sentencepiece``; ``bytes_to_unicode``: see ``build``."""
     vocabulary = parse(data, where, bytes_to_unicode=bytes_to_unicode)
     backend, dummy_prefix = build(vocabulary, where, bytes_to_unicode=bytes_to_unicode)
     bos, eos = vocabulary.bos_id, vocabulary.eos_id

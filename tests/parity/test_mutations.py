@@ -12,7 +12,8 @@ import pytest
 
 import llmjax
 from llmjax.models import attention, layers, stablelm
-from llmjax.models.attention import Rope, Scores
+from llmjax.models.attention import Scores
+from llmjax.models.rope import Rope
 from tests.parity import golden
 from tests.parity.golden import TOLERANCE, arrays, error, meta
 

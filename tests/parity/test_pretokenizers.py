@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers
 
 from llmjax.text.pretokenizers import PRE_TOKENIZERS
-from llmjax.text.tokenizer import from_gguf
+from llmjax.text.reading import from_gguf
 
 # Whatever splits texts, and a byte-level vocabulary without merges.
 TEXTS = st.lists(

@@ -7,10 +7,10 @@ import pytest
 from llmjax.bench import measure, probes
 from llmjax.bench.cost import Costs
 from llmjax.bench.report import to_text
-from llmjax.cli import main
-from llmjax.cpu import has_integer_tiles
+from llmjax.checkpoint.loading import load
+from llmjax.cli.main import main
 from llmjax.errors import RequestError
-from llmjax.loading import load
+from llmjax.products.cpu import has_integer_tiles
 from llmjax.runtime.engine import Engine
 from tests.tiny import checkpoint, random_model
 

@@ -11,8 +11,8 @@ import pytest
 import safetensors
 
 import llmjax
-from llmjax import cli
-from llmjax.cli import main
+from llmjax.cli import loading
+from llmjax.cli.main import main
 from tests.tiny import checkpoint
 
 
@@ -24,7 +24,7 @@ def llm(short_smollm2):
 @pytest.fixture
 def shared(llm, monkeypatch):
     """The verbs run in this process, on a model that is loaded and compiled once."""
-    monkeypatch.setattr(cli, "_llm", lambda args: (llm, 0.0))
+    monkeypatch.setattr(loading, "load_llm", lambda args, slots=None: (llm, 0.0))
 
 
 def failing(capsys, *args):
@@ -38,7 +38,7 @@ def failing(capsys, *args):
 
 def test_generate_streams_to_stdout(smollm2_path):
     """In a process of its own, as a user runs it."""
-    command = [sys.executable, "-m", "llmjax.cli", "generate", "--model", "smollm2", "--prompt", "-"]
+    command = [sys.executable, "-m", "llmjax", "generate", "--model", "smollm2", "--prompt", "-"]
     flags = ["--temperature", "0", "--max-tokens", "12"]
     done = subprocess.run(
         command + flags, input="The capital of France is", capture_output=True, text=True, timeout=300

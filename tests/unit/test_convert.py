@@ -10,8 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 import llmjax
 from llmjax import CheckpointError, ConfigError
-from llmjax.cli import main
-from llmjax.quant import error
+from llmjax.checkpoint import weight_error as error
+from llmjax.cli.main import main
 from llmjax.quant.qtensor import QTensor
 from tests.parity import checkpoints, golden
 from tests.parity.golden import arrays, meta
@@ -95,8 +95,8 @@ def test_tokenizer_files_come_along(tmp_path, smollm2_path):
 
 
 def _tokenizer(path):
-    from converters.source import open_source
-    from llmjax.loading import read_tokenizer
+    from converters.readers.opening import open_source
+    from llmjax.checkpoint.loading import read_tokenizer
 
     source = open_source(path)
     try:
@@ -112,7 +112,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
         if "layers.1" in name:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("converters.safetensors.SafetensorsWriter.write", full)
+    monkeypatch.setattr("llmjax.checkpoint.safetensors_writer.SafetensorsWriter.write", full)
     with pytest.raises(CheckpointError, match="No space left on device; nothing is left behind"):
         llmjax.convert(source, tmp_path / "q", quantize="int8")
     assert [p.name for p in tmp_path.iterdir()] == ["llama"]

@@ -12,10 +12,10 @@ import safetensors
 import safetensors.numpy
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from converters.gguf import GgufSource
-from converters.mapped import MappedFile
-from converters.safetensors import SafetensorsFile
-from converters.torchbin import TorchFile
+from converters.readers.gguf import GgufSource
+from converters.readers.mapped import MappedFile
+from converters.readers.safetensors import SafetensorsFile
+from converters.readers.torch.archive import TorchFile
 from llmjax.errors import CheckpointError
 
 EDGES = (0, 1, 0x7F, 0x80, 0xFF)

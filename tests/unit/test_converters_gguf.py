@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 
-from converters import gguf as reader
-from converters.gguf import GgufSource
+from converters.readers import gguf as reader
+from converters.readers.gguf import GgufSource
 from llmjax.errors import CheckpointError
 
 # All that the gguf package can decode; BF16 is among them, but is not expanded.

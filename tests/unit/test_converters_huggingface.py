@@ -10,7 +10,8 @@ import pytest
 import safetensors.numpy
 from gguf import GGUFWriter
 
-from converters.source import TensorSpec, open_source
+from converters.readers.opening import open_source
+from converters.readers.source import TensorSpec
 from llmjax.errors import CheckpointError
 
 TORCH_FILE = Path(__file__).parents[1] / "data/torchbin/tiny.bin"
@@ -223,7 +224,7 @@ def test_importing_is_light():
     """Readers know NumPy only, and the package itself not even that."""
     code = (
         "import sys, converters; assert 'numpy' not in sys.modules; from converters import open_source\n"
-        "import converters.gguf, converters.safetensors, converters.torchbin\n"
+        "import converters.readers.gguf, converters.readers.safetensors, converters.readers.torch.archive\n"
         "print([m for m in ('jax', 'flax', 'torch', 'transformers', 'gguf', 'safetensors') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,7 +9,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from converters.safetensors import SafetensorsFile
+from converters.readers.safetensors import SafetensorsFile
 from llmjax.errors import CheckpointError
 
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmjax.text.detokenize import ByteStream, PieceStream, byte_level_bytes, sentencepiece_piece
-from llmjax.text.tokenizer import decoder_form, from_huggingface
+from llmjax.text.reading import from_huggingface
+from llmjax.text.tokenizer import decoder_form
 
 DATA = Path(__file__).parents[1] / "data/tokenizers"
 NAMES = sorted(p.name for p in DATA.iterdir())

@@ -17,12 +17,12 @@ import pytest
 from hypothesis import strategies as st
 
 import llmjax
-from converters.gguf import GgufSource
+from converters.readers.gguf import GgufSource
 from llmjax import CheckpointError, ConfigError
-from llmjax.models import gguf_config, gguf_names
+from llmjax.checkpoint import gguf_config, gguf_names
 from llmjax.models.registry import architectures, read_config
 from llmjax.quant.qtensor import QTensor, dequantize
-from llmjax.text.tokenizer import from_gguf, from_huggingface
+from llmjax.text.reading import from_gguf, from_huggingface
 from tests import gguf_files
 from tests.parity import checkpoints, golden
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from llmjax.errors import ConfigError
-from llmjax.models.attention import Rope
 from llmjax.models.registry import architectures, read_config
+from llmjax.models.rope import Rope
 
 SIZES = {
     "vocab_size": 100,

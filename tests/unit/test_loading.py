@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import llmjax
 from llmjax import CheckpointError, ConfigError, TokenizerError, configs
 from llmjax.models.registry import architectures, read_config
-from llmjax.plan import parameter_shapes
+from llmjax.models.tree import parameter_shapes
 from tests.parity import checkpoints, golden
 from tests.parity.golden import arrays, meta
 

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 import llmjax
 from llmjax import LLM, LoraError, RequestError, SamplingParams
-from llmjax.cli import main
+from llmjax.cli.main import main
 from llmjax.lora.adapter import LoraSource
 from tests.tiny import CONFIG, checkpoint, random_ids
 

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.dots import dot
-from llmjax.matmul import matmul
 from llmjax.numerics import resolve
+from llmjax.products.dots import dot
+from llmjax.products.matmul import matmul
 
 RNG = np.random.default_rng(3)
 

@@ -9,13 +9,21 @@ import numpy as np
 import pytest
 
 import llmjax
-from converters.mediapipe import parameters
-from converters.mediapipe.container import BACKEND, MODEL_TYPE, PARAMETERS, VOCABULARY, BinFile, BinWriter, Entry
-from converters.source import open_source
+from converters.mediapipe.bin_file import BinWriter
+from converters.readers.mediapipe import parameters
+from converters.readers.mediapipe.container import (
+    BACKEND,
+    MODEL_TYPE,
+    PARAMETERS,
+    VOCABULARY,
+    BinFile,
+    Entry,
+)
+from converters.readers.opening import open_source
+from llmjax.checkpoint.inspection import inspect
+from llmjax.checkpoint.loading import fitting_plan, read_tokenizer
+from llmjax.checkpoint.parameters import read_all
 from llmjax.errors import CheckpointError, ConfigError, LlmjaxError
-from llmjax.inspection import inspect
-from llmjax.loading import fitting_plan, read_tokenizer
-from llmjax.parameters import read_all
 from tests.mediapipe_files import BINS, DATA, GEMMA, facts
 
 WEB = json.loads((DATA / "web_runtime.json").read_text())["results"]

@@ -6,8 +6,9 @@ import zipfile
 import pytest
 
 from converters import BundleConfig, create_bundle
-from converters.mediapipe import bundle, parameters
-from llmjax.cli import main
+from converters.mediapipe import bundle
+from converters.readers.mediapipe import parameters
+from llmjax.cli.main import main
 from llmjax.errors import LlmjaxError
 from tests.mediapipe_files import DATA
 

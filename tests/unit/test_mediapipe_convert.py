@@ -11,12 +11,15 @@ import pytest
 
 import llmjax
 from converters import ConversionConfig, convert_checkpoint
-from converters.mediapipe import job, layout, weight_files, writer
-from converters.mediapipe.container import BinFile, BinWriter
-from converters.safetensors import SafetensorsFile, SafetensorsWriter
-from llmjax.cli import main
+from converters.mediapipe import job, weight_files, writer
+from converters.mediapipe.bin_file import BinWriter
+from converters.readers.mediapipe import layout
+from converters.readers.mediapipe.container import BinFile
+from converters.readers.safetensors import SafetensorsFile
+from llmjax.checkpoint import mediapipe_config
+from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
+from llmjax.cli.main import main
 from llmjax.errors import CheckpointError, ConfigError, LlmjaxError, TokenizerError
-from llmjax.models import mediapipe_config
 from tests.mediapipe_files import BINS, DATA, GEMMA, config, converted, differences, facts, vocabulary
 
 
@@ -73,7 +76,7 @@ def test_the_comparison_sees(name, monkeypatch, tmp_path):
 
 
 def test_the_comparison_sees_alignment(monkeypatch, tmp_path):
-    monkeypatch.setattr("converters.mediapipe.container._PAGE", 1 << 15)
+    monkeypatch.setattr("converters.readers.mediapipe.container._PAGE", 1 << 15)
     assert "bytes after the header" in differences(converted(GEMMA, tmp_path), GEMMA)
 
 
@@ -188,7 +191,7 @@ def test_a_tied_head_is_written_twice(tmp_path):
     shutil.copytree(DATA / "GEMMA_2B", source)
     facts_ = json.loads((DATA / "FALCON_RW_1B" / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(facts_ | {"tie_word_embeddings": True}))
-    from converters.torchbin import TorchFile
+    from converters.readers.torch.archive import TorchFile
 
     torch_file = TorchFile(DATA / "FALCON_RW_1B" / "pytorch_model.bin")
     (source / "model.safetensors").unlink()
@@ -424,7 +427,7 @@ def test_command_line(tmp_path, capsys):
 
 
 def test_model_types_are_inferred():
-    from converters.source import open_source
+    from converters.readers.opening import open_source
 
     for folder in ("PHI_2", "FALCON_RW_1B", "STABLELM_4E1T_3B", "GEMMA_2B", "GEMMA2_2B"):
         assert job.infer(open_source(DATA / folder)).name == folder

@@ -11,11 +11,12 @@ import tflite
 
 import llmjax
 from converters import BundleConfig, create_bundle
-from converters.mediapipe import bundle, package, parameters
-from converters.mediapipe.package import Package
-from llmjax.cli import main
+from converters.mediapipe import bundle
+from converters.readers.mediapipe import package, parameters
+from converters.readers.mediapipe.package import Package
+from llmjax.checkpoint.inspection import inspect
+from llmjax.cli.main import main
 from llmjax.errors import CheckpointError, LlmjaxError
-from llmjax.inspection import inspect
 from tests.mediapipe_files import DATA, vocabulary
 
 TASK = DATA / "tiny_bundle_0.10.21.task"

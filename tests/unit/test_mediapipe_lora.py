@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 import llmjax
 from converters import convert_checkpoint
 from converters.mediapipe import lora
-from converters.mediapipe.container import BinFile
+from converters.readers.mediapipe.container import LORA_RANK, BinFile
 from llmjax import LoraError
 from llmjax.errors import ConfigError
 from llmjax.lora.adapter import LoraSource
@@ -32,7 +32,7 @@ def same(ours: Path, theirs: Path) -> bool:
     a, b = BinFile(ours), BinFile(theirs)
     names = [list(f.entries.items()) for f in (a, b)]
     blobs = [
-        [f.name, f.numbers[lora.RANK], *map(f.blob, ("odml.infra.proto.LlmParameters", "backend"))] for f in (a, b)
+        [f.name, f.numbers[LORA_RANK], *map(f.blob, ("odml.infra.proto.LlmParameters", "backend"))] for f in (a, b)
     ]
     return names[0] == names[1] and blobs[0] == blobs[1] and all(np.array_equal(a.raw(n), b.raw(n)) for n in a.entries)
 

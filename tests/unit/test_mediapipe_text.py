@@ -11,10 +11,10 @@ from tokenizers import normalizers
 import llmjax
 from converters import convert_checkpoint
 from converters.mediapipe import vocabulary
-from converters.mediapipe.container import VOCABULARY, BinFile
+from converters.readers.mediapipe.container import VOCABULARY, BinFile
 from llmjax.errors import LlmjaxError, RequestError, TokenizerError
 from llmjax.text import mediapipe
-from llmjax.text.tokenizer import from_huggingface
+from llmjax.text.reading import from_huggingface
 from tests.mediapipe_files import DATA, config
 
 HF = DATA / "hf_tok"

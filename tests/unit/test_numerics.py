@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from llmjax.models.attention import Rope
+from llmjax.models.rope import Rope
 from llmjax.numerics import PROFILES, resolve
 
 RNG = np.random.default_rng(11)

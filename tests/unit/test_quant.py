@@ -10,16 +10,17 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from llmjax import CheckpointError, ConfigError
-from llmjax.matmul import matmul
 from llmjax.model import Model
 from llmjax.numerics import resolve
-from llmjax.quant import gguf, product
+from llmjax.products import digits as product
+from llmjax.products.matmul import matmul
+from llmjax.products.sums import by_cache, by_weight
+from llmjax.quant import gguf
 from llmjax.quant.qtensor import QTensor, dequantize, integers, take
 from llmjax.quant.rounding import quantize
 from llmjax.quant.schemes import Recipe, Scheme, parse, recipe_names, role_of
 from llmjax.runtime.cache import make_cache
 from llmjax.runtime.state import empty_state
-from llmjax.sums import by_cache, by_weight
 from tests.programs import compiled_programs
 from tests.tiny import random_model
 
@@ -29,7 +30,7 @@ SCHEMES = ("int8", "int4", "int8-asym", "int4-asym", "int8-g32", "int4-g64", "in
 
 @pytest.fixture(autouse=True)
 def small_weights_go_in_tiles(monkeypatch):
-    monkeypatch.setattr("llmjax.tiles._SMALL_BYTES", 0)
+    monkeypatch.setattr("llmjax.products.tiles._SMALL_BYTES", 0)
 
 
 def weight(out: int = 40, width: int = 128) -> np.ndarray:
@@ -106,7 +107,7 @@ def test_asymmetric_rounding_is_mediapipes():
 def test_chunks_do_not_show(monkeypatch):
     w = weight(40, 128)
     whole = quantized(w, "int4-g32-asym")
-    monkeypatch.setattr("llmjax.arrays._CHUNK", 128 * 7)
+    monkeypatch.setattr("llmjax.quant.arrays._CHUNK", 128 * 7)
     jax.tree.map(np.testing.assert_array_equal, whole, quantized(w, "int4-g32-asym"))
 
 
@@ -207,12 +208,12 @@ def test_digits_give_the_same_bits_in_any_batch_shape(scheme, digits):
 )
 def test_which_way_a_product_runs(tiles, ways, monkeypatch):
     """By rows and profile, for a CPU without and with AMX."""
-    monkeypatch.setattr("llmjax.matmul.has_integer_tiles", lambda: tiles)
+    monkeypatch.setattr("llmjax.products.matmul.has_integer_tiles", lambda: tiles)
     q = on_device(quantized(weight(70, 128), "int8"))
     taken = []
     for name, way in (("in_digits", "digits"), ("in_tiles", "tiles"), ("by_weight", "sum")):
         monkeypatch.setattr(
-            f"llmjax.matmul.{name}", lambda x, q, *_, way=way: (taken.append(way), jnp.zeros((len(x), 70)))[1]
+            f"llmjax.products.matmul.{name}", lambda x, q, *_, way=way: (taken.append(way), jnp.zeros((len(x), 70)))[1]
         )
     fast, dynamic = (resolve(name, jnp.float32) for name in ("fast", "dynamic_int8"))
     for rows, numerics in (*((n, fast) for n in (1, 4, 16, 17)), *((n, dynamic) for n in (1, 4, 5))):

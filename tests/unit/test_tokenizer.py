@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converters.gguf import GgufSource
+from converters.readers.gguf import GgufSource
 from llmjax import RequestError, TokenizerError
 from llmjax.text import sentencepiece
-from llmjax.text.tokenizer import from_gguf, from_huggingface
+from llmjax.text.reading import from_gguf, from_huggingface
 
 DATA = Path(__file__).parents[1] / "data/tokenizers"
 NAMES = sorted(p.name for p in DATA.iterdir())

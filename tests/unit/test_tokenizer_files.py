@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 
 from llmjax import RequestError, TokenizerError
-from llmjax.text.tokenizer import from_huggingface, from_sentencepiece
+from llmjax.text.reading import from_huggingface, from_sentencepiece
 
 DATA = Path(__file__).parents[1] / "data/tokenizers"
 JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")

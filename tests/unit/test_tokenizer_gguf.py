@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
-from converters.gguf import GgufSource
+from converters.readers.gguf import GgufSource
 from llmjax import TokenizerError
 from llmjax.text.pretokenizers import PRE_TOKENIZERS
-from llmjax.text.tokenizer import from_gguf, from_huggingface
+from llmjax.text.reading import from_gguf, from_huggingface
 
 DATA = Path(__file__).parents[1] / "data/tokenizers"
 HARD = (

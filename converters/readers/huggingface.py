@@ -1,0 +1,186 @@
+"""A Hugging Face model directory: ``config.json`` and weights in one or several files."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from converters.readers.jsonfile import read_json
+from converters.readers.source import TensorSpec, problems_error, shown
+from llmjax.errors import CheckpointError
+
+# As transformers looks for them, the first one found.
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+_T = TypeVar("_T")
+
+
+class _File(Protocol):
+    path: Path
+
+    def names(self) -> list[str]: ...
+    def spec(self, name: str) -> TensorSpec: ...
+    def read(self, name: str) -> np.ndarray: ...
+    def release(self, name: str) -> None: ...
+
+
+class HuggingFaceSource:
+    """A directory, or some weights files with ``config.json`` beside them, as a ``Source``.
+
+    Args:
+      directory: holds ``config.json``.
+      files: the weights files, or one index; None looks for them by their usual names.
+      path: what the user named, for messages.
+      config: what stands for ``config.json`` where there is none.
+
+    Raises:
+      CheckpointError: no or bad ``config.json``, no weights, damaged, missing or contradictory files; all at once.
+    """
+
+    format = "huggingface"
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        files: Sequence[Path] | None = None,
+        path: Path | None = None,
+        config: dict[str, Any] | None = None,
+    ):
+        self.directory = directory
+        self.path = path or directory
+        self.metadata: dict[str, Any] = {}
+        self._home: dict[str, _File] = {}
+        problems: list[str] = []
+        if config is None or (directory / "config.json").exists():
+            config = self._read_config(problems)
+        self.config = config
+        self.generation_config = _collect(problems, read_json, directory / "generation_config.json")
+        index, files = self._find_files(files, problems)
+        shards = {path.name: _collect(problems, _open, path) for path in files}
+        for file in filter(None, shards.values()):
+            for name in file.names():
+                if name in self._home:
+                    other = self._home[name].path.name
+                    problems.append(f"{file.path}: tensor {shown(name)} is in {other}, too")
+                self._home.setdefault(name, file)
+        problems += self._contradictions(index, [name for name, file in shards.items() if file is None])
+        if len(problems) == 1:
+            raise CheckpointError(problems[0])
+        if problems:
+            raise problems_error(self.path, "cannot read the checkpoint", problems)
+
+    def _read_config(self, problems: list[str]) -> dict[str, Any]:
+        path = self.directory / "config.json"
+        before = len(problems)
+        config = _collect(problems, read_json, path)
+        if config is None:
+            if len(problems) == before:
+                problems.append(
+                    f"{path}: no such file; expected a Hugging Face model directory (weights with config.json beside "
+                    "them) or a *.gguf file"
+                )
+            return {}
+        if not isinstance(config.get("model_type"), str):
+            problems.append(f"{path}: expected model_type, a string; copy config.json from the model's own repository")
+        return config
+
+    def _find_files(self, files: Sequence[Path] | None, problems: list[str]) -> tuple[dict[str, str], list[Path]]:
+        """The index (empty where there is none) and the weights files."""
+        if files is None:
+            found = next((self.directory / n for n in WEIGHTS if (self.directory / n).exists()), None)
+            if found is None:
+                problems.append(f"{self.directory}: no weights; looked for {', '.join(WEIGHTS)}{self._others()}")
+                return {}, []
+            files = [found]
+        if len(files) != 1 or files[0].suffix != ".json":
+            return {}, list(files)
+        index = _collect(problems, _read_index, files[0])
+        if index is None:
+            return {}, []
+        return index, [self.directory / shard for shard in sorted(set(index.values()))]
+
+    def _others(self) -> str:
+        others = sorted(p.name for p in self.directory.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+        if not others:
+            return ""
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+        return f"; found {', '.join(map(shown, others[:5]))}{more}: name the file, or a pattern, to read them"
+
+    def _contradictions(self, index: dict[str, str], unread: list[str]) -> list[str]:
+        """Where the index and the shards disagree; a shard that could not be read has its own message."""
+        problems = []
+        for name, shard in index.items():
+            if name not in self._home:
+                if shard not in unread:
+                    problems.append(f"tensor {shown(name)} is missing; the index says it is in {shown(shard)}")
+            elif self._home[name].path.name != shard:
+                found = self._home[name].path.name
+                problems.append(f"tensor {shown(name)} is in {shown(found)}; the index says {shown(shard)}")
+        if index:
+            problems += [
+                f"tensor {shown(name)} in {shown(file.path.name)} is not in the index"
+                for name, file in self._home.items()
+                if name not in index
+            ]
+        return [f"{self.directory}: {problem}" for problem in problems]
+
+    def names(self) -> list[str]:
+        """See ``Source``."""
+        return list(self._home)
+
+    def spec(self, name: str) -> TensorSpec:
+        """See ``Source``."""
+        return self._home[name].spec(name)
+
+    def read(self, name: str) -> np.ndarray:
+        """See ``Source``."""
+        return self._home[name].read(name)
+
+    def release(self, name: str) -> None:
+        """See ``Source``."""
+        self._home[name].release(name)
+
+    def close(self) -> None:
+        """See ``Source``.  Each map goes when the last array that views it does."""
+
+
+def _open(path: Path) -> _File:
+    if path.suffix == ".safetensors":
+        from converters.readers.safetensors import SafetensorsFile
+
+        return SafetensorsFile(path)
+    if path.suffix in (".bin", ".pt", ".pth"):
+        from converters.readers.torch.archive import TorchFile
+
+        return TorchFile(path)
+    raise CheckpointError(f"{path}: unknown kind of weights file; expected *.safetensors, *.bin or *.gguf")
+
+
+def _collect(problems: list[str], read: Callable[[Path], _T], path: Path) -> _T | None:
+    """What ``read`` returns, or None and its error among the problems."""
+    try:
+        return read(path)
+    except CheckpointError as error:
+        problems.append(str(error))
+        return None
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor names to names of files beside the index."""
+    index = read_json(path) or {}
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{path}: expected a non-empty object 'weight_map' from tensor names to file names")
+    tricks = [s for s in sorted(set(weight_map.values())) if s in ("", ".", "..") or any(c in s for c in "/\\:\0")]
+    if tricks:
+        raise problems_error(
+            path, "expected names of files beside the index, found", [f"'{shown(s)}'" for s in tricks], most=5
+        )
+    return weight_map

@@ -1,0 +1,79 @@
+"""Which reader opens what a user names."""
+
+import glob
+from pathlib import Path
+
+from converters.readers.gguf import GgufSource
+from converters.readers.huggingface import WEIGHTS, HuggingFaceSource
+from converters.readers.llmjax_directory import LlmjaxSource, is_llmjax
+from converters.readers.mediapipe.container import is_container
+from converters.readers.mediapipe.package import kind_of
+from converters.readers.mediapipe.source import MediapipeSource
+from converters.readers.source import Source, problems_error, shown
+from llmjax.errors import CheckpointError
+
+
+def open_source(path: str | Path) -> Source:
+    """Opens a checkpoint by what its path is: a directory, a ``*.gguf`` file, a weights file, or a pattern of them.
+
+    A directory is Hugging Face's if it has weights by one of Hugging Face's names; else its single GGUF file is meant.
+
+    Raises:
+      CheckpointError: nothing is there, or it is no checkpoint.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return _open_directory(path)
+        if path.is_file():
+            return _open_files(path, [path])
+        matches = sorted(Path(p) for p in glob.glob(str(path))) if glob.has_magic(str(path)) else []
+        if len(matches) == 1 and matches[0].is_dir():
+            return _open_directory(matches[0])
+        if matches:
+            return _open_files(path, matches)
+        found = "neither a file nor a directory" if path.exists() else "no such file or directory"
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read it: {error.strerror}") from None
+    if glob.has_magic(str(path)):
+        found = "no file matches this pattern"
+    raise CheckpointError(f"{path}: {found}; expected a model directory, a *.gguf file or weights files")
+
+
+def _open_directory(path: Path) -> Source:
+    if is_llmjax(path):
+        return LlmjaxSource(path)
+    ggufs = sorted(path.glob("*.gguf"))
+    if not ggufs or any((path / name).exists() for name in WEIGHTS):
+        return HuggingFaceSource(path)
+    if len(ggufs) > 1:
+        names = [shown(p.name) for p in ggufs]
+        raise problems_error(path, "holds several GGUF files, name one of them", names)
+    return GgufSource(ggufs[0])
+
+
+def _open_files(path: Path, files: list[Path]) -> Source:
+    if len(files) == 1 and is_container(files[0]):
+        return MediapipeSource(files[0])
+    if len(files) == 1 and (kind := kind_of(files[0])):
+        raise CheckpointError(
+            f"{files[0]}: a .{kind} bundle: llmjax does not run its TFLite graph yet, it shows what is inside "
+            "(llmjax inspect); load the model's .bin file, GGUF file or Hugging Face directory"
+        )
+    ggufs = [file for file in files if _is_gguf(file)]
+    if len(files) == 1 and ggufs:
+        return GgufSource(files[0])
+    directories = sorted({str(file.parent) for file in files})
+    if ggufs or len(directories) > 1:
+        where = f"lie in {len(directories)} directories" if len(directories) > 1 else f"include {ggufs[0].name}"
+        raise CheckpointError(
+            f"{path}: expected one *.gguf file, or weights files in one directory; the {len(files)} matches {where}"
+        )
+    return HuggingFaceSource(files[0].parent, files=files, path=path)
+
+
+def _is_gguf(path: Path) -> bool:
+    if path.suffix == ".gguf" or not path.is_file():
+        return path.suffix == ".gguf"
+    with open(path, "rb") as file:
+        return file.read(4) == b"GGUF"

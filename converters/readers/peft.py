@@ -1,0 +1,102 @@
+"""A PEFT adapter on disk: low-rank factors by module, and ``adapter_config.json`` beside them.
+
+Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from converters.readers.jsonfile import read_json
+from converters.readers.source import TensorSpec, shown
+from llmjax.errors import CheckpointError
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+# ``default`` is the adapter's own name, which stays in files saved from a state dict.
+_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_FOREIGN = (
+    (r"lora_magnitude_vector", "a magnitude, so this is DoRA, which is not supported"),
+    (r"lora_embedding_[AB]", "a trained embedding is not supported, expected projections alone"),
+    (r"\.bias$|lora_bias", "a trained bias is not supported, expected bias 'none'"),
+    (r"\.lora_[AB]\.", "factors of several adapters, expected one adapter a file"),
+    (r"\.weight$", "a whole weight (modules_to_save), not a low-rank update; it is not supported"),
+)
+
+
+class _Tensors(Protocol):
+    def names(self) -> list[str]: ...
+    def spec(self, name: str) -> TensorSpec: ...
+    def read(self, name: str) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class AdapterFile:
+    """What an adapter's files say.
+
+    Attributes:
+      path: of the weights.
+      config: ``adapter_config.json``; None for weights without one.
+      factors: by module as the base model names it (``model.layers.0.self_attn.q_proj``), the names of its tensors
+        ``A [r, in]`` and ``B [out, r]``, of which either may be missing.
+      problems: tensors that are no factors, and why they are refused.
+    """
+
+    path: Path
+    config: dict[str, Any] | None
+    factors: dict[str, dict[str, str]]
+    problems: list[str]
+    _tensors: _Tensors
+
+    def spec(self, name: str) -> TensorSpec:
+        """A tensor's header."""
+        return self._tensors.spec(name)
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor's values."""
+        return self._tensors.read(name)
+
+
+def open_adapter(path: Path) -> AdapterFile:
+    """Opens a directory with PEFT's files, or a weights file alone, whose configuration may lie beside it.
+
+    Raises:
+      CheckpointError: nothing is there, or it is damaged.
+    """
+    weights = path
+    if path.is_dir():
+        found = [path / name for name in WEIGHTS if (path / name).is_file()]
+        if not found:
+            raise CheckpointError(f"{path}: no adapter here; expected {' or '.join(WEIGHTS)} with {CONFIG} beside it")
+        weights = found[0]
+    elif not path.is_file():
+        raise CheckpointError(f"{path}: no such file or directory; expected a PEFT adapter's directory or its weights")
+    config = read_json(weights.parent / CONFIG)
+    if config is None and path.is_dir():
+        raise CheckpointError(f"{path / CONFIG}: no such file; copy it, or name the weights file and give alpha")
+    tensors = _open(weights)
+    factors: dict[str, dict[str, str]] = {}
+    problems = []
+    for name in tensors.names():
+        if not (found_factor := _FACTOR.fullmatch(name)):
+            why = next((why for pattern, why in _FOREIGN if re.search(pattern, name)), "no factor of a LoRA adapter")
+            problems.append(f"tensor {shown(name)}: {why}")
+        elif factors.setdefault(found_factor["module"], {}).setdefault(found_factor["side"], name) != name:
+            problems.append(f"tensor {shown(name)}: the same factor as {factors[found_factor['module']]}")
+    return AdapterFile(weights, config, factors, problems, tensors)
+
+
+def _open(path: Path) -> _Tensors:
+    if path.suffix == ".safetensors":
+        from converters.readers.safetensors import SafetensorsFile
+
+        return SafetensorsFile(path)
+    if path.suffix in (".bin", ".pt", ".pth"):
+        from converters.readers.torch.archive import TorchFile
+
+        return TorchFile(path)
+    raise CheckpointError(f"{path}: unknown kind of adapter; expected a directory, *.safetensors or *.bin")

@@ -1,0 +1,7 @@
+"""``python -m llmjax``."""
+
+import sys
+
+from llmjax.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,127 @@
+"""``llmjax lora``: what an adapter is, what it changes, whether merging it gives the same model; and that model."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters.readers.llmjax_directory import LlmjaxSource
+from converters.readers.opening import open_source
+from llmjax.checkpoint.conversion import Report, convert
+from llmjax.checkpoint.loading import find_model, load
+from llmjax.lora.adapter import AnyLora, read_adapter
+
+# Ids of the text both ways are compared on, where no prompt is given.
+_TOKENS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """One changed weight: r, the scale, and the largest change ``max |scale * B . A|``."""
+
+    parameter: str
+    rank: int
+    scale: float
+    largest: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What ``check`` found.
+
+    Attributes:
+      path: of the adapter.
+      modules: what it changes.
+      difference: largest difference between the logits of the merged and of the unmerged model.
+      effect: largest difference between the logits with the adapter and without.
+      size: largest logit, in absolute value.
+    """
+
+    path: Path
+    modules: list[Module]
+    difference: float
+    effect: float
+    size: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return dataclasses.asdict(self) | {"path": str(self.path)}
+
+    def describe(self) -> str:
+        """As text."""
+        ranks, scales = sorted({m.rank for m in self.modules}), sorted({m.scale for m in self.modules})
+        width = max(len(m.parameter) for m in self.modules)
+        lines = [
+            f"{self.path}: fits; {len(self.modules)} weights, rank {_listed(ranks)}, scale {_listed(scales)}",
+            *(
+                f"  {m.parameter:{width}}  r {m.rank:<4} scale {m.scale:<8.4g} max |dW| {m.largest:.3g}"
+                for m in self.modules
+            ),
+            f"logits: largest {self.size:.3g}; the adapter changes them by up to {self.effect:.3g}; "
+            f"merged and unmerged differ by {self.difference:.2g}",
+        ]
+        return "\n".join(lines)
+
+
+def _listed(values: list[Any]) -> str:
+    return ", ".join(f"{v:.6g}" for v in values)
+
+
+def check(path: str | Path, lora: AnyLora, *, prompt: str | None = None, dtype: str | None = None) -> Check:
+    """Reads an adapter, fits it to a model, and runs it merged and unmerged over a short text.
+
+    Args:
+      path: the model: see ``llmjax.load``.
+      lora: the adapter.
+      prompt: the text; where there is none, a few token ids.
+      dtype: see ``llmjax.load``.
+
+    Raises:
+      LoraError: it does not fit.
+      LlmjaxError: the model cannot be loaded.
+    """
+    base = load(path, dtype=dtype)
+    adapter = read_adapter(lora, base.architecture, base.config)
+    if prompt is not None and base.tokenizer is not None:
+        ids = base.tokenizer.encode(prompt)
+    else:
+        ids = [(7 * i) % base.config.vocab_size for i in range(1, _TOKENS + 1)]
+    modules = [
+        Module(name, delta.rank, delta.scale, float(np.abs(delta.rows(slice(None))).max()))
+        for name, delta in adapter.deltas.items()
+    ]
+    without = base.logits([ids])[0]
+    del base
+    merged, unmerged = (
+        load(path, dtype=dtype, lora=lora, lora_mode=m).logits([ids])[0] for m in ("merged", "unmerged")
+    )
+    return Check(
+        adapter.path,
+        modules,
+        difference=float(np.abs(merged - unmerged).max()),
+        effect=float(np.abs(unmerged - without).max()),
+        size=float(np.abs(without).max()),
+    )
+
+
+def merge(
+    path: str | Path, lora: AnyLora, destination: str | Path, *, report: Report = lambda done, total: None
+) -> Path:
+    """Writes a checkpoint with an adapter in its weights: an llmjax directory for one, Hugging Face's form for any
+    other, floats in the dtype they have.
+
+    Args:
+      path: the base model: see ``llmjax.load``.
+      lora: the adapter.
+      destination: a new directory, or an empty one.
+      report: see ``llmjax.convert``.
+
+    Raises:
+      LoraError: it does not fit.
+      LlmjaxError: see ``llmjax.convert``.
+    """
+    source = open_source(find_model(path))
+    packed = isinstance(source, LlmjaxSource)
+    source.close()
+    return convert(path, destination, to="llmjax" if packed else "hf", lora=lora, report=report)

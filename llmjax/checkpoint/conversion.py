@@ -1,0 +1,215 @@
+"""A checkpoint into llmjax's or Hugging Face's form, tensor by tensor, whole or not at all."""
+
+import contextlib
+import json
+import os
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from converters.readers.llmjax_directory import PARTS, VERSION, WEIGHTS, LlmjaxSource
+from converters.readers.mediapipe.source import MediapipeSource
+from converters.readers.opening import open_source
+from converters.readers.source import Source
+from llmjax.checkpoint.loading import check_dtype, find_model, fitting_plan, read_override, read_tokenizer
+from llmjax.checkpoint.parameters import Parameter, read_all
+from llmjax.checkpoint.plan import Plan, describe
+from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
+from llmjax.errors import CheckpointError, ConfigError
+from llmjax.lora import merge as merging
+from llmjax.lora.adapter import AnyLora, read_adapter
+from llmjax.models.names import sources_of
+from llmjax.models.registry import read_config
+from llmjax.quant.qtensor import QTensor, dequantize
+from llmjax.quant.schemes import Recipe, parse
+from llmjax.text import export
+from llmjax.text.mediapipe import MediapipeTokenizer, for_transformers
+
+FORMATS: tuple[str, ...] = ("llmjax", "hf")
+
+# Told after each parameter: how many are done, and how many there are.
+Report = Callable[[int, int], None]
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str = "llmjax",
+    quantize: str | Path | Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    check_finite: bool = False,
+    config: str | Path | Mapping[str, Any] | None = None,
+    lora: AnyLora | None = None,
+    report: Report = lambda done, total: None,
+) -> Path:
+    """Writes a checkpoint in another form.
+
+    Args:
+      source: anything ``llmjax.load`` reads.
+      destination: a new directory, or an empty one.  It appears under its name when it is whole.
+      to: ``llmjax`` keeps quantized weights packed (see ``converters.readers.llmjax_directory``); ``hf`` writes floats
+        under Hugging Face's names.
+      quantize: for ``llmjax``: see ``llmjax.load``.
+      dtype: of floats; None keeps each tensor's own, and writes quantized ones as float32 to ``hf``.
+      check_finite: refuse NaN and infinite weights.
+      config: see ``llmjax.load``.
+      lora: an adapter to merge into the weights; quantized ones are rounded again, and a warning says what that leaves
+        of it.
+      report: called after each parameter.
+
+    Returns:
+      the destination.
+
+    Raises:
+      CheckpointError: the source is damaged, or the destination exists or cannot be written.
+      ConfigError: the scheme or dtype does not fit.
+      LoraError: the adapter is damaged, of a kind that is not supported, or does not fit.
+    """
+    if to not in FORMATS:
+        raise ConfigError(f"to: unknown {to!r}; expected one of {', '.join(FORMATS)}")
+    override = read_override(config)
+    if to == "hf" and quantize is not None:
+        raise ConfigError(
+            "quantize: a checkpoint in Hugging Face's form holds floats; leave it out, or use --to llmjax"
+        )
+    check_dtype(dtype)
+    recipe = None if quantize is None else parse(quantize)
+    opened = open_source(find_model(source))
+    try:
+        plan = fitting_plan(opened, recipe, override)
+        facts, where = describe(opened, override)
+        if read_config(facts, where)[1] != plan.config:
+            found = ", ".join(spec.name for spec in plan.configuring)
+            raise ConfigError(f"{where}: {found}: the files to be written have no place for it; use the source itself")
+        with _whole_directory(Path(destination)) as folder:
+            deltas = {} if lora is None else read_adapter(lora, plan.architecture, plan.config).deltas
+            merge = merging.Merge(deltas, "merged", numerics=None)
+            parameters = read_all(opened, plan, dtype, recipe, check_finite, merge)
+            if to == "llmjax":
+                block = _write_packed(folder, parameters, len(plan.assignments), report)
+                block["recipe"] = _recipe(opened, recipe)
+                facts = {**facts, "quantization": block}
+            else:
+                stored = _write_hf(folder, parameters, plan, report)
+                facts = {k: v for k, v in facts.items() if k not in ("dtype", "torch_dtype")} | {"dtype": stored}
+            _write_json(folder / "config.json", facts)
+            _write_tokenizer(opened, folder)
+        if merge.survivals:
+            warnings.warn(f"{destination}: {merging.describe(merge.survivals)}", stacklevel=2)
+    finally:
+        opened.close()
+    return Path(destination)
+
+
+def _recipe(source: Source, recipe: Recipe | None) -> dict[str, Any] | None:
+    if recipe is None:
+        return source.recipe if isinstance(source, LlmjaxSource) else None
+    return recipe.to_dict()
+
+
+@contextlib.contextmanager
+def _whole_directory(path: Path) -> Iterator[Path]:
+    """A folder that gets its name when all has been written, and is removed when not."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise CheckpointError(f"{path}: exists; expected a new directory, or an empty one")
+        partial.mkdir(parents=True)
+        yield partial
+        os.rename(partial, path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"{path}: cannot write it: {reason}; nothing is left behind") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_packed(
+    folder: Path, parameters: Iterator[tuple[str, Parameter]], count: int, report: Report
+) -> dict[str, Any]:
+    """The weights file of an llmjax directory; returns the ``quantization`` block of its configuration."""
+    schemes: dict[str, dict[str, int]] = {}
+    with _writer(folder / WEIGHTS, count * len(PARTS)) as (write, metadata):
+        for done, (name, value) in enumerate(parameters, 1):
+            if isinstance(value, QTensor):
+                schemes[name] = {"bits": value.bits, "zero": value.zero, "group": value.group}
+                for part in PARTS:
+                    if (leaf := getattr(value, part)) is not None:
+                        write(f"{name}.{part}", leaf)
+            else:
+                write(name, value)
+            report(done, count)
+        metadata |= {"format": "llmjax", "quantization": json.dumps(schemes, separators=(",", ":"))}
+    return {"format": "llmjax", "version": VERSION}
+
+
+@contextlib.contextmanager
+def _writer(path: Path, tensors: int) -> Iterator[tuple[Callable[[str, np.ndarray], None], dict[str, str]]]:
+    file = SafetensorsWriter(path, tensors)
+    metadata: dict[str, str] = {}
+    try:
+        yield file.write, metadata
+        file.close(metadata)
+    finally:
+        file.abandon()
+
+
+def _write_hf(folder: Path, parameters: Iterator[tuple[str, Parameter]], plan: Plan, report: Report) -> str:
+    """The weights file of a Hugging Face directory; returns the dtype of its embedding."""
+    names = plan.architecture.hf_names(plan.config)
+    files = {a.parameter: tuple(sources_of(a.parameter, names)[1]) for a in plan.assignments}
+    sharing = Counter(files.values())
+    shared: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
+    stored = ""
+    with _writer(folder / "model.safetensors", 2 * sum(map(len, files.values()))) as (write, metadata):
+        metadata["format"] = "pt"  # transformers asks for it
+        for done, (parameter, value) in enumerate(parameters, 1):
+            array = dequantize(value) if isinstance(value, QTensor) else value
+            stored = stored or array.dtype.name
+            sources = files[parameter]
+            parts = shared.setdefault(sources, {})
+            parts[parameter] = array
+            if len(parts) == sharing[sources]:
+                for name, tensor in _joined(shared.pop(sources), sources, names):
+                    write(name, tensor)
+            report(done, len(files))
+    return stored
+
+
+def _joined(parts: dict[str, np.ndarray], files: tuple[str, ...], names: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The source tensors that parameters were made from: what ``make`` does to row numbers is undone to the rows."""
+    shapes = {p: sources_of(p, names)[0].source_shape(value.shape) for p, value in parts.items()}
+    shape = next(iter(shapes.values()))
+    numbers = np.arange(len(files) * shape[0]).reshape(len(files), shape[0], *(1 for _ in shape[1:]))
+    rows = np.empty((len(files) * shape[0], *shape[1:]), next(iter(parts.values())).dtype)
+    for parameter, value in parts.items():
+        made = sources_of(parameter, names)[0].make(list(numbers))
+        rows[made.reshape(-1)] = value.reshape(-1, *shape[1:])
+    for i, name in enumerate(files):
+        yield name, rows[i * shape[0] : (i + 1) * shape[0]]
+
+
+def _write_tokenizer(source: Source, folder: Path) -> None:
+    if isinstance(source, MediapipeSource) and source.vocabulary:
+        (folder / "tokenizer.model").write_bytes(source.vocabulary)
+    elif source.format != "gguf":
+        for name in export.FILES:
+            if (source.directory / name).is_file():
+                shutil.copyfile(source.directory / name, folder / name)
+        return
+    tokenizer = read_tokenizer(source)
+    if tokenizer is not None:
+        if isinstance(tokenizer, MediapipeTokenizer) and isinstance(source, MediapipeSource) and source.vocabulary:
+            tokenizer = for_transformers(tokenizer, source.vocabulary)
+        export.save(tokenizer, folder)
+        _write_json(folder / "generation_config.json", {"eos_token_id": list(tokenizer.eos_ids)})
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

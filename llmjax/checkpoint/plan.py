@@ -1,0 +1,131 @@
+"""Which tensor of a checkpoint fills which parameter of the model its config describes: from headers alone."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from converters.readers.mediapipe.source import MediapipeSource
+from converters.readers.source import Source, TensorSpec
+from llmjax.checkpoint import gguf_config, gguf_names, mediapipe_config, mediapipe_names
+from llmjax.models.architecture import Architecture
+from llmjax.models.config import DecoderConfig
+from llmjax.models.names import Names, SameNames, sources_of
+from llmjax.models.registry import read_config
+from llmjax.models.tree import parameter_shapes
+
+# Keys of a config.json.
+Override = Mapping[str, Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Assignment:
+    """One parameter and the source tensors it is made from."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    sources: tuple[TensorSpec, ...]
+    make: Callable[[list[np.ndarray]], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What loading a checkpoint would do, known from headers alone.
+
+    Attributes:
+      architecture: the registry's entry.
+      config: the model's dimensions.
+      assignments: one per parameter, in the order of the tree.
+      tied: source tensors that repeat the embedding; loading checks that they do.
+      dropped: source tensors that are known and not needed.
+      configuring: source tensors whose values are in the config (``rope_freqs`` of a GGUF file).
+      problems: what is missing, left over or of the wrong shape; loading refuses when there is any.
+    """
+
+    architecture: Architecture
+    config: DecoderConfig
+    assignments: list[Assignment]
+    tied: list[TensorSpec]
+    dropped: list[TensorSpec]
+    configuring: list[TensorSpec]
+    problems: list[str]
+
+
+def describe(source: Source, override: Override = None) -> tuple[Mapping[str, Any], str]:
+    """The source's configuration as Hugging Face would write it, and how messages call it.
+
+    Args:
+      source: the checkpoint.
+      override: keys that win over the source's own; with ``model_type`` among them it is the whole configuration.
+    """
+    if override is not None and "model_type" in override:
+        return override, f"{source.path}: the configuration given for it"
+    raw, where = _own_config(source)
+    return (raw, where) if override is None else ({**raw, **override}, f"{where} with the configuration given for it")
+
+
+def _own_config(source: Source) -> tuple[Mapping[str, Any], str]:
+    if source.format == "gguf":
+        shapes = {n: source.spec(n).shape for n in source.names()}
+        return gguf_config.hf_config(source.metadata, shapes, str(source.path)), str(source.path)
+    if isinstance(source, MediapipeSource):
+        kind = mediapipe_config.find(source.model_type, str(source.path))
+        return mediapipe_config.hf_config(source.parameters, kind, str(source.path)), str(source.path)
+    return source.config, str(source.directory / "config.json")
+
+
+def make_plan(source: Source, override: Override = None) -> Plan:
+    """Matches a source's tensors with the parameters of the model its config describes.
+
+    Args:
+      source: the checkpoint.
+      override: see ``describe``.
+
+    Raises:
+      ConfigError: the configuration is not supported.
+    """
+    raw, where = describe(source, override)
+    architecture, config = read_config(raw, where)
+    specs = {name: source.spec(name) for name in source.names()}
+    problems: list[str] = []
+    used: set[str] = set()
+    configuring = []
+    names = _names(source, architecture, config, specs)
+    if source.format == "gguf" and gguf_config.ROPE_FREQS in specs:
+        config = gguf_config.with_rope_freqs(config, source.read(gguf_config.ROPE_FREQS), where)
+        configuring.append(specs[gguf_config.ROPE_FREQS])
+        used.add(gguf_config.ROPE_FREQS)
+    assignments = []
+    for parameter, shape in parameter_shapes(config).items():
+        entry, files = sources_of(parameter, names)
+        found = []
+        for name in files:
+            if name not in specs:
+                problems.append(f"missing tensor {name}, needed for {parameter} {list(shape)}")
+                continue
+            used.add(name)
+            found.append(specs[name])
+            expected = entry.source_shape(shape)
+            if specs[name].shape != expected:
+                problems.append(f"tensor {name}: expected shape {list(expected)}, found {list(specs[name].shape)}")
+        assignments.append(Assignment(parameter, shape, tuple(found), entry.make))
+    tied, dropped = [], []
+    head = names["head"]
+    for name in sorted(set(specs) - used):
+        if config.tie_word_embeddings and name == f"{head}.weight":
+            tied.append(specs[name])
+        elif any(re.fullmatch(pattern, name) for pattern in architecture.dropped):
+            dropped.append(specs[name])
+        else:
+            problems.append(f"tensor {name} {list(specs[name].shape)} is not part of a {architecture.model_type} model")
+    return Plan(architecture, config, assignments, tied, dropped, configuring, problems)
+
+
+def _names(source: Source, architecture: Architecture, config: DecoderConfig, specs: Mapping[str, TensorSpec]) -> Names:
+    if source.format == "gguf":
+        return gguf_names.names(config, architecture.model_type, specs)
+    if isinstance(source, MediapipeSource):
+        return mediapipe_names.names(architecture.model_type, source.backend)
+    return SameNames() if source.format == "llmjax" else architecture.hf_names(config)

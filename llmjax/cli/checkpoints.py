@@ -1,0 +1,132 @@
+"""``llmjax inspect``, ``llmjax convert`` and ``llmjax bundle``."""
+
+import argparse
+import json
+import sys
+from dataclasses import fields
+from typing import Any
+
+from llmjax.cli.flags import Verbs, add_verb, weight_flags
+from llmjax.cli.progress import report_tensors
+from llmjax.errors import RequestError
+
+# Roles with bits of their own; the head has the embedding's.
+_BITS = ("attention", "feed_forward", "embedding")
+
+
+def add(verbs: Verbs) -> None:
+    """Registers the verbs."""
+    text = "Say what a checkpoint is and whether llmjax runs it, from its headers alone."
+    inspect = add_verb(verbs, "inspect", _inspect, text)
+    inspect.add_argument("path", metavar="PATH")
+    inspect.add_argument("--against", metavar="SRC", help="the checkpoint it was made from: report each weight's error")
+    inspect.add_argument("--json", action="store_true")
+    text = "Write a checkpoint in another form, quantized or expanded."
+    convert = add_verb(verbs, "convert", _convert, text)
+    convert.add_argument("source", metavar="SRC", help="a checkpoint's path, or smollm2")
+    convert.add_argument("destination", metavar="DST", help="a new directory, or a new file for mediapipe")
+    convert.add_argument(
+        "--to", required=True, help="llmjax (packed weights), hf (floats, for transformers) or mediapipe (a *.bin file)"
+    )
+    convert.add_argument("--bits", type=int, choices=(4, 8), help="the same as --quantize int4 or int8")
+    convert.add_argument("--group-size", type=int, metavar="N", help="with --bits: a scale for every N inputs")
+    convert.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
+    weight_flags(convert)
+    bin_file = convert.add_argument_group("with --to mediapipe")
+    bin_file.add_argument("--model-type", metavar="TYPE", help="GEMMA_2B, PHI_2, ... (default: by the architecture)")
+    bin_file.add_argument("--backend", choices=("cpu", "gpu"))
+    for role in _BITS:
+        bin_file.add_argument(f"--{role.replace('_', '-')}-bits", type=int, choices=(4, 8), help="default 8")
+    bin_file.add_argument("--asymmetric", action="store_true", help="use zero points (gpu)")
+    bin_file.add_argument("--vocab", metavar="PATH", help="a SentencePiece model, or a directory with tokenizer.json")
+    text = "Pack a TFLite graph and its vocabulary into a MediaPipe .task file."
+    _bundle_flags(add_verb(verbs, "bundle", _bundle, text))
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from llmjax.checkpoint.inspection import inspect
+
+    report = inspect(args.path)
+    values, text = report.to_dict(), report.to_text()
+    if args.against is not None and report.supported:
+        from llmjax.checkpoint import weight_error as error
+
+        found = error.errors(args.path, args.against)
+        values, text = values | {"error": error.to_dict(found)}, f"{text}\n\n{error.to_text(found)}"
+    print(json.dumps(values, indent=2, ensure_ascii=False) if args.json else text)
+    return 0 if report.supported else 1
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from llmjax.writing import convert
+
+    quantize, options = args.quantize, _mediapipe_options(args)
+    given = ["--quantize"] * (quantize is not None)
+    if args.bits is not None:
+        given.append("--bits")
+        quantize = f"int{args.bits}" + (f"-g{args.group_size}" if args.group_size else "")
+    elif args.group_size:
+        raise RequestError("--group-size goes with --bits")
+    by_role = {role: getattr(args, f"{role}_bits") for role in _BITS}
+    if args.asymmetric or any(by_role.values()):
+        given.append("--attention-bits and the like")
+        kind = "-asym" if args.asymmetric else ""
+        quantize = {role: f"int{bits or 8}{kind}" for role, bits in by_role.items()}
+    if len(given) > 1:
+        raise RequestError(f"{' and '.join(given)} say the same; give one of them")
+    destination = convert(
+        args.source,
+        args.destination,
+        to=args.to,
+        quantize=quantize,
+        dtype=args.dtype,
+        check_finite=args.check_finite,
+        config=args.config,
+        report=report_tensors,
+        **options,
+    )
+    if args.to == "mediapipe":
+        from llmjax.checkpoint import weight_error as error
+
+        print(error.roles_to_text(error.errors(destination, args.source, args.config)), file=sys.stderr)
+    files = destination.iterdir() if destination.is_dir() else [destination]
+    print(f"{destination}: {sum(f.stat().st_size for f in files) / 1e6:.1f} MB", file=sys.stderr)
+    return 0
+
+
+def _bundle(args: argparse.Namespace) -> int:
+    from converters import BundleConfig, create_bundle
+
+    names = {field.name for field in fields(BundleConfig)}
+    path = create_bundle(BundleConfig(**{name: value for name, value in vars(args).items() if name in names}))
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB", file=sys.stderr)
+    return 0
+
+
+def _mediapipe_options(args: argparse.Namespace) -> dict[str, Any]:
+    options = {"model_type": args.model_type, "backend": args.backend, "vocab": args.vocab}
+    if args.to == "mediapipe":
+        if args.backend is None:
+            raise RequestError("--to mediapipe: needs --backend cpu or --backend gpu")
+        return options | {"announce": lambda plan: print(plan, file=sys.stderr)}
+    flags = {**options, "asymmetric": args.asymmetric, **{f"{r}_bits": getattr(args, f"{r}_bits") for r in _BITS}}
+    wrong = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value]
+    if wrong:
+        raise RequestError(f"{', '.join(wrong)}: only with --to mediapipe")
+    return {}
+
+
+def _bundle_flags(flags: argparse.ArgumentParser) -> None:
+    flags.add_argument("--tflite-model", required=True, metavar="FILE", help="with signatures to prefill and decode")
+    flags.add_argument("--tokenizer-model", required=True, metavar="FILE", help="a SentencePiece model")
+    flags.add_argument("--start-token", required=True, metavar="TEXT")
+    flags.add_argument("--stop-token", required=True, action="append", dest="stop_tokens", metavar="TEXT")
+    flags.add_argument("--output", required=True, dest="output_filename", metavar="FILE", help=".task is added")
+    flags.add_argument("--bytes-to-unicode", action="store_true", dest="enable_bytes_to_unicode_mapping")
+    flags.add_argument("--system-prompt", metavar="TEXT")
+    for role in ("user", "model", "system"):
+        flags.add_argument(f"--prompt-prefix-{role}", metavar="TEXT", help=f"text before the turn of {role}")
+        flags.add_argument(f"--prompt-suffix-{role}", metavar="TEXT")
+    flags.add_argument(
+        "--no-strict", action="store_false", dest="strict", help="take tokens and graphs unchecked, as MediaPipe does"
+    )

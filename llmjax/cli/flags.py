@@ -1,0 +1,132 @@
+"""Flags that several verbs share, and what their values mean."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from llmjax.errors import RequestError
+
+if TYPE_CHECKING:  # the verbs import what they need: `llmjax --help` must not wait for JAX
+    from llmjax.runtime.params import SamplingParams
+
+# What ``add_subparsers`` returns; argparse has no public name for it.
+Verbs = Any
+
+
+def add_verb(
+    verbs: Verbs,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    text: str,
+    *parents: argparse.ArgumentParser,
+) -> argparse.ArgumentParser:
+    """A verb's parser; ``run`` gets what it parsed and returns the exit code."""
+    parser = verbs.add_parser(name, help=text, description=text, parents=parents, allow_abbrev=False)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def weight_flags(group: Any) -> None:
+    """How weights are stored, and under which configuration."""
+    group.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="how weights are stored (default: as they are)"
+    )
+    group.add_argument(
+        "--quantize", metavar="SCHEME", help="int8, int4, int4-g32, ... or a recipe: its name or a *.toml file"
+    )
+    group.add_argument(
+        "--config", metavar="FILE", help="keys that win over the checkpoint's config.json: a JSON file or config:NAME"
+    )
+
+
+def load_flags(numerics: str = "fast") -> argparse.ArgumentParser:
+    """What ``cli.loading.load_model`` reads."""
+    flags = argparse.ArgumentParser(add_help=False)
+    group = flags.add_argument_group("model")
+    group.add_argument("--model", required=True, help="a checkpoint's path, or smollm2 for the installed demo model")
+    weight_flags(group)
+    group.add_argument(
+        "--numerics",
+        default=numerics,
+        help=f"reference, hf, fast, dynamic_int8, mediapipe_gpu or mediapipe_cpu (default {numerics})",
+    )
+    group.add_argument("--lora", metavar="PATH", help="a LoRA adapter (PEFT directory) that changes the model")
+    group.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
+    group.add_argument("--random-weights", action="store_true", help="with --model config:NAME, which has none")
+    return flags
+
+
+def engine_flags() -> argparse.ArgumentParser:
+    """What ``cli.loading.load_llm`` reads."""
+    flags = argparse.ArgumentParser(add_help=False, parents=[load_flags(), cache_flags()])
+    group = flags.add_argument_group("engine")
+    group.add_argument("--max-batch", type=int, metavar="N", help="decode slots (default 1; batch: up to 32)")
+    group.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long")
+    return flags
+
+
+def cache_flags() -> argparse.ArgumentParser:
+    """What ``cli.loading.keep_compiled`` reads."""
+    flags = argparse.ArgumentParser(add_help=False)
+    flags.add_argument("--no-compile-cache", action="store_true", help="compile anew, keep nothing")
+    return flags
+
+
+def sampling_flags() -> argparse.ArgumentParser:
+    """What ``sampling_params`` reads."""
+    flags = argparse.ArgumentParser(add_help=False)
+    group = flags.add_argument_group("sampling")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to generate (default 256)")
+    group.add_argument("--min-tokens", type=int, metavar="N")
+    group.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default 1)")
+    group.add_argument("--top-k", type=int, metavar="K")
+    group.add_argument("--top-p", type=float, metavar="P")
+    group.add_argument("--min-p", type=float, metavar="P")
+    group.add_argument("--seed", type=int, metavar="S", help="the job's seed (default 0)")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end the text here; may be repeated")
+    group.add_argument("--stop-token-ids", type=id_list, metavar="ID,ID")
+    group.add_argument("--ignore-eos", action="store_true", default=None)
+    group.add_argument("--repetition-penalty", type=float, metavar="R", help="above 1: repeat the text's tokens less")
+    group.add_argument("--presence-penalty", type=float, metavar="P", help="off the logit of generated tokens, -2 to 2")
+    group.add_argument("--frequency-penalty", type=float, metavar="P", help="the same for each time, -2 to 2")
+    group.add_argument("--logit-bias", type=_bias, metavar="ID:BIAS,ID:BIAS", help="added to logits, -100 to 100")
+    group.add_argument("--allowed-token-ids", type=id_list, metavar="ID,ID", help="draw no others")
+    group.add_argument("--bad-words", action="append", metavar="TEXT", help="never generate this; may be repeated")
+    return flags
+
+
+def sampling_params(args: argparse.Namespace) -> "SamplingParams":
+    """Sampling parameters from flags; ``--seed`` is the job's, so rows differ."""
+    from llmjax.runtime.params import SamplingParams
+
+    given = {f.name: getattr(args, f.name, None) for f in fields(SamplingParams) if f.name != "seed"}
+    if args.seed is not None:
+        SamplingParams(seed=args.seed)
+    return SamplingParams(**{k: v for k, v in given.items() if v is not None})
+
+
+def id_list(text: str) -> list[int]:
+    """Integers from ``1,2,3``."""
+    return [int(i) for i in text.split(",")]
+
+
+def _bias(text: str) -> dict[int, float]:
+    return {int(i): float(value) for i, value in (pair.split(":") for pair in text.split(","))}
+
+
+def named_path(text: str) -> tuple[str, str]:
+    """A name and a path from ``NAME=PATH``."""
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise argparse.ArgumentTypeError(f"expected NAME=PATH, found {text!r}")
+    return name, path
+
+
+def prompt_text(text: str) -> str:
+    """The prompt as given, or all of stdin for ``-``."""
+    prompt = sys.stdin.read() if text == "-" else text
+    if not prompt:
+        raise RequestError("prompt: empty, expected some text")
+    return prompt

@@ -1,0 +1,62 @@
+"""Models and engines as the flags of ``cli.flags`` describe them."""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llmjax.llm import LLM
+    from llmjax.model import Model
+
+
+def keep_compiled(args: argparse.Namespace) -> None:
+    """Keeps compiled programs between runs; only the command line does this, importing llmjax changes nothing
+    global."""
+    if getattr(args, "nokeep_compiled", True):
+        return
+    import jax
+
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(base / "llmjax" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def load_model(args: argparse.Namespace) -> "Model":
+    """See ``llmjax.load``."""
+    from llmjax.checkpoint.loading import load
+
+    return load(
+        args.model,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        numerics=args.numerics,
+        lora=args.lora,
+        check_finite=args.check_finite,
+        random_weights=args.random_weights,
+        config=args.config,
+    )
+
+
+def load_llm(args: argparse.Namespace, slots: Callable[["Model"], int] = lambda model: 1) -> "tuple[LLM, float]":
+    """The model and the seconds it took to load.
+
+    Args:
+      args: the flags.
+      slots: for a model, how many slots to decode with where the flags do not say.
+    """
+    from llmjax.llm import LLM
+
+    began = time.monotonic()
+    model = load_model(args)
+    given = getattr(args, "max_batch", None)
+    llm = LLM(
+        model,
+        max_batch=slots(model) if given is None else given,
+        loras=dict(getattr(args, "lora_modules", None) or ()),
+        seed=getattr(args, "seed", None) or 0,
+        truncate_prompt=getattr(args, "truncate_prompt", False),
+    )
+    return llm, time.monotonic() - began

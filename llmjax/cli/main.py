@@ -1,0 +1,47 @@
+"""The ``llmjax`` command: each verb calls one library function.
+
+Data goes to stdout or the named file, progress and logs to stderr.  Exit codes: 0 fine, 1 the work failed in part, 2
+wrong usage or bad input, 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from llmjax.cli import batch, bench, checkpoints, generate, loading, lora, oracle
+from llmjax.errors import LlmjaxError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(f"llmjax: warning: {message}", file=sys.stderr)
+            loading.keep_compiled(args)
+            return args.run(args)
+    except LlmjaxError as error:
+        print(f"llmjax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("llmjax: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output left: not an error, and nothing more can be told
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmjax", description="On-device LLM inference in pure JAX.", allow_abbrev=False
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    for group in (generate, batch, oracle, checkpoints, lora, bench):
+        group.add(verbs)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

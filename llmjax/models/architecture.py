@@ -1,0 +1,31 @@
+"""What an architecture is; each one's file ends with its own."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from llmjax.models.config import DecoderConfig
+from llmjax.models.names import Names
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """One entry of the registry.
+
+    Attributes:
+      model_type: Hugging Face's name.
+      config: the config class.
+      hf_names: the table of Hugging Face names for a config.
+      gguf: ``general.architecture`` of its GGUF files, None where llama.cpp has none.
+      dropped: regular expressions of source tensors that are known and not needed.
+      reference_attention: the ``attn_implementation`` under which transformers computes this architecture right.
+      needs_bos: trained so that a prompt without BOS gives garbage; such a prompt warns.
+    """
+
+    model_type: str
+    config: type[DecoderConfig]
+    hf_names: Callable[[Any], Names]
+    gguf: str | None = None
+    dropped: tuple[str, ...] = ()
+    reference_attention: str = "eager"
+    needs_bos: bool = False

@@ -1,0 +1,29 @@
+"""The parameter tree of a model: every parameter's canonical name, place and shape."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llmjax import numerics
+from llmjax.models.config import DecoderConfig
+from llmjax.models.context import Context
+
+
+def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Canonical names and shapes of all parameters, without making any."""
+    ctx = Context(jnp.zeros((1, 1), jnp.int32), numerics.resolve("reference", jnp.dtype(jnp.float32)))
+    init = config.module().init
+    tree = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32), ctx)["params"]
+    return {canonical(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def canonical(path: tuple[Any, ...]) -> str:
+    """``layers_3 / attn / q / weight`` in the tree is ``layers.3.attn.q.weight`` by name."""
+    return re.sub(r"\blayers_(\d+)", r"layers.\1", ".".join(str(key.key) for key in path))
+
+
+def path_of(name: str) -> list[str]:
+    """The inverse of ``canonical``: the keys that lead to a parameter."""
+    return re.sub(r"\blayers\.(\d+)", r"layers_\1", name).split(".")

@@ -1,0 +1,86 @@
+"""The one place that decides how a product ``x . W`` runs.
+
+Definition: ``y[..., o] = sum_i float32(x[..., i]) * float32(W[o, i])``, both operands first rounded to the profile's
+product dtype, the sum in float32.  A quantized weight means its dequantized values; under ``dynamic_int8``, x is first
+rounded to 8 bits (``digits``).  Weights are output-major ``[out, in]``: Hugging Face's layout, and the
+one XLA:CPU reads at memory speed.
+
+On the CPU, by weight, profile and rows of x; the reasons are a benchmark's lines (``scripts/bench_products.py``):
+
+===============================  ===================================  ==================================================
+a few rows, all but 5 bits       ``fast``, ``dynamic_int8``           ``sums``: one row at the speed of memory
+one scale a channel, 4, 8 bits   ``fast`` with AMX                    ``digits.in_digits``: exact integers
+                                 ``dynamic_int8``, ``mediapipe_cpu``  the same, one digit
+floats of the product's dtype    all                                  ``dots``: the library's product
+whatever else                    all                                  ``tiles``: converted a tile at a time
+===============================  ===================================  ==================================================
+
+Elsewhere a product is written as it is defined, and the compiler knows best.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from llmjax.numerics import Numerics
+from llmjax.products.cpu import has_integer_tiles
+from llmjax.products.digits import in_digits, in_tiles, to_digits
+from llmjax.products.dots import dot
+from llmjax.products.sums import by_weight, can_sum, sums_pay
+from llmjax.products.tiles import over_tiles
+from llmjax.quant.qtensor import QTensor
+
+
+def matmul(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax.Array:
+    """``x [..., in] . weight [out, in] -> float32 [..., out]``, in the profile's product dtype with a float32 sum."""
+    rows = x.reshape(-1, x.shape[-1])
+    if isinstance(weight, QTensor):
+        y = _quantized_product(rows.astype(jnp.float32), weight, numerics)
+    else:
+        y = _float_product(rows.astype(numerics.products), weight, numerics)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _quantized_product(x: jax.Array, q: QTensor, numerics: Numerics) -> jax.Array:
+    summed = len(x) <= summed_rows(q, numerics)
+    digits = integer_digits(numerics)
+    if digits is not None and not summed and q.scales.shape[1] == 1 and q.bits != 5:
+        return in_digits(x, q, digits)
+    scale = None
+    if numerics.digits == 1:
+        scale, (rounded,) = to_digits(x, 1)
+        x = rounded.astype(jnp.float32)
+    y = by_weight(x, q) if summed else in_tiles(x, q)
+    return y if scale is None else scale * y
+
+
+def _float_product(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.Array:
+    if len(x) <= summed_rows(weight, numerics):
+        return by_weight(x, weight)
+
+    def multiply(part: jax.Array) -> jax.Array:
+        return dot(part.astype(numerics.products), x, jnp.float32)
+
+    converted = weight.dtype != numerics.products
+    return over_tiles(multiply, weight, weight.shape, x) if converted else multiply(weight).T
+
+
+def summed_rows(weight: jax.Array | QTensor, numerics: Numerics) -> int:
+    """Up to how many rows meet a weight in a sum; 0 for none.
+
+    Sums of one row are the fastest there is for every kind.  More rows are worth it until the alternative is as fast:
+    a library product of bfloat16 or of one digit soon, tiles and three digits not before sixteen.
+    """
+    if not (sums_pay(numerics) and can_sum(weight)):
+        return 0
+    if not isinstance(weight, QTensor):
+        return 4 if weight.dtype.itemsize < 4 else 1
+    if weight.scales.shape[1] > 1 or weight.offsets is not None or has_integer_tiles():
+        return 1
+    return 4 if numerics.digits == 1 else 16
+
+
+def integer_digits(numerics: Numerics) -> int | None:
+    """Digits in which several rows meet quantized weights; None where they do as floats.  One pays on any CPU, three
+    with AMX alone, for they are three times the rows of a float32 product."""
+    pays = jax.default_backend() == "cpu" and (numerics.digits == 1 or has_integer_tiles())
+    return numerics.digits if pays else None

@@ -1,0 +1,75 @@
+"""Products that convert their weight a tile of output channels at a time.
+
+A conversion written plainly makes a whole float weight; and since it waits for nothing, XLA:CPU converts those of all
+layers before it multiplies with the first: a second, larger model in memory (jaxlib 0.10).  Inside a loop it cannot.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from llmjax.quant.bits import from_storage, to_storage
+
+# Of what a tile is converted to: what the caches keep, more or less; halving or doubling it costs up to a fifth.
+_TILE_BYTES = 4 << 20
+# Weights that are converted to less are converted whole: a loop costs more to compile than their copies to keep.
+_SMALL_BYTES = 4 << 20
+
+
+def over_tiles(
+    multiply: Callable[[Any], jax.Array],
+    weight: Any,
+    shape: tuple[int, ...],
+    x: jax.Array,
+    dtype: Any = jnp.float32,
+) -> jax.Array:
+    """``[rows, out]``, some output channels at a time where the weight is large and on the CPU, else all at once.
+
+    Args:
+      multiply: from some rows of the weight, ``[t, ...]`` a leaf, to ``[t, rows]``.
+      weight: a pytree of arrays ``[out, ...]``.
+      shape: ``(out, in)`` of what the weight stands for.
+      x: ``[rows, ...]``, what ``multiply`` multiplies with; the weight is converted to its dtype.
+      dtype: of the result.
+    """
+    out, width = shape
+    # Two tiles at least: a loop of one turn is no loop to XLA.
+    size = x.dtype.itemsize
+    tile = min((out + 1) // 2, max(16, _TILE_BYTES // (size * width) // 16 * 16))
+    if jax.default_backend() != "cpu":
+        return multiply(weight).T
+    if converted_whole(shape, size):
+        return multiply(_after(x, weight)).T
+
+    def part(leaf: jax.Array, start: jax.Array) -> jax.Array:
+        leaf, start = lax.optimization_barrier((leaf, start))  # see ``bits.look_up``
+        return from_storage(lax.dynamic_slice_in_dim(to_storage(leaf), start, tile), leaf.dtype)
+
+    def step(i: jax.Array, y: jax.Array) -> jax.Array:
+        # The last tile may repeat channels of the one before: cutting the weight to whole tiles would copy it.
+        start = jnp.minimum(i * tile, out - tile)
+        return lax.dynamic_update_slice(y, multiply(jax.tree.map(lambda leaf: part(leaf, start), weight)), (start, 0))
+
+    # Overwritten, so any value does.  One that waits for x: XLA would make the zeros of all layers before it begins.
+    y = jnp.broadcast_to(x.reshape(-1)[0].astype(dtype), (out, x.shape[0]))
+    return lax.fori_loop(0, -(-out // tile), step, y).T
+
+
+def converted_whole(shape: tuple[int, ...], size: int) -> bool:
+    """Whether a weight of ``shape`` is converted to elements of ``size`` bytes at once, not in tiles."""
+    return size * shape[0] * shape[1] < _SMALL_BYTES
+
+
+def _after(x: jax.Array, weight: Any) -> Any:
+    """``weight``, but not before ``x`` is known."""
+    first = lax.bitcast_convert_type(x.reshape(-1)[0].astype(jnp.float32), jnp.uint32)
+    never = first == 0x7FC1_2345  # a NaN no arithmetic makes
+
+    def wait(leaf: jax.Array) -> jax.Array:
+        bits = to_storage(leaf)
+        return from_storage(bits + never.astype(bits.dtype), leaf.dtype)
+
+    return jax.tree.map(wait, weight)

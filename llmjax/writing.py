@@ -1,0 +1,78 @@
+"""``llmjax.convert``: which writer makes the form that a user asks for."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.mediapipe.convert import convert_source
+from llmjax.checkpoint import conversion
+from llmjax.checkpoint.conversion import Report
+from llmjax.checkpoint.loading import read_override
+from llmjax.errors import ConfigError
+from llmjax.lora.adapter import AnyLora
+
+FORMATS: tuple[str, ...] = (*conversion.FORMATS, "mediapipe")
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str = "llmjax",
+    quantize: str | Path | Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    check_finite: bool = False,
+    config: str | Path | Mapping[str, Any] | None = None,
+    lora: AnyLora | None = None,
+    report: Report = lambda done, total: None,
+    **mediapipe: Any,
+) -> Path:
+    """Writes a checkpoint in another form.
+
+    Args:
+      source: anything ``llmjax.load`` reads.
+      destination: a new directory, or an empty one; a new file for ``mediapipe``.  It appears under its name when it
+        is whole.
+      to: ``llmjax`` keeps quantized weights packed (see ``converters.readers.llmjax_directory``); ``hf`` writes floats
+        under Hugging Face's names; ``mediapipe`` writes a ``.bin`` file.
+      quantize: for ``llmjax``: see ``llmjax.load``; for ``mediapipe`` int4 or int8, or either with -asym, by role, and
+        int8 where nothing is said.
+      dtype: of floats; None keeps each tensor's own, and writes quantized ones as float32 to ``hf``.
+      check_finite: refuse NaN and infinite weights.
+      config: see ``llmjax.load``.
+      lora: an adapter to merge into the weights; quantized ones are rounded again, and a warning says what that leaves
+        of it.
+      report: called after each parameter: how many are done, and how many there are.
+      **mediapipe: for ``mediapipe``: see ``converters.mediapipe.convert.convert_source``.
+
+    Returns:
+      the destination.
+
+    Raises:
+      CheckpointError: the source is damaged, or the destination exists or cannot be written.
+      ConfigError: the scheme or dtype does not fit.
+      LoraError: the adapter is damaged, of a kind that is not supported, or does not fit.
+    """
+    if to not in FORMATS:
+        raise ConfigError(f"to: unknown {to!r}; expected one of {', '.join(FORMATS)}")
+    if to == "mediapipe":
+        override = read_override(config)
+        if dtype is not None:
+            raise ConfigError("dtype: floats are float32 in MediaPipe's files; leave it out")
+        if lora is not None:
+            raise ConfigError("lora: write the merged checkpoint first (llmjax lora merge), then convert that")
+        convert_source(source, Path(destination), quantize, override, check_finite, report, **mediapipe)
+        return Path(destination)
+    if mediapipe:
+        raise ConfigError(f"{', '.join(mediapipe)}: only for to='mediapipe'")
+    return conversion.convert(
+        source,
+        destination,
+        to=to,
+        quantize=quantize,
+        dtype=dtype,
+        check_finite=check_finite,
+        config=config,
+        lora=lora,
+        report=report,
+    )
