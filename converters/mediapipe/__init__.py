@@ -1,1 +1,4 @@
-"""MediaPipe's model files: read, written and made from checkpoints."""
+"""MediaPipe's converter and bundler: what writes ``.bin`` and ``.task`` files.
+
+What reads them: ``converters.readers.mediapipe``.
+"""

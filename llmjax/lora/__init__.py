@@ -1,5 +1,6 @@
 """LoRA adapters (Hu et al. 2021, arXiv:2106.09685): a projection's weight becomes ``W + scale * B . A``.
 
 ``adapter`` reads one and fits it to a model, ``config`` says what PEFT's settings mean, ``merge`` adds it to the
-weights, ``apply`` computes it beside them, for all rows alike or for each row its own.
+weights, ``apply`` computes it beside them, for all rows alike or for each row its own.  Not here: the files' bytes
+(``converters.readers``), and what needs a checkpoint (``checkpoint.adapters``).
 """

@@ -1,1 +1,4 @@
-"""Tokenizers, chat templates, and text as it grows token by token."""
+"""Tokenizers, chat templates, and text as it grows token by token.
+
+``tokenizer`` is what one is; ``reading`` chooses which file's reader makes it.  Not here: models.
+"""
