@@ -29,8 +29,8 @@ def read(name: str) -> dict[str, Any]:
       name: with or without ``config:``.
 
     Returns:
-      ``checkpoint`` (where it is published), ``parameters`` (their exact number), ``special_tokens`` (name to text and
-      id) and ``config`` (as its ``config.json``).
+      ``checkpoint`` (where it is published), ``parameters`` (their exact number, None where none is published),
+      ``special_tokens`` (name to text and id) and ``config`` (as its ``config.json``).
 
     Raises:
       ConfigError: no such name.

@@ -1,6 +1,6 @@
 """Between files and models: a checkpoint's tensors become parameters, and parameters files.
 
-Here: which tensor fills which parameter (``plan``), reading (``parameters``, ``loading``) and writing llmjax's and
-Hugging Face's forms (``conversion``), what GGUF and MediaPipe call things, ``inspect``.  Not here: bytes of file formats
+Here: which tensor fills which parameter (``plan``), reading (``parameters``, ``loading``), writing llmjax's and Hugging
+Face's forms (``conversion``), what GGUF and MediaPipe call things, ``inspect``.  Not here: bytes of file formats
 (``converters.readers``), MediaPipe's writers (``converters.mediapipe``), what a model computes (``models``).
 """

@@ -110,7 +110,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = parameter(self, "weight", nn.initializers.ones, (x.shape[-1],))
-        return tap(self, "", weight.astype(x.dtype) * _rms_normalised(x, self.eps).astype(x.dtype))
+        return tap(self, "", weight.astype(x.dtype) * rms_normalised(x, self.eps).astype(x.dtype))
 
 
 class UnitOffsetRMSNorm(nn.Module):
@@ -121,11 +121,12 @@ class UnitOffsetRMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = parameter(self, "weight", nn.initializers.zeros, (x.shape[-1],))
-        y = _rms_normalised(x, self.eps) * (1.0 + weight.astype(jnp.float32))
+        y = rms_normalised(x, self.eps) * (1.0 + weight.astype(jnp.float32))
         return tap(self, "", y.astype(x.dtype))
 
 
-def _rms_normalised(x: jax.Array, eps: float) -> jax.Array:
+def rms_normalised(x: jax.Array, eps: float) -> jax.Array:
+    """``x / sqrt(mean(x^2) + eps)`` over the last dimension, float32."""
     x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
 
@@ -148,7 +149,7 @@ class LayerNorm(nn.Module):
 def standardised(x: jax.Array, eps: float) -> jax.Array:
     """``(x - mean) / sqrt(var + eps)`` over the last dimension, float32."""
     x = x.astype(jnp.float32)
-    return _rms_normalised(x - jnp.mean(x, -1, keepdims=True), eps)
+    return rms_normalised(x - jnp.mean(x, -1, keepdims=True), eps)
 
 
 class Attention(nn.Module):

@@ -58,8 +58,10 @@ def test_log_probs_of_given_text(llm, theirs, prompts, capsys):
     assert score.top1[1:] == reference[:-1].argmax(-1).tolist()
 
 
-def test_greedy_tokens(llm, theirs, prompts):
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+def test_greedy_tokens(llm, theirs, prompts, every):
     assert len(prompts) >= 20
+    prompts = prompts[::every]
     params = llmjax.SamplingParams(temperature=0, max_tokens=48, ignore_eos=True)
     for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
         ids = output.prompt_token_ids

@@ -3,8 +3,11 @@ defaults.
 
 Widths whose square root bfloat16 cannot hold, heads * width != D, windows shorter than the prompt, soft-caps that bite,
 head counts that are no power of two, vocabulary rows that no prompt uses.  The suite is generated from the registry: an
-architecture that is not here fails ``test_golden.py``.
+architecture without variants of its own here has its published checkpoint, made small.
 """
+
+from llmjax import configs
+from llmjax.models.registry import architectures
 
 VOCAB = 160
 
@@ -167,6 +170,37 @@ _LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 
+# What a published config has of these becomes small; everything else in it stays.
+_SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 56,
+    "intermediate_size": 104,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "head_dim": 10,
+    "max_position_embeddings": 512,
+    "sliding_window": 6,
+}
+
+
+def shrunk(config: dict) -> dict:
+    """A published config at the size of a test, its options kept: grouped heads stay grouped, windows windows."""
+    small = {k: _SMALL.get(k) if isinstance(v, int) else v for k, v in config.items() if k in _SMALL}
+    kept = {k: v for k, v in config.items() if k not in small and not k.endswith("_token_id")}
+    if "num_key_value_heads" in kept and kept["num_key_value_heads"] != config["num_attention_heads"]:
+        small["num_key_value_heads"] = 2
+    else:
+        small["num_key_value_heads"] = 4
+    if "layer_types" in kept:
+        small["layer_types"] = kept["layer_types"][: _SMALL["num_hidden_layers"]]
+    return kept | small
+
+
+def _published() -> dict[str, dict]:
+    """A config by model type."""
+    return {(c := configs.read(name)["config"])["model_type"]: c for name in configs.names()}
+
+
 VARIANTS: dict[str, dict] = {
     "llama": _LLAMA,
     "llama_biases_tied": _LLAMA
@@ -239,4 +273,9 @@ VARIANTS: dict[str, dict] = {
     "stablelm_qkv_bias_qk_norm": _STABLELM
     | {"use_qkv_bias": True, "qk_layernorm": True, "num_key_value_heads": 2, "partial_rotary_factor": 0.5},
     "stablelm_parallel_tied": _STABLELM | {"use_parallel_residual": True, "tie_word_embeddings": True},
+}
+VARIANTS |= {
+    kind: shrunk(_published()[kind])
+    for kind in sorted(architectures())
+    if kind not in {config["model_type"] for config in VARIANTS.values()}
 }

@@ -378,7 +378,7 @@ def test_a_quantized_model_means_its_dequantized_values(profile, recipe):
 @pytest.mark.parametrize("slots", [1, 4])
 def test_no_program_holds_a_converted_model(profile, dtype, recipe, slots):
     """The temporaries of the compiled programs stay far below the float32 size of the weights they convert."""
-    wide = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=4, num_hidden_layers=4)
+    wide = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=4, num_hidden_layers=2)
     model = random_model(profile, dtype, **wide)
     if recipe:
         for name, layer in model.params.items():
