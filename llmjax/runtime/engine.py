@@ -127,6 +127,7 @@ class Engine:
             self.traces[function.__name__] += 1
             return function(*static, *args)
 
+        traced.__name__ = function.__name__  # what profiles and the compilation cache know the program by
         jitted = jax.jit(traced, donate_argnums=donate, compiler_options=self.model.numerics.compiler_options)
 
         def call(*args: Any) -> Any:

@@ -19,13 +19,14 @@ from tests.tiny import random_ids, random_model
 
 RNG = np.random.default_rng(5)
 FULL = (None,) * 4
+TWO = (None,) * 2
 ALTERNATING = (8, None) * 2
 
 
 def packed_model(scheme="int4-g32", windows=FULL, **others):
     """A model whose layers' weights are quantized; ``others`` names the scheme of single layers."""
     wide = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, max_position_embeddings=1024)
-    model = random_model("fast", num_hidden_layers=4, **wide)
+    model = random_model("fast", num_hidden_layers=len(windows), **wide)
     for name, layer in model.params.items():
         for role in layer.values() if name.startswith("layers_") else ():
             for projection in role.values() if isinstance(role, dict) else ():
@@ -94,7 +95,7 @@ def test_few_slots_of_8_bits_run_in_a_loop(monkeypatch, profile, slots):
 @pytest.mark.parametrize(("slots", "scheme"), [(1, "int8"), (1, "int4-g32"), (4, "int4-g32"), (1, None), (4, None)])
 def test_no_program_copies_a_cache(slots, scheme, tokens):
     """Not the layers' common one, either; the shortest cache there is and a longer one."""
-    model = packed_model(scheme) if scheme else random_model("fast", max_position_embeddings=1024)
+    model = packed_model(scheme, TWO) if scheme else random_model("fast", max_position_embeddings=1024)
     llm = LLM(model, max_batch=slots)
     llm.engine._ensure(tokens)
     assert (STACKED in llm.engine._params) == bool(scheme)
@@ -104,10 +105,17 @@ def test_no_program_copies_a_cache(slots, scheme, tokens):
         assert copies and not shapes & set(copies)
 
 
-@pytest.mark.parametrize(("slots", "scheme"), [(1, "int8"), (2, "int4"), (1, None), (2, None)])
+@pytest.mark.parametrize(
+    ("slots", "scheme"),
+    [
+        *((1, "int8"), (4, "int4-g32"), (1, None), (4, None)),  # the programs of the test above
+        pytest.param(2, "int4", marks=pytest.mark.slow),
+        pytest.param(2, None, marks=pytest.mark.slow),
+    ],
+)
 def test_the_length_of_a_cache_moves_no_bit(slots, scheme):
     """The shortest there is and a longer one."""
-    model = packed_model(scheme) if scheme else random_model("fast", max_position_embeddings=1024)
+    model = packed_model(scheme, TWO) if scheme else random_model("fast", max_position_embeddings=1024)
     prompts = [random_ids(RNG, n) for n in (3, 150)]
     found = []
     for tokens in (20, 1000):
