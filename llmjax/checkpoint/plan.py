@@ -12,7 +12,7 @@ from converters.readers.source import Source, TensorSpec
 from llmjax.checkpoint import gguf_config, gguf_names, mediapipe_config, mediapipe_names
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
-from llmjax.models.names import Names, SameNames, sources_of
+from llmjax.models.names import Names, SameNames, sources_of, stem
 from llmjax.models.registry import read_config
 from llmjax.models.tree import parameter_shapes
 
@@ -89,6 +89,7 @@ def make_plan(source: Source, override: Override = None) -> Plan:
     raw, where = describe(source, override)
     architecture, config = read_config(raw, where)
     specs = {name: source.spec(name) for name in source.names()}
+    stems = {_stem(source, name): name for name in specs}
     problems: list[str] = []
     used: set[str] = set()
     configuring = []
@@ -102,6 +103,7 @@ def make_plan(source: Source, override: Override = None) -> Plan:
         entry, files = sources_of(parameter, names)
         found = []
         for name in files:
+            name = name if name in specs else stems.get(_stem(source, name), name)
             if name not in specs:
                 problems.append(f"missing tensor {name}, needed for {parameter} {list(shape)}")
                 continue
@@ -112,15 +114,20 @@ def make_plan(source: Source, override: Override = None) -> Plan:
                 problems.append(f"tensor {name}: expected shape {list(expected)}, found {list(specs[name].shape)}")
         assignments.append(Assignment(parameter, shape, tuple(found), entry.make))
     tied, dropped = [], []
-    head = names["head"]
+    head = _stem(source, f"{names['head']}.weight")
     for name in sorted(set(specs) - used):
-        if config.tie_word_embeddings and name == f"{head}.weight":
+        if config.tie_word_embeddings and _stem(source, name) == head:
             tied.append(specs[name])
-        elif any(re.fullmatch(pattern, name) for pattern in architecture.dropped):
+        elif any(re.fullmatch(pattern, stem(name)) for pattern in architecture.dropped):
             dropped.append(specs[name])
         else:
             problems.append(f"tensor {name} {list(specs[name].shape)} is not part of a {architecture.model_type} model")
     return Plan(architecture, config, assignments, tied, dropped, configuring, problems)
+
+
+def _stem(source: Source, name: str) -> str:
+    """What decides which parameter a tensor is of: only the names in Hugging Face's files come in several ways."""
+    return stem(name) if source.format == "huggingface" else name
 
 
 def _names(source: Source, architecture: Architecture, config: DecoderConfig, specs: Mapping[str, TensorSpec]) -> Names:

@@ -16,7 +16,7 @@ from llmjax.errors import CheckpointError, LoraError
 from llmjax.lora.config import LoraConfig
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
-from llmjax.models.names import From, sources_of
+from llmjax.models.names import From, sources_of, stem
 from llmjax.models.tree import parameter_shapes
 from llmjax.quant.schemes import role_of
 
@@ -120,24 +120,34 @@ def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfi
     problems = list(file.problems)
     deltas: dict[str, Delta] = {}
     prefix = ""
+    dropped = []
     for module, factors in file.factors.items():
-        stem = _stem(module)
-        if stem not in modules:
+        short = stem(module)
+        if any(re.fullmatch(pattern, f"{short}.weight") for pattern in architecture.dropped):
+            dropped.append(module)
+            continue
+        if short not in modules:
             problems.append(_unknown(module, modules, config))
             continue
-        prefix = module.removesuffix(stem)
+        prefix = module.removesuffix(short)
         try:
-            deltas |= _deltas(file, module, factors, modules[stem], settings)
+            deltas |= _deltas(file, module, factors, modules[short], settings)
         except LoraError as error:
             problems.append(str(error))
-    found = {_stem(module) for module in file.factors}
-    for stem in modules:
-        if stem not in found and settings.targets(prefix + stem):
-            problems.append(f"module {prefix + stem}: target_modules names it, but the file has no factors of it")
+    found = {stem(module) for module in file.factors}
+    for short in modules:
+        if short not in found and settings.targets(prefix + short):
+            problems.append(f"module {prefix + short}: target_modules names it, but the file has no factors of it")
     if not file.factors and not problems:
         problems.append("no factors (*.lora_A.weight, *.lora_B.weight) in it")
     if problems:
         raise _error(file.path, problems)
+    if dropped:
+        warnings.warn(
+            f"{file.path}: factors of {len(dropped)} modules that the text model does not have are left out "
+            f"({shown(dropped[0])} ...)",
+            stacklevel=3,
+        )
     _warn_of_zeros(file.path, deltas)
     return Adapter(file.path, deltas)
 
@@ -188,19 +198,13 @@ def _modules(architecture: Architecture, config: DecoderConfig) -> dict[str, lis
     for parameter, shape in parameter_shapes(config).items():
         if role_of(parameter) in ("attention", "feed_forward", "head"):
             entry, (tensor,) = sources_of(parameter, names)
-            modules.setdefault(_stem(tensor.removesuffix(".weight")), []).append(_Part(parameter, shape, entry))
+            modules.setdefault(stem(tensor.removesuffix(".weight")), []).append(_Part(parameter, shape, entry))
     return modules
-
-
-def _stem(module: str) -> str:
-    """A module's name without the classes it is wrapped in: those of multimodal models have moved about between
-    versions of transformers, and differ between files and modules."""
-    return re.sub(r"^(model\.|language_model\.)*", "", module)
 
 
 def _unknown(module: str, modules: Mapping[str, list[_Part]], config: DecoderConfig) -> str:
     layer = re.search(r"\.(\d+)\.", module)
-    if layer and _stem(module).replace(layer[0], ".0.", 1) in modules:
+    if layer and stem(module).replace(layer[0], ".0.", 1) in modules:
         return f"module {shown(module)}: the model has layers 0 to {config.num_hidden_layers - 1}"
     if module.endswith("lm_head"):
         return f"module {shown(module)}: the head is the embedding's table here, which an adapter cannot change"

@@ -17,7 +17,7 @@ class Architecture:
       config: the config class.
       hf_names: the table of Hugging Face names for a config.
       gguf: ``general.architecture`` of its GGUF files, None where llama.cpp has none.
-      dropped: regular expressions of source tensors that are known and not needed.
+      dropped: regular expressions of source tensors (by their ``names.stem``) that are known and not needed.
       reference_attention: the ``attn_implementation`` under which transformers computes this architecture right.
       needs_bos: trained so that a prompt without BOS gives garbage; such a prompt warns.
     """

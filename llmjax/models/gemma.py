@@ -112,6 +112,6 @@ ARCHITECTURE = Architecture(
     config=GemmaConfig,
     hf_names=lambda config: HF_NAMES,
     gguf="gemma",
-    dropped=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    dropped=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     needs_bos=True,
 )

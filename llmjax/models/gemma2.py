@@ -120,6 +120,6 @@ ARCHITECTURE = Architecture(
     config=Gemma2Config,
     hf_names=lambda config: HF_NAMES,
     gguf="gemma2",
-    dropped=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    dropped=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
     needs_bos=True,
 )

@@ -117,5 +117,5 @@ ARCHITECTURE = Architecture(
     config=LlamaConfig,
     hf_names=lambda config: HF_NAMES,
     gguf="llama",
-    dropped=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    dropped=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )

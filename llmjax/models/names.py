@@ -98,6 +98,13 @@ ROLES: dict[str, str] = {
 }
 
 
+def stem(name: str) -> str:
+    """A name of Hugging Face's without the classes around the decoder: a base model is saved without its ``model.``,
+    the parts of multimodal models have moved about between versions of transformers, and state dicts keep the wrappers
+    of torch.compile and of data parallel training."""
+    return re.sub(r"^((_orig_mod|module|model|language_model|transformer)\.)*", "", name)
+
+
 def sources_of(parameter: str, names: Names) -> tuple[From, list[str]]:
     """How a parameter is made, and the names of the tensors it is made from."""
     module, ending = parameter.rsplit(".", 1)

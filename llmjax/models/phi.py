@@ -114,5 +114,5 @@ ARCHITECTURE = Architecture(
     config=PhiConfig,
     hf_names=lambda config: HF_NAMES,
     gguf="phi2",
-    dropped=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    dropped=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )

@@ -53,5 +53,5 @@ ARCHITECTURE = Architecture(
     config=Phi3Config,
     hf_names=_names,
     gguf="phi3",
-    dropped=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    dropped=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )

@@ -41,5 +41,5 @@ ARCHITECTURE = Architecture(
     config=Qwen2Config,
     hf_names=lambda config: HF_NAMES,
     gguf="qwen2",
-    dropped=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    dropped=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )

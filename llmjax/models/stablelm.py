@@ -138,5 +138,5 @@ ARCHITECTURE = Architecture(
     config=StableLmConfig,
     hf_names=_names,
     gguf="stablelm",
-    dropped=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    dropped=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
 )
