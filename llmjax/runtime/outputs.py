@@ -90,15 +90,19 @@ class Score:
     @property
     def nll_standard_error(self) -> float:
         """Standard error of ``nll``, tokens taken as independent; NaN below two tokens."""
-        n = len(self.scored)
+        scored, nll = self.scored, self.nll
+        n = len(scored)
         if n < 2:
             return math.nan
-        return math.sqrt(math.fsum((-p - self.nll) ** 2 for p in self.scored) / (n - 1) / n)
+        return math.sqrt(math.fsum((-p - nll) ** 2 for p in scored) / (n - 1) / n)
 
     @property
     def perplexity(self) -> float:
-        """``exp(nll)``."""
-        return math.exp(self.nll)
+        """``exp(nll)``; infinite where that is beyond floating point."""
+        try:
+            return math.exp(self.nll)
+        except OverflowError:
+            return math.inf
 
     @property
     def perplexity_standard_error(self) -> float:
@@ -106,9 +110,9 @@ class Score:
         return self.perplexity * self.nll_standard_error
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON would hold it; NaN becomes null."""
+        """As JSON would hold it; NaN and infinity become null."""
         numbers = {
             name: getattr(self, name)
             for name in ("nll", "nll_standard_error", "perplexity", "perplexity_standard_error")
         }
-        return {**dataclasses.asdict(self), **{k: None if math.isnan(v) else v for k, v in numbers.items()}}
+        return {**dataclasses.asdict(self), **{k: v if math.isfinite(v) else None for k, v in numbers.items()}}
