@@ -7,6 +7,7 @@ import numpy as np
 from converters.readers.mediapipe import layout
 from converters.readers.mediapipe.container import Entry
 from converters.readers.mediapipe.lora import PLACES, Factors
+from llmjax.errors import LoraError
 
 # Of files: whether o's factors are as MediaPipe's converter leaves them.
 O_PROJ: tuple[str, ...] = ("mediapipe", "right")
@@ -29,13 +30,30 @@ def tensors(factors: Mapping[tuple[int, str], Factors], model_type: str) -> Iter
     Args:
       factors: by layer and ``q``, ``k``, ``v`` or ``o``.
       model_type: MediaPipe's name.
+
+    Raises:
+      LoraError: factors that the file's dtype would make infinite, all of them named.
     """
+    dtype = dtype_of(model_type)
+    largest = {f"layers.{i}.attn.{m}": max(np.abs(f.a).max(), np.abs(f.b).max()) for (i, m), f in factors.items()}
+    with np.errstate(over="ignore"):
+        too_large = [f"{name}: {size:g}" for name, size in largest.items() if np.isinf(size.astype(dtype))]
+    if too_large:
+        raise LoraError(
+            "\n  ".join(
+                [
+                    f"factors of {model_type} are {dtype} in MediaPipe's files, expected at most "
+                    f"{np.finfo(dtype).max:g}; make A smaller and B larger by the same factor, or the other way round:",
+                    *too_large,
+                ]
+            )
+        )
     for layer in range(1 + max(i for i, _ in factors)):
         for module, place in PLACES.items():
             found = factors[layer, module]
             sides = ("left", "right") if module != "o" else ("right", "left")
             for side, values in zip(sides, (found.a, found.b), strict=True):
-                data = _to_blocks(values.astype(dtype_of(model_type)))
+                data = _to_blocks(values.astype(dtype))
                 name = f"params.lm.transformer.x_layers_{layer}.self_attention.{place}.w_prime_{side}"
                 yield Entry(name, "FLOAT32", (data.nbytes,), data.nbytes), data
 

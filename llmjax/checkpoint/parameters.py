@@ -11,7 +11,7 @@ from converters.readers.llmjax_directory import LlmjaxSource
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.source import Source, TensorSpec
 from llmjax.checkpoint.plan import Assignment, Plan
-from llmjax.errors import CheckpointError
+from llmjax.errors import CheckpointError, ConfigError
 from llmjax.lora.merge import Merge, merged_rows
 from llmjax.quant import gguf
 from llmjax.quant.arrays import aligned, row_chunks
@@ -20,6 +20,10 @@ from llmjax.quant.rounding import Rows, quantize
 from llmjax.quant.schemes import Recipe, Scheme
 
 Parameter = np.ndarray | QTensor
+
+
+class _TooLargeError(ConfigError):
+    """A weight is beyond what its dtype holds."""
 
 
 def read_all(
@@ -42,14 +46,29 @@ def read_all(
 
     Raises:
       CheckpointError: NaN or infinite values (all of them named), or a tied head that differs from the embedding.
-      ConfigError: a tensor that does not fit its scheme.
+      ConfigError: a tensor that does not fit its scheme, or values that do not fit the dtype (all of them named).
     """
-    bad = []
+    bad, too_large = [], []
     for assignment in plan.assignments:
-        value = _read(source, assignment, dtype, recipe, merge or Merge({}, None, "reference"))
+        where = f"{assignment.parameter} (from {', '.join(s.name for s in assignment.sources)})"
+        try:
+            value = _read(source, assignment, dtype, recipe, merge or Merge({}, None, "reference"))
+        except _TooLargeError as error:
+            too_large.append(f"{where}: {error}")
+            continue
         if check_finite and not _finite(value):
-            bad.append(f"{assignment.parameter} (from {', '.join(s.name for s in assignment.sources)})")
+            bad.append(where)
         yield assignment.parameter, value
+    if too_large:
+        raise ConfigError(
+            "\n  ".join(
+                [
+                    f"{source.path}: values that their dtype would make infinite; store them as float32 or bfloat16 "
+                    "(dtype):",
+                    *too_large,
+                ]
+            )
+        )
     if bad:
         raise CheckpointError(f"{source.path}: " + "\n  ".join(["NaN or infinite values in:", *bad]))
     _check_tied(source, plan)
@@ -124,13 +143,24 @@ def _releasing(source: Source, assignment: Assignment, value: np.ndarray) -> Row
 
 
 def made(rows: Rows, shape: tuple[int, ...], dtype: np.dtype, scheme: Scheme | None, name: str) -> Parameter:
-    """A parameter from its rows: quantized where there is a scheme, of ``dtype`` where not; ``name`` for messages."""
+    """A parameter from its rows: quantized where there is a scheme, of ``dtype`` where not; ``name`` for messages.
+
+    Raises:
+      ConfigError: values beyond what ``dtype`` holds.
+    """
     if scheme is not None:
         out, width = shape
         return quantize(rows, (out, width), scheme, name)
-    value = aligned(shape, dtype)
+    value, lost = aligned(shape, dtype), 0.0
     for part in row_chunks(shape):
-        value[part] = rows(part.start, part.stop)
+        found = rows(part.start, part.stop)
+        with np.errstate(over="ignore"):  # it is looked for
+            value[part] = found
+        if jnp.finfo(dtype).max < jnp.finfo(found.dtype).max:
+            infinite = np.isinf(value[part]) & np.isfinite(found)
+            lost = max(lost, float(np.abs(found[infinite], dtype=np.float32).max(initial=0)))
+    if lost:
+        raise _TooLargeError(f"expected at most {float(jnp.finfo(dtype).max):g} for {dtype}, found {lost:g}")
     return value
 
 

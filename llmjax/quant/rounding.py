@@ -59,7 +59,10 @@ def quantize(rows: Rows, shape: tuple[int, int], scheme: Scheme, name: str = "we
         w = rows(part.start, part.stop).astype(np.float32).reshape(-1, width // group, group)
         if not np.isfinite(w).all():
             raise CheckpointError(f"{name}: NaN or infinite weights cannot be quantized; the checkpoint is damaged")
-        n, scales[part], shift = _symmetric(w, scheme) if scheme.symmetric else _asymmetric(w, scheme.bits)
+        with np.errstate(over="ignore", invalid="ignore"):  # it is looked for below
+            n, scales[part], shift = _symmetric(w, scheme) if scheme.symmetric else _asymmetric(w, scheme.bits)
+        if not np.isfinite(scales[part]).all():
+            raise CheckpointError(f"{name}: {scheme}: weights of a range that float32 does not hold; they are damaged")
         if offsets is not None:
             offsets[part] = shift
         n = n.reshape(-1, width)

@@ -1,0 +1,106 @@
+"""Weights that a dtype would make infinite are refused, all by name, and nothing is written."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import llmjax
+from converters.mediapipe import lora
+from converters.readers.mediapipe.lora import PLACES, Factors
+from llmjax.cli.main import main
+from llmjax.errors import CheckpointError, ConfigError, LoraError
+from llmjax.quant.rounding import quantize
+from llmjax.quant.schemes import Scheme
+from tests import tiny
+
+EXPECTED = "expected at most 65504 for float16, found"
+MESSAGE = f"""values that their dtype would make infinite; store them as float32 or bfloat16 (dtype):
+  head.weight (from lm_head.weight): {EXPECTED} 65520
+  layers.1.mlp.down.weight (from model.layers.1.mlp.down_proj.weight): {EXPECTED} 70000"""
+
+
+def changed(folder, dtype=None, **values):
+    tensors = load_file(folder / "model.safetensors")
+    for name, value in values.items():
+        tensors[name.replace("__", ".")].reshape(-1)[-1] = value
+    save_file({n: t.astype(dtype or t.dtype) for n, t in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    large = {
+        "model__layers__1__mlp__down_proj__weight": -7e4,
+        "lm_head__weight": 65520.0,
+        "model__norm__weight": 65519.0,
+    }
+    return changed(tiny.checkpoint(tmp_path / "m"), **large)
+
+
+@pytest.mark.parametrize("to", ["hf", "llmjax"])
+def test_convert(folder, tmp_path, to, capsys):
+    out = tmp_path / "out"
+    assert main(["convert", str(folder), str(out), "--to", to, "--dtype", "float16"]) == 2
+    assert MESSAGE in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+    llmjax.convert(folder, out, to=to, dtype="bfloat16")
+    kept = np.asarray(llmjax.load(out).params["layers_1"]["mlp"]["down"]["weight"])
+    assert kept[-1, -1] == ml_dtypes.bfloat16(-7e4)
+
+
+def test_load(folder):
+    with pytest.raises(ConfigError) as refused:
+        llmjax.load(folder, dtype="float16")
+    assert MESSAGE in str(refused.value)
+    # What is quantized is not stored as float16: the norm alone is, and fits (65519 rounds to the largest).
+    model = llmjax.load(folder, dtype="float16", quantize="int8")
+    assert model.params["final_norm"]["weight"][-1] == 65504
+
+
+def test_infinity_in_the_file_is_not_of_our_making(tmp_path):
+    source = changed(tiny.checkpoint(tmp_path / "m"), model__norm__weight=np.inf)
+    assert np.isinf(llmjax.load(source, dtype="float16").params["final_norm"]["weight"][-1])
+    with pytest.raises(CheckpointError, match="NaN or infinite values in:\n  final_norm.weight"):
+        llmjax.load(source, dtype="float16", check_finite=True)
+
+
+def test_bfloat16_ends_before_float32(tmp_path):
+    source = changed(tiny.checkpoint(tmp_path / "m"), lm_head__weight=3.4e38)
+    with pytest.raises(ConfigError, match=r"expected at most 3.38953e\+38 for bfloat16, found 3.4e\+38"):
+        llmjax.load(source, dtype="bfloat16")
+
+
+def test_an_adapter_merged_into_float16(tmp_path):
+    base = changed(tiny.checkpoint(tmp_path / "m"), np.float16, model__layers__0__self_attn__q_proj__weight=6e4)
+    (tmp_path / "a").mkdir()
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    factors = {f"{module}.lora_A.weight": np.ones((1, 48), np.float32)}
+    factors[f"{module}.lora_B.weight"] = np.full((48, 1), 1e4, np.float32)
+    save_file(factors, tmp_path / "a" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["layers.0.self_attn.q_proj"]}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings))
+    refused = r"layers.0.attn.q.weight \(from .*\): expected at most 65504 for float16, found 70000"
+    for call in (
+        lambda: llmjax.load(base, lora=tmp_path / "a", numerics="hf"),
+        lambda: llmjax.convert(base, tmp_path / "out", to="hf", lora=tmp_path / "a"),
+    ):
+        with pytest.raises(ConfigError, match=refused):
+            call()
+    assert llmjax.load(base, lora=tmp_path / "a").params["layers_0"]["attn"]["q"]["weight"][-1, -1] == 7e4
+
+
+def test_mediapipes_lora_files_are_float16():
+    one = np.ones((2, 8), np.float32)
+    factors = {(0, module): Factors(one, one.T) for module in PLACES} | {(0, "k"): Factors(one * 7e4, one.T)}
+    with pytest.raises(LoraError, match=r"at most 65504.*\n  layers.0.attn.k: 70000$"):
+        list(lora.tensors(factors, "GEMMA_2B"))
+    assert len(list(lora.tensors(factors, "PHI_2"))) == 8
+
+
+def test_a_range_that_float32_does_not_hold():
+    w = np.array([[3e38, -3e38]], np.float32)
+    with pytest.raises(CheckpointError, match="x: int8-asym: weights of a range"):
+        quantize(lambda a, b: w[a:b], (1, 2), Scheme(8, symmetric=False), "x")
