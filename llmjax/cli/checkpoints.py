@@ -19,7 +19,9 @@ def add(verbs: Verbs) -> None:
     text = "Say what a checkpoint is and whether llmjax runs it, from its headers alone."
     inspect = add_verb(verbs, "inspect", _inspect, text)
     inspect.add_argument("path", metavar="PATH")
-    inspect.add_argument("--against", metavar="SRC", help="the checkpoint it was made from: report each weight's error")
+    inspect.add_argument(
+        "--against", metavar="SRC", help="what it was made from: report each weight's error; 1 where more differs"
+    )
     inspect.add_argument("--json", action="store_true")
     text = "Write a checkpoint in another form, quantized or expanded."
     convert = add_verb(verbs, "convert", _convert, text)
@@ -46,15 +48,17 @@ def add(verbs: Verbs) -> None:
 def _inspect(args: argparse.Namespace) -> int:
     from llmjax.checkpoint.inspection import inspect
 
-    report = inspect(args.path)
+    report, same = inspect(args.path), True
     values, text = report.to_dict(), report.to_text()
     if args.against is not None and report.supported:
+        from llmjax.checkpoint import against
         from llmjax.checkpoint import weight_error as error
 
-        found = error.errors(args.path, args.against)
-        values, text = values | {"error": error.to_dict(found)}, f"{text}\n\n{error.to_text(found)}"
+        found, other = error.errors(args.path, args.against), against.differences(args.path, args.against)
+        values |= {"error": error.to_dict(found), "differences": against.to_dict(other)}
+        text, same = f"{text}\n\n{error.to_text(found)}\n\n{against.to_text(other)}", not other
     print(json.dumps(values, indent=2, ensure_ascii=False) if args.json else text)
-    return 0 if report.supported else 1
+    return 0 if report.supported and same else 1
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -1,0 +1,74 @@
+"""``inspect Q --against SRC``: what is not rounding is named, and shows in the exit code."""
+
+import json
+import shutil
+
+import pytest
+
+import llmjax
+from llmjax.checkpoint import against
+from llmjax.cli.main import main
+from tests import tiny
+
+
+@pytest.fixture
+def source(tmp_path):
+    return tiny.checkpoint(tmp_path / "source")
+
+
+def other(source, name, file, change):
+    copy = source.parent / name
+    shutil.copytree(source, copy)
+    values = json.loads((copy / file).read_text())
+    change(values)
+    (copy / file).write_text(json.dumps(values))
+    return copy
+
+
+def test_a_configuration(source, capsys):
+    changes = {"model_type": "mistral", "sliding_window": 8, "rms_norm_eps": 0.01}
+    copy = other(source, "copy", "config.json", lambda c: c.update(changes))
+    assert against.differences(copy, source) == {"rms_norm_eps": (0.01, 1e-5), "windows": ([8, 8], [None, None])}
+    assert main(["inspect", str(copy), "--against", str(source)]) == 1
+    text = capsys.readouterr().out
+    assert "differs in\n  rms_norm_eps  0.01, not 1e-05\n  windows       [8, 8], not [null, null]\n" in text
+    assert main(["inspect", str(copy), "--against", str(source), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["differences"]["rms_norm_eps"] == {"value": 0.01, "reference": 1e-5}
+    assert all(e["max"] == 0 for e in found["error"]["tensors"])
+    assert main(["inspect", str(source), "--against", str(source)]) == 0
+    assert capsys.readouterr().out.endswith("\nconfiguration and tokenizer: the same\n")
+
+
+def test_a_rotation_and_a_context(source):
+    rope = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "max_position_embeddings": 100}
+    copy = other(source, "copy", "config.json", lambda c: c.update(rope))
+    assert against.differences(copy, source) == {"rope.linear": (4.0, 1.0), "max_position_embeddings": (100, 200)}
+
+
+def test_another_way_to_say_the_same(source):
+    """Mistral without a window is Llama; 24 bits of a number are all that GGUF and MediaPipe's files hold."""
+    changes = {"model_type": "mistral", "sliding_window": None, "rms_norm_eps": 9.999999747378752e-06}
+    copy = other(source, "copy", "config.json", lambda c: c.update(changes))
+    assert against.differences(copy, source) == {}
+
+
+def test_a_tokenizer(source):
+    def swap(t):
+        vocabulary = t["model"]["vocab"]
+        vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+
+    copy = other(source, "copy", "tokenizer.json", swap)
+    ids = json.loads((source / "tokenizer.json").read_text())["model"]["vocab"]
+    assert against.differences(copy, source) == {"tokenizer.vocabulary": ({"A": ids["B"]}, {"A": ids["A"]})}
+    first, second = (
+        other(source, name, "tokenizer_config.json", lambda c, n=name: c.update({"chat_template": n})) for name in "xy"
+    )
+    assert against.differences(first, second) == {"tokenizer.chat_template": ("x", "y")}
+    assert against.differences(first, source) == {}  # a form without templates loses none
+
+
+def test_rounding_is_no_difference(source, tmp_path):
+    for to, quantize in (("llmjax", "int8"), ("hf", None)):
+        llmjax.convert(source, tmp_path / to, to=to, quantize=quantize)
+        assert main(["inspect", str(tmp_path / to), "--against", str(source)]) == 0
