@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,64 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from converters.readers.digest import Stamp
 from llmjax.errors import RequestError
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
 from llmjax.numerics import Numerics
+from llmjax.quant.schemes import Recipe
 from llmjax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterOrigin:
+    """An adapter of a model.
+
+    Attributes:
+      name: by which rows ask for it; None for one that is part of the model.
+      mode: ``lora_mode`` of ``llmjax.load``.
+      options: see ``llmjax.lora.adapter.Adapter``.
+      files: see there.
+    """
+
+    name: str | None
+    mode: str | None
+    options: Mapping[str, Any]
+    files: tuple[Stamp, ...]
+
+
+class Origin:
+    """What parameters were made from.
+
+    Attributes:
+      files: the checkpoint's weights and their index, as they were when they were opened; none for random weights.
+      quantize: the recipe they were quantized by; None for none.
+      adapters: merged into them or beside them.
+
+    Args:
+      params: the parameters.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        files: tuple[Stamp, ...] = (),
+        quantize: Recipe | None = None,
+        adapters: tuple[AdapterOrigin, ...] = (),
+    ):
+        self.files, self.quantize, self.adapters = files, quantize, adapters
+        self._leaves = tuple(map(weakref.ref, jax.tree.leaves(params)))
+
+    def made(self, params: Any) -> bool:
+        """Whether these are the very parameters, and not others that were put in their place since."""
+        leaves = jax.tree.leaves(params)
+        return len(leaves) == len(self._leaves) and all(
+            isinstance(leaf, jax.Array) and leaf is ref() for leaf, ref in zip(leaves, self._leaves, strict=True)
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_leaves": ()}  # what is unpickled is another array
 
 
 @dataclasses.dataclass
@@ -31,6 +84,7 @@ class Model:
       eos_ids: every token that ends a text, of the tokenizer's files and of ``generation_config.json``.
       path: where it was read from.
       lora: the adapter it was loaded with, merged or beside the weights.
+      origin: what the parameters were made from; None where nobody knows.
     """
 
     architecture: Architecture
@@ -41,6 +95,7 @@ class Model:
     eos_ids: tuple[int, ...]
     path: Path
     lora: Path | None = None
+    origin: Origin | None = None
 
     @property
     def context_length(self) -> int:

@@ -26,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # A rerun then compiles only what changed. An environment variable reaches subprocesses, too.
     if config.cache is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+        os.environ["XDG_CACHE_HOME"] = str(config.cache.mkdir("user"))  # the user's own stays as it is
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from converters.readers.digest import Stamp
 from converters.readers.gguf_header import Cursor
 from converters.readers.mapped import MappedFile
 from converters.readers.source import TensorSpec, problems_error, shown
@@ -49,6 +50,7 @@ class GgufSource:
         self.config: dict[str, Any] = {}
         self.generation_config: dict[str, Any] | None = None
         self._file = MappedFile(self.path)
+        self.files: tuple[Stamp, ...] = (self._file.stamp,)
         cursor = Cursor(self._file.bytes.data, self.path)
         tensors, pairs = self._header(cursor)
         self.metadata = self._metadata(cursor, pairs)

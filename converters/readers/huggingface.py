@@ -1,11 +1,13 @@
 """A Hugging Face model directory: ``config.json`` and weights in one or several files."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from converters.readers.digest import Stamp, stamp
 from converters.readers.jsonfile import read_json
 from converters.readers.source import TensorSpec, problems_error, shown
 from llmjax.errors import CheckpointError
@@ -23,6 +25,7 @@ _T = TypeVar("_T")
 
 class _File(Protocol):
     path: Path
+    stamp: Stamp
 
     def names(self) -> list[str]: ...
     def spec(self, name: str) -> TensorSpec: ...
@@ -62,9 +65,12 @@ class HuggingFaceSource:
             config = self._read_config(problems)
         self.config = config
         self.generation_config = _collect(problems, read_json, directory / "generation_config.json")
+        self._index: list[Stamp] = []
         index, files = self._find_files(files, problems)
         shards = {path.name: _collect(problems, _open, path) for path in files}
-        for file in filter(None, shards.values()):
+        opened = [file for file in shards.values() if file is not None]
+        self.files = (*self._index, *(file.stamp for file in opened))
+        for file in opened:
             for name in file.names():
                 if name in self._home:
                     other = self._home[name].path.name
@@ -101,6 +107,8 @@ class HuggingFaceSource:
             files = [found]
         if len(files) != 1 or files[0].suffix != ".json":
             return {}, list(files)
+        with contextlib.suppress(OSError):  # the reading says so
+            self._index.append(stamp(files[0]))
         index = _collect(problems, _read_index, files[0])
         if index is None:
             return {}, []

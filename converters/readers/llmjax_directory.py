@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from converters.readers.digest import Stamp
 from converters.readers.jsonfile import read_json
 from converters.readers.safetensors import SafetensorsFile
 from converters.readers.source import TensorSpec, problems_error, shown
@@ -63,6 +64,7 @@ class LlmjaxSource:
         self.config = {key: value for key, value in config.items() if key != "quantization"}
         self.generation_config = read_json(path / "generation_config.json")
         self._file = SafetensorsFile(path / WEIGHTS)
+        self.files: tuple[Stamp, ...] = (self._file.stamp,)
         self._packed = self._read_schemes()
         self._specs = self._read_specs()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from converters.readers.digest import stamp
 from llmjax.errors import CheckpointError
 
 
@@ -15,6 +16,9 @@ class MappedFile:
     Args:
       path: of the file.
 
+    Attributes:
+      stamp: the file as it is mapped.
+
     Raises:
       CheckpointError: it cannot be read, or is empty.
     """
@@ -23,6 +27,7 @@ class MappedFile:
         self.path = path
         try:
             with open(path, "rb") as file:
+                self.stamp = stamp(path, file.fileno())
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except ValueError:
             raise CheckpointError(f"{path}: the file is empty") from None

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from converters.readers.digest import Stamp, stamp
 from converters.readers.jsonfile import read_json
 from converters.readers.source import TensorSpec, shown
 from llmjax.errors import CheckpointError
@@ -29,6 +30,8 @@ _FOREIGN = (
 
 
 class _Tensors(Protocol):
+    stamp: Stamp
+
     def names(self) -> list[str]: ...
     def spec(self, name: str) -> TensorSpec: ...
     def read(self, name: str) -> np.ndarray: ...
@@ -44,12 +47,14 @@ class AdapterFile:
       factors: by module as the base model names it (``model.layers.0.self_attn.q_proj``), the names of its tensors
         ``A [r, in]`` and ``B [out, r]``, of which either may be missing.
       problems: tensors that are no factors, and why they are refused.
+      files: the weights and the configuration, as they were when they were opened.
     """
 
     path: Path
     config: dict[str, Any] | None
     factors: dict[str, dict[str, str]]
     problems: list[str]
+    files: tuple[Stamp, ...]
     _tensors: _Tensors
 
     def spec(self, name: str) -> TensorSpec:
@@ -75,6 +80,7 @@ def open_adapter(path: Path) -> AdapterFile:
         weights = found[0]
     elif not path.is_file():
         raise CheckpointError(f"{path}: no such file or directory; expected a PEFT adapter's directory or its weights")
+    configs = [stamp(weights.parent / CONFIG)] if (weights.parent / CONFIG).is_file() else []
     config = read_json(weights.parent / CONFIG)
     if config is None and path.is_dir():
         raise CheckpointError(f"{path / CONFIG}: no such file; copy it, or name the weights file and give alpha")
@@ -87,7 +93,7 @@ def open_adapter(path: Path) -> AdapterFile:
             problems.append(f"tensor {shown(name)}: {why}")
         elif factors.setdefault(found_factor["module"], {}).setdefault(found_factor["side"], name) != name:
             problems.append(f"tensor {shown(name)}: the same factor as {factors[found_factor['module']]}")
-    return AdapterFile(weights, config, factors, problems, tensors)
+    return AdapterFile(weights, config, factors, problems, (tensors.stamp, *configs), tensors)
 
 
 def _open(path: Path) -> _Tensors:

@@ -46,6 +46,7 @@ class SafetensorsFile:
     def __init__(self, path: Path):
         self.path = path
         self._file = MappedFile(path)
+        self.stamp = self._file.stamp
         header, self._base = self._read_header()
         self.metadata: dict[str, str] = {}
         self._specs: dict[str, TensorSpec] = {}

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from converters.readers.digest import Stamp
 from llmjax.errors import CheckpointError
 
 
@@ -53,6 +54,7 @@ class Source(Protocol):
       generation_config: ``generation_config.json`` beside it, or None.
       metadata: key-value pairs of a GGUF file; empty for other formats.
       directory: where files that belong to the checkpoint lie.
+      files: those that hold its weights, and their index, as they were when they were opened.
     """
 
     path: Path
@@ -61,6 +63,7 @@ class Source(Protocol):
     generation_config: dict[str, Any] | None
     metadata: dict[str, Any]
     directory: Path
+    files: tuple[Stamp, ...]
 
     def names(self) -> list[str]:
         """All tensors, in the order of the file."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmjax.batch.files import write_whole
-from llmjax.batch.identity import differences
+from llmjax.checkpoint.identity import differences
 from llmjax.errors import ResumeError
 
 FORMAT, VERSION = "llmjax-batch", 1

@@ -1,11 +1,15 @@
 """``llmjax score``: a JSONL of texts in, their log-probabilities out."""
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import IO, Any
 
+from llmjax.batch.files import write_whole
 from llmjax.batch.rows import parse_object
+from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.errors import LlmjaxError, RequestError
 from llmjax.llm import LLM
 from llmjax.runtime.outputs import Score
@@ -19,27 +23,60 @@ class ScoreSummary:
     failed: int = 0
     logprobs: list[float] = dataclasses.field(default_factory=list)
 
+    @property
+    def pooled(self) -> Score:
+        """All tokens as those of one text."""
+        return Score([], list(self.logprobs), [])
+
     def describe(self) -> str:
         """One line: NLL and perplexity of all tokens together, with standard errors."""
         if not self.logprobs:
             return f"{self.rows} rows scored, {self.failed} failed; no token has another before it"
-        pooled = Score([], list(self.logprobs), [])
+        pooled = self.pooled
         return (
             f"{self.rows} rows scored, {self.failed} failed; {len(self.logprobs)} tokens, "
             f"NLL {pooled.nll:.5f} ± {pooled.nll_standard_error:.5f}, "
             f"perplexity {pooled.perplexity:.4f} ± {pooled.perplexity_standard_error:.4f}"
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON would hold it."""
+        numbers = {name: value for name, value in self.pooled.to_dict().items() if not isinstance(value, list)}
+        return {"rows": self.rows, "failed": self.failed, "tokens": len(self.logprobs), **numbers}
 
-def run(llm: LLM, lines: Iterable[str], output: IO[str]) -> ScoreSummary:
+
+def identity(llm: LLM) -> dict[str, Any]:
+    """Everything that fixes a text's scores, by name; ``sha256`` is over all of it but the model's path, and what
+    every row names."""
+    engine = llm.engine
+    facts = {"slots": engine.slots, "chunk": engine.chunk, "block": engine.block}
+    facts |= {**model_facts(llm.model), **runtime_facts()}
+    text = json.dumps({**facts, "model": None}, sort_keys=True)
+    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), **facts}
+
+
+def write_manifest(output: Path, known: Mapping[str, Any], summary: ScoreSummary | None = None) -> None:
+    """Writes ``OUT.manifest.json`` beside an output: what made it and, once it is whole, what is in it.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    values = {"format": "llmjax-score", "version": 1, "job": known, "summary": summary and summary.to_dict()}
+    path = output.with_name(f"{output.name}.manifest.json")
+    write_whole(path, [json.dumps(values, indent=2, ensure_ascii=False).encode("utf-8", "replace"), b"\n"])
+
+
+def run(llm: LLM, lines: Iterable[str], output: IO[str], known: str | None = None) -> ScoreSummary:
     """Scores every row; a bad row becomes an output row with an error and the others go on.
 
     Args:
       llm: the model.
       lines: JSON objects with ``text`` or ``token_ids``, and optionally ``id``.
-      output: gets one JSON line a row: ``id``, ``token_ids``, ``logprobs``, ``top1``, ``nll``, ``perplexity`` and
-        standard errors.
+      output: gets one JSON line a row: ``id``, ``token_ids``, ``logprobs``, ``top1``, ``nll``, ``perplexity``,
+        standard errors, ``numerics`` and ``identity``.
+      known: the SHA-256 of ``identity``; None makes it.
     """
+    known = known or identity(llm)["sha256"]
     summary = ScoreSummary()
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -51,7 +88,7 @@ def run(llm: LLM, lines: Iterable[str], output: IO[str]) -> ScoreSummary:
             (score,) = llm.score([_text(row)])
             summary.rows += 1
             summary.logprobs += score.scored
-            result = {"id": row_id, **score.to_dict(), "numerics": llm.model.numerics.label}
+            result = {"id": row_id, **score.to_dict(), "numerics": llm.model.numerics.label, "identity": known}
         except LlmjaxError as error:
             summary.failed += 1
             result = {"id": row_id, "line": number, "error": f"line {number}: {error}"}

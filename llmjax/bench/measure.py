@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.batch.identity import describe_device, stored
 from llmjax.bench.cost import Cost, Costs, is_quantized
 from llmjax.bench.probes import matmul_probe, read_probe
+from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.errors import RequestError
 from llmjax.model import Model
 from llmjax.products.matmul import integer_digits
@@ -111,9 +111,8 @@ class Report:
     """All of one run.
 
     Attributes:
-      model: its path, ``parameters``, ``weights`` (kinds of storage), ``weight_bytes`` and ``numerics``.
-      device: platform, kind and processor.
-      versions: of jax.
+      model: ``llmjax.checkpoint.identity.model_facts``, ``parameters`` and ``weight_bytes``.
+      runtime: ``llmjax.checkpoint.identity.runtime_facts``.
       slots: of the engine.
       chunk: prompt tokens a prefill call takes.
       load_seconds: from the call to weights on the device.
@@ -125,8 +124,7 @@ class Report:
     """
 
     model: dict[str, Any]
-    device: dict[str, str]
-    versions: dict[str, str]
+    runtime: dict[str, Any]
     slots: int
     chunk: int
     load_seconds: float
@@ -206,14 +204,11 @@ def run(load: Callable[[], Model], options: Options, report: Callable[[str], Non
     fastest = max(s.median for s in spreads.values())
     return Report(
         model={
-            "path": str(model.path),
+            **model_facts(model),
             "parameters": costs.parameters,
-            "weights": stored(model),
             "weight_bytes": costs.weight_bytes,
-            "numerics": model.numerics.label,
         },
-        device=describe_device(),
-        versions={"jax": jax.__version__},
+        runtime=runtime_facts(),
         slots=engine.slots,
         chunk=engine.chunk,
         load_seconds=loaded,

@@ -12,12 +12,13 @@ _HEAD = (
 
 def to_text(report: Report) -> str:
     """What was measured on, the machine's peaks, and a line for each setting."""
-    model, device = report.model, report.device
+    model, runtime = report.model, report.runtime
+    device = runtime["cpu"] if runtime["platform"] == "cpu" else runtime["device"]
     peak = "unknown" if report.peak_bytes is None else _gb(report.peak_bytes)
     facts = [
-        ("model", f"{model['path']}, {model['parameters'] / 1e6:,.1f} million parameters"),
-        ("weights", f"{', '.join(model['weights'])}, {_gb(model['weight_bytes'])}; numerics {model['numerics']}"),
-        ("device", f"{device.get('processor', device['kind'])} ({device['platform']}); jax {report.versions['jax']}"),
+        ("model", f"{model['model']}, {model['parameters'] / 1e6:,.1f} million parameters"),
+        ("weights", f"{', '.join(model['stored'])}, {_gb(model['weight_bytes'])}; numerics {model['numerics']}"),
+        ("device", f"{device} ({runtime['platform']}); jax {runtime['versions']['jax']}"),
         ("engine", f"{report.slots} slots, prefill in chunks of {report.chunk}"),
         ("load", f"{report.load_seconds:.2f} s; compile {report.compile_seconds:.2f} s; peak memory {peak}"),
         ("reads", f"{_spread(report.read_bytes_per_second, 1e9)} GB/s"),

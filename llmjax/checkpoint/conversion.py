@@ -1,6 +1,7 @@
 """A checkpoint into llmjax's or Hugging Face's form, tensor by tensor, whole or not at all."""
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from converters.readers import digest
 from converters.readers.llmjax_directory import PARTS, VERSION, WEIGHTS, LlmjaxSource
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.opening import open_source
@@ -22,7 +24,7 @@ from llmjax.checkpoint.plan import Plan, describe
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
 from llmjax.errors import CheckpointError, ConfigError
 from llmjax.lora import merge as merging
-from llmjax.lora.adapter import AnyLora, read_adapter
+from llmjax.lora.adapter import Adapter, AnyLora, read_adapter
 from llmjax.models.names import sources_of
 from llmjax.models.registry import read_config
 from llmjax.quant.qtensor import QTensor, dequantize
@@ -88,15 +90,16 @@ def convert(
             found = ", ".join(spec.name for spec in plan.configuring)
             raise ConfigError(f"{where}: {found}: the files to be written have no place for it; use the source itself")
         with _whole_directory(Path(destination)) as folder:
-            deltas = {} if lora is None else read_adapter(lora, plan.architecture, plan.config).deltas
-            merge = merging.Merge(deltas, "merged", numerics=None)
+            adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
+            merge = merging.Merge(adapter.deltas if adapter else {}, "merged", numerics=None)
+            made_from = _made_from(opened, adapter)
             parameters = read_all(opened, plan, dtype, recipe, check_finite, merge)
             if to == "llmjax":
-                block = _write_packed(folder, parameters, len(plan.assignments), report)
+                block = _write_packed(folder, parameters, len(plan.assignments), report, made_from)
                 block["recipe"] = _recipe(opened, recipe)
                 facts = {**facts, "quantization": block}
             else:
-                stored = _write_hf(folder, parameters, plan, report)
+                stored = _write_hf(folder, parameters, plan, report, made_from)
                 facts = {k: v for k, v in facts.items() if k not in ("dtype", "torch_dtype")} | {"dtype": stored}
             _write_json(folder / "config.json", facts)
             _write_tokenizer(opened, folder)
@@ -105,6 +108,15 @@ def convert(
     finally:
         opened.close()
     return Path(destination)
+
+
+def _made_from(source: Source, adapter: Adapter | None) -> str:
+    """For the metadata of the weights file, as JSON: SHA-256 of the source's files (``digest.sha256``) and of the
+    adapter's, and the version that wrote it."""
+    facts: dict[str, Any] = {"sha256": digest.sha256(source.files), "llmjax": importlib.metadata.version("llmjax")}
+    if adapter is not None:
+        facts["adapter"] = {"sha256": digest.sha256(adapter.files), **adapter.options}
+    return json.dumps(facts)
 
 
 def _recipe(source: Source, recipe: Recipe | None) -> dict[str, Any] | None:
@@ -131,7 +143,7 @@ def _whole_directory(path: Path) -> Iterator[Path]:
 
 
 def _write_packed(
-    folder: Path, parameters: Iterator[tuple[str, Parameter]], count: int, report: Report
+    folder: Path, parameters: Iterator[tuple[str, Parameter]], count: int, report: Report, made_from: str
 ) -> dict[str, Any]:
     """The weights file of an llmjax directory; returns the ``quantization`` block of its configuration."""
     schemes: dict[str, dict[str, int]] = {}
@@ -146,6 +158,7 @@ def _write_packed(
                 write(name, value)
             report(done, count)
         metadata |= {"format": "llmjax", "quantization": json.dumps(schemes, separators=(",", ":"))}
+        metadata["made_from"] = made_from
     return {"format": "llmjax", "version": VERSION}
 
 
@@ -160,7 +173,9 @@ def _writer(path: Path, tensors: int) -> Iterator[tuple[Callable[[str, np.ndarra
         file.abandon()
 
 
-def _write_hf(folder: Path, parameters: Iterator[tuple[str, Parameter]], plan: Plan, report: Report) -> str:
+def _write_hf(
+    folder: Path, parameters: Iterator[tuple[str, Parameter]], plan: Plan, report: Report, made_from: str
+) -> str:
     """The weights file of a Hugging Face directory; returns the dtype of its embedding."""
     names = plan.architecture.hf_names(plan.config)
     files = {a.parameter: tuple(sources_of(a.parameter, names)[1]) for a in plan.assignments}
@@ -168,7 +183,7 @@ def _write_hf(folder: Path, parameters: Iterator[tuple[str, Parameter]], plan: P
     shared: dict[tuple[str, ...], dict[str, np.ndarray]] = {}
     stored = ""
     with _writer(folder / "model.safetensors", 2 * sum(map(len, files.values()))) as (write, metadata):
-        metadata["format"] = "pt"  # transformers asks for it
+        metadata |= {"format": "pt", "made_from": made_from}  # transformers asks for the format
         for done, (parameter, value) in enumerate(parameters, 1):
             array = dequantize(value) if isinstance(value, QTensor) else value
             stored = stored or array.dtype.name

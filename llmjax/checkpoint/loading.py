@@ -23,7 +23,7 @@ from llmjax.errors import CheckpointError, ConfigError, LoraError, TokenizerErro
 from llmjax.lora import merge as merging
 from llmjax.lora.adapter import AnyLora, read_adapter
 from llmjax.lora.apply import beside, with_loras
-from llmjax.model import Model
+from llmjax.model import AdapterOrigin, Model, Origin
 from llmjax.models.registry import read_config
 from llmjax.models.tree import parameter_shapes, path_of
 from llmjax.quant.qtensor import QTensor
@@ -120,6 +120,7 @@ def load(
     if merge.survivals:
         warnings.warn(f"{source.path}: {merging.describe(merge.survivals)}", stacklevel=2)
     params = with_loras(params, apart)
+    adapters = (AdapterOrigin(None, lora_mode, adapter.options, adapter.files),) if adapter else ()
     return Model(
         architecture=plan.architecture,
         config=computed,
@@ -129,6 +130,7 @@ def load(
         eos_ids=_eos_ids(source, tokenizer),
         path=source.path,
         lora=adapter.path if adapter else None,
+        origin=Origin(params, source.files, recipe, adapters),
     )
 
 

@@ -29,7 +29,7 @@ class SafetensorsWriter:
 
     def __init__(self, path: Path, tensors: int):
         # A tensor's entry is its name twice at most, a shape and two offsets; data begin at a multiple of 64 bytes.
-        self._room = -(-(1024 + 512 * tensors) // 64) * 64 - 8
+        self._room = -(-(2048 + 512 * tensors) // 64) * 64 - 8
         self._entries: dict[str, dict[str, Any]] = {}
         self._at = 0
         self._file = open(path, "xb")

@@ -90,12 +90,18 @@ def _how_to_go_on(args: argparse.Namespace) -> str:
 
 
 def _score(args: argparse.Namespace) -> int:
+    from llmjax.batch import scoring
     from llmjax.batch.files import open_lines
-    from llmjax.batch.scoring import run
 
     with open_lines(args.input) as lines, _open_output(args.output, args.input) as begin:
         llm, _ = loading.load_llm(args)
-        summary = run(llm, lines, begin())
+        known, output = scoring.identity(llm), Path(args.output)
+        rows = begin()
+        if output.is_file():
+            scoring.write_manifest(output, known)
+        summary = scoring.run(llm, lines, rows, known["sha256"])
+        if output.is_file():
+            scoring.write_manifest(output, known, summary)
     print(summary.describe(), file=sys.stderr)
     return 1 if summary.failed else 0
 

@@ -5,9 +5,11 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from converters.readers.digest import Stamp, stamp
 from converters.readers.mediapipe import lora as mediapipe
 from converters.readers.mediapipe.container import is_container
 from converters.readers.peft import CONFIG, AdapterFile, open_adapter
@@ -42,6 +44,11 @@ class LoraSource:
     rank: int | None = None
     rslora: bool = False
     restore_o: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All but the path, where it says anything."""
+        return {f.name: v for f in dataclasses.fields(self)[1:] if (v := getattr(self, f.name)) not in (None, False)}
 
 
 AnyLora = str | Path | LoraSource
@@ -82,11 +89,15 @@ class Adapter:
 
     Attributes:
       path: where it was read from.
+      files: its weights and configuration, as they were when they were opened.
+      options: what its files left open, as the ``LoraSource`` says it.
       deltas: by the parameter they change (``layers.0.attn.q.weight``); those of a module that the checkpoint has
         fused share their A.
     """
 
     path: Path
+    files: tuple[Stamp, ...]
+    options: Mapping[str, Any]
     deltas: Mapping[str, Delta]
 
 
@@ -149,7 +160,7 @@ def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfi
             stacklevel=3,
         )
     _warn_of_zeros(file.path, deltas)
-    return Adapter(file.path, deltas)
+    return Adapter(file.path, file.files, source.options, deltas)
 
 
 def _from_mediapipe(source: LoraSource, config: DecoderConfig) -> Adapter:
@@ -160,6 +171,7 @@ def _from_mediapipe(source: LoraSource, config: DecoderConfig) -> Adapter:
             "runtime computes"
         )
     shapes = parameter_shapes(config)
+    files = (stamp(path),)
     try:
         factors = mediapipe.read(path, shapes)
     except CheckpointError as error:
@@ -173,7 +185,7 @@ def _from_mediapipe(source: LoraSource, config: DecoderConfig) -> Adapter:
         scale = source.alpha / (rank**0.5 if source.rslora else rank)
         deltas[f"layers.{layer}.attn.{module}.weight"] = Delta(restored.a, restored.b, scale)
     _warn_of_zeros(path, deltas)
-    return Adapter(path, deltas)
+    return Adapter(path, files, source.options, deltas)
 
 
 def _settings(source: LoraSource, file: AdapterFile) -> LoraConfig:

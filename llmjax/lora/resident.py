@@ -8,7 +8,7 @@ import jax
 from llmjax.errors import LoraError
 from llmjax.lora.adapter import AnyLora, read_adapter
 from llmjax.lora.apply import Lora, stacked, with_loras
-from llmjax.model import Model
+from llmjax.model import AdapterOrigin, Model, Origin
 
 
 def with_adapters(model: Model, loras: Mapping[str, AnyLora]) -> Model:
@@ -19,7 +19,12 @@ def with_adapters(model: Model, loras: Mapping[str, AnyLora]) -> Model:
     """
     if any(isinstance(leaf, Lora) for leaf in jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, Lora))):
         raise LoraError(f"{model.path}: loaded with an adapter beside its weights (lora); give that one a name as well")
-    adapters = [read_adapter(lora, model.architecture, model.config) for lora in loras.values()]
-    parameters = sorted({name for adapter in adapters for name in adapter.deltas})
-    beside = {name: stacked([adapter.deltas.get(name) for adapter in adapters]) for name in parameters}
-    return dataclasses.replace(model, params=with_loras(model.params, beside))
+    adapters = {name: read_adapter(lora, model.architecture, model.config) for name, lora in loras.items()}
+    parameters = sorted({name for adapter in adapters.values() for name in adapter.deltas})
+    beside = {name: stacked([adapter.deltas.get(name) for adapter in adapters.values()]) for name in parameters}
+    params = with_loras(model.params, beside)
+    origin = model.origin if model.origin and model.origin.made(model.params) else None
+    if origin is not None:
+        resident = tuple(AdapterOrigin(name, "unmerged", a.options, a.files) for name, a in adapters.items())
+        origin = Origin(params, origin.files, origin.quantize, (*origin.adapters, *resident))
+    return dataclasses.replace(model, params=params, origin=origin)

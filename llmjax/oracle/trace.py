@@ -14,7 +14,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.errors import RequestError
 from llmjax.model import Model, check_ids
 from llmjax.models.context import TAP, Context
@@ -35,7 +35,7 @@ class Trace:
     Attributes:
       activations: float32 arrays without the batch dimension: ``[T, D]``, heads ``[T, N, H]``, ``probs`` ``[N, T, T]``,
         ``logits`` ``[T, V]``.
-      manifest: model, token ids, profile, versions, device.
+      manifest: what was traced and on what (``llmjax.checkpoint.identity``), token ids and taps.
     """
 
     activations: dict[str, np.ndarray]
@@ -116,15 +116,9 @@ def _order(name: str) -> list[tuple[int, int | str]]:
 
 def _manifest(model: Model, ids: np.ndarray, globs: list[str]) -> dict[str, Any]:
     return {
-        "model": str(model.path),
-        "model_type": model.architecture.model_type,
-        "tokenizer_sha256": model.tokenizer.fingerprint() if model.tokenizer else None,
+        **model_facts(model),
+        **runtime_facts(),
         "token_ids": ids.tolist(),
         "token_ids_sha256": hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest(),
-        "numerics": model.numerics.label,
-        "stored_dtype": str(model.params["embed"]["weight"].dtype),
         "taps": globs,
-        "llmjax": version("llmjax"),
-        "jax": jax.__version__,
-        "device": str(jax.devices()[0].device_kind),
     }

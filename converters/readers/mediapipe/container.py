@@ -91,6 +91,7 @@ class BinFile:
     def __init__(self, path: Path):
         self.path = path
         self._file = MappedFile(path)
+        self.stamp = self._file.stamp
         self.entries: dict[str, Entry] = {}
         self.numbers: dict[str, int] = {}
         self._places: dict[str, int] = {}

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from converters.readers.digest import Stamp
 from converters.readers.mediapipe import layout
 from converters.readers.mediapipe import parameters as parameters_lib
 from converters.readers.mediapipe.container import (
@@ -50,6 +51,7 @@ class MediapipeSource:
         self.generation_config: dict[str, Any] | None = None
         self.metadata: dict[str, Any] = {}
         self._file = BinFile(path)
+        self.files: tuple[Stamp, ...] = (self._file.stamp,)
         if LORA_RANK in self._file.numbers:
             raise CheckpointError(
                 f"{path}: LoRA weights of rank {self._file.numbers[LORA_RANK]}, expected a model; "

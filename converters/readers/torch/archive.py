@@ -37,6 +37,7 @@ class TorchFile:
     def __init__(self, path: Path):
         self.path = path
         self._file = MappedFile(path)
+        self.stamp = self._file.stamp
         self._check_magic()
         self._entries = self._read_directory()
         pickles = [name for name in self._entries if name.endswith("/data.pkl")]

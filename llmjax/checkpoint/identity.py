@@ -1,0 +1,178 @@
+"""What a result came from, by name: every output says it, and a job goes on only where it is the same.
+
+``model_facts`` and ``runtime_facts`` together are the manifest of a trace, and what batches, scores and benchmarks
+record.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from converters.readers import digest
+from llmjax.lora.apply import Lora
+from llmjax.model import Model
+from llmjax.models.tree import canonical
+from llmjax.quant.qtensor import QTensor
+from llmjax.quant.schemes import Recipe, role_of
+
+# The hashes of arrays, by id, while they live: JAX's arrays never change.
+_known: dict[int, tuple[weakref.ref[jax.Array], str]] = {}
+
+
+def model_facts(model: Model) -> dict[str, Any]:
+    """Everything that fixes what a model computes, as JSON would hold it.
+
+    ``model``
+        its path, for people: nothing hangs on it.
+    ``model_type``, ``config``, ``eos_ids``
+        the configuration as it is used, whatever overrode the checkpoint's own.
+    ``weights_sha256``, ``weights_from``
+        over all bytes of what the weights were read from (``converters.readers.digest.sha256``), from ``files``; or of
+        the arrays themselves, from ``memory``, where they were not read from files, or these have changed since.
+    ``adapters``
+        of each ``name``, ``sha256`` of its files, ``mode`` and what its files left open.
+    ``dtype``, ``quantization``, ``stored``
+        of most unquantized weights; the scheme of quantized ones, by role where there are several, or None; the number
+        of weights of each kind.
+    ``numerics``
+        the profile.
+    ``tokenizer_sha256``, ``chat_template_sha256``
+        None where there is none.
+    """
+    tokenizer = model.tokenizer
+    origin = model.origin if model.origin and model.origin.made(model.params) else None
+    sha = digest.sha256(origin.files) if origin else None
+    adapters = [
+        {"name": a.name, "sha256": digest.sha256(a.files), "mode": a.mode, **a.options}
+        for a in (origin.adapters if origin else ())
+    ]
+    in_files = sha is not None and all(a["sha256"] for a in adapters)
+    kinds = stored(model)
+    floats = [kind for kind in kinds if not kind.startswith("int")]
+    facts = {
+        "model": str(model.path),
+        "model_type": model.architecture.model_type,
+        "weights_sha256": sha if in_files else _arrays_sha256(model.params),
+        "weights_from": "files" if in_files else "memory",
+        "adapters": adapters,
+        "config": dataclasses.asdict(model.config),
+        "eos_ids": model.eos_ids,
+        "dtype": max(floats, key=lambda kind: kinds[kind]),
+        "quantization": _quantization(model, origin.quantize if origin else None),
+        "stored": kinds,
+        "numerics": model.numerics.label,
+        "tokenizer_sha256": tokenizer and _sha256([tokenizer.fingerprint(), tokenizer.stop]),
+        "chat_template_sha256": tokenizer
+        and tokenizer.chat_template
+        and _sha256([tokenizer.chat_template, tokenizer.special]),
+    }
+    return json.loads(json.dumps(facts, default=str))
+
+
+def runtime_facts() -> dict[str, Any]:
+    """What computes: llmjax under what, and on which machine; compiled programs differ with the processor."""
+    device = jax.devices()[0]
+    versions = {name: importlib.metadata.version(name) for name in ("llmjax", "jax", "jaxlib")}
+    return {
+        "runtime": "llmjax",
+        "runtime_version": versions["llmjax"],
+        "versions": versions,
+        "platform": device.platform,
+        "device": device.device_kind,
+        "cpu": _processor(),
+    }
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Where two identities differ, a line a field."""
+    for name in sorted({*old, *new}):
+        before, now = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            yield from differences(before, now, f"{prefix}{name}.")
+        elif before != now:
+            yield f"{prefix}{name}: was {_shown(before)}, now {_shown(now)}"
+
+
+def stored(model: Model) -> dict[str, int]:
+    """The kinds of weights there are, dtypes and schemes of quantized ones, and how many weights are of each."""
+    kinds: Counter[str] = Counter()
+    for leaf in jax.tree.leaves(model.params, is_leaf=_is_packed):
+        kinds[leaf.scheme if isinstance(leaf, QTensor) else str(leaf.dtype)] += int(np.prod(leaf.shape))
+    return dict(sorted(kinds.items()))
+
+
+def _quantization(model: Model, recipe: Recipe | None) -> Any:
+    roles: dict[str, set[str]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+        model.params, is_leaf=lambda x: isinstance(x, QTensor | Lora)
+    ):
+        name = canonical(path)
+        if role := role_of(name):
+            # A recipe also says how scales were found, which a weight does not.
+            scheme = (str(recipe.scheme(name)) if recipe else leaf.scheme) if isinstance(leaf, QTensor) else "float"
+            roles.setdefault(role, set()).add(scheme)
+    found = {role: ", ".join(sorted(schemes)) for role, schemes in sorted(roles.items())}
+    same = set(found.values())
+    return found if len(same) > 1 else None if same == {"float"} else same.pop()
+
+
+def _is_packed(x: Any) -> bool:
+    return isinstance(x, QTensor)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:24]}..."
+
+
+def _sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _arrays_sha256(params: Any) -> str:
+    """Over the name, shape, dtype and SHA-256 of every array, and how quantized ones are to be read."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    with ThreadPoolExecutor(4) as pool:
+        hashes = pool.map(lambda item: _array_sha256(item[1]), leaves)
+    lines = [
+        f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {sha}"
+        for (path, leaf), sha in zip(leaves, hashes, strict=True)
+    ]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_packed):
+        if isinstance(leaf, QTensor):
+            lines.append(f"{jax.tree_util.keystr(path)} {leaf.bits} {leaf.zero}")
+    return _sha256(lines)
+
+
+def _array_sha256(array: Any) -> str:
+    key = id(array)
+    if (known := _known.get(key)) and known[0]() is array:
+        return known[1]
+    # On the CPU nothing is copied; an array of another device keeps what NumPy was given of it.
+    shown = jnp.copy(array) if jax.default_backend() != "cpu" else array
+    sha = hashlib.sha256(np.ascontiguousarray(shown).reshape(-1).view(np.uint8).data).hexdigest()
+    if isinstance(array, jax.Array):
+        _known[key] = weakref.ref(array, lambda _: _known.pop(key, None)), sha
+    return sha
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
