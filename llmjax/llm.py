@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,13 +15,13 @@ from llmjax.checkpoint.loading import load
 from llmjax.errors import RequestError, TokenizerError, TooLongError
 from llmjax.lora.adapter import AnyLora
 from llmjax.lora.resident import with_adapters
-from llmjax.model import Model, check_ids
+from llmjax.model import Model, check_ids, outside
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine, Update
 from llmjax.runtime.logits import LogitsProcessor, bad_word_ids, row_controls
 from llmjax.runtime.outputs import RequestOutput, Score
 from llmjax.runtime.params import SamplingParams
-from llmjax.runtime.row import Request
+from llmjax.runtime.row import Request, special_stops
 from llmjax.runtime.samples import Samples
 from llmjax.runtime.sampling import row_seed
 from llmjax.text.tokenizer import Tokenizer
@@ -124,7 +125,7 @@ class LLM:
         Raises:
           RequestError: an empty prompt, one longer than the context, ids outside the vocabulary, or bad words that
             leave nothing.
-          TokenizerError: text, or bad words, for a model without a tokenizer.
+          TokenizerError: text, stop strings or bad words for a model without a tokenizer.
         """
         params = params or SamplingParams()
         self._check_lora(lora)
@@ -144,12 +145,21 @@ class LLM:
             ids = bos + ids[len(ids) - (context - room) + len(bos) :]
         check_ids(ids, self.model, "prompt")
         self._warn_without_bos(ids)
-        for token in params.stop_token_ids:
-            if token >= self.model.config.vocab_size:
-                raise RequestError(
-                    f"stop_token_ids: {token} is outside the vocabulary (0 to {self.model.config.vocab_size - 1})"
-                )
+        if params.stop:
+            named = special_stops(self.tokenizer, params.stop)
+            params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *named))
         bad_words = bad_word_ids(self.tokenizer, params.bad_words) if params.bad_words else ()
+        used = {
+            "stop_token_ids": params.stop_token_ids,
+            "bad_words": itertools.chain(*bad_words),
+            "allowed_token_ids": params.allowed_token_ids or (),
+            "logit_bias": params.logit_bias or (),
+            "forced": forced,
+        }
+        for name, tokens in used.items():
+            for token in tokens:
+                if token >= self.model.config.vocab_size:
+                    raise RequestError(f"{name}: {outside(token, self.model)}")
         row_controls(params, bad_words, self.model.config.vocab_size)
         if self.model.tokenizer and not params.ignore_eos:
             params = dataclasses.replace(params, stop=(*params.stop, *self.model.tokenizer.stop))

@@ -160,7 +160,13 @@ def check_ids(ids: Sequence[int], model: Model, what: str) -> np.ndarray:
         raise RequestError(f"{what}: {len(array)} tokens, longer than the model's context of {model.context_length}")
     wrong = array[(array < 0) | (array >= model.config.vocab_size)]
     if wrong.size:
-        raise RequestError(
-            f"{what}: token id {wrong[0]} is outside the vocabulary (0 to {model.config.vocab_size - 1})"
-        )
+        raise RequestError(f"{what}: token id {outside(int(wrong[0]), model)}")
     return array.astype(np.int32)
+
+
+def outside(token: int, model: Model) -> str:
+    """Says of a token that the model does not have it, with its text where the tokenizer does."""
+    text = model.tokenizer.piece(token) if model.tokenizer else ""
+    name = f" ({text!r})" if text else ""
+    why = ": the tokenizer has it, the model's embedding no row for it" if text else ""
+    return f"{token}{name} is outside the vocabulary (0 to {model.config.vocab_size - 1}){why}"

@@ -18,9 +18,10 @@ from converters.readers.llmjax_directory import PARTS, VERSION, WEIGHTS, LlmjaxS
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.opening import open_source
 from converters.readers.source import Source
+from llmjax.checkpoint.ends import end_tokens
 from llmjax.checkpoint.loading import check_dtype, find_model, fitting_plan, read_override, read_tokenizer
 from llmjax.checkpoint.parameters import Parameter, read_all
-from llmjax.checkpoint.plan import Plan, describe
+from llmjax.checkpoint.plan import Override, Plan, describe
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
 from llmjax.errors import CheckpointError, ConfigError
 from llmjax.lora import merge as merging
@@ -102,7 +103,7 @@ def convert(
                 stored = _write_hf(folder, parameters, plan, report, made_from)
                 facts = {k: v for k, v in facts.items() if k not in ("dtype", "torch_dtype")} | {"dtype": stored}
             _write_json(folder / "config.json", facts)
-            _write_tokenizer(opened, folder)
+            _write_tokenizer(opened, folder, override)
         if merge.survivals:
             warnings.warn(f"{destination}: {merging.describe(merge.survivals)}", stacklevel=2)
     finally:
@@ -210,20 +211,24 @@ def _joined(parts: dict[str, np.ndarray], files: tuple[str, ...], names: Any) ->
         yield name, rows[i * shape[0] : (i + 1) * shape[0]]
 
 
-def _write_tokenizer(source: Source, folder: Path) -> None:
+def _write_tokenizer(source: Source, folder: Path, override: Override) -> None:
     if isinstance(source, MediapipeSource) and source.vocabulary:
         (folder / "tokenizer.model").write_bytes(source.vocabulary)
     elif source.format != "gguf":
         for name in export.FILES:
             if (source.directory / name).is_file():
                 shutil.copyfile(source.directory / name, folder / name)
+        if override and "eos_token_id" in override:  # it wins over the file that was copied
+            ends = {"eos_token_id": list(end_tokens(source, None, override))}
+            _write_json(folder / "generation_config.json", {**(source.generation_config or {}), **ends})
         return
     tokenizer = read_tokenizer(source)
     if tokenizer is not None:
         if isinstance(tokenizer, MediapipeTokenizer) and isinstance(source, MediapipeSource) and source.vocabulary:
             tokenizer = for_transformers(tokenizer, source.vocabulary)
         export.save(tokenizer, folder)
-        _write_json(folder / "generation_config.json", {"eos_token_id": list(tokenizer.eos_ids)})
+        ends = {"eos_token_id": list(end_tokens(source, tokenizer, override))}
+        _write_json(folder / "generation_config.json", ends)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from converters.readers.opening import open_source
 from converters.readers.source import Source, TensorSpec
 from llmjax.checkpoint import bundles
 from llmjax.checkpoint.bundles import BundleReport
+from llmjax.checkpoint.ends import end_tokens
 from llmjax.checkpoint.loading import find_model, read_tokenizer
 from llmjax.checkpoint.parameters import is_packed
 from llmjax.checkpoint.plan import Plan, describe, make_plan
@@ -31,7 +32,8 @@ class Report:
       parameters: number of parameters, a tied head counted once; None where unknown.
       tensors: each with ``name, shape, dtype, nbytes``, the parameters it fills (``fills``) and what it is kept as in
         memory (``kept``: ``packed``, or a dtype).
-      tokenizer: its facts, None where there is none.
+      tokenizer: its facts, None where there is none.  Tokens that the embedding has no row for are in ``without_row``:
+        they cannot be used.
     """
 
     path: str
@@ -62,7 +64,7 @@ class Report:
         if self.config:
             lines += ["", "config", *(f"  {k:24} {v}" for k, v in self.config.items())]
         if self.tokenizer:
-            lines += ["", "tokenizer", *(f"  {k:24} {v}" for k, v in self.tokenizer.items())]
+            lines += ["", "tokenizer", *(f"  {k:24} {v!s:.200}" for k, v in self.tokenizer.items())]
         lines += ["", "tensors"]
         width = max((len(t["name"]) for t in self.tensors), default=0)
         for t in self.tensors:
@@ -101,20 +103,20 @@ def _report(source: Source) -> Report:
     tokenizer = None
     try:
         found = read_tokenizer(source)
+        ends = end_tokens(source, found)
         if found is not None:
             tokenizer = {
                 "kind": found.kind,
                 "vocab_size": found.vocab_size,
                 "bos_id": found.bos_id,
-                "eos_ids": list(found.eos_ids),
+                "eos_ids": list(ends),
                 "add_bos": found.add_bos,
                 "chat_template": found.chat_template is not None,
             }
             if plan and found.vocab_size > plan.config.vocab_size:
-                raise TokenizerError(
-                    f"the tokenizer has {found.vocab_size} tokens, the embedding {plan.config.vocab_size} rows"
-                )
-    except TokenizerError as error:
+                beyond = range(plan.config.vocab_size, found.vocab_size)
+                tokenizer["without_row"] = {found.piece(i): i for i in beyond}
+    except (ConfigError, TokenizerError) as error:
         problems.append(str(error))
     return Report(
         path=str(source.path),

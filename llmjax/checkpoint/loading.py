@@ -16,10 +16,11 @@ from converters.readers.opening import open_source
 from converters.readers.source import Source
 from llmjax import configs
 from llmjax import numerics as numerics_lib
+from llmjax.checkpoint.ends import end_tokens
 from llmjax.checkpoint.mediapipe_config import emulated, find
 from llmjax.checkpoint.parameters import Parameter, is_packed, made, random_rows, read_all
 from llmjax.checkpoint.plan import Override, Plan, make_plan
-from llmjax.errors import CheckpointError, ConfigError, LoraError, TokenizerError
+from llmjax.errors import CheckpointError, ConfigError, LoraError
 from llmjax.lora import merge as merging
 from llmjax.lora.adapter import AnyLora, read_adapter
 from llmjax.lora.apply import beside, with_loras
@@ -76,7 +77,7 @@ def load(
       check_finite: refuse weights that are NaN or infinite (reads every value once more).
       random_weights: for ``config:NAME`` alone: build the full-size model with random weights instead of reading any.
       config: keys of a ``config.json`` that win over the checkpoint's own, or a whole one (with ``model_type``): a
-        mapping, a JSON file or ``config:NAME``.
+        mapping, a JSON file or ``config:NAME``.  ``eos_token_id`` wins over ``generation_config.json``, too.
 
     Raises:
       CheckpointError: the file is missing, damaged, or its tensors do not fit its configuration; all such problems at
@@ -102,11 +103,7 @@ def load(
         plan = fitting_plan(source, recipe, override)
         computed = emulated(plan.config, numerics, str(source.path))
         tokenizer = read_tokenizer(source)
-        if tokenizer is not None and tokenizer.vocab_size > plan.config.vocab_size:
-            raise TokenizerError(
-                f"{source.path}: the tokenizer has {tokenizer.vocab_size} tokens, the model's embedding only "
-                f"{plan.config.vocab_size} rows; the tokenizer files belong to another model"
-            )
+        eos_ids = end_tokens(source, tokenizer, override)
         adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
         merge = merging.Merge(adapter.deltas if adapter else {}, lora_mode, numerics)
         params: dict[str, Any] = {}
@@ -127,7 +124,7 @@ def load(
         params=params,
         numerics=_numerics(numerics, params, source.path),
         tokenizer=tokenizer,
-        eos_ids=_eos_ids(source, tokenizer),
+        eos_ids=eos_ids,
         path=source.path,
         lora=adapter.path if adapter else None,
         origin=Origin(params, source.files, recipe, adapters),
@@ -263,14 +260,6 @@ def _mediapipe_tokenizer(source: MediapipeSource) -> Tokenizer | None:
         stop=tokens.stop_tokens,
         bytes_to_unicode=kind.bytes_to_unicode,
     )
-
-
-def _eos_ids(source: Source, tokenizer: Tokenizer | None) -> tuple[int, ...]:
-    """The tokenizer's, and those of generation_config.json or, without one, of config.json (as transformers does)."""
-    config = source.config if source.generation_config is None else source.generation_config
-    found = config.get("eos_token_id")
-    ids = [found] if isinstance(found, int) else found or []
-    return tuple(sorted({*ids, *(tokenizer.eos_ids if tokenizer else ())}))
 
 
 def _put(tree: dict[str, Any], name: str, leaf: Parameter) -> None:

@@ -27,8 +27,10 @@ class SamplingParams:
       min_p: keep candidates at least this fraction as probable as the best; in [0, 1].
       seed: 0 to 2**64 - 1.  None: derived from the job's seed and the row's id; every result names the seed it used.
       max_tokens: most tokens to generate; None for as many as the context holds.
-      min_tokens: no end-of-text or stop token before this many.
-      stop: strings that end the text; cut from it, wherever the token borders fall.
+      min_tokens: nothing ends the text before this many: no end-of-text or stop token is drawn, and a stop string that
+        is whole by then is text like any other.
+      stop: strings that end the text; cut from it, wherever the token borders fall.  One that is the text of a special
+        token, which a generated text never shows, means that token: it joins ``stop_token_ids``.
       stop_token_ids: tokens that end the text, beside the model's own.
       ignore_eos: do not stop at the model's end-of-text tokens.
       logprobs: report this many most likely tokens at each step (at most 20) under the model's own logits, before bars,

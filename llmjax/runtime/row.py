@@ -1,6 +1,7 @@
 """One row of a batch on the host: its text as tokens arrive, and the stop strings in it."""
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 
 from llmjax.runtime.outputs import CompletionOutput
@@ -35,6 +36,22 @@ class Request:
     lora: str | None = None
 
 
+def special_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> list[int]:
+    """Special tokens that stop strings name: a text never shows them, so the strings alone would end nothing."""
+    found = []
+    for stop in stops:
+        token = tokenizer.special_tokens.get(stop)
+        if token is not None:
+            found.append(token)
+        elif inner := next((text for text in tokenizer.special_tokens if text in stop), None):
+            warnings.warn(
+                f"stop: {stop!r} holds the special token {inner!r}, which a text never shows, so it will not be found; "
+                f"stop at {inner!r} alone",
+                stacklevel=4,
+            )
+    return found
+
+
 class Row:
     """Collects a request's tokens and text and decides when it is finished.
 
@@ -61,6 +78,11 @@ class Row:
         """Tokens still to be imposed."""
         return self.request.forced[len(self._token_ids) :]
 
+    @property
+    def _may_end(self) -> bool:
+        """Whether ``min_tokens`` lets the newest token end the row."""
+        return len(self._token_ids) > self.request.params.min_tokens
+
     def push(self, token: int, logprob: float, alternatives: dict[int, float]) -> str:
         """Takes the next token; returns text that can no longer change (a possible beginning of a stop string is held
         back)."""
@@ -68,10 +90,9 @@ class Row:
         self._token_ids.append(token)
         self._logprobs.append(logprob)
         self._alternatives.append({**alternatives, token: logprob})
-        ends = len(self._token_ids) > params.min_tokens
-        if ends and token in params.stop_token_ids:
+        if self._may_end and token in params.stop_token_ids:
             self._finish("stop", token)
-        elif ends and token in self._eos:
+        elif self._may_end and token in self._eos:
             self._finish("stop", None)
         else:
             if self._detokenizer is not None:
@@ -86,11 +107,11 @@ class Row:
             self._append(self._detokenizer.flush())
 
     def _append(self, piece: str) -> None:
-        stops = self.request.params.stop
-        longest = max(map(len, stops), default=1)
-        searched = max(0, len(self._text) - longest + 1)
+        before = len(self._text)
         self._text += piece
-        found = [(at, s) for s in stops if (at := self._text.find(s, searched)) >= 0]
+        stops = self.request.params.stop if self._may_end else ()
+        # As in vLLM, what was whole while nothing could end the row stays text: a stop string ends in the new piece.
+        found = [(at, s) for s in stops if (at := self._text.find(s, max(0, before - len(s) + 1))) >= 0]
         if found:
             at, stop = min(found)
             self._text = self._text[:at]

@@ -26,9 +26,13 @@ def render(
 ) -> str:
     """Renders a conversation.
 
+    Content that is a list of text parts reaches a template that reads parts as such a list, and any other as one
+    string, the parts on lines of their own (as in vLLM and llama.cpp).  Which of the two it is shows message by message
+    when the template runs: it has read a list if it has taken the text of every part.
+
     Args:
       template: Jinja source.
-      messages: each with ``role`` and ``content``.
+      messages: each with ``role`` and ``content``: a string, or parts ``{"type": "text", "text": ...}``.
       variables: what else the template may name.
       where: the template's file, for messages.
 
@@ -46,8 +50,10 @@ def render(
         raise TokenizerError(
             f"{where}: the chat template is broken{f' in line {line}' if line else ''}: {error}"
         ) from None
+    plain, names = _plain(messages), _plain(names)
     try:
-        return compiled.render(messages=_plain(messages), **{name: _plain(value) for name, value in names.items()})
+        _join_unread(compiled, plain, names)
+        return compiled.render(messages=plain, **names)
     except _Refused as error:
         raise RequestError(f"messages: the chat template refuses them: {error}") from None
     except jinja2.sandbox.SecurityError as error:
@@ -73,10 +79,46 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
         content = message.get("content")
         if content is None and "tool_calls" in message:
             continue
-        parts = isinstance(content, list) and all(isinstance(part, Mapping) for part in content)
-        if not isinstance(content, str) and not parts:
+        parts = content if isinstance(content, list | tuple) else None
+        if not isinstance(content, str) and (not parts or not all(isinstance(part, Mapping) for part in parts)):
             found = repr(content)[:80] if "content" in message else "none"
             raise RequestError(f"messages[{i}].content: expected a string or a list of parts, found {found}")
+        for j, part in enumerate(parts or ()):
+            where = f"messages[{i}].content[{j}]"
+            if part.get("type") != "text":
+                raise RequestError(
+                    f"{where}.type: expected 'text', all that the model reads, found {part.get('type')!r:.80}"
+                )
+            if not isinstance(part.get("text"), str):
+                raise RequestError(f"{where}.text: expected a string, found {part.get('text')!r:.80}")
+
+
+class _Part(dict[str, Any]):
+    """A part of a message that notes when its text is read."""
+
+    _read = False
+
+    def __getitem__(self, key: str) -> Any:
+        self._read |= key == "text"
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+
+def _join_unread(template: jinja2.Template, messages: list[dict[str, Any]], names: Mapping[str, Any]) -> None:
+    """Makes strings of the lists of parts that the template does not read as such."""
+    parts = {i: list(map(_Part, m["content"])) for i, m in enumerate(messages) if isinstance(m.get("content"), list)}
+    if not parts:
+        return
+    try:
+        watched = [{**m, "content": parts[i]} if i in parts else m for i, m in enumerate(messages)]
+        template.render(messages=watched, **names)
+        read = {i for i, found in parts.items() if all(part._read for part in found)}
+    except Exception:  # it wants strings, or else fails again with them
+        read = set()
+    for i in parts.keys() - read:
+        messages[i]["content"] = "\n".join(part["text"] for part in parts[i])
 
 
 def _plain(value: Any) -> Any:

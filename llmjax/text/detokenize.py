@@ -54,9 +54,9 @@ class ByteStream:
 class PieceStream:
     """For SentencePiece-type decoders.
 
-    Their rule for byte tokens: a whole run of them is valid UTF-8, or every byte of the run becomes
-    one replacement character.  So a run's text is certain only when the run ends, and is held back
-    until then.
+    Their rule for byte tokens is SentencePiece's own: whole characters stay, and every byte that is part of none
+    becomes one replacement character.  (The `tokenizers` library, and so transformers, replaces a whole run of byte
+    tokens if any byte of it is invalid, so that a character in it were certain only when the run ends.)
 
     Args:
       piece: an id's text or byte, or None where it contributes nothing (it then ends no run).
@@ -66,7 +66,7 @@ class PieceStream:
     def __init__(self, piece: Callable[[int], str | bytes | None], strip: int):
         self._piece = piece
         self._strip = strip
-        self._run = bytearray()
+        self._bytes = b""  # the beginning of a character
 
     def push(self, token: int) -> str:
         """See ``IncrementalDetokenizer``."""
@@ -74,20 +74,25 @@ class PieceStream:
         if piece is None:
             return ""
         if isinstance(piece, bytes):
-            self._run += piece
-            return ""
-        return self._stripped(self._end_run() + piece)
+            return self._stripped(self._decoded(piece, final=False))
+        return self._stripped(self._decoded(b"", final=True) + piece)
 
     def flush(self) -> str:
         """See ``IncrementalDetokenizer``."""
-        return self._stripped(self._end_run())
+        return self._stripped(self._decoded(b"", final=True))
 
-    def _end_run(self) -> str:
-        run, self._run = self._run, bytearray()
-        try:
-            return run.decode()
-        except UnicodeDecodeError:
-            return "\ufffd" * len(run)
+    def _decoded(self, more: bytes, final: bool) -> str:
+        """What is certain of the bytes held back and of ``more``."""
+        text, self._bytes = "", self._bytes + more
+        while True:
+            try:
+                whole, used = codecs.utf_8_decode(self._bytes, "strict", final)
+            except UnicodeDecodeError as error:
+                text += self._bytes[: error.start].decode() + "\ufffd" * (error.end - error.start)
+                self._bytes = self._bytes[error.end :]
+            else:
+                self._bytes = self._bytes[used:]
+                return text + whole
 
     def _stripped(self, text: str) -> str:
         while self._strip and text:

@@ -19,9 +19,16 @@ from llmjax.text.sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vo
 from llmjax.text.tokenizer import Tokenizer, add_tokens, load_backend
 
 _IDS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+_END_IDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
-# Models are trained to end a turn with these, and llama.cpp, too, ends there although no key says so.
-_TURN_ENDS = ("<end_of_turn>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>")
+# Models end texts, turns and calls with these, code models files and repositories.  No key says so, and types are often
+# wrong: llama.cpp goes by the same names, and makes them special.
+_ENDS = frozenset(
+    "</s> <eos> [EOS] <|endoftext|> <|end_of_text|> <end_of_turn> <turn|> <end_of_utterance> <|eot_id|> <|eom_id|> "
+    "<|im_end|> <|end|> <|return|> <|call|> <|calls|> <|flush|> <|tool_response> <EOT> _<EOT> ▁<EOT> [EOT] "
+    "<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD] <|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame> "
+    "<|file_sep|>".split()
+)
 # Phi-3's other special tokens swallow the white space behind them.  GGUF does not say so; llama.cpp goes by the name.
 _PHI3_KEEPS_SPACE = {"<unk>", "<s>", "<|endoftext|>"}
 # Of the other model, or of none; converters write them all the same.
@@ -39,9 +46,10 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
         )
     tokens = entries.strings("tokens")
     types = entries.numbers("token_type", len(tokens), default=NORMAL)
+    ends = _ends(tokens, str(metadata.get("general.architecture")))
+    types = [CONTROL if i in ends else kind for i, kind in enumerate(types)]
     defaults = _SENTENCEPIECE_IDS if model == "llama" else {}
-    names = ("bos", "eos", "unknown", "padding", "eot", "eom")
-    ids = {n: entries.token_id(f"{n}_token_id", len(tokens), defaults.get(n)) for n in names}
+    ids = {n: entries.token_id(f"{n}_token_id", len(tokens), defaults.get(n)) for n in (*_IDS, *_END_IDS[1:])}
     dummy_prefix = False
     if model == "llama":
         entries.expect_false("remove_extra_whitespaces")
@@ -65,13 +73,11 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
         merges = entries.strings("merges")
         backend = _byte_level(tokens, merges, types, kind, str(path))
         add_bos = kind.add_bos
-    named = {n: i for n, i in ids.items() if n in _IDS and i is not None}
-    special = {_IDS[n]: tokens[i] for n, i in named.items()}
+    special = {name: tokens[i] for n, name in _IDS.items() if (i := ids[n]) is not None}
     # As transformers does: what the file names is special even where its type does not say so.
-    untyped = [tokens[i] for i in named.values() if types[i] not in (CONTROL, UNKNOWN)]
+    untyped = [tokens[i] for i in ids.values() if i is not None and types[i] not in (CONTROL, UNKNOWN)]
     add_tokens(backend, [tokenizers.AddedToken(t, normalized=False) for t in untyped], special=True)
-    ends = {i for n in ("eos", "eot", "eom") if (i := ids[n]) is not None}
-    ends |= {i for i, t in enumerate(tokens) if t in _TURN_ENDS and types[i] == CONTROL}
+    ends |= {i for n in _END_IDS if (i := ids[n]) is not None}
     bos, eos = ids["bos"], ids["eos"]
     prefix = (bos,) if entries.flag("add_bos_token", add_bos) and bos is not None else ()
     suffix = (eos,) if entries.flag("add_eos_token", False) and eos is not None else ()
@@ -90,6 +96,16 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
         where=str(path),
         dummy_prefix=dummy_prefix,
     )
+
+
+def _ends(tokens: Sequence[str], architecture: str) -> set[int]:
+    """Tokens that end a text by their names."""
+    found = _ENDS.intersection(tokens)
+    if found & {"<|call|>", "<|calls|>"} and found & {"<|return|>", "<|flush|>"}:
+        found -= {"<|end|>"}  # there, of a message within the turn
+    if architecture.startswith("gemma"):
+        found -= {"</s>"}  # there, of struck-out text in HTML
+    return {i for i, token in enumerate(tokens) if token in found}
 
 
 class _Entries:

@@ -71,7 +71,7 @@ class Tokenizer:
         """
         if add_bos and self.bos_id is None:
             raise RequestError(f"add_bos: {self.where} has no BOS token; leave add_bos out")
-        if self.dummy_prefix and isinstance(text, str) and text and not text.startswith(self._special_strings):
+        if self.dummy_prefix and isinstance(text, str) and text and not text.startswith(tuple(self.special_tokens)):
             text = " " + text
         try:
             ids = self.backend.encode(text, add_special_tokens=False).ids
@@ -84,7 +84,9 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of ``ids``, as transformers gives it without ``clean_up_tokenization_spaces``.
 
-        Ids from ``vocab_size`` on (embeddings of real models have padding rows) decode to nothing.
+        Ids from ``vocab_size`` on (embeddings of real models have padding rows) decode to nothing.  Of byte tokens that
+        are not valid UTF-8 more is kept than transformers keeps (``llmjax.text.detokenize.PieceStream``), so that a
+        text can be shown while it grows.
 
         Raises:
           RequestError: an id is negative.
@@ -92,7 +94,11 @@ class Tokenizer:
         known = [int(i) for i in ids if i < self.vocab_size]
         if min(known, default=0) < 0:
             raise RequestError(f"ids: expected token ids from 0 on, found {min(known)}")
-        return self.backend.decode(known, skip_special_tokens=skip_special_tokens)
+        form, strip = self._decoder
+        if form != "pieces":
+            return self.backend.decode(known, skip_special_tokens=skip_special_tokens)
+        stream = detokenize.PieceStream(self._part if skip_special_tokens else self._any_part, strip)
+        return "".join(map(stream.push, known)) + stream.flush()
 
     def piece(self, token: int) -> str:
         """The vocabulary's entry as stored; empty for an id it does not know."""
@@ -176,13 +182,16 @@ class Tokenizer:
         return frozenset(i for i, t in added.items() if t.special or t.content in named)
 
     @functools.cached_property
-    def _special_strings(self) -> tuple[str, ...]:
-        return tuple(self.piece(i) for i in self._special_ids)
+    def special_tokens(self) -> Mapping[str, int]:
+        """Ids of the tokens that a decoded text leaves out, by their own text."""
+        return {text: i for i in sorted(self._special_ids) if (text := self.piece(i))}
 
     def _part(self, token: int) -> str | bytes | None:
-        if token in self._special_ids or not (piece := self.piece(token)):
-            return None
-        return detokenize.sentencepiece_piece(piece)
+        return None if token in self._special_ids else self._any_part(token)
+
+    def _any_part(self, token: int) -> str | bytes | None:
+        piece = self.piece(token)
+        return detokenize.sentencepiece_piece(piece) if piece else None
 
 
 def _not_text(text: Any) -> str:

@@ -99,6 +99,13 @@ def test_messages_the_template_did_not_expect():
         ([{"role": "user"}], r"messages\[0\].content: .*found none"),
         ([{"role": "user", "content": 5}], r"messages\[0\].content: .*found 5"),
         ([{"role": "user", "content": ["x"]}], r"messages\[0\].content: .*list of parts"),
+        ([{"role": "user", "content": []}], r"messages\[0\].content: .*list of parts, found \[\]"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {}}]}],
+            r"messages\[0\].content\[1\].type: expected 'text', .*found 'image_url'",
+        ),
+        ([{"role": "user", "content": [{"text": "x"}]}], r"messages\[0\].content\[0\].type: .*found None"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\].content\[0\].text: .*found None"),
     ],
 )
 def test_malformed_messages(messages, expected):
@@ -106,8 +113,49 @@ def test_malformed_messages(messages, expected):
         run("x", messages)
 
 
-def test_content_may_be_parts_or_absent_with_tool_calls():
-    assert (
-        run("{{ messages[0].content[0].text }}", [{"role": "user", "content": [{"type": "text", "text": "a"}]}]) == "a"
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}",
+        "{% for m in messages %}{{ '<' + m['content'] + '>' }}{% endfor %}",
+        "{% for m in messages %}{{ '<' ~ m.content | trim ~ '>' }}{% endfor %}",
+        "{% for m in messages %}<{{ m.content.split('</think>')[-1] }}>{% endfor %}",
+        # Qwen 3's.
+        "{% for m in messages %}{% set c = m.content if m.content is string else '' %}<{{ c }}>{% endfor %}",
+        "{% for m in messages %}{% if m.content is not string %}{{ raise_exception('no') }}{% endif %}"
+        "<{{ m.content }}>{% endfor %}",
+    ],
+)
+def test_parts_are_one_string_for_a_template_that_prints_content(template):
+    messages = [*USER, {"role": "user", "content": parts("a", "b")}, {"role": "user", "content": parts("c")}]
+    assert run(template, messages) == "<hi><a\nb><c>"
+
+
+def test_parts_stay_parts_for_a_template_that_reads_them():
+    # As Gemma 3's does, which takes the first part of a system message alone.
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}"
+        "{{ m.content if m.content is string else m.content[0].text }}|"
+        "{% elif m.content is string %}{{ m.content }}{% elif m.content is iterable %}"
+        "{% for p in m.content %}{% if p['type'] == 'text' %}({{ p['text'] }}){% endif %}{% endfor %}{% endif %}"
+        "{% endfor %}"
     )
+    user = {"role": "user", "content": parts("a", "b")}
+    assert run(template, [{"role": "system", "content": parts("s")}, user, *USER]) == "s|(a)(b)hi"
+    assert run(template, [{"role": "system", "content": parts("s", "t")}, user]) == "s\nt|(a)(b)"
+    assert run("{{ messages[0].content | map(attribute='text') | join('+') }}", [user]) == "a+b"
+    assert run("{% for p in messages[0].content %}{{ p.get('text') }}{{ p.x }}{% endfor %}", [user]) == "ab"
+    assert user == {"role": "user", "content": parts("a", "b")}
+
+
+def test_a_refusal_of_parts_has_the_templates_own_words():
+    with pytest.raises(RequestError, match="refuses them: never"):
+        run("{{ raise_exception('never') }}", [{"role": "user", "content": parts("a")}])
+
+
+def test_content_may_be_absent_with_tool_calls():
     assert run("ok", [{"role": "assistant", "content": None, "tool_calls": []}]) == "ok"

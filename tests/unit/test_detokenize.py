@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,14 +72,43 @@ def pieces(*entries, strip=0):
     return [stream.push(i) for i in range(len(parts))] + [stream.flush()]
 
 
-def test_a_run_of_byte_tokens_is_one_thing():
-    assert pieces("<0xC3>", "<0xA9>", "▁a") == ["", "", "é a", ""]
-    # The second byte of the run is bad, so the first ones, a whole é, are replaced, too.
-    assert pieces("<0xC3>", "<0xA9>", "<0xFF>") == ["", "", "", "\ufffd" * 3]
+def byte_pieces(data):
+    return pieces(*(f"<0x{b:02X}>" for b in data))
+
+
+def test_characters_of_byte_tokens_come_with_their_last_byte():
+    assert byte_pieces("\né😀日\n".encode()) == ["\n", "", "é", "", "", "", "😀", "", "", "日", "\n", ""]
+    assert pieces("<0xC3>", "<0xA9>", "▁a") == ["", "é", " a", ""]
+
+
+def test_bytes_of_no_character_are_replaced_one_by_one():
+    assert byte_pieces(b"\xc3\xa9\xff") == ["", "é", "\ufffd", ""]
+    assert byte_pieces(b"\xe2\x82A\xe2\x82") == ["", "", "\ufffd\ufffdA", "", "", "\ufffd\ufffd"]
+    assert pieces("<0xE2>", "<0x82>", "a") == ["", "", "\ufffd\ufffda", ""]
 
 
 def test_a_skipped_token_does_not_end_a_run():
-    assert pieces("<0xC3>", None, "<0xA9>") == ["", "", "", "é"]
+    assert pieces("<0xC3>", None, "<0xA9>") == ["", "", "é", ""]
+
+
+@given(data=st.data())
+def test_byte_tokens_decode_as_sentencepiece_decodes_them(data):
+    tokenizer = load("gemma_2b")
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(DATA / "gemma_2b/tokenizer.model"))
+    byte = [i for i in range(reference.get_piece_size()) if reference.is_byte(i)]
+    text = data.draw(st.text(max_size=6).map(str.encode) | st.binary(max_size=8))
+    ids = [byte[b] for b in text[: data.draw(st.integers(0, 20))] + data.draw(st.binary(max_size=3))]
+    assert tokenizer.decode(ids) == reference.decode(ids) == "".join(streamed(tokenizer, ids))
+
+
+@given(data=st.data())
+def test_text_is_what_the_library_decodes_unless_bytes_are_invalid(data):
+    tokenizer = load("gemma_2b")
+    ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=12))
+    for skip in True, False:
+        text = tokenizer.backend.decode(ids, skip_special_tokens=skip)
+        if "\ufffd" not in text:
+            assert tokenizer.decode(ids, skip_special_tokens=skip) == text
 
 
 def test_spaces_at_the_beginning():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import llmjax
-from llmjax import CheckpointError, ConfigError, TokenizerError, configs
+from llmjax import CheckpointError, ConfigError, RequestError, configs
+from llmjax.checkpoint.conversion import convert
+from llmjax.checkpoint.inspection import inspect
 from llmjax.models.registry import architectures, read_config
 from llmjax.models.tree import parameter_shapes
 from tests.parity import checkpoints, golden
@@ -140,12 +143,47 @@ def test_check_finite(folder, value):
     llmjax.load(folder)
 
 
-def test_a_tokenizer_of_another_model(folder, tmp_path):
-    source = golden.FOLDER.parent / "data/tokenizers/llama"
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((source / name).read_bytes())
-    with pytest.raises(TokenizerError, match="the tokenizer has 413 tokens, the model's embedding only 160 rows"):
-        llmjax.load(folder)
+def copy_tokenizer(name, folder):
+    source = golden.FOLDER.parent / "data/tokenizers" / name
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((source / file).read_bytes())
+
+
+def test_a_tokenizer_larger_than_the_embedding(folder, tmp_path):
+    m = meta("llama")
+    rows = [412, m["config"]["hidden_size"]]
+    shapes = m["shapes"] | {"model.embed_tokens.weight": rows, "lm_head.weight": rows}
+    folder = checkpoints.write(tmp_path / "larger", m["config"] | {"vocab_size": 412}, shapes, 0)
+    copy_tokenizer("llama", folder)
+    report = inspect(folder)
+    assert (report.supported, report.tokenizer["without_row"]) == (True, {"<|eot_id|>": 412})
+    assert re.search(r"without_row +\{'<\|eot_id\|>': 412\}", report.to_text())
+    llm = llmjax.LLM(folder)
+    assert llm.request("hello").ids == llm.tokenizer.encode("hello")
+    message = r"412 \('<\|eot_id\|>'\) is outside the vocabulary \(0 to 411\): the tokenizer has it"
+    for prompt in "a<|eot_id|>", [1, 412]:
+        with pytest.raises(RequestError, match=f"prompt: token id {message}"):
+            llm.request(prompt)
+    for field, value in {
+        "stop": "<|eot_id|>",
+        "stop_token_ids": [412],
+        "bad_words": "<|eot_id|>",
+        "allowed_token_ids": [412],
+        "logit_bias": {412: 1},
+    }.items():
+        name = "stop_token_ids" if field == "stop" else field
+        with pytest.raises(RequestError, match=f"{name}: {message}"):
+            llm.request([1], llmjax.SamplingParams(**{field: value}))
+    with pytest.raises(RequestError, match=f"forced: {message}"):
+        llm.request([1], forced=[412])
+    with pytest.raises(RequestError, match=f"text 0: token id {message}"):
+        llm.score("<|eot_id|>")
+    with pytest.raises(RequestError, match=f"row 0: token id {message}"):
+        llm.model.logits([[412]])
+    template = "{{ messages[0].content }}<|eot_id|>"
+    object.__setattr__(llm.tokenizer, "chat_template", template)
+    with pytest.raises(RequestError, match=f"prompt: token id {message}"):
+        llm.chat_request([{"role": "user", "content": "x"}])
 
 
 def test_every_end_of_text_token_counts(folder):
@@ -155,6 +193,39 @@ def test_every_end_of_text_token_counts(folder):
     config = json.loads((folder / "config.json").read_text()) | {"eos_token_id": 5}
     (folder / "config.json").write_text(json.dumps(config))
     assert llmjax.load(folder).eos_ids == (5,)
+    copy_tokenizer("llama", folder)
+    assert llmjax.load(folder).eos_ids == (5, 411)
+
+
+@pytest.mark.parametrize(("value", "ids"), [(7, (7,)), ([9, 4], (4, 9)), (-1, ()), (None, ()), ([], ()), ([-1], ())])
+def test_end_tokens_wherever_they_are_said(folder, value, ids):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    assert llmjax.load(folder).eos_ids == ids
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
+    assert llmjax.load(folder, config={"eos_token_id": value}).eos_ids == ids
+    assert llmjax.load(folder, config={"rms_norm_eps": 1e-5}).eos_ids == (2, 3)
+    convert(folder, folder / "converted", config={"eos_token_id": value})
+    assert llmjax.load(folder / "converted").eos_ids == ids
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": value}))
+    assert llmjax.load(folder).eos_ids == ids
+
+
+@pytest.mark.parametrize("value", ["7", 7.0, [None], True, -2, {"a": 1}, [[1]]])
+def test_end_tokens_that_are_none(folder, value):
+    message = r"eos_token_id: expected a token id or a list of them, found "
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    with pytest.raises(ConfigError, match=f"generation_config.json: {message}"):
+        llmjax.load(folder)
+    assert message in inspect(folder).problems[0]
+    with pytest.raises(ConfigError, match=f"^config: {message}"):
+        llmjax.load(folder, config={"eos_token_id": value})
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": value}))
+    with pytest.raises(ConfigError, match=f"m/config.json: {message}"):
+        llmjax.load(folder)
 
 
 def test_unknown_architecture(folder):
@@ -230,13 +301,11 @@ def test_random_weights():
 
 
 def test_a_gemma_prompt_without_bos_warns(tmp_path):
-    source = golden.FOLDER.parent / "data/tokenizers/gemma_2b"
     m = meta("gemma_mqa")
     config = m["config"] | {"vocab_size": 480}
     shapes = m["shapes"] | {"model.embed_tokens.weight": [480, 72]}
     folder = checkpoints.write(tmp_path, config, shapes, 0)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_bytes((source / name).read_bytes())
+    copy_tokenizer("gemma_2b", folder)
     llm = llmjax.LLM(folder)
     assert llm.request("hello").ids[0] == 2
     with pytest.warns(UserWarning, match=r"does not begin with BOS \(id 2\)"):

@@ -196,7 +196,7 @@ def test_the_demo_model(smollm2_path):
     source = GgufSource(smollm2_path)
     tokenizer = from_gguf(source.metadata, smollm2_path)
     assert tokenizer.encode("The capital of France is 123") == [504, 3575, 282, 4649, 314, 216, 33, 34, 35]
-    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos) == (1, (2,), False)
+    assert (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos) == (1, (0, 2, 4), False)
     rendered = tokenizer.render_chat([{"role": "user", "content": "hi"}])
     assert rendered.startswith("<|im_start|>system\nYou are a helpful AI") and rendered.endswith(
         "<|im_start|>assistant\n"

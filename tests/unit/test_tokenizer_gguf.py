@@ -162,10 +162,44 @@ def test_eos_behind_a_text_where_the_file_wants_it():
 
 def test_all_ends_of_a_text():
     assert read(byte_level(eot_token_id=260, eom_token_id=258)).eos_ids == (258, 259, 260)
-    # A control token by the name of a turn's end is one, as in llama.cpp; by type 1 it is text.
-    no_eos = {"eos_token_id": 0xFFFFFFFF, "bos_token_id": None}
-    assert read(byte_level(**no_eos)).eos_ids == (259,)
-    assert read(byte_level(**no_eos, token_type=[1] * 261)).eos_ids == ()
+    assert read(byte_level(fim_sep_token_id=258)).eos_ids == (258, 259)
+    # So does a token by the name of one, as in llama.cpp.
+    assert read(byte_level(eos_token_id=0xFFFFFFFF, bos_token_id=None)).eos_ids == (259,)
+
+
+ENDS = (
+    "</s> <eos> <|endoftext|> <|end_of_text|> <end_of_turn> <|eot_id|> <|eom_id|> <|im_end|> <|end|> <EOT> _<EOT> [EOT] "
+    "[EOS] <end_of_utterance> <turn|> <|fim_pad|> <|repo_name|> <|file_sep|> <PAD> <reponame>".split()
+)
+
+
+@pytest.mark.parametrize("kind", [1, 3, 4])
+@pytest.mark.parametrize("end", ENDS)
+def test_names_of_ends_are_special_whatever_their_type(kind, end):
+    names = {"eos_token_id": 260, "bos_token_id": None}
+    tokens = byte_level()["tokenizer.ggml.tokens"][:259] + [end, "<tool>"]
+    tokenizer = read(byte_level(**names, tokens=tokens, token_type=[1] * 259 + [kind, 4]))
+    assert tokenizer.eos_ids == (259, 260)
+    assert tokenizer.encode(f"ab{end}ab") == [256, 259, 256]
+    assert tokenizer.decode([256, 259]) == "ab"
+    changes = {"tokens": list(llama()["tokenizer.ggml.tokens"]), "token_type": llama()["tokenizer.ggml.token_type"]}
+    if end not in changes["tokens"]:
+        changes["tokens"][3], changes["token_type"][3] = end, kind
+        tokenizer = read(llama(**changes))
+        assert tokenizer.eos_ids == (2, 3)
+        assert pieces(tokenizer, f"a{end}a") == ["▁a", end, "▁a"]
+        assert tokenizer.decode([3, 261]) == "ab"
+
+
+def test_names_that_end_nothing_in_some_vocabularies():
+    tokens = byte_level()["tokenizer.ggml.tokens"][:258]
+    harmony = byte_level(tokens=[*tokens, "<|return|>", "<|call|>", "<|end|>"], eos_token_id=258, bos_token_id=None)
+    assert read(harmony).eos_ids == (258, 259)
+    # Gemma's is HTML.
+    metadata = llama(eos_token_id=3, token_type=[2, 3, 4, 4] + [6] * 256 + [1] * 5)
+    gemma = read(metadata | {"general.architecture": "gemma2"})
+    assert (gemma.eos_ids, gemma.decode([261, 2])) == ((3,), "ab</s>")
+    assert read(metadata).eos_ids == (2, 3)
 
 
 def test_sentencepiece_defaults_and_dummy_prefix():
