@@ -66,6 +66,7 @@ class Row:
         self.prompt_logprobs: list[dict[int, float] | None] | None = None
         self._stop_reason: str | int | None = None
         self._eos = () if request.params.ignore_eos else tuple(eos_ids)
+        self._tokenizer = tokenizer
         self._detokenizer = tokenizer.detokenizer() if tokenizer is not None else None
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
@@ -91,7 +92,7 @@ class Row:
         self._logprobs.append(logprob)
         self._alternatives.append({**alternatives, token: logprob})
         if self._may_end and token in params.stop_token_ids:
-            self._finish("stop", token)
+            self._finish("stop", self._given(token))
         elif self._may_end and token in self._eos:
             self._finish("stop", None)
         else:
@@ -103,8 +104,14 @@ class Row:
 
     def _finish(self, reason: str, stop: str | int | None) -> None:
         self.finish_reason, self._stop_reason = reason, stop
-        if self._detokenizer is not None and not isinstance(stop, str):
+        if self._detokenizer is not None:
             self._append(self._detokenizer.flush())
+
+    def _given(self, token: int) -> str | int:
+        """A stop token as the request gave it: by a stop string that names it, or by its id."""
+        stops = self.request.params.stop
+        name = self._tokenizer.piece(token) if self._tokenizer is not None and stops else ""
+        return name if name in stops else token
 
     def _append(self, piece: str) -> None:
         before = len(self._text)

@@ -46,10 +46,12 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
         )
     tokens = entries.strings("tokens")
     types = entries.numbers("token_type", len(tokens), default=NORMAL)
-    ends = _ends(tokens, str(metadata.get("general.architecture")))
-    types = [CONTROL if i in ends else kind for i, kind in enumerate(types)]
     defaults = _SENTENCEPIECE_IDS if model == "llama" else {}
-    ids = {n: entries.token_id(f"{n}_token_id", len(tokens), defaults.get(n)) for n in (*_IDS, *_END_IDS[1:])}
+    ids = {
+        n: entries.token_id(f"{n}_token_id", len(tokens), defaults.get(n)) for n in dict.fromkeys((*_IDS, *_END_IDS))
+    }
+    ends = _ends(tokens, metadata) | {i for n in _END_IDS if (i := ids[n]) is not None}
+    types = [CONTROL if i in ends else kind for i, kind in enumerate(types)]
     dummy_prefix = False
     if model == "llama":
         entries.expect_false("remove_extra_whitespaces")
@@ -73,11 +75,11 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
         merges = entries.strings("merges")
         backend = _byte_level(tokens, merges, types, kind, str(path))
         add_bos = kind.add_bos
-    special = {name: tokens[i] for n, name in _IDS.items() if (i := ids[n]) is not None}
+    named = {n: i for n, i in ids.items() if n in _IDS and i is not None}
+    special = {_IDS[n]: tokens[i] for n, i in named.items()}
     # As transformers does: what the file names is special even where its type does not say so.
-    untyped = [tokens[i] for i in ids.values() if i is not None and types[i] not in (CONTROL, UNKNOWN)]
+    untyped = [tokens[i] for i in named.values() if types[i] not in (CONTROL, UNKNOWN)]
     add_tokens(backend, [tokenizers.AddedToken(t, normalized=False) for t in untyped], special=True)
-    ends |= {i for n in _END_IDS if (i := ids[n]) is not None}
     bos, eos = ids["bos"], ids["eos"]
     prefix = (bos,) if entries.flag("add_bos_token", add_bos) and bos is not None else ()
     suffix = (eos,) if entries.flag("add_eos_token", False) and eos is not None else ()
@@ -98,12 +100,12 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     )
 
 
-def _ends(tokens: Sequence[str], architecture: str) -> set[int]:
+def _ends(tokens: Sequence[str], metadata: Mapping[str, Any]) -> set[int]:
     """Tokens that end a text by their names."""
     found = _ENDS.intersection(tokens)
     if found & {"<|call|>", "<|calls|>"} and found & {"<|return|>", "<|flush|>"}:
         found -= {"<|end|>"}  # there, of a message within the turn
-    if architecture.startswith("gemma"):
+    if str(metadata.get("general.architecture")).startswith("gemma"):
         found -= {"</s>"}  # there, of struck-out text in HTML
     return {i for i, token in enumerate(tokens) if token in found}
 

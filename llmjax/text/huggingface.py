@@ -131,17 +131,17 @@ def _special(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _add_listed(backend: tokenizers.Tokenizer, directory: Path, config: Mapping[str, Any], config_file: Path) -> None:
-    """Tokens that only ``added_tokens_decoder`` (or the older added_tokens.json) knows."""
+    """Tokens that only ``added_tokens_decoder`` (or the older added_tokens.json) knows, or knows to be special."""
     path, entries = config_file, config.get("added_tokens_decoder")
     if entries is None:
         path = directory / "added_tokens.json"
         entries = {str(number): content for content, number in _object(path).items()}
     if not isinstance(entries, Mapping) or not all(str(key).isdecimal() for key in entries):
         raise TokenizerError(f"{path}: added_tokens_decoder: expected an object of ids to tokens")
-    known = {t.content for t in backend.get_added_tokens_decoder().values()}
+    known = {t.content: t.special for t in backend.get_added_tokens_decoder().values()}
     for key in sorted(entries, key=int):
         token = _token(entries[key], path, f"added token {key}")
-        if token.content in known:
+        if token.content in known and (known[token.content] or not token.special):
             continue
         add_tokens(backend, [token], special=token.special)
         found = backend.token_to_id(token.content)

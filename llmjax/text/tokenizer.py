@@ -175,11 +175,11 @@ class Tokenizer:
 
     @functools.cached_property
     def _special_ids(self) -> frozenset[int]:
-        # The flag of an added token is not updated when the token is named special later on, but
-        # decoding goes by the name.
-        added = self.backend.get_added_tokens_decoder()
-        named = set(self.special.values())
-        return frozenset(i for i, t in added.items() if t.special or t.content in named)
+        # The flag of an added token is not updated when the token is named special later on, but decoding goes by it.
+        added, decode = self.backend.get_added_tokens_decoder(), self.backend.decode
+        return frozenset(
+            i for i, t in added.items() if t.special or decode([i], skip_special_tokens=False) != decode([i])
+        )
 
     @functools.cached_property
     def special_tokens(self) -> Mapping[str, int]:

@@ -71,6 +71,37 @@ def test_openai_rows_are_answered_in_openai_form(llm, tmp_path):
     assert c["llmjax"]["seed"] == 7 and c["response"]["body"]["choices"][0]["logprobs"] is None
 
 
+def test_content_may_be_parts_in_every_form(llm, tmp_path):
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    image = [*parts, {"type": "image_url", "image_url": {"url": "x"}}]
+    string, listed, refused = ([{"role": "user", "content": content}] for content in ("h\ni", parts, image))
+    rows = [
+        {"id": "a", "messages": listed},
+        chat({"messages": listed}, custom_id="b"),
+        {"id": "c", "messages": refused},
+        chat({"messages": refused}, custom_id="d"),
+    ]
+    native, openai_row, *errors = answers(llm, tmp_path, rows)
+    (expected,) = llm.chat([string], PARAMS)
+    assert llm.chat([listed], PARAMS) == [expected]
+    assert expected.prompt_token_ids == llm.tokenizer.encode("[user]h\ni>")
+    assert (native["text"], native["usage"]["prompt_tokens"]) == (expected.outputs[0].text, 10)
+    assert openai_row["response"]["body"]["choices"][0]["message"]["content"] == expected.outputs[0].text
+    assert openai_row["response"]["body"]["usage"]["prompt_tokens"] == 10
+    message = r"messages[0].content[2].type: expected 'text', all that the model reads, found 'image_url'"
+    assert message in errors[0]["error"] and message in errors[1]["error"]["message"]
+
+
+def test_a_stop_string_that_is_a_special_token(llm, tmp_path):
+    row = {"prompt": "abc", "stop": ["</s>"], "ignore_eos": True, "allowed_token_ids": [256], "max_tokens": 9}
+    plain, late, other = answers(llm, tmp_path, [row, row | {"min_tokens": 3}, row | {"stop": ["</s"]}])
+    assert [(r["token_ids"], r["finish_reason"], r["stop_reason"], r["text"]) for r in (plain, late, other)] == [
+        ([256], "stop", "</s>", ""),
+        ([256] * 4, "stop", "</s>", ""),
+        ([256] * 9, "length", None, ""),
+    ]
+
+
 def test_several_samples_and_the_prompts_logprobs(llm, tmp_path):
     several = {"n": 3, "temperature": 1, "prompt_logprobs": 1}
     rows = [{"id": "a", "prompt": "abc", **several}, completion({"prompt": "abc", **several}, custom_id="b")]

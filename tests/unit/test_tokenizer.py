@@ -75,6 +75,16 @@ def test_sentencepiece_model(tmp_path):
     check(from_huggingface(without_json("gemma_2b", tmp_path)), "gemma_2b")
 
 
+def test_tokens_that_only_the_config_calls_special(tmp_path):
+    """User-defined pieces of the model: transformers leaves them out of a text, too."""
+    tokenizer = from_huggingface(without_json("gemma_2b", tmp_path))
+    ids = tokenizer.encode("a<end_of_turn>\n", add_bos=False)
+    assert ids[1:] == [7, 8] and tokenizer.special_tokens["<end_of_turn>"] == 7
+    detokenizer = tokenizer.detokenizer()
+    assert tokenizer.decode(ids) == "a\n" == "".join(map(detokenizer.push, ids)) + detokenizer.flush()
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "a<end_of_turn>\n"
+
+
 def test_gguf_sentencepiece():
     check(from_gguf(gguf_metadata("gemma_2b"), Path("x.gguf")), "gemma_2b")
 

@@ -168,8 +168,8 @@ def test_all_ends_of_a_text():
 
 
 ENDS = (
-    "</s> <eos> <|endoftext|> <|end_of_text|> <end_of_turn> <|eot_id|> <|eom_id|> <|im_end|> <|end|> <EOT> _<EOT> [EOT] "
-    "[EOS] <end_of_utterance> <turn|> <|fim_pad|> <|repo_name|> <|file_sep|> <PAD> <reponame>".split()
+    "</s> <eos> <|endoftext|> <|end_of_text|> <end_of_turn> <|eot_id|> <|eom_id|> <|im_end|> <|end|> <EOT> _<EOT> "
+    "[EOT] [EOS] <end_of_utterance> <turn|> <|fim_pad|> <|repo_name|> <|file_sep|> <PAD> <reponame>".split()
 )
 
 
