@@ -67,3 +67,9 @@ def short_smollm2(smollm2_path: Path):
     dropped = {f"layers_{i}" for i in range(2, model.config.num_hidden_layers)}
     params = {name: leaf for name, leaf in model.params.items() if name not in dropped}
     return dataclasses.replace(model, config=config, params=params)
+
+
+@pytest.fixture
+def any_vocabulary(monkeypatch):
+    """Phi-2's start id lies beyond every vocabulary that a model made small has room for."""
+    monkeypatch.setattr("llmjax.text.mediapipe.check_tokens", lambda *_: None)

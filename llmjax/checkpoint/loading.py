@@ -71,7 +71,8 @@ def load(
         float32 otherwise; with a dtype and no ``quantize`` they are expanded.
       quantize: a scheme (``int8``, ``int4-g32``, ...) or a recipe: see ``llmjax.quant.schemes.parse``.
       numerics: the profile that says how everything is computed (``llmjax.numerics``).
-      lora: a LoRA adapter that changes the model: a PEFT directory, or a ``LoraSource`` for what lacks a configuration.
+      lora: a LoRA adapter that changes the model: a PEFT directory, a MediaPipe LoRA file (see ``LoraSource`` for its
+        scale, which a line of the log tells), or a ``LoraSource`` for what lacks a configuration.
       lora_mode: ``merged`` into the weights (quantized ones are rounded again, and a warning says what that leaves of
         it) or ``unmerged``, computed beside them.  None merges into floats and leaves quantized weights as they are.
       check_finite: refuse weights that are NaN or infinite (reads every value once more).

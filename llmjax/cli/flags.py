@@ -52,7 +52,14 @@ def load_flags(numerics: str = "fast") -> argparse.ArgumentParser:
         default=numerics,
         help=f"reference, hf, fast, dynamic_int8, mediapipe_gpu or mediapipe_cpu (default {numerics})",
     )
-    group.add_argument("--lora", metavar="PATH", help="a LoRA adapter (PEFT directory) that changes the model")
+    group.add_argument(
+        "--lora",
+        metavar="PATH",
+        help="a LoRA adapter that changes the model (PEFT directory, MediaPipe file)",
+    )
+    group.add_argument(
+        "--lora-alpha", type=float, metavar="A", help="scale = A / rank, for an adapter whose files do not say"
+    )
     group.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
     group.add_argument("--random-weights", action="store_true", help="with --model config:NAME, which has none")
     return flags

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llmjax.errors import RequestError
+
 if TYPE_CHECKING:
     from llmjax.llm import LLM
     from llmjax.model import Model
@@ -27,13 +29,16 @@ def keep_compiled(args: argparse.Namespace) -> None:
 def load_model(args: argparse.Namespace) -> "Model":
     """See ``llmjax.load``."""
     from llmjax.checkpoint.loading import load
+    from llmjax.lora.adapter import LoraSource
 
+    if args.lora is None and args.lora_alpha is not None:
+        raise RequestError("--lora-alpha: goes with --lora")
     return load(
         args.model,
         dtype=args.dtype,
         quantize=args.quantize,
         numerics=args.numerics,
-        lora=args.lora,
+        lora=None if args.lora is None else LoraSource(args.lora, args.lora_alpha),
         check_finite=args.check_finite,
         random_weights=args.random_weights,
         config=args.config,

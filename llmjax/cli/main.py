@@ -5,6 +5,7 @@ wrong usage or bad input, 130 interrupted.
 """
 
 import argparse
+import logging
 import os
 import sys
 import warnings
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *_, **__: print(f"llmjax: warning: {message}", file=sys.stderr)
+            _tell_log()
             loading.keep_compiled(args)
             return args.run(args)
     except LlmjaxError as error:
@@ -31,6 +33,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left: not an error, and nothing more can be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+class _ToStderr(logging.Handler):
+    """Wherever stderr leads at the time."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"llmjax: {record.getMessage()}", file=sys.stderr)
+
+
+def _tell_log() -> None:
+    """The library's log goes to stderr; importing it alone sets nothing up."""
+    log = logging.getLogger("llmjax")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        log.addHandler(_ToStderr())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """Reading an adapter and fitting it to a model: which factors change which projection, and by what scale."""
 
 import dataclasses
+import logging
 import re
 import warnings
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from llmjax.models.names import From, sources_of, stem
 from llmjax.models.tree import parameter_shapes
 from llmjax.quant.schemes import role_of
 
+_LOG = logging.getLogger(__name__)
 _DTYPES = ("F32", "F16", "BF16")
 _MOST = 20
 
@@ -31,8 +33,9 @@ class LoraSource:
     """Where an adapter is, and what its files leave open.
 
     Attributes:
-      path: a PEFT directory, or a weights file.
-      alpha: for weights without ``adapter_config.json``: ``scale = alpha / r``.
+      path: a PEFT directory, a weights file, or a MediaPipe LoRA file.
+      alpha: for weights without ``adapter_config.json``: ``scale = alpha / r``.  None is r for a MediaPipe file, whose
+        runtime knows no scale.
       rank: r, to be checked against such weights; None takes what they have.
       rslora: ``scale = alpha / sqrt(r)`` for such weights.
       restore_o: for a MediaPipe file: put o's factors in order, which MediaPipe's converter scrambles; False takes them
@@ -165,25 +168,26 @@ def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfi
 
 def _from_mediapipe(source: LoraSource, config: DecoderConfig) -> Adapter:
     path = Path(source.path)
-    if source.alpha is None:
-        raise LoraError(
-            f"{path}: MediaPipe's files hold no scale: give alpha (scale = alpha / rank); alpha = rank is what its "
-            "runtime computes"
-        )
+    _check_positive(source)
     shapes = parameter_shapes(config)
     files = (stamp(path),)
     try:
         factors = mediapipe.read(path, shapes)
     except CheckpointError as error:
         raise LoraError(str(error)) from None
+    (rank,) = {found.a.shape[0] for found in factors.values()}
+    if source.rank not in (None, rank):
+        raise LoraError(f"{path}: expected rank {source.rank}, found {rank}")
+    if source.alpha is None and source.rslora:
+        raise LoraError(f"{path}: rslora: scale = alpha / sqrt(rank): give alpha")
+    scale = 1.0 if source.alpha is None else source.alpha / (rank**0.5 if source.rslora else rank)
     deltas = {}
     for (layer, module), found in factors.items():
         restored = mediapipe.restored(found) if module == "o" and source.restore_o else found
-        rank = found.a.shape[0]
-        if source.rank not in (None, rank):
-            raise LoraError(f"{path}: expected rank {source.rank}, found {rank}")
-        scale = source.alpha / (rank**0.5 if source.rslora else rank)
         deltas[f"layers.{layer}.attn.{module}.weight"] = Delta(restored.a, restored.b, scale)
+    why = "the file has none, and its runtime adds B.A as it is" if source.alpha is None else "as asked for"
+    order = "put in order, as asked for" if source.restore_o else "as its runtime reads them"
+    _LOG.info(f"{path}: MediaPipe's LoRA of rank {rank}: scale {scale:g}: {why}; o's factors {order}")
     _warn_of_zeros(path, deltas)
     return Adapter(path, files, source.options, deltas)
 
@@ -197,10 +201,14 @@ def _settings(source: LoraSource, file: AdapterFile) -> LoraConfig:
         raise LoraError(
             f"{file.path}: no {CONFIG} beside it, so the scale is not known: give alpha (scale = alpha / rank)"
         )
+    _check_positive(source)
+    return LoraConfig(source.rank, source.alpha, source.rslora)
+
+
+def _check_positive(source: LoraSource) -> None:
     for name, value in (("alpha", source.alpha), ("rank", source.rank)):
         if value is not None and not 0 < value < float("inf"):
             raise LoraError(f"{name}: expected a positive number, found {value!r}")
-    return LoraConfig(source.rank, source.alpha, source.rslora)
 
 
 def _modules(architecture: Architecture, config: DecoderConfig) -> dict[str, list[_Part]]:

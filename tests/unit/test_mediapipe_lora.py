@@ -1,6 +1,8 @@
 """MediaPipe's LoRA files, against the real converter's."""
 
 import json
+import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -13,9 +15,10 @@ from converters import convert_checkpoint
 from converters.mediapipe import lora
 from converters.readers.mediapipe.container import LORA_RANK, BinFile
 from llmjax import LoraError
+from llmjax.cli.main import main
 from llmjax.errors import ConfigError
 from llmjax.lora.adapter import LoraSource
-from tests.mediapipe_files import DATA, config
+from tests.mediapipe_files import DATA, GEMMA, config
 
 REAL = sorted(DATA.glob("*_lora_*.bin"))
 IDS = [2, 27, 26, 50, 59, 56, 21, 19]
@@ -45,6 +48,7 @@ def test_equal_to_the_real_converters(real, tmp_path):
     assert not same(written(kind, tmp_path / "b", lora_o_proj="right"), real)
 
 
+@pytest.mark.usefixtures("any_vocabulary")
 @pytest.mark.parametrize("kind", ["GEMMA_2B", "GEMMA2_2B", "PHI_2"])
 def test_round_trip(kind, tmp_path):
     """o in order, or scrambled and restored, is the adapter itself, to the rounding of the file."""
@@ -88,9 +92,61 @@ def test_gemma_7b_beside_its_own_bin(tmp_path):
         assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
+def test_a_file_alone_is_what_its_runtime_computes(caplog, tmp_path):
+    """Alpha is the rank and o stays scrambled; either can be had otherwise; a line of the log says which it was."""
+    path = DATA / "GEMMA_2B_gpu_lora_r4_mp0.10.21.bin"
+
+    def logits(lora):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "llmjax"):
+            found = llmjax.load(DATA / "GEMMA_2B", lora=lora).logits([IDS])[0]
+        (line,) = [record.getMessage() for record in caplog.records]
+        return found, line
+
+    found, line = logits(path)
+    assert line.endswith(
+        "MediaPipe's LoRA of rank 4: scale 1: the file has none, and its runtime adds B.A as it is; o's factors as its "
+        "runtime reads them"
+    )
+    np.testing.assert_array_equal(found, logits(str(path))[0])
+    np.testing.assert_array_equal(found, logits(LoraSource(path, alpha=4.0))[0])
+    for source, message in (
+        (LoraSource(path, alpha=8.0), "scale 2: as asked for; o's factors as its runtime reads them"),
+        (LoraSource(path, restore_o=True), "scale 1: the file has none.*; o's factors put in order, as asked for"),
+        (LoraSource(path, alpha=8.0, rslora=True), "scale 4: as asked for"),
+    ):
+        other, line = logits(source)
+        assert re.search(message, line)
+        assert np.abs(other - found).max() > 0.05 * np.abs(found).max()
+
+
+def test_flags_give_alpha(tmp_path, capsys):
+    path = DATA / "GEMMA_2B_gpu_lora_r4_mp0.10.21.bin"
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"id": "a", "text": "the quick brown fox"}\n')
+    found = []
+    for flags in ([], ["--lora-alpha", "8"]):
+        output = tmp_path / f"{len(found)}.jsonl"
+        args = ["score", "--model", str(GEMMA), "--input", str(texts), "--output", str(output), "--lora", str(path)]
+        assert main([*args, *flags]) == 0
+        assert "llmjax: " in (said := capsys.readouterr().err)
+        assert f"scale {2 if '8' in flags else 1}: " in said
+        found.append(json.loads(output.read_text())["logprobs"])
+    assert found[0] != found[1]
+    assert main([*args[:-2], "--lora-alpha", "4"]) == 2
+    assert "--lora-alpha: goes with --lora" in capsys.readouterr().err
+    assert main(["lora", "check", "--model", str(DATA / "GEMMA_2B"), "--lora", str(path), "--json"]) == 0
+    assert {module["scale"] for module in json.loads(capsys.readouterr().out)["modules"]} == {1.0}
+
+
 def test_bad_input(tmp_path):
-    with pytest.raises(LoraError, match="hold no scale: give alpha"):
-        llmjax.load(DATA / "GEMMA_2B", lora=REAL[0])
+    for source, message in (
+        (LoraSource(REAL[0], alpha=0.0), "alpha: expected a positive number"),
+        (LoraSource(REAL[0], rank=3), "expected rank 3, found 4"),
+        (LoraSource(REAL[0], rslora=True), "rslora.*give alpha"),
+    ):
+        with pytest.raises(LoraError, match=message):
+            llmjax.load(DATA / REAL[0].name.split("_gpu")[0], lora=source)
     with pytest.raises(LoraError, match="this is a model"):
         llmjax.load(DATA / "GEMMA_2B", lora=LoraSource(next(DATA.glob("GEMMA_2B_gpu_int8*")), alpha=1))
     with pytest.raises(LoraError, match=r"expected .* bytes for|no LoRA factor"):
