@@ -322,7 +322,7 @@ def _combine(config: ConversionConfig, kind: ModelType, output: Path, path: Path
     _, model = read_config(found or kind.config, str(beside) if found else kind.name)
     job.check_config(model, kind, str(beside) if found else kind.name)
     vocabulary, where = _vocabulary(config, directory)
-    job.check_vocabulary(vocabulary, model.vocab_size, where)
+    job.check_vocabulary(vocabulary, model.vocab_size, kind, where)
     places = writer.items(parameter_shapes(model), model, kind, config.backend, lambda parameter: (32, False))
     weights = Weights(output, places, kind, config.backend)
     work = job.Job(kind, config.backend, model, weights.items, vocabulary)

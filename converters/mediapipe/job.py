@@ -25,6 +25,7 @@ from llmjax.errors import CheckpointError, ConfigError, LlmjaxError, TokenizerEr
 from llmjax.models.config import DecoderConfig
 from llmjax.models.registry import read_config
 from llmjax.quant.schemes import Recipe, Scheme, role_of
+from llmjax.text import mediapipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +180,7 @@ def prepare(
     if recipe is not None:
         check_not_quantized(source)
     check_config(plan.config, kind, str(source.path))
-    check_vocabulary(vocabulary, plan.config.vocab_size, where)
+    check_vocabulary(vocabulary, plan.config.vocab_size, kind, where)
     kept = _kept(source, plan, recipe, backend)
     shapes = {a.parameter: a.shape for a in plan.assignments}
     found = writer.items(shapes, plan.config, kind, backend, kept.__getitem__)
@@ -223,8 +224,9 @@ def check_config(config: DecoderConfig, kind: ModelType, where: str) -> None:
         )
 
 
-def check_vocabulary(vocabulary: bytes, rows: int, where: str) -> None:
-    """Refuses what is no SentencePiece model, or has more pieces than the embedding has rows.
+def check_vocabulary(vocabulary: bytes, rows: int, kind: ModelType, where: str) -> None:
+    """Refuses what is no SentencePiece model, has more pieces than the embedding has rows, or lacks the model type's
+    own tokens.
 
     Raises:
       TokenizerError: it does not fit.
@@ -232,16 +234,19 @@ def check_vocabulary(vocabulary: bytes, rows: int, where: str) -> None:
     import sentencepiece
 
     try:
-        pieces = sentencepiece.SentencePieceProcessor(model_proto=vocabulary).get_piece_size()
+        model = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
+        pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
     except Exception as error:  # RuntimeError and others
         raise TokenizerError(f"{where}: not a SentencePiece model, or a damaged one: {error}") from None
     if not pieces:
         raise TokenizerError(f"{where}: not a SentencePiece model: it has no pieces")
-    if pieces > rows:
+    if len(pieces) > rows:
         raise TokenizerError(
-            f"{where}: the vocabulary has {pieces} pieces, the model's embedding only {rows} rows; "
+            f"{where}: the vocabulary has {len(pieces)} pieces, the model's embedding only {rows} rows; "
             "it belongs to another model"
         )
+    eos = model.eos_id()
+    mediapipe.check_tokens(pieces, eos if eos >= 0 else None, kind.start_id, [kind.stop], where)
 
 
 def _kept(source: Source, plan: Plan, recipe: Recipe | None, backend: str) -> dict[str, tuple[int, bool]]:

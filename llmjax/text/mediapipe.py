@@ -8,12 +8,16 @@ Measured with npm's @mediapipe/tasks-genai 0.10.24.
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 
 from tokenizers import normalizers
 
+from llmjax.errors import TokenizerError
 from llmjax.text import sentencepiece
 from llmjax.text.tokenizer import Tokenizer
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,14 +53,15 @@ def read(
     Args:
       model: the SentencePiece model.
       where: the file, for messages.
-      start_id: put before every text; may lie beyond the vocabulary, as the file's dimensions do not limit it.
+      start_id: put before every text.
       stop: what ends a text: tokens, or strings in it.
       bytes_to_unicode: texts are spelled in GPT-2's characters for bytes before SentencePiece sees them.
 
     Raises:
-      TokenizerError: the model is damaged, or of a kind llmjax does not have.
+      TokenizerError: the model is damaged, of a kind llmjax does not have, or lacks these tokens.
     """
     vocabulary = sentencepiece.parse(model, where, bytes_to_unicode=bytes_to_unicode)
+    check_tokens(vocabulary.pieces, vocabulary.eos_id, start_id, stop, where)
     backend, _ = sentencepiece.build(vocabulary, where, dummy_prefix=False, bytes_to_unicode=bytes_to_unicode)
     prefix = [normalizers.Prepend("▁")] if vocabulary.add_dummy_prefix else []
     normalizer = normalizers.Sequence([backend.normalizer, *prefix])
@@ -76,6 +81,41 @@ def read(
         normalizer=normalizer,
         bytes_to_unicode=bytes_to_unicode,
     )
+
+
+def check_tokens(
+    pieces: Collection[str], eos_id: int | None, start_id: int | None, stop: Sequence[str], where: str
+) -> None:
+    """Refuses another model's vocabulary, under which texts would be other ids than the model was trained with.
+
+    A text that should end an answer and is no piece is logged where the vocabulary has an end of its own: MediaPipe's
+    runtimes look for the text, and run such files.
+
+    Args:
+      pieces: the vocabulary's.
+      eos_id: its own piece that ends a text.
+      start_id: put before every text.
+      stop: what ends a text.
+      where: the file, for messages.
+
+    Raises:
+      TokenizerError: it lacks the token that begins every prompt, or any that ends an answer.
+    """
+    lacking = []
+    if start_id is not None and start_id >= len(pieces):
+        lacking.append(f"the id {start_id}, which begins every prompt")
+    ends = [text for text in stop if text]
+    if ends and not set(ends) & set(pieces):
+        names = " or ".join(map(repr, ends))
+        if eos_id is None:
+            lacking.append(f"{names}, which ends an answer")
+        else:
+            _LOG.warning(f"{where}: no piece {names}: answers end at this text alone; is it the model's?")
+    if lacking:
+        raise TokenizerError(
+            f"{where}: this vocabulary of {len(pieces)} pieces belongs to another model: it lacks "
+            f"{' and '.join(lacking)}; convert the model anew with its own vocabulary"
+        )
 
 
 def for_transformers(tokenizer: MediapipeTokenizer, model: bytes) -> Tokenizer:

@@ -26,6 +26,7 @@ from llmjax.checkpoint.parameters import read_all
 from llmjax.errors import CheckpointError, ConfigError, LlmjaxError
 from tests.mediapipe_files import BINS, DATA, GEMMA, facts
 
+pytestmark = pytest.mark.usefixtures("any_vocabulary")
 WEB = json.loads((DATA / "web_runtime.json").read_text())["results"]
 
 

@@ -6,22 +6,26 @@ import shutil
 
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 from tokenizers import normalizers
 
 import llmjax
 from converters import convert_checkpoint
 from converters.mediapipe import vocabulary
 from converters.readers.mediapipe.container import VOCABULARY, BinFile
+from llmjax.cli.main import main
 from llmjax.errors import LlmjaxError, RequestError, TokenizerError
 from llmjax.text import mediapipe
 from llmjax.text.reading import from_huggingface
 from tests.mediapipe_files import DATA, config
+from tests.mediapipe_files import vocabulary as vocabulary_file
 
 HF = DATA / "hf_tok"
 TOKENIZERS = DATA.parent / "tokenizers"
 WEB = json.loads((DATA / "web_runtime.json").read_text())["results"]
 
 
+@pytest.mark.usefixtures("any_vocabulary")
 def test_equal_to_the_real_converters(tmp_path):
     real = (HF / "spm.model").read_bytes()
     assert vocabulary.from_huggingface(HF) == real
@@ -150,6 +154,7 @@ def test_a_rescued_tokenizer_finds_special_tokens(tmp_path):
     assert from_huggingface(tmp_path / "hf").encode("hello<eos>") == [2, 60, 54, 1]
 
 
+@pytest.mark.usefixtures("any_vocabulary")
 @pytest.mark.parametrize("name", WEB)
 def test_ids_and_texts_of_the_web_runtime(name):
     tokenizer = llmjax.load(DATA / f"{name}.bin").tokenizer
@@ -174,3 +179,39 @@ def test_stop_tokens_end_a_text_as_strings(monkeypatch):
     assert (output.text, output.finish_reason) == ("ll", "stop")
     ignored = dataclasses.replace(params, ignore_eos=True)
     assert llmjax.LLM(stopped).generate(["hello"], ignored)[0].outputs[0].finish_reason == "length"
+
+
+def test_another_models_vocabulary_is_refused(monkeypatch, tmp_path):
+    """When a file is made, in every way there is to make one, and when it is loaded, whoever made it."""
+    spm = vocabulary_file(tmp_path)  # of Gemma's tokens
+    start = "lacks the id 50256, which begins every prompt; convert the model anew with its own vocabulary"
+    for backend in ("cpu", "gpu"):
+        with pytest.raises(TokenizerError, match=start):
+            convert_checkpoint(config("PHI_2", backend, tmp_path))
+    with pytest.raises(TokenizerError, match=start):
+        llmjax.convert(DATA / "PHI_2", tmp_path / "a.bin", to="mediapipe", backend="gpu", vocab=spm)
+    with pytest.raises(TokenizerError, match=start):
+        convert_checkpoint(config("PHI_2", "gpu", tmp_path, combine_file_only=True))
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString(spm.read_bytes())
+    model.pieces[1].piece, model.trainer_spec.eos_id = "<other>", -1
+    other = tmp_path / "other.model"
+    other.write_bytes(model.SerializeToString())
+    for foreign in (HF, other):
+        with pytest.raises(TokenizerError, match="it lacks '<eos>', which ends an answer"):
+            convert_checkpoint(config("GEMMA_2B", "gpu", tmp_path, vocab_model_file=str(foreign)))
+    assert not (tmp_path / "out" / "model.tflite").exists() and not (tmp_path / "a.bin").exists()
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr(mediapipe, "check_tokens", lambda *_: None)
+        convert_checkpoint(config("GEMMA_2B", "gpu", tmp_path, vocab_model_file=str(other)))
+    with pytest.raises(TokenizerError, match="it lacks '<eos>', which ends an answer"):
+        llmjax.load(tmp_path / "out" / "model.tflite")
+    with pytest.raises(TokenizerError, match=start):
+        llmjax.load(DATA / "PHI_2_gpu_int4_mp0.10.21.bin")
+    assert main(["generate", "--model", str(tmp_path / "out" / "model.tflite"), "--prompt", "a"]) == 2
+
+
+def test_a_stop_text_that_is_no_piece_is_told(caplog):
+    """MediaPipe's runtimes look for the text, so such files run."""
+    llmjax.load(DATA / "STABLELM_4E1T_3B_gpu_int8_mp0.10.21.bin")
+    assert "no piece '<|endoftext|>': answers end at this text alone" in caplog.text
