@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         ResumeError,
         TokenizerError,
     )
+    from llmjax.genai.session import LlmInferenceSession, LlmInferenceSessionOptions
     from llmjax.llm import LLM
     from llmjax.llm_inference import LlmInference, LlmInferenceOptions
     from llmjax.model import Model
@@ -40,6 +41,8 @@ _HOME = {
     "LLM": "llm",
     "LlmInference": "llm_inference",
     "LlmInferenceOptions": "llm_inference",
+    "LlmInferenceSession": "genai.session",
+    "LlmInferenceSessionOptions": "genai.session",
     "Trace": "oracle.trace",
     "load": "checkpoint.loading",
     "trace": "oracle.trace",
@@ -58,6 +61,8 @@ __all__ = [
     "ConfigError",
     "LlmInference",
     "LlmInferenceOptions",
+    "LlmInferenceSession",
+    "LlmInferenceSessionOptions",
     "LlmjaxError",
     "LoraError",
     "Model",

@@ -1,21 +1,28 @@
-"""``LlmInference``: the face of MediaPipe's LLM Inference API, option for option."""
+"""``LlmInference``: the face of MediaPipe's LLM Inference API, option for option (``llmjax.genai`` lists them)."""
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from pathlib import Path
 
-from llmjax.errors import RequestError
+import jax
+
+from llmjax.checkpoint.loading import load
+from llmjax.errors import LoraError, RequestError
 from llmjax.llm import LLM
+from llmjax.lora.adapter import AnyLora, LoraSource, read_adapter
+from llmjax.lora.apply import beside, with_loras
 from llmjax.runtime.params import SamplingParams
 
 ResultListener = Callable[[str, bool], None]
 ErrorListener = Callable[[Exception], None]
+BACKENDS: tuple[str, ...] = ("cpu", "gpu")
 
 
 @dataclasses.dataclass(frozen=True)
 class LlmInferenceOptions:
-    """MediaPipe's options, with its names and defaults.
+    """MediaPipe's options, with its names and defaults, then those of its later versions, then llmjax's own.
 
     Attributes:
       model_path: a checkpoint ``llmjax.load`` reads.
@@ -23,9 +30,13 @@ class LlmInferenceOptions:
       top_k: candidates of each draw.
       temperature: randomness; 0 is greedy.
       random_seed: fixes the draws.  (The values drawn are llmjax's own: MediaPipe's GPU sampler is closed source.)
-      lora_path: a LoRA adapter that changes the model: a PEFT directory.
+      lora_path: a LoRA adapter that changes the model: a MediaPipe LoRA file, a PEFT directory, or a ``LoraSource``.
       result_listener: called by ``generate_response_async`` with ``(partial_result, done)``.
       error_listener: called with the error where ``generate_response_async`` fails.
+      max_top_k: no session has a larger ``top_k``.
+      supported_lora_ranks: ranks that adapters may have; none for any.
+      preferred_backend: ``cpu`` or ``gpu``: what JAX must run on here; None takes what it runs on.
+      numerics: how everything is computed: see ``llmjax.load``.
     """
 
     model_path: str
@@ -33,21 +44,27 @@ class LlmInferenceOptions:
     top_k: int = 40
     temperature: float = 0.8
     random_seed: int = 0
-    lora_path: str | None = None
+    lora_path: AnyLora | None = None
     result_listener: ResultListener | None = None
     error_listener: ErrorListener | None = None
+    max_top_k: int = 40
+    supported_lora_ranks: Sequence[int] = ()
+    preferred_backend: str | None = None
+    numerics: str = "fast"
 
 
 class LlmInference:
     """A task made by ``create_from_options``; a context manager that closes itself.
 
-    The prompt is fed as it is: chat markup is the caller's, as in MediaPipe.
+    The prompt is fed as it is: chat markup is the caller's, as in MediaPipe.  ``llmjax.genai`` has
+    sessions for a conversation.
     """
 
     def __init__(self, options: LlmInferenceOptions, llm: LLM):
         self._options, self._llm = options, llm
-        self._closed = False
+        self._llms = {"": llm}  # by adapter
         self._busy = threading.Lock()
+        self._lora = self._with(options.lora_path)
 
     @classmethod
     def create_from_options(cls, options: LlmInferenceOptions) -> "LlmInference":
@@ -55,30 +72,57 @@ class LlmInference:
 
         Raises:
           RequestError: an option out of range.
-          LlmjaxError: the model cannot be loaded.
+          LlmjaxError: the model or the adapter cannot be loaded.
         """
-        _params(options, 1)
-        if not isinstance(options.max_tokens, int) or options.max_tokens < 2:
-            raise RequestError(f"max_tokens: expected an integer of at least 2, found {options.max_tokens!r}")
-        if options.top_k < 1:
-            raise RequestError(f"top_k: expected a positive integer, found {options.top_k!r}")
-        return cls(options, LLM(options.model_path, max_batch=1, lora=options.lora_path))
+        _check(options)
+        return cls(options, LLM(load(options.model_path, numerics=options.numerics), max_batch=1))
 
-    def _pieces(self, text: str) -> Iterator[str]:
-        if self._closed:
+    def _open(self, lora: str = "") -> LLM:
+        if not self._llms:
             raise RequestError("LlmInference: this task is closed")
-        tokens = len(self._llm.tokenizer.encode(text))
-        room = min(self._options.max_tokens, self._llm.model.context_length) - tokens
+        return self._llms[lora]
+
+    def _with(self, lora: AnyLora | None) -> str:
+        """The key of the engine that runs the model with an adapter: one that was not there is made.
+
+        Engines share the weights, not the programs: what one computes does not depend on which others there are.
+        """
+        base = self._open()
+        if lora is None:
+            return ""
+        key = str(lora if isinstance(lora, LoraSource) else Path(lora))
+        if key not in self._llms:
+            adapter = read_adapter(lora, base.model.architecture, base.model.config)
+            supported = self._options.supported_lora_ranks
+            for rank in {delta.rank for delta in adapter.deltas.values()}:
+                if supported and rank not in supported:
+                    raise LoraError(f"{adapter.path}: rank {rank}, but supported_lora_ranks are {list(supported)}")
+            params = with_loras(base.model.params, {name: beside(delta) for name, delta in adapter.deltas.items()})
+            model = dataclasses.replace(base.model, params=params, lora=adapter.path)
+            engine = base.engine
+            self._llms[key] = LLM(model, max_batch=engine.slots, chunk=engine.chunk, block=engine.block)
+        return key
+
+    def _room(self, text: str) -> int:
+        """Tokens left for an answer to ``text``."""
+        llm = self._open()
+        tokens = len(llm.tokenizer.encode(text))
+        room = min(self._options.max_tokens, llm.model.context_length) - tokens
         if room < 1:
             raise RequestError(
                 f"prompt: {tokens} tokens leave no room for an answer within max_tokens {self._options.max_tokens} "
-                f"(prompt and output together) and the model's context of {self._llm.model.context_length}"
+                f"(prompt and output together) and the model's context of {llm.model.context_length}"
             )
-        yield from self._llm.stream(text, _params(self._options, room))
+        return room
+
+    def _pieces(self, text: str, sampling: SamplingParams, lora: str) -> Iterator[str]:
+        """The answer to a whole prompt, as it comes."""
+        room = self._room(text)
+        yield from self._open(lora).stream(text, dataclasses.replace(sampling, max_tokens=room))
 
     def generate_response(self, text: str) -> str:
         """The whole answer to ``text``."""
-        return "".join(self._pieces(text))
+        return "".join(self._pieces(text, _sampling(self._options), self._lora))
 
     def generate_response_async(self, text: str) -> "Future[str]":
         """Answers in another thread.
@@ -91,26 +135,34 @@ class LlmInference:
         Raises:
           RequestError: no result_listener was given, an answer is still under way, or the task is closed.
         """
-        listener, on_error = self._options.result_listener, self._options.error_listener
-        if listener is None:
+        if self._options.result_listener is None:
             raise RequestError("result_listener: generate_response_async needs one in the options")
-        if self._closed:
-            raise RequestError("LlmInference: this task is closed")
+        pieces = self._pieces(text, _sampling(self._options), self._lora)
+        return self._in_background(pieces, self._options.result_listener)
+
+    def _begin(self) -> None:
+        """Takes the turn, which the caller gives back."""
+        self._open()
         if not self._busy.acquire(blocking=False):
-            raise RequestError("generate_response_async: the previous answer is still under way")
+            raise RequestError("LlmInference: the previous answer is still under way")
+
+    def _in_background(self, pieces: Iterator[str], listener: ResultListener) -> "Future[str]":
+        """Reads an answer in another thread: see ``generate_response_async``."""
+        on_error = self._options.error_listener
+        self._begin()
         future: Future[str] = Future()
 
         def work() -> None:
             try:
-                pieces = []
+                found = []
                 try:
-                    for piece in self._pieces(text):
-                        pieces.append(piece)
+                    for piece in pieces:
+                        found.append(piece)
                         listener(piece, False)
                 finally:
                     self._busy.release()
                 listener("", True)
-                future.set_result("".join(pieces))
+                future.set_result("".join(found))
             except Exception as error:  # handed on, to the listener and through the future
                 if on_error is not None:
                     on_error(error)
@@ -121,11 +173,11 @@ class LlmInference:
 
     def size_in_tokens(self, text: str) -> int:
         """How many tokens ``text`` is, without the start token the model puts before it."""
-        return len(self._llm.tokenizer.encode(text, add_bos=False))
+        return len(self._open().tokenizer.encode(text, add_bos=False))
 
     def close(self) -> None:
         """Frees the model; later calls are refused."""
-        self._closed = True
+        self._llms = {}
         del self._llm
 
     def __enter__(self) -> "LlmInference":
@@ -135,10 +187,37 @@ class LlmInference:
         self.close()
 
 
-def _params(options: LlmInferenceOptions, max_tokens: int) -> SamplingParams:
-    return SamplingParams(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        seed=options.random_seed,
-        max_tokens=max_tokens,
-    )
+def drawn(top_k: int, temperature: float, random_seed: int, top_p: float) -> SamplingParams:
+    """MediaPipe's options of the draw.
+
+    Raises:
+      RequestError: one is out of range.
+    """
+    for name, value, least in (("top_k", top_k, 1), ("random_seed", random_seed, 0)):
+        if type(value) is not int or not least <= value < 2**64:
+            raise RequestError(f"{name}: expected an integer from {least} to 2**64 - 1, found {value!r}")
+    return SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=random_seed)
+
+
+def _sampling(options: LlmInferenceOptions) -> SamplingParams:
+    return drawn(options.top_k, options.temperature, options.random_seed, 1.0)
+
+
+def _check(options: LlmInferenceOptions) -> None:
+    """Raises RequestError for an option out of range."""
+    _sampling(options)
+    for name, least in (("max_tokens", 2), ("max_top_k", 1)):
+        value = getattr(options, name)
+        if type(value) is not int or value < least:
+            raise RequestError(f"{name}: expected an integer of at least {least}, found {value!r}")
+    ranks = options.supported_lora_ranks
+    if isinstance(ranks, str) or not all(type(rank) is int and rank > 0 for rank in ranks):
+        raise RequestError(f"supported_lora_ranks: expected positive integers, found {ranks!r}")
+    backend = options.preferred_backend
+    if backend not in (None, *BACKENDS):
+        raise RequestError(f"preferred_backend: expected {' or '.join(BACKENDS)}, found {backend!r}")
+    if backend not in (None, jax.default_backend()):
+        raise RequestError(
+            f"preferred_backend: {backend}, but JAX runs on {jax.default_backend()} here; install JAX for it, or set "
+            "JAX_PLATFORMS before Python starts"
+        )

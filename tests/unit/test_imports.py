@@ -19,7 +19,7 @@ FLOORS = (
     "llmjax.checkpoint llmjax.runtime",
     "llmjax.llm",
     "llmjax.llm_inference llmjax.batch llmjax.oracle converters.mediapipe",
-    "llmjax.bench llmjax.writing",
+    "llmjax.bench llmjax.genai llmjax.writing",
     "llmjax.cli",
     "llmjax.__main__",
 )
