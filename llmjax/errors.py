@@ -5,6 +5,15 @@ message alone and exits with 2 (bad input) or 1 (the work failed); a traceback m
 """
 
 
+def shown(value: object) -> str:
+    """A value in a message: its beginning, whatever it is."""
+    try:
+        text = repr(value)
+    except Exception:  # an integer of too many digits, lists nested too deeply
+        text = f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 class LlmjaxError(Exception):
     """Base class: catch this to catch everything llmjax reports on purpose."""
 
@@ -31,6 +40,10 @@ class RequestError(LlmjaxError):
 
 class TooLongError(RequestError):
     """A prompt does not fit the model's context."""
+
+
+class OutputError(LlmjaxError):
+    """Results could not be written, or not all of them."""
 
 
 class ResumeError(LlmjaxError):

@@ -24,6 +24,7 @@ from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request, special_stops
 from llmjax.runtime.samples import Samples
 from llmjax.runtime.sampling import row_seed
+from llmjax.text.dates import Date, settled
 from llmjax.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -79,7 +80,7 @@ class LLM:
             model = with_adapters(model, loras)
         self.loras = tuple(loras or ())
         self.model = model
-        self.seed = seed
+        self.seed = SamplingParams(seed=seed).seed or 0  # refused where it is none
         self.truncate_prompt = truncate_prompt
         self.engine = Engine(
             model,
@@ -170,7 +171,16 @@ class LLM:
         seed = params.seed
         if seed is None:
             seed = self.seed if request_id is None else row_seed(self.seed, request_id)
-        return Request(request_id or "0", text, ids, params, seed, tuple(forced), bad_words=bad_words, lora=lora)
+        return Request(
+            "0" if request_id is None else request_id,
+            text,
+            ids,
+            params,
+            seed,
+            tuple(forced),
+            bad_words=bad_words,
+            lora=lora,
+        )
 
     def _check_lora(self, lora: str | None) -> None:
         if lora is not None and lora not in self.loras:
@@ -193,11 +203,13 @@ class LLM:
         *,
         request_id: str | None = None,
         lora: str | None = None,
+        date: Date | None = None,
     ) -> Request:
-        """As ``request``, for a conversation rendered with the checkpoint's chat template (which writes BOS itself)."""
-        messages = list(messages)
-        request = self.request(self.tokenizer.encode_chat(messages), params, request_id=request_id, lora=lora)
-        return dataclasses.replace(request, prompt=self.tokenizer.render_chat(messages))
+        """As ``request``, for a conversation rendered with the checkpoint's chat template (which writes BOS itself);
+        ``date`` is what a template that asks for it is told."""
+        text = self.tokenizer.render_chat(messages, date=date)
+        ids = self.tokenizer.encode(text, add_bos=False)
+        return dataclasses.replace(self.request(ids, params, request_id=request_id, lora=lora), prompt=text)
 
     def run(self, requests: Iterable[Request], *, burst: int = BURST, reserve: int = 0) -> Iterator[Update]:
         """``Engine.run``, one run at a time: another thread waits for its turn.
@@ -302,6 +314,7 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         lora: str | None = None,
+        date: Date | None = None,
     ) -> list[RequestOutput]:
         """Answers one conversation or many, rendered with the checkpoint's own chat template.
 
@@ -309,11 +322,13 @@ class LLM:
           messages: ``[{"role": "user", "content": "..."}, ...]``, or a list of those.
           sampling_params: for all.
           lora: the resident adapter of all.
+          date: a day or a time in ISO's form, for templates that ask for it; None for now.
         """
+        date = settled(date)
         single = len(messages) > 0 and isinstance(messages[0], dict)
         chats: list[Any] = [messages] if single else list(messages)
         requests = [
-            self.chat_request(chat, sampling_params, request_id=None if single else str(i), lora=lora)
+            self.chat_request(chat, sampling_params, request_id=None if single else str(i), lora=lora, date=date)
             for i, chat in enumerate(chats)
         ]
         return self._finished(requests)

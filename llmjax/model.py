@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.readers.digest import Stamp
-from llmjax.errors import RequestError
+from llmjax.errors import RequestError, shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
@@ -151,11 +151,11 @@ def check_ids(ids: Sequence[int], model: Model, what: str) -> np.ndarray:
     try:
         array = np.asarray(ids)
     except ValueError:
-        raise RequestError(f"{what}: expected a list of token ids, found {ids!r:.80}") from None
+        raise RequestError(f"{what}: expected a list of token ids, found {shown(ids)}") from None
     if array.size == 0:
         raise RequestError(f"{what}: empty, expected at least one token")
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise RequestError(f"{what}: expected a list of token ids, found {ids!r:.80}")
+    if array.ndim != 1 or array.dtype.kind not in "iu" or any(isinstance(i, bool) for i in ids):
+        raise RequestError(f"{what}: expected a list of token ids, found {shown(ids)}")
     if len(array) > model.context_length:
         raise RequestError(f"{what}: {len(array)} tokens, longer than the model's context of {model.context_length}")
     wrong = array[(array < 0) | (array >= model.config.vocab_size)]

@@ -17,6 +17,7 @@ from llmjax.batch.rows import WHOLE, Shard, read_rows
 from llmjax.errors import LlmjaxError, TooLongError
 from llmjax.llm import LLM
 from llmjax.runtime.params import SamplingParams
+from llmjax.text.dates import Date
 
 # Bad rows that are named; the others are counted.
 _NAMED = 20
@@ -62,7 +63,14 @@ class Report:
         return "\n".join(lines)
 
 
-def run(load: Callable[[], LLM], source: str, output: str, params: SamplingParams, shard: Shard = WHOLE) -> Report:
+def run(
+    load: Callable[[], LLM],
+    source: str,
+    output: str,
+    params: SamplingParams,
+    shard: Shard = WHOLE,
+    date: Date | None = None,
+) -> Report:
     """Reads and checks every row as a job would, and writes nothing.
 
     Args:
@@ -71,14 +79,17 @@ def run(load: Callable[[], LLM], source: str, output: str, params: SamplingParam
       output: path of the output; a manifest beside it tells how fast the job was so far.
       params: defaults for rows.
       shard: which rows.
+      date: see ``job.Options``.
 
     Raises:
       LlmjaxError: the input cannot be read, or from ``load``.
     """
     report, index = Report(), Index()
+    begun = _begun(output)
+    date = manifests.job_date(date, begun)
     with open_lines(source) as lines, contextlib.closing(index):
         llm = load()
-        for row in read_rows(lines, llm, params, index, shard):
+        for row in read_rows(lines, llm, params, index, shard, date):
             if row.request is None:
                 report.bad += 1
                 report.too_long += isinstance(row.error, TooLongError)
@@ -91,22 +102,24 @@ def run(load: Callable[[], LLM], source: str, output: str, params: SamplingParam
             report.longest = max(report.longest, size)
             report.answer_tokens += (row.request.params.max_tokens or 0) * row.request.params.n
     if report.rows:
-        report.estimate = _from_manifest(llm, output, params, shard, report) or _from_calibration(llm, report)
+        if begun and any(manifests.differences(begun.job, identity(llm, params, shard, date))):
+            begun = None
+        report.estimate = (begun and _from_manifest(begun, output, report)) or _from_calibration(llm, report)
     else:
         report.estimate = "none, no row can run"
     return report
 
 
-def _from_manifest(llm: LLM, output: str, params: SamplingParams, shard: Shard, report: Report) -> str:
-    """From what this job has done already; empty where it has not."""
-    if output == "-":
-        return ""
+def _begun(output: str) -> manifests.Manifest | None:
+    """What there is of a manifest beside an output."""
     try:
-        manifest = manifests.read(Path(output))
+        return None if output == "-" else manifests.read(Path(output))
     except LlmjaxError:
-        return ""
-    if manifest is None or any(manifests.differences(manifest.job, identity(llm, params, shard))):
-        return ""
+        return None
+
+
+def _from_manifest(manifest: manifests.Manifest, output: str, report: Report) -> str:
+    """From what this job has done already; empty where it has done nothing."""
     done = sum(run["rows"] for run in manifest.runs)
     if not done:
         return ""

@@ -9,7 +9,7 @@ from llmjax.llm import LLM
 from llmjax.runtime.params import SamplingParams
 
 
-def identity(llm: LLM, params: SamplingParams, shard: Shard = WHOLE) -> dict[str, Any]:
+def identity(llm: LLM, params: SamplingParams, shard: Shard = WHOLE, date: str = "") -> dict[str, Any]:
     """Everything that fixes a job's answers, by name, as JSON would hold it.
 
     The model's path does not, nor does the processor where another device computes.
@@ -27,5 +27,6 @@ def identity(llm: LLM, params: SamplingParams, shard: Shard = WHOLE) -> dict[str
         "seed": llm.seed,
         "params": json.loads(json.dumps(params.to_dict())),
         "shard": str(shard),
+        "date": date,
         **runtime,
     }

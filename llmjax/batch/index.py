@@ -41,9 +41,14 @@ class Totals(NamedTuple):
 
 
 class Index:
-    """Rows of the output by key, with their place in it, and rows of the input by id."""
+    """Rows of the output by key, with their place in it, and rows of the input by id.
+
+    Attributes:
+      forgotten: rows that were dropped.
+    """
 
     def __init__(self) -> None:
+        self.forgotten = 0
         # Without a name SQLite keeps a database in a file of its own that goes away with the connection, and no more
         # than a fixed cache of it in memory.
         self._db = sqlite3.connect("", isolation_level=None)
@@ -70,6 +75,10 @@ class Index:
     def keep(self, key: bytes, line: int) -> None:
         """Notes that a row of the output answers this line of the input."""
         self._execute("UPDATE written SET line = ? WHERE key = ?", (line, key))
+
+    def forget(self, start: int) -> None:
+        """Drops the rows of the output from byte ``start`` on."""
+        self.forgotten += self._execute("DELETE FROM written WHERE start >= ?", (start,)).rowcount
 
     def is_new(self, row_id: str) -> bool:
         """Whether no earlier row of the input had this id."""

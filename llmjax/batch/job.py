@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmjax.batch import manifest as manifests
-from llmjax.batch.files import claimed, open_lines
+from llmjax.batch.files import Lines, claimed, open_lines
 from llmjax.batch.identity import identity
 from llmjax.batch.index import Index, Totals, Written
 from llmjax.batch.interrupts import Interrupts
 from llmjax.batch.journal import SYNC_SECONDS, Journal
 from llmjax.batch.manifest import Manifest
-from llmjax.batch.progress import PLAIN_SECONDS, Count, Meter, Reporter
-from llmjax.batch.rows import WHOLE, InputRow, Shard, count_rows, describe, read_rows
-from llmjax.errors import CheckpointError, RequestError, ResumeError
+from llmjax.batch.progress import PLAIN_SECONDS, Count, Meter, Reporter, rate
+from llmjax.batch.rows import WHOLE, InputRow, Shard, count_rows, describe, read_rows, row_error
+from llmjax.errors import RequestError, ResumeError
 from llmjax.llm import LLM
+from llmjax.runtime.outputs import RequestOutput
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request
+from llmjax.text.dates import Date, settled
 
 # Positions of the cache a job begins with: most rows fit, and a longer one makes it grow.
 RESERVE = 1024
@@ -36,6 +38,7 @@ class Options:
       retry_errors: run rows again that failed when they ran.
       force: start over, whatever the output holds.
       progress_seconds: between lines of progress where stderr is no terminal; 0 for none.
+      date: what chat templates take for the present; None for the time the job began, which the manifest keeps.
     """
 
     ordered: bool = False
@@ -43,8 +46,10 @@ class Options:
     retry_errors: bool = False
     force: bool = False
     progress_seconds: float = PLAIN_SECONDS
+    date: Date | None = None
 
     def __post_init__(self) -> None:
+        settled(self.date)
         if not self.progress_seconds >= 0:
             raise RequestError(f"progress_seconds: expected a number from 0, found {self.progress_seconds}")
 
@@ -72,9 +77,9 @@ class Summary:
     def describe(self) -> str:
         """One line."""
         run, (rows, failed, prompt, completion) = self.run, self.totals
-        generate = max(run["seconds"] - run["compile_seconds"], 1e-9)
+        generate = max(run["seconds"] - run["compile_seconds"], 0.0)
         kept = f" ({self.kept} of them earlier)" if self.kept else ""
-        rates = [f"{run[f'{what}_tokens'] / generate:.0f} tok/s" for what in ("prefill", "decode")]
+        rates = [f"{rate(run, what):.0f} tok/s" for what in ("prefill", "decode")]
         return (
             f"{rows - failed} rows answered, {failed} failed{kept}; {prompt} prompt and {completion} answer tokens; "
             f"prefill {rates[0]}, decode {rates[1]} in {run['busy']:.0%} of the slots; "
@@ -112,7 +117,14 @@ def run(
         llm = load()
         job = _Job(llm, path, stream, params, options, time.monotonic() - began)
         with contextlib.closing(job.index):
-            return job.run(lines, source, output, about or {})
+            return job.run(lines, output, about or {})
+
+
+class _RunEnded(Exception):
+    """The engine failed: ``error`` says how."""
+
+    def __init__(self, error: BaseException):
+        self.error = error
 
 
 class _Job:
@@ -130,13 +142,15 @@ class _Job:
         self.count = Count()
         self.summary = Summary()
         self.load_seconds = load_seconds
-        self.answered = False  # whether any row was, ever
         self.waiting: dict[str, InputRow] = {}  # rows that the engine has
+        self.ended: Exception | None = None  # why the input was not read to its end
 
-    def run(self, lines: Iterable[str], source: str, output: str, about: dict[str, Any]) -> Summary:
-        job = identity(self.llm, self.params, self.options.shard)
+    def run(self, lines: Lines, output: str, about: dict[str, Any]) -> Summary:
         fresh = self.options.force or self.stream is not None
-        manifest = Manifest(job) if fresh else manifests.going_on(self.path, job)
+        found = None if fresh else manifests.read(self.path)
+        self.date = manifests.job_date(self.options.date, found)
+        job = identity(self.llm, self.params, self.options.shard, self.date)
+        manifest = Manifest(job) if fresh else manifests.going_on(self.path, job, found)
         manifest.status, manifest.about = "running", about
         began, meter = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), Meter(self.llm.engine)
         try:
@@ -144,7 +158,7 @@ class _Job:
             journal = Journal(self.path, self.index, describe, fresh=fresh)
             with contextlib.closing(journal):
                 self._write(manifest)
-                self.count.total = count_rows(source, self.options.shard)
+                self.count.total = count_rows(lines, self.options.shard)
                 self._answer(lines, journal)
         except BrokenPipeError:
             raise
@@ -152,8 +166,7 @@ class _Job:
             self.summary.status = "interrupted"
             raise
         except OSError as error:
-            self.summary.status = "failed"
-            self.summary.problem = f"{output}: writing the output failed: {error.strerror}; the rows before are whole"
+            self._fail(output, error)
         except BaseException:
             self.summary.status = "failed"
             raise
@@ -161,22 +174,31 @@ class _Job:
             self.summary.totals = self.index.totals(everything=self.summary.status != "complete")
             self.summary.run = {
                 "began": began,
-                "rows": self.count.done - self.count.kept,
+                "rows": self.count.done - self.count.kept - self.index.forgotten,
                 "load_seconds": round(self.load_seconds, 3),
                 **meter.read(),
             }
             self.summary.kept = self.count.kept
             manifest.status, manifest.counts = self.summary.status, self.summary.totals._asdict()
             manifest.runs.append(self.summary.run)
-            with contextlib.suppress(OSError):  # of a full disk more has been said
+            try:
                 self._write(manifest)
+            except OSError as error:
+                self._fail(output, error)
         return self.summary
+
+    def _fail(self, output: str, error: OSError) -> None:
+        self.summary.status = "failed"
+        reason = error.strerror or error
+        self.summary.problem = self.summary.problem or (
+            f"{output}: writing the output failed: {reason}; the rows before are whole"
+        )
 
     def _write(self, manifest: Manifest) -> None:
         if self.stream is None:
             manifest.write(self.path)
 
-    def _answer(self, lines: Iterable[str], journal: Journal) -> None:
+    def _answer(self, lines: Lines, journal: Journal) -> None:
         with (
             Interrupts(self.llm.engine.stop) as interrupts,
             Reporter(
@@ -191,8 +213,10 @@ class _Job:
                 try:
                     self._run(requests, journal)
                     break
-                except CheckpointError as error:
-                    self._one_by_one(journal, error)
+                except _RunEnded as ended:
+                    self._one_by_one(journal, ended.error, interrupts)
+        if self.ended is not None:
+            raise self.ended
         if not interrupts.asked:
             self.summary.removed = self._finish(journal)
         if self.stream is not None and self.options.ordered:
@@ -202,33 +226,63 @@ class _Job:
         self.summary.status = "interrupted" if interrupts.asked else "complete"
 
     def _run(self, requests: Iterable[Request], journal: Journal) -> None:
-        for output in self.llm.outputs(requests, reserve=RESERVE):
+        outputs = self.llm.outputs(requests, reserve=RESERVE)
+        while (output := _next(outputs)) is not None:
             row = self.waiting.pop(output.request_id)
-            self._append(journal, *row.answer(output, self.llm), row.line)
-            self.answered = True
+            self.count.answered += 1
+            self.count.answer_tokens += sum(len(c.token_ids) for c in output.outputs)
+            try:
+                answer = row.answer(output, self.llm)
+            except BaseException as error:
+                answer = row._replace(error=row_error(error)).failure()
+            self._append(journal, *answer, row.line)
 
-    def _one_by_one(self, journal: Journal, error: CheckpointError) -> None:
-        """After a row made the model fail (numbers that overflow): runs those that were under way alone, to tell which.
+    def _one_by_one(self, journal: Journal, error: BaseException, interrupts: Interrupts) -> None:
+        """After a row made the engine fail (numbers that overflow, say): runs those that were under way alone, to tell
+        which.
 
         Raises:
-          CheckpointError: no row of this job could be answered, so it is not the row.
+          BaseException: ``error``, where the engine answers nothing any more, so that it is not the row.
         """
         failed = []
-        for row in list(self.waiting.values()):
-            assert row.request is not None
+        rows = list(self.waiting.values())
+        for row in rows:
             try:
-                self._run([row.request], journal)
-            except CheckpointError as again:
-                failed.append(row._replace(error=again))
-        if not self.answered:
+                self._run((r for r in [row.request] if r is not None and not interrupts.asked), journal)
+            except _RunEnded as again:
+                failed.append(row._replace(error=row_error(again.error)))
+        if interrupts.asked:
+            return
+        if not rows or (len(failed) == len(rows) and not self._is_sound()):
             raise error
         for row in failed:
             del self.waiting[row.row_id or ""]
             self._append(journal, *row.failure(), row.line)
 
-    def _requests(self, lines: Iterable[str], journal: Journal, interrupts: Interrupts) -> Iterator[Request]:
-        """The rows that are to be run; on the way, those that need not or cannot be are done with."""
-        for row in read_rows(lines, self.llm, self.params, self.index, self.options.shard):
+    def _is_sound(self) -> bool:
+        """Whether the engine answers the shortest of prompts."""
+        tokenizer = self.llm.model.tokenizer
+        prompt = [(tokenizer and tokenizer.bos_id) or 0]
+        try:
+            return any(self.llm.outputs([self.llm.request(prompt, SamplingParams(max_tokens=1), request_id="probe")]))
+        except Exception:
+            return False
+
+    def _requests(self, lines: Lines, journal: Journal, interrupts: Interrupts) -> Iterator[Request]:
+        """The rows that are to be run; on the way, those that need not or cannot be are done with.
+
+        What goes wrong in between is no fault of the engine that asks for them: ``ended`` keeps it.
+        """
+        try:
+            yield from self._rows_to_run(lines, journal, interrupts)
+        except RequestError as error:  # of an input that cannot be read on, the rows under way are answered
+            self.ended = error
+        except Exception as error:
+            self.ended = error
+            self.llm.engine.stop()
+
+    def _rows_to_run(self, lines: Lines, journal: Journal, interrupts: Interrupts) -> Iterator[Request]:
+        for row in read_rows(lines, self.llm, self.params, self.index, self.options.shard, self.date):
             if interrupts.asked:
                 return
             if self._is_done(row):
@@ -240,13 +294,13 @@ class _Job:
             else:
                 self.waiting[row.request.request_id] = row
                 self.count.under_way = len(self.waiting)
+                self.count.begin(row.request)
                 yield row.request
 
     def _is_done(self, row: InputRow) -> bool:
         known = self.index.get(row.key)
         if known is None or known.content != row.content:
             return False
-        self.answered |= not known.failed
         return not (known.failed and row.request is not None and self.options.retry_errors)
 
     def _append(self, journal: Journal, row: Written, text: bytes, line: int) -> None:
@@ -265,3 +319,16 @@ class _Job:
                 "input? The rows are left as they are"
             )
         return self.stream is None and journal.finish(ordered=self.options.ordered)
+
+
+def _next(outputs: Iterator[RequestOutput]) -> RequestOutput | None:
+    """The next answer of the engine, None after the last.
+
+    Raises:
+      _RunEnded: it failed.
+    """
+    try:
+        return next(outputs, None)
+    except BaseException as error:
+        row_error(error)
+        raise _RunEnded(error) from error

@@ -1,9 +1,9 @@
 """The output of a job: rows are only ever appended, so that whatever ends the job leaves whole rows behind."""
 
+import contextlib
 import gzip
 import json
 import os
-import shutil
 import threading
 import time
 import zlib
@@ -51,7 +51,9 @@ class Journal:
         self.lines = self._end = 0
         self._lock = threading.Lock()
         self._unsynced, self._synced = False, time.monotonic()
+        self._broken: OSError | None = None
         self._recover(describe)
+        self._safe = self._end  # on the disk is what comes before
 
     def _recover(self, describe: Callable[[Any], Written | None]) -> None:
         """Reads what is there; an unfinished last line goes, and a damaged one is passed over."""
@@ -90,12 +92,22 @@ class Journal:
         self.sync(SYNC_SECONDS)
 
     def sync(self, seconds: float = 0.0) -> None:
-        """Has the rows on the disk, if the last time was at least this long ago."""
+        """Has the rows on the disk, if the last time was at least this long ago.
+
+        Raises:
+          OSError: it failed, now or before: the system tells but once, and to whichever thread asks.
+        """
         with self._lock:
+            if self._broken is not None:
+                raise self._broken
             if self._unsynced and time.monotonic() - self._synced >= seconds:
-                self._unsynced = False
-                os.fsync(self._file)
-                self._synced = time.monotonic()
+                self._unsynced, end = False, self._end
+                try:
+                    os.fsync(self._file)
+                except OSError as error:
+                    self._broken = error
+                    raise
+                self._safe, self._synced = end, time.monotonic()
 
     def finish(self, *, ordered: bool) -> bool:
         """Leaves the file with one row for each of the input, in its order if asked for.
@@ -115,7 +127,7 @@ class Journal:
             try:
                 os.link(self.partial, previous)
             except OSError:  # not every file system has links
-                shutil.copyfile(self.partial, previous)
+                write_whole(previous, _pieces(self.partial))
         if self._zipped:
             write_whole(self.path, _compressed(self._read(order)))
             self.partial.unlink()
@@ -140,11 +152,25 @@ class Journal:
             yield os.pread(self._file, size, start)
 
     def close(self) -> None:
-        """Has the rows on the disk and lets go of the file."""
+        """Has the rows on the disk and lets go of the file.
+
+        Raises:
+          OSError: the rows that may not be there are in neither the file nor the index.
+        """
         try:
             self.sync()
+        except OSError:
+            self._index.forget(self._safe)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._safe)
+            raise
         finally:
             os.close(self._file)
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        yield from iter(lambda: file.read(_PIECE), b"")
 
 
 def _expanded(path: Path) -> Iterator[bytes]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from llmjax.batch.files import write_whole
 from llmjax.checkpoint.identity import differences
-from llmjax.errors import ResumeError
+from llmjax.errors import RequestError, ResumeError
+from llmjax.text.dates import Date, settled
 
 FORMAT, VERSION = "llmjax-batch", 1
 
@@ -59,20 +60,35 @@ def read(output: Path) -> Manifest | None:
         manifest = Manifest(**values)
         if not isinstance(manifest.job, Mapping) or not isinstance(manifest.runs, list):
             raise ValueError("job or runs is missing")
+        settled(manifest.job.get("date"))
         return manifest
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, RequestError) as error:
         raise ResumeError(f"{path}: not a manifest this llmjax can read: {error}; --force starts over") from None
 
 
-def going_on(output: Path, job: dict[str, Any]) -> Manifest:
+def job_date(asked: Date | None, found: Manifest | None) -> str:
+    """What a job's chat templates take for the present: the date asked for, the one it began with, or now.
+
+    Raises:
+      RequestError: it is no date.
+    """
+    begun: str | None = None if found is None else found.job.get("date")
+    return settled(begun if asked is None else asked).isoformat(timespec="seconds")
+
+
+def going_on(output: Path, job: dict[str, Any], found: Manifest | None) -> Manifest:
     """The manifest of a job that begins or goes on.
+
+    Args:
+      output: of the job.
+      job: its identity.
+      found: the manifest that is there.
 
     Raises:
       ResumeError: ``output`` was made by another job, or by none that is known.
     """
-    found = read(output)
     if found is None:
         rows = next((path for path in (output, output.with_name(f"{output.name}.partial")) if _has_bytes(path)), None)
         if rows is not None:

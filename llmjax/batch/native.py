@@ -4,10 +4,13 @@ In: ``id`` (or ``custom_id``; the line's number where there is none), one of ``p
 ``prompt_token_ids``, ``lora`` (the name of a resident adapter), and sampling parameters by the names of
 ``SamplingParams``.
 
-Out: ``id``, ``text``, ``token_ids``, ``finish_reason``, ``stop_reason``, ``usage``, ``seed``, ``params``, ``numerics``,
-``hash``, and where they are asked for ``token_logprobs``, ``logprobs``, ``prompt_logprobs``.  With n above 1,
-``outputs`` is a list of what belongs to each sample, ``index`` and ``seed`` among it.  A row that could not run:
-``id``, ``line``, ``error``, ``hash``; without ``line`` if it failed when it ran.
+Out: ``id``, ``text``, ``token_ids``, ``finish_reason``, ``stop_reason``, ``usage``, ``seed``, ``seed_text``,
+``params``, ``numerics``, ``hash``, and where they are asked for ``token_logprobs``, ``logprobs``, ``prompt_logprobs``.
+With n above 1, ``outputs`` is a list of what belongs to each sample, ``index``, ``seed`` and ``seed_text`` among it.  A
+row that could not run: ``id``, ``line``, ``error``, ``hash``; without ``line`` if it failed when it ran.
+
+``seed_text`` is ``seed`` in digits: pandas, jq and JavaScript round a number of 64 bits, and a rounded seed draws
+something else.  As the ``seed`` of a row it draws the same again.
 """
 
 import math
@@ -63,7 +66,8 @@ def answer(question: Question, output: RequestOutput, llm: LLM, content: str) ->
     several = [_completion(c) for c in output.outputs]
     if len(several) > 1:
         several = [
-            {"index": c.index, **fields, "seed": c.seed} for c, fields in zip(output.outputs, several, strict=True)
+            {"index": c.index, **fields, **seed_fields(c.seed)}
+            for c, fields in zip(output.outputs, several, strict=True)
         ]
     completion_tokens = sum(len(c.token_ids) for c in output.outputs)
     prompt = {} if output.prompt_logprobs is None else {"prompt_logprobs": prompt_logprobs(output)}
@@ -72,12 +76,17 @@ def answer(question: Question, output: RequestOutput, llm: LLM, content: str) ->
         **(several[0] if len(several) == 1 else {"outputs": several}),
         **prompt,
         "usage": {"prompt_tokens": len(output.prompt_token_ids), "completion_tokens": completion_tokens},
-        "seed": output.seed,
+        **seed_fields(output.seed),
         "params": output.params.to_dict(),
         "numerics": output.numerics,
         **({} if question.lora is None else {"lora": question.lora}),
         "hash": content,
     }
+
+
+def seed_fields(seed: int) -> dict[str, Any]:
+    """A seed as a number, and as text for those who round numbers."""
+    return {"seed": seed, "seed_text": str(seed)}
 
 
 def _completion(completion: CompletionOutput) -> dict[str, Any]:

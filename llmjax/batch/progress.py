@@ -1,5 +1,6 @@
 """Progress of a job on stderr: one line rewritten on a terminal, plain lines now and then elsewhere."""
 
+import contextlib
 import dataclasses
 import sys
 import threading
@@ -9,6 +10,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from llmjax.runtime.engine import Engine
+from llmjax.runtime.row import Request
 
 # A log file wants few lines, a person wants motion.
 PLAIN_SECONDS = 10.0
@@ -24,12 +26,46 @@ class Count:
       done: answered or failed, kept ones included.
       kept: done by an earlier run.
       under_way: in the engine.
+      begun: given to the engine.
+      prompt_tokens: of those, a prompt's once for each of its samples.
+      most_tokens: they may be answered with.
+      answered: of those, that have been.
+      answer_tokens: of the answered ones.
     """
 
     total: int | None = None
     done: int = 0
     kept: int = 0
     under_way: int = 0
+    begun: int = 0
+    prompt_tokens: int = 0
+    most_tokens: int = 0
+    answered: int = 0
+    answer_tokens: int = 0
+
+    def begin(self, request: Request) -> None:
+        """Counts a row that goes into the engine."""
+        self.begun += 1
+        self.prompt_tokens += len(request.ids) * request.params.n
+        self.most_tokens += (request.params.max_tokens or 0) * request.params.n
+
+    def seconds_left(self, run: dict[str, Any]) -> float:
+        """An estimate from the tokens of the rows so far, and of the time that prompts and answers took.
+
+        Args:
+          run: see ``Meter.read``.
+        """
+        to_come = (self.total or 0) - self.done - self.under_way
+        prompts = self.prompt_tokens * (1 + to_come / max(self.begun, 1))
+        mean = self.answer_tokens / self.answered if self.answered else self.most_tokens / max(self.begun, 1)
+        answers = mean * (self.begun + to_come)
+        return sum(
+            max(tokens - done, 0) * seconds / max(done, 1)
+            for tokens, done, seconds in (
+                (prompts, run["prefill_tokens"] + run["reused_tokens"], run["prefill_seconds"]),
+                (answers, run["decode_tokens"], run["decode_seconds"]),
+            )
+        )
 
 
 class Meter:
@@ -46,11 +82,12 @@ class Meter:
         return {
             "seconds": round(time.monotonic() - self._began, 3),
             "compile_seconds": round(self._engine.compile_seconds - self._compiled, 3),
-            **{name: self._since(name) for name in ("prefill_tokens", "reused_tokens", "decode_tokens")},
+            **{name: int(self._since(name)) for name in ("prefill_tokens", "reused_tokens", "decode_tokens")},
+            **{name: round(self._since(name), 3) for name in ("prefill_seconds", "decode_seconds")},
             "busy": round(tokens / max(steps * self._engine.slots, 1), 4),
         }
 
-    def _since(self, name: str) -> int:
+    def _since(self, name: str) -> float:
         return getattr(self._engine.progress, name) - self._counted[name]
 
 
@@ -85,26 +122,23 @@ class Reporter:
     def _watch(self) -> None:
         last = time.monotonic()
         while not self._end.wait(TERMINAL_SECONDS):
-            try:
+            with contextlib.suppress(OSError):  # the next write meets the same, and tells
                 self._also()
-            except OSError:
-                return  # the next write meets the same, and tells
             if self._seconds and time.monotonic() - last >= self._seconds:
                 last = time.monotonic()
-                self._stream.write(f"\r\x1b[K{self.line()}" if self._terminal else f"{self.line()}\n")
-                self._stream.flush()
+                with contextlib.suppress(OSError):  # no one reads it any more
+                    self._stream.write(f"\r\x1b[K{self.line()}" if self._terminal else f"{self.line()}\n")
+                    self._stream.flush()
 
     def line(self) -> str:
         """What there is to tell now."""
         count, run = self._count, self._meter.read()
-        seconds = max(run["seconds"] - run["compile_seconds"], 1e-3)
         text = f"{count.done:,}{f'/{count.total:,}' if count.total is not None else ''} rows"
-        text += f" · prefill {run['prefill_tokens'] / seconds:,.0f} tok/s"
-        text += f" · decode {run['decode_tokens'] / seconds:,.0f} tok/s"
+        for what in ("prefill", "decode"):
+            text += f" · {what} {rate(run, what):,.0f} tok/s"
         text += f" · {min(count.under_way, self._slots)}/{self._slots} slots"
-        new = count.done - count.kept
-        if count.total is not None and new:
-            text += f" · {clock(seconds / new * (count.total - count.done))} left"
+        if count.total is not None and run["prefill_tokens"]:
+            text += f" · {'' if run['decode_tokens'] else 'over '}{clock(count.seconds_left(run))} left"
         return text
 
     def __enter__(self) -> "Reporter":
@@ -119,6 +153,16 @@ class Reporter:
         if self._terminal:
             self._stream.write("\r\x1b[K")
             self._stream.flush()
+
+
+def rate(run: dict[str, Any], what: str) -> float:
+    """Tokens a second of ``prefill`` or ``decode``, while the engine was at it.
+
+    Args:
+      run: see ``Meter.read``.
+      what: of the two.
+    """
+    return run[f"{what}_tokens"] / max(run[f"{what}_seconds"], 1e-3)
 
 
 def clock(seconds: float) -> str:

@@ -2,19 +2,20 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from llmjax.batch import native, openai
-from llmjax.batch.files import open_lines
+from llmjax.batch.files import Lines
 from llmjax.batch.index import Index, Written, digest
 from llmjax.batch.question import Question, check_text_id
-from llmjax.errors import LlmjaxError, RequestError
+from llmjax.errors import LlmjaxError, RequestError, ResumeError
 from llmjax.llm import LLM
 from llmjax.runtime.outputs import RequestOutput
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request
+from llmjax.text.dates import Date
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,12 @@ class InputRow(NamedTuple):
 
 
 def read_rows(
-    lines: Iterable[str], llm: LLM, defaults: SamplingParams, index: Index, shard: Shard = WHOLE
+    lines: Iterable[str],
+    llm: LLM,
+    defaults: SamplingParams,
+    index: Index,
+    shard: Shard = WHOLE,
+    date: Date | None = None,
 ) -> Iterator[InputRow]:
     """Parses lines one by one; blank ones are skipped, bad ones become rows with an error.
 
@@ -95,32 +101,59 @@ def read_rows(
       defaults: parameters a row does not set.
       index: remembers the ids.
       shard: which rows to yield.
+      date: what chat templates take for the present.
+
+    Raises:
+      RequestError: the lines cannot be read on.
+      ResumeError: the index cannot be written.
     """
+
+    def request(question: Question, row_id: str) -> Request:
+        params = dataclasses.replace(defaults, **question.params)
+        if question.is_chat:
+            return llm.chat_request(question.prompt, params, request_id=row_id, lora=question.lora, date=date)
+        return llm.request(question.prompt, params, request_id=row_id, lora=question.lora)
+
     for number, line in enumerate(lines, 1):
         if line.strip():
-            row = _read(number, line, llm, defaults, index, shard)
+            row = _read(number, line, request, index, shard)
             if row is not None:
                 yield row
 
 
-def count_rows(source: str, shard: Shard = WHOLE) -> int | None:
-    """Rows of an input file; None for stdin, which can be read but once."""
-    if source == "-":
+def count_rows(lines: Lines, shard: Shard = WHOLE) -> int | None:
+    """Rows of an input; None for a pipe, which can be read but once."""
+    if not lines.repeatable:
         return None
-    with open_lines(source) as lines:
-        filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-        return sum(1 for number, line in filled if shard == WHOLE or shard.has(_shard_id(number, line)))
+    filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    return sum(1 for number, line in filled if shard == WHOLE or shard.has(_shard_id(number, line)))
 
 
 def _shard_id(number: int, line: str) -> str:
     try:
         row = parse_object(line)
         return (openai if openai.is_form(row) else native).row_id(row, number)
-    except LlmjaxError:
+    except BaseException as error:
+        row_error(error)
         return str(number)
 
 
-def _read(number: int, line: str, llm: LLM, defaults: SamplingParams, index: Index, shard: Shard) -> InputRow | None:
+def row_error(error: BaseException) -> LlmjaxError:
+    """What went wrong with a row, as it says it: whatever that is must not end a job.
+
+    Raises:
+      BaseException: ``error`` itself, which is no row's: an interrupt, an index that cannot be written.
+    """
+    # Where its Rust code panics, the tokenizers library raises a BaseException of its own.
+    own = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    if isinstance(error, ResumeError) or not own:
+        raise error
+    return error if isinstance(error, LlmjaxError) else RequestError(f"{type(error).__name__}: {error}")
+
+
+def _read(
+    number: int, line: str, make: Callable[[Question, str], Request], index: Index, shard: Shard
+) -> InputRow | None:
     row_id: str | None = None
     form: ModuleType = native
     question: Question | None = None
@@ -134,20 +167,14 @@ def _read(number: int, line: str, llm: LLM, defaults: SamplingParams, index: Ind
         if not index.is_new(row_id):
             raise RequestError(f"id {row_id!r} was used by an earlier row; ids name rows and seed their draws")
         question = form.parse(row)
-        request = _request(question, row_id, llm, defaults)
+        request = make(question, row_id)
         return InputRow(number, row_id, form, question, request, None, _key(row_id), _content(question, request))
-    except LlmjaxError as error:
+    except BaseException as raised:
+        error = row_error(raised)
         if row_id is None and not shard.has(str(number)):
             return None
         content = digest(f"{line.strip()}\n{error}")
         return InputRow(number, row_id, form, question, None, error, _key(number), content)
-
-
-def _request(question: Question, row_id: str, llm: LLM, defaults: SamplingParams) -> Request:
-    params = dataclasses.replace(defaults, **question.params)
-    if question.is_chat:
-        return llm.chat_request(question.prompt, params, request_id=row_id, lora=question.lora)
-    return llm.request(question.prompt, params, request_id=row_id, lora=question.lora)
 
 
 def _key(name: str | int) -> bytes:
@@ -172,8 +199,9 @@ def describe(row: Any) -> Written | None:
     form = openai if "custom_id" in row else native
     try:
         name, content, failed, prompt_tokens, completion_tokens = form.describe(row)
-        return Written(_key(name), bytes.fromhex(content), failed, prompt_tokens, completion_tokens)
-    except (KeyError, TypeError, ValueError, AttributeError):
+        used = int(prompt_tokens), int(completion_tokens)
+        return Written(_key(name), bytes.fromhex(content), failed, *used) if max(map(abs, used)) < 2**63 else None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
 
 

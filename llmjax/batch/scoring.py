@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmjax.batch.files import write_whole
-from llmjax.batch.rows import parse_object
+from llmjax.batch.question import checked_id
+from llmjax.batch.rows import parse_object, row_error
 from llmjax.checkpoint.identity import model_facts, runtime_facts
-from llmjax.errors import LlmjaxError, RequestError
+from llmjax.errors import RequestError
 from llmjax.llm import LLM
 from llmjax.runtime.outputs import Score
 
@@ -84,14 +85,15 @@ def run(llm: LLM, lines: Iterable[str], output: IO[str], known: str | None = Non
         row_id: Any = None
         try:
             row = parse_object(line)
+            checked_id(row.get("id", number), "id")
             row_id = row.get("id", number)
             (score,) = llm.score([_text(row)])
+            result = {"id": row_id, **score.to_dict(), "numerics": llm.model.numerics.label, "identity": known}
             summary.rows += 1
             summary.logprobs += score.scored
-            result = {"id": row_id, **score.to_dict(), "numerics": llm.model.numerics.label, "identity": known}
-        except LlmjaxError as error:
+        except BaseException as error:
             summary.failed += 1
-            result = {"id": row_id, "line": number, "error": f"line {number}: {error}"}
+            result = {"id": row_id, "line": number, "error": f"line {number}: {row_error(error)}"}
         output.write(json.dumps(result, ensure_ascii=False) + "\n")
         output.flush()
     return summary

@@ -19,9 +19,10 @@ from llmjax.cli.flags import (
     sampling_flags,
     sampling_params,
 )
-from llmjax.errors import RequestError
+from llmjax.errors import OutputError, RequestError
 
 if TYPE_CHECKING:
+    from llmjax.llm import LLM
     from llmjax.model import Model
 
 
@@ -64,18 +65,25 @@ def _batch(args: argparse.Namespace) -> int:
 
     params = sampling_params(args)
     shard = Shard.parse(args.shard) if args.shard else WHOLE
+
+    def load() -> "LLM":
+        return loading.load_llm(args, _job_slots)[0]
+
     if args.dry_run:
-        report = dryrun.run(lambda: loading.load_llm(args, _job_slots)[0], args.input, args.output, params, shard)
+        report = dryrun.run(load, args.input, args.output, params, shard, args.date)
         print(report.describe())
         return 1 if report.bad else 0
-    options = job.Options(args.ordered, shard, args.retry_errors, args.force, args.progress_seconds)
+    options = job.Options(args.ordered, shard, args.retry_errors, args.force, args.progress_seconds, args.date)
     about = {"model": args.model, "input": args.input, "ordered": args.ordered, "truncate_prompt": args.truncate_prompt}
-    summary = job.run(lambda: loading.load_llm(args, _job_slots)[0], args.input, args.output, params, options, about)
+    summary = job.run(load, args.input, args.output, params, options, about)
     if summary.problem:
         print(f"llmjax: {summary.problem}; {_how_to_go_on(args)}", file=sys.stderr)
     print(summary.describe(), file=sys.stderr)
     if summary.removed:
-        print(f"llmjax: rows no longer in the input were removed; they are in {args.output}.previous", file=sys.stderr)
+        print(
+            f"llmjax: answers to rows that have changed or gone were removed; they are in {args.output}.previous",
+            file=sys.stderr,
+        )
     if summary.status == "interrupted":
         print(f"llmjax: interrupted; {_how_to_go_on(args)}", file=sys.stderr)
         return 130
@@ -113,6 +121,10 @@ def _open_output(path: str, source: str) -> Iterator[Callable[[], IO[str]]]:
 
     Yields:
       a function that empties the file and returns it.
+
+    Raises:
+      RequestError: the file cannot be written to.
+      OutputError: writing to it failed.
     """
     if path == "-":
         yield lambda: sys.stdout
@@ -136,10 +148,11 @@ def _open_output(path: str, source: str) -> Iterator[Callable[[], IO[str]]]:
     try:
         with file:
             yield begin
+            if os.path.isfile(path):
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as error:
-        raise RequestError(
-            f"{path}: writing the output failed: {error.strerror}; rows written so far are whole"
-        ) from None
+        raise OutputError(f"{path}: writing the output failed: {error.strerror}; its last row may be cut") from None
     finally:
         if is_new and not began:
             os.unlink(path)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmjax.cli import loading
 from llmjax.cli.flags import Verbs, add_verb, engine_flags, prompt_text, sampling_flags, sampling_params
+from llmjax.errors import RequestError
 
 if TYPE_CHECKING:
     from llmjax.llm import LLM
@@ -30,10 +31,12 @@ def add(verbs: Verbs) -> None:
 
 def _generate(args: argparse.Namespace) -> int:
     params = sampling_params(args)
+    if args.date and not (args.chat or args.system):
+        raise RequestError("date: only a chat template takes one; give --chat, too")
     prompt = prompt_text(args.prompt)
     llm, _ = loading.load_llm(args)
     if args.chat or args.system:
-        request = llm.chat_request(_messages(args.system, prompt), params)
+        request = llm.chat_request(_messages(args.system, prompt), params, date=args.date)
     else:
         request = llm.request(prompt, params)
     if args.show_prompt:
@@ -56,7 +59,10 @@ def _print_stream(llm: "LLM", request: Any) -> str:
 
 
 def _chat(args: argparse.Namespace) -> int:
+    from llmjax.text.dates import settled
+
     params = sampling_params(args)
+    date = settled(args.date)
     llm, _ = loading.load_llm(args)
     messages = [{"role": "system", "content": args.system}] if args.system else []
     interactive = sys.stdin.isatty()
@@ -71,7 +77,7 @@ def _chat(args: argparse.Namespace) -> int:
                     messages = messages[:1] if args.system else []
                 elif line:
                     messages.append({"role": "user", "content": line})
-                    answer = _print_stream(llm, llm.chat_request(messages, params))
+                    answer = _print_stream(llm, llm.chat_request(messages, params, date=date))
                     messages.append({"role": "assistant", "content": answer})
                 continue
         return 0

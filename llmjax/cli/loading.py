@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def keep_compiled(args: argparse.Namespace) -> None:
     """Keeps compiled programs between runs; only the command line does this, importing llmjax changes nothing
     global."""
-    if getattr(args, "nokeep_compiled", True):
+    if getattr(args, "no_compile_cache", True):
         return
     import jax
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from llmjax.cli import batch, bench, checkpoints, generate, loading, lora, oracle
-from llmjax.errors import LlmjaxError
+from llmjax.errors import LlmjaxError, OutputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.showwarning = lambda message, *_, **__: print(f"llmjax: warning: {message}", file=sys.stderr)
             _tell_log()
             loading.keep_compiled(args)
-            return args.run(args)
+            code = args.run(args)
+            sys.stdout.flush()
+            return code
+    except OutputError as error:
+        print(f"llmjax: {error}", file=sys.stderr)
+        return 1
     except LlmjaxError as error:
         print(f"llmjax: {error}", file=sys.stderr)
         return 2
@@ -31,8 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("llmjax: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output left: not an error, and nothing more can be told
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 0
+    except OSError as error:  # a full disk behind stdout, say
+        print(f"llmjax: {error}", file=sys.stderr)
+        _drop_stdout()
+        return 1
+
+
+def _drop_stdout() -> None:
+    """What could not be written must not be tried once more when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _ToStderr(logging.Handler):

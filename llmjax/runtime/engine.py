@@ -1,5 +1,6 @@
 """The engine: fills decode slots from a queue of requests, runs the compiled programs, hands finished rows back."""
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -42,6 +43,8 @@ class Progress:
       reused_tokens: prompt tokens copied from another row with the same beginning.
       decode_tokens: tokens generated, those lost behind a stop string left out.
       decode_steps: steps of all slots together.
+      prefill_seconds: that prompts took, without compiling.
+      decode_seconds: that generating took, likewise.
       rows: finished.
     """
 
@@ -50,6 +53,8 @@ class Progress:
     reused_tokens: int = 0
     decode_tokens: int = 0
     decode_steps: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
     rows: int = 0
 
     @property
@@ -119,6 +124,7 @@ class Engine:
         self._length = 0
         self._state: State | None = None
         self._stopping = False
+        self._pending: jax.Array | None = None  # what the chunk under way gives
 
     def _compiled(self, function: Callable[..., Any], static: tuple[Any, ...], donate: int) -> Callable[..., Any]:
         """``function`` jitted, its static arguments bound, its traces counted and the time they take added up."""
@@ -138,6 +144,20 @@ class Engine:
             return result
 
         return call
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Adds the time spent, compiling aside, to a count of ``progress``."""
+        began, compiled = time.monotonic(), self.compile_seconds
+        yield
+        spent = time.monotonic() - began - (self.compile_seconds - compiled)
+        setattr(self.progress, name, getattr(self.progress, name) + spent)
+
+    def _settle(self, pending: jax.Array | None = None) -> None:
+        """Waits for the chunk before ``pending``: a second one may be on its way to the device, but no more, or an
+        interrupt would wait for all of a prompt."""
+        before, self._pending = self._pending, pending
+        jax.block_until_ready(before)
 
     def _bucket(self, tokens: int) -> int:
         # Two turns of a step's attention at least.  With one, XLA:CPU would move the slice of the values out of its
@@ -186,12 +206,12 @@ class Engine:
         except GeneratorExit:
             raise
         except BaseException:
-            self._state = None  # an interrupted program may have consumed its buffers
+            self._state = self._pending = None  # an interrupted program may have consumed its buffers
             raise
 
     def stop(self) -> None:
-        """Ends the run at the next step: rows that have finished are handed back, the others are dropped.  May be
-        called from a signal handler."""
+        """Ends the run at the next chunk or burst of steps: rows that have finished are handed back, the others are
+        dropped.  May be called from a signal handler or another thread."""
         self._stopping = True
 
     def _run(self, queue: Iterator[Request], burst: int) -> Iterator[Update]:
@@ -206,16 +226,23 @@ class Engine:
                         more = False
                     else:
                         filling = self._fill(request, set(range(self.slots)) - set(rows))
-                if filling is None:
+                if filling is None or self._stopping:
                     break
-                try:
-                    next(filling)
-                except StopIteration as filled:
-                    slot, row = filled.value
-                    rows[slot], filling = row, None
+                with self._timed("prefill_seconds"):
+                    try:
+                        next(filling)
+                    except StopIteration as filled:
+                        slot, row = filled.value
+                        rows[slot], filling = row, None
+            with self._timed("prefill_seconds"):
+                self._settle()
+            if self._stopping:
+                return
             if rows:
                 waiting = filling is not None or (more and len(rows) < self.slots)
-                yield from self._collect(rows, self._burst(rows, 1 if waiting else burst, more))
+                with self._timed("decode_seconds"):
+                    produced = self._burst(rows, 1 if waiting else burst, more)
+                yield from self._collect(rows, produced)
             elif filling is None and not more:
                 return
 
@@ -252,6 +279,7 @@ class Engine:
             self._state = self._share(
                 self._state, np.int32(place.source), slot, np.int32(chunks), np.int32(begun), logits
             )
+        self.progress.reused_tokens += begun
         for start in range(begun, len(ids), self.chunk):
             if start > begun:
                 yield
@@ -261,8 +289,8 @@ class Engine:
                 self._params, self._state, padded, slot, np.int32(start), np.int32(len(part)), adapter
             )
             self._prefixes.add(place.slot, ids[: start + len(part)], logits)
-        self.progress.reused_tokens += begun
-        self.progress.prefill_tokens += len(ids) - begun
+            self.progress.prefill_tokens += len(part)
+            self._settle(logits)
         if params.prompt_logprobs is not None and request.index == 0:
             row.prompt_logprobs = [None]
             for scored in self._scores(ids, adapter, wanted=True):

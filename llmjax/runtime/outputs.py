@@ -98,7 +98,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        """``exp(nll)``; infinite where that is beyond floating point."""
+        """``exp(nll)``; infinite where no float holds it."""
         try:
             return math.exp(self.nll)
         except OverflowError:
@@ -110,9 +110,11 @@ class Score:
         return self.perplexity * self.nll_standard_error
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON would hold it; NaN and infinity become null."""
+        """As JSON would hold it; what is not finite becomes null."""
         numbers = {
             name: getattr(self, name)
             for name in ("nll", "nll_standard_error", "perplexity", "perplexity_standard_error")
         }
-        return {**dataclasses.asdict(self), **{k: v if math.isfinite(v) else None for k, v in numbers.items()}}
+        logprobs = [None if p is None or not math.isfinite(p) else p for p in self.logprobs]
+        finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+        return {**dataclasses.asdict(self), "logprobs": logprobs, **finite}

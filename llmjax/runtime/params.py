@@ -2,13 +2,17 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from llmjax.errors import RequestError
+from llmjax.errors import RequestError, shown
 
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 16384  # vLLM's
+_INT32 = 2**31 - 1  # the compiled programs count in these
+_INT64 = 2**63 - 1
+_DIGITS = re.compile(r"0|[1-9][0-9]{0,19}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +29,8 @@ class SamplingParams:
       top_k: keep the k best candidates; 0 or -1 keeps all.
       top_p: keep the shortest run of best candidates whose probability reaches this; in (0, 1].
       min_p: keep candidates at least this fraction as probable as the best; in [0, 1].
-      seed: 0 to 2**64 - 1.  None: derived from the job's seed and the row's id; every result names the seed it used.
+      seed: 0 to 2**64 - 1, or its digits as text, since many readers of JSON round large numbers.  None: derived from
+        the job's seed and the row's id; every result names the seed it used.
       max_tokens: most tokens to generate; None for as many as the context holds.
       min_tokens: nothing ends the text before this many: no end-of-text or stop token is drawn, and a stop string that
         is whole by then is text like any other.
@@ -79,13 +84,15 @@ class SamplingParams:
                 value = tuple(value)
             object.__setattr__(self, field, value)
         object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
-        object.__setattr__(self, "logit_bias", _integer_keys(self.logit_bias))
+        object.__setattr__(self, "seed", _number(self.seed))
+        if isinstance(self.logit_bias, Mapping):
+            object.__setattr__(self, "logit_bias", {_number(token): bias for token, bias in self.logit_bias.items()})
         for field, (kind, ok, what) in _RULES.items():
             value = getattr(self, field)
             if value is None and field in _OPTIONAL:
                 continue
             if not _is(value, kind) or not ok(value):
-                raise RequestError(f"{field}: expected {what}, found {value!r}")
+                raise RequestError(f"{field}: expected {what}, found {shown(value)}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens: expected at most max_tokens {self.max_tokens}, found {self.min_tokens}")
         if self.n > 1 and self.temperature == 0:
@@ -111,21 +118,19 @@ def _is(value: Any, kind: str) -> bool:
     if isinstance(value, bool):
         return False
     if kind == "number":
-        return isinstance(value, int | float) and math.isfinite(value)
+        return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
     if kind == "mapping":
         return isinstance(value, Mapping)
     return isinstance(value, int) if kind == "integer" else isinstance(value, tuple)
 
 
-def _integer_keys(bias: Any) -> Any:
-    """JSON's keys are strings."""
-    if not isinstance(bias, Mapping):
-        return bias
-    return {int(k) if isinstance(k, str) and k.isdecimal() else k: v for k, v in bias.items()}
+def _number(value: Any) -> Any:
+    """JSON has keys as text, and large numbers are safe in it only so; anything but digits stays as it is."""
+    return int(value) if isinstance(value, str) and _DIGITS.fullmatch(value) else value
 
 
 def _are_ids(values: Any) -> bool:
-    return all(_is(i, "integer") and i >= 0 for i in values)
+    return all(_is(i, "integer") and 0 <= i <= _INT32 for i in values)
 
 
 _OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids"}
@@ -133,18 +138,18 @@ _Rule = tuple[str, Callable[[Any], bool], str]
 _RULES: dict[str, _Rule] = {
     "n": ("integer", lambda v: 1 <= v <= MAX_SAMPLES, f"an integer from 1 to {MAX_SAMPLES}"),
     "temperature": ("number", lambda v: 0 <= v <= 100, "a number from 0 (greedy) to 100"),
-    "top_k": ("integer", lambda v: v >= 0, "an integer from 0 (all), or -1"),
+    "top_k": ("integer", lambda v: 0 <= v <= _INT32, "an integer from 0 (all) to 2**31 - 1, or -1"),
     "top_p": ("number", lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
     "min_p": ("number", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
-    "seed": ("integer", lambda v: 0 <= v < 2**64, "an integer from 0 to 2**64 - 1"),
-    "max_tokens": ("integer", lambda v: v >= 1, "a positive integer"),
-    "min_tokens": ("integer", lambda v: v >= 0, "an integer from 0"),
+    "seed": ("integer", lambda v: 0 <= v < 2**64, "an integer from 0 to 2**64 - 1 (or its digits as text)"),
+    "max_tokens": ("integer", lambda v: 1 <= v <= _INT64, "a positive integer below 2**63"),
+    "min_tokens": ("integer", lambda v: 0 <= v <= _INT64, "an integer from 0, below 2**63"),
     "stop": ("list", lambda v: all(isinstance(s, str) and s for s in v), "non-empty strings"),
     "stop_token_ids": ("list", _are_ids, "token ids"),
     "ignore_eos": ("flag", lambda v: True, "true or false"),
     "logprobs": ("integer", lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),
     "prompt_logprobs": ("integer", lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),
-    "repetition_penalty": ("number", lambda v: v > 0, "a number above 0"),
+    "repetition_penalty": ("number", lambda v: 1e-6 <= v <= 1e6, "a number from 1e-06 to 1e+06"),
     "presence_penalty": ("number", lambda v: -2 <= v <= 2, "a number from -2 to 2"),
     "frequency_penalty": ("number", lambda v: -2 <= v <= 2, "a number from -2 to 2"),
     "logit_bias": (

@@ -1,6 +1,5 @@
 """Chat templates: Jinja in a sandbox, with the environment transformers gives them."""
 
-import datetime
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,8 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-from llmjax.errors import RequestError, TokenizerError
+from llmjax.errors import RequestError, TokenizerError, shown
+from llmjax.text.dates import Date, settled
 
 
 class _Refused(Exception):
@@ -23,6 +23,7 @@ def render(
     messages: Sequence[Mapping[str, Any]],
     variables: Mapping[str, Any],
     where: str,
+    date: Date | None = None,
 ) -> str:
     """Renders a conversation.
 
@@ -35,12 +36,14 @@ def render(
       messages: each with ``role`` and ``content``: a string, or parts ``{"type": "text", "text": ...}``.
       variables: what else the template may name.
       where: the template's file, for messages.
+      date: what the template takes for the present, see ``llmjax.text.dates``.
 
     Raises:
       TokenizerError: the template is broken or does what the sandbox forbids.
-      RequestError: the messages are malformed, or the template refuses them.
+      RequestError: the messages are malformed, or the template refuses them; or the date is none.
     """
     check_messages(messages)
+    now = settled(date)
     # Absent and null are the same to the templates that ask for these.
     names = {"tools": None, "documents": None, **variables}
     try:
@@ -50,10 +53,10 @@ def render(
         raise TokenizerError(
             f"{where}: the chat template is broken{f' in line {line}' if line else ''}: {error}"
         ) from None
-    plain, names = _plain(messages), _plain(names)
     try:
+        plain, names = _plain(messages), {**_plain(names), "strftime_now": now.strftime}
         _join_unread(compiled, plain, names)
-        return compiled.render(messages=plain, **names)
+        return compiled.render(names, messages=plain)
     except _Refused as error:
         raise RequestError(f"messages: the chat template refuses them: {error}") from None
     except jinja2.sandbox.SecurityError as error:
@@ -69,19 +72,19 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
       RequestError: it is not a list of messages with ``role`` and ``content``.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
-        raise RequestError(f"messages: expected a non-empty list of objects, found {messages!r:.80}")
+        raise RequestError(f"messages: expected a non-empty list of objects, found {shown(messages)}")
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
-            raise RequestError(f"messages[{i}]: expected an object with 'role' and 'content', found {message!r:.80}")
+            raise RequestError(f"messages[{i}]: expected an object with 'role' and 'content', found {shown(message)}")
         role = message.get("role")
         if not isinstance(role, str) or not role:
-            raise RequestError(f"messages[{i}].role: expected a string, found {role!r:.80}")
+            raise RequestError(f"messages[{i}].role: expected a string, found {shown(role)}")
         content = message.get("content")
         if content is None and "tool_calls" in message:
             continue
         parts = content if isinstance(content, list | tuple) else None
         if not isinstance(content, str) and (not parts or not all(isinstance(part, Mapping) for part in parts)):
-            found = repr(content)[:80] if "content" in message else "none"
+            found = shown(content) if "content" in message else "none"
             raise RequestError(f"messages[{i}].content: expected a string or a list of parts, found {found}")
         for j, part in enumerate(parts or ()):
             where = f"messages[{i}].content[{j}]"
@@ -143,7 +146,6 @@ def _compile(template: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = _strftime_now
     return environment.from_string(template)
 
 
@@ -173,10 +175,6 @@ def _tojson(
         separators=separators,
         sort_keys=sort_keys,
     )
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
 
 
 def _raise(message: str) -> NoReturn:

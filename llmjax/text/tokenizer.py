@@ -12,6 +12,7 @@ import tokenizers
 
 from llmjax.errors import RequestError, TokenizerError
 from llmjax.text import detokenize
+from llmjax.text.dates import Date
 from llmjax.text.detokenize import IncrementalDetokenizer
 
 
@@ -130,6 +131,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        date: Date | None = None,
         **variables: Any,
     ) -> str:
         """The conversation as the checkpoint's template writes it.
@@ -137,6 +139,7 @@ class Tokenizer:
         Args:
           messages: each with ``role`` and ``content``.
           add_generation_prompt: end with the opening of the model's turn.
+          date: what the template takes for the present, see ``llmjax.text.dates``.
           **variables: further names the template may use (``tools``, ``enable_thinking``, ...).
 
         Raises:
@@ -151,7 +154,7 @@ class Tokenizer:
                 "chat_template.jinja beside tokenizer.json"
             )
         names = {**self.special, **variables, "add_generation_prompt": add_generation_prompt}
-        return chat.render(self.chat_template, messages, names, self.where)
+        return chat.render(self.chat_template, messages, names, self.where, date)
 
     def encode_chat(
         self,

@@ -207,11 +207,21 @@ def test_a_row_that_makes_the_model_fail_is_told_apart(llm, folder, monkeypatch)
     assert "the model computes NaN" in found[2]["error"] and "line" not in found[2]
     started = counted(monkeypatch, ill)
     assert run(ill, folder, ordered=True).kept == 12 and not started
-    assert run(ill, folder, ordered=True, retry_errors=True).kept == 10 and set(started) == {"2", "9"}
+    assert run(ill, folder, ordered=True, retry_errors=True).kept == 10
+    assert set(started) == {"2", "9", "probe"}
     write(folder, [row | {"prompt": "z"} for row in rows])
+    assert run(ill, folder, "none.jsonl").totals.failed == 12
+
+
+def test_a_model_that_answers_nothing_ends_the_job(llm, folder):
+    params = jax.tree.map(lambda x: x * np.nan, llm.model.params)
+    ill = LLM(dataclasses.replace(llm.model, params=params), max_batch=4, chunk=16, block=16)
     with pytest.raises(CheckpointError, match="NaN"):
-        run(ill, folder, "none.jsonl")
-    assert (folder / "none.jsonl").read_text() == ""
+        run(ill, folder)
+    # Rows that could not run say so, those that could are left for a model that is sound.
+    found = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in found] in ([], ["bad"])
+    assert json.loads((folder / "out.jsonl.manifest.json").read_text())["status"] == "failed"
 
 
 def test_gzip_in_and_out(llm, folder):
