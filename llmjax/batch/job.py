@@ -220,9 +220,13 @@ class _Job:
         if not interrupts.asked:
             self.summary.removed = self._finish(journal)
         if self.stream is not None and self.options.ordered:
-            for text in journal.rows(ordered=True):
-                self.stream.write(text)
-            self.stream.flush()
+            try:
+                for text in journal.rows(ordered=True):
+                    self.stream.write(text)
+                self.stream.flush()
+            except OSError:
+                self.index.forget(0)  # how many of them arrived is not known
+                raise
         self.summary.status = "interrupted" if interrupts.asked else "complete"
 
     def _run(self, requests: Iterable[Request], journal: Journal) -> None:
@@ -304,12 +308,12 @@ class _Job:
         return not (known.failed and row.request is not None and self.options.retry_errors)
 
     def _append(self, journal: Journal, row: Written, text: bytes, line: int) -> None:
-        journal.append(row, text, line)
-        self.count.done += 1
-        self.count.under_way = len(self.waiting)
         if self.stream is not None and not self.options.ordered:
             self.stream.write(text)
             self.stream.flush()
+        journal.append(row, text, line)
+        self.count.done += 1
+        self.count.under_way = len(self.waiting)
 
     def _finish(self, journal: Journal) -> bool:
         assert not self.waiting, "the engine ended without these rows"

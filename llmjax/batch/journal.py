@@ -78,6 +78,7 @@ class Journal:
         Raises:
           OSError: it could not be written, and nothing of it was.
         """
+        self.sync(SYNC_SECONDS)
         try:
             done = 0
             while done < len(text):
@@ -89,7 +90,6 @@ class Journal:
         self._end += len(text)
         self.lines += 1
         self._unsynced = True
-        self.sync(SYNC_SECONDS)
 
     def sync(self, seconds: float = 0.0) -> None:
         """Has the rows on the disk, if the last time was at least this long ago.

@@ -1,22 +1,30 @@
 """A job that is killed, interrupted, starved of disk or given other rows goes on, and ends as if nothing had been."""
 
 import dataclasses
+import datetime
+import errno
 import gzip
+import hashlib
 import json
 import os
 import resource
 import signal
+import threading
+import time
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from llmjax import LLM, SamplingParams
-from llmjax.batch import job
+from llmjax.batch import dryrun, job, progress
 from llmjax.batch.files import locked
+from llmjax.batch.interrupts import Interrupts
 from llmjax.batch.job import Options
 from llmjax.batch.journal import Journal
 from llmjax.errors import CheckpointError, RequestError, ResumeError
+from llmjax.text import dates
 from tests import tiny
 
 QUIET = {"progress_seconds": 0}
@@ -28,7 +36,9 @@ ROWS[6] = {"custom_id": "o", "method": "POST", "url": "/v1/completions", "body":
 
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
-    return LLM(tiny.checkpoint(tmp_path_factory.mktemp("tiny")), max_batch=4, chunk=16, block=16)
+    path = tiny.checkpoint(tmp_path_factory.mktemp("tiny"))
+    (path / "chat_template.jinja").write_text("{{ strftime_now('%d %B %H:%M') }} {{ messages[0].content }}")
+    return LLM(path, max_batch=4, chunk=16, block=16)
 
 
 @pytest.fixture
@@ -213,11 +223,11 @@ def test_a_row_that_makes_the_model_fail_is_told_apart(llm, folder, monkeypatch)
     assert run(ill, folder, "none.jsonl").totals.failed == 12
 
 
-def test_a_model_that_answers_nothing_ends_the_job(llm, folder):
-    params = jax.tree.map(lambda x: x * np.nan, llm.model.params)
-    ill = LLM(dataclasses.replace(llm.model, params=params), max_batch=4, chunk=16, block=16)
+def test_a_model_that_answers_nothing_ends_the_job(llm, folder, monkeypatch):
+    monkeypatch.setattr(llm.engine, "_params", jax.tree.map(lambda x: x * np.nan, llm.engine._params))
+    monkeypatch.setattr(llm.engine, "_state", None)
     with pytest.raises(CheckpointError, match="NaN"):
-        run(ill, folder)
+        run(llm, folder)
     # Rows that could not run say so, those that could are left for a model that is sound.
     found = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert [row["id"] for row in found] in ([], ["bad"])
@@ -266,3 +276,202 @@ def test_the_folder_must_be_there_before_the_model_is_loaded(folder):
 
     with pytest.raises(RequestError, match="cannot write the output: No such file"):
         job.run(load, str(folder / "in.jsonl"), str(folder / "no" / "out.jsonl"), PARAMS)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("boom"), MemoryError(), type("PanicException", (BaseException,), {})("boom")]
+)
+def test_a_row_that_fails_in_any_way_says_so(llm, folder, monkeypatch, error):
+    """The engine is as good as new: the other rows, those that were under way among them, are answered as ever."""
+    run(llm, folder, "whole.jsonl", ordered=True)
+    whole = (folder / "whole.jsonl").read_bytes().splitlines()
+    fill = llm.engine._fill
+
+    def failing(request, free):
+        if request.request_id in ("r0", "r8"):
+            raise error
+        return fill(request, free)
+
+    monkeypatch.setattr(llm.engine, "_fill", failing)
+    assert run(llm, folder, ordered=True).status == "complete"
+    rows = (folder / "out.jsonl").read_bytes().splitlines()
+    for i, (before, now) in enumerate(zip(whole, rows, strict=True)):
+        if i in (0, 8):
+            message = f"{type(error).__name__}: {error}"
+            assert json.loads(now) == {"id": f"r{i}", "error": message, "hash": json.loads(before)["hash"]}
+        else:
+            assert now == before
+    monkeypatch.undo()
+    assert run(llm, folder, ordered=True).kept == 12
+    assert run(llm, folder, ordered=True, retry_errors=True).kept == 10
+    assert (folder / "out.jsonl").read_bytes().splitlines() == whole
+
+
+def test_a_step_that_fails_once_costs_nothing(llm, folder, monkeypatch):
+    """It has taken the buffers with it."""
+    run(llm, folder, "whole.jsonl", ordered=True)
+    decode, calls = llm.engine._decode, []
+
+    def failing(*args):
+        result = decode(*args)
+        calls.append(0)
+        if len(calls) == 4:
+            raise RuntimeError("lost")
+        return result
+
+    monkeypatch.setattr(llm.engine, "_decode", failing)
+    assert run(llm, folder, ordered=True).status == "complete"
+    assert (folder / "out.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
+
+
+def test_an_answer_that_cannot_be_told_is_its_rows_error(llm, folder, monkeypatch):
+    answer = job.InputRow.answer
+    monkeypatch.setattr(job.InputRow, "answer", lambda row, *args: 1 / (row.row_id != "r5") and answer(row, *args))
+    run(llm, folder, ordered=True)
+    rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert rows[5]["error"] == "ZeroDivisionError: division by zero"
+    assert [i for i, row in enumerate(rows) if row.get("error")] == [4, 5]
+
+
+def test_an_input_cut_short_is_used_to_its_end(llm, folder):
+    """Rows under way are not lost.  A pipe tells of its damage when most is read."""
+    data = gzip.compress(b"".join(json.dumps({"id": i, "prompt": "abc"}).encode() + b"\n" for i in range(9)))
+    os.mkfifo(folder / "fifo")
+    threading.Thread(target=lambda: (folder / "fifo").write_bytes(data[:-8]), daemon=True).start()
+    with pytest.raises(RequestError, match="fifo: cannot read on, the file is damaged or was cut short"):
+        run(llm, folder, source="fifo")
+    assert {json.loads(line)["id"] for line in (folder / "out.jsonl").read_text().splitlines()} == {*map(str, range(9))}
+
+
+def failing_fsync(monkeypatch, when):
+    """Once, as the system reports a lost page: to whoever asks first, and then never again."""
+    fsync, failed = os.fsync, []
+
+    def failing(file):
+        if not failed and when(os.readlink(f"/proc/self/fd/{file}")):
+            failed.append(file)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    return failed
+
+
+def test_a_failed_sync_in_the_background_is_told(llm, folder, monkeypatch):
+    run(llm, folder, "whole.jsonl", ordered=True)
+    append = Journal.append
+    monkeypatch.setattr(Journal, "append", lambda *args: (append(*args), time.sleep(0.1)))
+    monkeypatch.setattr(job, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "TERMINAL_SECONDS", 0.01)
+    main = threading.main_thread()
+    failed = failing_fsync(monkeypatch, lambda path: threading.current_thread() is not main and count(folder) > 3)
+    summary = run(llm, folder, ordered=True)
+    assert failed and summary.status == "failed" and "writing the output failed: Input/output error" in summary.problem
+    manifest = json.loads((folder / "out.jsonl.manifest.json").read_text())
+    assert manifest["status"] == "failed"
+    # What is claimed are the rows that were on the disk before.
+    assert count(folder) == summary.totals.rows == manifest["counts"]["rows"] == manifest["runs"][0]["rows"] < 4
+    assert run(llm, folder, ordered=True).kept == summary.totals.rows
+    assert (folder / "out.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
+
+
+def count(folder):
+    return (folder / "out.jsonl").read_bytes().count(b"\n")
+
+
+@pytest.mark.parametrize("nth", [1, 2])
+def test_a_manifest_that_cannot_be_written_is_told(llm, folder, monkeypatch, nth):
+    seen = []
+    failing_fsync(
+        monkeypatch, lambda path: path.endswith(".manifest.json.tmp") and (seen.append(path) or len(seen) == nth)
+    )
+    summary = run(llm, folder, ordered=True)
+    assert summary.status == "failed" and "writing the output failed: Input/output error" in summary.problem
+    assert summary.totals.rows == count(folder) == (0, 12)[nth - 1]
+    assert run(llm, folder, ordered=True).kept == summary.totals.rows
+
+
+def test_a_file_that_cannot_be_closed_is_told(llm, folder, monkeypatch):
+    close = os.close
+
+    def failing(file):
+        path = os.readlink(f"/proc/self/fd/{file}")
+        close(file)
+        if path.endswith("out.jsonl"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "close", failing)
+    summary = run(llm, folder)
+    assert summary.status == "failed" and "writing the output failed: No space left" in summary.problem
+
+
+def test_a_job_keeps_its_date(llm, folder, monkeypatch):
+    """The template asks for it; the answers are those under the date given."""
+    talk = [{"role": "user", "content": "hi"}]
+    body = {"messages": talk, "max_tokens": 3}
+    rows = [
+        {"id": "a", "messages": talk},
+        {"custom_id": "b", "method": "POST", "url": "/v1/chat/completions", "body": body},
+    ]
+    write(folder, rows)
+    run(llm, folder, ordered=True)
+    made = json.loads((folder / "out.jsonl.manifest.json").read_text())["job"]["date"]
+    whole = (folder / "out.jsonl").read_bytes()
+    a, b = map(json.loads, whole.splitlines())
+    prompt = len(llm.chat_request(talk, date=made).ids)
+    assert a["usage"]["prompt_tokens"] == b["response"]["body"]["usage"]["prompt_tokens"] == prompt
+    later = datetime.datetime.fromisoformat(made) + datetime.timedelta(days=200)
+    now = type("Later", (datetime.datetime,), {"now": lambda: later})
+    monkeypatch.setattr(dates, "datetime", types.SimpleNamespace(datetime=now))
+    assert llm.chat_request(talk).prompt == f"{later:%d %B %H:%M} hi"
+    started = counted(monkeypatch, llm)
+    summary = run(llm, folder, ordered=True)
+    assert summary.kept == 2 and not started and not summary.removed and (folder / "out.jsonl").read_bytes() == whole
+    with pytest.raises(ResumeError, match=f'date: was "{made}", now "2026-01-31T00:00:00"'):
+        run(llm, folder, date="2026-01-31")
+    run(llm, folder, "other.jsonl", date="2026-01-31T09:30", ordered=True)
+    assert json.loads((folder / "other.jsonl").read_text().splitlines()[0])["hash"] != a["hash"]
+    report = dryrun.run(lambda: llm, str(folder / "in.jsonl"), str(folder / "other.jsonl"), PARAMS)
+    assert report.prompt_tokens == 2 * len("31 January 09:30 hi") and "from the 2 that took" in report.estimate
+    report = dryrun.run(lambda: llm, str(folder / "in.jsonl"), "-", PARAMS, date="2026-05-31")
+    assert report.prompt_tokens == 2 * len("31 May 00:00 hi")
+
+
+def test_the_first_interrupt_is_heard_at_once(capsys):
+    """While a program runs, that is, in which Python handles no signal."""
+    heard = []
+    with Interrupts(lambda: heard.append(time.monotonic())) as interrupts:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000)
+        ended = time.monotonic()
+    assert interrupts.asked and heard[0] < ended - 0.1
+    assert capsys.readouterr().err.startswith("llmjax: stopping after the step under way")
+    with pytest.raises(KeyboardInterrupt), Interrupts(lambda: None):
+        for wait in (0.1, 0.2):
+            threading.Timer(wait, os.kill, (os.getpid(), signal.SIGINT)).start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_is_heeded_between_the_chunks_of_a_prompt(llm, folder, monkeypatch):
+    rows = [{"id": i, "prompt": "ab" * (70 + i)} for i in range(4)]
+    write(folder, rows)
+    run(llm, folder, "whole.jsonl", ordered=True)
+    prefill, calls = llm.engine._prefill, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return prefill(*args)
+
+    monkeypatch.setattr(llm.engine, "_state", None)
+    monkeypatch.setattr(llm.engine, "_prefill", interrupted)
+    before = llm.engine.progress.prefill_tokens
+    summary = run(llm, folder, ordered=True)
+    assert summary.status == "interrupted" and summary.totals.rows == 0 and len(calls) == 3
+    assert llm.engine.progress.prefill_tokens - before == 3 * 16 == summary.run["prefill_tokens"]
+    reused = llm.engine.progress.reused_tokens
+    run(llm, folder, ordered=True)
+    assert llm.engine.progress.reused_tokens - reused >= 3 * 16
+    assert (folder / "out.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()

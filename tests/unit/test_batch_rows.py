@@ -1,15 +1,22 @@
 """Rows of a batch: the forms they may have, what their answers look like, and how they are shared out."""
 
+import gzip
+import io
 import json
+import os
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 
 from llmjax import LLM, SamplingParams
-from llmjax.batch import dryrun, job, openai
+from llmjax.batch import dryrun, job, openai, scoring
 from llmjax.batch.files import open_lines
 from llmjax.batch.index import Index
 from llmjax.batch.job import Options
 from llmjax.batch.progress import Count, Reporter
+from llmjax.batch.question import PARAMS as PARAM_NAMES
 from llmjax.batch.rows import Shard, count_rows, read_rows
 from llmjax.errors import RequestError
 from tests import tiny
@@ -202,8 +209,131 @@ def test_a_dry_run_counts_and_writes_nothing(llm, tmp_path):
 
 
 def test_progress_says_what_is_left(llm):
-    reporter = Reporter(llm.engine, Count(total=1000, done=400, kept=300, under_way=3), lambda: None, seconds=0)
-    reporter._meter._began -= 50
-    line = reporter.line()
-    assert line.startswith("400/1,000 rows · prefill 0 tok/s · decode 0 tok/s · 3/4 slots · 5:0")
-    assert line.endswith(" left")
+    """Of 10 rows 2 are answered and 2 under way, their prompts 400 tokens: all have 1,000, and 500 of answers."""
+    count = Count(total=10, begun=4, done=2, under_way=2, prompt_tokens=400, most_tokens=4000)
+    reporter = Reporter(llm.engine, count, lambda: None, seconds=0)
+    assert reporter.line() == "2/10 rows · prefill 0 tok/s · decode 0 tok/s · 2/4 slots"
+    counted = reporter._meter._counted
+    counted["prefill_tokens"] -= 300
+    counted["prefill_seconds"] -= 30
+    assert reporter.line() == "2/10 rows · prefill 10 tok/s · decode 0 tok/s · 2/4 slots · over 1:10 left"
+    counted["decode_tokens"] -= 120
+    counted["decode_seconds"] -= 6
+    count.answered, count.answer_tokens = 2, 100
+    assert reporter.line() == "2/10 rows · prefill 10 tok/s · decode 20 tok/s · 2/4 slots · 1:29 left"
+
+
+def through(pipe, data):
+    """Writes into a pipe from a thread of its own."""
+    writer = threading.Thread(target=lambda: Path(pipe).write_bytes(data), daemon=True)
+    writer.start()
+    return writer
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_pipe_is_read_but_once(llm, tmp_path, packed, monkeypatch):
+    rows = [{"id": f"r{i}", "prompt": "abc"} for i in range(6)]
+    expected = answers(llm, tmp_path, rows)
+    data = (tmp_path / "in.jsonl").read_bytes()
+    data = gzip.compress(data) if packed else data
+    named, output = tmp_path / "fifo", str(tmp_path / "out2.jsonl")
+    os.mkfifo(named)
+    for kept in (0, 6):
+        through(named, data)
+        summary = job.run(lambda: llm, str(named), output, PARAMS, QUIET)
+        assert (summary.totals.rows, summary.kept, summary.status) == (6, kept, "complete")
+        assert [json.loads(line) for line in Path(output).read_text().splitlines()] == expected
+    through(named, data)
+    assert dryrun.run(lambda: llm, str(named), output, PARAMS).rows == 6
+    read, write = os.pipe()
+    with open(read, "rb") as source, open(write, "wb") as sink:
+        sink.write(data)
+        sink.close()
+        assert job.run(lambda: llm, f"/dev/fd/{source.fileno()}", output, PARAMS, QUIET).kept == 6
+    with open(tmp_path / "in.jsonl") as plain:
+        for stdin in (io.TextIOWrapper(io.BytesIO(data)), plain):
+            monkeypatch.setattr(sys, "stdin", stdin)
+            assert job.run(lambda: llm, "-", output, PARAMS, QUIET).kept == 6
+
+
+def test_a_pipe_is_scored(llm, tmp_path):
+    named = tmp_path / "fifo"
+    os.mkfifo(named)
+    through(named, b'{"text": "abc"}\n{"text": "abd"}\n')
+    output = io.StringIO()
+    with open_lines(str(named)) as lines:
+        assert scoring.run(llm, lines, output).rows == 2
+    assert [json.loads(line)["token_ids"] for line in output.getvalue().splitlines()] == [[64, 65, 66], [64, 65, 67]]
+
+
+def test_a_seed_goes_round_as_text(llm, tmp_path):
+    """Readers that know but floats make another number of it."""
+    warm = {"prompt": "abc", "temperature": 1, "max_tokens": 8}
+    rows = [{"id": "a", **warm}, {"id": "b", **warm, "n": 2}, completion(warm, custom_id="c")]
+    a, b, c = answers(llm, tmp_path, rows)
+    c = c["llmjax"] | {"token_ids": c["llmjax"]["token_ids"][0]}
+    for answer in (a, b, *b["outputs"], c):
+        assert answer["seed_text"] == str(answer["seed"]) and float(answer["seed"]) != answer["seed"]
+    before = [a, *b["outputs"], c]
+    replay = [{"id": f"{i}", **warm, "seed": answer["seed_text"]} for i, answer in enumerate(before)]
+    replay.append(completion(warm | {"seed": a["seed_text"]}, custom_id="o"))
+    *after, last = answers(llm, tmp_path, replay)
+    assert [answer["token_ids"] for answer in after] == [answer["token_ids"] for answer in before]
+    assert last["llmjax"]["token_ids"] == [a["token_ids"]]
+
+
+HOSTILE = [
+    *("null", "true", "-1", "1.5", "NaN", "-Infinity", "1e400", "1e39", "3000000000", "9" * 400, "9" * 5000),
+    *('""', '"a"', '"\\ud800"', "[]", "{}", "[null]", "[true, 1]", "[[1], 2]", f"[{'9' * 400}]", "[3000000000]"),
+    *(
+        '{"a": null}',
+        f'{{"{"9" * 5000}": 1}}',
+        '{"5": 1e400}',
+        f"{'[' * 900}{']' * 900}",
+        f"{'[' * 99999}{']' * 99999}",
+    ),
+    *('[{"role": "user", "content": null}]', f'[{{"role": "user", "content": {"[" * 900}{"]" * 900}}}]'),
+]
+OPENAI_FIELDS = ("model", "max_completion_tokens", "top_logprobs", "stream", "response_format", "tools", "messages")
+
+
+def test_no_row_ends_a_job(llm, tmp_path):
+    """Every field with values of every kind: each row is answered or says why not, and those between are answered."""
+    rows = []
+    for field in (*PARAM_NAMES, "lora", "id", "custom_id", "messages", "prompt_token_ids", "url", "body", "other"):
+        prompt = {} if field in ("messages", "prompt_token_ids") else {"prompt": "ab"}
+        base = {} if field in ("id", "custom_id") else {"id": f"{field} "}
+        rows += [_with(base | prompt, field, value, i) for i, value in enumerate(HOSTILE)]
+    for field in (*PARAM_NAMES, *OPENAI_FIELDS):
+        base = {} if field == "messages" else {"messages": HI}
+        for i, value in enumerate(HOSTILE):
+            body = _with(base, field, value)
+            rows.append(_with({"method": "POST", "url": openai.CHAT, "custom_id": f"o{field} "}, "body", body, i))
+    rows += HOSTILE
+    rows = [
+        row
+        for i, hostile in enumerate(rows)
+        for row in (hostile, {"id": f"good{i}", "prompt": "a"})[: 1 + (i % 50 == 0)]
+    ]
+    found = answers(llm, tmp_path, rows)
+    assert len(found) == len(rows)
+    assert {r["id"] for r in found if r["id"] and r["id"].startswith("good")} >= {f"good{i}" for i in range(0, 900, 50)}
+    assert not [r for r in found if r["id"] and r["id"].startswith("good") and "text" not in r]
+    before = (tmp_path / "out.jsonl").read_bytes()
+    job.run(lambda: llm, str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), PARAMS, QUIET)
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+    assert dryrun.run(lambda: llm, str(tmp_path / "in.jsonl"), "-", PARAMS).bad == sum(
+        "error" in r and r["error"] is not None for r in found
+    )
+
+
+def _with(row, field, value, number=None):
+    """A row's JSON with one more field, whose JSON is given."""
+    row = {k: f"{v}{number}" if k in ("id", "custom_id") else v for k, v in row.items()}
+    return f"{json.dumps(row | {field: 0})[:-2]}{value}}}"
+
+
+def test_an_empty_id_is_no_other(llm, tmp_path):
+    """One prompt, two ids: their draws differ."""
+    a, b = answers(llm, tmp_path, [{"id": "", "prompt": "abc"}, {"id": "0", "prompt": "abc"}])
+    assert (a["id"], b["id"]) == ("", "0") and a["seed"] != b["seed"]

@@ -37,6 +37,15 @@ def test_the_time():
     assert run("{{ strftime_now('%Y') }}") == str(datetime.datetime.now().year)
 
 
+@pytest.mark.parametrize("date", ["2026-01-31", datetime.date(2026, 1, 31), datetime.datetime(2026, 1, 31)])
+def test_a_given_time(date):
+    assert render("{{ strftime_now('%d %b %Y %H:%M') }}", USER, {}, "x", date) == "31 Jan 2026 00:00"
+    assert render("{{ strftime_now('%H:%M') }}", USER, {}, "x", "2026-01-31T09:30") == "09:30"
+    for wrong in ("today", "2026-13-01", ""):
+        with pytest.raises(RequestError, match="date: expected a day such as 2026-01-31"):
+            render("x", USER, {}, "x", wrong)
+
+
 def test_missing_names_are_undefined_and_tools_are_none():
     assert run("{{ tools is none }} {{ documents is none }} {{ nonsense is defined }}") == "True True False"
 
