@@ -7,15 +7,16 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from llmjax.checkpoint.loading import load
+from llmjax.checkpoint.loading import LoadOptions, load, with_numerics
 from llmjax.errors import RequestError, TokenizerError, TooLongError
 from llmjax.lora.adapter import AnyLora
 from llmjax.lora.resident import with_adapters
 from llmjax.model import Model, check_ids, outside
+from llmjax.numerics import FAST
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine, Update
 from llmjax.runtime.logits import LogitsProcessor, bad_word_ids, row_controls
@@ -35,11 +36,10 @@ class LLM:
     """A model ready to generate.
 
     Args:
-      model: a path (see ``llmjax.load``) or a loaded ``Model``.
+      model: a path (see ``llmjax.load``) or a loaded ``Model``, whose weights are taken as they are.
       max_batch: decode slots of the compiled program; part of what fixes a result's last bits.
-      numerics: profile for a model given as a path.
-      dtype: storage dtype for a model given as a path.
-      lora: an adapter for all rows, for a model given as a path: see ``llmjax.load``.
+      numerics: the profile everything is computed under; None takes ``fast`` for a path and leaves a loaded model as it
+        is (see ``llmjax.numerics``).
       loras: adapters by name, kept beside the weights; each row may use one (``lora=NAME``).
       seed: the job's seed: rows without their own draw by it and their id; a single prompt uses it as it is.
       chunk: prompt tokens a prefill call takes.
@@ -51,8 +51,11 @@ class LLM:
         the draw.  A row's result must depend on that row alone, or it will depend on its neighbours.
       enable_prefix_caching: compute a beginning that prompts share once (whole chunks, or all of a prompt); results are
         the same in every bit.
+      loading: for a path alone, whatever ``llmjax.load`` takes: ``dtype``, ``quantize``, ``config``, ``lora``,
+        ``lora_mode``, ``check_finite``, ``random_weights``.
 
     Raises:
+      RequestError: a loaded model with a parameter of ``llmjax.load`` that would want it loaded again.
       LlmjaxError: see ``llmjax.load``.
     """
 
@@ -61,9 +64,7 @@ class LLM:
         model: Model | str | Path,
         *,
         max_batch: int = 8,
-        numerics: str = "fast",
-        dtype: str | None = None,
-        lora: AnyLora | None = None,
+        numerics: str | None = None,
         loras: Mapping[str, AnyLora] | None = None,
         seed: int = 0,
         chunk: int = 128,
@@ -71,11 +72,9 @@ class LLM:
         truncate_prompt: bool = False,
         logits_processor: LogitsProcessor | None = None,
         enable_prefix_caching: bool = True,
+        **loading: Unpack[LoadOptions],
     ):
-        if not isinstance(model, Model):
-            model = load(model, numerics=numerics, dtype=dtype, lora=lora)
-        elif lora is not None:
-            raise RequestError("lora: the model is loaded already; give the adapter to llmjax.load, or a name (loras)")
+        model = _as_asked(model, numerics, loading)
         if loras:
             model = with_adapters(model, loras)
         self.loras = tuple(loras or ())
@@ -353,6 +352,29 @@ class LLM:
                 logprobs, best = self.engine.score(ids, lora)
             scores.append(Score(list(ids), [None, *map(float, logprobs)], [None, *map(int, best)]))
         return scores
+
+
+def _as_asked(model: Model | str | Path, numerics: str | None, loading: LoadOptions) -> Model:
+    """The model an ``LLM`` computes with: see there."""
+    if unknown := set(loading) - set(LoadOptions.__annotations__):
+        known = ", ".join(LoadOptions.__annotations__)
+        raise TypeError(f"LLM: unknown parameter {', '.join(sorted(unknown))}; those of llmjax.load are {known}")
+    if not isinstance(model, Model):
+        return load(model, numerics=FAST if numerics is None else numerics, **loading)
+    if given := [name for name, value in loading.items() if value is not None and value is not False]:
+        raise RequestError(
+            f"{', '.join(given)}: the model is loaded already, and this would want it loaded again; give it to "
+            "llmjax.load, or the path to LLM" + (" (or name the adapter: loras)" if "lora" in given else "")
+        )
+    if numerics is not None:
+        return with_numerics(model, numerics)
+    if not model.numerics_chosen:
+        warnings.warn(
+            f"numerics: {model.numerics.name}, llmjax.load's default, is several times slower than {FAST}, that of LLM "
+            f'with a path; say LLM(model, numerics="{FAST}"), or numerics="{model.numerics.name}" if that is meant',
+            stacklevel=3,
+        )
+    return model
 
 
 def _reserve(requests: Iterable[Request], reserve: int) -> int:

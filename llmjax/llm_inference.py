@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-import jax
-
-from llmjax.checkpoint.loading import load
 from llmjax.errors import LoraError, RequestError
 from llmjax.llm import LLM
 from llmjax.lora.adapter import AnyLora, LoraSource, read_adapter
 from llmjax.lora.apply import beside, with_loras
+from llmjax.numerics import FAST, platform
 from llmjax.runtime.params import SamplingParams
 
 ResultListener = Callable[[str, bool], None]
@@ -36,7 +34,7 @@ class LlmInferenceOptions:
       max_top_k: no session has a larger ``top_k``.
       supported_lora_ranks: ranks that adapters may have; none for any.
       preferred_backend: ``cpu`` or ``gpu``: what JAX must run on here; None takes what it runs on.
-      numerics: how everything is computed: see ``llmjax.load``.
+      numerics: the profile everything is computed under (see ``llmjax.numerics``): ``mediapipe_gpu``, say.
     """
 
     model_path: str
@@ -50,7 +48,7 @@ class LlmInferenceOptions:
     max_top_k: int = 40
     supported_lora_ranks: Sequence[int] = ()
     preferred_backend: str | None = None
-    numerics: str = "fast"
+    numerics: str = FAST
 
 
 class LlmInference:
@@ -75,7 +73,7 @@ class LlmInference:
           LlmjaxError: the model or the adapter cannot be loaded.
         """
         _check(options)
-        return cls(options, LLM(load(options.model_path, numerics=options.numerics), max_batch=1))
+        return cls(options, LLM(options.model_path, numerics=options.numerics, max_batch=1))
 
     def _open(self, lora: str = "") -> LLM:
         if not self._llms:
@@ -216,8 +214,8 @@ def _check(options: LlmInferenceOptions) -> None:
     backend = options.preferred_backend
     if backend not in (None, *BACKENDS):
         raise RequestError(f"preferred_backend: expected {' or '.join(BACKENDS)}, found {backend!r}")
-    if backend not in (None, jax.default_backend()):
+    if backend not in (None, platform()):
         raise RequestError(
-            f"preferred_backend: {backend}, but JAX runs on {jax.default_backend()} here; install JAX for it, or set "
+            f"preferred_backend: {backend}, but JAX runs on {platform()} here; install JAX for it, or set "
             "JAX_PLATFORMS before Python starts"
         )

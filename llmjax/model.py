@@ -16,6 +16,7 @@ from llmjax.errors import RequestError, shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
+from llmjax.models.watched import Program
 from llmjax.numerics import Numerics
 from llmjax.quant.schemes import Recipe
 from llmjax.text.tokenizer import Tokenizer
@@ -80,6 +81,7 @@ class Model:
       config: dimensions and options, hashable.
       params: the Flax module's own tree; ``params["layers_3"]["attn"]["q"]["weight"]`` is ``[out, in]``.
       numerics: the profile everything is computed under.
+      numerics_chosen: somebody named it; False where it is ``llmjax.load``'s default.
       tokenizer: None when the checkpoint brings none; prompts must then be token ids.
       eos_ids: every token that ends a text, of the tokenizer's files and of ``generation_config.json``.
       path: where it was read from.
@@ -96,6 +98,7 @@ class Model:
     path: Path
     lora: Path | None = None
     origin: Origin | None = None
+    numerics_chosen: bool = True
 
     @property
     def context_length(self) -> int:
@@ -115,8 +118,8 @@ class Model:
         return self.module.apply({"params": params}, ids, ctx).astype(jnp.float32)
 
     @functools.cached_property
-    def _logits(self) -> Any:
-        return jax.jit(self.apply, compiler_options=self.numerics.compiler_options)
+    def _logits(self) -> Program:
+        return Program(self.apply, compiler_options=self.numerics.compiler_options)
 
     def logits(self, batch: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Teacher-forced logits of token id lists of any lengths, without a cache.
@@ -134,6 +137,7 @@ class Model:
           RequestError: an empty row, an id outside the vocabulary, or a row longer than the context.
         """
         rows = []
+        self._logits.forget()
         for index, ids in enumerate(batch):
             checked = check_ids(ids, self, f"row {index}")
             padded = np.zeros((1, max(16, 1 << (len(ids) - 1).bit_length())), np.int32)

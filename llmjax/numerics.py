@@ -16,15 +16,33 @@ clash. The profiles are the ones a result may name; each records itself in every
 
 What the formulas of the last two are: ``llmjax.checkpoint.mediapipe_config.emulated``.
 
+Where none is named, ``llmjax.load`` and ``llmjax trace`` take ``reference``; what generates (``LLM`` of a path,
+``LlmInference`` and the command line's other verbs) takes ``fast``; ``LLM`` of a loaded model keeps the model's.
+
 Quantized weights mean their dequantized values in all of them; ``llmjax.products.digits`` defines the products.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from llmjax.errors import ConfigError
+
+REFERENCE, FAST = "reference", "fast"
+
+
+def platform() -> str:
+    """``cpu``, ``gpu``, ...: where JAX puts what it is not told where to put."""
+    device = jax.config.jax_default_device
+    return jax.default_backend() if device is None else getattr(device, "platform", device)
+
+
+def on_cpu(*arrays: Any) -> bool:
+    """Whether the CPU computes, and holds these arrays if there are any.  What is a trick for it alone asks here."""
+    devices = (device for array in arrays if isinstance(array, jax.Array) for device in array.devices())
+    return platform() == "cpu" and all(device.platform == "cpu" for device in devices)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +83,7 @@ class Numerics:
         """
         if self.name == "hf":
             return {"xla_allow_excess_precision": False}
-        if self.reassociates and jax.default_backend() == "cpu":
+        if self.reassociates and on_cpu():
             kept = ("nans", "infs", "division", "functions")
             options: dict[str, bool | int] = {f"xla_cpu_fast_math_honor_{what}": True for what in kept}
             # Sums of four bits are short of arithmetic: half as fast again in whole registers of AVX-512.

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from llmjax.numerics import resolve
+from llmjax.numerics import platform, resolve
 from llmjax.products.sums import by_weight, sums_pay
 
 # Far above any processor's caches; a GPU reads more in the time one call takes to start.
@@ -26,7 +26,7 @@ def read_probe(size: int | None = None) -> Callable[[], float]:
     Args:
       size: bytes to read, rounded down to a few whole rows of each array; None takes what suits the device.
     """
-    size = size or _READ_BYTES.get(jax.default_backend(), _READ_BYTES["gpu"])
+    size = size or _READ_BYTES.get(platform(), _READ_BYTES["gpu"])
     rows = max(2, size // (_READ_ARRAYS * _WIDTH * 4) // 4 * 4)
     weights = [jnp.full((rows, _WIDTH), 0.5 + i, jnp.float32) for i in range(_READ_ARRAYS)]
     x = jnp.ones((1, _WIDTH), jnp.float32)
@@ -49,7 +49,7 @@ def matmul_probe(dtype: str, size: int | None = None) -> Callable[[], float]:
         int32).
       size: of each side; None takes what suits the device.
     """
-    size = size or _MATMUL_SIZE.get(jax.default_backend(), _MATMUL_SIZE["gpu"])
+    size = size or _MATMUL_SIZE.get(platform(), _MATMUL_SIZE["gpu"])
     a, b = (jnp.full((size, size), value, dtype) for value in (1, 2))
     sums = jnp.int32 if dtype == "int8" else jnp.float32
     multiply = jax.jit(functools.partial(_product, sums=sums))

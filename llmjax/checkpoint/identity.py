@@ -24,6 +24,7 @@ from converters.readers import digest
 from llmjax.lora.apply import Lora
 from llmjax.model import Model
 from llmjax.models.tree import canonical
+from llmjax.numerics import on_cpu
 from llmjax.quant.qtensor import QTensor
 from llmjax.quant.schemes import Recipe, role_of
 
@@ -161,7 +162,7 @@ def _array_sha256(array: Any) -> str:
     if (known := _known.get(key)) and known[0]() is array:
         return known[1]
     # On the CPU nothing is copied; an array of another device keeps what NumPy was given of it.
-    shown = jnp.copy(array) if jax.default_backend() != "cpu" else array
+    shown = array if on_cpu(array) else jnp.copy(array)
     sha = hashlib.sha256(np.ascontiguousarray(shown).reshape(-1).view(np.uint8).data).hexdigest()
     if isinstance(array, jax.Array):
         _known[key] = weakref.ref(array, lambda _: _known.pop(key, None)), sha

@@ -1,10 +1,11 @@
 """From a checkpoint on disk to a ``Model``."""
 
+import dataclasses
 import importlib.util
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -49,12 +50,24 @@ def find_model(path: str | Path) -> Path:
     return files[0]
 
 
+class LoadOptions(TypedDict, total=False):
+    """What else than ``numerics`` decides which model ``load`` makes; it explains each."""
+
+    dtype: str | None
+    quantize: str | Path | Mapping[str, Any] | None
+    lora: AnyLora | None
+    lora_mode: str | None
+    check_finite: bool
+    random_weights: bool
+    config: str | Path | Mapping[str, Any] | None
+
+
 def load(
     path: str | Path,
     *,
     dtype: str | None = None,
     quantize: str | Path | Mapping[str, Any] | None = None,
-    numerics: str = "reference",
+    numerics: str | None = None,
     lora: AnyLora | None = None,
     lora_mode: str | None = None,
     check_finite: bool = False,
@@ -70,7 +83,7 @@ def load(
         tensor's own, so that quantized ones stay packed where llmjax has their type (``inspect`` says which) and become
         float32 otherwise; with a dtype and no ``quantize`` they are expanded.
       quantize: a scheme (``int8``, ``int4-g32``, ...) or a recipe: see ``llmjax.quant.schemes.parse``.
-      numerics: the profile that says how everything is computed (``llmjax.numerics``).
+      numerics: the profile that says how everything is computed; None for ``reference`` (see ``llmjax.numerics``).
       lora: a LoRA adapter that changes the model: a PEFT directory, a MediaPipe LoRA file (see ``LoraSource`` for its
         scale, which a line of the log tells), or a ``LoraSource`` for what lacks a configuration.
       lora_mode: ``merged`` into the weights (quantized ones are rounded again, and a warning says what that leaves of
@@ -89,6 +102,8 @@ def load(
     """
     check_dtype(dtype)
     recipe = None if quantize is None else parse(quantize)
+    chosen = numerics is not None
+    numerics = numerics_lib.REFERENCE if numerics is None else numerics
     numerics_lib.resolve(numerics, jnp.dtype(jnp.float32))  # a wrong name fails before the reading
     if lora is None and lora_mode is not None:
         raise LoraError("lora_mode: goes with an adapter (lora)")
@@ -98,7 +113,8 @@ def load(
             raise LoraError(f"{path}: an adapter goes with a checkpoint, not with random weights")
         if override is not None:
             raise ConfigError("config: goes with a checkpoint, not with random weights")
-        return _random_model(str(path), dtype or "float32", recipe, numerics, random_weights)
+        model = _random_model(str(path), dtype or "float32", recipe, numerics, random_weights)
+        return dataclasses.replace(model, numerics_chosen=chosen)
     source = open_source(find_model(path))
     try:
         plan = fitting_plan(source, recipe, override)
@@ -129,7 +145,27 @@ def load(
         path=source.path,
         lora=adapter.path if adapter else None,
         origin=Origin(params, source.files, recipe, adapters),
+        numerics_chosen=chosen,
     )
+
+
+def with_numerics(model: Model, numerics: str) -> Model:
+    """The same model computed under another profile, nothing read again.
+
+    Raises:
+      ConfigError: there is no such profile, or what was read depends on the one it was loaded for.
+    """
+    found = _numerics(numerics, model.params, model.path)
+    again = (
+        f"numerics {numerics}: the model was loaded for {model.numerics.name}, %s; load it with numerics={numerics!r}"
+    )
+    if numerics != model.numerics.name and model.numerics.name.startswith("mediapipe"):
+        raise ConfigError(again % "which changes formulas in its configuration")
+    had = model.numerics.products
+    if model.lora is not None and jnp.promote_types(found.products, had) != had:
+        raise ConfigError(again % f"and its adapter merged as products in {had} need it")
+    config = emulated(model.config, numerics, str(model.path))
+    return dataclasses.replace(model, config=config, numerics=found, numerics_chosen=True)
 
 
 def check_dtype(dtype: str | None) -> None:

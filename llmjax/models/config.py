@@ -45,6 +45,11 @@ class DecoderConfig:
         windows = getattr(self, "windows", ())
         return next((p for p in range(1, len(windows)) if windows[p:] == windows[:-p]), max(1, len(windows)))
 
+    def shortened(self, layers: int) -> Self:
+        """The model's first layers alone."""
+        windows = {"windows": self.windows[:layers]} if hasattr(self, "windows") else {}
+        return dataclasses.replace(self, num_hidden_layers=layers, **windows)
+
     @classmethod
     def from_hf(cls, config: Reader) -> Self:
         """Reads ``config.json``; leaves it to the caller to ``finish`` the reader."""

@@ -43,9 +43,10 @@ def tap(module: nn.Module, name: str, value: jax.Array) -> jax.Array:
     """Names an activation for ``llmjax.trace``: the module's path and ``name`` (the path alone when empty), joined by
     dots.
 
-    Costs nothing unless the ``taps`` collection is being collected.
+    Costs nothing unless the ``taps`` collection is being collected; ``init`` makes parameters alone.
     """
-    module.sow("taps", TAP + name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    if not module.is_initializing():
+        module.sow("taps", TAP + name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
     return value
 
 

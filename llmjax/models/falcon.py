@@ -20,7 +20,7 @@ from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, MLP, Attention, Embedding, LayerNorm, Projection, language_head
 from llmjax.models.names import From, Names, Shape, hf_names
 from llmjax.models.rope import Rope
-from llmjax.models.stack import in_turn, traced_once
+from llmjax.models.stack import in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +96,6 @@ def _separate_norms(r: Reader, grouped: bool, parallel: bool) -> bool:
 FalconLinear = partial(Projection, bias_apart=True)
 
 
-@traced_once
 class Block(nn.Module):
     """Attention and MLP one after the other, each on its norm, or side by side on one norm or one each."""
 

@@ -15,7 +15,7 @@ from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, Attention, Embedding, GatedMLP, UnitOffsetRMSNorm, language_head
 from llmjax.models.names import Names, hf_names
 from llmjax.models.rope import Rope
-from llmjax.models.stack import in_turn, traced_once
+from llmjax.models.stack import in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,6 @@ class Gemma3Config(DecoderConfig):
         return Gemma3(self)
 
 
-@traced_once
 class Block(nn.Module):
     """Each branch is normed before it and after it; norms multiply by 1 + w."""
 

@@ -17,7 +17,7 @@ from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, Attention, Embedding, GatedMLP, RMSNorm, language_head
 from llmjax.models.names import hf_names
 from llmjax.models.rope import Rope
-from llmjax.models.stack import in_turn, traced_once
+from llmjax.models.stack import in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,6 @@ class LlamaConfig(DecoderConfig):
         return Llama(self)
 
 
-@traced_once
 class Block(nn.Module):
     """Pre-norm, sequential residual."""
 

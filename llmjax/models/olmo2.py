@@ -4,7 +4,6 @@ norms of the whole query and key.
 Two roundings differ from Llama's: norms multiply by their weight in float32, and so does the rotation.
 """
 
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -25,7 +24,7 @@ from llmjax.models.layers import (
 from llmjax.models.llama import LlamaConfig
 from llmjax.models.names import hf_names
 from llmjax.models.rope import Rope
-from llmjax.models.stack import in_turn, traced_once
+from llmjax.models.stack import in_turn
 
 
 class WideRope(Rope):
@@ -71,7 +70,6 @@ class Olmo2Config(LlamaConfig):
         return Olmo2(self)
 
 
-@traced_once
 class Block(nn.Module):
     """Post-norm, sequential residual."""
 

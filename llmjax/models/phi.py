@@ -14,7 +14,7 @@ from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, MLP, Attention, Embedding, LayerNorm, Projection, parameter
 from llmjax.models.names import hf_names
 from llmjax.models.rope import Rope
-from llmjax.models.stack import in_turn, traced_once
+from llmjax.models.stack import in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,6 @@ class PhiConfig(DecoderConfig):
         return Phi(self)
 
 
-@traced_once
 class Block(nn.Module):
     """Parallel residual: attention and MLP read the same norm."""
 

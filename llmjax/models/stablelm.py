@@ -25,7 +25,7 @@ from llmjax.models.layers import (
 )
 from llmjax.models.names import From, Names, hf_names
 from llmjax.models.rope import Rope
-from llmjax.models.stack import in_turn, traced_once
+from llmjax.models.stack import in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +71,6 @@ class LayerNormPerHead(nn.Module):
         return tap(self, "", (standardised(x, self.eps) * weight.astype(jnp.float32)).astype(x.dtype))
 
 
-@traced_once
 class Block(nn.Module):
     """Pre-norm; sequential residual, or (StableLM 2 12B) both branches side by side on one norm."""
 

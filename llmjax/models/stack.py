@@ -6,9 +6,9 @@ loop cuts out of a stack before it multiplies with it, unless the weight is conv
 product is a sum (``products.sums``) anyway.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial, wraps
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,8 @@ from flax import linen as nn
 from jax import lax
 
 from llmjax.models.context import Context
-from llmjax.numerics import Numerics
+from llmjax.models.watched import watched
+from llmjax.numerics import Numerics, on_cpu
 from llmjax.products.matmul import summed_rows
 from llmjax.products.tiles import converted_whole
 from llmjax.quant.arrays import aligned
@@ -28,52 +29,46 @@ from llmjax.quant.qtensor import QTensor
 # of the pattern that repeats, leaves ``[n, ...]`` and cache buffers of ``n * R`` rows, n being the repetitions.
 STACKED = "layers"
 
-_Block = TypeVar("_Block", bound=type[nn.Module])
-
-
-def traced_once(block: _Block) -> _Block:
-    """Class decorator for ``Block.__call__(x, ctx)``: blocks of equal fields, shapes and numerics share a trace.
-
-    The program is the same, for the compiler inlines the shared function where it is called.  Without effect where a
-    block's place matters: while activations are tapped.
-    """
-    plain: Callable[..., jax.Array] = block.__call__
-
-    @wraps(plain)
-    def __call__(self: nn.Module, x: jax.Array, ctx: Context) -> jax.Array:
-        alone = self.clone(parent=None, name=None)
-        if self.is_initializing():
-            y, made = _init(alone, plain, self.make_rng("params"), x, ctx)
-            collection = "params"
-        elif self.is_mutable_collection("taps"):
-            return plain(self, x, ctx)
-        else:
-            y, made = _apply(alone, plain, self.variables, x, ctx)
-            collection = "cache"
-        for name, leaves in made.get(collection, {}).items():
-            self.put_variable(collection, name, leaves)
-        return y
-
-    setattr(block, "__call__", __call__)  # noqa: B010  a method, to the type checker
-    return block
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _apply(block: nn.Module, method: Callable[..., jax.Array], variables: Any, x: jax.Array, ctx: Context) -> Any:
-    return block.apply(variables, x, ctx, method=method, mutable=["cache"])
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _init(block: nn.Module, method: Callable[..., jax.Array], key: jax.Array, x: jax.Array, ctx: Context) -> Any:
-    return block.init_with_output(key, x, ctx, method=method, mutable=["params"])
-
 
 def in_turn(model: nn.Module, blocks: Sequence[nn.Module], x: jax.Array, ctx: Context) -> jax.Array:
-    """Applies a model's blocks to ``x [B, T, D]``: in a loop where ``stacked`` made their parameters one."""
-    if not model.has_variable("params", STACKED):
-        for block in blocks:
-            x = block(x, ctx)
-        return x
+    """Applies a model's blocks to ``x [B, T, D]``, one after the other.
+
+    In plain use blocks of equal fields and shapes share one trace, which the compiler inlines where it is called, and
+    those whose parameters ``stacked`` made one run in a loop.  While Flax's tools look on, each is called in its place.
+    """
+    pattern = model.get_variable("params", STACKED, ())
+    if not watched(model):
+        return (_looped if pattern else _traced_once)(model, blocks, x, ctx)
+    if not pattern:
+        return _each(blocks, x, ctx)
+
+    def apart(inner: nn.Module, x: jax.Array) -> jax.Array:
+        return _each([block.clone(parent=inner) for block in blocks], x, ctx)
+
+    views = (partial(view, len(blocks), len(pattern)) for view in (_unstacked, _restacked))
+    return nn.map_variables(apart, ["params", "cache"], *views, mutable=True)(model, x)
+
+
+def _each(blocks: Sequence[nn.Module], x: jax.Array, ctx: Context) -> jax.Array:
+    for block in blocks:
+        x = block(x, ctx)
+    return x
+
+
+def _traced_once(model: nn.Module, blocks: Sequence[nn.Module], x: jax.Array, ctx: Context) -> jax.Array:
+    @partial(jax.jit, static_argnums=0)  # of this call: what it traces is forgotten with it
+    def alike(block: nn.Module, variables: Any, x: jax.Array, ctx: Context) -> Any:
+        return block.apply(variables, x, ctx, mutable=["cache"])
+
+    for block in blocks:
+        with jax.named_scope(str(block.name)):
+            x, made = alike(block.clone(parent=None, name=None), block.variables, x, ctx)
+        for collection, leaves in made.items():
+            model.put_variable(collection, str(block.name), leaves)
+    return x
+
+
+def _looped(model: nn.Module, blocks: Sequence[nn.Module], x: jax.Array, ctx: Context) -> jax.Array:
     pattern: tuple[Any, ...] = model.get_variable("params", STACKED)
     count = len(blocks) // len(pattern)
     alike = [block.clone(parent=None, name=None) for block in blocks[: len(pattern)]]
@@ -82,15 +77,53 @@ def in_turn(model: nn.Module, blocks: Sequence[nn.Module], x: jax.Array, ctx: Co
         x, caches = carry
         new = []
         for block, params, cache in zip(alike, pattern, caches, strict=True):
-            rows = jax.tree.leaves(cache)[0].shape[0] // count
+            rows = _rows(cache, count)
             variables = {"params": jax.tree.map(partial(_pick, i), params), "cache": cache}
             x, changed = block.apply(variables, x, ctx.replace(slot=ctx.slot + i * rows), mutable=["cache"])
             new.append(changed["cache"])
         return x, tuple(new)
 
-    x, caches = lax.fori_loop(0, count, step, (x, model.get_variable("cache", STACKED)))
-    model.put_variable("cache", STACKED, caches)
+    caches = model.get_variable("cache", STACKED, ({},) * len(pattern))
+    x, caches = lax.fori_loop(0, count, step, (x, caches))
+    if model.has_variable("cache", STACKED):
+        model.put_variable("cache", STACKED, caches)
     return x
+
+
+def _rows(cache: Any, count: int) -> int:
+    """Rows of one layer in buffers that ``count`` of them share."""
+    return next((leaf.shape[0] // count for leaf in jax.tree.leaves(cache)), 0)
+
+
+def _unstacked(layers: int, period: int, variables: dict[str, Any]) -> dict[str, Any]:
+    """Variables with an entry for each layer: a view of those with ``STACKED`` for Flax's ``map_variables``."""
+    count = layers // period
+
+    def layer(collection: str, tree: Any, i: int) -> Any:
+        if collection == "params":
+            return jax.tree.map(lambda leaf: leaf[i], tree)
+        rows = _rows(tree, count)
+        return jax.tree.map(lambda leaf: leaf[i * rows : (i + 1) * rows], tree)
+
+    found = {}
+    for collection, tree in variables.items():
+        pattern = tree.get(STACKED, ())
+        entries = {f"layers_{i}": layer(collection, pattern[i % period], i // period) for i in range(layers) if pattern}
+        found[collection] = {name: leaf for name, leaf in tree.items() if name != STACKED} | entries
+    return found
+
+
+def _restacked(layers: int, period: int, variables: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of ``_unstacked``."""
+    found = {}
+    for collection, tree in variables.items():
+        rest = dict(tree)
+        entries = [rest.pop(f"layers_{i}") for i in range(layers) if f"layers_{i}" in tree]
+        join = jnp.stack if collection == "params" else jnp.concatenate
+        groups = [entries[i::period] for i in range(period) if entries]
+        whole = tuple(jax.tree.map(lambda *leaves, join=join: join(leaves), *group) for group in groups)
+        found[collection] = rest | ({STACKED: whole} if whole else {})
+    return found
 
 
 def _pick(i: jax.Array, leaf: jax.Array) -> jax.Array:
@@ -98,7 +131,8 @@ def _pick(i: jax.Array, leaf: jax.Array) -> jax.Array:
 
 
 def stacked(params: dict[str, Any], period: int, slots: int, numerics: Numerics) -> dict[str, Any] | None:
-    """``params`` with the layers' entries made one, a copy, where a loop over them is no slower; else None.
+    """``params`` with the layers' entries made one, a copy, where a loop over them is no slower; else None: for other
+    devices than the CPU, and weights spread over several, among others.
 
     Args:
       params: a model's.
@@ -107,6 +141,9 @@ def stacked(params: dict[str, Any], period: int, slots: int, numerics: Numerics)
       numerics: the profile.
     """
     layers = [params[f"layers_{i}"] for i in range(sum(name.startswith("layers_") for name in params))]
+    leaves = jax.tree.leaves(layers)
+    if not on_cpu(*leaves) or any(isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in leaves):
+        return None
     if len(layers) % period or not all(_converted(layer, slots, numerics) for layer in layers):
         return None
     groups = [layers[i::period] for i in range(period)]

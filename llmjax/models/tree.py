@@ -12,10 +12,12 @@ from llmjax.models.context import Context
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical names and shapes of all parameters, without making any."""
+    """Canonical names and shapes of all parameters, without making any; the first layers are repeated."""
     ctx = Context(jnp.zeros((1, 1), jnp.int32), numerics.resolve("reference", jnp.dtype(jnp.float32)))
-    init = config.module().init
-    tree = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32), ctx)["params"]
+    init = config.shortened(config.period).module().init
+    tree = dict(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32), ctx)["params"])
+    for i in range(config.period, config.num_hidden_layers):
+        tree[f"layers_{i}"] = tree[f"layers_{i - config.period}"]
     return {canonical(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

@@ -21,7 +21,7 @@ Elsewhere a product is written as it is defined, and the compiler knows best.
 import jax
 import jax.numpy as jnp
 
-from llmjax.numerics import Numerics
+from llmjax.numerics import Numerics, on_cpu
 from llmjax.products.cpu import has_integer_tiles
 from llmjax.products.digits import in_digits, in_tiles, to_digits
 from llmjax.products.dots import dot
@@ -82,5 +82,5 @@ def summed_rows(weight: jax.Array | QTensor, numerics: Numerics) -> int:
 def integer_digits(numerics: Numerics) -> int | None:
     """Digits in which several rows meet quantized weights; None where they do as floats.  One pays on any CPU, three
     with AMX alone, for they are three times the rows of a float32 product."""
-    pays = jax.default_backend() == "cpu" and (numerics.digits == 1 or has_integer_tiles())
+    pays = on_cpu() and (numerics.digits == 1 or has_integer_tiles())
     return numerics.digits if pays else None

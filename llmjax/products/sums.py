@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from llmjax.numerics import Numerics
+from llmjax.numerics import Numerics, on_cpu
 from llmjax.quant.qtensor import QTensor, columns, integers
 
 # As many sums at once as the CPU has registers for: rows share the weights they read, channels the activations.
@@ -30,7 +30,7 @@ _CACHE_ROWS = 8
 
 def sums_pay(numerics: Numerics) -> bool:
     """Whether sums run as fast as this module needs them to."""
-    return numerics.reassociates and jax.default_backend() == "cpu"
+    return numerics.reassociates and on_cpu()
 
 
 def can_sum(weight: jax.Array | QTensor) -> bool:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llmjax.numerics import on_cpu
 from llmjax.quant.bits import from_storage, to_storage
 
 # Of what a tile is converted to: what the caches keep, more or less; halving or doubling it costs up to a fifth.
@@ -39,7 +40,7 @@ def over_tiles(
     # Two tiles at least: a loop of one turn is no loop to XLA.
     size = x.dtype.itemsize
     tile = min((out + 1) // 2, max(16, _TILE_BYTES // (size * width) // 16 * 16))
-    if jax.default_backend() != "cpu":
+    if not on_cpu():
         return multiply(weight).T
     if converted_whole(shape, size):
         return multiply(_after(x, weight)).T

@@ -17,6 +17,7 @@ from llmjax.errors import CheckpointError, RequestError
 from llmjax.model import Model
 from llmjax.models.attention import STEP_BLOCKS
 from llmjax.models.stack import stacked
+from llmjax.models.watched import Program, interceptors
 from llmjax.runtime import state as states
 from llmjax.runtime.cache import bucket, make_cache
 from llmjax.runtime.decode import BURST, Produced, decode
@@ -114,6 +115,7 @@ class Engine:
         self._params = layers or model.params
         self._cache = functools.partial(make_cache, model.config, model.numerics, stacked=layers is not None)
         static = (model.module, model.numerics, block)
+        self._programs: list[Program] = []
         self._prefill = self._compiled(prefill, static, donate=1)
         self._decode = self._compiled(decode, (*static, logits_processor), donate=1)
         self._score = self._compiled(score_chunk, static, donate=1)
@@ -134,11 +136,12 @@ class Engine:
             return function(*static, *args)
 
         traced.__name__ = function.__name__  # what profiles and the compilation cache know the program by
-        jitted = jax.jit(traced, donate_argnums=donate, compiler_options=self.model.numerics.compiler_options)
+        program = Program(traced, donate_argnums=donate, compiler_options=self.model.numerics.compiler_options)
+        self._programs.append(program)
 
         def call(*args: Any) -> Any:
             traces, began = self.traces.total(), time.monotonic()
-            result = jitted(*args)
+            result = program(*args)
             if self.traces.total() > traces:
                 self.compile_seconds += time.monotonic() - began
             return result
@@ -201,6 +204,7 @@ class Engine:
         """
         self._stopping = False
         self._ensure(reserve)
+        self._forget_watched()
         try:
             yield from self._run(iter(requests), burst)
         except GeneratorExit:
@@ -208,6 +212,12 @@ class Engine:
         except BaseException:
             self._state = self._pending = None  # an interrupted program may have consumed its buffers
             raise
+
+    def _forget_watched(self) -> None:
+        """Keeps what Flax's interceptors did in an earlier run, or do in this one, out of the other's programs and
+        prompts."""
+        if any([program.forget() for program in self._programs]) or interceptors():
+            self._prefixes = Prefixes(self.slots, self.chunk, self._sharing)
 
     def stop(self) -> None:
         """Ends the run at the next chunk or burst of steps: rows that have finished are handed back, the others are
@@ -387,6 +397,7 @@ class Engine:
     def score(self, ids: Sequence[int], lora: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities float32 ``[T - 1]`` of each token after the first, and the most likely token int32 ``[T -
         1]`` there."""
+        self._forget_watched()
         scored = list(self._scores(np.asarray(ids, np.int32), self._adapter(lora), wanted=False))
         self.progress.prefill_tokens += len(ids)
         return (

@@ -85,14 +85,14 @@ def test_an_adapter_is_what_it_says(base, adapter, expected, mode):
 def test_every_row_its_own(base, adapter, expected):
     """Among strangers and alone: the same bits; and the same model as merged."""
     other = write_adapter(base, base.parent / "other", seed=1, rank=5, projections=("q_proj", "gate_proj"))
-    llm = LLM(llmjax.load(base), max_batch=3, chunk=16, block=16, loras={"one": adapter, "two": other})
+    llm = LLM(base, numerics="reference", max_batch=3, chunk=16, block=16, loras={"one": adapter, "two": other})
     names = ["one", None, "two", "one", "two"]
     outputs = [o.outputs[0] for o in llm.generate([IDS] * 5, GREEDY, lora=names)]
     for output, name in zip(outputs, names, strict=True):
         alone = llm.generate(IDS, GREEDY, lora=name)[0].outputs[0]
         assert (alone.token_ids, alone.token_logprobs) == (output.token_ids, output.token_logprobs)
     for name, lora in (("one", adapter), (None, None), ("two", other)):
-        merged = LLM(llmjax.load(base, lora=lora), max_batch=3, chunk=16, block=16)
+        merged = LLM(base, numerics="reference", lora=lora, max_batch=3, chunk=16, block=16)
         found, wanted = outputs[names.index(name)], merged.generate(IDS, GREEDY)[0].outputs[0]
         assert found.token_ids == wanted.token_ids
         np.testing.assert_allclose(found.token_logprobs, wanted.token_logprobs, atol=1e-4)

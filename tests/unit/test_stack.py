@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax import LLM, SamplingParams
+from llmjax import LLM, SamplingParams, numerics
 from llmjax.models.stack import STACKED, stacked
 from llmjax.numerics import resolve
 from llmjax.quant.rounding import quantize
@@ -144,6 +144,26 @@ def test_a_cache_that_grows_keeps_its_rows():
 def test_what_would_be_copied_is_not_stacked(model):
     """Weights multiplied as they are stored, and layers of different kinds."""
     assert stacked(model.params, model.config.period, 17, model.numerics) is None
+
+
+def test_a_gpu_takes_no_trick_of_the_cpus(monkeypatch):
+    """Layers are not stacked, products are written as they are defined, and no option is of the CPU's compiler."""
+    model = packed_model()
+
+    def tricks():
+        program = str(jax.make_jaxpr(model.apply)(model.params, jnp.ones((1, 3), jnp.int32)))
+        return [
+            stacked(model.params, 1, 1, model.numerics) is not None,
+            "optimization_barrier" in program,
+            bool(model.numerics.compiler_options),
+        ]
+
+    assert tricks() == [True] * 3
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert tricks() == [False] * 3
+    monkeypatch.undo()
+    monkeypatch.setattr(numerics, "platform", lambda: "gpu")
+    assert tricks() == [False] * 3
 
 
 @pytest.mark.parametrize(

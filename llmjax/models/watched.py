@@ -1,0 +1,70 @@
+"""Whether Flax's tools look on while a model runs, and programs that never mistake the one case for the other.
+
+Flax's tools (``nn.intercept_methods``, ``sow`` and other variables, ``capture_intermediates``, random numbers,
+``nn.tabulate``, perturbations) act while a module is traced.  A trace that is kept would pass them by, or keep for good
+what they changed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import linen as nn
+from flax.core.scope import is_filter_empty, subtract_filters
+from flax.linen import module as linen
+
+# What models themselves read and write.
+_OWN = ("params", "cache")
+
+
+def interceptors() -> tuple[Any, ...]:
+    """Those of ``nn.intercept_methods``, in this thread, for which Flax has no public question."""
+    return tuple(linen._global_interceptor_stack)
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether a bound module's layers must run in their own places, under their own names: where something intercepts
+    them, or they may make, read or write anything but their parameters and the cache."""
+    scope = module.scope
+    assert scope is not None
+    return bool(
+        module.is_initializing()
+        or interceptors()
+        or scope.rngs
+        or set(module.variables) - set(_OWN)
+        or not is_filter_empty(subtract_filters(scope.mutable, _OWN[1]))
+    )
+
+
+class Program:
+    """A jitted function; while methods are intercepted another, which holds until ``forget``.
+
+    Args:
+      function: pure, but for what Flax's interceptors do.
+      options: of ``jax.jit``.
+    """
+
+    def __init__(self, function: Callable[..., Any], **options: Any):
+        def made() -> Callable[..., Any]:
+            def program(*args: Any) -> Any:  # a function of its own: JAX keeps traces by it
+                return function(*args)
+
+            program.__name__ = function.__name__
+            return jax.jit(program, **options)
+
+        self._made, self._plain = made, made()
+        self._watched: dict[tuple[int, ...], tuple[Callable[..., Any], tuple[Any, ...]]] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function returns."""
+        found = interceptors()
+        if not found:
+            return self._plain(*args)
+        key = tuple(map(id, found))  # kept beside the program, so that none of them takes another's id
+        return self._watched.setdefault(key, (self._made(), found))[0](*args)
+
+    def forget(self) -> bool:
+        """Drops what was compiled under interceptors; whether there was anything."""
+        found = bool(self._watched)
+        self._watched = {}
+        return found

@@ -1,0 +1,259 @@
+"""Flax's own tools find in our models what they find in any: in any order, under jit, and nothing stays behind."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+import llmjax
+from llmjax import LLM, SamplingParams
+from llmjax.models import layers
+from llmjax.models.context import Context
+from llmjax.models.llama import Block, LlamaConfig
+from llmjax.models.stack import STACKED, in_turn, stacked
+from llmjax.numerics import resolve
+from tests.tiny import random_model
+from tests.unit.test_stack import packed_model
+
+MODEL = random_model(num_hidden_layers=3)
+CTX = Context(jnp.arange(5)[None], MODEL.numerics)
+X = jax.random.normal(jax.random.key(7), (1, 5, 48))
+KEYS = {"params": jax.random.key(1), "dropout": jax.random.key(2)}
+GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+
+
+class Researched(nn.Module):
+    """A block with all that a person may put into one."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x, ctx):
+        if self.is_mutable_collection("stats"):
+            self.variable("stats", "seen", jnp.zeros, ()).value += jnp.mean(x)
+        self.sow("intermediates", "entry", x)
+        x = Block(self.config, None, name="inner")(x, ctx)
+        x = nn.Dropout(0.5, deterministic=not self.has_rng("dropout"))(x)
+        return self.perturb("exit", x)
+
+
+class Model(nn.Module):
+    """Three of them, in our loop or in the plain one of Flax's documentation."""
+
+    config: LlamaConfig
+    ours: bool
+
+    @nn.compact
+    def __call__(self, x, ctx):
+        blocks = [Researched(self.config, name=f"layers_{i}") for i in range(3)]
+        if self.ours:
+            return in_turn(self, blocks, x, ctx)
+        for block in blocks:
+            x = block(x, ctx)
+        return x
+
+
+def without(path):
+    """An interceptor that makes nothing of what a module returns."""
+
+    def interceptor(next_function, args, kwargs, context):
+        y = next_function(*args, **kwargs)
+        return jnp.zeros_like(y) if context.module.path == path and context.method_name == "__call__" else y
+
+    return interceptor
+
+
+def intercepted(module, variables):
+    with nn.intercept_methods(without(("layers_1", "inner", "attn"))):
+        return module.apply(variables, X, CTX)
+
+
+def slopes(module, variables):
+    """By perturbations, the derivatives by what leaves each block."""
+
+    def loss(perturbations):
+        return jnp.sum(
+            jnp.square(module.apply({"params": variables["params"], "perturbations": perturbations}, X, CTX))
+        )
+
+    return jax.grad(loss)(variables["perturbations"])
+
+
+# By name: what is done with a module, and the collections it is given.
+TOOLS = {
+    "plain": (lambda m, v: m.apply(v, X, CTX), ["params"]),
+    "intercepted": (intercepted, ["params"]),
+    "sown": (lambda m, v: m.apply(v, X, CTX, mutable=["intermediates"]), ["params"]),
+    "captured": (lambda m, v: m.apply(v, X, CTX, capture_intermediates=True), ["params"]),
+    "dropped": (lambda m, v: m.apply(v, X, CTX, rngs={"dropout": KEYS["dropout"]}), ["params"]),
+    "counted": (lambda m, v: m.apply(v, X, CTX, mutable=["stats"]), ["params", "stats"]),
+    "perturbed": (slopes, ["params", "perturbations"]),
+    "initialised": (lambda m, v: m.init(KEYS, X, CTX), []),
+}
+
+
+def use(tool, module, variables):
+    function, given = TOOLS[tool]
+    return jax.jit(lambda v: function(module, v))({name: variables[name] for name in given})
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return Model(MODEL.config, ours=False).init(KEYS, X, CTX)
+
+
+@pytest.fixture(scope="module")
+def expected(variables):
+    """What Flax gives where nothing of ours is between."""
+    results = {tool: use(tool, Model(MODEL.config, ours=False), variables) for tool in TOOLS}
+    for tool in ("intercepted", "dropped"):
+        assert not np.allclose(results["plain"], results[tool], rtol=1e-2)
+    return results
+
+
+def same(found, expected, tolerance=1e-5):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), found, expected)
+
+
+@pytest.mark.parametrize("order", [[*TOOLS, "plain"], [*TOOLS][::-1]], ids=["forwards", "backwards"])
+def test_a_tool_gives_what_flax_gives_whatever_came_before(expected, variables, order):
+    ours = Model(MODEL.config, ours=True)
+    for tool in order:
+        same(use(tool, ours, variables), expected[tool])
+
+
+@pytest.mark.parametrize("tool", ["plain", "intercepted", "sown", "dropped", "perturbed"])
+def test_without_jit(expected, variables, tool):
+    function, given = TOOLS[tool]
+    same(function(Model(MODEL.config, ours=True), {name: variables[name] for name in given}), expected[tool])
+
+
+def test_a_table_of_the_model_has_each_layer_under_its_name():
+    ids = jnp.ones((1, 5), jnp.int32)
+    paths = MODEL.module.module_paths(jax.random.key(0), ids, CTX)
+    assert {"layers_0", "layers_2/attn/q", "layers_2/mlp", "final_norm"} <= set(paths)
+    table = MODEL.module.tabulate(jax.random.key(0), ids, CTX, console_kwargs={"width": 400, "force_terminal": False})
+    count = sum(x.size for x in jax.tree.leaves(MODEL.params))
+    assert f"Total Parameters: {count:,}" in table
+    assert "layers_1/attn/o" in table and "float32[48,48]" in table
+
+
+def test_what_stands_in_a_functions_place_is_what_runs(monkeypatch):
+    """A trace is kept no longer than the call that made it."""
+    ids = jnp.array([[3, 1, 4]])
+    before = jax.jit(lambda p: MODEL.apply(p, ids))(MODEL.params)
+    nothing = {**MODEL.params}
+    for i in range(3):
+        layer = MODEL.params[f"layers_{i}"]
+        attn = {**layer["attn"], "o": {"weight": jnp.zeros_like(layer["attn"]["o"]["weight"])}}
+        nothing[f"layers_{i}"] = {**layer, "attn": attn}
+    expected = jax.jit(lambda p: MODEL.apply(p, ids))(nothing)
+    dense = layers.dense_attention
+    with monkeypatch.context() as patch:
+        patch.setattr(layers, "dense_attention", lambda q, *a: (jnp.zeros_like(q), dense(q, *a)[1]))
+        same(jax.jit(lambda p: MODEL.apply(p, ids))(MODEL.params), expected)
+    same(jax.jit(lambda p: MODEL.apply(p, ids))(MODEL.params), before)
+
+
+def test_alike_layers_are_traced_once_in_plain_use(monkeypatch):
+    """Eight layers of two kinds."""
+    model = random_model(num_hidden_layers=8)
+    model = dataclasses.replace(model, config=dataclasses.replace(model.config, windows=(2, None) * 4))
+    traced = []
+    dense = layers.dense_attention
+    monkeypatch.setattr(layers, "dense_attention", lambda *a: traced.append(1) or dense(*a))
+    jax.make_jaxpr(model.apply)(model.params, jnp.ones((1, 5), jnp.int32))
+    assert len(traced) == 2
+
+
+def without_attention(model, layer):
+    """The model as ``without((layer, "attn"))`` computes it."""
+    attn = model.params[layer]["attn"]
+    o = jax.tree.map(lambda x: jnp.zeros_like(x) if x.dtype.kind == "f" else x, attn["o"])
+    return dataclasses.replace(model, params={**model.params, layer: {**model.params[layer], "attn": {**attn, "o": o}}})
+
+
+def answers(llm):
+    """Log-probabilities and tokens of all that an engine does, prompts with a common beginning among it."""
+    common = list(range(1, 130))
+    rows = [r.outputs[0] for r in llm.generate([[5, 9, 2], common, [*common, 7]], GREEDY)]
+    scores = llm.score([5, 9, 2, 77])[0].logprobs[1:]
+    return [row.token_ids for row in rows], [row.cumulative_logprob for row in rows], scores
+
+
+@pytest.mark.parametrize("kind", ["float", "stacked"])
+@pytest.mark.parametrize("watched_first", [False, True])
+def test_an_engine_is_intercepted_only_while_it_is(kind, watched_first):
+    model = random_model("fast", num_hidden_layers=4) if kind == "float" else packed_model()
+    llm = LLM(model, max_batch=2)
+    assert (STACKED in llm.engine._params) == (kind == "stacked")
+    plain = answers(LLM(model, max_batch=2))
+    changed = answers(LLM(without_attention(model, "layers_2"), max_batch=2))
+    assert plain[0] != changed[0]
+    for watched in (watched_first, not watched_first, watched_first):
+        if watched:
+            with nn.intercept_methods(without(("layers_2", "attn"))):
+                tokens, *logprobs = answers(llm)
+            assert tokens == changed[0]
+            same(logprobs, [*changed[1:]], 2e-4)
+        else:
+            assert answers(llm) == plain
+
+
+@pytest.mark.parametrize("watched_first", [False, True])
+def test_logits_and_traces_are_intercepted_only_while_they_are(watched_first):
+    model = dataclasses.replace(MODEL)
+    ids, name = [5, 9, 2, 77], "layers.2.resid"
+    changed = without_attention(model, "layers_1")
+    expected = {True: changed.logits([ids])[0], False: dataclasses.replace(model).logits([ids])[0]}
+    residual = {True: llmjax.trace(changed, ids).activations[name], False: llmjax.trace(model, ids).activations[name]}
+    assert not np.allclose(expected[True], expected[False], rtol=1e-2)
+    for watched in (watched_first, not watched_first, watched_first):
+        with nn.intercept_methods(without(("layers_1", "attn") if watched else ())):
+            same(model.logits([ids])[0], expected[watched])
+            same(llmjax.trace(model, ids).activations[name], residual[watched])
+        same(model.logits([ids])[0], expected[False])
+
+
+def test_an_interceptor_that_changes_its_mind_is_heard():
+    model = dataclasses.replace(MODEL)
+    factor = 1.0
+
+    def times(next_function, args, kwargs, context):
+        y = next_function(*args, **kwargs)
+        return y * factor if context.module.path == () else y
+
+    once = model.logits([[5, 9]])[0]
+    with nn.intercept_methods(times):
+        for factor in (2.0, 3.0):
+            same(model.logits([[5, 9]])[0], factor * once)
+
+
+def test_stacked_layers_are_seen_one_by_one():
+    """What Flax captures, and the cache that comes about, is that of the layers apart."""
+    model = packed_model(windows=(8, None) * 2)
+    whole = stacked(model.params, model.config.period, 1, model.numerics)
+    llm = LLM(model, max_batch=2)
+    cache = llm.engine._cache(1, 256)
+    ids, ctx = jnp.arange(1, 11)[None], Context(jnp.arange(10)[None], resolve("fast", jnp.float32))
+
+    @jax.jit
+    def run(params, cache):
+        variables = {"params": params, "cache": cache}
+        return model.module.apply(variables, ids, ctx, mutable=["cache", "intermediates"], capture_intermediates=True)
+
+    apart = {
+        f"layers_{i}": {"attn": {n: x[i // 2][None] for n, x in cache[STACKED][i % 2]["attn"].items()}}
+        for i in range(4)
+    }
+    expected, made = run(model.params, apart)
+    found, changed = run(whole, cache)
+    same(found, expected, 1e-4)
+    same(changed["intermediates"], made["intermediates"], 1e-4)
+    for i in range(4):
+        one = jax.tree.map(lambda x, i=i: x[i // 2][None], changed["cache"][STACKED][i % 2])
+        same(one, made["cache"][f"layers_{i}"], 1e-4)
