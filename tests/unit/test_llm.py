@@ -10,8 +10,8 @@ import llmjax
 from llmjax import LLM, ConfigError, LlmInference, LlmInferenceOptions, RequestError
 from llmjax.checkpoint.loading import LoadOptions
 from tests import tiny
+from tests.mediapipe_files import GEMMA
 from tests.unit.test_lora import write_adapter
-from tests.unit.test_mediapipe_bin import GEMMA
 
 IDS = [5, 9, 2, 77]
 

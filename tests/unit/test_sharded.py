@@ -22,7 +22,7 @@ scheme, profile, dtype = sys.argv[1:]
 model = random_model(profile, dtype, num_hidden_layers=2) if scheme == "none" else packed_model(scheme)
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("x", "y"))
 assert mesh.size == 4
-prompts = [[1, 2, 3], [4, 5, 6, 7] * 35]
+prompts = [[1, 2, 3], [4, 5, 6, 7] * 5]
 params = [
     SamplingParams(max_tokens=10, temperature=0, logprobs=3, ignore_eos=True),
     SamplingParams(max_tokens=10, temperature=1, top_k=40, top_p=0.95, seed=3, prompt_logprobs=2, ignore_eos=True),
@@ -34,9 +34,9 @@ def spread(leaf, *axes):
     return jax.device_put(leaf, NamedSharding(mesh, P(*fits) if leaf.ndim == 2 else P()))
 
 
-for axes in ([], [None, None], ["x", None], ["x", "y"]):
+for axes in ([], [None, None], ["x", "y"]):
     placed = jax.tree.map(lambda leaf: spread(leaf, *axes), model.params) if axes else model.params
-    llm = LLM(dataclasses.replace(model, params=placed), max_batch=2)
+    llm = LLM(dataclasses.replace(model, params=placed), max_batch=2, chunk=16, block=16)
     rows = [r.outputs[0] for r in llm.generate(prompts, params)]
     print(json.dumps({
         "stacked": STACKED in llm.engine._params,
@@ -64,15 +64,15 @@ for axes in ([], [None, None], ["x", None], ["x", "y"]):
     ids="-".join,
 )
 def test_a_model_on_four_devices_says_what_it_says_on_one(kind):
-    """Replicated, rows of weights spread, and rows and columns: the same tokens, drawn ones too."""
+    """Replicated, and in blocks of rows and columns: the same tokens, drawn ones too."""
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PROGRAM, *kind]
     done = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=600
+        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr[-2000:]
     one, *spread = map(json.loads, done.stdout.splitlines())
-    assert len(spread) == 3
+    assert len(spread) == 2
     assert one["stacked"] == (kind[0] == "int4-g32")
     for found in spread:
         assert found["tokens"] == one["tokens"] and not found["stacked"]
