@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -229,7 +229,7 @@ class LLM:
 
     def outputs(
         self, requests: Iterable[Request], *, reserve: int = 0, on_update: Callable[[], None] | None = None
-    ) -> Iterator[RequestOutput]:
+    ) -> Generator[RequestOutput, None, None]:
         """Runs requests and yields each answer, all its ``n`` samples in it, as soon as it is whole, in any order.
 
         Args:

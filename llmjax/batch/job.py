@@ -230,16 +230,16 @@ class _Job:
         self.summary.status = "interrupted" if interrupts.asked else "complete"
 
     def _run(self, requests: Iterable[Request], journal: Journal) -> None:
-        outputs = self.llm.outputs(requests, reserve=RESERVE)
-        while (output := _next(outputs)) is not None:
-            row = self.waiting.pop(output.request_id)
-            self.count.answered += 1
-            self.count.answer_tokens += sum(len(c.token_ids) for c in output.outputs)
-            try:
-                answer = row.answer(output, self.llm)
-            except BaseException as error:
-                answer = row._replace(error=row_error(error)).failure()
-            self._append(journal, *answer, row.line)
+        with contextlib.closing(self.llm.outputs(requests, reserve=RESERVE)) as outputs:
+            while (output := _next(outputs)) is not None:
+                row = self.waiting.pop(output.request_id)
+                self.count.answered += 1
+                self.count.answer_tokens += sum(len(c.token_ids) for c in output.outputs)
+                try:
+                    answer = row.answer(output, self.llm)
+                except BaseException as error:
+                    answer = row._replace(error=row_error(error)).failure()
+                self._append(journal, *answer, row.line)
 
     def _one_by_one(self, journal: Journal, error: BaseException, interrupts: Interrupts) -> None:
         """After a row made the engine fail (numbers that overflow, say): runs those that were under way alone, to tell

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 
+import jax
 import pytest
 import safetensors
 
@@ -125,20 +126,23 @@ def test_score(shared, capsys, tmp_path):
 
 
 def test_chat_keeps_the_conversation(shared, llm, capsys, monkeypatch):
-    asked = []
+    asked, told = [], []
 
-    def recorded(messages, params):
+    def recorded(messages, params, *, date):
         asked.append([m["content"] for m in messages])
-        return request(messages, params)
+        told.append(str(date))
+        return request(messages, params, date=date)
 
     request = llm.chat_request
     monkeypatch.setattr(llm, "chat_request", recorded)
     monkeypatch.setattr(sys, "stdin", io.StringIO("My name is Bob.\nWhat is my name?\n/reset\nHello.\n"))
-    assert main(["chat", "--model", "x", "--system", "Be kind.", "--max-tokens", "6", "--temperature", "0"]) == 0
+    flags = ["--max-tokens", "6", "--temperature", "0", "--date", "2026-01-31"]
+    assert main(["chat", "--model", "x", "--system", "Be kind.", *flags]) == 0
     answers = capsys.readouterr().out.splitlines()
     assert asked[0] == ["Be kind.", "My name is Bob."]
     assert asked[1] == ["Be kind.", "My name is Bob.", answers[0], "What is my name?"]
     assert asked[2] == ["Be kind.", "Hello."]
+    assert told == ["2026-01-31 00:00:00"] * 3
 
 
 def test_trace(capsys, tmp_path):
@@ -171,6 +175,9 @@ def test_inspect(capsys, smollm2_path):
     [
         (["--temperature", "-1"], "temperature: expected a number from 0"),
         (["--top-p", "0"], "top_p: expected a number above 0"),
+        (["--top-k", "3000000000"], "top_k: expected an integer from 0 (all) to 2**31 - 1"),
+        (["--date", "2026-01-31"], "date: only a chat template takes one; give --chat, too"),
+        (["--chat", "--date", "now"], "date: expected a day such as 2026-01-31"),
         (["--max-tokens", "0"], "max_tokens: expected a positive integer"),
         (["--seed", "-1"], "seed: expected an integer from 0"),
         (["--prompt", ""], "prompt: empty"),
@@ -181,6 +188,21 @@ def test_inspect(capsys, smollm2_path):
 def test_bad_requests(shared, capsys, flags, message):
     code, err = failing(capsys, "generate", "--model", "x", "--prompt", "hi", *flags)
     assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_scores_that_cannot_be_written(shared, capsys, tmp_path):
+    """The work failed: that is no wrong usage."""
+    (tmp_path / "in.jsonl").write_text('{"text": "One, two"}\n')
+    code, err = failing(capsys, "score", "--model", "x", "--input", str(tmp_path / "in.jsonl"), "--output", "/dev/full")
+    assert code == 1 and "/dev/full: writing the output failed: No space left" in err
+
+
+def test_compiled_programs_are_kept_unless_told_otherwise(shared, capsys, monkeypatch):
+    kept = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: kept.append(name))
+    flags = ["generate", "--model", "x", "--prompt", "hi", "--max-tokens", "1"]
+    assert main([*flags, "--no-compile-cache"]) == 0 and not kept
+    assert main(flags) == 0 and "jax_compilation_cache_dir" in kept
 
 
 def test_bad_settings(capsys, smollm2_path):
