@@ -46,5 +46,9 @@ class OutputError(LlmjaxError):
     """Results could not be written, or not all of them."""
 
 
+class NoRoomError(RequestError):
+    """A prompt and its answer do not fit the memory that may be used."""
+
+
 class ResumeError(LlmjaxError):
     """A batch job cannot go on from what its output holds."""

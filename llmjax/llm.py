@@ -11,15 +11,15 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from llmjax.checkpoint.loading import LoadOptions, load, with_numerics
-from llmjax.errors import RequestError, TokenizerError, TooLongError
+from llmjax.checkpoint.loading import LoadOptions, as_asked
+from llmjax.errors import NoRoomError, RequestError, TokenizerError, TooLongError
 from llmjax.lora.adapter import AnyLora
 from llmjax.lora.resident import with_adapters
-from llmjax.model import Model, check_ids, outside
-from llmjax.numerics import FAST
+from llmjax.model import Model, check_ids, outside, plain
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine, Update
 from llmjax.runtime.logits import LogitsProcessor, bad_word_ids, row_controls
+from llmjax.runtime.memory import parse as parse_size
 from llmjax.runtime.outputs import RequestOutput, Score
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request, special_stops
@@ -30,6 +30,11 @@ from llmjax.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Message = dict[str, Any]
+
+# Of the context, what a prompt that is cut short leaves for the answer at most: one part in so many.
+_ANSWER_PART = 8
+# Tokens of an answer that memory is had for before it begins; it grows with a longer one.
+_ANSWER = 256
 
 
 class LLM:
@@ -44,7 +49,10 @@ class LLM:
       seed: the job's seed: rows without their own draw by it and their id; a single prompt uses it as it is.
       chunk: prompt tokens a prefill call takes.
       block: cache positions attention folds at a time.
-      truncate_prompt: keep the last tokens of a prompt that is too long, instead of refusing it.
+      truncate_prompt: keep the last tokens of a prompt that the context does not hold, instead of refusing it; an
+        eighth of the context is left for the answer, less where ``max_tokens`` asks for less.
+      memory: what the weights and all else may take: bytes, or a text such as ``6GB``.  None for the weights and three
+        quarters of what is free beside them.  No bit depends on it; a row that does not fit fails (``NoRoomError``).
       logits_processor: for research: a pure function, compiled into every decode step, of the model's logits (float32
         ``[B, V]``, a row per slot) and ``llmjax.runtime.logits.Tokens`` (the rows' tokens ``ids [B, S]``,
         ``prompt_length [B]``, ``length [B]``, ``active [B]``); returns the logits, before bars, biases, penalties and
@@ -70,11 +78,12 @@ class LLM:
         chunk: int = 128,
         block: int = 128,
         truncate_prompt: bool = False,
+        memory: float | str | None = None,
         logits_processor: LogitsProcessor | None = None,
         enable_prefix_caching: bool = True,
         **loading: Unpack[LoadOptions],
     ):
-        model = _as_asked(model, numerics, loading)
+        model = as_asked(model, numerics, loading)
         if loras:
             model = with_adapters(model, loras)
         self.loras = tuple(loras or ())
@@ -89,6 +98,7 @@ class LLM:
             logits_processor=logits_processor,
             enable_prefix_caching=enable_prefix_caching,
             adapters={name: place for place, name in enumerate(self.loras, 1)},
+            memory=None if memory is None else parse_size(memory),
         )
         self._lock = threading.Lock()  # one run at a time owns the slots
         self._owner: int | None = None  # the thread whose run that is
@@ -130,19 +140,19 @@ class LLM:
         params = params or SamplingParams()
         self._check_lora(lora)
         text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(map(_plain, prompt))
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(map(plain, prompt))
         if text == "" or not ids:
             raise RequestError("prompt: empty, expected some text or at least one token id")
-        context = self.model.context_length
-        if len(ids) >= context:
+        context, whole = self.model.context_length, len(ids)
+        if whole >= context:
             if not self.truncate_prompt:
                 raise TooLongError(
-                    f"prompt: {len(ids)} tokens, longer than the model's context of {context} less one for the answer; "
+                    f"prompt: {whole} tokens, longer than the model's context of {context} less one for the answer; "
                     "shorten it, or ask for truncation (truncate_prompt, --truncate-prompt)"
                 )
-            room = min(params.max_tokens or context // 2, context - 1)
+            room = min(params.max_tokens or context, max(1, context // _ANSWER_PART))
             bos = ids[:1] if ids[0] == (self.model.tokenizer and self.model.tokenizer.bos_id) else []
-            ids = bos + ids[len(ids) - (context - room) + len(bos) :]
+            ids = bos + ids[whole - (context - room) + len(bos) :]
         check_ids(ids, self.model, "prompt")
         self._warn_without_bos(ids)
         if params.stop:
@@ -179,6 +189,7 @@ class LLM:
             tuple(forced),
             bad_words=bad_words,
             lora=lora,
+            truncated=whole - len(ids),
         )
 
     def _check_lora(self, lora: str | None) -> None:
@@ -210,12 +221,13 @@ class LLM:
         ids = self.tokenizer.encode(text, add_bos=False)
         return dataclasses.replace(self.request(ids, params, request_id=request_id, lora=lora), prompt=text)
 
-    def run(self, requests: Iterable[Request], *, burst: int = BURST, reserve: int = 0) -> Iterator[Update]:
+    def run(self, requests: Iterable[Request], *, burst: int = BURST, reserve: Sequence[int] = ()) -> Iterator[Update]:
         """``Engine.run``, one run at a time: another thread waits for its turn.
 
         Raises:
           RequestError: this thread is in the middle of another run, such as a stream that was not read to its end; or
             a request wants several samples, whose text cannot come as one stream.
+          NoRoomError: a row does not fit the memory.
         """
 
         def checked() -> Iterator[Request]:
@@ -225,10 +237,17 @@ class LLM:
                 yield request
 
         with self._turn():
-            yield from self.engine.run(checked(), burst=burst, reserve=_reserve(requests, reserve))
+            for update in self.engine.run(checked(), burst=burst, reserve=_reserve(requests, reserve)):
+                if update.row.error is not None:
+                    raise update.row.error
+                yield update
 
     def outputs(
-        self, requests: Iterable[Request], *, reserve: int = 0, on_update: Callable[[], None] | None = None
+        self,
+        requests: Iterable[Request],
+        *,
+        reserve: Sequence[int] = (),
+        on_update: Callable[[], None] | None = None,
     ) -> Generator[RequestOutput, None, None]:
         """Runs requests and yields each answer, all its ``n`` samples in it, as soon as it is whole, in any order.
 
@@ -278,6 +297,7 @@ class LLM:
 
         Raises:
           RequestError: before anything runs, naming the prompt by its place.
+          NoRoomError: a prompt and its answer do not fit the memory.
         """
         single = _is_single(prompts)
         many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
@@ -293,6 +313,9 @@ class LLM:
 
     def _finished(self, requests: list[Request]) -> list[RequestOutput]:
         done = {output.request_id: output for output in self.outputs(requests)}
+        for i, request in enumerate(requests):
+            if error := done[request.request_id].error:
+                raise error if len(requests) == 1 else NoRoomError(f"prompt {i}: {error}")
         return [done[r.request_id] for r in requests]
 
     def stream(
@@ -338,6 +361,7 @@ class LLM:
 
         Raises:
           RequestError: an empty text, or one longer than the context.
+          NoRoomError: one that does not fit the memory.
         """
         single = _is_single(texts_or_ids)
         many: list[Prompt] = [texts_or_ids] if single else list(texts_or_ids)  # type: ignore[list-item, arg-type]
@@ -346,7 +370,7 @@ class LLM:
         for i, text in enumerate(many):
             if len(text) == 0:
                 raise RequestError(f"text {i}: empty, expected some text or at least one token id")
-            ids = self.tokenizer.encode(text) if isinstance(text, str) else list(map(_plain, text))
+            ids = self.tokenizer.encode(text) if isinstance(text, str) else list(map(plain, text))
             check_ids(ids, self.model, f"text {i}")
             with self._turn():
                 logprobs, best = self.engine.score(ids, lora)
@@ -354,38 +378,11 @@ class LLM:
         return scores
 
 
-def _as_asked(model: Model | str | Path, numerics: str | None, loading: LoadOptions) -> Model:
-    """The model an ``LLM`` computes with: see there."""
-    if unknown := set(loading) - set(LoadOptions.__annotations__):
-        known = ", ".join(LoadOptions.__annotations__)
-        raise TypeError(f"LLM: unknown parameter {', '.join(sorted(unknown))}; those of llmjax.load are {known}")
-    if not isinstance(model, Model):
-        return load(model, numerics=FAST if numerics is None else numerics, **loading)
-    if given := [name for name, value in loading.items() if value is not None and value is not False]:
-        raise RequestError(
-            f"{', '.join(given)}: the model is loaded already, and this would want it loaded again; give it to "
-            "llmjax.load, or the path to LLM" + (" (or name the adapter: loras)" if "lora" in given else "")
-        )
-    if numerics is not None:
-        return with_numerics(model, numerics)
-    if not model.numerics_chosen:
-        warnings.warn(
-            f"numerics: {model.numerics.name}, llmjax.load's default, is several times slower than {FAST}, that of LLM "
-            f'with a path; say LLM(model, numerics="{FAST}"), or numerics="{model.numerics.name}" if that is meant',
-            stacklevel=3,
-        )
-    return model
-
-
-def _reserve(requests: Iterable[Request], reserve: int) -> int:
-    """Cache positions to begin with: what the longest of a list needs, at least ``reserve``."""
-    lengths = [len(r.ids) + (r.params.max_tokens or 0) for r in requests] if isinstance(requests, list) else []
-    return max([reserve, *lengths])
-
-
-def _plain(token: Any) -> Any:
-    """NumPy's integers as Python's, so that results hold what JSON can; anything else is left for ``check_ids``."""
-    return int(token) if isinstance(token, np.integer) else token
+def _reserve(requests: Iterable[Request], reserve: Sequence[int]) -> Sequence[int]:
+    """Lengths of rows to begin with room for: those of a list, with answers that are not very long."""
+    if reserve or not isinstance(requests, list):
+        return reserve
+    return [len(r.ids) + min(r.params.max_tokens or 0, _ANSWER) for r in requests for _ in range(r.params.n)]
 
 
 def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:

@@ -62,7 +62,7 @@ def engine(model: Model, slots: int) -> Run:
                 params = llmjax.SamplingParams(temperature=0, max_tokens=row.limit, ignore_eos=True)
                 yield llm.request(row.ids, params, request_id=str(i))
 
-        done = sum(len(o.outputs[0].token_ids) for o in llm.outputs(requests(), reserve=640))
+        done = sum(len(o.outputs[0].token_ids) for o in llm.outputs(requests(), reserve=[640] * slots))
         assert done == sum(row.limit for row in rows)
         steps = llm.engine.progress.decode_steps - before[0]
         busy = (llm.engine.progress.decode_tokens - before[1]) / (steps * slots)

@@ -15,13 +15,13 @@ from llmjax.runtime.state import State
 
 
 def compiled_programs(
-    model: Model, params: Any, state: State, chunk: int = 128, block: int = 128
+    model: Model, params: Any, state: State, table: np.ndarray, chunk: int = 128, block: int = 128
 ) -> Iterator[jax.stages.Compiled]:
-    """Decode and prefill, for slots and cache as the state has them."""
+    """Decode and prefill, for slots and cache as the state and the table of its pages have them."""
     static, slots = (model.module, model.numerics, block), len(state.active)
     zero, ids = np.int32(0), np.zeros((1, chunk), np.int32)
-    step = (np.full((slots, BURST), -1, np.int32), np.ones(slots, np.bool_), np.int32(1), np.False_)
-    fill = (ids, zero, zero, zero, zero)
+    step = (table, np.full((slots, BURST), -1, np.int32), np.ones(slots, np.bool_), np.int32(1), np.False_)
+    fill = (ids, zero, table[0], zero, zero, zero)
     for program, args in ((partial(decode, *static, None), step), (partial(prefill, *static), fill)):
         jitted = jax.jit(program, donate_argnums=1, compiler_options=model.numerics.compiler_options)
         yield jitted.lower(params, state, *args).compile()
@@ -30,5 +30,6 @@ def compiled_programs(
 def engine_programs(llm: LLM) -> Iterator[jax.stages.Compiled]:
     """Those of an engine with a cache."""
     engine = llm.engine
-    assert engine._state is not None
-    return compiled_programs(engine.model, engine._params, engine._state, engine.chunk, engine.block)
+    state, table = engine.store.state, engine.store.table
+    assert state is not None
+    return compiled_programs(engine.model, engine._params, state, table, engine.chunk, engine.block)

@@ -14,9 +14,10 @@ from llmjax.batch.identity import identity
 from llmjax.batch.index import Index
 from llmjax.batch.progress import clock
 from llmjax.batch.rows import WHOLE, Shard, read_rows
-from llmjax.errors import LlmjaxError, TooLongError
+from llmjax.errors import LlmjaxError, NoRoomError, TooLongError
 from llmjax.llm import LLM
 from llmjax.runtime.params import SamplingParams
+from llmjax.runtime.schedule import no_room
 from llmjax.text.dates import Date
 
 # Bad rows that are named; the others are counted.
@@ -33,28 +34,37 @@ class Report:
       bad: that cannot.
       too_long: of those, prompts longer than the context.
       errors: of bad rows, the first ones.
+      no_room: of those, prompts that do not fit the memory.
+      truncated: prompts that are cut short.
       prompt_tokens: of all rows.
       longest: prompt, in tokens.
       answer_tokens: at most, if every row goes on to its ``max_tokens``.
+      outgrow: rows that then would not fit the memory.
+      memory: how it is spent.
       estimate: the time, and how that is known.
     """
 
     rows: int = 0
     bad: int = 0
     too_long: int = 0
+    no_room: int = 0
+    truncated: int = 0
     errors: list[str] = dataclasses.field(default_factory=list)
     prompt_tokens: int = 0
     longest: int = 0
     answer_tokens: int = 0
+    outgrow: int = 0
+    memory: str = ""
     estimate: str = ""
 
     def describe(self) -> str:
         """For a terminal."""
         lines = [
             f"rows           {self.rows + self.bad:,}: {self.rows:,} can run, {self.bad:,} cannot "
-            f"({self.too_long:,} of them too long for the context)",
-            f"prompt tokens  {self.prompt_tokens:,}, the longest prompt {self.longest:,}",
-            f"answer tokens  at most {self.answer_tokens:,}",
+            f"({self.too_long:,} of them too long for the context, {self.no_room:,} for the memory)",
+            f"prompt tokens  {self.prompt_tokens:,}, the longest prompt {self.longest:,}; {self.truncated:,} cut short",
+            f"answer tokens  at most {self.answer_tokens:,}; {self.outgrow:,} rows may outgrow the memory",
+            f"memory         {self.memory}",
             f"time           {self.estimate}",
             *self.errors,
         ]
@@ -89,18 +99,26 @@ def run(
     date = manifests.job_date(date, begun)
     with open_lines(source) as lines, contextlib.closing(index):
         llm = load()
+        store = llm.engine.store
+        report.memory = store.memory.describe()
         for row in read_rows(lines, llm, params, index, shard, date):
-            if row.request is None:
+            error = row.error
+            if row.request is not None and not store.fits(len(row.request.ids) + 1):
+                error = no_room(store, len(row.request.ids) + 1)
+            if row.request is None or error is not None:
                 report.bad += 1
-                report.too_long += isinstance(row.error, TooLongError)
+                report.too_long += isinstance(error, TooLongError)
+                report.no_room += isinstance(error, NoRoomError)
                 if len(report.errors) < _NAMED:
-                    report.errors.append(f"line {row.line}: {row.error}")
+                    report.errors.append(f"line {row.line}: {error}")
                 continue
-            size = len(row.request.ids)
+            size, answer = len(row.request.ids), row.request.params.max_tokens or 0
             report.rows += 1
             report.prompt_tokens += size
             report.longest = max(report.longest, size)
-            report.answer_tokens += (row.request.params.max_tokens or 0) * row.request.params.n
+            report.truncated += row.request.truncated > 0
+            report.answer_tokens += answer * row.request.params.n
+            report.outgrow += not store.fits(size + answer)
     if report.rows:
         if begun and any(manifests.differences(begun.job, identity(llm, params, shard, date))):
             begun = None

@@ -24,8 +24,8 @@ from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request
 from llmjax.text.dates import Date, settled
 
-# Positions of the cache a job begins with: most rows fit, and a longer one makes it grow.
-RESERVE = 1024
+# Tokens of each row that a job begins with memory for; it grows where rows are longer.
+RESERVE = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,9 +230,13 @@ class _Job:
         self.summary.status = "interrupted" if interrupts.asked else "complete"
 
     def _run(self, requests: Iterable[Request], journal: Journal) -> None:
-        with contextlib.closing(self.llm.outputs(requests, reserve=RESERVE)) as outputs:
+        reserve = [RESERVE] * self.llm.engine.slots
+        with contextlib.closing(self.llm.outputs(requests, reserve=reserve)) as outputs:
             while (output := _next(outputs)) is not None:
                 row = self.waiting.pop(output.request_id)
+                if output.error is not None:
+                    self._append(journal, *row._replace(error=output.error).failure(), row.line)
+                    continue
                 self.count.answered += 1
                 self.count.answer_tokens += sum(len(c.token_ids) for c in output.outputs)
                 try:

@@ -5,9 +5,10 @@ In: ``id`` (or ``custom_id``; the line's number where there is none), one of ``p
 ``SamplingParams``.
 
 Out: ``id``, ``text``, ``token_ids``, ``finish_reason``, ``stop_reason``, ``usage``, ``seed``, ``seed_text``,
-``params``, ``numerics``, ``hash``, and where they are asked for ``token_logprobs``, ``logprobs``, ``prompt_logprobs``.
-With n above 1, ``outputs`` is a list of what belongs to each sample, ``index``, ``seed`` and ``seed_text`` among it.  A
-row that could not run: ``id``, ``line``, ``error``, ``hash``; without ``line`` if it failed when it ran.
+``params``, ``numerics``, ``hash``, and where they are asked for ``token_logprobs``, ``logprobs``, ``prompt_logprobs``;
+of a prompt that was cut short, ``truncated_prompt_tokens``: how many of its first tokens were dropped.  With n above 1,
+``outputs`` is a list of what belongs to each sample, ``index``, ``seed`` and ``seed_text`` among it.  A row that could
+not run: ``id``, ``line``, ``error``, ``hash``; without ``line`` if it failed when it ran.
 
 ``seed_text`` is ``seed`` in digits: pandas, jq and JavaScript round a number of 64 bits, and a rounded seed draws
 something else.  As the ``seed`` of a row it draws the same again.
@@ -79,6 +80,7 @@ def answer(question: Question, output: RequestOutput, llm: LLM, content: str) ->
         **seed_fields(output.seed),
         "params": output.params.to_dict(),
         "numerics": output.numerics,
+        **truncated(output),
         **({} if question.lora is None else {"lora": question.lora}),
         "hash": content,
     }
@@ -87,6 +89,12 @@ def answer(question: Question, output: RequestOutput, llm: LLM, content: str) ->
 def seed_fields(seed: int) -> dict[str, Any]:
     """A seed as a number, and as text for those who round numbers."""
     return {"seed": seed, "seed_text": str(seed)}
+
+
+def truncated(output: RequestOutput) -> dict[str, int]:
+    """What there is to say where the prompt was cut short."""
+    dropped = output.truncated_prompt_tokens
+    return {"truncated_prompt_tokens": dropped} if dropped else {}
 
 
 def _completion(completion: CompletionOutput) -> dict[str, Any]:

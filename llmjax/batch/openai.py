@@ -11,7 +11,7 @@ same bytes.
 import itertools
 from typing import Any
 
-from llmjax.batch.native import finite, prompt_logprobs, seed_fields
+from llmjax.batch.native import finite, prompt_logprobs, seed_fields, truncated
 from llmjax.batch.question import PARAMS, Question, checked_id, checked_ids, checked_text
 from llmjax.errors import RequestError
 from llmjax.llm import LLM
@@ -128,6 +128,7 @@ def answer(question: Question, output: RequestOutput, llm: LLM, content: str) ->
             **seed_fields(output.seed),
             "params": output.params.to_dict(),
             "numerics": output.numerics,
+            **truncated(output),
             **prompt,
         },
     }

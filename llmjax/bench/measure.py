@@ -23,7 +23,9 @@ from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request, Row
+from llmjax.runtime.schedule import Schedule
 from llmjax.runtime.state import State
+from llmjax.runtime.store import Store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,20 +227,20 @@ class Runner:
 
     def __init__(self, engine: Engine):
         self.engine = engine
-        self._states: dict[int, State] = {}
+        self._stores: dict[int, Store] = {}
         self._random = np.random.default_rng(0)
 
     def length(self, tokens: int) -> int:
         """The cache the engine makes for so many tokens."""
-        return self.engine._bucket(tokens)
+        return self.engine.store.bucket(tokens)
 
     def _enter(self, length: int) -> State:
-        """Gives the engine the state of this length."""
+        """Gives the engine the state of this length, with pages for as much in every slot."""
         engine = self.engine
-        if engine._length and engine._state is not None:
-            self._states[engine._length] = engine._state
-        engine._state, engine._length = self._states.get(length), length
-        return engine._ensure(length)
+        if length not in self._stores:
+            self._stores[length] = engine.new_store()
+        store = engine.store = self._stores[length]
+        return store.ensure(length, engine.slots * store.pages.needed(length))
 
     def request(self, tokens: int, new: int = 1) -> Request:
         """A greedy request for a random prompt."""
@@ -249,11 +251,15 @@ class Runner:
     def prefill(self, tokens: int, length: int) -> float:
         """Seconds for one prompt in one slot."""
         self._enter(length)
-        request = self.request(tokens)
+        engine = self.engine
+        schedule = Schedule(engine.store, engine.slots, engine.chunk)
+        schedule.waiting.append(Row(self.request(tokens), None, ()))
         began = time.perf_counter()
-        for _ in self.engine._fill(request, {0}):
+        admitted = schedule.admit()
+        assert admitted is not None, "this setting does not fit the memory"
+        for _ in engine._fill(*admitted):
             pass
-        jax.block_until_ready(self.engine._state)
+        jax.block_until_ready(engine.store.state)
         return time.perf_counter() - began
 
     def first_token(self, tokens: int, length: int) -> float:
@@ -268,14 +274,16 @@ class Runner:
         """Seconds for ``new`` tokens in each of ``in_use`` slots, ``context`` in the cache of each."""
         engine, state = self.engine, self._enter(length)
         used = jnp.arange(engine.slots) < in_use
-        engine._state = state.replace(
+        for slot in range(in_use):
+            engine.store.hold(slot, context + new, range(in_use))
+        engine.store.state = state.replace(
             position=jnp.where(used, jnp.int32(context), 0),
             step=jnp.zeros_like(state.step),
             active=used,
             max_tokens=jnp.full_like(state.max_tokens, new + 1),
         )
         rows = {slot: Row(self.request(1, new), None, ()) for slot in range(in_use)}
-        jax.block_until_ready(engine._state)
+        jax.block_until_ready(engine.store.state)
         began = time.perf_counter()
         for done in range(0, new, BURST):
             engine._burst(rows, min(BURST, new - done), False)

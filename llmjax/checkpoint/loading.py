@@ -21,13 +21,14 @@ from llmjax.checkpoint.ends import end_tokens
 from llmjax.checkpoint.mediapipe_config import emulated, find
 from llmjax.checkpoint.parameters import Parameter, is_packed, made, random_rows, read_all
 from llmjax.checkpoint.plan import Override, Plan, make_plan
-from llmjax.errors import CheckpointError, ConfigError, LoraError
+from llmjax.errors import CheckpointError, ConfigError, LoraError, RequestError
 from llmjax.lora import merge as merging
 from llmjax.lora.adapter import AnyLora, read_adapter
 from llmjax.lora.apply import beside, with_loras
 from llmjax.model import AdapterOrigin, Model, Origin
 from llmjax.models.registry import read_config
 from llmjax.models.tree import parameter_shapes, path_of
+from llmjax.numerics import FAST
 from llmjax.quant.qtensor import QTensor
 from llmjax.quant.schemes import Recipe, parse
 from llmjax.text.tokenizer import Tokenizer
@@ -166,6 +167,33 @@ def with_numerics(model: Model, numerics: str) -> Model:
         raise ConfigError(again % f"and its adapter merged as products in {had} need it")
     config = emulated(model.config, numerics, str(model.path))
     return dataclasses.replace(model, config=config, numerics=found, numerics_chosen=True)
+
+
+def as_asked(model: Model | str | Path, numerics: str | None, loading: LoadOptions) -> Model:
+    """The model that ``llmjax.LLM`` computes with, whose parameters these are.
+
+    Raises:
+      RequestError: the model is loaded, and an option would want it loaded again.
+    """
+    if unknown := set(loading) - set(LoadOptions.__annotations__):
+        known = ", ".join(LoadOptions.__annotations__)
+        raise TypeError(f"LLM: unknown parameter {', '.join(sorted(unknown))}; those of llmjax.load are {known}")
+    if not isinstance(model, Model):
+        return load(model, numerics=FAST if numerics is None else numerics, **loading)
+    if given := [name for name, value in loading.items() if value is not None and value is not False]:
+        raise RequestError(
+            f"{', '.join(given)}: the model is loaded already, and this would want it loaded again; give it to "
+            "llmjax.load, or the path to LLM" + (" (or name the adapter: loras)" if "lora" in given else "")
+        )
+    if numerics is not None:
+        return with_numerics(model, numerics)
+    if not model.numerics_chosen:
+        warnings.warn(
+            f"numerics: {model.numerics.name}, llmjax.load's default, is several times slower than {FAST}, that of LLM "
+            f'with a path; say LLM(model, numerics="{FAST}"), or numerics="{model.numerics.name}" if that is meant',
+            stacklevel=3,
+        )
+    return model
 
 
 def check_dtype(dtype: str | None) -> None:

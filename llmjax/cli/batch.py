@@ -15,6 +15,7 @@ from llmjax.cli.flags import (
     cache_flags,
     engine_flags,
     load_flags,
+    memory_flag,
     named_path,
     sampling_flags,
     sampling_params,
@@ -55,6 +56,7 @@ def add(verbs: Verbs) -> None:
 
     text = "Log-probabilities, NLL and perplexity of given texts."
     score = add_verb(verbs, "score", _score, text, load_flags(), cache_flags())
+    memory_flag(score)
     score.add_argument("--input", required=True, help='JSONL of {"text": ...} or {"token_ids": [...]}, or - for stdin')
     score.add_argument("--output", required=True, help="JSONL file, or - for stdout")
 
@@ -67,7 +69,7 @@ def _batch(args: argparse.Namespace) -> int:
     shard = Shard.parse(args.shard) if args.shard else WHOLE
 
     def load() -> "LLM":
-        return loading.load_llm(args, _job_slots)[0]
+        return _stated(loading.load_llm(args, _job_slots)[0])
 
     if args.dry_run:
         report = dryrun.run(load, args.input, args.output, params, shard, args.date)
@@ -102,7 +104,7 @@ def _score(args: argparse.Namespace) -> int:
     from llmjax.batch.files import open_lines
 
     with open_lines(args.input) as lines, _open_output(args.output, args.input) as begin:
-        llm, _ = loading.load_llm(args)
+        llm = _stated(loading.load_llm(args)[0])
         known, output = scoring.identity(llm), Path(args.output)
         rows = begin()
         if output.is_file():
@@ -159,7 +161,12 @@ def _open_output(path: str, source: str) -> Iterator[Callable[[], IO[str]]]:
 
 
 def _job_slots(model: "Model") -> int:
-    from llmjax.batch.job import RESERVE
     from llmjax.runtime.cache import job_slots
 
-    return job_slots(model.config, model.numerics, RESERVE)
+    return job_slots(model.config, model.numerics)
+
+
+def _stated(llm: "LLM") -> "LLM":
+    """The same, its memory told before anything runs."""
+    print(f"llmjax: memory: {llm.engine.store.memory.describe()}", file=sys.stderr)
+    return llm

@@ -71,9 +71,20 @@ def engine_flags() -> argparse.ArgumentParser:
     group = flags.add_argument_group("engine")
     group.add_argument("--max-batch", type=int, metavar="N", help="decode slots (default 1; batch: up to 32)")
     group.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long")
+    memory_flag(group)
     text = "the date chat templates are told, 2026-01-31 or 2026-01-31T09:30 (default: now; a job keeps its first)"
     group.add_argument("--date", metavar="DATE", help=text)
     return flags
+
+
+def memory_flag(group: Any) -> None:
+    """What an engine may take."""
+    group.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="what weights and cache may take, such as 6GB (default: the weights, and three quarters of what is free "
+        "beside them)",
+    )
 
 
 def cache_flags() -> argparse.ArgumentParser:

@@ -51,6 +51,13 @@ def _messages(system: str | None, user: str) -> list[dict[str, str]]:
 
 def _print_stream(llm: "LLM", request: Any) -> str:
     text = ""
+    if request.truncated:
+        left = len(request.ids)
+        print(
+            f"llmjax: warning: the prompt's first {request.truncated:,} tokens were dropped, {left:,} are left; the "
+            f"answer has at most {request.params.max_tokens:,}",
+            file=sys.stderr,
+        )
     for update in llm.run([request], burst=1):
         text += update.piece
         print(update.piece, end="", flush=True)

@@ -63,5 +63,6 @@ def load_llm(args: argparse.Namespace, slots: Callable[["Model"], int] = lambda 
         loras=dict(getattr(args, "lora_modules", None) or ()),
         seed=getattr(args, "seed", None) or 0,
         truncate_prompt=getattr(args, "truncate_prompt", False),
+        memory=args.memory,
     )
     return llm, time.monotonic() - began

@@ -12,15 +12,15 @@ import numpy as np
 from jax import lax
 
 from llmjax.models.context import Context
+from llmjax.models.pages import block as cut
 from llmjax.products.sums import by_cache, sums_pay
 from llmjax.quant.bits import from_storage
 
 # Not -inf: the running maximum of a block that is masked for some row must stay finite, or exp(-inf - -inf) makes NaN.
 MASKED = -1e30
-# Where S stands in a cache's buffers: k ``[R, K, S, H]``, v ``[R, K, H, S]``.
-POSITION_AXIS = {"k": 2, "v": 3}
-# Blocks a step folds in one turn; it is short of things to do at once.  Prompts take one.
-STEP_BLOCKS = 2
+# Blocks in a page of the cache.  A step folds a page in one turn; it is short of things to do at once.  Prompts take a
+# block.
+PAGE_BLOCKS = 2
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
@@ -64,7 +64,7 @@ class Scores:
         Args:
           products: float32 ``[B, K, G, T, S]``.
           queries: int32 positions ``[B, T]``.
-          keys: int32 positions ``[S]``.
+          keys: int32 positions ``[B, S]``; ``[1, S]`` where they are the same in all rows.
           ctx: for the roundings of the profile.
 
         Returns:
@@ -78,9 +78,9 @@ class Scores:
         if self.softcap is not None:
             scores = softcap(scores, self.softcap)
         scores = scores.astype(jnp.float32)
-        mask = keys[None, None, :] <= queries[:, :, None]
+        mask = keys[:, None, :] <= queries[:, :, None]
         if self.window is not None:
-            mask &= keys[None, None, :] > queries[:, :, None] - self.window
+            mask &= keys[:, None, :] > queries[:, :, None] - self.window
         return scores, mask[:, None, None]
 
 
@@ -91,11 +91,11 @@ def softcap(x: jax.Array, cap: float) -> jax.Array:
 
 
 def _alibi_bias(shape: tuple[int, ...], keys: jax.Array, rounded: bool) -> jax.Array:
-    """float32 ``[K, G, 1, S]``; ``rounded`` rounds slopes, positions and product to bfloat16 (transformers'
-    build_alibi_tensor)."""
+    """float32 ``[B, K, G, 1, S]`` for keys ``[B, S]``; ``rounded`` rounds slopes, positions and product to bfloat16
+    (transformers' build_alibi_tensor)."""
     _, num_kv, groups, _, _ = shape
     slopes = jnp.asarray(alibi_slopes(num_kv * groups).reshape(num_kv, groups, 1, 1))
-    positions = keys.astype(jnp.float32)
+    positions = keys.astype(jnp.float32)[:, None, None, None]
 
     def round_(x: jax.Array) -> jax.Array:  # reduce_precision: XLA may drop a pair of casts, never this
         return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if rounded else x
@@ -132,7 +132,7 @@ def dense_attention(
     """
     dtype = q.dtype
     products = _einsum("BKGTH,BSKH->BKGTS", _grouped(q, k.shape[2]), k)
-    s, mask = scores(products, ctx.positions, jnp.arange(k.shape[1]), ctx)
+    s, mask = scores(products, ctx.positions, jnp.arange(k.shape[1])[None], ctx)
     s = jnp.where(mask, s, MASKED)
     if scores.fused:
         unnormalised = jnp.exp(s - lax.stop_gradient(jnp.max(s, -1, keepdims=True)))
@@ -148,42 +148,37 @@ def cached_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, score
     """Attention over a cache, folding blocks of fixed size with a running softmax (Milakov & Gimelshein 2018,
     arXiv:1805.02867).
 
-    The trip count follows the tokens in use, not the cache's length.  A block that is masked for a row is the exact
-    identity for it, so neither its neighbours' lengths nor the cache's length move a bit of a row's result.
+    Each row begins with the first block its window reaches, and there are as many turns as the row with the most blocks
+    needs: neither the cache's length nor a row at rest, nor one that is elsewhere in its text, adds any.  A block that
+    is masked for a row is the exact identity for it, so its neighbours move no bit of a row's result.
 
     Args:
       q: ``[B, T, N, H]``.
-      cache_k: ``[R, K, S, H]``, as ``bits.storage`` of the products' dtype, with R >= B rows, this call's tokens
-        already written; S a multiple of ``ctx.block``, and of ``STEP_BLOCKS`` of them where its length may not show
-        in a bit.
-      cache_v: ``[R, K, H, S]``, else as cache_k: both are then read along what is summed.
+      cache_k: ``[P, K, page, H]``, as ``bits.storage`` of the products' dtype, this call's tokens already written; a
+        page is a multiple of ``ctx.block``.
+      cache_v: ``[P, K, H, page]``, else as cache_k.
       scores: the layer's rule.
-      ctx: positions, slot, block.
+      ctx: positions, table, block.
 
     Returns:
       ``[B, T, N, H]`` in q's dtype.
     """
     batch, count, _, width = q.shape
-    num_kv, length = cache_k.shape[1:3]
+    num_kv, page = cache_k.shape[1:3]
     dtype = ctx.numerics.products
     step = count == 1
-    wide = STEP_BLOCKS * ctx.block
-    block = wide if step and length % wide == 0 else ctx.block
+    block = page if step else ctx.block
     product = by_cache if step and sums_pay(ctx.numerics) else _row_products
     qg = _grouped(q, num_kv).astype(dtype)
     rows = qg.reshape(batch, num_kv, -1, width)
-    first = jnp.int32(0)
-    if scores.window is not None:
-        first = jnp.maximum(0, jnp.min(ctx.positions) - scores.window + 1) // block
-    last = jnp.max(ctx.positions) // block + 1
+    first, turns = block_range(ctx.positions, block, scores.window)
 
-    def fold(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def fold(turn: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         top, total, acc = carry
-        start = i * block
-        keys = lax.dynamic_slice(cache_k, (ctx.slot, 0, start, 0), (batch, num_kv, block, width))
-        values = lax.dynamic_slice(cache_v, (ctx.slot, 0, 0, start), (batch, num_kv, width, block))
+        start = (first + turn) * block
+        keys, values = cut(cache_k, "k", start, block, ctx), cut(cache_v, "v", start, block, ctx)
         products = product(rows, from_storage(keys, dtype)).reshape(*qg.shape[:-1], block)
-        s, mask = scores(products, ctx.positions, start + jnp.arange(block), ctx)
+        s, mask = scores(products, ctx.positions, start[:, None] + jnp.arange(block), ctx)
         new_top = jnp.maximum(top, jnp.max(jnp.where(mask, s, MASKED), -1, keepdims=True))
         p = jnp.where(mask, jnp.exp(s - new_top), 0.0)
         shrink = jnp.exp(top - new_top)
@@ -194,8 +189,23 @@ def cached_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, score
 
     stats = jnp.zeros((*qg.shape[:-1], 1), jnp.float32)
     zero = (stats + MASKED, stats, jnp.zeros(qg.shape, jnp.float32))
-    _, total, acc = lax.fori_loop(first, last, fold, zero)
+    _, total, acc = lax.fori_loop(0, turns, fold, zero)
     return _ungrouped(acc / total).astype(q.dtype)
+
+
+def block_range(positions: jax.Array, block: int, window: int | None) -> tuple[jax.Array, jax.Array]:
+    """Which blocks the rows attend to: each row's first, int32 ``[B]``, and how many the row with the most has.
+
+    Args:
+      positions: int32 ``[B, T]`` of the queries; 0 of a row at rest.
+      block: positions in one.
+      window: of the layer.
+    """
+    last = jnp.max(positions, 1) // block
+    if window is None:
+        return jnp.zeros_like(last), jnp.max(last) + 1
+    first = jnp.maximum(0, jnp.min(positions, 1) - window + 1) // block
+    return first, jnp.max(last - first) + 1
 
 
 def _row_products(x: jax.Array, w: jax.Array) -> jax.Array:

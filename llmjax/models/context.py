@@ -16,8 +16,8 @@ class Context(struct.PyTreeNode):
         right-padded; padding lies after the tokens, so the causal rule alone keeps it out of sight.
       numerics: the profile (static).
       block: cache positions folded at a time by cached attention (static).
-      slot: int32 ``[]``, the cache row of batch row 0; batch row ``b`` owns cache row ``slot + b``.  Unused without a
-        cache.
+      table: int32 ``[B, N]``, the pages of the cache that hold each row's positions, see ``models.pages``.  ``None``
+        without a cache.
       active: bool ``[B]``; rows that are False leave the cache as it is.  ``None`` means all are active.
       last: int32 ``[B]``; when given, the head runs on token ``last[b]`` of each row alone and logits are ``[B, 1,
         V]``.
@@ -27,7 +27,7 @@ class Context(struct.PyTreeNode):
     positions: jax.Array
     numerics: Numerics = struct.field(pytree_node=False)
     block: int = struct.field(pytree_node=False, default=128)
-    slot: jax.Array | int = 0
+    table: jax.Array | None = None
     active: jax.Array | None = None
     last: jax.Array | None = None
     adapter: jax.Array | None = None

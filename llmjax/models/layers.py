@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax import lax
 
-from llmjax.models.attention import POSITION_AXIS, Scores, cached_attention, dense_attention
+from llmjax.models.attention import Scores, cached_attention, dense_attention
 from llmjax.models.context import Context, tap
+from llmjax.models.pages import written
 from llmjax.models.rope import Rope
 from llmjax.products.matmul import matmul
 from llmjax.quant.bits import look_up, to_storage
@@ -155,8 +155,8 @@ def standardised(x: jax.Array, eps: float) -> jax.Array:
 class Attention(nn.Module):
     """Multi-head attention with grouped key/value heads (Ainslie et al. 2023, arXiv:2305.13245).
 
-    With a ``cache`` collection (``k``: ``[R, K, S, H]``, ``v``: ``[R, K, H, S]``) the tokens are written at their
-    positions and attend to all that is there; without one they attend to each other.
+    With a ``cache`` collection (``k`` and ``v``, see ``models.pages``) the tokens are written at their positions and
+    attend to all that is there; without one they attend to each other.
 
     Attributes:
       num_heads: N.
@@ -202,23 +202,8 @@ class Attention(nn.Module):
 
     def _write(self, name: str, new: jax.Array, ctx: Context) -> jax.Array:
         """Puts ``new [B, T, K, H]`` at each token's position and returns the whole cache."""
-        cache: jax.Array = self.get_variable("cache", name)
-        axis = POSITION_AXIS[name]
         new = to_storage(new.astype(ctx.numerics.products))
-        # A part of a prompt, in one piece: XLA:CPU scatters one by one.
-        if ctx.active is None and new.shape[0] == 1 and new.shape[1] > 1:
-            begin = [ctx.slot, 0, 0, 0]
-            begin[axis] = ctx.positions[0, 0]
-            part = new.transpose(0, 2, 1, 3) if name == "k" else new.transpose(0, 2, 3, 1)
-            cache = lax.dynamic_update_slice(cache, part, begin)
-            self.put_variable("cache", name, cache)
-            return cache
-        positions = ctx.positions
-        if ctx.active is not None:
-            positions = jnp.where(ctx.active[:, None], positions, cache.shape[axis])  # out of range: dropped
-        rows = ctx.slot + jnp.arange(new.shape[0])[:, None]
-        place = cache.at[rows, :, positions] if name == "k" else cache.at[rows, :, :, positions]
-        cache = place.set(new, mode="drop", unique_indices=True)
+        cache = written(self.get_variable("cache", name), name, new, ctx)
         self.put_variable("cache", name, cache)
         return cache
 

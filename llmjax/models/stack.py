@@ -26,7 +26,7 @@ from llmjax.quant.bits import from_storage, to_storage
 from llmjax.quant.qtensor import QTensor
 
 # The entry of the ``params`` and ``cache`` collections that holds stacked layers: a tuple with one tree for each layer
-# of the pattern that repeats, leaves ``[n, ...]`` and cache buffers of ``n * R`` rows, n being the repetitions.
+# of the pattern that repeats, leaves ``[n, ...]`` and cache buffers of ``n * P`` pages, n being the repetitions.
 STACKED = "layers"
 
 
@@ -77,9 +77,9 @@ def _looped(model: nn.Module, blocks: Sequence[nn.Module], x: jax.Array, ctx: Co
         x, caches = carry
         new = []
         for block, params, cache in zip(alike, pattern, caches, strict=True):
-            rows = _rows(cache, count)
+            pages = _rows(cache, count)
             variables = {"params": jax.tree.map(partial(_pick, i), params), "cache": cache}
-            x, changed = block.apply(variables, x, ctx.replace(slot=ctx.slot + i * rows), mutable=["cache"])
+            x, changed = block.apply(variables, x, ctx.replace(table=ctx.table + i * pages), mutable=["cache"])
             new.append(changed["cache"])
         return x, tuple(new)
 

@@ -1,5 +1,6 @@
-"""The key/value cache: one pair of buffers a layer, a row per decode slot."""
+"""The key/value cache: one pair of buffers a layer, of pages that the decode slots' rows share out among them."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.models.attention import POSITION_AXIS
 from llmjax.models.config import DecoderConfig
 from llmjax.models.stack import STACKED
 from llmjax.numerics import Numerics
@@ -15,24 +15,24 @@ from llmjax.quant.bits import storage
 
 
 def make_cache(
-    config: DecoderConfig, numerics: Numerics, slots: int, length: int, *, stacked: bool = False
+    config: DecoderConfig, numerics: Numerics, pages: int, page: int, *, stacked: bool = False
 ) -> dict[str, Any]:
     """A zeroed ``cache`` collection in the storage of the dtype products run in.
 
     Args:
       config: the model's.
       numerics: the profile.
-      slots: rows.
-      length: positions a row.
+      pages: P.
+      page: positions in one.
       stacked: as ``models.stack`` stacks layers.
 
     Returns:
-      ``layers_i / attn / {k, v}``, ``[slots, K, length, H]`` and ``[slots, K, H, length]``.
+      ``layers_i / attn / {k, v}``, ``[P, K, page, H]`` and ``[P, K, H, page]``.
     """
 
     def layers(count: int) -> dict[str, Any]:
-        rows, heads, width = count * slots, config.num_key_value_heads, config.head_dim
-        shapes = {"k": (rows, heads, length, width), "v": (rows, heads, width, length)}
+        rows, heads, width = count * pages, config.num_key_value_heads, config.head_dim
+        shapes = {"k": (rows, heads, page, width), "v": (rows, heads, width, page)}
         return {"attn": {name: jnp.zeros(shape, storage(numerics.products)) for name, shape in shapes.items()}}
 
     count, period = config.num_hidden_layers, config.period
@@ -41,30 +41,51 @@ def make_cache(
     return {f"layers_{i}": layers(1) for i in range(count)}
 
 
-def along_positions(function: Callable[[jax.Array, int], jax.Array], cache: Any) -> Any:
-    """``function(buffer, axis)`` of every buffer of a ``cache`` collection, the axis being that of positions."""
-    return jax.tree_util.tree_map_with_path(lambda path, x: function(x, POSITION_AXIS[path[-1].key]), cache)
+def grown(cache: Any, layers: int, more: int) -> Any:
+    """``cache`` with ``more`` zeroed pages.  A buffer is freed before the next is copied: one of them is in memory
+    twice, not all.
+
+    Args:
+      cache: its buffers are gone afterwards.
+      layers: in each buffer, stacked.
+      more: pages.
+    """
+
+    def longer(buffer: jax.Array) -> jax.Array:
+        new = jax.block_until_ready(_longer(buffer, layers, more))
+        buffer.delete()
+        return new
+
+    return jax.tree.map(longer, cache)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _longer(buffer: jax.Array, layers: int, more: int) -> jax.Array:
+    each = buffer.reshape(layers, -1, *buffer.shape[1:])
+    return jnp.pad(each, [(0, more if axis == 1 else 0) for axis in range(each.ndim)]).reshape(-1, *buffer.shape[1:])
 
 
 # What the cache of a job over many rows may take in memory.
 _JOB_BYTES = 2 << 30
 _JOB_SLOTS = (8, 32)
+_JOB_TOKENS = 1024
 
 
-def job_slots(config: DecoderConfig, numerics: Numerics, length: int) -> int:
-    """Slots for a job over many rows of up to ``length`` tokens: 32, fewer where their cache would take above 2 GiB,
-    at least 8.  Of the model alone, so that the same command gives the same bits on any machine's free memory."""
-    row = sum(
-        x.size * x.dtype.itemsize
-        for x in jax.tree.leaves(jax.eval_shape(lambda: make_cache(config, numerics, 1, length)))
-    )
+def job_slots(config: DecoderConfig, numerics: Numerics) -> int:
+    """Slots for a job over many rows: 32, fewer where a cache of 1,024 tokens in each would take above 2 GiB, at least
+    8.  Of the model alone, so that the same command gives the same bits on any machine's free memory."""
     least, most = _JOB_SLOTS
-    return int(np.clip(_JOB_BYTES // row, least, most))
+    return int(np.clip(_JOB_BYTES // nbytes(lambda: make_cache(config, numerics, 1, _JOB_TOKENS)), least, most))
+
+
+def nbytes(make: Callable[[], Any]) -> int:
+    """What the arrays of a tree take, without making them."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(make)))
 
 
 def bucket(tokens: int, unit: int, context: int) -> int:
-    """The cache length for ``tokens``: a power of two times ``unit``, so that few programs serve all lengths; never far
-    above what ``context`` can use."""
+    """The length of rows to compile for, where one has ``tokens``: a power of two times ``unit``, so that few programs
+    serve all; never far above what ``context`` can use."""
     most = -(-context // unit) * unit
     length = unit
     while length < tokens:

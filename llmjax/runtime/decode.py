@@ -50,6 +50,7 @@ def decode(
     processor: LogitsProcessor | None,
     params: Any,
     state: State,
+    table: jax.Array,
     forced: jax.Array,
     going: jax.Array,
     steps: jax.Array,
@@ -64,6 +65,7 @@ def decode(
       processor: static; see ``llmjax.runtime.logits``.
       params: the model's.
       state: donated.
+      table: int32 ``[B, N]``, the rows' pages, enough for what this call adds.
       forced: int32 ``[B, BURST]``, tokens to impose at each step of this call; -1 draws freely.
       going: bool ``[B]``, rows the host has not ended (by a stop string, say); the others become inactive.
       steps: int32 ``[]``, at most BURST.  The stream asks for 1 and runs the same program.
@@ -94,7 +96,7 @@ def decode(
             produced.lengths + state.active,
             *(old.at[:, i].set(new) for old, new in zip(produced[2:], (token, *record), strict=True)),
         )
-        return _advance(module, numerics, block, params, state, token), produced
+        return _advance(module, numerics, block, params, state, table, token), produced
 
     return lax.while_loop(goes_on, body, (state, produced))
 
@@ -116,14 +118,16 @@ def _choose(
     return token, (jnp.where(broken, jnp.nan, logprob), *top)
 
 
-def _advance(module: nn.Module, numerics: Numerics, block: int, params: Any, state: State, token: jax.Array) -> State:
+def _advance(
+    module: nn.Module, numerics: Numerics, block: int, params: Any, state: State, table: jax.Array, token: jax.Array
+) -> State:
     """Feeds the chosen tokens and decides which rows go on."""
     step = state.step + state.active
     stops = jnp.take_along_axis(state.stops, token[:, None], -1)[:, 0]
     stopped = stops & (state.step >= state.min_tokens)
     active = state.active & ~stopped & (step < state.max_tokens)
     position = jnp.where(active, state.position, 0)  # a row at rest must not lengthen the others' attention
-    ctx = Context(position[:, None], numerics, block, 0, active, adapter=state.adapter)
+    ctx = Context(position[:, None], numerics, block, table, active, adapter=state.adapter)
     logits, out = module.apply({"params": params, "cache": state.cache}, token[:, None], ctx, mutable=["cache"])
     place = jnp.where(active, state.position, state.ids.shape[1])  # out of range: dropped
     return state.replace(

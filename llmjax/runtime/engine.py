@@ -13,55 +13,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.errors import CheckpointError, RequestError
+from llmjax.errors import CheckpointError, NoRoomError, RequestError
 from llmjax.model import Model
-from llmjax.models.attention import STEP_BLOCKS
 from llmjax.models.stack import stacked
 from llmjax.models.watched import Program, interceptors
 from llmjax.runtime import state as states
-from llmjax.runtime.cache import bucket, make_cache
 from llmjax.runtime.decode import BURST, Produced, decode
 from llmjax.runtime.logits import Controls, LogitsProcessor, no_controls, row_controls
+from llmjax.runtime.memory import size, weight_bytes
 from llmjax.runtime.prefill import Scored, prefill, score_chunk
-from llmjax.runtime.prefixes import Prefixes
+from llmjax.runtime.prefixes import Place
+from llmjax.runtime.progress import Progress
 from llmjax.runtime.row import Request, Row
 from llmjax.runtime.sampling import Knobs, key_words
-from llmjax.runtime.state import State
+from llmjax.runtime.schedule import Filling, Schedule, no_room, padded
+from llmjax.runtime.store import Store
 
-# Below this a smaller cache saves too little to be worth a program of its own.
-MIN_LENGTH = 256
 # Tokens between two looks at the text where a row has stop strings: what it generates after one is lost.
 STOP_BURST = 8
-
-
-@dataclasses.dataclass
-class Progress:
-    """Counts since the engine was made.
-
-    Attributes:
-      slots: of the engine.
-      prefill_tokens: prompt tokens computed.
-      reused_tokens: prompt tokens copied from another row with the same beginning.
-      decode_tokens: tokens generated, those lost behind a stop string left out.
-      decode_steps: steps of all slots together.
-      prefill_seconds: that prompts took, without compiling.
-      decode_seconds: that generating took, likewise.
-      rows: finished.
-    """
-
-    slots: int
-    prefill_tokens: int = 0
-    reused_tokens: int = 0
-    decode_tokens: int = 0
-    decode_steps: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    rows: int = 0
-
-    @property
-    def busy(self) -> float:
-        """The fraction of slots that gave a token, over all decode steps."""
-        return self.decode_tokens / max(1, self.decode_steps * self.slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +55,11 @@ class Engine:
       logits_processor: changes the logits before all else does; see ``LLM``.
       enable_prefix_caching: copy the beginning that prompts share instead of computing it again; the bits are the same.
       adapters: places of the resident LoRA adapters by name, from 1.
+      memory: bytes that the weights and all else may take; None for the weights and three quarters of what is free
+        beside them.
 
     Attributes:
+      store: what the slots hold.
       progress: running counts.
       traces: how often each program was traced, that is compiled: once per (slots, chunk, cache length).
       compile_seconds: time that took.
@@ -103,6 +75,7 @@ class Engine:
         logits_processor: LogitsProcessor | None = None,
         enable_prefix_caching: bool = True,
         adapters: Mapping[str, int] = MappingProxyType({}),
+        memory: int | None = None,
     ):
         for name, value, least in (("slots", slots, 1), ("chunk", chunk, 1), ("block", block, 1)):
             if not isinstance(value, int) or value < least:
@@ -113,18 +86,26 @@ class Engine:
         self.compile_seconds = 0.0
         layers = stacked(model.params, model.config.period, slots, model.numerics)
         self._params = layers or model.params
-        self._cache = functools.partial(make_cache, model.config, model.numerics, stacked=layers is not None)
+        self.new_store = functools.partial(
+            Store,
+            model,
+            slots,
+            chunk,
+            block,
+            None if layers is None else model.config.num_hidden_layers // model.config.period,
+            weight_bytes(model.params, self._params),
+            memory,
+            enable_prefix_caching,
+        )
+        self.store = self.new_store()
         static = (model.module, model.numerics, block)
         self._programs: list[Program] = []
         self._prefill = self._compiled(prefill, static, donate=1)
         self._decode = self._compiled(decode, (*static, logits_processor), donate=1)
         self._score = self._compiled(score_chunk, static, donate=1)
-        self._share = self._compiled(states.share, (chunk,), donate=0)
+        self._share = self._compiled(states.share, (self.store.layers,), donate=0)
         self._admit = self._compiled(states.admit, (), donate=0)
-        self._sharing = enable_prefix_caching
         self._adapters = adapters
-        self._length = 0
-        self._state: State | None = None
         self._stopping = False
         self._pending: jax.Array | None = None  # what the chunk under way gives
 
@@ -162,62 +143,57 @@ class Engine:
         before, self._pending = self._pending, pending
         jax.block_until_ready(before)
 
-    def _bucket(self, tokens: int) -> int:
-        # Two turns of a step's attention at least.  With one, XLA:CPU would move the slice of the values out of its
-        # loop, copy the cache for it, and add up in another order than it does in a longer cache.
-        turn = STEP_BLOCKS * self.block
-        unit = int(np.lcm(self.chunk, turn))
-        return bucket(max(tokens, MIN_LENGTH, 2 * turn), unit, self.model.context_length)
-
-    def _ensure(self, tokens: int) -> State:
-        """A state whose cache holds ``tokens`` a row; a longer cache keeps what is in it."""
-        length = self._bucket(tokens)
-        model = self.model
-        if self._state is None:
-            length = max(length, self._length)  # the programs of an interrupted run are compiled for it
-
-            def empty() -> State:
-                return states.empty_state(self._cache(self.slots, length), self.slots, length, model.config.vocab_size)
-
-            self._state = jax.jit(empty)()  # one program instead of one for each kind of buffer
-            self._prefixes = Prefixes(self.slots, self.chunk, self._sharing)
-            self._length = length
-        elif length > self._length:
-            self._state = states.lengthened(self._state, length - self._length)
-            self._length = length
-        return self._state
-
-    def run(self, requests: Iterable[Request], *, burst: int = BURST, reserve: int = 0) -> Iterator[Update]:
+    def run(self, requests: Iterable[Request], *, burst: int = BURST, reserve: Sequence[int] = ()) -> Iterator[Update]:
         """Runs requests as slots become free, in any mix of lengths.
 
         A prompt goes through prefill a chunk at a time; between chunks (as many as slots are free) the rows that decode
         make one step, so that none of them waits for a long prompt.
 
+        Where memory ends, see ``Schedule``.
+
         Args:
           requests: taken one by one, only when a slot is free.
-          reserve: cache positions to begin with, where the longest request is not known: a cache that grows on the way
-            means compiling again.
+          reserve: lengths of rows to have room for from the beginning: a cache that grows on the way means compiling
+            again.
           burst: tokens a row may produce before its text is looked at; the same program whatever the number.
 
         Yields:
           an update whenever a row has new text or has finished, rows in any order.
         """
         self._stopping = False
-        self._ensure(reserve)
         self._forget_watched()
-        try:
+        store, together = self.store, sorted(reserve, reverse=True)[: self.slots]
+        with self._cleared_by_errors():
+            store.ensure(max(together, default=0), sum(map(store.pages.needed, together)))
+            store.settle()
             yield from self._run(iter(requests), burst)
+
+    @contextlib.contextmanager
+    def _cleared_by_errors(self) -> Iterator[None]:
+        """An interrupted program may have consumed its buffers, so nothing is left of what the slots held.
+
+        Raises:
+          NoRoomError: the device has less memory than the budget says.
+        """
+        try:
+            yield
         except GeneratorExit:
             raise
-        except BaseException:
-            self._state = self._pending = None  # an interrupted program may have consumed its buffers
+        except BaseException as error:
+            self.store.clear()
+            self._pending = None
+            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+                budget = size(self.store.memory.budget)
+                raise NoRoomError(
+                    f"memory: there is less of it than the budget of {budget}; give a smaller one (memory, --memory)"
+                ) from error
             raise
 
     def _forget_watched(self) -> None:
         """Keeps what Flax's interceptors did in an earlier run, or do in this one, out of the other's programs and
         prompts."""
         if any([program.forget() for program in self._programs]) or interceptors():
-            self._prefixes = Prefixes(self.slots, self.chunk, self._sharing)
+            self.store.clear()
 
     def stop(self) -> None:
         """Ends the run at the next chunk or burst of steps: rows that have finished are handed back, the others are
@@ -225,36 +201,41 @@ class Engine:
         self._stopping = True
 
     def _run(self, queue: Iterator[Request], burst: int) -> Iterator[Update]:
-        rows: dict[int, Row] = {}
-        more, filling = True, None
+        work, more = Schedule(self.store, self.slots, self.chunk), True
         while not self._stopping:
             # As many chunks as slots are free: were it one, short rows would end faster than others begin.
-            for _ in range(self.slots - len(rows)):
-                if filling is None and more:
+            for _ in range(self.slots - len(work.rows)):
+                if work.filling is None and more and not work.waiting:
                     request = next(queue, None)
-                    if request is None:
-                        more = False
-                    else:
-                        filling = self._fill(request, set(range(self.slots)) - set(rows))
-                if filling is None or self._stopping:
+                    more = request is not None
+                    if request is not None:
+                        work.waiting.append(self._row(request))
+                if work.filling is None and work.waiting and (admitted := work.admit()):
+                    row, place, copied = admitted
+                    work.filling = Filling(place.slot, row, self._fill(row, place, copied))
+                if work.filling is None or self._stopping:
                     break
                 with self._timed("prefill_seconds"):
-                    try:
-                        next(filling)
-                    except StopIteration as filled:
-                        slot, row = filled.value
-                        rows[slot], filling = row, None
+                    if next(work.filling.parts, self) is self:
+                        work.rows[work.filling.slot] = work.filling.row
+                        work.filling = None
             with self._timed("prefill_seconds"):
                 self._settle()
             if self._stopping:
                 return
-            if rows:
-                waiting = filling is not None or (more and len(rows) < self.slots)
-                with self._timed("decode_seconds"):
-                    produced = self._burst(rows, 1 if waiting else burst, more)
-                yield from self._collect(rows, produced)
-            elif filling is None and not more:
+            if work.rows:
+                soon = work.filling is not None or (more and not work.waiting and len(work.rows) < self.slots)
+                if steps := work.make_room(1 if soon else burst):
+                    with self._timed("decode_seconds"):
+                        produced = self._burst(work.rows, steps, more or bool(work.waiting))
+                    yield from self._collect(work.rows, produced)
+            elif work.filling is None and work.waiting:
+                yield Update(work.refuse(), "")
+            elif work.filling is None and not more:
                 return
+
+    def _row(self, request: Request) -> Row:
+        return Row(request, self.model.tokenizer, self.model.eos_ids, int(self._adapter(request.lora)))
 
     def _burst(self, rows: dict[int, Row], steps: int, refill: bool) -> Produced:
         """Runs the decode program, up to ``steps`` tokens a row."""
@@ -266,48 +247,42 @@ class Engine:
             going[slot] = True
             if row.request.params.stop:
                 steps = min(steps, STOP_BURST)
-        self._state, produced = self._decode(
-            self._params, self._state, forced, going, np.int32(steps), np.bool_(refill)
+        store = self.store
+        store.state, produced = self._decode(
+            self._params, store.state, store.table, forced, going, np.int32(steps), np.bool_(refill)
         )
         produced = jax.device_get(produced)
         self.progress.decode_steps += int(produced.steps)
         return produced
 
-    def _fill(self, request: Request, free: set[int]) -> Generator[None, None, tuple[int, Row]]:
-        """Brings a prompt into a free slot, a chunk at every ``next``, and makes it active; returns slot and row."""
-        params = request.params
-        assert params.max_tokens is not None
-        self._ensure(len(request.ids) + params.max_tokens)
-        row = Row(request, self.model.tokenizer, self.model.eos_ids)
-        ids = np.asarray(request.ids, np.int32)
-        adapter = self._adapter(request.lora)
-        place = self._prefixes.take(ids, free, int(adapter))
-        slot, begun = np.int32(place.slot), place.length
-        if begun and (place.source != place.slot or place.logits is not None):
-            chunks = 0 if place.source == place.slot else -(-begun // self.chunk)
+    def _fill(self, row: Row, place: Place, copied: tuple[int, int]) -> Generator[None, None, None]:
+        """Brings a prompt into its slot, a chunk at every ``next``, and makes it active."""
+        store, request = self.store, row.request
+        ids, slot = np.asarray(request.ids, np.int32), np.int32(place.slot)
+        adapter, begun = np.int32(row.adapter), place.length
+        if begun and (place.source != place.slot or any(copied) or place.logits is not None):
             logits = self._none.bias if place.logits is None else place.logits
-            self._state = self._share(
-                self._state, np.int32(place.source), slot, np.int32(chunks), np.int32(begun), logits
-            )
+            store.state = self._share(store.state, *map(np.int32, copied), slot, np.int32(begun), logits)
         self.progress.reused_tokens += begun
         for start in range(begun, len(ids), self.chunk):
             if start > begun:
                 yield
             part = ids[start : start + self.chunk]
             padded = np.pad(part, (0, self.chunk - len(part)))[None]
-            self._state, logits = self._prefill(
-                self._params, self._state, padded, slot, np.int32(start), np.int32(len(part)), adapter
+            table = store.pages.table[place.slot].copy()
+            store.state, logits = self._prefill(
+                self._params, store.state, padded, slot, table, np.int32(start), np.int32(len(part)), adapter
             )
-            self._prefixes.add(place.slot, ids[: start + len(part)], logits)
+            store.prefixes.add(place.slot, ids[: start + len(part)], logits)
             self.progress.prefill_tokens += len(part)
             self._settle(logits)
-        if params.prompt_logprobs is not None and request.index == 0:
-            row.prompt_logprobs = [None]
+        if row.is_unscored:
+            scores: list[dict[int, float] | None] = [None]
             for scored in self._scores(ids, adapter, wanted=True):
-                row.prompt_logprobs += scored.by_token(request.ids[len(row.prompt_logprobs) :], params.prompt_logprobs)
+                scores += scored.by_token(request.ids[len(scores) :], request.params.prompt_logprobs or 0)
                 yield
-        self._state = self._admit(self._state, slot, self._row_arrays(request))
-        return place.slot, row
+            row.prompt_logprobs = scores
+        store.state = self._admit(store.state, slot, self._row_arrays(request))
 
     @functools.cached_property
     def _none(self) -> Controls:
@@ -335,7 +310,7 @@ class Engine:
             key_words(request.seed),
         ]
         return {
-            "ids": np.pad(np.asarray(request.ids, np.int32), (0, self._length - len(request.ids))),
+            "ids": np.pad(np.asarray(request.ids, np.int32), (0, self.store.length - len(request.ids))),
             "knobs": Knobs(*knobs),
             "controls": self._none if controls is None else controls,
             "stops": self._stops((*params.stop_token_ids, *(() if params.ignore_eos else self.model.eos_ids))),
@@ -355,17 +330,18 @@ class Engine:
             self._check_finite(produced.logprobs[slot, : produced.lengths[slot]])
             wanted = row.request.params.logprobs or 0
             for i in range(int(produced.lengths[slot])):
+                self.progress.decode_tokens += not row.again
                 best = zip(produced.top_ids[slot, i, :wanted], produced.top_logprobs[slot, i, :wanted], strict=True)
                 piece += row.push(
                     int(produced.tokens[slot, i]),
                     float(produced.logprobs[slot, i]),
                     {int(t): float(p) for t, p in best},
                 )
-                self.progress.decode_tokens += 1
                 if row.finish_reason:
                     break
             if row.finish_reason:
                 del rows[slot]
+                self.store.release(slot)
                 self.progress.rows += 1
             if piece or row.finish_reason:
                 yield Update(row, piece)
@@ -383,22 +359,38 @@ class Engine:
             )
 
     def _scores(self, ids: np.ndarray, adapter: np.int32, *, wanted: bool) -> Iterator[Scored]:
-        """What follows each token of a text but the last, chunk by chunk; ``wanted`` asks for alternatives, too."""
-        cache = self._cache(1, self._bucket(len(ids)))
+        """What follows each token of a text but the last, chunk by chunk, in the pages it was given
+        aside; ``wanted`` asks for alternatives, too."""
+        store = self.store
         for start in range(0, len(ids) - 1, self.chunk):
             part, after = (array[start : start + self.chunk] for array in (ids[:-1], ids[1:]))
             pad = (0, self.chunk - len(part))
-            tokens = np.pad(part, pad)[None], np.pad(after, pad)
-            cache, scored = self._score(self._params, cache, *tokens, np.int32(start), np.bool_(wanted), adapter)
+            tokens = np.pad(part, pad)[None], np.pad(after, pad), store.pages.table[store.aside].copy()
+            store.state, scored = self._score(
+                self._params, store.state, *tokens, np.int32(start), np.bool_(wanted), adapter
+            )
             scored = Scored(*(x[: len(part)] for x in jax.device_get(scored)))
             self._check_finite(scored.logprobs)
             yield scored
+        store.release(store.aside)
 
     def score(self, ids: Sequence[int], lora: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Log-probabilities float32 ``[T - 1]`` of each token after the first, and the most likely token int32 ``[T -
-        1]`` there."""
+        1]`` there.
+
+        Raises:
+          NoRoomError: the text does not fit the memory.
+        """
         self._forget_watched()
-        scored = list(self._scores(np.asarray(ids, np.int32), self._adapter(lora), wanted=False))
+        store, tokens = self.store, padded(len(ids), self.chunk)
+        with self._cleared_by_errors():
+            store.ensure(len(ids))
+            store.settle()
+            if not store.hold(store.aside, tokens, ()):
+                if not store.restart(tokens):
+                    raise no_room(store, len(ids))
+                store.hold(store.aside, tokens, ())
+            scored = list(self._scores(np.asarray(ids, np.int32), self._adapter(lora), wanted=False))
         self.progress.prefill_tokens += len(ids)
         return (
             np.concatenate([np.zeros(0, np.float32), *(s.logprobs for s in scored)]),

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+from llmjax.errors import LlmjaxError
 from llmjax.runtime.params import SamplingParams
 
 
@@ -50,6 +51,8 @@ class RequestOutput:
       numerics: the profile.
       prompt_logprobs: for each token of the prompt the most likely ids and their log-probabilities, the token itself
         included; None for the first, which nothing precedes; None altogether if not asked for.
+      truncated_prompt_tokens: how many were dropped from the prompt's beginning, since it was too long.
+      error: why there are no outputs, in ``LLM.outputs`` alone: others raise it.
     """
 
     request_id: str
@@ -60,6 +63,8 @@ class RequestOutput:
     seed: int
     numerics: str
     prompt_logprobs: list[dict[int, float] | None] | None = None
+    truncated_prompt_tokens: int = 0
+    error: LlmjaxError | None = None
 
 
 @dataclasses.dataclass(frozen=True)

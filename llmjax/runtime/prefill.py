@@ -22,11 +22,12 @@ def prefill(
     state: State,
     ids: jax.Array,
     slot: jax.Array,
+    table: jax.Array,
     start: jax.Array,
     length: jax.Array,
     adapter: jax.Array,
 ) -> tuple[State, jax.Array]:
-    """Runs one chunk of a prompt into a slot's cache.
+    """Runs one chunk of a prompt into a slot's pages.
 
     Args:
       module: static.
@@ -36,6 +37,7 @@ def prefill(
       state: donated.
       ids: int32 ``[1, C]``, right-padded.
       slot: int32 ``[]``.
+      table: int32 ``[N]``, its pages.
       start: int32 ``[]``, position of the chunk's first token.
       length: int32 ``[]``, tokens that are no padding.
       adapter: int32 ``[]``, see ``Context``.
@@ -44,7 +46,7 @@ def prefill(
       the state, and the logits float32 ``[V]`` that follow the chunk's last token, which are in the state as well.
     """
     positions = start + jnp.arange(ids.shape[1])[None]
-    ctx = Context(positions, numerics, block, slot, last=length[None] - 1, adapter=adapter[None])
+    ctx = Context(positions, numerics, block, table[None], last=length[None] - 1, adapter=adapter[None])
     logits, out = module.apply({"params": params, "cache": state.cache}, ids, ctx, mutable=["cache"])
     last = logits[0, 0].astype(jnp.float32)
     return state.replace(
@@ -84,13 +86,14 @@ def score_chunk(
     numerics: Numerics,
     block: int,
     params: Any,
-    cache: Any,
+    state: State,
     ids: jax.Array,
     targets: jax.Array,
+    table: jax.Array,
     start: jax.Array,
     wanted: jax.Array,
     adapter: jax.Array,
-) -> tuple[Any, Scored]:
+) -> tuple[State, Scored]:
     """Runs one chunk of a given text and scores what follows each of its tokens.
 
     Args:
@@ -98,17 +101,18 @@ def score_chunk(
       numerics: static.
       block: static.
       params: the model's.
-      cache: one row; donated.
+      state: donated; but for the cache's pages it stays as it is.
       ids: int32 ``[1, C]``.
       targets: int32 ``[C]``, the token that follows each.
+      table: int32 ``[N]``, the pages that the text may have.
       start: int32 ``[]``.
       wanted: bool ``[]``, whether alternatives are.
       adapter: int32 ``[]``, see ``Context``.
     """
-    ctx = Context(start + jnp.arange(ids.shape[1])[None], numerics, block, 0, adapter=adapter[None])
-    logits, out = module.apply({"params": params, "cache": cache}, ids, ctx, mutable=["cache"])
+    ctx = Context(start + jnp.arange(ids.shape[1])[None], numerics, block, table[None], adapter=adapter[None])
+    logits, out = module.apply({"params": params, "cache": state.cache}, ids, ctx, mutable=["cache"])
     logits = logits[0].astype(jnp.float32)
     norm = jax.nn.logsumexp(logits, -1)
     chosen = jnp.take_along_axis(logits, targets[:, None], -1)[:, 0]
     top = alternatives(logits, norm, wanted)
-    return out["cache"], Scored(chosen - norm, lax.argmax(logits, 1, jnp.int32), *top)
+    return state.replace(cache=out["cache"]), Scored(chosen - norm, lax.argmax(logits, 1, jnp.int32), *top)

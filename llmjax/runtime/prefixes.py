@@ -56,7 +56,7 @@ class Prefixes:
         self._held = [Held(np.zeros(0, np.int32)) for _ in range(slots)]
         self._clock = 0
 
-    def take(self, ids: np.ndarray, free: Collection[int], adapter: int = 0) -> Place:
+    def find(self, ids: np.ndarray, free: Collection[int], adapter: int = 0) -> Place:
         """Picks a free slot for a prompt: one that holds its beginning, or the one that rested longest.
 
         Args:
@@ -69,9 +69,26 @@ class Prefixes:
         slot = source if source in free and shared[source] else min(free, key=lambda s: self._held[s].used)
         length = shared[source]
         logits = self._held[source].logits if length == len(ids) else None
-        self._clock += 1
-        self._held[slot] = Held(ids[:length], logits, self._clock, adapter)
         return Place(slot, source, length, logits)
+
+    def take(self, ids: np.ndarray, free: Collection[int], adapter: int = 0) -> Place:
+        """As ``find``, and notes that the slot now holds as much of the prompt as need not be computed."""
+        place = self.find(ids, free, adapter)
+        self._clock += 1
+        self._held[place.slot] = Held(ids[: place.length], place.logits, self._clock, adapter)
+        return place
+
+    def tokens(self, slot: int) -> int:
+        """How many a slot holds."""
+        return len(self._held[slot].ids) if self._enabled else 0
+
+    def used(self, slot: int) -> int:
+        """When a slot was last taken: the more, the later."""
+        return self._held[slot].used
+
+    def forget(self, slot: int) -> None:
+        """A slot no longer holds its prompt."""
+        self._held[slot] = Held(np.zeros(0, np.int32), used=self.used(slot))
 
     def _shared(self, held: Held, ids: np.ndarray) -> int:
         n = min(len(held.ids), len(ids)) if self._enabled else 0

@@ -4,6 +4,7 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 
+from llmjax.errors import LlmjaxError
 from llmjax.runtime.outputs import CompletionOutput
 from llmjax.runtime.params import SamplingParams
 from llmjax.text.tokenizer import Tokenizer
@@ -23,6 +24,7 @@ class Request:
       index: which of the prompt's samples this row is.
       bad_words: the params' bad words as token sequences.
       lora: the resident adapter it uses, by name.
+      truncated: tokens that were dropped from the beginning of the prompt.
     """
 
     request_id: str
@@ -34,6 +36,7 @@ class Request:
     index: int = 0
     bad_words: tuple[tuple[int, ...], ...] = ()
     lora: str | None = None
+    truncated: int = 0
 
 
 def special_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> list[int]:
@@ -56,14 +59,19 @@ class Row:
     """Collects a request's tokens and text and decides when it is finished.
 
     Attributes:
-      finish_reason: None while the row goes on.
+      finish_reason: None while the row goes on; ``error`` if it cannot.
+      error: why not.
       prompt_logprobs: see ``RequestOutput``.
+      adapter: the place of its LoRA adapter.
+      again: tokens that are to come once more, since the row was put off; they are the same in every bit.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None, eos_ids: Sequence[int]):
-        self.request = request
+    def __init__(self, request: Request, tokenizer: Tokenizer | None, eos_ids: Sequence[int], adapter: int = 0):
+        self.request, self.adapter = request, adapter
         self.finish_reason: str | None = None
         self.prompt_logprobs: list[dict[int, float] | None] | None = None
+        self.error: LlmjaxError | None = None
+        self.again = 0
         self._stop_reason: str | int | None = None
         self._eos = () if request.params.ignore_eos else tuple(eos_ids)
         self._tokenizer = tokenizer
@@ -77,7 +85,32 @@ class Row:
     @property
     def forced(self) -> tuple[int, ...]:
         """Tokens still to be imposed."""
-        return self.request.forced[len(self._token_ids) :]
+        return self.request.forced[self.produced :]
+
+    @property
+    def produced(self) -> int:
+        """Tokens generated since the row last began."""
+        return len(self._token_ids) - self.again
+
+    @property
+    def is_unscored(self) -> bool:
+        """Whether the prompt's log-probabilities are wanted, and not there yet."""
+        request = self.request
+        return request.params.prompt_logprobs is not None and request.index == 0 and self.prompt_logprobs is None
+
+    def reach(self, more: int) -> int:
+        """Tokens in the cache when so many more are generated, as far as they may be; the last is not fed."""
+        request = self.request
+        assert request.params.max_tokens is not None
+        return len(request.ids) + min(self.produced + more, request.params.max_tokens - 1)
+
+    def put_off(self) -> None:
+        """The row will begin once more."""
+        self.again = len(self._token_ids)
+
+    def fail(self, error: LlmjaxError) -> None:
+        """Ends the row without an answer."""
+        self.finish_reason, self.error = "error", error
 
     @property
     def _may_end(self) -> bool:
@@ -87,6 +120,9 @@ class Row:
     def push(self, token: int, logprob: float, alternatives: dict[int, float]) -> str:
         """Takes the next token; returns text that can no longer change (a possible beginning of a stop string is held
         back)."""
+        if self.again:
+            self.again -= 1
+            return ""
         params = self.request.params
         self._token_ids.append(token)
         self._logprobs.append(logprob)

@@ -39,13 +39,16 @@ class Samples:
         if len(done) < request.params.n:
             return None
         done.sort(key=lambda r: r.request.index)
+        error = next((r.error for r in done if r.error is not None), None)
         return RequestOutput(
             request_id=request.request_id,
             prompt=request.prompt,
             prompt_token_ids=request.ids,
-            outputs=[r.completion() for r in done],
+            outputs=[] if error else [r.completion() for r in done],
             params=request.params,
             seed=request.seed,
             numerics=self._numerics,
             prompt_logprobs=done[0].prompt_logprobs,
+            truncated_prompt_tokens=request.truncated,
+            error=error,
         )

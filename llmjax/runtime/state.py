@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from llmjax.runtime.cache import along_positions
 from llmjax.runtime.logits import Controls, Tokens, no_controls
 from llmjax.runtime.sampling import Knobs
 
@@ -16,8 +15,8 @@ class State(struct.PyTreeNode):
     """Everything the step reads and writes; ``B`` is the number of slots.
 
     Attributes:
-      cache: the module's ``cache`` collection, see ``runtime.cache``: ``B`` rows a buffer, or ``n * B`` for n stacked
-        layers.
+      cache: the module's ``cache`` collection, see ``runtime.cache``: ``P`` pages a buffer, or ``n * P`` for n stacked
+        layers.  Whose a page is, ``runtime.pages`` knows.
       logits: float32 ``[B, V]``, of the token each row will draw next.
       position: int32 ``[B]``, where that token will stand.
       step: int32 ``[B]``, tokens generated so far.
@@ -53,7 +52,7 @@ class State(struct.PyTreeNode):
 
 
 def empty_state(cache: Any, slots: int, length: int, vocab: int) -> State:
-    """A state with no row in it, ``length`` positions a slot."""
+    """A state with no row in it, for rows of up to ``length`` tokens."""
 
     def full(dtype: Any, *shape: int) -> jax.Array:
         return jnp.zeros((slots, *shape), dtype)
@@ -76,12 +75,8 @@ def empty_state(cache: Any, slots: int, length: int, vocab: int) -> State:
 
 
 def lengthened(state: State, more: int) -> State:
-    """``state`` with room for ``more`` positions, the rows in it kept."""
-
-    def pad(x: jax.Array, axis: int) -> jax.Array:
-        return jnp.pad(x, [(0, more if i == axis else 0) for i in range(x.ndim)])
-
-    return state.replace(cache=along_positions(pad, state.cache), ids=jnp.pad(state.ids, ((0, 0), (0, more))))
+    """``state`` for rows of ``more`` tokens more, the rows in it kept."""
+    return state.replace(ids=jnp.pad(state.ids, ((0, 0), (0, more))))
 
 
 def admit(state: State, slot: jax.Array, row: dict[str, Any]) -> State:
@@ -103,40 +98,34 @@ def admit(state: State, slot: jax.Array, row: dict[str, Any]) -> State:
 
 
 def share(
-    chunk: int,
+    layers: int,
     state: State,
     source: jax.Array,
+    page: jax.Array,
     slot: jax.Array,
-    chunks: jax.Array,
     length: jax.Array,
     logits: jax.Array,
 ) -> State:
-    """Copies the beginning of a prompt from one slot's cache into another's: the same bits as computing it there.
+    """Makes a slot go on from the beginning of another's prompt, whose pages it was lent: the same bits as computing
+    it.
 
     Args:
-      chunk: static, positions copied at a time.
+      layers: static, in each of the cache's buffers.
       state: donated.
-      source: int32 ``[]``.
-      slot: int32 ``[]``; may be the source, which then only gets its logits back.
-      chunks: int32 ``[]``, how many to copy.
+      source: int32 ``[]``, the page that they share in part.
+      page: int32 ``[]``, the slot's own, which becomes the same.
+      slot: int32 ``[]``.
       length: int32 ``[]``, tokens the slot then holds.
       logits: float32 ``[V]``, of the token after them; of use where they are the whole prompt.
     """
 
-    def copy(i: jax.Array, cache: Any) -> Any:
-        def one(x: jax.Array, axis: int) -> jax.Array:
-            layers = x.reshape(-1, state.active.shape[0], *x.shape[1:])
-            axis += 1
-            size = [1 if k == 1 else chunk if k == axis else n for k, n in enumerate(layers.shape)]
-            begin = [source if k == 1 else i * chunk if k == axis else 0 for k in range(layers.ndim)]
-            part = lax.dynamic_slice(layers, begin, size)
-            begin[1] = slot
-            return lax.dynamic_update_slice(layers, part, begin).reshape(x.shape)
-
-        return along_positions(one, cache)
+    def copied(x: jax.Array) -> jax.Array:
+        each = x.reshape(layers, -1, *x.shape[1:])
+        part = lax.dynamic_index_in_dim(each, source, 1)
+        return lax.dynamic_update_index_in_dim(each, part, page, 1).reshape(x.shape)
 
     return state.replace(
-        cache=lax.fori_loop(0, chunks, copy, state.cache),
+        cache=jax.tree.map(copied, state.cache),
         logits=state.logits.at[slot].set(logits),
         position=state.position.at[slot].set(length),
     )

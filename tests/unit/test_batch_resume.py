@@ -58,7 +58,7 @@ def run(llm, folder, output="out.jsonl", params=PARAMS, source="in.jsonl", **opt
 def counted(monkeypatch, llm):
     """Ids of the requests that run from here on."""
     fill, started = llm.engine._fill, []
-    monkeypatch.setattr(llm.engine, "_fill", lambda r, free: started.append(r.request_id) or fill(r, free))
+    monkeypatch.setattr(llm.engine, "_fill", lambda r, *rest: started.append(r.request.request_id) or fill(r, *rest))
     return started
 
 
@@ -225,7 +225,7 @@ def test_a_row_that_makes_the_model_fail_is_told_apart(llm, folder, monkeypatch)
 
 def test_a_model_that_answers_nothing_ends_the_job(llm, folder, monkeypatch):
     monkeypatch.setattr(llm.engine, "_params", jax.tree.map(lambda x: x * np.nan, llm.engine._params))
-    monkeypatch.setattr(llm.engine, "_state", None)
+    monkeypatch.setattr(llm.engine, "store", llm.engine.new_store())
     with pytest.raises(CheckpointError, match="NaN"):
         run(llm, folder)
     # Rows that could not run say so, those that could are left for a model that is sound.
@@ -465,7 +465,7 @@ def test_an_interrupt_is_heeded_between_the_chunks_of_a_prompt(llm, folder, monk
             os.kill(os.getpid(), signal.SIGINT)
         return prefill(*args)
 
-    monkeypatch.setattr(llm.engine, "_state", None)
+    monkeypatch.setattr(llm.engine, "store", llm.engine.new_store())
     monkeypatch.setattr(llm.engine, "_prefill", interrupted)
     before = llm.engine.progress.prefill_tokens
     summary = run(llm, folder, ordered=True)

@@ -101,7 +101,7 @@ def test_slots_stay_busy_and_nothing_is_compiled_on_the_way(model):
         for i in range(60):
             yield llm.request(random_ids(RNG, 1 + 17 * i % 60), SamplingParams(max_tokens=10 + 7 * i % 31))
 
-    outputs = list(llm.outputs(requests(), reserve=longest))
+    outputs = list(llm.outputs(requests(), reserve=[longest] * 4))
     progress = llm.engine.progress
     assert progress.rows == len(outputs) == 60
     assert progress.decode_tokens == sum(len(o.outputs[0].token_ids) for o in outputs)

@@ -57,8 +57,8 @@ def test_decoding_begins_with_a_context_and_makes_all_tokens():
     engine = Engine(random_model(eos_ids=(0, 1, 2)), slots=4)
     bench = measure.Runner(engine)
     assert bench.decode(context=50, new=37, in_use=2, length=256) > 0
-    assert engine._state.position.tolist()[:2] == [87, 87]
-    assert engine._state.step.tolist() == [37, 37, 0, 0]
+    assert engine.store.state.position.tolist()[:2] == [87, 87]
+    assert engine.store.state.step.tolist() == [37, 37, 0, 0]
     assert engine.traces == {"decode": 1}
 
 

@@ -67,7 +67,7 @@ def test_a_longer_cache_changes_no_bit(model):
     short, long = (LLM(model, max_batch=4, chunk=16, block=16) for _ in range(2))
     request = requests(short)[5]
     before = results(short, [request])
-    long.engine._ensure(200)
+    long.engine.store.ensure(200, 50)
     assert results(long, [request]) == before
 
 
@@ -259,12 +259,12 @@ def test_no_program_copies_the_cache(profile, dtype, slots):
     """It is written in place: beside a long cache the temporaries are smaller than a single one of its buffers."""
     model = random_model(profile, dtype, max_position_embeddings=16384)
     llm = LLM(model, max_batch=slots, chunk=16, block=16)
-    llm.engine._ensure(16384)
-    buffer = max(leaf.nbytes for leaf in jax.tree.leaves(llm.engine._state.cache))
+    llm.engine.store.ensure(16384, slots * 512)
+    buffer = max(leaf.nbytes for leaf in jax.tree.leaves(llm.engine.store.state.cache))
     for compiled in engine_programs(llm):
         memory = compiled.memory_analysis()
         assert memory.temp_size_in_bytes < buffer
-        assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(llm.engine._state.cache))
+        assert memory.alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(llm.engine.store.state.cache))
 
 
 def test_a_stream_left_open_is_told_not_waited_for(llm):

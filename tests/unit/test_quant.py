@@ -390,8 +390,8 @@ def test_no_program_holds_a_converted_model(profile, dtype, recipe, slots):
     size = 4 * sum(
         math.prod(leaf.shape) for leaf in jax.tree.leaves(model.params, is_leaf=lambda x: hasattr(x, "bits"))
     )
-    state = empty_state(make_cache(model.config, model.numerics, slots, 128), slots, 128, 600)
-    for compiled in compiled_programs(model, model.params, state):
+    state = empty_state(make_cache(model.config, model.numerics, slots + 1, 256), slots, 512, 600)
+    for compiled in compiled_programs(model, model.params, state, np.zeros((slots, 2), np.int32)):
         temporary = compiled.memory_analysis().temp_size_in_bytes
         assert temporary < 0.2 * size, f"{temporary / 1e6:.1f} MB beside weights of {size / 1e6:.1f} MB"
 

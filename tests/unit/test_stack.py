@@ -97,9 +97,9 @@ def test_no_program_copies_a_cache(slots, scheme, tokens):
     """Not the layers' common one, either; the shortest cache there is and a longer one."""
     model = packed_model(scheme, TWO) if scheme else random_model("fast", max_position_embeddings=1024)
     llm = LLM(model, max_batch=slots)
-    llm.engine._ensure(tokens)
+    llm.engine.store.ensure(tokens, slots * 8)
     assert (STACKED in llm.engine._params) == bool(scheme)
-    shapes = {str(list(leaf.shape)).replace(" ", "") for leaf in jax.tree.leaves(llm.engine._state.cache)}
+    shapes = {str(list(leaf.shape)).replace(" ", "") for leaf in jax.tree.leaves(llm.engine.store.state.cache)}
     for compiled in engine_programs(llm):
         copies = re.findall(r"= \w+(\[[\d,]*\])\S* copy\(", compiled.as_text())
         assert copies and not shapes & set(copies)
@@ -120,7 +120,7 @@ def test_the_length_of_a_cache_moves_no_bit(slots, scheme):
     found = []
     for tokens in (20, 1000):
         llm = LLM(model, max_batch=slots)
-        llm.engine._ensure(tokens)
+        llm.engine.store.ensure(tokens, tokens // 256 * slots)
         rows = llm.generate(prompts, SamplingParams(max_tokens=12, temperature=0, logprobs=1))
         found.append([(row.outputs[0].token_ids, row.outputs[0].cumulative_logprob) for row in rows])
     assert found[0] == found[1]

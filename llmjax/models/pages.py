@@ -1,0 +1,61 @@
+"""The key/value cache lies in pages: a row owns some of them, and its table names them in the order of its positions.
+
+Shapes: ``P`` pages, ``page`` positions in one, ``K`` key/value heads, ``H`` head width.  A buffer of keys is ``[P, K,
+page, H]``, one of values ``[P, K, H, page]``: both are then read along what is summed.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from llmjax.models.context import Context
+
+# Where positions stand in a cache's buffers.
+POSITION_AXIS = {"k": 2, "v": 3}
+
+
+def written(cache: jax.Array, name: str, new: jax.Array, ctx: Context) -> jax.Array:
+    """``cache`` with ``new [B, T, K, H]`` at each token's position.
+
+    A part of one row's prompt (``B`` 1, ``T`` above 1, no ``ctx.active``) must begin at a multiple of its length.
+    """
+    axis = POSITION_AXIS[name]
+    page = cache.shape[axis]
+    if ctx.active is None and new.shape[0] == 1 and new.shape[1] > 1:
+        # In as few pieces as lie in a page each: XLA:CPU scatters one by one.
+        part = new.transpose(0, 2, 1, 3) if name == "k" else new.transpose(0, 2, 3, 1)
+        size = math.gcd(page, new.shape[1])
+        for start in range(0, new.shape[1], size):
+            position = ctx.positions[0, start]
+            begin: list[jax.Array | int] = [_pages(ctx, position[None, None] // page)[0, 0], 0, 0, 0]
+            begin[axis] = position % page
+            cache = lax.dynamic_update_slice(cache, lax.slice_in_dim(part, start, start + size, axis=axis), begin)
+        return cache
+    pages, places = _pages(ctx, ctx.positions // page), ctx.positions % page
+    if ctx.active is not None:
+        places = jnp.where(ctx.active[:, None], places, page)  # out of range: dropped
+    place = cache.at[pages, :, places] if name == "k" else cache.at[pages, :, :, places]
+    return place.set(new, mode="drop", unique_indices=True)
+
+
+def block(cache: jax.Array, name: str, start: jax.Array, size: int, ctx: Context) -> jax.Array:
+    """``size`` positions of each row from ``start`` int32 ``[B]`` on, a multiple of ``size`` as the page is: ``[B, K,
+    size, H]`` of keys, ``[B, K, H, size]`` of values.  Behind a row's table: anything."""
+    axis = POSITION_AXIS[name]
+    page = cache.shape[axis]
+
+    def one(number: jax.Array, offset: jax.Array | int) -> jax.Array:
+        begin: list[jax.Array | int] = [number, 0, 0, 0]
+        begin[axis] = offset
+        return lax.dynamic_slice(cache, begin, [1, *(size if i == axis else cache.shape[i] for i in (1, 2, 3))])[0]
+
+    numbers = _pages(ctx, start[:, None] // page)[:, 0]
+    return jax.vmap(one, (0, None))(numbers, 0) if size == page else jax.vmap(one)(numbers, start % page)
+
+
+def _pages(ctx: Context, index: jax.Array) -> jax.Array:
+    """The pages ``[B, T]`` at these places of the rows' tables."""
+    assert ctx.table is not None
+    return jnp.take_along_axis(ctx.table, jnp.minimum(index, ctx.table.shape[1] - 1), axis=1)
