@@ -35,7 +35,7 @@ REFERENCE, FAST = "reference", "fast"
 
 def platform() -> str:
     """``cpu``, ``gpu``, ...: where JAX puts what it is not told where to put."""
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
     return jax.default_backend() if device is None else getattr(device, "platform", device)
 
 

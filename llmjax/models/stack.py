@@ -77,13 +77,13 @@ def _looped(model: nn.Module, blocks: Sequence[nn.Module], x: jax.Array, ctx: Co
         x, caches = carry
         new = []
         for block, params, cache in zip(alike, pattern, caches, strict=True):
-            pages = _rows(cache, count)
+            placed = ctx if ctx.table is None else ctx.replace(table=ctx.table + i * _rows(cache, count))
             variables = {"params": jax.tree.map(partial(_pick, i), params), "cache": cache}
-            x, changed = block.apply(variables, x, ctx.replace(table=ctx.table + i * pages), mutable=["cache"])
+            x, changed = block.apply(variables, x, placed, mutable=["cache"])
             new.append(changed["cache"])
         return x, tuple(new)
 
-    caches = model.get_variable("cache", STACKED, ({},) * len(pattern))
+    caches: tuple[Any, ...] = model.get_variable("cache", STACKED, ({},) * len(pattern))
     x, caches = lax.fori_loop(0, count, step, (x, caches))
     if model.has_variable("cache", STACKED):
         model.put_variable("cache", STACKED, caches)

@@ -16,28 +16,67 @@ whatever else                    all                                  ``tiles``:
 ===============================  ===================================  ==================================================
 
 Elsewhere a product is written as it is defined, and the compiler knows best.
+
+The derivative is that of the float32 product of the same x and W (``plain``), whatever ran: in x, in float weights, in
+a packed weight's scales and offsets.  Activations that are rounded, to the product's dtype or to 8 bits, are passed
+straight through: to the derivative there is no rounding.
 """
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from llmjax.numerics import Numerics, on_cpu
 from llmjax.products.cpu import has_integer_tiles
 from llmjax.products.digits import in_digits, in_tiles, to_digits
 from llmjax.products.dots import dot
-from llmjax.products.sums import by_weight, can_sum, sums_pay
+from llmjax.products.plain import plain
+from llmjax.products.sums import by_weight, can_sum, sums_pay, total
 from llmjax.products.tiles import over_tiles
 from llmjax.quant.qtensor import QTensor
 
 
 def matmul(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax.Array:
-    """``x [..., in] . weight [out, in] -> float32 [..., out]``, in the profile's product dtype with a float32 sum."""
-    rows = x.reshape(-1, x.shape[-1])
+    """``x [..., in] . weight [out, in] -> float32 [..., out]``, in the profile's product dtype with a float32 sum.
+
+    Differentiable in every mode as the float32 product is; rounded activations are passed straight through.
+    """
+    return _product(x.reshape(-1, x.shape[-1]), weight, numerics).reshape(*x.shape[:-1], weight.shape[0])
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _product(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax.Array:
     if isinstance(weight, QTensor):
-        y = _quantized_product(rows.astype(jnp.float32), weight, numerics)
-    else:
-        y = _float_product(rows.astype(numerics.products), weight, numerics)
-    return y.reshape(*x.shape[:-1], weight.shape[0])
+        return _quantized_product(x.astype(jnp.float32), weight, numerics)
+    return _float_product(x.astype(numerics.products), weight, numerics)
+
+
+@partial(_product.defjvp, symbolic_zeros=True)
+def _product_jvp(numerics: Numerics, primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+    (x, weight), (x_dot, weight_dot) = primals, tangents
+    y = _product(x, weight, numerics)
+    terms = [] if _is_zero(x_dot) else [plain(x_dot, weight)]
+    if not all(map(_is_zero, jax.tree.leaves(weight_dot))):
+        terms.append(plain(x, _tangent_weight(weight, weight_dot)))
+    return y, total(terms) if terms else jnp.zeros_like(y)
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, SymbolicZero) or tangent.dtype == jax.dtypes.float0
+
+
+def _tangent_weight(weight: Any, tangent: Any) -> Any:
+    """float32; of a packed weight the same integers with the tangents of scales and offsets."""
+
+    def floats(leaf: jax.Array, leaf_dot: Any) -> jax.Array:
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf
+        return jnp.zeros(leaf.shape) if _is_zero(leaf_dot) else leaf_dot.astype(jnp.float32)
+
+    return jax.tree.map(floats, weight, tangent)
 
 
 def _quantized_product(x: jax.Array, q: QTensor, numerics: Numerics) -> jax.Array:

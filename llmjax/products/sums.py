@@ -11,6 +11,7 @@ does, and in float32 is no slower than one: close to the speed of memory, whatev
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +114,7 @@ def _sum_of_products(
     return jnp.stack([total(sums[i : i + apart]) for i in range(0, len(sums), apart)]).reshape(rows, out)
 
 
+@jax.custom_jvp
 def by_cache(x: jax.Array, w: jax.Array) -> jax.Array:
     """``x [..., M, in] . w [..., out, in] -> float32 [..., M, out]``, M rows with the same w: attention.
 
@@ -132,6 +134,17 @@ def by_cache(x: jax.Array, w: jax.Array) -> jax.Array:
         sums += _added(terms, (terms[0].ndim - 1,))
     joined = [jnp.concatenate(sums[i : i + together], -1) for i in range(0, len(sums), together)]
     return jnp.stack(joined, -2)
+
+
+@by_cache.defjvp
+def _by_cache_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> Any:
+    def multiply(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.einsum(
+            "...MI,...OI->...MO", x, w, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        )
+
+    (x, w), (x_dot, w_dot) = primals, tangents
+    return by_cache(x, w), multiply(x_dot, w) + multiply(x, w_dot)
 
 
 def _stored(x: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from llmjax.numerics import on_cpu
-from llmjax.quant.bits import from_storage, to_storage
+from llmjax.quant.bits import cut, from_storage, to_storage
 
 # Of what a tile is converted to: what the caches keep, more or less; halving or doubling it costs up to a fifth.
 _TILE_BYTES = 4 << 20
@@ -37,26 +37,30 @@ def over_tiles(
       dtype: of the result.
     """
     out, width = shape
-    # Two tiles at least: a loop of one turn is no loop to XLA.
     size = x.dtype.itemsize
-    tile = min((out + 1) // 2, max(16, _TILE_BYTES // (size * width) // 16 * 16))
+    tile = tile_rows(shape, size)
     if not on_cpu():
         return multiply(weight).T
     if converted_whole(shape, size):
         return multiply(_after(x, weight)).T
 
-    def part(leaf: jax.Array, start: jax.Array) -> jax.Array:
-        leaf, start = lax.optimization_barrier((leaf, start))  # see ``bits.look_up``
-        return from_storage(lax.dynamic_slice_in_dim(to_storage(leaf), start, tile), leaf.dtype)
-
     def step(i: jax.Array, y: jax.Array) -> jax.Array:
         # The last tile may repeat channels of the one before: cutting the weight to whole tiles would copy it.
         start = jnp.minimum(i * tile, out - tile)
-        return lax.dynamic_update_slice(y, multiply(jax.tree.map(lambda leaf: part(leaf, start), weight)), (start, 0))
+        return lax.dynamic_update_slice(
+            y, multiply(jax.tree.map(lambda leaf: cut(leaf, start, tile), weight)), (start, 0)
+        )
 
     # Overwritten, so any value does.  One that waits for x: XLA would make the zeros of all layers before it begins.
     y = jnp.broadcast_to(x.reshape(-1)[0].astype(dtype), (out, x.shape[0]))
     return lax.fori_loop(0, -(-out // tile), step, y).T
+
+
+def tile_rows(shape: tuple[int, int], size: int) -> int:
+    """Channels of a tile of a weight ``(out, in)`` that is converted to elements of ``size`` bytes; two tiles at least:
+    a loop of one turn is no loop to XLA."""
+    out, width = shape
+    return min((out + 1) // 2, max(16, _TILE_BYTES // (size * width) // 16 * 16))
 
 
 def converted_whole(shape: tuple[int, ...], size: int) -> bool:

@@ -4,11 +4,16 @@ XLA:CPU has no 16-bit float gather, scatter or slice: it converts the operand to
 step of a loop; or converts it once and keeps the copy (jaxlib 0.10).  Integers of the same width it leaves alone.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+
+from llmjax.errors import RequestError
 
 
 def storage(dtype: jnp.dtype) -> jnp.dtype:
@@ -17,8 +22,26 @@ def storage(dtype: jnp.dtype) -> jnp.dtype:
 
 
 def to_storage(x: jax.Array) -> jax.Array:
-    """``x`` as its ``storage`` dtype, bit for bit."""
-    return lax.bitcast_convert_type(x, storage(x.dtype)) if storage(x.dtype) != x.dtype else x
+    """``x`` as its ``storage`` dtype, bit for bit.
+
+    Raises:
+      RequestError: when differentiated in 16 bits: an integer has no derivative, and to lose one without a word is
+        worse.  What only moves values (``look_up``, ``cut``) has a rule of its own.
+    """
+    return _integers(x) if storage(x.dtype) != x.dtype else x
+
+
+@jax.custom_jvp
+def _integers(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, storage(x.dtype))
+
+
+@_integers.defjvp
+def _integers_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> Any:
+    raise RequestError(
+        f"derivative: found {primals[0].dtype} values stored as integers, in a key/value cache say, which have none; "
+        "differentiate a call without a cache (model.apply)"
+    )
 
 
 def from_storage(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -26,15 +49,28 @@ def from_storage(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return lax.bitcast_convert_type(x, dtype) if x.dtype != dtype else x
 
 
-@jax.custom_jvp
 def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
     """``table[ids]`` along the first axis, differentiable in the table."""
+    return _moved(partial(jnp.take, axis=0), table, ids)
+
+
+def cut(table: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """``size`` entries of the first axis from ``start``, or the last ones; differentiable in the table."""
+    return _moved(partial(lax.dynamic_slice_in_dim, slice_size=size), table, start)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _moved(move: Callable[..., jax.Array], table: jax.Array, where: jax.Array) -> jax.Array:
     # The barrier keeps the reinterpreted table from becoming a loop invariant, that is a copy.
-    table, ids = lax.optimization_barrier((table, ids))
-    return from_storage(jnp.take(to_storage(table), ids, axis=0), table.dtype)
+    table, where = lax.optimization_barrier((table, where))
+    return from_storage(move(to_storage(table), where), table.dtype)
 
 
-@look_up.defjvp
-def _look_up_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> Any:
-    (table, ids), (table_dot, _) = primals, tangents
-    return look_up(table, ids), jnp.take(table_dot, ids, axis=0)
+@_moved.defjvp
+def _moved_jvp(move: Callable[..., jax.Array], primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> Any:
+    (table, where), (table_dot, _) = primals, tangents
+    y = _moved(move, table, where)
+    if not jnp.issubdtype(y.dtype, jnp.inexact):
+        return y, np.zeros(y.shape, jax.dtypes.float0)
+    # In float32: what the uses of an entry send back is added up before it is rounded.
+    return y, move(table_dot.astype(jnp.float32), where).astype(y.dtype)

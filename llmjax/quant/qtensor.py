@@ -78,15 +78,21 @@ def integers(q: QTensor) -> tuple[Any, ...]:
 
     In two halves because putting them in order costs XLA:CPU ten times what a second product does.
     """
+    stored = [n.astype(np.int8, copy=False) for n in _stored(q)]
+    return tuple(n - np.int8(q.zero) if q.zero else n for n in stored)
+
+
+def _stored(q: QTensor) -> tuple[Any, ...]:
+    """``n``, in columns as ``integers`` has them: int8 for 8 bits, uint8 for fewer."""
     if q.bits == 8:
-        return (q.values if q.zero == 0 else q.values - np.int8(q.zero),)
+        return (q.values,)
     low, high = q.values & np.uint8(15), q.values >> np.uint8(4)
     if q.fifth is not None:
         xp = jnp if isinstance(q.fifth, jax.Array) else np
         bits = (q.fifth[..., None] >> xp.arange(8, dtype=np.uint8)) & np.uint8(1)
         even, odd = xp.split(bits.reshape(bits.shape[0], -1) << np.uint8(4), 2, axis=1)
         low, high = low | even, high | odd
-    return low.astype(np.int8) - np.int8(q.zero), high.astype(np.int8) - np.int8(q.zero)
+    return low, high
 
 
 def columns(x: Any, q: QTensor) -> list[Any]:
@@ -95,15 +101,20 @@ def columns(x: Any, q: QTensor) -> list[Any]:
 
 
 def halves(q: QTensor) -> tuple[Any, ...]:
-    """The float32 values, in columns as ``integers`` has them."""
+    """The float32 values, in columns as ``integers`` has them.
+
+    Zero is taken from floats, which is exact, too: XLA:CPU adds int8 in what it hands over to YNNPACK, and there sums
+    of two halves, as the scales' derivative is, come out wrong (jaxlib 0.10.2).
+    """
     scales = q.scales.astype(np.float32)[..., None]
     offsets = None if q.offsets is None else q.offsets.astype(np.float32)[..., None]
 
     def scaled(n: Any) -> Any:
-        w = n.reshape(*q.scales.shape, -1).astype(np.float32) * scales
+        w = n.reshape(*q.scales.shape, -1).astype(np.float32)
+        w = (w - np.float32(q.zero) if q.zero else w) * scales
         return (w if offsets is None else w + offsets).reshape(n.shape)
 
-    return tuple(scaled(n) for n in integers(q))
+    return tuple(scaled(n) for n in _stored(q))
 
 
 def dequantize(q: QTensor) -> Any:
