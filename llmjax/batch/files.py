@@ -103,6 +103,14 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
+def send(stream: IO[bytes], data: bytes) -> None:
+    """Writes all of ``data`` to a stream at once; one without a buffer may take less of it at a time."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[stream.write(rest) :]
+    stream.flush()
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keeps other jobs off ``path`` by ``path.lock``, which the system releases however this process ends.
@@ -147,7 +155,7 @@ def claimed(output: str, source: str) -> Iterator[tuple[Path, IO[bytes] | None]]
     with contextlib.ExitStack() as stack:
         try:
             if output == "-" or (path.exists() and not path.is_file() and not path.is_dir()):
-                stream = sys.stdout.buffer if output == "-" else stack.enter_context(open(path, "wb"))
+                stream = sys.stdout.buffer if output == "-" else stack.enter_context(open(path, "wb", buffering=0))
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="llmjax-"))
                 path = Path(folder, "rows.jsonl")
             else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmjax.batch import manifest as manifests
-from llmjax.batch.files import Lines, claimed, open_lines
+from llmjax.batch.files import Lines, claimed, open_lines, send
 from llmjax.batch.identity import identity
 from llmjax.batch.index import Index, Totals, Written
 from llmjax.batch.interrupts import Interrupts
@@ -222,8 +222,7 @@ class _Job:
         if self.stream is not None and self.options.ordered:
             try:
                 for text in journal.rows(ordered=True):
-                    self.stream.write(text)
-                self.stream.flush()
+                    send(self.stream, text)
             except OSError:
                 self.index.forget(0)  # how many of them arrived is not known
                 raise
@@ -313,8 +312,7 @@ class _Job:
 
     def _append(self, journal: Journal, row: Written, text: bytes, line: int) -> None:
         if self.stream is not None and not self.options.ordered:
-            self.stream.write(text)
-            self.stream.flush()
+            send(self.stream, text)
         journal.append(row, text, line)
         self.count.done += 1
         self.count.under_way = len(self.waiting)
