@@ -341,7 +341,7 @@ class LLM:
         """Answers one conversation or many, rendered with the checkpoint's own chat template.
 
         Args:
-          messages: ``[{"role": "user", "content": "..."}, ...]``, or a list of those.
+          messages: ``[{"role": "user", "content": "..."}, ...]``, or a list of those; a content may be text parts.
           sampling_params: for all.
           lora: the resident adapter of all.
           date: a day or a time in ISO's form, for templates that ask for it; None for now.

@@ -222,13 +222,12 @@ def _write_tokenizer(source: Source, folder: Path, override: Override) -> None:
             ends = {"eos_token_id": list(end_tokens(source, None, override))}
             _write_json(folder / "generation_config.json", {**(source.generation_config or {}), **ends})
         return
-    tokenizer = read_tokenizer(source)
+    tokenizer = read_tokenizer(source, override)
     if tokenizer is not None:
         if isinstance(tokenizer, MediapipeTokenizer) and isinstance(source, MediapipeSource) and source.vocabulary:
             tokenizer = for_transformers(tokenizer, source.vocabulary)
         export.save(tokenizer, folder)
-        ends = {"eos_token_id": list(end_tokens(source, tokenizer, override))}
-        _write_json(folder / "generation_config.json", ends)
+        _write_json(folder / "generation_config.json", {"eos_token_id": list(tokenizer.eos_ids)})
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -11,7 +11,6 @@ from converters.readers.opening import open_source
 from converters.readers.source import Source, TensorSpec
 from llmjax.checkpoint import bundles
 from llmjax.checkpoint.bundles import BundleReport
-from llmjax.checkpoint.ends import end_tokens
 from llmjax.checkpoint.loading import find_model, read_tokenizer
 from llmjax.checkpoint.parameters import is_packed
 from llmjax.checkpoint.plan import Plan, describe, make_plan
@@ -103,13 +102,12 @@ def _report(source: Source) -> Report:
     tokenizer = None
     try:
         found = read_tokenizer(source)
-        ends = end_tokens(source, found)
         if found is not None:
             tokenizer = {
                 "kind": found.kind,
                 "vocab_size": found.vocab_size,
                 "bos_id": found.bos_id,
-                "eos_ids": list(ends),
+                "eos_ids": list(found.eos_ids),
                 "add_bos": found.add_bos,
                 "chat_template": found.chat_template is not None,
             }

@@ -120,8 +120,8 @@ def load(
     try:
         plan = fitting_plan(source, recipe, override)
         computed = emulated(plan.config, numerics, str(source.path))
-        tokenizer = read_tokenizer(source)
-        eos_ids = end_tokens(source, tokenizer, override)
+        tokenizer = read_tokenizer(source, override)
+        eos_ids = tokenizer.eos_ids if tokenizer else end_tokens(source, None, override)
         adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
         merge = merging.Merge(adapter.deltas if adapter else {}, lora_mode, numerics)
         params: dict[str, Any] = {}
@@ -295,8 +295,15 @@ def _random_model(name: str, dtype: str, recipe: Recipe | None, numerics: str, r
     return Model(architecture, config, params, _numerics(numerics, params, Path(name)), None, eos, Path(name))
 
 
-def read_tokenizer(source: Source) -> Tokenizer | None:
-    """The checkpoint's tokenizer; None for a directory that has no tokenizer files at all, or a GGUF that says so."""
+def read_tokenizer(source: Source, override: Override = None) -> Tokenizer | None:
+    """The checkpoint's tokenizer, with every end token the checkpoint or ``override`` names; None for a directory that
+    has no tokenizer files at all, or a GGUF that says so."""
+    tokenizer = _tokenizer(source)
+    ends = end_tokens(source, tokenizer, override)
+    return tokenizer and dataclasses.replace(tokenizer, eos_ids=ends)
+
+
+def _tokenizer(source: Source) -> Tokenizer | None:
     from llmjax.text import reading
 
     if source.format == "gguf":

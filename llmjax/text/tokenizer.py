@@ -23,7 +23,8 @@ class Tokenizer:
     Attributes:
       backend: the `tokenizers` object; its post-processor, padding and truncation are not used.
       bos_id: None where the vocabulary has none.
-      eos_ids: tokens that end a text, of the tokenizer's files alone, in ascending order.
+      eos_ids: tokens that end a text, in ascending order: of the tokenizer's files, and of the checkpoint's
+        configuration where it was read with that.
       prefix_ids: what ``encode`` puts before a text by the checkpoint's policy: BOS, or nothing.
       suffix_ids: what it puts behind one: nothing, for almost every checkpoint.
       chat_template: Jinja source, or None.
