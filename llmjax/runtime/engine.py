@@ -61,7 +61,7 @@ class Engine:
     Attributes:
       store: what the slots hold.
       progress: running counts.
-      traces: how often each program was traced, that is compiled: once per (slots, chunk, cache length).
+      traces: how often each program was traced, that is compiled: once per (slots, chunk, pages, length).
       compile_seconds: time that took.
     """
 

@@ -74,7 +74,7 @@ def test_a_longer_cache_changes_no_bit(model):
 def test_each_program_is_traced_once(model):
     llm = LLM(model, max_batch=4, chunk=16, block=16)
     for request in requests(llm):
-        results(llm, [request])
+        results(llm, [request], reserve=[200] * 4)
     assert dict(llm.engine.traces) == {"prefill": 1, "decode": 1, "admit": 1}
 
 
