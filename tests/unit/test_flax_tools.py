@@ -14,7 +14,7 @@ from llmjax.models import layers
 from llmjax.models.context import Context
 from llmjax.models.llama import Block, LlamaConfig
 from llmjax.models.stack import STACKED, in_turn, stacked
-from llmjax.numerics import resolve
+from llmjax.runtime.cache import make_cache
 from tests.tiny import random_model
 from tests.unit.test_stack import packed_model
 
@@ -248,23 +248,21 @@ def test_stacked_layers_are_seen_one_by_one():
     """What Flax captures, and the cache that comes about, is that of the layers apart."""
     model = packed_model(windows=(8, None) * 2)
     whole = stacked(model.params, model.config.period, 1, model.numerics)
-    llm = LLM(model, max_batch=2)
-    cache = llm.engine._cache(1, 256)
-    ids, ctx = jnp.arange(1, 11)[None], Context(jnp.arange(10)[None], resolve("fast", jnp.float32))
+    ids, table = jnp.arange(1, 11)[None], jnp.array([[1, 0]])
+    ctx = Context(jnp.arange(10)[None], model.numerics, block=16, table=table)
+    pages = dict(pages=2, page=16)
 
     @jax.jit
     def run(params, cache):
         variables = {"params": params, "cache": cache}
         return model.module.apply(variables, ids, ctx, mutable=["cache", "intermediates"], capture_intermediates=True)
 
-    apart = {
-        f"layers_{i}": {"attn": {n: x[i // 2][None] for n, x in cache[STACKED][i % 2]["attn"].items()}}
-        for i in range(4)
-    }
-    expected, made = run(model.params, apart)
-    found, changed = run(whole, cache)
+    expected, made = run(model.params, make_cache(model.config, model.numerics, **pages))
+    found, changed = run(whole, make_cache(model.config, model.numerics, **pages, stacked=True))
     same(found, expected, 1e-4)
     same(changed["intermediates"], made["intermediates"], 1e-4)
     for i in range(4):
-        one = jax.tree.map(lambda x, i=i: x[i // 2][None], changed["cache"][STACKED][i % 2])
+        cut = slice(i // 2 * 2, i // 2 * 2 + 2)
+        one = jax.tree.map(lambda x, cut=cut: x[cut], changed["cache"][STACKED][i % 2])
         same(one, made["cache"][f"layers_{i}"], 1e-4)
+        assert np.abs(one["attn"]["k"]).max() > 0.1
