@@ -56,7 +56,7 @@ def over_tiles(
     return lax.fori_loop(0, -(-out // tile), step, y).T
 
 
-def tile_rows(shape: tuple[int, int], size: int) -> int:
+def tile_rows(shape: tuple[int, ...], size: int) -> int:
     """Channels of a tile of a weight ``(out, in)`` that is converted to elements of ``size`` bytes; two tiles at least:
     a loop of one turn is no loop to XLA."""
     out, width = shape

@@ -164,7 +164,8 @@ class Engine:
         self._forget_watched()
         store, together = self.store, sorted(reserve, reverse=True)[: self.slots]
         with self._cleared_by_errors():
-            store.ensure(max(together, default=0), sum(map(store.pages.needed, together)))
+            # One more than slots where rows follow each other: a prompt that is shared stays until it is copied.
+            store.ensure(max(together, default=0), sum(map(store.pages.needed, [*together, *together[1:2]])))
             store.settle()
             yield from self._run(iter(requests), burst)
 

@@ -137,7 +137,7 @@ def norm_before_heads(right: Callable) -> Callable:
     def norm(self: layers.RMSNorm, x: jax.Array) -> jax.Array:
         if x.ndim < 4:
             return right(self, x)
-        flat = layers._rms_normalised(x.reshape(*x.shape[:2], -1), self.eps).reshape(x.shape)
+        flat = layers.rms_normalised(x.reshape(*x.shape[:2], -1), self.eps).reshape(x.shape)
         return flat * self.get_variable("params", "weight")
 
     return norm
@@ -176,7 +176,7 @@ def tiled_heads(q: jax.Array, num_kv: int) -> jax.Array:
 
 
 def plain_norm(self: layers.UnitOffsetRMSNorm, x: jax.Array) -> jax.Array:
-    return layers._rms_normalised(x, self.eps) * self.get_variable("params", "weight")
+    return layers.rms_normalised(x, self.eps) * self.get_variable("params", "weight")
 
 
 def no_norm_of(name: str) -> Callable[[Any], Any]:

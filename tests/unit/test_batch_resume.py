@@ -287,10 +287,10 @@ def test_a_row_that_fails_in_any_way_says_so(llm, folder, monkeypatch, error):
     whole = (folder / "whole.jsonl").read_bytes().splitlines()
     fill = llm.engine._fill
 
-    def failing(request, free):
-        if request.request_id in ("r0", "r8"):
+    def failing(row, *rest):
+        if row.request.request_id in ("r0", "r8"):
             raise error
-        return fill(request, free)
+        return fill(row, *rest)
 
     monkeypatch.setattr(llm.engine, "_fill", failing)
     assert run(llm, folder, ordered=True).status == "complete"

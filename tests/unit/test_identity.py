@@ -149,7 +149,7 @@ def test_an_adapter_and_how_it_is_added(folder, tmp_path):
 
 def test_resident_adapters(folder, tmp_path):
     a, b = adapter(tmp_path / "a"), adapter(tmp_path / "b", seed=1)
-    first, again, other = (model_facts(LLM(llmjax.load(folder), loras={"x": path}).model) for path in (a, a, b))
+    first, again, other = (model_facts(LLM(folder, loras={"x": path}).model) for path in (a, a, b))
     assert first == again and changed(first, other) == {"adapters"}
     assert first["adapters"][0]["name"] == "x" and first["weights_from"] == "files"
 

@@ -59,7 +59,8 @@ def replay(model, params, words=(), change=None):
 
 def run(llm, params, words=()):
     request = dataclasses.replace(llm.request(PROMPT, params), bad_words=tuple(map(tuple, words)))
-    (output,) = llm.outputs([request])
+    # Room for a row in each slot from the beginning: a cache that grows is compiled again.
+    (output,) = llm.outputs([request], reserve=[len(PROMPT) + STEPS] * llm.engine.slots)
     return output.outputs[0]
 
 

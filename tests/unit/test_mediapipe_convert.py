@@ -78,7 +78,7 @@ def test_the_comparison_sees(name, monkeypatch, tmp_path):
 
 
 def test_the_comparison_sees_alignment(monkeypatch, tmp_path):
-    monkeypatch.setattr("converters.readers.mediapipe.container._PAGE", 1 << 15)
+    monkeypatch.setattr("converters.mediapipe.bin_file._PAGE", 1 << 15)
     assert "bytes after the header" in differences(converted(GEMMA, tmp_path), GEMMA)
 
 

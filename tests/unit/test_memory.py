@@ -67,7 +67,7 @@ def put_off(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("pages", [7, 9, 12])
+@pytest.mark.parametrize("pages", [7, 9])
 def test_rows_that_were_put_off_keep_their_bits(ample, model, put_off, pages):
     """The longest needs six pages for itself, and three more while its prompt is scored."""
     expected = results(ample)
