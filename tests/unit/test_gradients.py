@@ -184,7 +184,7 @@ def test_sums_over_a_cache():
 def test_a_cache_of_16_bits_says_that_it_has_no_derivative():
     model = random_model("fast", "bfloat16")
     cache, ids = make_cache(model.config, model.numerics, 1, 256), jnp.zeros((1, 1), jnp.int32)
-    ctx = Context(ids, model.numerics)
+    ctx = Context(ids, model.numerics, table=jnp.zeros((1, 1), jnp.int32))
 
     def logits(params):
         return model.module.apply({"params": params, "cache": cache}, ids, ctx, mutable=["cache"])[0]
