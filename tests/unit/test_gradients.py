@@ -32,7 +32,7 @@ QUICK = {("reference", "bfloat16"), ("fast", "bfloat16"), ("fast", "int4"), ("dy
 ROWS = (1, 4, 8, 40)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def several_tiles(monkeypatch):
     """Tiles of 16 channels, of which the last overlaps."""
     monkeypatch.setattr("llmjax.products.plain._SMALL_BYTES", 0)
@@ -101,14 +101,15 @@ def numpy_derivatives(x, w, x_dot, leaves_dot, seed):
 @pytest.mark.parametrize(("profile", "kind"), [
     pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in itertools.product(PROFILES, KINDS)
 ])  # fmt: skip
-def test_products(profile, kind):
+def test_products(several_tiles, profile, kind):
     """In x and in what is float of W, both modes."""
     w = weight(kind)
     numerics = resolve(profile, w.dtype)
     leaves = floats(w)
+    dtype = numerics.activations
     cases = [
-        tuple(jnp.asarray(normal(rows, n), dtype) for n, dtype in zip((128, 128, 70), (x, x, jnp.float32), strict=True))
-        for rows, x in zip(ROWS, itertools.repeat(numerics.activations), strict=False)
+        (jnp.asarray(normal(n, 128), dtype), jnp.asarray(normal(n, 128), dtype), jnp.asarray(normal(n, 70)))
+        for n in ROWS
     ]
     leaves_dot = [jnp.asarray(normal(*leaf.shape), leaf.dtype) for leaf in leaves]
 
@@ -125,13 +126,12 @@ def test_products(profile, kind):
 
     for (x, x_dot, seed), found in zip(cases, derivatives(cases, leaves), strict=True):
         assert found[0].dtype == x.dtype and [f.dtype for f in found[1]] == [leaf.dtype for leaf in leaves]
-        arrays = (np.asarray(a, np.float64) for a in (x, x_dot, seed))
-        x, x_dot, seed = arrays
+        x, x_dot, seed = (np.asarray(a, np.float64) for a in (x, x_dot, seed))
         assert_close(found, numpy_derivatives(x, w, x_dot, leaves_dot, seed))
 
 
 @pytest.mark.parametrize("kind", ["float32", "int4-g32-asym"])
-def test_derivatives_of_derivatives_of_many(kind):
+def test_derivatives_of_derivatives_of_many(several_tiles, kind):
     """Hessian times vector, in a batch, with the inner values computed again."""
     w, x, vector = weight(kind), normal(3, 4, 128), normal(4, 128)
     leaves = floats(w)
@@ -158,9 +158,8 @@ def test_scales_of_two_halves(monkeypatch, whole):
     """Large enough for XLA:CPU to hand the sums over to a library."""
     monkeypatch.setattr("llmjax.products.plain._SMALL_BYTES", whole << 30)
     w, x, seed = weight("int4-g32", (300, 512)), normal(5, 512), normal(5, 300)
-    found = jax.jit(jax.grad(lambda s: jnp.vdot(matmul(x, w.replace(scales=s), resolve("fast", w.dtype)), seed)))(
-        w.scales
-    )
+    numerics = resolve("fast", w.dtype)
+    found = jax.jit(jax.grad(lambda s: jnp.vdot(matmul(x, w.replace(scales=s), numerics), seed)))(w.scales)
     assert_close(found, numpy_derivatives(x, w, x, [w.scales], seed)[1][0])
     ids, seed = jnp.arange(300)[::-1], normal(300, 512)
     found = jax.jit(jax.grad(lambda s: jnp.vdot(take(w.replace(scales=s), ids), seed)))(w.scales)
@@ -257,6 +256,7 @@ def test_an_adapter_beside_packed_weights(profile, scheme):
     assert_same_gradients(*gradients(model, with_loras(model.params, loras), ids))
 
 
+@pytest.mark.slow
 def test_the_demo_model(short_smollm2):
     """As in the README, under the profile of generation; beside packed weights their scales and offsets."""
     ids = jnp.asarray([short_smollm2.tokenizer.encode("The capital of France is Paris.")])
