@@ -148,13 +148,14 @@ def test_what_would_be_copied_is_not_stacked(model):
 
 def test_a_gpu_takes_no_trick_of_the_cpus(monkeypatch):
     """Layers are not stacked, products are written as they are defined, and no option is of the CPU's compiler."""
-    model = packed_model()
+    model, floats = packed_model(), random_model("fast")
 
     def tricks():
-        program = str(jax.make_jaxpr(model.apply)(model.params, jnp.ones((1, 3), jnp.int32)))
+        jax.clear_caches()  # the traces of parts, which JAX knows by device, not by what this test pretends
+        program = str(jax.make_jaxpr(floats.apply)(floats.params, jnp.ones((1, 3), jnp.int32)))
         return [
             stacked(model.params, 1, 1, model.numerics) is not None,
-            "optimization_barrier" in program,
+            program.count("optimization_barrier") > 1,  # the embedding's look-up has one on any device
             bool(model.numerics.compiler_options),
         ]
 
