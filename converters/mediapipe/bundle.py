@@ -18,12 +18,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
-from converters.mediapipe.writer import whole_file
 from converters.readers.mediapipe import graph
 from converters.readers.mediapipe.package import METADATA, MODEL, OPTIONAL, TOKENIZER
 from converters.readers.mediapipe.parameters import LlmParameters
 from converters.readers.source import shown
 from llmjax.errors import ConfigError, LlmjaxError, TokenizerError
+from llmjax.outside.whole import whole_file
 
 _ALIGNMENT = 4
 _HEADER_BYTES = 30  # of an entry, before its name
