@@ -20,8 +20,8 @@ import numpy as np
 from converters.readers.digest import Stamp
 from converters.readers.jsonfile import read_json
 from converters.readers.safetensors import SafetensorsFile
-from converters.readers.source import TensorSpec, problems_error, shown
-from llmjax.errors import CheckpointError
+from converters.readers.source import TensorSpec, problems_error
+from llmjax.errors import CheckpointError, named
 
 VERSION = 1
 WEIGHTS = "model.safetensors"
@@ -81,7 +81,7 @@ class LlmjaxSource:
         ):
             raise CheckpointError(
                 f"{self._file.path}: metadata 'quantization': expected bits, zero and group of each quantized tensor, "
-                f"found {shown(text)}; convert the source again"
+                f"found {named(text)}; convert the source again"
             )
         return schemes
 
@@ -93,7 +93,7 @@ class LlmjaxSource:
             self._stored[name] = [part for part in PARTS if f"{name}.{part}" in found]
             parts = {part: found.pop(f"{name}.{part}") for part in self._stored[name]}
             shape, wrong = _check(parts, **scheme)
-            problems += [f"tensor {shown(name)}: {problem}" for problem in wrong]
+            problems += [f"tensor {named(name)}: {problem}" for problem in wrong]
             label = f"INT{scheme['bits']}-G{scheme['group']}" if shape[1] > scheme["group"] else f"INT{scheme['bits']}"
             size = sum(part.nbytes for part in parts.values())
             specs[name] = TensorSpec(name, shape, label, size, self._file.path)

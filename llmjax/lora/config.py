@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from llmjax.errors import LoraError
+from llmjax.errors import LoraError, named, shown
 from llmjax.models.hf_config import Reader
 
 # Bookkeeping, training-only settings, and options of other options that are refused where they are on.
@@ -85,7 +85,7 @@ class LoraConfig:
         r.flag("fan_in_fan_out", False)  # of Conv1D layers; PEFT, too, takes no notice of it on linear ones
         for key in _OFF:
             if r.get(key) not in (None, False, [], {}):
-                r.problem(f"{key}: {r.get(key)!r} is not supported, expected it off")
+                r.problem(f"{key}: {shown(r.get(key))} is not supported, expected it off")
         result = cls(
             rank=r.size("r", 8),
             alpha=r.number("lora_alpha", 8),
@@ -152,15 +152,15 @@ def _is_regex(text: str) -> bool:
 def _pattern(r: Reader, key: str, kind: type) -> dict[str, Any]:
     found = r.get(key, {})
     if not isinstance(found, dict):
-        r.problem(f"{key}: expected an object, found {found!r}")
+        r.problem(f"{key}: expected an object, found {shown(found)}")
         return {}
     numbers = (int,) if kind is int else (int, float)
     for name, value in found.items():
         if not _is_regex(name):
-            r.problem(f"{key}: {name!r} is no regular expression")
+            r.problem(f"{key}: {shown(name)} is no regular expression")
         if not isinstance(value, numbers) or isinstance(value, bool) or not 0 < value < math.inf:
             what = "a positive integer" if kind is int else "a positive number"
-            r.problem(f"{key}: {name}: expected {what}, found {value!r}")
+            r.problem(f"{key}: {named(name)}: expected {what}, found {shown(value)}")
     return found
 
 
@@ -168,7 +168,7 @@ def _modules(r: Reader, key: str) -> tuple[str, ...] | str | None:
     found = r.get(key)
     if isinstance(found, str):
         if not _is_regex(found):
-            r.problem(f"{key}: {found!r} is no regular expression")
+            r.problem(f"{key}: {shown(found)} is no regular expression")
             return None
         return found
     return None if found is None else _names(r, key)
@@ -178,7 +178,7 @@ def _names(r: Reader, key: str) -> tuple[str, ...]:
     found = r.get(key, [])
     found = [found] if isinstance(found, str) else found
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        r.problem(f"{key}: expected a list of names, found {found!r}")
+        r.problem(f"{key}: expected a list of names, found {shown(found)}")
         return ()
     return tuple(found)
 
@@ -186,7 +186,7 @@ def _names(r: Reader, key: str) -> tuple[str, ...]:
 def _patterns(r: Reader, key: str) -> tuple[str, ...]:
     for name in _names(r, key):
         if not _is_regex(name):
-            r.problem(f"{key}: {name!r} is no regular expression")
+            r.problem(f"{key}: {shown(name)} is no regular expression")
     return _names(r, key)
 
 
@@ -194,6 +194,6 @@ def _layers(r: Reader) -> tuple[int, ...] | None:
     found = r.get("layers_to_transform", [])
     found = [found] if type(found) is int else found
     if not isinstance(found, list) or not all(type(i) is int and i >= 0 for i in found):
-        r.problem(f"layers_to_transform: expected numbers of layers, found {found!r}")
+        r.problem(f"layers_to_transform: expected numbers of layers, found {shown(found)}")
         return None
     return tuple(found) or None

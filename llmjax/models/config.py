@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from flax import linen as nn
 
+from llmjax.errors import shown
 from llmjax.models.hf_config import Reader
 
 # The values of a config's ``layer_types``.
@@ -107,7 +108,7 @@ def layer_windows(r: Reader, kinds: Sequence[str], window: int | None) -> tuple[
     layers = len(kinds)
     found = r.get("layer_types", list(kinds))
     if not isinstance(found, list) or len(found) != layers or any(kind not in (FULL, SLIDING) for kind in found):
-        r.problem(f"layer_types: expected {layers} of {SLIDING!r} or {FULL!r}, found {found!r}")
+        r.problem(f"layer_types: expected {layers} of {SLIDING!r} or {FULL!r}, found {shown(found)}")
         return (None,) * layers
     if window is None and SLIDING in found:
         r.problem(f"sliding_window: null or switched off, but there are layers of type {SLIDING!r}")

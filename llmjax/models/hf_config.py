@@ -8,7 +8,7 @@ sliding window.  Files come in two dialects, transformers 4 (``rope_theta``, ``r
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
-from llmjax.errors import ConfigError, LlmjaxError
+from llmjax.errors import ConfigError, LlmjaxError, named, shown
 from llmjax.models.layers import ACTIVATIONS
 from llmjax.models.rope import Llama3Scaling, Rope
 
@@ -72,7 +72,7 @@ class Reader:
         """
         value = self.get(key)
         if not isinstance(value, dict):
-            self.problem(f"{key}: expected an object, found {value!r}")
+            self.problem(f"{key}: expected an object, found {shown(value)}")
             value = {}
         self._sections[key] = Reader({**defaults, **value}, f"{self._where}: {key}")
         return self._sections[key]
@@ -86,7 +86,7 @@ class Reader:
         if value is None:
             self.problem(f"{key}: missing, expected {what}")
         elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or not ok(value):
-            self.problem(f"{key}: expected {what}, found {value!r}")
+            self.problem(f"{key}: expected {what}, found {shown(value)}")
         else:
             return value
         return kinds[-1](1)  # any value that lets the reading go on to collect the other problems
@@ -120,7 +120,7 @@ class Reader:
         """A value out of a list of supported ones; anything else is refused by name."""
         value = self.get(key, default)
         if value not in allowed:
-            self.problem(f"{key}: {value!r} is not supported, expected {' or '.join(map(repr, allowed))}")
+            self.problem(f"{key}: {shown(value)} is not supported, expected {' or '.join(map(repr, allowed))}")
             return next(iter(allowed))
         return value
 
@@ -157,23 +157,23 @@ class Reader:
         spec: dict[str, Any] = {}
         for key, value in places.items():
             if value is not None and not isinstance(value, dict):
-                self.problem(f"{key}: expected an object, found {value!r}")
+                self.problem(f"{key}: expected an object, found {shown(value)}")
             elif value:
                 spec.update(value)
         theta = spec.pop("rope_theta", self.get(theta_key, theta))
         whole, fraction = fraction is None, 1.0 if fraction is None else fraction
         fraction = spec.pop("partial_rotary_factor", self.get("partial_rotary_factor", fraction))
         if whole and fraction != 1:
-            self.problem(f"partial_rotary_factor: {fraction!r} is not supported here, expected 1.0")
+            self.problem(f"partial_rotary_factor: {shown(fraction)} is not supported here, expected 1.0")
             fraction = 1.0
         return self._build_rope(spec, theta, fraction, head_dim)
 
     def _build_rope(self, spec: dict[str, Any], theta: Any, fraction: Any, head_dim: int) -> Rope:
         if not isinstance(theta, int | float) or isinstance(theta, bool) or not 0 < theta < float("inf"):
-            self.problem(f"rope_theta: expected a positive number, found {theta!r}")
+            self.problem(f"rope_theta: expected a positive number, found {shown(theta)}")
             theta = 1.0
         if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-            self.problem(f"partial_rotary_factor: expected a number in (0, 1], found {fraction!r}")
+            self.problem(f"partial_rotary_factor: expected a number in (0, 1], found {shown(fraction)}")
             fraction = 1.0
         dims = int(head_dim * fraction)
         if dims % 2 or dims == 0:
@@ -200,16 +200,17 @@ class Reader:
                 ),
             )
         else:
-            self.problem(f"rope_type: {kind!r} is not supported, expected 'default', 'linear' or 'llama3'")
+            self.problem(f"rope_type: {shown(kind)} is not supported, expected 'default', 'linear' or 'llama3'")
             return rope
-        for key in sorted(spec):
-            self.problem(f"rope parameter {key}: {spec[key]!r} is not understood for rope_type {kind or 'default'!r}")
+        for key in sorted(spec, key=str):
+            what = f"rope parameter {named(str(key))}: {shown(spec[key])}"
+            self.problem(f"{what} is not understood for rope_type {kind or 'default'!r}")
         return rope
 
     def _rope_number(self, spec: dict[str, Any], key: str) -> float:
         value = spec.pop(key, None)
         if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            self.problem(f"rope parameter {key}: expected a positive number, found {value!r}")
+            self.problem(f"rope parameter {key}: expected a positive number, found {shown(value)}")
             return 1.0
         return float(value)
 
@@ -218,12 +219,13 @@ class Reader:
         found = list(self._problems)
         for key in self.must_be_false:
             if self._config.get(key):
-                found.append(f"{key}: {self._config[key]!r} is not supported, expected false")
-        for key in sorted(set(self._config) - self._seen - self.irrelevant):
+                found.append(f"{key}: {shown(self._config[key])} is not supported, expected false")
+        for key in sorted(set(self._config) - self._seen - self.irrelevant, key=str):
             value = self._config[key]
             if value is not None:
                 found.append(
-                    f"{key}: llmjax does not know this key (value {value!r}) and will not guess what it changes"
+                    f"{named(str(key))}: llmjax does not know this key (value {shown(value)}) and will not guess what "
+                    "it changes"
                 )
         for key, section in self._sections.items():
             found += [f"{key}.{problem}" for problem in section._all_problems()]
