@@ -143,7 +143,9 @@ def _check(parts: dict[str, TensorSpec], bits: int, zero: int, group: int) -> tu
         return (0, 0), ["expected values of two dimensions, and scales"]
     out, stored = parts["values"].shape
     width = stored if bits == 8 else 2 * stored
-    if bits not in (4, 5, 8) or not -128 <= zero <= 127 or group < 1 or width % group:
+    # Two values share a byte in fewer than 8 bits, eight their fifth bits; what zero is taken from must stay an int8.
+    step, zeros = {4: (2, range(-112, 128)), 5: (8, range(-96, 128)), 8: (1, range(1))}.get(bits, (1, range(0)))
+    if zero not in zeros or group < 1 or width % group or width % step or (bits < 8 and group % 2):
         return (out, width), [f"bits {bits}, zero {zero}, group {group}: no such scheme for {width} inputs"]
     expected = {"values": ("I8" if bits == 8 else "U8", (out, stored)), "scales": ("F32", (out, width // group))}
     if bits == 5:

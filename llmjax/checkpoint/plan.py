@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -100,7 +100,11 @@ def make_plan(source: Source, override: Override = None) -> Plan:
         configuring.append(specs[gguf_config.ROPE_FREQS])
         used.add(gguf_config.ROPE_FREQS)
     assignments = []
-    for parameter, shape in parameter_shapes(config).items():
+    known = min(config.num_hidden_layers, _last_layer(specs) + 2)  # one without tensors tells of all the others
+    if known < config.num_hidden_layers:
+        layers = config.num_hidden_layers
+        problems.append(f"num_hidden_layers: {layers}, but no tensor is of a layer after number {known - 2}")
+    for parameter, shape in parameter_shapes(config.shortened(known)).items():
         entry, files = sources_of(parameter, names)
         found = []
         for name in files:
@@ -126,6 +130,11 @@ def make_plan(source: Source, override: Override = None) -> Plan:
             what = f"tensor {named(name)} {list(specs[name].shape)}"
             problems.append(f"{what} is not part of a {architecture.model_type} model")
     return Plan(architecture, config, assignments, tied, dropped, configuring, problems)
+
+
+def _last_layer(names: Iterable[str]) -> int:
+    """The highest number of a layer in names of tensors; -1 where there is none."""
+    return max((int(n) for name in names for n in re.findall(r"[._](\d{1,4})\.", name)), default=-1)
 
 
 def _stem(source: Source, name: str) -> str:

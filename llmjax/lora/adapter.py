@@ -14,12 +14,13 @@ from converters.readers.digest import Stamp, stamp
 from converters.readers.mediapipe import lora as mediapipe
 from converters.readers.mediapipe.container import is_container
 from converters.readers.peft import CONFIG, AdapterFile, open_adapter
-from llmjax.errors import CheckpointError, LoraError, named, shown
+from llmjax.errors import CheckpointError, LoraError, named
 from llmjax.lora.config import LoraConfig
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.names import From, sources_of, stem
 from llmjax.models.tree import parameter_shapes
+from llmjax.outside.values import POSITIVE, POSITIVE_NUMBER, check
 from llmjax.quant.schemes import role_of
 
 _LOG = logging.getLogger(__name__)
@@ -206,9 +207,9 @@ def _settings(source: LoraSource, file: AdapterFile) -> LoraConfig:
 
 
 def _check_positive(source: LoraSource) -> None:
-    for name, value in (("alpha", source.alpha), ("rank", source.rank)):
-        if value is not None and not 0 < value < float("inf"):
-            raise LoraError(f"{name}: expected a positive number, found {shown(value)}")
+    for name, value, rule in (("alpha", source.alpha, POSITIVE_NUMBER), ("rank", source.rank, POSITIVE)):
+        if value is not None:
+            check(name, value, rule, LoraError)
 
 
 def _modules(architecture: Architecture, config: DecoderConfig) -> dict[str, list[_Part]]:

@@ -128,7 +128,7 @@ class MediapipeSource:
         }
         if entry.name.endswith(".w"):
             return known.get(module, ())
-        return (entry.nbytes // 4,) if entry.type == "FLOAT32" else ()
+        return (entry.nbytes // 4,) if entry.type == "FLOAT32" and entry.nbytes % 4 == 0 else ()
 
     def names(self) -> list[str]:
         """See ``Source``; scales and the like are part of the tensor they belong to."""
