@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmjax.batch.files import write_whole
 from llmjax.checkpoint.identity import differences
 from llmjax.errors import RequestError, ResumeError
+from llmjax.outside.whole import write_whole
 from llmjax.text.dates import Date, settled
 
 FORMAT, VERSION = "llmjax-batch", 1

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from llmjax.batch.files import write_whole
 from llmjax.batch.question import checked_id
 from llmjax.batch.rows import parse_object, row_error
 from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.errors import RequestError
 from llmjax.llm import LLM
+from llmjax.outside.whole import write_whole
 from llmjax.runtime.outputs import Score
 
 

@@ -103,7 +103,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             yield from differences(before, now, f"{prefix}{name}.")
         elif before != now:
-            yield f"{prefix}{name}: was {_shown(before)}, now {_shown(now)}"
+            yield f"{prefix}{name}: was {_abridged(before)}, now {_abridged(now)}"
 
 
 def stored(model: Model) -> dict[str, int]:
@@ -133,7 +133,7 @@ def _is_packed(x: Any) -> bool:
     return isinstance(x, QTensor)
 
 
-def _shown(value: Any) -> str:
+def _abridged(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:24]}..."
 

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 from llmjax.cli import batch, bench, checkpoints, generate, loading, lora, oracle
-from llmjax.errors import LlmjaxError, OutputError
+from llmjax.errors import LlmjaxError, OutputError, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,17 +20,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"llmjax: warning: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
             _tell_log()
             loading.keep_compiled(args)
             code = args.run(args)
             sys.stdout.flush()
             return code
     except OutputError as error:
-        print(f"llmjax: {error}", file=sys.stderr)
+        _tell(str(error))
         return 1
     except LlmjaxError as error:
-        print(f"llmjax: {error}", file=sys.stderr)
+        _tell(str(error))
         return 2
     except KeyboardInterrupt:
         print("llmjax: interrupted", file=sys.stderr)
@@ -39,9 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_stdout()
         return 0
     except OSError as error:  # a full disk behind stdout, say
-        print(f"llmjax: {error}", file=sys.stderr)
+        _tell(str(error))
         _drop_stdout()
         return 1
+
+
+def _tell(message: str) -> None:
+    """On stderr, as it is at the time; names from files may be in it."""
+    print(f"llmjax: {printable(message)}", file=sys.stderr)
 
 
 def _drop_stdout() -> None:
@@ -53,7 +58,7 @@ class _ToStderr(logging.Handler):
     """Wherever stderr leads at the time."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"llmjax: {record.getMessage()}", file=sys.stderr)
+        _tell(record.getMessage())
 
 
 def _tell_log() -> None:

@@ -6,7 +6,12 @@ from typing import Any, Self
 
 from flax import linen as nn
 
+from llmjax.errors import shown
 from llmjax.models.hf_config import Reader
+
+# Far above any model's: what is planned from a configuration, before its tensors are compared, must cost little.
+MOST_LAYERS = 1024
+MOST_WIDTH, MOST_HEADS, MOST_HEAD_DIM, MOST_TOKENS = 1 << 20, 1 << 16, 1 << 16, 1 << 24
 
 # The values of a config's ``layer_types``.
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -77,20 +82,20 @@ def dimensions(
       kv_heads: its default for an absent ``num_key_value_heads``; None means as many as query heads, as null does.
       head_dim: its default for an absent ``head_dim``; None means the width shared among the heads.
     """
-    hidden, heads = r.size("hidden_size"), r.size("num_attention_heads")
+    hidden, heads = r.size("hidden_size", most=MOST_WIDTH), r.size("num_attention_heads", most=MOST_HEADS)
     kv = r.nullable(r.size, "num_key_value_heads", kv_heads or heads) or heads
     if r.get("head_dim", head_dim) is None and hidden % heads:
         r.problem(f"hidden_size: {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is absent")
     if heads % kv:
         r.problem(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads {kv}")
     return {
-        "vocab_size": r.size("vocab_size"),
+        "vocab_size": r.size("vocab_size", most=MOST_TOKENS),
         "hidden_size": hidden,
-        "intermediate_size": r.size("intermediate_size"),
-        "num_hidden_layers": r.size("num_hidden_layers"),
+        "intermediate_size": r.size("intermediate_size", most=4 * MOST_WIDTH),
+        "num_hidden_layers": r.size("num_hidden_layers", most=MOST_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": kv,
-        "head_dim": r.size("head_dim", head_dim or max(1, hidden // heads)),
+        "head_dim": r.size("head_dim", head_dim or max(1, hidden // heads), most=MOST_HEAD_DIM),
         "max_position_embeddings": r.size("max_position_embeddings", context),
         "tie_word_embeddings": r.flag("tie_word_embeddings", tied),
     }
@@ -107,7 +112,7 @@ def layer_windows(r: Reader, kinds: Sequence[str], window: int | None) -> tuple[
     layers = len(kinds)
     found = r.get("layer_types", list(kinds))
     if not isinstance(found, list) or len(found) != layers or any(kind not in (FULL, SLIDING) for kind in found):
-        r.problem(f"layer_types: expected {layers} of {SLIDING!r} or {FULL!r}, found {found!r}")
+        r.problem(f"layer_types: expected {layers} of {SLIDING!r} or {FULL!r}, found {shown(found)}")
         return (None,) * layers
     if window is None and SLIDING in found:
         r.problem(f"sliding_window: null or switched off, but there are layers of type {SLIDING!r}")

@@ -7,6 +7,7 @@ from typing import Self
 import jax
 from flax import linen as nn
 
+from llmjax.errors import named
 from llmjax.models.architecture import Architecture
 from llmjax.models.attention import Scores, softcap
 from llmjax.models.config import FULL, SLIDING, DecoderConfig, dimensions, layer_windows
@@ -42,8 +43,9 @@ class Gemma3Config(DecoderConfig):
         pattern = r.size("sliding_window_pattern", r.size("_sliding_window_pattern", 6))
         kinds = [SLIDING if (i + 1) % pattern else FULL for i in range(layers)]
         ropes = r.get("rope_parameters", {})
-        for key in sorted(set(ropes) - {FULL, SLIDING}) if isinstance(ropes, dict) else ():
-            r.problem(f"rope_parameters.{key}: expected an object for each of {FULL!r} and {SLIDING!r}, nothing else")
+        for key in sorted(set(ropes) - {FULL, SLIDING}, key=str) if isinstance(ropes, dict) else ():
+            where = f"rope_parameters.{named(str(key))}"
+            r.problem(f"{where}: expected an object for each of {FULL!r} and {SLIDING!r}, nothing else")
         return cls(
             **shared,
             rms_norm_eps=r.number("rms_norm_eps", 1e-6),

@@ -9,9 +9,6 @@ before ``o``), ``.o``, ``layers.3.resid_attn``, ``layers.3.mlp.gate``, ``.up``, 
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,6 +23,7 @@ from llmjax.errors import RequestError
 from llmjax.model import Model, check_ids
 from llmjax.models.context import TAP, Context
 from llmjax.models.tree import canonical
+from llmjax.outside.whole import whole_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,22 +47,9 @@ class Trace:
         """
         from safetensors.numpy import save_file
 
-        target = Path(directory)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise RequestError(f"{target}: exists already and is not an empty directory; name a new one")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            try:
-                save_file(self.activations, temporary / "activations.safetensors")
-                (temporary / "manifest.json").write_text(json.dumps(self.manifest, indent=2) + "\n")
-                temporary.chmod(0o755)
-                os.replace(temporary, target)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-        except OSError as error:
-            raise RequestError(f"{target}: cannot write the trace: {error.strerror or error}") from None
+        with whole_folder(Path(directory), RequestError) as folder:
+            save_file(self.activations, folder / "activations.safetensors")
+            (folder / "manifest.json").write_text(json.dumps(self.manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def trace(model: Model, token_ids: Sequence[int], taps: str | Sequence[str] = "*") -> Trace:

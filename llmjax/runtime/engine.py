@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.errors import CheckpointError, NoRoomError, RequestError
+from llmjax.errors import CheckpointError, NoRoomError
 from llmjax.model import Model
 from llmjax.models.stack import stacked
 from llmjax.models.watched import Program, interceptors
+from llmjax.outside.values import check, integer
 from llmjax.runtime import state as states
 from llmjax.runtime.decode import BURST, Produced, decode
 from llmjax.runtime.logits import Controls, LogitsProcessor, no_controls, row_controls
@@ -78,8 +79,7 @@ class Engine:
         memory: int | None = None,
     ):
         for name, value, least in (("slots", slots, 1), ("chunk", chunk, 1), ("block", block, 1)):
-            if not isinstance(value, int) or value < least:
-                raise RequestError(f"{name}: expected an integer of at least {least}, found {value!r}")
+            check(name, value, integer(least))
         self.model, self.slots, self.chunk, self.block = model, slots, chunk, block
         self.progress = Progress(slots)
         self.traces: Counter[str] = Counter()
