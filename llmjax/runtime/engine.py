@@ -78,7 +78,7 @@ class Engine:
         memory: int | None = None,
     ):
         for name, value, least in (("slots", slots, 1), ("chunk", chunk, 1), ("block", block, 1)):
-            if not isinstance(value, int) or value < least:
+            if type(value) is not int or value < least:
                 raise RequestError(f"{name}: expected an integer of at least {least}, found {value!r}")
         self.model, self.slots, self.chunk, self.block = model, slots, chunk, block
         self.progress = Progress(slots)
