@@ -10,17 +10,18 @@ from llmjax.checkpoint.loading import LoadOptions, as_asked
 from llmjax.errors import NoRoomError, RequestError
 from llmjax.lora.adapter import AnyLora
 from llmjax.lora.resident import with_adapters
-from llmjax.model import Model, check_ids
+from llmjax.model import Model
 from llmjax.runtime.asking import Asking, ChatOptions, Message, Params, Prompt, for_each, listed, prompt_list
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine, Update
 from llmjax.runtime.logits import LogitsProcessor
 from llmjax.runtime.memory import parse as parse_size
-from llmjax.runtime.outputs import RequestOutput, Score
+from llmjax.runtime.outputs import RequestOutput, Score, ScoreOutput
 from llmjax.runtime.params import SamplingParams
-from llmjax.runtime.row import Request
+from llmjax.runtime.row import Request, Requests
 from llmjax.runtime.samples import Samples
 from llmjax.text.dates import settled
+from llmjax.text.tokenizer import token_text
 
 # Tokens of an answer that memory is had for before it begins; it grows with a longer one.
 _ANSWER = 256
@@ -136,7 +137,7 @@ class LLM(Asking):
 
     def outputs(
         self,
-        requests: Iterable[Request],
+        requests: Requests,
         *,
         reserve: Sequence[int] = (),
         on_update: Callable[[], None] | None = None,
@@ -151,7 +152,7 @@ class LLM(Asking):
         Raises:
           RequestError: this thread is in the middle of another run.
         """
-        samples = Samples(requests, self.model.numerics.label)
+        samples = Samples(requests, self.model)
         with self._turn():
             for update in self.engine.run(samples.rows(), reserve=_reserve(requests, reserve)):
                 if update.row.finish_reason and (output := samples.add(update.row)):
@@ -267,19 +268,38 @@ class LLM(Asking):
           RequestError: an empty text, or one longer than the context.
           NoRoomError: one that does not fit the memory.
         """
-        many, _ = prompt_list(texts_or_ids, "texts")
-        self._check_lora(lora)
-        scores = []
+        many, single = prompt_list(texts_or_ids, "texts")
+        requests = []
         for i, text in enumerate(many):
-            ids = self.ids_of(text, f"text {i}")
-            check_ids(ids, self.model, f"text {i}")
-            with self._turn():
-                logprobs, best = self.engine.score(ids, lora)
-            scores.append(Score(list(ids), [None, *map(float, logprobs)], [None, *map(int, best)]))
+            try:
+                requests.append(self.score_request(text, request_id=str(i), lora=lora))
+            except RequestError as error:
+                raise error if single else type(error)(f"text {i}: {error}") from None
+        scores = []
+        for output in self.scores(requests):
+            if output.score is None:
+                raise output.error or RequestError(f"text {output.request_id}: not scored")
+            scores.append(output.score)
         return scores
 
+    def scores(self, requests: Requests) -> Generator[ScoreOutput, None, None]:
+        """Scores requests (``score_request``), in their order, each as soon as it is done.
 
-def _reserve(requests: Iterable[Request], reserve: Sequence[int]) -> Sequence[int]:
+        Raises:
+          RequestError: this thread is in the middle of another run.
+        """
+        with self._turn():
+            for request, found in self.engine.scores(requests):
+                if isinstance(found, NoRoomError):
+                    yield ScoreOutput(request.request_id, request.ids, None, found)
+                    continue
+                logprobs, best = found
+                texts = [token_text(i, self.model.tokenizer) for i in request.ids]
+                score = Score(request.ids, [None, *map(float, logprobs)], [None, *map(int, best)], texts)
+                yield ScoreOutput(request.request_id, request.ids, score)
+
+
+def _reserve(requests: Requests, reserve: Sequence[int]) -> Sequence[int]:
     """Lengths of rows to begin with room for: those of a list, with answers that are not very long."""
     if reserve or not isinstance(requests, list):
         return reserve

@@ -176,6 +176,17 @@ class Asking:
             truncated=whole - len(ids),
         )
 
+    def score_request(self, text: Prompt, *, request_id: str, lora: str | None = None) -> Request:
+        """As ``request``, for a text that is scored; it may fill the context.
+
+        Raises:
+          RequestError: it is empty, or longer than the context.
+        """
+        self._check_lora(lora)
+        ids = self.ids_of(text, "text")
+        check_ids(ids, self.model, "text")
+        return Request(request_id, text if isinstance(text, str) else None, ids, SamplingParams(), 0, lora=lora)
+
     def ids_of(self, prompt: Prompt, what: str) -> list[int]:
         """The token ids of a text, or of a list of them.
 

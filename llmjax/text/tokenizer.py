@@ -213,6 +213,18 @@ def _not_text(text: Any) -> str:
     )
 
 
+def token_text(token: int, tokenizer: Tokenizer | None) -> str:
+    """A token's text; part of a character as OpenAI writes it, a special token by its name, and one that has none by
+    number, as vLLM does: tokens are keys in OpenAI's ``top_logprobs``, so no two may look alike."""
+    if tokenizer is None:
+        return f"token_id:{token}"
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode() or tokenizer.piece(token) or f"token_id:{token}"
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
 def read_file(path: Path) -> bytes:
     """The file's bytes.
 

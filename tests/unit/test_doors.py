@@ -46,8 +46,8 @@ def llm(folder):
 def test_no_prompt(llm, prompts, message):
     with pytest.raises(RequestError, match=f"^{message}"):
         llm.generate(prompts)
-    told = re.sub(r"^prompt (\d): prompt", r"text \1", message).replace("prompts:", "texts:")
-    with pytest.raises(RequestError, match=re.sub("^prompt:", "text 0:", told)):
+    told = re.sub(r"^prompt(s?)", r"text\1", message).replace(": prompt:", ": text:")
+    with pytest.raises(RequestError, match=f"^{told}"):
         llm.score(prompts)
 
 
