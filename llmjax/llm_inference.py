@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from llmjax.errors import LoraError, RequestError
+from llmjax.errors import LoraError, RequestError, shown
 from llmjax.llm import LLM
 from llmjax.lora.adapter import AnyLora, LoraSource, read_adapter
 from llmjax.lora.apply import beside, with_loras
@@ -60,7 +60,8 @@ class LlmInference:
     """
 
     def __init__(self, options: LlmInferenceOptions, llm: LLM):
-        self._options, self._llm = options, llm
+        self._options = options
+        self._llm: LLM | None = llm
         self._llms = {"": llm}  # by adapter
         self._busy = threading.Lock()
         self._lora = self._with(options.lora_path)
@@ -176,8 +177,10 @@ class LlmInference:
 
     def close(self) -> None:
         """Frees the model; later calls are refused."""
-        self._llms = {}
-        del self._llm
+        self._llms, self._llm = {}, None
+
+    def __repr__(self) -> str:
+        return f"LlmInference({self._llms[self._lora] if self._llms else 'closed'})"
 
     def __enter__(self) -> "LlmInference":
         return self
@@ -203,6 +206,8 @@ def _sampling(options: LlmInferenceOptions) -> SamplingParams:
 
 def _check(options: LlmInferenceOptions) -> None:
     """Raises RequestError for an option out of range."""
+    if not isinstance(options, LlmInferenceOptions):
+        raise RequestError(f"options: expected LlmInferenceOptions, found {shown(options)}")
     _sampling(options)
     for name, least in (("max_tokens", 2), ("max_top_k", 1)):
         check(name, getattr(options, name), integer(least))

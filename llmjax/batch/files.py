@@ -1,78 +1,15 @@
-"""Files of a job: JSONL read from a path, gzip or stdin; the place that rows are written to."""
+"""Files of a job: the place that rows are written to, and its lock."""
 
 import contextlib
-import gzip
-import io
 import os
 import sys
 import tempfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from llmjax.errors import RequestError
 from llmjax.outside.whole import locked, workspace
-
-
-class Lines:
-    """The lines of an open file, gzip or not: from its beginning at each ``iter``, of a pipe only once.
-
-    Bytes that are no UTF-8 must spoil their own row only: they pass as lone surrogates, which ``parse_object`` refuses.
-
-    Attributes:
-      repeatable: whether they can be read again.
-    """
-
-    def __init__(self, file: io.BufferedReader, path: str):
-        self._file, self._path = file, path
-        self.repeatable = file.seekable()
-        self._begin = file.tell() if self.repeatable else 0
-
-    def __iter__(self) -> Iterator[str]:
-        """Raises RequestError where it cannot be read, or is damaged on the way."""
-        try:
-            # A pipe's name tells nothing, but no JSON begins with gzip's first byte.
-            zipped = self._first() == b"\x1f" or self._path.endswith(".gz")
-            data: Any = gzip.open(self._file) if zipped else self._file
-            text = io.TextIOWrapper(data, encoding="utf-8", errors="surrogateescape", newline="\n")
-            try:
-                yield from text
-            finally:
-                with contextlib.suppress(ValueError):  # the file may be closed by now
-                    text.detach()  # or it would close the file
-        except (EOFError, OSError, zlib.error) as error:
-            message = f"{self._path}: cannot read on, the file is damaged or was cut short: {error}"
-            raise RequestError(message) from None
-
-    def _first(self) -> bytes:
-        """The first byte, which is still there to be read."""
-        if not self.repeatable:
-            return self._file.peek(1)[:1]
-        self._file.seek(self._begin)
-        first = self._file.read(1)
-        self._file.seek(self._begin)
-        return first
-
-
-@contextlib.contextmanager
-def open_lines(path: str) -> Iterator[Lines]:
-    """The lines of a text file, a gzip one, a pipe, or stdin for ``-``; opened once: what was read of a pipe is gone.
-
-    Raises:
-      RequestError: it cannot be read.
-    """
-    if path == "-":
-        if sys.stdin is None:
-            raise RequestError("-: cannot read the input: stdin is closed")
-        yield Lines(sys.stdin.buffer, path)  # type: ignore[arg-type]
-        return
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise RequestError(f"{path}: cannot read the input: {error.strerror}") from None
-    with file:
-        yield Lines(file, path)
 
 
 def send(stream: IO[bytes], data: bytes) -> None:

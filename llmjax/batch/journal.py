@@ -141,6 +141,10 @@ class Journal:
         """The rows that are kept."""
         return self._read("line" if ordered else "start")
 
+    def failed(self, count: int) -> list[bytes]:
+        """The first rows of the input that failed."""
+        return [os.pread(self._file, size, start) for start, size in self._index.failed(count)]
+
     def _is_sorted(self, order: str) -> bool:
         before = -1
         for start, _ in self._index.places(order):

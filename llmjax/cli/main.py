@@ -5,18 +5,24 @@ wrong usage or bad input, 130 interrupted.
 """
 
 import argparse
+import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
+import llmjax
 from llmjax.cli import batch, bench, checkpoints, generate, loading, lora, oracle
 from llmjax.errors import LlmjaxError, OutputError, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
+    # What cannot be read or written as it stands must not end in a traceback.
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     args = _parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
@@ -73,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmjax", description="On-device LLM inference in pure JAX.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"llmjax {llmjax.__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for group in (generate, batch, oracle, checkpoints, lora, bench):
         group.add(verbs)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -103,6 +104,10 @@ class Adapter:
     options: Mapping[str, Any]
     deltas: Mapping[str, Delta]
 
+    def __repr__(self) -> str:
+        ranks = sorted({delta.rank for delta in self.deltas.values()})
+        return f"Adapter({str(self.path)!r}: {len(self.deltas)} projections of rank {', '.join(map(str, ranks))})"
+
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
@@ -123,6 +128,8 @@ def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfi
         at once.
     """
     source = lora if isinstance(lora, LoraSource) else LoraSource(lora)
+    if not isinstance(source.path, str | os.PathLike):
+        raise LoraError(f"lora: expected an adapter's path or a LoraSource, found {source.path!r:.80}")
     if is_container(Path(source.path)):
         return _from_mediapipe(source, config)
     try:

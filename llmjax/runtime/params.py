@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmjax.errors import RequestError
+from llmjax.errors import RequestError, shown
 from llmjax.outside.values import FLAG, INT32, TEXT, Rule, check, each, integer, number
 
 MAX_LOGPROBS = 20
@@ -86,7 +86,12 @@ class SamplingParams:
         object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
         object.__setattr__(self, "seed", _number(self.seed))
         if isinstance(self.logit_bias, Mapping):
-            object.__setattr__(self, "logit_bias", {_number(token): bias for token, bias in self.logit_bias.items()})
+            biases = {_number(token): bias for token, bias in self.logit_bias.items()}
+            if len(biases) < len(self.logit_bias):
+                raise RequestError(
+                    f"logit_bias: a token is there twice, as a number and as text: {shown(self.logit_bias)}"
+                )
+            object.__setattr__(self, "logit_bias", biases)
         for field, rule in _RULES.items():
             value = getattr(self, field)
             if value is not None or field not in _OPTIONAL:
@@ -97,8 +102,10 @@ class SamplingParams:
             raise RequestError(f"n: expected 1 with temperature 0, where all samples are the same, found {self.n}")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "SamplingParams":
+    def from_dict(cls, values: Mapping[str, Any]) -> "SamplingParams":
         """From parsed JSON; a key that is no field is refused by name."""
+        if not isinstance(values, Mapping):
+            raise RequestError(f"sampling parameters: expected an object, found {shown(values)}")
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             known = ", ".join(f.name for f in dataclasses.fields(cls))
