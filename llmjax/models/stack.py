@@ -60,9 +60,10 @@ def _traced_once(model: nn.Module, blocks: Sequence[nn.Module], x: jax.Array, ct
     def alike(block: nn.Module, variables: Any, x: jax.Array, ctx: Context) -> Any:
         return block.apply(variables, x, ctx, mutable=["cache"])
 
+    apply = jax.checkpoint(alike, static_argnums=0) if ctx.recompute else alike
     for block in blocks:
         with jax.named_scope(str(block.name)):
-            x, made = alike(block.clone(parent=None, name=None), block.variables, x, ctx)
+            x, made = apply(block.clone(parent=None, name=None), block.variables, x, ctx)
         for collection, leaves in made.items():
             model.put_variable(collection, str(block.name), leaves)
     return x
