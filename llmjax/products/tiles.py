@@ -42,7 +42,7 @@ def over_tiles(
     if not on_cpu():
         return multiply(weight).T
     if converted_whole(shape, size):
-        return multiply(after(x, weight)).T
+        return multiply(_after(x, weight)).T
 
     def step(i: jax.Array, y: jax.Array) -> jax.Array:
         # The last tile may repeat channels of the one before: cutting the weight to whole tiles would copy it.
@@ -68,7 +68,7 @@ def converted_whole(shape: tuple[int, ...], size: int) -> bool:
     return size * shape[0] * shape[1] < _SMALL_BYTES
 
 
-def after(x: jax.Array, weight: Any) -> Any:
+def _after(x: jax.Array, weight: Any) -> Any:
     """``weight``, but not before ``x`` is known."""
     first = lax.bitcast_convert_type(x.reshape(-1)[0].astype(jnp.float32), jnp.uint32)
     never = first == 0x7FC1_2345  # a NaN no arithmetic makes
