@@ -87,3 +87,7 @@ class NoRoomError(RequestError):
 
 class ResumeError(LlmjaxError):
     """A batch job cannot go on from what its output holds."""
+
+
+class TrainingError(LlmjaxError):
+    """Training cannot go on: a loss or a gradient is not finite, or there is nothing to learn from."""

@@ -110,9 +110,17 @@ class Adapter:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """A parameter that a module of the base model fills, alone or with others."""
+class Part:
+    """A parameter that a module of the base model fills, alone or with others.
 
+    Attributes:
+      module: the module's name, as Hugging Face has it.
+      parameter: the parameter's.
+      shape: of the parameter.
+      entry: how it is made from the module's weight.
+    """
+
+    module: str
     parameter: str
     shape: tuple[int, ...]
     entry: From
@@ -137,7 +145,7 @@ def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfi
     except CheckpointError as error:
         raise LoraError(str(error)) from None
     settings = _settings(source, file)
-    modules = _modules(architecture, config)
+    modules = modules_of(architecture, config)
     problems = list(file.problems)
     deltas: dict[str, Delta] = {}
     prefix = ""
@@ -219,18 +227,19 @@ def _check_positive(source: LoraSource) -> None:
             check(name, value, rule, LoraError)
 
 
-def _modules(architecture: Architecture, config: DecoderConfig) -> dict[str, list[_Part]]:
+def modules_of(architecture: Architecture, config: DecoderConfig) -> dict[str, list[Part]]:
     """What each linear module of the base model fills, by its stem."""
     names = architecture.hf_names(config)
-    modules: dict[str, list[_Part]] = {}
+    modules: dict[str, list[Part]] = {}
     for parameter, shape in parameter_shapes(config).items():
         if role_of(parameter) in ("attention", "feed_forward", "head"):
             entry, (tensor,) = sources_of(parameter, names)
-            modules.setdefault(stem(tensor.removesuffix(".weight")), []).append(_Part(parameter, shape, entry))
+            module = tensor.removesuffix(".weight")
+            modules.setdefault(stem(module), []).append(Part(module, parameter, shape, entry))
     return modules
 
 
-def _unknown(module: str, modules: Mapping[str, list[_Part]], config: DecoderConfig) -> str:
+def _unknown(module: str, modules: Mapping[str, list[Part]], config: DecoderConfig) -> str:
     layer = re.search(r"\.(\d+)\.", module)
     if layer and stem(module).replace(layer[0], ".0.", 1) in modules:
         return f"module {named(module)}: the model has layers 0 to {config.num_hidden_layers - 1}"
@@ -241,7 +250,7 @@ def _unknown(module: str, modules: Mapping[str, list[_Part]], config: DecoderCon
 
 
 def _deltas(
-    file: AdapterFile, module: str, factors: Mapping[str, str], parts: list[_Part], settings: LoraConfig
+    file: AdapterFile, module: str, factors: Mapping[str, str], parts: list[Part], settings: LoraConfig
 ) -> dict[str, Delta]:
     """One module's deltas, by parameter: B's rows are cut as the weight's are."""
     what = f"module {named(module)}"

@@ -19,9 +19,11 @@ class Context(struct.PyTreeNode):
       table: int32 ``[B, N]``, the pages of the cache that hold each row's positions, see ``models.pages``.  ``None``
         without a cache.
       active: bool ``[B]``; rows that are False leave the cache as it is.  ``None`` means all are active.
-      last: int32 ``[B]``; when given, the head runs on token ``last[b]`` of each row alone and logits are ``[B, 1,
-        V]``.
+      last: int32 ``[B]`` or ``[B, M]``; when given, the head runs on tokens ``last[b]`` of each row alone and logits
+        are ``[B, 1, V]`` or ``[B, M, V]``.
       adapter: int32 ``[B]``, each row's LoRA adapter among the resident ones, 0 for none.  ``None`` means none.
+      recompute: a layer's inner values are computed again on the way back, so that a gradient keeps no more of it than
+        its input (static; Chen et al. 2016, arXiv:1604.06174).
     """
 
     positions: jax.Array
@@ -31,12 +33,13 @@ class Context(struct.PyTreeNode):
     active: jax.Array | None = None
     last: jax.Array | None = None
     adapter: jax.Array | None = None
+    recompute: bool = struct.field(pytree_node=False, default=False)
 
     def select_last(self, x: jax.Array) -> jax.Array:
-        """``[B, T, D] -> [B, 1, D]`` where only the last token's logits are wanted, else ``x``."""
+        """``[B, T, D] -> [B, M, D]`` where only some tokens' logits are wanted, else ``x``."""
         if self.last is None:
             return x
-        return jnp.take_along_axis(x, self.last[:, None, None], axis=1)
+        return jnp.take_along_axis(x, self.last.reshape(x.shape[0], -1, 1), axis=1)
 
 
 def tap(module: nn.Module, name: str, value: jax.Array) -> jax.Array:

@@ -17,6 +17,7 @@ from flax import linen as nn
 from jax import lax
 
 from llmjax.models.context import Context
+from llmjax.models.recompute import recomputed
 from llmjax.models.watched import watched
 from llmjax.numerics import Numerics, on_cpu
 from llmjax.products.matmul import summed_rows
@@ -61,8 +62,9 @@ def _traced_once(model: nn.Module, blocks: Sequence[nn.Module], x: jax.Array, ct
         return block.apply(variables, x, ctx, mutable=["cache"])
 
     for block in blocks:
+        apply = partial(alike, block.clone(parent=None, name=None))
         with jax.named_scope(str(block.name)):
-            x, made = alike(block.clone(parent=None, name=None), block.variables, x, ctx)
+            x, made = (recomputed(apply) if ctx.recompute else apply)(block.variables, x, ctx)
         for collection, leaves in made.items():
             model.put_variable(collection, str(block.name), leaves)
     return x

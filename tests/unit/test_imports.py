@@ -18,7 +18,7 @@ FLOORS = (
     "llmjax.lora",
     "llmjax.checkpoint llmjax.runtime",
     "llmjax.llm",
-    "llmjax.llm_inference llmjax.batch llmjax.oracle converters.mediapipe",
+    "llmjax.llm_inference llmjax.batch llmjax.oracle llmjax.training converters.mediapipe",
     "llmjax.bench llmjax.genai llmjax.writing",
     "llmjax.cli",
     "llmjax.__main__",
