@@ -169,7 +169,10 @@ def replay(folder: Path, base: Path, output: Path) -> dict[str, Any]:
     adapter = read_trained(folder / "adapter_init", model)
     check_scales(adapter, run)
     programs = Programs(model, adapter.targets, config)
-    step, rate = train_step(programs, config), schedule(config.schedule, config.learning_rate, config.warmup, run["steps"])
+    step, rate = (
+        train_step(programs, config),
+        schedule(config.schedule, config.learning_rate, config.warmup, run["steps"]),
+    )
     state = first_state(adapter.factors, config)
     held_out = examples_of(folder / "eval.jsonl") if (folder / "eval.jsonl").exists() else []
     held_out_batches = cut(held_out, config.batch_size)

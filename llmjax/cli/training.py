@@ -89,7 +89,9 @@ def add(verbs: Verbs) -> None:
         cache_flags(),
     )
     group = train.add_argument_group("training")
-    group.add_argument("--data", required=True, metavar="JSONL", help="rows: prompt and completion, messages, text, ids")
+    group.add_argument(
+        "--data", required=True, metavar="JSONL", help="rows: prompt and completion, messages, text, ids"
+    )
     group.add_argument("--eval", metavar="JSONL", help="rows that are not learned from; the adapter with the least loss of "
                        "them is kept")  # fmt: skip
     group.add_argument("--output", required=True, metavar="DIR", help="the adapter (PEFT), metrics, curves, the state")
@@ -156,4 +158,9 @@ class _Progress:
         line = f"step {report.step:,}/{report.steps:,} · loss {values['loss']:.4f}"
         line += f" · eval {values['eval_loss']:.4f}" if "eval_loss" in values else ""
         line += f" · {rate:,.0f} tok/s · {clock(report.seconds_left)} left"
-        print(f"\r\x1b[K{line}" if terminal else line, end="\n" if end or not terminal else "", file=sys.stderr, flush=True)
+        print(
+            f"\r\x1b[K{line}" if terminal else line,
+            end="\n" if end or not terminal else "",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -113,7 +113,9 @@ def page(lines: dict[str, Line], metrics: Sequence[dict[str, Any]], title: str) 
             parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3" fill="{_COLORS[name]}"><title>step {x:.0f}: {y:.5g}'
                       f"</title></circle>" for x, y in line for a, b in [place(x, y)]]  # fmt: skip
     keys = "".join(f'<span><i style="background:{_COLORS[n]}"></i>{_NAMES[n]}</span>' for n in lines)
-    rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(_number(v))}</td></tr>" for k, v in metrics[-1].items())
+    rows = "".join(
+        f"<tr><th>{html.escape(k)}</th><td>{html.escape(_number(v))}</td></tr>" for k, v in metrics[-1].items()
+    )
     data = json.dumps(list(metrics)).replace("<", r"\u003c")
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>

@@ -113,5 +113,3 @@ def _peft_config(adapter: Adapter, base: str) -> Mapping[str, Any]:
         "use_dora": False,
         "use_rslora": settings.rslora,
     }
-
-

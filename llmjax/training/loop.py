@@ -142,7 +142,13 @@ def _data(model: Model, rows: Rows, config: TrainConfig, name: str, date: Date |
 
 class _Run:
     def __init__(
-        self, model: Model, adapter: Adapter, config: TrainConfig, data: Data, held_out: Data | None, output: Path | None
+        self,
+        model: Model,
+        adapter: Adapter,
+        config: TrainConfig,
+        data: Data,
+        held_out: Data | None,
+        output: Path | None,
     ):
         self.model, self.adapter, self.config, self.output = model, adapter, config, output
         self.data = (data,) if held_out is None else (data, held_out)
@@ -283,5 +289,3 @@ class _Run:
         assert self.output is not None
         self._checkpoint(identity)
         save_adapter(self._result(), self.output, str(self.model.path))
-
-

@@ -125,9 +125,7 @@ class Programs:
         """Sums of each row's cross-entropies, float32 ``[B]``, nothing dropped."""
         return np.asarray(self._losses(self._params, factors, batch.arrays()))
 
-    def gradients(
-        self, factors: Factors, batch: Batch, tokens: int, key: jax.Array
-    ) -> tuple[Factors, jax.Array]:
+    def gradients(self, factors: Factors, batch: Batch, tokens: int, key: jax.Array) -> tuple[Factors, jax.Array]:
         """The gradient of the batch's sum over ``tokens``, and the rows' sums ``[B]``."""
         return self._gradients(self._params, factors, batch.arrays(), jnp.float32(tokens), key)
 
