@@ -1,7 +1,6 @@
 """Which tensor of a checkpoint fills which parameter of the model its config describes: from headers alone."""
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -118,7 +117,7 @@ def make_plan(source: Source, override: Override = None) -> Plan:
     for name in sorted(set(specs) - used):
         if config.tie_word_embeddings and _stem(source, name) == head:
             tied.append(specs[name])
-        elif any(re.fullmatch(pattern, stem(name)) for pattern in architecture.dropped):
+        elif architecture.drops(name, config):
             dropped.append(specs[name])
         else:
             problems.append(f"tensor {name} {list(specs[name].shape)} is not part of a {architecture.model_type} model")

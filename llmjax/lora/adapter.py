@@ -137,7 +137,7 @@ def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfi
     dropped = []
     for module, factors in file.factors.items():
         short = stem(module)
-        if any(re.fullmatch(pattern, f"{short}.weight") for pattern in architecture.dropped):
+        if architecture.drops(f"{module}.weight", config) and short not in modules:
             dropped.append(module)
             continue
         if short not in modules:

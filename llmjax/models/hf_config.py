@@ -63,6 +63,11 @@ class Reader:
         value = self._config.get(key)
         return default if value is None else value
 
+    def default(self, key: str, value: Any) -> None:
+        """What a key that is absent or null means, all at once."""
+        if self._config.get(key) is None:
+            self._config[key] = value
+
     def section(self, key: str, defaults: Mapping[str, Any]) -> "Reader":
         """A reader of a nested object, as strict; ``finish`` reports its problems among the others.
 
@@ -161,7 +166,8 @@ class Reader:
             elif value:
                 spec.update(value)
         theta = spec.pop("rope_theta", self.get(theta_key, theta))
-        whole, fraction = fraction is None, 1.0 if fraction is None else fraction
+        proportional = (spec.get("rope_type") or spec.get("type")) == "proportional"
+        whole, fraction = fraction is None and not proportional, 1.0 if fraction is None else fraction
         fraction = spec.pop("partial_rotary_factor", self.get("partial_rotary_factor", fraction))
         if whole and fraction != 1:
             self.problem(f"partial_rotary_factor: {fraction!r} is not supported here, expected 1.0")
@@ -175,12 +181,12 @@ class Reader:
         if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             self.problem(f"partial_rotary_factor: expected a number in (0, 1], found {fraction!r}")
             fraction = 1.0
-        dims = int(head_dim * fraction)
+        kind = spec.pop("rope_type", None)
+        kind = spec.pop("type", None) if kind is None else (spec.pop("type", None), kind)[1]
+        dims = head_dim if kind == "proportional" else int(head_dim * fraction)
         if dims % 2 or dims == 0:
             self.problem(f"rotary width: {head_dim} * {fraction} = {dims}, expected a positive even number")
             dims = 2
-        kind = spec.pop("rope_type", None)
-        kind = spec.pop("type", None) if kind is None else (spec.pop("type", None), kind)[1]
         rope = Rope(float(theta), dims)
         if kind in (None, "default"):
             # transformers keeps these beside rope_type "default" and ignores them
@@ -188,6 +194,9 @@ class Reader:
         elif kind == "linear":
             rope = Rope(float(theta), dims, linear=self._rope_number(spec, "factor"))
             spec.pop("original_max_position_embeddings", None)
+        elif kind == "proportional":
+            factor = self._rope_number(spec, "factor") if "factor" in spec else 1.0
+            rope = Rope(float(theta), dims, linear=factor, turning=int(fraction * head_dim // 2))
         elif kind == "llama3":
             rope = Rope(
                 float(theta),
@@ -200,7 +209,9 @@ class Reader:
                 ),
             )
         else:
-            self.problem(f"rope_type: {kind!r} is not supported, expected 'default', 'linear' or 'llama3'")
+            self.problem(
+                f"rope_type: {kind!r} is not supported, expected 'default', 'linear', 'llama3' or 'proportional'"
+            )
             return rope
         for key in sorted(spec):
             self.problem(f"rope parameter {key}: {spec[key]!r} is not understood for rope_type {kind or 'default'!r}")

@@ -30,6 +30,8 @@ class Rope:
       dims: how many leading dimensions of each head rotate; the rest pass through (partial rotary).
       linear: positions are divided by this factor (``rope_type: linear``).
       llama3: scaling of ``rope_type: llama3``.
+      turning: how many of the ``dims / 2`` pairs turn, the others having frequency 0 (``rope_type: proportional``);
+        None for all.
       divisors: what each of the ``dims / 2`` frequencies is divided by: that scaling again, as GGUF stores it.
     """
 
@@ -38,6 +40,7 @@ class Rope:
     linear: float = 1.0
     llama3: Llama3Scaling | None = None
     divisors: tuple[float, ...] | None = None
+    turning: int | None = None
 
     def frequencies(self) -> np.ndarray:
         """float32 ``[dims / 2]``, in float32 arithmetic as transformers does: float64 angles differ visibly after a few
@@ -54,6 +57,8 @@ class Rope:
             blended = (1 - smooth) * inv / s.factor + smooth * inv
             slow, fast = wavelength > old / s.low_freq_factor, wavelength < old / s.high_freq_factor
             inv = np.where(slow, inv / s.factor, np.where(fast, inv, blended)).astype(np.float32)
+        if self.turning is not None:
+            inv[self.turning :] = 0
         if self.divisors is not None:
             inv = inv / np.array(self.divisors, np.float32)
         return inv
