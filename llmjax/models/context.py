@@ -33,10 +33,16 @@ class Context(struct.PyTreeNode):
     adapter: jax.Array | None = None
 
     def select_last(self, x: jax.Array) -> jax.Array:
-        """``[B, T, D] -> [B, 1, D]`` where only the last token's logits are wanted, else ``x``."""
+        """``[..., B, T, D] -> [..., B, 1, D]`` where only the last token's logits are wanted, else ``x``."""
         if self.last is None:
             return x
-        return jnp.take_along_axis(x, self.last[:, None, None], axis=1)
+        return jnp.take_along_axis(x, jnp.expand_dims(self.last, (*range(x.ndim - 3), -2, -1)), axis=-2)
+
+    def at_last(self) -> "Context":
+        """The context of what ``select_last`` selects."""
+        if self.last is None:
+            return self
+        return self.replace(positions=jnp.take_along_axis(self.positions, self.last[:, None], axis=1), last=None)
 
 
 def tap(module: nn.Module, name: str, value: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
-"""Mixture of experts (Shazeer et al. 2017, arXiv:1701.06538): of many MLPs, each token goes through the few that a router
-gives it.
+"""Mixture of experts (Shazeer et al. 2017, arXiv:1701.06538): of many MLPs, each token goes through the few that a
+router gives it.
 
-Exact: no expert has a capacity, no token is left out.  And no row's bits depend on the others: a token meets its experts
-in tiles of a fixed number of rows, and a tile has one expert.  A step reads the experts in use alone.
+Exact: no expert has a capacity, no token is left out.  And no row's bits depend on the others: a token meets its
+experts in tiles of a fixed number of rows, and a tile has one expert.  A step reads the experts in use alone.
 
 Shapes: ``E`` experts, ``k`` of them for a token, ``M`` tokens.
 """

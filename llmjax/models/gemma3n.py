@@ -1,9 +1,10 @@
 """Gemma 3n, the text model (Google 2025, https://ai.google.dev/gemma/docs/gemma-3n).
 
-Beside Gemma 3's block with its norms before and after each branch: ``A`` copies of the residual stream, of which a layer
-computes one and predicts the others (AltUp, Baykal et al. 2023, arXiv:2301.13310); a low-rank branch beside attention
-(LAuReL, Menghani et al. 2024, arXiv:2411.07501); an input of its own for each layer (``per_layer``); early MLPs in which
-few neurons are active; and last layers that attend to the keys and values of earlier ones (``shared_keys``).
+Beside Gemma 3's block with its norms before and after each branch: ``A`` copies of the residual stream, of which a
+layer computes one and predicts the others (AltUp, Baykal et al. 2023, arXiv:2301.13310); a low-rank branch beside
+attention (LAuReL, Menghani et al. 2024, arXiv:2411.07501); an input of its own for each layer (``per_layer``); early
+MLPs in which few neurons are active; and last layers that attend to the keys and values of earlier ones
+(``shared_keys``).
 """
 
 import dataclasses
@@ -27,8 +28,7 @@ from llmjax.models.layers import ACTIVATIONS, Embedding, GatedMLP, Projection, W
 from llmjax.models.names import From, Names, hf_names
 from llmjax.models.per_layer import PerLayerBranch, PerLayerInputs, scaled
 from llmjax.models.rope import Rope
-from llmjax.models.shared_keys import Kept, SharingAttention, SharingConfig, sharing
-from llmjax.models.stack import in_turn
+from llmjax.models.shared_keys import Kept, SharingAttention, SharingConfig, sharing, through_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Laurel(nn.Module):
 
 
 def above_cutoff(share: float, activation: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """``activation`` of how far ``x [..., F]`` lies above its ``share`` quantile, were its values distributed normally."""
+    """``activation`` of how far ``x [..., F]`` lies above the quantile ``share`` of its values, were they normal."""
     wide = x.astype(jnp.float32)
     mean, deviation = (f(wide, -1, keepdims=True).astype(x.dtype) for f in (jnp.mean, jnp.std))
     deviations = jnp.float32(NormalDist().inv_cdf(float(np.float32(share)))).astype(x.dtype)
@@ -236,8 +236,8 @@ class Gemma3n(nn.Module):
         streams = jnp.stack([x, *(as_large_as(enter(x, ctx), x) for enter in entries)])
         layers = zip(c.windows, c.widths, c.sparsity, c.keys, strict=True)
         blocks = [Block(c, *layer, name=f"layers_{i}") for i, layer in enumerate(layers)]
-        streams, _ = in_turn(self, blocks, (streams, {}), ctx, inputs(ids, x, ctx))
-        first, *others = (ctx.select_last(stream) for stream in streams)
+        streams, ctx = through_layers(self, blocks, streams, ctx, inputs(ids, x, ctx))
+        first, *others = ctx.select_last(streams)
         exits = [Projection(c.hidden_size, name=f"leave_{i}") for i in range(1, c.streams)]
         others = [as_large_as(leave(x, ctx), first) for leave, x in zip(exits, others, strict=True)]
         x = jnp.mean(jnp.stack([first, *others]).astype(jnp.float32), 0).astype(x.dtype)

@@ -1,8 +1,8 @@
 """Gemma 4, the text model (Google 2026, https://ai.google.dev/gemma/docs/core/model_card_4).
 
 Gemma 3's block with two kinds of attention: local layers, and global ones whose heads are wider and rotate in part.
-Around it, in one size or another: an input of its own for each layer (``per_layer``), last layers that attend to the keys
-and values of earlier ones (``shared_keys``), values that are the keys, and a mixture of experts beside the MLP.
+Around it, in one size or another: an input of its own for each layer (``per_layer``), last layers that attend to the
+keys and values of earlier ones (``shared_keys``), values that are the keys, and a mixture of experts beside the MLP.
 """
 
 import dataclasses
@@ -32,8 +32,7 @@ from llmjax.models.layers import (
 from llmjax.models.names import From, Names, hf_names, stacked_experts
 from llmjax.models.per_layer import PerLayerBranch, PerLayerInputs
 from llmjax.models.rope import Rope
-from llmjax.models.shared_keys import TAKEN, Kept, SharingAttention, SharingConfig, sharing
-from llmjax.models.stack import in_turn
+from llmjax.models.shared_keys import TAKEN, Kept, SharingAttention, SharingConfig, sharing, through_layers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +238,7 @@ class Gemma4(nn.Module):
             own = inputs(ids, x, ctx)
         layers = zip(c.windows, c.keys, strict=True)
         blocks = [Block(c, *layer, name=f"layers_{i}") for i, layer in enumerate(layers)]
-        x, _ = in_turn(self, blocks, (x, {}), ctx, own)
+        x, ctx = through_layers(self, blocks, x, ctx, own)
         x = WideRMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
         logits = language_head(embed, x, ctx, tied=c.tie_word_embeddings)
         if c.final_logit_softcapping is not None:

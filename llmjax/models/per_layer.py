@@ -1,8 +1,8 @@
-"""Per-layer embeddings (Gemma 3n, Gemma 4): besides what enters the first layer, every layer gets a narrow vector of its
-own for each token, half of it looked up and half projected from the token's embedding.
+"""Per-layer embeddings (Gemma 3n, Gemma 4): besides what enters the first layer, every layer gets a narrow vector of
+its own for each token, half of it looked up and half projected from the token's embedding.
 
-Shapes: ``P`` width of such a vector, ``L`` layers.  The table ``[V, L * P]`` is most of a small model's parameters, and a
-token reads one row of it.
+Shapes: ``P`` width of such a vector, ``L`` layers.  The table ``[V, L * P]`` is most of a small model's parameters, and
+a token reads one row of it.
 """
 
 from collections.abc import Callable

@@ -16,6 +16,7 @@ from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import Projection, WideRMSNorm, attended, kept, rms_normalised
 from llmjax.models.rope import Rope
+from llmjax.models.stack import in_turn
 
 # Keys and values of the layers that others attend to, by the kind of layer; see ``layers.kept``.
 Kept = dict[str, tuple[jax.Array, jax.Array]]
@@ -62,6 +63,32 @@ class SharingConfig(DecoderConfig):
         and values of layers which take others'."""
         takers = "|".join(str(i) for i, keys in enumerate(self.keys) if keys == TAKEN)
         return (rf"layers\.({takers})\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\..*",)
+
+
+def through_layers(
+    model: nn.Module, blocks: Sequence[nn.Module], x: jax.Array, ctx: Context, own: jax.Array | None
+) -> tuple[jax.Array, Context]:
+    """``in_turn`` for blocks that share keys and values.  Those that take them keep nothing of a token, so where the
+    last token's logits alone are wanted they are spared the others.
+
+    Args:
+      model: its config is a ``SharingConfig``.
+      blocks: from ``(x, Kept)`` to the same.
+      x: ``[..., B, T, D]``.
+      ctx: for all of them.
+      own: ``[L, B, T, P]``, each layer's own input; None for none.
+
+    Returns:
+      what comes out, and the context that goes with it.
+    """
+    keys = model.config.keys
+    first = keys.index(TAKEN) if TAKEN in keys else len(keys)
+    x, given = in_turn(model, blocks[:first], (x, {}), ctx, None if own is None else own[:first])
+    if first < len(keys):
+        x, own = ctx.select_last(x), None if own is None else ctx.select_last(own[first:])
+        ctx = ctx.at_last()
+        x, _ = in_turn(model, blocks[first:], (x, given), ctx, own)
+    return x, ctx
 
 
 class SharingAttention(nn.Module):
