@@ -216,7 +216,7 @@ def _modules(architecture: Architecture, config: DecoderConfig) -> dict[str, lis
     names = architecture.hf_names(config)
     modules: dict[str, list[_Part]] = {}
     for parameter, shape in parameter_shapes(config).items():
-        if role_of(parameter) in ("attention", "feed_forward", "head"):
+        if role_of(parameter) in ("attention", "feed_forward", "head") and len(shape) == 2:  # no stacks of experts
             entry, (tensor,) = sources_of(parameter, names)
             modules.setdefault(stem(tensor.removesuffix(".weight")), []).append(_Part(parameter, shape, entry))
     return modules
