@@ -7,6 +7,8 @@ from typing import Any, Self
 from flax import linen as nn
 
 from llmjax.models.hf_config import Reader
+from llmjax.models.rope import Rope
+from llmjax.models.scalings import Dynamic, LongRope
 
 # The values of a config's ``layer_types``.
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -66,6 +68,22 @@ class DecoderConfig:
         heads = self.attention(layer)
         return {} if heads is None else {"attn": {"k": heads, "v": heads}}
 
+    def length_kind(self, tokens: int) -> int:
+        """Equal for texts of so many tokens whose beginnings are computed alike, 0 of most models: see
+        ``models.scalings``."""
+        return next((scaling.kind(tokens) for scaling in self._following), 0)
+
+    @property
+    def renewal(self) -> int | None:
+        """A text that grows beyond so many tokens is computed anew, from its first on; None for never."""
+        return next((s.original for s in self._following if isinstance(s, LongRope)), None)
+
+    @property
+    def _following(self) -> list[Dynamic | LongRope]:
+        ropes = (getattr(self, field.name) for field in dataclasses.fields(self))
+        scalings = (rope.scaling for rope in ropes if isinstance(rope, Rope))
+        return [scaling for scaling in scalings if isinstance(scaling, Dynamic | LongRope)]
+
     @classmethod
     def from_hf(cls, config: Reader) -> Self:
         """Reads ``config.json``; leaves it to the caller to ``finish`` the reader."""
@@ -101,6 +119,7 @@ def dimensions(
         r.problem(f"hidden_size: {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is absent")
     if heads % kv:
         r.problem(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads {kv}")
+    r.context = r.size("max_position_embeddings", context)
     return {
         "vocab_size": r.size("vocab_size"),
         "hidden_size": hidden,
@@ -109,7 +128,7 @@ def dimensions(
         "num_attention_heads": heads,
         "num_key_value_heads": kv,
         "head_dim": r.size("head_dim", head_dim or max(1, hidden // heads)),
-        "max_position_embeddings": r.size("max_position_embeddings", context),
+        "max_position_embeddings": r.context,
         "tie_word_embeddings": r.flag("tie_word_embeddings", tied),
     }
 

@@ -22,6 +22,8 @@ class Context(struct.PyTreeNode):
       last: int32 ``[B]``; when given, the head runs on token ``last[b]`` of each row alone and logits are ``[B, 1,
         V]``.
       adapter: int32 ``[B]``, each row's LoRA adapter among the resident ones, 0 for none.  ``None`` means none.
+      length: int32 ``[B]``, tokens of each row's text, those beyond this call included and padding not: for ropes that
+        follow it.  ``None`` means that it ends with this call.
     """
 
     positions: jax.Array
@@ -31,6 +33,12 @@ class Context(struct.PyTreeNode):
     active: jax.Array | None = None
     last: jax.Array | None = None
     adapter: jax.Array | None = None
+    length: jax.Array | None = None
+
+    @property
+    def tokens(self) -> jax.Array:
+        """int32 ``[B]``, how long each row's text is."""
+        return jnp.max(self.positions, 1) + 1 if self.length is None else self.length
 
     def select_last(self, x: jax.Array) -> jax.Array:
         """``[..., B, T, D] -> [..., B, 1, D]`` where only the last token's logits are wanted, else ``x``."""

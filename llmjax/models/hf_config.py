@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from llmjax.errors import ConfigError, LlmjaxError
 from llmjax.models.layers import ACTIVATIONS
-from llmjax.models.rope import Llama3Scaling, Rope
+from llmjax.models.rope import Rope
+from llmjax.models.rope_config import RopeSpec
 
 T = TypeVar("T")
 
@@ -45,6 +46,7 @@ class Reader:
     irrelevant: frozenset[str] = IRRELEVANT
     must_be_false: tuple[str, ...] = _MUST_BE_FALSE
     error: type[LlmjaxError] = ConfigError
+    context: int | None = None  # of the model, in tokens, once it was read
 
     def __init__(self, config: Mapping[str, Any], where: str):
         self._config, self._where = dict(config), where
@@ -159,70 +161,37 @@ class Reader:
             places = {f"rope_parameters.{layer_type}": places["rope_parameters"].get(layer_type)}
         if scaling_key is not None:
             places = {scaling_key: self.get(scaling_key), **places}
-        spec: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for key, value in places.items():
             if value is not None and not isinstance(value, dict):
                 self.problem(f"{key}: expected an object, found {value!r}")
             elif value:
-                spec.update(value)
-        theta = spec.pop("rope_theta", self.get(theta_key, theta))
-        proportional = (spec.get("rope_type") or spec.get("type")) == "proportional"
-        whole, fraction = fraction is None and not proportional, 1.0 if fraction is None else fraction
-        fraction = spec.pop("partial_rotary_factor", self.get("partial_rotary_factor", fraction))
+                entries.update(value)
+        original = None if scaling_key is None else self._config.get("original_max_position_embeddings")
+        spec = RopeSpec(entries, self.problem, self.context, original, layer_type is not None)
+        if spec.kind in ("longrope", "yarn", "llama3"):
+            self._seen.add("original_max_position_embeddings")
+        theta = entries.pop("rope_theta", self.get(theta_key, theta))
+        whole = fraction is None and spec.kind != "proportional"
+        fraction = 1.0 if fraction is None else fraction
+        fraction = entries.pop("partial_rotary_factor", self.get("partial_rotary_factor", fraction))
         if whole and fraction != 1:
             self.problem(f"partial_rotary_factor: {fraction!r} is not supported here, expected 1.0")
             fraction = 1.0
         return self._build_rope(spec, theta, fraction, head_dim)
 
-    def _build_rope(self, spec: dict[str, Any], theta: Any, fraction: Any, head_dim: int) -> Rope:
+    def _build_rope(self, spec: RopeSpec, theta: Any, fraction: Any, head_dim: int) -> Rope:
         if not isinstance(theta, int | float) or isinstance(theta, bool) or not 0 < theta < float("inf"):
             self.problem(f"rope_theta: expected a positive number, found {theta!r}")
             theta = 1.0
         if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
             self.problem(f"partial_rotary_factor: expected a number in (0, 1], found {fraction!r}")
             fraction = 1.0
-        kind = spec.pop("rope_type", None)
-        kind = spec.pop("type", None) if kind is None else (spec.pop("type", None), kind)[1]
-        dims = head_dim if kind == "proportional" else int(head_dim * fraction)
+        dims = head_dim if spec.kind == "proportional" else int(head_dim * fraction)
         if dims % 2 or dims == 0:
             self.problem(f"rotary width: {head_dim} * {fraction} = {dims}, expected a positive even number")
             dims = 2
-        rope = Rope(float(theta), dims)
-        if kind in (None, "default"):
-            # transformers keeps these beside rope_type "default" and ignores them
-            spec.pop("factor", None), spec.pop("original_max_position_embeddings", None)
-        elif kind == "linear":
-            rope = Rope(float(theta), dims, linear=self._rope_number(spec, "factor"))
-            spec.pop("original_max_position_embeddings", None)
-        elif kind == "proportional":
-            factor = self._rope_number(spec, "factor") if "factor" in spec else 1.0
-            rope = Rope(float(theta), dims, linear=factor, turning=int(fraction * head_dim // 2))
-        elif kind == "llama3":
-            rope = Rope(
-                float(theta),
-                dims,
-                llama3=Llama3Scaling(
-                    self._rope_number(spec, "factor"),
-                    self._rope_number(spec, "low_freq_factor"),
-                    self._rope_number(spec, "high_freq_factor"),
-                    int(self._rope_number(spec, "original_max_position_embeddings")),
-                ),
-            )
-        else:
-            self.problem(
-                f"rope_type: {kind!r} is not supported, expected 'default', 'linear', 'llama3' or 'proportional'"
-            )
-            return rope
-        for key in sorted(spec):
-            self.problem(f"rope parameter {key}: {spec[key]!r} is not understood for rope_type {kind or 'default'!r}")
-        return rope
-
-    def _rope_number(self, spec: dict[str, Any], key: str) -> float:
-        value = spec.pop(key, None)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            self.problem(f"rope parameter {key}: expected a positive number, found {value!r}")
-            return 1.0
-        return float(value)
+        return spec.rope(float(theta), dims, int(fraction * head_dim // 2))
 
     def _all_problems(self) -> list[str]:
         """What was wrong, and what is left over."""

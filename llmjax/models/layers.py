@@ -201,8 +201,8 @@ class Attention(nn.Module):
         if self.qk_norm is not None:
             q, k = self.qk_norm("q_norm")(q), self.qk_norm("k_norm")(k)
         if self.rope is not None:
-            q = tap(self, "q_rot", self.rope(q, ctx.positions))
-            k = tap(self, "k_rot", self.rope(k, ctx.positions))
+            q = tap(self, "q_rot", self.rope(q, ctx))
+            k = tap(self, "k_rot", self.rope(k, ctx))
         out = attended(self, q, kept(self, "k", k, ctx), kept(self, "v", v, ctx), self.scores, ctx)
         return self.projection(x.shape[-1], self.out_bias, name="o")(out, ctx)
 

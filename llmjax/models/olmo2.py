@@ -29,9 +29,9 @@ from llmjax.models.stack import in_turn
 class WideRope(Rope):
     """``Rope`` in float32, rounded once."""
 
-    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         """See ``Rope``."""
-        return super().__call__(x.astype(jnp.float32), positions).astype(x.dtype)
+        return super().__call__(x.astype(jnp.float32), ctx).astype(x.dtype)
 
 
 class AllHeadsNorm(WideRMSNorm):

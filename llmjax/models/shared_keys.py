@@ -127,14 +127,14 @@ class SharingAttention(nn.Module):
 
         kind = FULL if self.window is None else SLIDING
         q = WideRMSNorm(self.eps, name="q_norm")(heads("q", self.num_heads))
-        q = tap(self, "q_rot", self.rope(q, ctx.positions))
+        q = tap(self, "q_rot", self.rope(q, ctx))
         if self.keys == TAKEN:
             k, v = given[kind]
         else:
             k = heads("k", self.num_kv_heads)
             v = k if self.keys_are_values else heads("v", self.num_kv_heads)
             k = WideRMSNorm(self.eps, name="k_norm")(k)
-            k = tap(self, "k_rot", self.rope(k, ctx.positions))
+            k = tap(self, "k_rot", self.rope(k, ctx))
             v = tap(self, "v_norm", rms_normalised(v, self.eps).astype(v.dtype))
             k, v = kept(self, "k", k, ctx), kept(self, "v", v, ctx)
         if self.keys == GIVEN:
