@@ -130,11 +130,11 @@ class Model:
         """The Flax module, for ``module.apply({"params": params}, ids [B, T], Context)``."""
         return self.config.module()
 
-    def apply(self, params: dict[str, Any], ids: jax.Array) -> jax.Array:
+    def apply(self, params: dict[str, Any], ids: jax.Array, length: jax.Array | None = None) -> jax.Array:
         """Logits float32 ``[B, T, V]`` of ``ids`` int32 ``[B, T]``, no cache: a pure function of its arguments, to
-        trace or differentiate."""
+        trace or differentiate.  Rows that are padded on the right have ``length`` int32 ``[B]`` tokens."""
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        ctx = Context(positions, self.numerics)
+        ctx = Context(positions, self.numerics, length=length)
         return self.module.apply({"params": params}, ids, ctx).astype(jnp.float32)
 
     @functools.cached_property
@@ -164,7 +164,8 @@ class Model:
             checked = check_ids(ids, self, f"row {index}")
             padded = np.zeros((1, max(16, 1 << (len(ids) - 1).bit_length())), np.int32)
             padded[0, : len(ids)] = checked
-            rows.append(np.asarray(self._logits(self.params, padded)[0, : len(ids)]))
+            length = np.array([len(ids)], np.int32)
+            rows.append(np.asarray(self._logits(self.params, padded, length)[0, : len(ids)]))
         return rows
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from llmjax import numerics
 from llmjax.model import Model
 from llmjax.models.context import Context
-from llmjax.models.registry import architectures, read_config
+from llmjax.models.registry import read_config
 
 CONFIG = {
     "model_type": "llama",
@@ -35,14 +35,14 @@ def slow(*values):
 
 
 def random_model(profile: str = "reference", dtype: str = "float32", eos_ids=(), seed: int = 0, **changes) -> Model:
-    """The model; ``changes`` go into its config."""
-    _, config = read_config(CONFIG | changes, "tiny")
+    """The model; ``changes`` go into its config, or are another kind's whole one."""
+    architecture, config = read_config(changes if "model_type" in changes else CONFIG | changes, "tiny")
     resolved = numerics.resolve(profile, jnp.dtype(dtype))
     ids = jnp.zeros((1, 1), jnp.int32)
     shapes = jax.eval_shape(config.module().init, jax.random.key(0), ids, Context(ids, resolved))["params"]
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.35, dtype), shapes)
-    return Model(architectures()["llama"], config, params, resolved, None, tuple(eos_ids), Path("tiny"))
+    return Model(architecture, config, params, resolved, None, tuple(eos_ids), Path("tiny"))
 
 
 def random_ids(rng: np.random.Generator, length: int) -> list[int]:

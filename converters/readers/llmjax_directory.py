@@ -94,7 +94,7 @@ class LlmjaxSource:
             parts = {part: found.pop(f"{name}.{part}") for part in self._stored[name]}
             shape, wrong = _check(parts, **scheme)
             problems += [f"tensor {named(name)}: {problem}" for problem in wrong]
-            label = f"INT{scheme['bits']}-G{scheme['group']}" if shape[1] > scheme["group"] else f"INT{scheme['bits']}"
+            label = f"INT{scheme['bits']}-G{scheme['group']}" if shape[-1] > scheme["group"] else f"INT{scheme['bits']}"
             size = sum(part.nbytes for part in parts.values())
             specs[name] = TensorSpec(name, shape, label, size, self._file.path)
         if problems:
@@ -137,19 +137,19 @@ class LlmjaxSource:
         """See ``Source``.  The map goes when the last array that views it does."""
 
 
-def _check(parts: dict[str, TensorSpec], bits: int, zero: int, group: int) -> tuple[tuple[int, int], list[str]]:
+def _check(parts: dict[str, TensorSpec], bits: int, zero: int, group: int) -> tuple[tuple[int, ...], list[str]]:
     """The shape a quantized tensor stands for, and where its parts contradict its scheme."""
-    if "values" not in parts or "scales" not in parts or len(parts["values"].shape) != 2:
-        return (0, 0), ["expected values of two dimensions, and scales"]
-    out, stored = parts["values"].shape
+    if "values" not in parts or "scales" not in parts or len(parts["values"].shape) not in (2, 3):
+        return (0, 0), ["expected values of two or three dimensions, and scales"]
+    *out, stored = parts["values"].shape
     width = stored if bits == 8 else 2 * stored
     # Two values share a byte in fewer than 8 bits, eight their fifth bits; what zero is taken from must stay an int8.
     step, zeros = {4: (2, range(-112, 128)), 5: (8, range(-96, 128)), 8: (1, range(1))}.get(bits, (1, range(0)))
     if zero not in zeros or group < 1 or width % group or width % step or (bits < 8 and group % 2):
-        return (out, width), [f"bits {bits}, zero {zero}, group {group}: no such scheme for {width} inputs"]
-    expected = {"values": ("I8" if bits == 8 else "U8", (out, stored)), "scales": ("F32", (out, width // group))}
+        return (*out, width), [f"bits {bits}, zero {zero}, group {group}: no such scheme for {width} inputs"]
+    expected = {"values": ("I8" if bits == 8 else "U8", (*out, stored)), "scales": ("F32", (*out, width // group))}
     if bits == 5:
-        expected["fifth"] = ("U8", (out, width // 8))
+        expected["fifth"] = ("U8", (*out, width // 8))
     if "offsets" in parts:
         expected["offsets"] = expected["scales"]
     problems = [f"{part}: not part of this scheme" for part in parts if part not in expected]
@@ -159,4 +159,4 @@ def _check(parts: dict[str, TensorSpec], bits: int, zero: int, group: int) -> tu
         if found is None or found.shape != shape or found.dtype not in dtypes:
             what = "nothing" if found is None else f"{found.dtype} {list(found.shape)}"
             problems.append(f"{part}: expected {' or '.join(dtypes)} {list(shape)}, found {what}")
-    return (out, width), problems
+    return (*out, width), problems

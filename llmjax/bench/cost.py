@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from llmjax.model import Model
+from llmjax.models.tree import canonical
 from llmjax.quant.qtensor import QTensor
 
 
@@ -37,42 +38,53 @@ class Costs:
     def __init__(self, model: Model):
         self._config = model.config
         self._item = model.numerics.products.itemsize
-        leaves = jax.tree.leaves(model.params, is_leaf=is_quantized)
-        self.weight_bytes = sum(leaf.nbytes for leaf in leaves)
-        self.parameters = sum(_count(leaf) for leaf in leaves)
-        embed = model.params["embed"]["weight"]
-        # Untied, the embedding is a look-up of a few rows; tied, it is read as the head.
-        looked_up = not model.config.tie_word_embeddings
-        self._read = self.weight_bytes - (embed.nbytes if looked_up else 0)
+        leaves = jax.tree_util.tree_leaves_with_path(model.params, is_leaf=is_quantized)
+        self.weight_bytes = sum(leaf.nbytes for _, leaf in leaves)
+        self.parameters = sum(_count(leaf) for _, leaf in leaves)
         self._head = model.config.vocab_size * model.config.hidden_size
-        self._layers = self.parameters - _count(embed) - (self._head if looked_up else 0)
+        # Tables are looked up: a few rows.  But a tied one is read as the head.
+        tied = ("head.weight", "embed.weight")[model.config.tie_word_embeddings]
+        each = {canonical(path): leaf for path, leaf in leaves}
+        tables = {name for name in each if name.endswith("embed.weight") and name != tied}
+        self._experts = [leaf for leaf in each.values() if len(leaf.shape) == 3]
+        rest = [leaf for name, leaf in each.items() if name not in tables and len(leaf.shape) < 3]
+        self._read = sum(leaf.nbytes for leaf in rest)
+        self._layers = sum(map(_count, rest)) - self._head
 
     def decode_step(self, rows: int, context: int) -> Cost:
         """One token in each of ``rows`` slots, each with ``context`` tokens before it."""
-        attended = self._attended(context, 1)
-        flops = rows * 2 * (self._layers + self._head) + rows * attended * self._flops_each()
-        return Cost(self._read + rows * attended * self._bytes_each(), flops)
+        nbytes, flops = self._attended(context, 1)
+        read, expert_flops = self._through_experts(rows)
+        return Cost(self._read + read + rows * nbytes, rows * (2 * (self._layers + self._head) + flops) + expert_flops)
 
     def prefill(self, tokens: int, chunk: int) -> Cost:
         """A prompt, ``chunk`` tokens a pass; only the last token of a pass goes through the head."""
         total = Cost(0, 0)
         for start in range(0, tokens, chunk):
             count = min(chunk, tokens - start)
-            flops = 2 * (self._layers * count + self._head) + self._attended(start, count) * self._flops_each()
-            total += Cost(self._read + self._attended(start + count - 1, 1) * self._bytes_each(), flops)
+            read, expert_flops = self._through_experts(count)
+            flops = 2 * (self._layers * count + self._head) + self._attended(start, count)[1] + expert_flops
+            total += Cost(self._read + read + self._attended(start + count - 1, 1)[0], flops)
         return total
 
-    def _attended(self, start: int, count: int) -> int:
-        """Positions that ``count`` tokens from position ``start`` on see, themselves included, summed over layers."""
-        windows = getattr(self._config, "windows", (None,) * self._config.num_hidden_layers)
+    def _through_experts(self, rows: int) -> tuple[int, int]:
+        """Bytes and flops of so many tokens, as if no two had an expert in common while there are enough."""
+        used = getattr(self._config, "experts_used", 0)
+        read = sum(leaf.nbytes * min(leaf.shape[0], rows * used) // leaf.shape[0] for leaf in self._experts)
+        return read, sum(2 * rows * used * _count(leaf) // leaf.shape[0] for leaf in self._experts)
+
+    def _attended(self, start: int, count: int) -> tuple[int, int]:
+        """Of ``count`` tokens from position ``start`` on, over all layers: bytes of the keys and values they see, their
+        own included, and flops."""
+        config = self._config
+        windows = getattr(config, "windows", (None,) * config.num_hidden_layers)
         seen = {w: sum(min(p + 1, w or p + 1) for p in range(start, start + count)) for w in set(windows)}
-        return sum(seen[w] for w in windows)
-
-    def _bytes_each(self) -> int:
-        return 2 * self._config.num_key_value_heads * self._config.head_dim * self._item
-
-    def _flops_each(self) -> int:
-        return 4 * self._config.num_attention_heads * self._config.head_dim
+        nbytes = flops = 0
+        for layer, window in enumerate(windows):
+            if heads := config.attention(layer):
+                nbytes += seen[window] * 2 * heads[0] * heads[1] * self._item
+                flops += seen[window] * 4 * config.num_attention_heads * heads[1]
+        return nbytes, flops
 
 
 def is_quantized(leaf: Any) -> bool:

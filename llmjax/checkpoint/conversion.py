@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import math
 import shutil
 import warnings
 from collections import Counter
@@ -185,13 +186,15 @@ def _joined(parts: dict[str, np.ndarray], files: tuple[str, ...], names: Any) ->
     """The source tensors that parameters were made from: what ``make`` does to row numbers is undone to the rows."""
     shapes = {p: sources_of(p, names)[0].source_shape(value.shape) for p, value in parts.items()}
     shape = next(iter(shapes.values()))
-    numbers = np.arange(len(files) * shape[0]).reshape(len(files), shape[0], *(1 for _ in shape[1:]))
-    rows = np.empty((len(files) * shape[0], *shape[1:]), next(iter(parts.values())).dtype)
+    lead = shape[:-1] or shape  # of a stack of weights, each one's rows
+    row, each = shape[len(lead) :], math.prod(lead)
+    numbers = np.arange(len(files) * each).reshape(len(files), *lead, *(1 for _ in row))
+    rows = np.empty((len(files) * each, *row), next(iter(parts.values())).dtype)
     for parameter, value in parts.items():
         made = sources_of(parameter, names)[0].make(list(numbers))
-        rows[made.reshape(-1)] = value.reshape(-1, *shape[1:])
+        rows[made.reshape(-1)] = value.reshape(-1, *row)
     for i, name in enumerate(files):
-        yield name, rows[i * shape[0] : (i + 1) * shape[0]]
+        yield name, rows[i * each : (i + 1) * each].reshape(shape)
 
 
 def _write_tokenizer(source: Source, folder: Path, override: Override) -> None:

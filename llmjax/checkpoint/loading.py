@@ -27,6 +27,7 @@ from llmjax.lora import merge as merging
 from llmjax.lora.adapter import AnyLora, read_adapter
 from llmjax.lora.apply import beside, with_loras
 from llmjax.model import AdapterOrigin, Model, Origin
+from llmjax.models.config import DecoderConfig
 from llmjax.models.registry import read_config
 from llmjax.models.tree import parameter_shapes, path_of
 from llmjax.numerics import FAST
@@ -64,6 +65,7 @@ class LoadOptions(TypedDict, total=False):
     check_finite: bool
     random_weights: bool
     config: str | Path | Mapping[str, Any] | None
+    context_length: int | None
 
 
 def load(
@@ -77,6 +79,7 @@ def load(
     check_finite: bool = False,
     random_weights: bool = False,
     config: str | Path | Mapping[str, Any] | None = None,
+    context_length: int | None = None,
 ) -> Model:
     """Loads a checkpoint: a Hugging Face or llmjax directory, a ``*.gguf`` file, a MediaPipe ``*.bin``, or ``smollm2``
     for the installed demo model.
@@ -96,6 +99,8 @@ def load(
       random_weights: for ``config:NAME`` alone: build the full-size model with random weights instead of reading any.
       config: keys of a ``config.json`` that win over the checkpoint's own, or a whole one (with ``model_type``): a
         mapping, a JSON file or ``config:NAME``.  ``eos_token_id`` wins over ``generation_config.json``, too.
+      context_length: the most tokens of a text, instead of as many as the configuration says; the angles of its
+        positions stay what they are.
 
     Raises:
       CheckpointError: the file is missing, damaged, or its tensors do not fit its configuration; all such problems at
@@ -105,6 +110,8 @@ def load(
       TokenizerError: the tokenizer files are damaged or of an unknown kind.
     """
     check_dtype(dtype)
+    if context_length is not None and (type(context_length) is not int or context_length < 1):
+        raise ConfigError(f"context_length: expected a positive integer, found {context_length!r}")
     recipe = None if quantize is None else parse(quantize)
     chosen = numerics is not None
     numerics = numerics_lib.REFERENCE if numerics is None else numerics
@@ -118,7 +125,7 @@ def load(
         if override is not None:
             raise ConfigError("config: goes with a checkpoint, not with random weights")
         model = _random_model(str(path), dtype or "float32", recipe, numerics, random_weights)
-        return dataclasses.replace(model, numerics_chosen=chosen)
+        return dataclasses.replace(model, config=_of_length(model.config, context_length), numerics_chosen=chosen)
     source = open_source(find_model(path))
     try:
         plan = fitting_plan(source, recipe, override)
@@ -141,7 +148,7 @@ def load(
     adapters = (AdapterOrigin(None, lora_mode, adapter.options, adapter.files),) if adapter else ()
     return Model(
         architecture=plan.architecture,
-        config=computed,
+        config=_of_length(computed, context_length),
         params=params,
         numerics=_numerics(numerics, params, source.path),
         tokenizer=tokenizer,
@@ -152,6 +159,12 @@ def load(
         numerics_chosen=chosen,
         generation_config=source.generation_config or {},
     )
+
+
+def _of_length(config: DecoderConfig, context_length: int | None) -> DecoderConfig:
+    if context_length is None:
+        return config
+    return dataclasses.replace(config, max_position_embeddings=context_length)
 
 
 def with_numerics(model: Model, numerics: str) -> Model:

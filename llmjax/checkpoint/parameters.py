@@ -1,6 +1,6 @@
 """From a plan to parameters: read, cast or quantized one tensor at a time, some rows at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -149,8 +149,10 @@ def made(rows: Rows, shape: tuple[int, ...], dtype: np.dtype, scheme: Scheme | N
       ConfigError: values beyond what ``dtype`` holds.
     """
     if scheme is not None:
-        out, width = shape
-        return quantize(rows, (out, width), scheme, name)
+        if len(shape) == 2:
+            return quantize(rows, (shape[0], shape[1]), scheme, name)
+        one: list[Rows] = [lambda start, stop, i=i: rows(i, i + 1)[0, start:stop] for i in range(shape[0])]
+        return _stack(quantize(rows, (shape[1], shape[2]), scheme, name) for rows in one)
     value, lost = aligned(shape, dtype), 0.0
     for part in row_chunks(shape):
         found = rows(part.start, part.stop)
@@ -162,6 +164,15 @@ def made(rows: Rows, shape: tuple[int, ...], dtype: np.dtype, scheme: Scheme | N
     if lost:
         raise _TooLargeError(f"expected at most {float(jnp.finfo(dtype).max):g} for {dtype}, found {lost:g}")
     return value
+
+
+def _stack(each: Iterable[QTensor]) -> QTensor:
+    """One QTensor of several of one scheme."""
+
+    def joined(*leaves: np.ndarray) -> np.ndarray:
+        return np.stack(leaves, out=aligned((len(leaves), *leaves[0].shape), leaves[0].dtype))
+
+    return jax.tree.map(joined, *each)
 
 
 def random_rows(random: np.random.Generator, name: str, shape: tuple[int, ...]) -> Rows:

@@ -124,7 +124,7 @@ def make_plan(source: Source, override: Override = None) -> Plan:
     for name in sorted(set(specs) - used):
         if config.tie_word_embeddings and _stem(source, name) == head:
             tied.append(specs[name])
-        elif any(re.fullmatch(pattern, stem(name)) for pattern in architecture.dropped):
+        elif architecture.drops(name, config):
             dropped.append(specs[name])
         else:
             what = f"tensor {named(name)} {list(specs[name].shape)}"

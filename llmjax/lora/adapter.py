@@ -152,7 +152,7 @@ def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfi
     dropped = []
     for module, factors in file.factors.items():
         short = stem(module)
-        if any(re.fullmatch(pattern, f"{short}.weight") for pattern in architecture.dropped):
+        if architecture.drops(f"{module}.weight", config) and short not in modules:
             dropped.append(module)
             continue
         if short not in modules:
@@ -232,7 +232,7 @@ def modules_of(architecture: Architecture, config: DecoderConfig) -> dict[str, l
     names = architecture.hf_names(config)
     modules: dict[str, list[Part]] = {}
     for parameter, shape in parameter_shapes(config).items():
-        if role_of(parameter) in ("attention", "feed_forward", "head"):
+        if role_of(parameter) in ("attention", "feed_forward", "head") and len(shape) == 2:  # no stacks of experts
             entry, (tensor,) = sources_of(parameter, names)
             module = tensor.removesuffix(".weight")
             modules.setdefault(stem(module), []).append(Part(module, parameter, shape, entry))

@@ -1,13 +1,15 @@
 """What the runtime needs to know of any decoder, whatever its architecture."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Self
 
 from flax import linen as nn
 
-from llmjax.errors import shown
+from llmjax.errors import named, shown
 from llmjax.models.hf_config import Reader
+from llmjax.models.rope import Rope
+from llmjax.models.scalings import Dynamic, LongRope
 
 # Far above any model's: what is planned from a configuration, before its tensors are compared, must cost little.
 MOST_LAYERS = 1024
@@ -45,15 +47,47 @@ class DecoderConfig:
     tie_word_embeddings: bool
 
     @property
+    def kinds(self) -> tuple[Hashable, ...]:
+        """What each layer is computed by, where layers differ."""
+        return getattr(self, "windows", ())
+
+    @property
     def period(self) -> int:
         """Layer ``i`` is computed like layer ``i + period``."""
-        windows = getattr(self, "windows", ())
-        return next((p for p in range(1, len(windows)) if windows[p:] == windows[:-p]), max(1, len(windows)))
+        kinds = self.kinds
+        return next((p for p in range(1, len(kinds)) if kinds[p:] == kinds[:-p]), max(1, len(kinds)))
 
     def shortened(self, layers: int) -> Self:
-        """The model's first layers alone."""
-        windows = {"windows": self.windows[:layers]} if hasattr(self, "windows") else {}
-        return dataclasses.replace(self, num_hidden_layers=layers, **windows)
+        """The model's first layers alone; of fields with an entry for each layer, the first entries."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        cut = {n: v[:layers] for n, v in values.items() if isinstance(v, tuple) and len(v) == self.num_hidden_layers}
+        return dataclasses.replace(self, num_hidden_layers=layers, **cut)
+
+    def attention(self, layer: int) -> tuple[int, int] | None:
+        """``(K, H)`` of a layer's attention; None for a layer that has none."""
+        return self.num_key_value_heads, self.head_dim
+
+    def cache(self, layer: int) -> Mapping[str, Mapping[str, tuple[int, int]]]:
+        """What a layer keeps of each token, ``(heads, width)`` by the module that keeps it and the buffer's name, see
+        ``models.pages``; nothing for a layer that has no state of its own."""
+        heads = self.attention(layer)
+        return {} if heads is None else {"attn": {"k": heads, "v": heads}}
+
+    def length_kind(self, tokens: int) -> int:
+        """Equal for texts of so many tokens whose beginnings are computed alike, 0 of most models: see
+        ``models.scalings``."""
+        return next((scaling.kind(tokens) for scaling in self._following), 0)
+
+    @property
+    def renewal(self) -> int | None:
+        """A text that grows beyond so many tokens is computed anew, from its first on; None for never."""
+        return next((s.original for s in self._following if isinstance(s, LongRope)), None)
+
+    @property
+    def _following(self) -> list[Dynamic | LongRope]:
+        ropes = (getattr(self, field.name) for field in dataclasses.fields(self))
+        scalings = (rope.scaling for rope in ropes if isinstance(rope, Rope))
+        return [scaling for scaling in scalings if isinstance(scaling, Dynamic | LongRope)]
 
     @classmethod
     def from_hf(cls, config: Reader) -> Self:
@@ -72,6 +106,7 @@ def dimensions(
     context: int | None = None,
     kv_heads: int | None = None,
     head_dim: int | None = None,
+    intermediate: int | None = None,
 ) -> dict[str, Any]:
     """The fields of ``DecoderConfig``, read from the keys most architectures share.
 
@@ -81,6 +116,7 @@ def dimensions(
       context: its default context length.
       kv_heads: its default for an absent ``num_key_value_heads``; None means as many as query heads, as null does.
       head_dim: its default for an absent ``head_dim``; None means the width shared among the heads.
+      intermediate: F, where it is not the key ``intermediate_size``.
     """
     hidden, heads = r.size("hidden_size", most=MOST_WIDTH), r.size("num_attention_heads", most=MOST_HEADS)
     kv = r.nullable(r.size, "num_key_value_heads", kv_heads or heads) or heads
@@ -88,17 +124,27 @@ def dimensions(
         r.problem(f"hidden_size: {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is absent")
     if heads % kv:
         r.problem(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads {kv}")
+    r.context = r.size("max_position_embeddings", context)
     return {
         "vocab_size": r.size("vocab_size", most=MOST_TOKENS),
         "hidden_size": hidden,
-        "intermediate_size": r.size("intermediate_size", most=4 * MOST_WIDTH),
+        "intermediate_size": intermediate or r.size("intermediate_size", most=4 * MOST_WIDTH),
         "num_hidden_layers": r.size("num_hidden_layers", most=MOST_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": kv,
         "head_dim": r.size("head_dim", head_dim or max(1, hidden // heads), most=MOST_HEAD_DIM),
-        "max_position_embeddings": r.size("max_position_embeddings", context),
+        "max_position_embeddings": r.context,
         "tie_word_embeddings": r.flag("tie_word_embeddings", tied),
     }
+
+
+def check_rope_types(r: Reader) -> None:
+    """``rope_parameters`` of models whose local and global layers rotate differently."""
+    ropes = r.get("rope_parameters", {})
+    for key in sorted(set(ropes) - {FULL, SLIDING}, key=str) if isinstance(ropes, dict) else ():
+        r.problem(
+            f"rope_parameters.{named(str(key))}: expected an object for each of {FULL!r} and {SLIDING!r}, nothing else"
+        )
 
 
 def layer_windows(r: Reader, kinds: Sequence[str], window: int | None) -> tuple[int | None, ...]:

@@ -24,6 +24,8 @@ class Context(struct.PyTreeNode):
       adapter: int32 ``[B]``, each row's LoRA adapter among the resident ones, 0 for none.  ``None`` means none.
       recompute: a layer's inner values are computed again on the way back, so that a gradient keeps no more of it than
         its input (static; Chen et al. 2016, arXiv:1604.06174).
+      length: int32 ``[B]``, tokens of each row's text, those beyond this call included and padding not: for ropes that
+        follow it.  ``None`` means that it ends with this call.
     """
 
     positions: jax.Array
@@ -34,12 +36,26 @@ class Context(struct.PyTreeNode):
     last: jax.Array | None = None
     adapter: jax.Array | None = None
     recompute: bool = struct.field(pytree_node=False, default=False)
+    length: jax.Array | None = None
+
+    @property
+    def tokens(self) -> jax.Array:
+        """int32 ``[B]``, how long each row's text is."""
+        return jnp.max(self.positions, 1) + 1 if self.length is None else self.length
 
     def select_last(self, x: jax.Array) -> jax.Array:
-        """``[B, T, D] -> [B, M, D]`` where only some tokens' logits are wanted, else ``x``."""
+        """``[..., B, T, D] -> [..., B, M, D]`` where only some tokens' logits are wanted, else ``x``."""
         if self.last is None:
             return x
-        return jnp.take_along_axis(x, self.last.reshape(x.shape[0], -1, 1), axis=1)
+        last = self.last.reshape(len(self.last), -1, 1)
+        return jnp.take_along_axis(x, jnp.expand_dims(last, tuple(range(x.ndim - 3))), axis=-2)
+
+    def at_last(self) -> "Context":
+        """The context of what ``select_last`` selects."""
+        if self.last is None:
+            return self
+        last = self.last.reshape(len(self.last), -1)
+        return self.replace(positions=jnp.take_along_axis(self.positions, last, axis=1), last=None)
 
 
 def tap(module: nn.Module, name: str, value: jax.Array) -> jax.Array:

@@ -7,10 +7,9 @@ from typing import Self
 import jax
 from flax import linen as nn
 
-from llmjax.errors import named
 from llmjax.models.architecture import Architecture
 from llmjax.models.attention import Scores, softcap
-from llmjax.models.config import FULL, SLIDING, DecoderConfig, dimensions, layer_windows
+from llmjax.models.config import FULL, SLIDING, DecoderConfig, check_rope_types, dimensions, layer_windows
 from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, Attention, Embedding, GatedMLP, UnitOffsetRMSNorm, language_head
@@ -42,10 +41,7 @@ class Gemma3Config(DecoderConfig):
         r.ignore("hidden_act", "cache_implementation")  # the activation stands in hidden_activation
         pattern = r.size("sliding_window_pattern", r.size("_sliding_window_pattern", 6))
         kinds = [SLIDING if (i + 1) % pattern else FULL for i in range(layers)]
-        ropes = r.get("rope_parameters", {})
-        for key in sorted(set(ropes) - {FULL, SLIDING}, key=str) if isinstance(ropes, dict) else ():
-            where = f"rope_parameters.{named(str(key))}"
-            r.problem(f"{where}: expected an object for each of {FULL!r} and {SLIDING!r}, nothing else")
+        check_rope_types(r)
         return cls(
             **shared,
             rms_norm_eps=r.number("rms_norm_eps", 1e-6),
@@ -110,6 +106,23 @@ class Gemma3(nn.Module):
         return tap(self, "logits", logits)
 
 
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+    "post_attn_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "post_mlp_norm": "post_feedforward_layernorm",
+}
+
+
 def names(prefix: str = "") -> Names:
     """The table, for a text model whose tensors' names begin with ``prefix``."""
     return hf_names(
@@ -117,19 +130,7 @@ def names(prefix: str = "") -> Names:
         layer=f"{prefix}model.layers.{{}}.",
         final_norm=f"{prefix}model.norm",
         head=f"{prefix}lm_head",
-        attn_norm="input_layernorm",
-        q="self_attn.q_proj",
-        k="self_attn.k_proj",
-        v="self_attn.v_proj",
-        o="self_attn.o_proj",
-        q_norm="self_attn.q_norm",
-        k_norm="self_attn.k_norm",
-        post_attn_norm="post_attention_layernorm",
-        mlp_norm="pre_feedforward_layernorm",
-        gate="mlp.gate_proj",
-        up="mlp.up_proj",
-        down="mlp.down_proj",
-        post_mlp_norm="post_feedforward_layernorm",
+        **LAYER_NAMES,
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 from llmjax.errors import ConfigError, LlmjaxError, named, shown
 from llmjax.models.layers import ACTIVATIONS
-from llmjax.models.rope import Llama3Scaling, Rope
+from llmjax.models.rope import Rope
+from llmjax.models.rope_config import RopeSpec
 from llmjax.outside.values import COUNT, FLAG, INT32, LEAST_FLOAT, POSITIVE, POSITIVE_NUMBER, Rule, number
 
 T = TypeVar("T")
@@ -32,7 +33,6 @@ IRRELEVANT = frozenset(
     """.split()
 )
 # rope_interleaved is written by SmolLM's training code with the value false; true is refused in Reader.finish.
-_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 _FRACTION = number(LEAST_FLOAT, 1, "a number in (0, 1]")
 _MUST_BE_FALSE = ("add_cross_attention", "is_encoder_decoder", "rope_interleaved")
 
@@ -48,6 +48,7 @@ class Reader:
     irrelevant: frozenset[str] = IRRELEVANT
     must_be_false: tuple[str, ...] = _MUST_BE_FALSE
     error: type[LlmjaxError] = ConfigError
+    context: int | None = None  # of the model, in tokens, once it was read
 
     def __init__(self, config: Mapping[str, Any], where: str):
         self._config, self._where = dict(config), where
@@ -65,6 +66,11 @@ class Reader:
         self._seen.add(key)
         value = self._config.get(key)
         return default if value is None else value
+
+    def default(self, key: str, value: Any) -> None:
+        """What a key that is absent or null means, all at once."""
+        if self._config.get(key) is None:
+            self._config[key] = value
 
     def section(self, key: str, defaults: Mapping[str, Any]) -> "Reader":
         """A reader of a nested object, as strict; ``finish`` reports its problems among the others.
@@ -160,51 +166,33 @@ class Reader:
             places = {f"rope_parameters.{layer_type}": places["rope_parameters"].get(layer_type)}
         if scaling_key is not None:
             places = {scaling_key: self.get(scaling_key), **places}
-        spec: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for key, value in places.items():
             if value is not None and not isinstance(value, dict):
                 self.problem(f"{key}: expected an object, found {shown(value)}")
             elif value:
-                spec.update(value)
-        theta = spec.pop("rope_theta", self.get(theta_key, theta))
-        whole, fraction = fraction is None, 1.0 if fraction is None else fraction
-        fraction = spec.pop("partial_rotary_factor", self.get("partial_rotary_factor", fraction))
+                entries.update(value)
+        original = None if scaling_key is None else self._config.get("original_max_position_embeddings")
+        spec = RopeSpec(entries, self.problem, self.context, original, layer_type is not None)
+        if spec.kind in ("longrope", "yarn", "llama3"):
+            self._seen.add("original_max_position_embeddings")
+        theta = entries.pop("rope_theta", self.get(theta_key, theta))
+        whole = fraction is None and spec.kind != "proportional"
+        fraction = 1.0 if fraction is None else fraction
+        fraction = entries.pop("partial_rotary_factor", self.get("partial_rotary_factor", fraction))
         if whole and fraction != 1:
             self.problem(f"partial_rotary_factor: {shown(fraction)} is not supported here, expected 1.0")
             fraction = 1.0
         return self._build_rope(spec, theta, fraction, head_dim)
 
-    def _build_rope(self, spec: dict[str, Any], theta: Any, fraction: Any, head_dim: int) -> Rope:
+    def _build_rope(self, spec: RopeSpec, theta: Any, fraction: Any, head_dim: int) -> Rope:
         theta = self._found("rope_theta", theta, POSITIVE_NUMBER, 1.0)
         fraction = self._found("partial_rotary_factor", fraction, _FRACTION, 1.0)
-        dims = int(head_dim * fraction)
+        dims = head_dim if spec.kind == "proportional" else int(head_dim * fraction)
         if dims % 2 or dims == 0:
             self.problem(f"rotary width: {head_dim} * {fraction} = {dims}, expected a positive even number")
             dims = 2
-        kind = spec.pop("rope_type", None)
-        kind = spec.pop("type", None) if kind is None else (spec.pop("type", None), kind)[1]
-        rope = Rope(float(theta), dims)
-        if kind in (None, "default"):
-            # transformers keeps these beside rope_type "default" and ignores them
-            spec.pop("factor", None), spec.pop("original_max_position_embeddings", None)
-        elif kind == "linear":
-            rope = Rope(float(theta), dims, linear=self._rope_number(spec, "factor"))
-            spec.pop("original_max_position_embeddings", None)
-        elif kind == "llama3":
-            factor, low, high, context = (self._rope_number(spec, key) for key in _LLAMA3)
-            if low >= high and not self._problems:
-                self.problem(f"rope parameter high_freq_factor: expected above low_freq_factor {low:g}, found {high:g}")
-            rope = Rope(float(theta), dims, llama3=Llama3Scaling(factor, low, high, int(context)))
-        else:
-            self.problem(f"rope_type: {shown(kind)} is not supported, expected 'default', 'linear' or 'llama3'")
-            return rope
-        for key in sorted(spec, key=str):
-            what = f"rope parameter {named(str(key))}: {shown(spec[key])}"
-            self.problem(f"{what} is not understood for rope_type {kind or 'default'!r}")
-        return rope
-
-    def _rope_number(self, spec: dict[str, Any], key: str) -> float:
-        return float(self._found(f"rope parameter {key}", spec.pop(key, None), POSITIVE_NUMBER, 1.0))
+        return spec.rope(float(theta), dims, int(fraction * head_dim // 2))
 
     def _found(self, what: str, value: Any, rule: Rule, instead: Any) -> Any:
         if problem := rule.problem(value):

@@ -113,6 +113,17 @@ class RMSNorm(nn.Module):
         return tap(self, "", weight.astype(x.dtype) * rms_normalised(x, self.eps).astype(x.dtype))
 
 
+class WideRMSNorm(nn.Module):
+    """``w * x / sqrt(mean(x^2) + eps)``, all of it in float32 before rounding."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = parameter(self, "weight", nn.initializers.ones, (x.shape[-1],))
+        return tap(self, "", (weight.astype(jnp.float32) * rms_normalised(x, self.eps)).astype(x.dtype))
+
+
 class UnitOffsetRMSNorm(nn.Module):
     """``(1 + w) * x / sqrt(mean(x^2) + eps)``, all of it in float32 before rounding, as Gemma does."""
 
@@ -190,22 +201,32 @@ class Attention(nn.Module):
         if self.qk_norm is not None:
             q, k = self.qk_norm("q_norm")(q), self.qk_norm("k_norm")(k)
         if self.rope is not None:
-            q = tap(self, "q_rot", self.rope(q, ctx.positions))
-            k = tap(self, "k_rot", self.rope(k, ctx.positions))
-        if self.has_variable("cache", "k"):
-            out = cached_attention(q, self._write("k", k, ctx), self._write("v", v, ctx), self.scores, ctx)
-        else:
-            out, probs = dense_attention(q, k, v, self.scores, ctx)
-            tap(self, "probs", probs)
-        out = tap(self, "out", out.reshape(*out.shape[:2], -1))
+            q = tap(self, "q_rot", self.rope(q, ctx))
+            k = tap(self, "k_rot", self.rope(k, ctx))
+        out = attended(self, q, kept(self, "k", k, ctx), kept(self, "v", v, ctx), self.scores, ctx)
         return self.projection(x.shape[-1], self.out_bias, name="o")(out, ctx)
 
-    def _write(self, name: str, new: jax.Array, ctx: Context) -> jax.Array:
-        """Puts ``new [B, T, K, H]`` at each token's position and returns the whole cache."""
-        new = to_storage(new.astype(ctx.numerics.products))
-        cache = written(self.get_variable("cache", name), name, new, ctx)
-        self.put_variable("cache", name, cache)
-        return cache
+
+def kept(module: nn.Module, name: str, new: jax.Array, ctx: Context) -> jax.Array:
+    """Where there is a cache, puts ``new [B, T, K, H]`` at each token's position in the module's buffer of this name
+    and returns all of that; else ``new`` itself."""
+    if not module.has_variable("cache", name):
+        return new
+    new = to_storage(new.astype(ctx.numerics.products))
+    cache = written(module.get_variable("cache", name), name, new, ctx)
+    module.put_variable("cache", name, cache)
+    return cache
+
+
+def attended(module: nn.Module, q: jax.Array, k: jax.Array, v: jax.Array, scores: Scores, ctx: Context) -> jax.Array:
+    """``[B, T, N * H]``: queries ``[B, T, N, H]`` attend to keys and values that were ``kept``, by this module or by
+    another."""
+    if ctx.table is None:
+        out, probs = dense_attention(q, k, v, scores, ctx)
+        tap(module, "probs", probs)
+    else:
+        out = cached_attention(q, k, v, scores, ctx)
+    return tap(module, "out", out.reshape(*out.shape[:2], -1))
 
 
 class GatedMLP(nn.Module):

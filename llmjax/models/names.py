@@ -51,6 +51,31 @@ def stacked(module: str, rows: Mapping[str, int]) -> dict[str, str | From]:
     return table
 
 
+def stacked_experts(module: str, width: int) -> dict[str, str | From]:
+    """The table of experts that lie in two tensors: ``gate_up_proj [E, 2 F, D]``, gate first, and ``down_proj [E, D,
+    F]``.
+
+    Args:
+      module: of both.
+      width: F.
+    """
+
+    def part(start: int) -> From:
+        def make(arrays: list[np.ndarray]) -> np.ndarray:
+            return _only(arrays)[:, start : start + width]
+
+        def whole(shape: Shape) -> Shape:
+            return (shape[0], 2 * shape[1], *shape[2:])
+
+        return From((module,), make, source_shape=whole, endings={"weight": "gate_up_proj"})
+
+    return {
+        "layers.{}.experts.gate": part(0),
+        "layers.{}.experts.up": part(width),
+        "layers.{}.experts.down": From((module,), endings={"weight": "down_proj"}),
+    }
+
+
 Names = Mapping[str, str | From]
 
 
@@ -108,8 +133,8 @@ def stem(name: str) -> str:
 def sources_of(parameter: str, names: Names) -> tuple[From, list[str]]:
     """How a parameter is made, and the names of the tensors it is made from."""
     module, ending = parameter.rsplit(".", 1)
-    layer = re.match(r"layers\.(\d+)\.", module)
-    entry = names[re.sub(r"^layers\.\d+\.", "layers.{}.", module)]
+    layer = re.match(r"layers\.(\d+)", module)
+    entry = names[re.sub(r"^layers\.\d+", "layers.{}", module)]
     if isinstance(entry, str):
         entry = From((entry,))
     ending = entry.endings.get(ending, ending)

@@ -17,9 +17,8 @@ from llmjax.models.layers import (
     Attention,
     Embedding,
     GatedMLP,
+    WideRMSNorm,
     language_head,
-    parameter,
-    rms_normalised,
 )
 from llmjax.models.llama import LlamaConfig
 from llmjax.models.names import hf_names
@@ -30,20 +29,9 @@ from llmjax.models.stack import in_turn
 class WideRope(Rope):
     """``Rope`` in float32, rounded once."""
 
-    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         """See ``Rope``."""
-        return super().__call__(x.astype(jnp.float32), positions).astype(x.dtype)
-
-
-class WideRMSNorm(nn.Module):
-    """``w * x / sqrt(mean(x^2) + eps)``, all of it in float32 before rounding."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        weight = parameter(self, "weight", nn.initializers.ones, (x.shape[-1],))
-        return tap(self, "", (weight.astype(jnp.float32) * rms_normalised(x, self.eps)).astype(x.dtype))
+        return super().__call__(x.astype(jnp.float32), ctx).astype(x.dtype)
 
 
 class AllHeadsNorm(WideRMSNorm):

@@ -1,7 +1,8 @@
-"""The key/value cache lies in pages: a row owns some of them, and its table names them in the order of its positions.
+"""The cache lies in pages: a row owns some of them, and its table names them in the order of its positions.
 
 Shapes: ``P`` pages, ``page`` positions in one, ``K`` key/value heads, ``H`` head width.  A buffer of keys is ``[P, K,
-page, H]``, one of values ``[P, K, H, page]``: both are then read along what is summed.
+page, H]``, one of values (``v``) ``[P, K, H, page]``: both are then read along what is summed.  Whatever else a layer
+keeps of each token lies as keys do.
 """
 
 import math
@@ -12,8 +13,15 @@ from jax import lax
 
 from llmjax.models.context import Context
 
-# Where positions stand in a cache's buffers.
-POSITION_AXIS = {"k": 2, "v": 3}
+
+def position_axis(name: str) -> int:
+    """Where positions stand in the cache's buffer of this name."""
+    return 3 if name == "v" else 2
+
+
+def shape(name: str, pages: int, heads: int, width: int, page: int) -> tuple[int, int, int, int]:
+    """That of the buffer of this name."""
+    return (pages, heads, width, page) if position_axis(name) == 3 else (pages, heads, page, width)
 
 
 def written(cache: jax.Array, name: str, new: jax.Array, ctx: Context) -> jax.Array:
@@ -21,11 +29,11 @@ def written(cache: jax.Array, name: str, new: jax.Array, ctx: Context) -> jax.Ar
 
     A part of one row's prompt (``B`` 1, ``T`` above 1, no ``ctx.active``) must begin at a multiple of its length.
     """
-    axis = POSITION_AXIS[name]
+    axis = position_axis(name)
     page = cache.shape[axis]
     if ctx.active is None and new.shape[0] == 1 and new.shape[1] > 1:
         # In as few pieces as lie in a page each: XLA:CPU scatters one by one.
-        part = new.transpose(0, 2, 1, 3) if name == "k" else new.transpose(0, 2, 3, 1)
+        part = new.transpose(0, 2, 1, 3) if axis == 2 else new.transpose(0, 2, 3, 1)
         size = math.gcd(page, new.shape[1])
         for start in range(0, new.shape[1], size):
             position = ctx.positions[0, start]
@@ -36,14 +44,14 @@ def written(cache: jax.Array, name: str, new: jax.Array, ctx: Context) -> jax.Ar
     pages, places = _pages(ctx, ctx.positions // page), ctx.positions % page
     if ctx.active is not None:
         places = jnp.where(ctx.active[:, None], places, page)  # out of range: dropped
-    place = cache.at[pages, :, places] if name == "k" else cache.at[pages, :, :, places]
+    place = cache.at[pages, :, places] if axis == 2 else cache.at[pages, :, :, places]
     return place.set(new, mode="drop", unique_indices=True)
 
 
 def block(cache: jax.Array, name: str, start: jax.Array, size: int, ctx: Context) -> jax.Array:
     """``size`` positions of each row from ``start`` int32 ``[B]`` on, a multiple of ``size`` as the page is: ``[B, K,
     size, H]`` of keys, ``[B, K, H, size]`` of values.  Behind a row's table: anything."""
-    axis = POSITION_AXIS[name]
+    axis = position_axis(name)
     page = cache.shape[axis]
 
     def one(number: jax.Array, offset: jax.Array | int) -> jax.Array:

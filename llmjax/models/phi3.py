@@ -18,7 +18,9 @@ class Phi3Config(LlamaConfig):
         """See ``DecoderConfig.from_hf``."""
         shared = dimensions(r, tied=False, context=4096)
         r.expect("attention_bias", (False,), False)
-        r.ignore("original_max_position_embeddings")  # of longrope, which ``rope`` refuses
+        r.ignore("original_max_position_embeddings")  # with other ropes than those that want it
+        # What Phi-4's files have beside, and no version of transformers reads.
+        r.ignore("interpolate_factor", "full_attn_mod", "lm_head_bias", "mlp_bias", "embd_layer")
         window = None if r.get("sliding_window") is None else r.size("sliding_window")
         return cls(
             **shared,

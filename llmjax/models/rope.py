@@ -1,4 +1,4 @@
-"""Rotary position embeddings, and how configs stretch them.
+"""Rotary position embeddings.
 
 Shapes: ``B`` batch, ``T`` query positions, ``N`` heads, ``H`` head width.
 """
@@ -9,15 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-@dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
-    """Frequency-dependent rope scaling of Llama 3.1 (transformers ``rope_type: llama3``)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+from llmjax.models.context import Context
+from llmjax.models.scalings import Dynamic, Llama3Scaling, LongRope, Yarn, plain_frequencies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +24,9 @@ class Rope:
       linear: positions are divided by this factor (``rope_type: linear``).
       llama3: scaling of ``rope_type: llama3``.
       divisors: what each of the ``dims / 2`` frequencies is divided by: that scaling again, as GGUF stores it.
+      turning: how many of the ``dims / 2`` pairs turn, the others having frequency 0 (``rope_type: proportional``);
+        None for all.
+      scaling: of the other types; see ``models.scalings``.
     """
 
     theta: float
@@ -38,30 +34,38 @@ class Rope:
     linear: float = 1.0
     llama3: Llama3Scaling | None = None
     divisors: tuple[float, ...] | None = None
+    turning: int | None = None
+    scaling: Yarn | Dynamic | LongRope | None = None
+
+    @property
+    def follows_length(self) -> bool:
+        """Whether frequencies depend on how long the text is."""
+        return isinstance(self.scaling, Dynamic | LongRope)
 
     def frequencies(self) -> np.ndarray:
-        """float32 ``[dims / 2]``, in float32 arithmetic as transformers does: float64 angles differ visibly after a few
-        hundred tokens."""
-        exponent = np.arange(0, self.dims, 2, dtype=np.float32) / np.float32(self.dims)
-        inv = np.float32(1.0) / np.power(np.float32(self.theta), exponent)
+        """float32 ``[dims / 2]``, where they do not ``follows_length``."""
+        if isinstance(self.scaling, Yarn):
+            return self.scaling.frequencies(self.theta, self.dims)
+        inv = plain_frequencies(self.theta, self.dims)
         if self.linear != 1.0:
             inv = inv / np.float32(self.linear)
         if self.llama3 is not None:
-            s = self.llama3
-            wavelength = np.float32(2 * np.pi) / inv
-            old = s.original_max_position_embeddings
-            smooth = (old / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-            blended = (1 - smooth) * inv / s.factor + smooth * inv
-            slow, fast = wavelength > old / s.low_freq_factor, wavelength < old / s.high_freq_factor
-            inv = np.where(slow, inv / s.factor, np.where(fast, inv, blended)).astype(np.float32)
+            inv = self.llama3(inv)
+        if self.turning is not None:
+            inv[self.turning :] = 0
         if self.divisors is not None:
             inv = inv / np.array(self.divisors, np.float32)
         return inv
 
-    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Rotates ``x [B, T, N, H]`` at ``positions [B, T]``, in x's dtype with angles in float32."""
-        angles = positions[..., None].astype(jnp.float32) * self.frequencies()
-        cos, sin = (f(angles)[:, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        """Rotates ``x [B, T, N, H]`` at ``ctx.positions``, in x's dtype with angles in float32."""
+        if isinstance(self.scaling, Dynamic | LongRope):
+            frequencies = self.scaling.frequencies(self.theta, self.dims, ctx.tokens)[:, None]
+        else:
+            frequencies = jnp.asarray(self.frequencies())
+        angles = ctx.positions[..., None].astype(jnp.float32) * frequencies
+        factor = 1.0 if self.scaling is None else self.scaling.attention_factor
+        cos, sin = ((f(angles) * jnp.float32(factor))[:, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))
         half = self.dims // 2
         first, second, rest = x[..., :half], x[..., half : self.dims], x[..., self.dims :]
         return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1)

@@ -31,57 +31,71 @@ from llmjax.quant.qtensor import QTensor
 STACKED = "layers"
 
 
-def in_turn(model: nn.Module, blocks: Sequence[nn.Module], x: jax.Array, ctx: Context) -> jax.Array:
-    """Applies a model's blocks to ``x [B, T, D]``, one after the other.
+def in_turn(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Context, each: Any = None) -> Any:
+    """Applies a model's blocks to ``x``, one after the other: ``[B, T, D]``, or any tree of arrays that travels through
+    them.
 
     In plain use blocks of equal fields and shapes share one trace, which the compiler inlines where it is called, and
     those whose parameters ``stacked`` made one run in a loop.  While Flax's tools look on, each is called in its place.
+
+    Args:
+      model: bound, whose variables the blocks' are.
+      blocks: named ``layers_i``.
+      x: what the first gets and each hands on.
+      ctx: for all of them.
+      each: arrays ``[L, ...]``, a third argument for each block; None for none.
     """
     pattern = model.get_variable("params", STACKED, ())
     if not watched(model):
-        return (_looped if pattern else _traced_once)(model, blocks, x, ctx)
+        return (_looped if pattern else _traced_once)(model, blocks, x, ctx, each)
     if not pattern:
-        return _each(blocks, x, ctx)
+        return _each(blocks, x, ctx, each)
 
-    def apart(inner: nn.Module, x: jax.Array) -> jax.Array:
-        return _each([block.clone(parent=inner) for block in blocks], x, ctx)
+    def apart(inner: nn.Module, x: Any) -> Any:
+        return _each([block.clone(parent=inner) for block in blocks], x, ctx, each)
 
     views = (partial(view, len(blocks), len(pattern)) for view in (_unstacked, _restacked))
     return nn.map_variables(apart, ["params", "cache"], *views, mutable=True)(model, x)
 
 
-def _each(blocks: Sequence[nn.Module], x: jax.Array, ctx: Context) -> jax.Array:
-    for block in blocks:
-        x = block(x, ctx)
+def _each(blocks: Sequence[nn.Module], x: Any, ctx: Context, each: Any) -> Any:
+    for i, block in enumerate(blocks):
+        x = block(x, ctx, *_own(each, i))
     return x
 
 
-def _traced_once(model: nn.Module, blocks: Sequence[nn.Module], x: jax.Array, ctx: Context) -> jax.Array:
-    @partial(jax.jit, static_argnums=0)  # of this call: what it traces is forgotten with it
-    def alike(block: nn.Module, variables: Any, x: jax.Array, ctx: Context) -> Any:
-        return block.apply(variables, x, ctx, mutable=["cache"])
+def _own(each: Any, i: int | jax.Array) -> tuple[Any, ...]:
+    return () if each is None else (jax.tree.map(lambda leaf: leaf[i], each),)
 
-    for block in blocks:
+
+def _traced_once(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Context, each: Any) -> Any:
+    @partial(jax.jit, static_argnums=0)  # of this call: what it traces is forgotten with it
+    def alike(block: nn.Module, variables: Any, *args: Any) -> Any:
+        return block.apply(variables, *args, mutable=["cache"])
+
+    for i, block in enumerate(blocks):
         apply = partial(alike, block.clone(parent=None, name=None))
         with jax.named_scope(str(block.name)):
-            x, made = (recomputed(apply) if ctx.recompute else apply)(block.variables, x, ctx)
+            x, made = (recomputed(apply) if ctx.recompute else apply)(block.variables, x, ctx, *_own(each, i))
         for collection, leaves in made.items():
-            model.put_variable(collection, str(block.name), leaves)
+            if leaves:
+                model.put_variable(collection, str(block.name), leaves)
     return x
 
 
-def _looped(model: nn.Module, blocks: Sequence[nn.Module], x: jax.Array, ctx: Context) -> jax.Array:
+def _looped(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Context, each: Any) -> Any:
     pattern: tuple[Any, ...] = model.get_variable("params", STACKED)
     count = len(blocks) // len(pattern)
     alike = [block.clone(parent=None, name=None) for block in blocks[: len(pattern)]]
 
-    def step(i: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+    def step(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         x, caches = carry
         new = []
-        for block, params, cache in zip(alike, pattern, caches, strict=True):
+        for place, (block, params, cache) in enumerate(zip(alike, pattern, caches, strict=True)):
             placed = ctx if ctx.table is None else ctx.replace(table=ctx.table + i * _rows(cache, count))
             variables = {"params": jax.tree.map(partial(_pick, i), params), "cache": cache}
-            x, changed = block.apply(variables, x, placed, mutable=["cache"])
+            own = _own(each, i * len(pattern) + place)
+            x, changed = block.apply(variables, x, placed, *own, mutable=["cache"])
             new.append(changed["cache"])
         return x, tuple(new)
 
@@ -146,7 +160,11 @@ def stacked(params: dict[str, Any], period: int, slots: int, numerics: Numerics)
     leaves = jax.tree.leaves(layers)
     if not on_cpu(*leaves) or any(isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in leaves):
         return None
-    if len(layers) % period or not all(_converted(layer, slots, numerics) for layer in layers):
+    if (
+        len(layers) % period
+        or len(layers) == period > 1
+        or not all(_converted(layer, slots, numerics) for layer in layers)
+    ):
         return None
     groups = [layers[i::period] for i in range(period)]
     if any(_kind(layer) != _kind(group[0]) for group in groups for layer in group):
@@ -164,7 +182,9 @@ def _converted(layer: Any, slots: int, numerics: Numerics) -> bool:
     """Whether each weight of a layer is small, and converted where a decode step multiplies with it."""
     leaves = jax.tree.leaves(layer, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     return all(
-        converted_whole(leaf.shape, 4) and (leaf.bits <= 5 or slots <= summed_rows(leaf, numerics))
+        leaf.values.ndim == 2
+        and converted_whole(leaf.shape, 4)
+        and (leaf.bits <= 5 or slots <= summed_rows(leaf, numerics))
         if isinstance(leaf, QTensor)
         else leaf.ndim < 2
         for leaf in leaves

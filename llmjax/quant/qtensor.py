@@ -12,7 +12,8 @@ from llmjax.quant.bits import look_up
 
 
 class QTensor(struct.PyTreeNode):
-    """A weight ``W [out, in]`` in few bits; its leaves are NumPy or JAX arrays.
+    """A weight ``W [out, in]`` in few bits, or a stack of them ``[E, out, in]`` whose leaves have one more dimension in
+    front; its leaves are NumPy or JAX arrays.
 
     What a value means, in float32 arithmetic::
 
@@ -41,10 +42,10 @@ class QTensor(struct.PyTreeNode):
     zero: int = struct.field(pytree_node=False, default=0)
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-        out, columns = self.values.shape
-        return (out, columns if self.bits == 8 else 2 * columns)
+    def shape(self) -> tuple[int, ...]:
+        """``(out, in)``, or ``(E, out, in)``."""
+        *rows, columns = self.values.shape
+        return (*rows, columns if self.bits == 8 else 2 * columns)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -54,7 +55,7 @@ class QTensor(struct.PyTreeNode):
     @property
     def group(self) -> int:
         """g: inputs that share a scale."""
-        return self.shape[1] // self.scales.shape[1]
+        return self.shape[-1] // self.scales.shape[-1]
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +65,7 @@ class QTensor(struct.PyTreeNode):
     @property
     def scheme(self) -> str:
         """Its name as ``inspect`` prints it: ``int4-g32``, ``int8``, ..."""
-        name = f"int{self.bits}" + ("" if self.scales.shape[1] == 1 else f"-g{self.group}")
+        name = f"int{self.bits}" + ("" if self.scales.shape[-1] == 1 else f"-g{self.group}")
         return name + ("-asym" if self.offsets is not None else "")
 
     def map(self, function: Callable[[Any], Any]) -> "QTensor":
@@ -90,7 +91,7 @@ def _stored(q: QTensor) -> tuple[Any, ...]:
     if q.fifth is not None:
         xp = jnp if isinstance(q.fifth, jax.Array) else np
         bits = (q.fifth[..., None] >> xp.arange(8, dtype=np.uint8)) & np.uint8(1)
-        even, odd = xp.split(bits.reshape(bits.shape[0], -1) << np.uint8(4), 2, axis=1)
+        even, odd = xp.split(bits.reshape(*bits.shape[:-2], -1) << np.uint8(4), 2, axis=-1)
         low, high = low | even, high | odd
     return low, high
 
@@ -129,7 +130,7 @@ def dequantize(q: QTensor) -> Any:
 def take(q: QTensor, ids: jax.Array) -> jax.Array:
     """``W[ids]`` float32: the embedding of token ids of any shape."""
     flat = ids.reshape(-1)
-    return dequantize(q.map(lambda leaf: look_up(leaf, flat))).reshape(*ids.shape, q.shape[1])
+    return dequantize(q.map(lambda leaf: look_up(leaf, flat))).reshape(*ids.shape, q.shape[-1])
 
 
 def pack(n: np.ndarray) -> np.ndarray:

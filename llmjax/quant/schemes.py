@@ -11,7 +11,7 @@ from typing import Any
 from llmjax import configs
 from llmjax.errors import ConfigError
 
-ROLES: tuple[str, ...] = ("attention", "feed_forward", "embedding", "head")
+ROLES: tuple[str, ...] = ("attention", "feed_forward", "embedding", "head", "per_layer_embedding")
 GROUPS: tuple[int, ...] = (32, 64, 128)
 _NAME = re.compile(r"int(?P<bits>4|8)(-g(?P<group>\d+))?(?P<asym>-asym)?(?P<mse>-mse)?")
 _EXPECTED = "int8 or int4, then -g32, -g64 or -g128 for a scale per group, -asym, -mse"
@@ -88,15 +88,26 @@ class Recipe:
 
 
 def role_of(parameter: str) -> str | None:
-    """``attention``, ``feed_forward``, ``embedding`` or ``head``; None for what is never quantized."""
+    """``attention``, ``feed_forward``, ``embedding``, ``head`` or ``per_layer_embedding``; None for what is never
+    quantized: norms, biases, and the small weights that decide where a token goes."""
     if not parameter.endswith(".weight"):
         return None
     *_, block, module, _ = ["", *parameter.split(".")]
     if block == "attn" and module in ("q", "k", "v", "o"):
         return "attention"
-    if block == "mlp":
+    if (
+        block in ("mlp", "experts")
+        or f"{block}.{module}" in _FEED_FORWARD
+        or re.fullmatch(r"(enter|leave)_\d+", module)
+    ):
         return "feed_forward"
+    if block == "per_layer":
+        return "per_layer_embedding" if module == "embed" else None
     return {"embed": "embedding", "head": "head"}.get(module)
+
+
+# Beside MLPs and experts: low-rank branches, and what lets a layer's own input in.
+_FEED_FORWARD = ("laurel.left", "laurel.right", "per_layer.gate", "per_layer.project", "conv.enter", "conv.leave")
 
 
 def parse(quantize: str | Path | Mapping[str, Any]) -> Recipe:
@@ -105,7 +116,8 @@ def parse(quantize: str | Path | Mapping[str, Any]) -> Recipe:
     Args:
       quantize: a scheme for all roles (``int4-g32``), a recipe of ``configs/quantization`` by name
         (``mixed-8-4-8``), a TOML file, or the like as a mapping: ``{"attention": "int8", "feed_forward": "int4",
-        "layers": {"0-1": {"feed_forward": "int8"}}}``.  A head without a scheme of its own has the embedding's.
+        "layers": {"0-1": {"feed_forward": "int8"}}}``.  A head and a table of per-layer embeddings without a scheme
+        of their own have the embedding's.
 
     Raises:
       ConfigError: unknown scheme, role or recipe, or layers that are no range.
@@ -141,8 +153,9 @@ def _from_mapping(values: Mapping[str, Any], where: str) -> Recipe:
     values = dict(values)
     layers = values.pop("layers", {})
     roles = _roles(values, where)
-    if "head" not in roles and "embedding" in roles:
-        roles["head"] = roles["embedding"]
+    for role in ("head", "per_layer_embedding"):
+        if role not in roles and "embedding" in roles:
+            roles[role] = roles["embedding"]
     if not isinstance(layers, Mapping):
         raise ConfigError(f"{where}: layers: expected a table of ranges such as '0-3', found {layers!r}")
     exceptions = []

@@ -1,4 +1,4 @@
-"""The key/value cache: one pair of buffers a layer, of pages that the decode slots' rows share out among them."""
+"""The cache: what each layer keeps of every token, in pages that the decode slots' rows share out among them."""
 
 import functools
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.models.config import DecoderConfig
+from llmjax.models.pages import shape
 from llmjax.models.stack import STACKED
 from llmjax.numerics import Numerics
 from llmjax.quant.bits import storage
@@ -27,18 +28,23 @@ def make_cache(
       stacked: as ``models.stack`` stacks layers.
 
     Returns:
-      ``layers_i / attn / {k, v}``, ``[P, K, page, H]`` and ``[P, K, H, page]``.
+      ``layers_i``, and in it what the layer keeps (``DecoderConfig.cache``): most often ``attn / {k, v}``, ``[P, K,
+      page, H]`` and ``[P, K, H, page]``.
     """
 
-    def layers(count: int) -> dict[str, Any]:
-        rows, heads, width = count * pages, config.num_key_value_heads, config.head_dim
-        shapes = {"k": (rows, heads, page, width), "v": (rows, heads, width, page)}
-        return {"attn": {name: jnp.zeros(shape, storage(numerics.products)) for name, shape in shapes.items()}}
+    def buffers(layer: int, count: int) -> dict[str, Any]:
+        return {
+            module: {
+                name: jnp.zeros(shape(name, count * pages, *size, page), storage(numerics.products))
+                for name, size in kept.items()
+            }
+            for module, kept in config.cache(layer).items()
+        }
 
     count, period = config.num_hidden_layers, config.period
     if stacked:
-        return {STACKED: tuple(layers(count // period) for _ in range(period))}
-    return {f"layers_{i}": layers(1) for i in range(count)}
+        return {STACKED: tuple(buffers(i, count // period) for i in range(period))}
+    return {f"layers_{i}": own for i in range(count) if (own := buffers(i, 1))}
 
 
 def grown(cache: Any, layers: int, more: int) -> Any:

@@ -252,7 +252,8 @@ class Engine:
                 return
 
     def _row(self, request: Request) -> Row:
-        return Row(request, self.model.tokenizer, self.model.eos_ids, int(self.adapter(request.lora)))
+        model, adapter = self.model, int(self.adapter(request.lora))
+        return Row(request, model.tokenizer, model.eos_ids, adapter, model.config.renewal)
 
     def _burst(self, rows: dict[int, Row], steps: int, refill: bool) -> Produced:
         """Runs the decode program, up to ``steps`` tokens a row."""
@@ -275,7 +276,7 @@ class Engine:
     def _fill(self, row: Row, place: Place, copied: tuple[int, int]) -> Generator[None, None, None]:
         """Brings a prompt into its slot, a chunk at every ``next``, and makes it active."""
         store, request = self.store, row.request
-        ids, slot = np.asarray(request.ids, np.int32), np.int32(place.slot)
+        ids, slot = np.asarray(row.ids, np.int32), np.int32(place.slot)
         adapter, begun = np.int32(row.adapter), place.length
         if begun and (place.source != place.slot or any(copied) or place.logits is not None):
             logits = self._none.bias if place.logits is None else place.logits
@@ -287,9 +288,8 @@ class Engine:
             part = ids[start : start + self.chunk]
             padded = np.pad(part, (0, self.chunk - len(part)))[None]
             table = store.pages.table[place.slot].copy()
-            store.state, logits = self._prefill(
-                self._params, store.state, padded, slot, table, np.int32(start), np.int32(len(part)), adapter
-            )
+            sizes = map(np.int32, (start, len(part), len(ids)))
+            store.state, logits = self._prefill(self._params, store.state, padded, slot, table, *sizes, adapter)
             store.prefixes.add(place.slot, ids[: start + len(part)], logits)
             self.progress.prefill_tokens += len(part)
             self._settle(logits)
@@ -299,7 +299,7 @@ class Engine:
                 scores += scored.by_token(request.ids[len(scores) :], request.params.prompt_logprobs or 0)
                 yield
             row.prompt_logprobs = scores
-        store.state = self._admit(store.state, slot, self._row_arrays(request))
+        store.state = self._admit(store.state, slot, self._row_arrays(row))
 
     @functools.cached_property
     def _none(self) -> Controls:
@@ -316,8 +316,8 @@ class Engine:
 
         return stops
 
-    def _row_arrays(self, request: Request) -> dict[str, Any]:
-        params = request.params
+    def _row_arrays(self, row: Row) -> dict[str, Any]:
+        request, params = row.request, row.request.params
         controls = row_controls(params, request.bad_words, self.model.config.vocab_size)
         knobs: list[Any] = [
             np.float32(params.temperature),
@@ -327,7 +327,8 @@ class Engine:
             key_words(request.seed),
         ]
         return {
-            "ids": np.pad(np.asarray(request.ids, np.int32), (0, self.store.length - len(request.ids))),
+            "ids": np.pad(np.asarray(row.ids, np.int32), (0, self.store.length - len(row.ids))),
+            "step": np.int32(row.produced),
             "knobs": Knobs(*knobs),
             "controls": self._none if controls is None else controls,
             "stops": self._stops((*params.stop_token_ids, *(() if params.ignore_eos else self.model.eos_ids))),
@@ -384,9 +385,8 @@ class Engine:
             part, after = (array[start : start + self.chunk] for array in (ids[:-1], ids[1:]))
             pad = (0, self.chunk - len(part))
             tokens = np.pad(part, pad)[None], np.pad(after, pad), store.pages.table[store.aside].copy()
-            store.state, scored = self._score(
-                self._params, store.state, *tokens, np.int32(start), np.bool_(wanted), adapter
-            )
+            sizes = map(np.int32, (start, len(ids)))
+            store.state, scored = self._score(self._params, store.state, *tokens, *sizes, np.bool_(wanted), adapter)
             scored = Scored(*(x[: len(part)] for x in jax.device_get(scored)))
             self.check_finite(scored.logprobs)
             yield scored

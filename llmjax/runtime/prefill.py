@@ -25,6 +25,7 @@ def prefill(
     table: jax.Array,
     start: jax.Array,
     length: jax.Array,
+    tokens: jax.Array,
     adapter: jax.Array,
 ) -> tuple[State, jax.Array]:
     """Runs one chunk of a prompt into a slot's pages.
@@ -40,13 +41,16 @@ def prefill(
       table: int32 ``[N]``, its pages.
       start: int32 ``[]``, position of the chunk's first token.
       length: int32 ``[]``, tokens that are no padding.
+      tokens: int32 ``[]``, those of the whole prompt.
       adapter: int32 ``[]``, see ``Context``.
 
     Returns:
       the state, and the logits float32 ``[V]`` that follow the chunk's last token, which are in the state as well.
     """
     positions = start + jnp.arange(ids.shape[1])[None]
-    ctx = Context(positions, numerics, block, table[None], last=length[None] - 1, adapter=adapter[None])
+    ctx = Context(
+        positions, numerics, block, table[None], last=length[None] - 1, adapter=adapter[None], length=tokens[None]
+    )
     logits, out = module.apply({"params": params, "cache": state.cache}, ids, ctx, mutable=["cache"])
     last = logits[0, 0].astype(jnp.float32)
     return state.replace(
@@ -91,6 +95,7 @@ def score_chunk(
     targets: jax.Array,
     table: jax.Array,
     start: jax.Array,
+    tokens: jax.Array,
     wanted: jax.Array,
     adapter: jax.Array,
 ) -> tuple[State, Scored]:
@@ -106,10 +111,12 @@ def score_chunk(
       targets: int32 ``[C]``, the token that follows each.
       table: int32 ``[N]``, the pages that the text may have.
       start: int32 ``[]``.
+      tokens: int32 ``[]``, those of the whole text.
       wanted: bool ``[]``, whether alternatives are.
       adapter: int32 ``[]``, see ``Context``.
     """
-    ctx = Context(start + jnp.arange(ids.shape[1])[None], numerics, block, table[None], adapter=adapter[None])
+    positions = start + jnp.arange(ids.shape[1])[None]
+    ctx = Context(positions, numerics, block, table[None], adapter=adapter[None], length=tokens[None])
     logits, out = module.apply({"params": params, "cache": state.cache}, ids, ctx, mutable=["cache"])
     logits = logits[0].astype(jnp.float32)
     norm = jax.nn.logsumexp(logits, -1)

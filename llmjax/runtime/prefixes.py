@@ -1,7 +1,7 @@
 """Which prompts the slots' caches hold, so that what prompts have in common is computed once."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import jax
 import numpy as np
@@ -15,13 +15,13 @@ class Held:
       ids: int32 ``[T]``; whole chunks of a prompt, or all of it.
       logits: float32 ``[V]``, what follows if ``ids`` are a whole prompt.
       used: when the slot was last taken.
-      adapter: the place of the LoRA adapter they went through.
+      kind: what else than the tokens decides what they are: the LoRA adapter they went through, ...
     """
 
     ids: np.ndarray
     logits: jax.Array | None = None
     used: int = 0
-    adapter: int = 0
+    kind: Hashable = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,26 +56,26 @@ class Prefixes:
         self._held = [Held(np.zeros(0, np.int32)) for _ in range(slots)]
         self._clock = 0
 
-    def find(self, ids: np.ndarray, free: Collection[int], adapter: int = 0) -> Place:
+    def find(self, ids: np.ndarray, free: Collection[int], kind: Hashable = 0) -> Place:
         """Picks a free slot for a prompt: one that holds its beginning, or the one that rested longest.
 
         Args:
           ids: int32 ``[T]``.
           free: slots without a row; not empty.
-          adapter: place of the row's LoRA adapter.
+          kind: see ``Held``.
         """
-        shared = [self._shared(held, ids) if held.adapter == adapter else 0 for held in self._held]
+        shared = [self._shared(held, ids) if held.kind == kind else 0 for held in self._held]
         source = max(range(len(shared)), key=lambda s: (shared[s], s in free))
         slot = source if source in free and shared[source] else min(free, key=lambda s: self._held[s].used)
         length = shared[source]
         logits = self._held[source].logits if length == len(ids) else None
         return Place(slot, source, length, logits)
 
-    def take(self, ids: np.ndarray, free: Collection[int], adapter: int = 0) -> Place:
+    def take(self, ids: np.ndarray, free: Collection[int], kind: Hashable = 0) -> Place:
         """As ``find``, and notes that the slot now holds as much of the prompt as need not be computed."""
-        place = self.find(ids, free, adapter)
+        place = self.find(ids, free, kind)
         self._clock += 1
-        self._held[place.slot] = Held(ids[: place.length], place.logits, self._clock, adapter)
+        self._held[place.slot] = Held(ids[: place.length], place.logits, self._clock, kind)
         return place
 
     def tokens(self, slot: int) -> int:

@@ -62,6 +62,13 @@ def special_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> list[int]:
 class Row:
     """Collects a request's tokens and text and decides when it is finished.
 
+    Args:
+      request: what is asked for.
+      tokenizer: None gives no text.
+      eos_ids: tokens that end it.
+      adapter: the place of its LoRA adapter.
+      renewal: see ``DecoderConfig.renewal``.
+
     Attributes:
       finish_reason: None while the row goes on; ``error`` if it cannot.
       error: why not.
@@ -70,8 +77,17 @@ class Row:
       again: tokens that are to come once more, since the row was put off; they are the same in every bit.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer | None, eos_ids: Sequence[int], adapter: int = 0):
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: Tokenizer | None,
+        eos_ids: Sequence[int],
+        adapter: int = 0,
+        renewal: int | None = None,
+    ):
         self.request, self.adapter = request, adapter
+        self._renewal = renewal
+        self._kept = 0
         self.finish_reason: str | None = None
         self.prompt_logprobs: list[dict[int, float] | None] | None = None
         self.error: LlmjaxError | None = None
@@ -108,9 +124,26 @@ class Row:
         assert request.params.max_tokens is not None
         return len(request.ids) + min(self.produced + more, request.params.max_tokens - 1)
 
+    @property
+    def ids(self) -> list[int]:
+        """What the row begins with: its prompt, and what was generated before it was begun anew."""
+        return [*self.request.ids, *self._token_ids[: self._kept]]
+
+    @property
+    def until_renewal(self) -> int | None:
+        """Tokens to come before the row must be computed anew; None for no such end."""
+        length = len(self.request.ids)
+        if self._renewal is None or length + self._kept > self._renewal:
+            return None
+        return self._renewal + 1 - length - self.produced
+
+    def renew(self) -> None:
+        """The row will go on, but from its text computed anew."""
+        self._kept = self.produced
+
     def put_off(self) -> None:
         """The row will begin once more."""
-        self.again = len(self._token_ids)
+        self.again, self._kept = len(self._token_ids), 0
 
     def fail(self, error: LlmjaxError) -> None:
         """Ends the row without an answer."""

@@ -53,12 +53,13 @@ class Schedule:
           the row, its place, and which page is to be copied where (see ``Pages.lend``).
         """
         row, store = self.waiting[0], self._store
-        ids, needed = np.asarray(row.request.ids, np.int32), store.pages.needed
+        ids, needed = np.asarray(row.ids, np.int32), store.pages.needed
+        kind = row.adapter, store.length_kind(len(ids))
         store.ensure(len(ids))
         prompt = padded(len(ids), self._chunk)
         scored = prompt if row.is_unscored else 0
         free = set(range(self._slots)) - set(self.rows)
-        place = store.prefixes.find(ids, free, row.adapter)
+        place = store.prefixes.find(ids, free, kind)
         # As much as a row had when it was put off must be free for each of the others, too, or it soon were so again.
         ahead = max(row.again, store.tokens)
         count = needed(max(prompt, row.reach(row.again + ahead))) - place.length // store.tokens + needed(scored)
@@ -66,7 +67,7 @@ class Schedule:
         if not store.room(count, {*self.rows, *([place.source] if place.length else [])}):
             if self.rows or not store.restart(max(prompt + scored, len(ids) + row.again + 1)):
                 return None
-        place = store.prefixes.take(ids, free, row.adapter)
+        place = store.prefixes.take(ids, free, kind)
         copied = store.pages.lend(place.source, place.slot, place.length)
         store.pages.give(place.slot, needed(prompt))
         store.pages.give(store.aside, needed(scored))
@@ -75,7 +76,7 @@ class Schedule:
     def refuse(self) -> Row:
         """Ends the first of the rows that wait, which does not fit alone."""
         row = self.waiting.popleft()
-        size = len(row.request.ids)
+        size = len(row.ids)
         row.fail(no_room(self._store, size + row.again + 1 + (size if row.is_unscored else 0)))
         return row
 
@@ -83,10 +84,15 @@ class Schedule:
         """Gets the rows memory for so many tokens more; where there is none, the newest are put off.
 
         Returns:
-          how many tokens there is room for, 0 if no row is left.
+          how many tokens there is room for before a row must be computed anew, 0 if no row is left.
         """
         store = self._store
         for slot, row in list(self.rows.items()):
+            if (left := row.until_renewal) is not None:
+                if left > 0:
+                    steps = min(steps, left)
+                else:
+                    self._renew(slot)
             while slot in self.rows and not store.hold(slot, row.reach(steps), self._busy()):
                 left = store.pages.held(slot) * store.tokens - row.reach(0)
                 if left > 0:
@@ -94,6 +100,14 @@ class Schedule:
                 else:
                     self._put_off()
         return steps if self.rows else 0
+
+    def _renew(self, slot: int) -> None:
+        """Has a row's text computed anew, before it goes on."""
+        row = self.rows.pop(slot)
+        row.renew()
+        self._store.prefixes.forget(slot)
+        self._store.release(slot)
+        self.waiting.appendleft(row)
 
     def _busy(self) -> set[int]:
         return {*self.rows, *([] if self.filling is None else [self.filling.slot])}

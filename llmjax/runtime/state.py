@@ -85,10 +85,10 @@ def admit(state: State, slot: jax.Array, row: dict[str, Any]) -> State:
     Args:
       state: donated.
       slot: int32 ``[]``.
-      row: ``ids [S]``, ``knobs``, ``controls``, ``stops [V]``, ``min_tokens``, ``max_tokens``,
+      row: ``ids [S]``, ``step``, ``knobs``, ``controls``, ``stops [V]``, ``min_tokens``, ``max_tokens``,
         ``want_logprobs``, ``adapter``.
     """
-    new = {"step": 0, "active": True, **row}
+    new = {"active": True, **row}
     return state.replace(
         **{
             name: jax.tree.map(lambda old, value: old.at[slot].set(value), getattr(state, name), value)

@@ -91,6 +91,10 @@ class Store:
         self.pages = Pages(self._slots + 1, self.tokens)
         self.prefixes = Prefixes(self._slots, self._chunk, self._sharing)
 
+    def length_kind(self, tokens: int) -> int:
+        """See ``DecoderConfig.length_kind``."""
+        return self._model.config.length_kind(tokens)
+
     def fits(self, tokens: int) -> bool:
         """Whether the budget has room for one row of so many tokens."""
         return self.pages.needed(tokens) < self.memory.pages

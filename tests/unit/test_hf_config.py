@@ -17,7 +17,7 @@ SIZES = {
 }
 RW = {"alibi": True, "multi_query": False, "parallel_attn": False}
 # Nested: its text model's keys lie one level down.
-NESTED = {"gemma3"}
+NESTED = {"gemma3", "gemma3n", "gemma4"}
 MINIMAL = {kind: SIZES for kind in architectures() if kind not in NESTED} | {
     "gemma": SIZES | {"num_key_value_heads": 1, "head_dim": 20},
     "mistral": SIZES | {"num_key_value_heads": 2},
@@ -25,6 +25,8 @@ MINIMAL = {kind: SIZES for kind in architectures() if kind not in NESTED} | {
     "qwen3": SIZES | {"num_key_value_heads": 2},
     "falcon": {k: v for k, v in SIZES.items() if k != "intermediate_size"} | RW,
     "stablelm": SIZES | {"num_key_value_heads": 4},
+    "gemma3n_text": SIZES | {"num_key_value_heads": 2, "num_kv_shared_layers": 0},
+    "gemma4_text": SIZES | {"vocab_size_per_layer_input": 100},
 }
 EVERY = pytest.mark.parametrize("kind", sorted(MINIMAL))
 

@@ -1,0 +1,36 @@
+"""Gemma 3n as it is published, with a vision and an audio tower: the text model alone."""
+
+from typing import Self
+
+from llmjax.models import gemma3n
+from llmjax.models.architecture import Architecture
+from llmjax.models.hf_config import Reader
+
+TOWERS = (r"(vision_tower|audio_tower|embed_vision|embed_audio)\..*",)
+
+
+class Gemma3nMultimodalConfig(gemma3n.Gemma3nConfig):
+    """``Gemma3nForConditionalGeneration``, whose ``text_config`` this is."""
+
+    @classmethod
+    def from_hf(cls, r: Reader) -> Self:
+        """See ``DecoderConfig.from_hf``."""
+        r.ignore("vision_config", "audio_config", "vision_soft_tokens_per_image", "audio_soft_tokens_per_image")
+        r.ignore("image_token_id", "boi_token_id", "eoi_token_id", "audio_token_id", "boa_token_id", "eoa_token_id")
+        tied = r.flag("tie_word_embeddings", True)
+        # What files leave out is transformers' default.
+        defaults = {"vocab_size": 262400, "hidden_size": 2048, "num_hidden_layers": 35, "num_attention_heads": 8}
+        text = r.section("text_config", {**defaults, "tie_word_embeddings": tied})
+        text.expect("model_type", ("gemma3n_text",), "gemma3n_text")
+        text.expect("tie_word_embeddings", (tied,))
+        return super().from_hf(text)
+
+
+ARCHITECTURE = Architecture(
+    model_type="gemma3n",
+    config=Gemma3nMultimodalConfig,
+    hf_names=lambda config: gemma3n.names(config, "model.language_model."),
+    dropped=TOWERS,
+    unused=Gemma3nMultimodalConfig.unused,
+    needs_bos=True,
+)

@@ -1,0 +1,67 @@
+"""Per-layer embeddings (Gemma 3n, Gemma 4): besides what enters the first layer, every layer gets a narrow vector of
+its own for each token, half of it looked up and half projected from the token's embedding.
+
+Shapes: ``P`` width of such a vector, ``L`` layers.  The table ``[V, L * P]`` is most of a small model's parameters, and
+a token reads one row of it.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from llmjax.models.context import Context, tap
+from llmjax.models.layers import Embedding, Projection, WideRMSNorm
+
+
+def scaled(x: jax.Array, factor: float, *, rounded: bool) -> jax.Array:
+    """``x * factor``, the factor ``rounded`` to x's dtype first or the product alone."""
+    if rounded:
+        return x * jnp.float32(factor).astype(x.dtype)
+    return (x.astype(jnp.float32) * jnp.float32(factor)).astype(x.dtype)
+
+
+class PerLayerInputs(nn.Module):
+    """Token ids ``[B, T]`` and their embeddings ``[B, T, D]`` to ``[L, B, T, P]``.
+
+    Attributes:
+      vocab_size: rows of the table.
+      layers: L.
+      width: P.
+      eps: of the norm.
+      rounded: factors are rounded to the dtype of the activations, as transformers does in Gemma 3n.
+    """
+
+    vocab_size: int
+    layers: int
+    width: int
+    eps: float
+    rounded: bool
+
+    @nn.compact
+    def __call__(self, ids: jax.Array, x: jax.Array, ctx: Context) -> jax.Array:
+        table = Embedding(self.vocab_size, self.layers * self.width, scale=self.width**0.5, name="embed")
+        shape = (*ids.shape, self.layers, self.width)
+        looked_up = table(jnp.where(ids < self.vocab_size, ids, 0), ctx).reshape(shape)
+        y = Projection(self.layers * self.width, name="project")(x, ctx)
+        y = scaled(y, x.shape[-1] ** -0.5, rounded=self.rounded).reshape(shape)
+        y = WideRMSNorm(self.eps, name="norm")(y) + looked_up
+        return jnp.moveaxis(scaled(y, 2**-0.5, rounded=self.rounded), 2, 0)
+
+
+class PerLayerBranch(nn.Module):
+    """``norm(project(act(gate(x)) * own))``, what a layer's own input adds to ``x [B, T, D]``.
+
+    Attributes:
+      activation: act.
+      eps: of the norm.
+    """
+
+    activation: Callable[[jax.Array], jax.Array]
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, own: jax.Array, ctx: Context) -> jax.Array:
+        y = tap(self, "act", self.activation(Projection(own.shape[-1], name="gate")(x, ctx))) * own
+        return WideRMSNorm(self.eps, name="norm")(Projection(x.shape[-1], name="project")(y, ctx))

@@ -1,0 +1,154 @@
+"""What layers keep beside keys and values of their own, in the engine: whatever an architecture declares, a row's bits
+depend on nothing but the row."""
+
+import jax
+import numpy as np
+import pytest
+
+import llmjax
+from llmjax.models.shared_keys import GIVEN, OWN, TAKEN
+from llmjax.runtime.cache import make_cache
+from tests import tiny
+
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+_COMMON = {
+    "vocab_size": 90,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "sliding_window": 5,
+    "vocab_size_per_layer_input": 90,
+    "hidden_size_per_layer_input": 6,
+}
+_SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": [LOCAL, GLOBAL, LOCAL, GLOBAL]}
+CONFIGS = {
+    "gemma3n": _COMMON
+    | _SHARED
+    | {
+        "model_type": "gemma3n_text",
+        "laurel_rank": 3,
+        "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.5, 0, 0, 0],
+    },
+    "gemma4": _COMMON | _SHARED | {"model_type": "gemma4_text", "global_head_dim": 8, "use_double_wide_mlp": True},
+    "gemma4 experts": _COMMON
+    | {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": 2,
+        "layer_types": [LOCAL, GLOBAL],
+        "global_head_dim": 8,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+        "enable_moe_block": True,
+        "num_experts": 5,
+        "top_k_experts": 2,
+        "moe_intermediate_size": 12,
+    },
+}
+PARAMS = llmjax.SamplingParams(temperature=0.7, seed=3, max_tokens=14)
+
+
+# One that takes keys and values, and one with experts; the others compile for longer.
+QUICK = {"gemma4", "gemma4 experts"}
+SOME = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CONFIGS]
+
+
+def made(kind):
+    return llmjax.LLM(tiny.random_model(**CONFIGS[kind]), max_batch=4, chunk=8, block=8, numerics="reference")
+
+
+@pytest.fixture(scope="module", params=SOME)
+def llm(request):
+    llm = made(request.param)
+    llm.engine.store.ensure(64, 30)  # pages for all that comes: what grows is compiled again
+    return llm
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(5)
+    return [rng.integers(0, 90, n).tolist() for n in (21, 3, 40, 17)]
+
+
+def bits(output):
+    return output.outputs[0].token_ids, output.outputs[0].token_logprobs
+
+
+def test_chunks_and_windows_are_the_whole_text(llm, prompts):
+    """Longer than windows, chunks, blocks and pages."""
+    text = prompts[2] + prompts[0]
+    (score,) = llm.score([text])
+    logits = llm.model.logits([text])[0].astype(np.float64)
+    wanted = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
+    np.testing.assert_allclose(score.logprobs[1:], [wanted[i, t] for i, t in enumerate(text[1:])], atol=2e-4)
+
+
+def test_steps_are_the_whole_text(llm, prompts):
+    (found,) = llm.generate([prompts[1]], llmjax.SamplingParams(temperature=0, max_tokens=50))
+    tokens, logprobs = bits(found)
+    logits = llm.model.logits([prompts[1] + tokens])[0].astype(np.float64)[len(prompts[1]) - 1 : -1]
+    wanted = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
+    np.testing.assert_allclose(logprobs, wanted.max(-1), atol=2e-4)
+    np.testing.assert_allclose(logprobs, [row[t] for row, t in zip(wanted, tokens, strict=True)], atol=2e-4)
+
+
+def test_a_row_has_the_same_bits_alone_and_among_others_and_streamed(llm, prompts):
+    llm.engine.store.clear()
+    alone = []
+    for prompt in prompts:
+        alone.append(bits(llm.generate([prompt], PARAMS)[0]))
+        llm.engine.store.clear()
+    assert [bits(o) for o in llm.generate(prompts, PARAMS)] == alone
+    assert [bits(o) for o in llm.generate(prompts[::-1] + prompts, PARAMS)] == alone[::-1] + alone
+    (*_, last) = llm.run([llm.request(prompts[0], PARAMS)], burst=1)
+    assert last.row.completion().token_ids == alone[0][0]
+    assert last.row.completion().token_logprobs == alone[0][1]
+
+
+def test_a_shared_beginning_gives_the_same_bits(llm, prompts):
+    """In whole chunks, in the middle of a page, and of a whole prompt whose row went on."""
+    first, second = prompts[2] + [1, 2], prompts[2][:27] + [3, 4, 5]
+    llm.engine.store.clear()
+    alone = {}
+    for name, prompt in (("first", first), ("second", second)):
+        alone[name] = bits(llm.generate([prompt], PARAMS)[0])
+        llm.engine.store.clear()
+    before = llm.engine.progress.reused_tokens
+    found = [bits(llm.generate([p], PARAMS)[0]) for p in (first, first, second, second)]
+    assert found == [alone["first"]] * 2 + [alone["second"]] * 2
+    assert llm.engine.progress.reused_tokens - before == len(first) + 24 + len(second)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_cache_that_grows_keeps_what_it_holds(kind, prompts):
+    """Rows lengthen beyond what the state was made for, pages are added between their tokens."""
+    llm = made(kind)
+    params = llmjax.SamplingParams(temperature=0.7, seed=3, max_tokens=300)
+    whole = bits(llm.generate([prompts[0]], params)[0])
+    llm.engine.store.clear()  # it has its length by now: the same run again grows nothing
+    assert bits(llm.generate([prompts[0]], params)[0]) == whole
+    tokens, logprobs = whole
+    text = prompts[0] + tokens
+    logits = llm.model.logits([text])[0].astype(np.float64)[len(prompts[0]) - 1 : -1]
+    wanted = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
+    np.testing.assert_allclose(logprobs, [row[t] for row, t in zip(wanted, tokens, strict=True)], atol=5e-4)
+
+
+def test_layers_that_take_keys_and_values_keep_none():
+    model = tiny.random_model(**CONFIGS["gemma4"])
+    assert model.config.keys == (GIVEN, GIVEN, TAKEN, TAKEN)
+    shapes = jax.eval_shape(lambda: make_cache(model.config, model.numerics, 3, 16))
+    assert {name: jax.tree.map(lambda x: x.shape, own) for name, own in shapes.items()} == {
+        "layers_0": {"attn": {"k": (3, 2, 16, 4), "v": (3, 2, 4, 16)}},
+        "layers_1": {"attn": {"k": (3, 2, 16, 8), "v": (3, 2, 8, 16)}},
+    }
+    assert "k" not in model.params["layers_2"]["attn"]
+
+
+def test_the_last_of_a_kind_gives():
+    config = CONFIGS["gemma4"] | {"num_hidden_layers": 6, "layer_types": [LOCAL, LOCAL, GLOBAL, LOCAL, GLOBAL, GLOBAL]}
+    assert tiny.random_model(**config).config.keys == (OWN, OWN, GIVEN, OWN, TAKEN, TAKEN)
