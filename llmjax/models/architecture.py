@@ -19,6 +19,8 @@ class Architecture:
       gguf: ``general.architecture`` of its GGUF files, None where llama.cpp has none.
       dropped: regular expressions of source tensors (by their ``names.stem``) that are known and not needed.
       reference_attention: the ``attn_implementation`` under which transformers computes this architecture right.
+      modules: what transformers' names of modules begin with, before what ``names.stem`` leaves of them, where those of
+        its files' tensors begin otherwise.
       needs_bos: trained so that a prompt without BOS gives garbage; such a prompt warns.
     """
 
@@ -28,4 +30,5 @@ class Architecture:
     gguf: str | None = None
     dropped: tuple[str, ...] = ()
     reference_attention: str = "eager"
+    modules: str | None = None
     needs_bos: bool = False

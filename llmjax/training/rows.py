@@ -37,6 +37,8 @@ _OPTIONAL = {"ids": ("loss_mask",), "messages": ("tools",)}
 _ALWAYS = ("id",)
 _MOST = 10
 
+BLANK = object()  # a line without a row: rows are known by the numbers of their lines
+
 Segments = list[tuple[list[int], bool]]  # token ids, and whether they are learned
 
 
@@ -86,7 +88,7 @@ class Data:
 
 
 def read_rows(path: str | Path) -> list[Any]:
-    """The rows of a JSONL file, packed by gzip or not; a line that is no JSON becomes the error that says so.
+    """The lines of a JSONL file, packed by gzip or not; one that is no JSON becomes the error that says so.
 
     Raises:
       RequestError: the file cannot be read.
@@ -99,7 +101,7 @@ def read_rows(path: str | Path) -> list[Any]:
         raise RequestError(f"{path}: not UTF-8: {error}") from None
     except (OSError, EOFError) as error:
         raise RequestError(f"{path}: cannot read the file: {getattr(error, 'strerror', None) or error}") from None
-    return [_parsed(line) for line in text.split("\n") if line.strip()]
+    return [_parsed(line) if line.strip() else BLANK for line in text.split("\n")]
 
 
 def _parsed(line: str) -> Any:
@@ -129,6 +131,8 @@ def make_examples(
     examples, bad = [], []
     unused: Counter[str] = Counter()
     for number, row in enumerate(rows):
+        if row is BLANK:
+            continue
         try:
             form = _form(row)
             used = (*form, *_OPTIONAL.get(form[0], ()), *_ALWAYS)
