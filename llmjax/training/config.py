@@ -92,8 +92,8 @@ class TrainConfig:
         for name in ("targets", "exclude", "betas"):  # JSON has lists
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
-        problems = [f"{name}: expected {what}, found {getattr(self, name)!r}" for name, what, ok in _LIMITS
-                    if not ok(getattr(self, name))]  # fmt: skip
+        found = [(name, what, ok, getattr(self, name)) for name, what, ok in _LIMITS]
+        problems = [f"{name}: expected {what}, found {value!r}" for name, what, ok, value in found if not ok(value)]
         if self.momentum and self.optimizer != "sgd":
             problems.append(f"momentum: goes with the optimizer sgd, not with {self.optimizer}")
         if problems:

@@ -52,9 +52,9 @@ def theirs(model, ids, labels) -> tuple[list[float], list[float]]:
     for k, (step_ids, step_labels) in enumerate(zip(ids, labels, strict=True)):
         optimizer.param_groups[0]["lr"] = 0.02 * (0.0 if k == 0 else 1 - (k - 1) / (STEPS - 1))
         tokens, total = int((step_labels[..., 1:] != -100).sum()), 0.0
-        for i, l in zip(step_ids, step_labels, strict=True):
+        for i, chosen in zip(step_ids, step_labels, strict=True):
             logits = model(torch.tensor(i, dtype=torch.int64)).logits[:, :-1]
-            target = torch.tensor(l[:, 1:], dtype=torch.int64)
+            target = torch.tensor(chosen[:, 1:], dtype=torch.int64)
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum") / tokens
             loss.backward()
             total += float(loss.detach())
@@ -90,7 +90,7 @@ def test_steps(name, tmp_path):
     state = first_state(adapter.factors, CONFIG)
     found = []
     for k in range(STEPS):
-        group = [from_labels(i, l) for i, l in zip(ids[k], labels[k], strict=True)]
+        group = [from_labels(i, chosen) for i, chosen in zip(ids[k], labels[k], strict=True)]
         state, outcome = step(state, group, rate(k))
         found.append(outcome)
     np.testing.assert_allclose([o.loss for o in found], losses, rtol=2e-5)

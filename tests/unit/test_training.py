@@ -46,24 +46,26 @@ def whole(model, tmp_path_factory):
 
 def test_a_step_by_hand(model):
     """The gradient is that of the mean over all learned tokens of both batches, and AdamW's step is torch's."""
-    config = TrainConfig(rank=2, learning_rate=0.1, weight_decay=0.5, clip=1e-3, eps=1e-4, targets=("q_proj", "down_proj"))
+    config = TrainConfig(
+        rank=2, learning_rate=0.1, weight_decay=0.5, clip=1e-3, eps=1e-4, targets=("q_proj", "down_proj")
+    )
     adapter = new_adapter(model, config.lora)
     for pair in adapter.factors.values():
         pair["B"] = jnp.asarray(RNG.normal(size=pair["B"].shape) / 5, jnp.float32)
     ids = RNG.integers(0, 600, (2, 2, 16)).astype(np.int32)
     labels = ids.copy()
     labels[0, :, :3] = labels[1, 0, :-2] = labels[1, 1, :12] = -100
-    group = [from_labels(i, l) for i, l in zip(ids, labels, strict=True)]
+    group = [from_labels(i, chosen) for i, chosen in zip(ids, labels, strict=True)]
 
     def mean(factors):
         whole = dataclasses.replace(model, params=model.params)
         total, count = 0.0, 0
-        for i, l in zip(ids, labels, strict=True):
+        for i, chosen in zip(ids, labels, strict=True):
             from llmjax.training.adapter import adapted
 
             log_probs = jax.nn.log_softmax(whole.apply(adapted(model.params, adapter.targets, factors), jnp.asarray(i)))
             picked = jnp.take_along_axis(log_probs[:, :-1], jnp.asarray(i[:, 1:, None]), -1)[..., 0]
-            total, count = total - jnp.sum(picked * (l[:, 1:] != -100)), count + int((l[:, 1:] != -100).sum())
+            total, count = total - jnp.sum(picked * (chosen[:, 1:] != -100)), count + int((chosen[:, 1:] != -100).sum())
         return total / count
 
     wanted, gradients = jax.jit(jax.value_and_grad(mean))(adapter.factors)
@@ -93,7 +95,9 @@ def test_recomputation_changes_no_gradient_and_keeps_less():
             if layers == 1:
                 found = program(*args)[0]
                 sizes.setdefault("gradient", found)
-                jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), found, sizes["gradient"])
+                jax.tree.map(
+                    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), found, sizes["gradient"]
+                )
     kept, all_kept = (sizes[r, 5] - sizes[r, 1] for r in (True, False))
     assert kept < 0.4 * all_kept
 
@@ -121,9 +125,10 @@ def test_what_is_saved_is_what_was_trained(whole, model, tmp_path):
     ids = [[5, 7, 0, 9]]
     np.testing.assert_array_equal(again.logits(ids)[0], result.model.logits(ids)[0])
     assert np.abs(again.logits(ids)[0] - model.logits(ids)[0]).max() > 0.1
-    assert result.save(tmp_path / "copy").joinpath("adapter_model.safetensors").read_bytes() == (
-        folder / "adapter_model.safetensors"
-    ).read_bytes()
+    assert (
+        result.save(tmp_path / "copy").joinpath("adapter_model.safetensors").read_bytes()
+        == (folder / "adapter_model.safetensors").read_bytes()
+    )
 
 
 @pytest.mark.parametrize("at", [1, 4, 5])
@@ -194,7 +199,9 @@ def test_batches():
     for epoch in range(2):
         groups = list(batches(examples, CONFIG, epoch))
         assert [len(group) for group in groups] == [2] * 7
-        assert all(batch.ids.shape[0] == 2 and batch.ids.shape[1] in (16, 24, 32) for group in groups for batch in group)
+        assert all(
+            batch.ids.shape[0] == 2 and batch.ids.shape[1] in (16, 24, 32) for group in groups for batch in group
+        )
         orders.append([row for group in groups for batch in group for row in batch.rows])
         assert sorted(orders[-1]) == list(range(27))
         tokens = sum(batch.tokens for group in groups for batch in group)
@@ -283,8 +290,14 @@ def test_command_line(tmp_path, capsys):
     out, err = capsys.readouterr()
     summary = json.loads(out)
     assert summary["rows"] == 6 and summary["bad_rows"] == 6 and summary["step"] == 2
-    for line in ("6 of 12 rows are left out", "row 7: completion: empty", "row 8: fields foo", "row 9: expected an obj",
-                 "row 10: ", "no chat template", "row 12: not valid JSON", "row 13: 251 tokens, longer than 200"):  # fmt: skip
+    told = ["6 of 12 rows are left out", "row 7: completion: empty", "row 8: fields foo", "row 9: expected an object"]
+    for line in (
+        *told,
+        "row 10: ",
+        "no chat template",
+        "row 12: not valid JSON",
+        "row 13: 251 tokens, longer than 200",
+    ):
         assert line in err, err
     saved = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
     assert main(command) == 1 and "goes on after step 2 of 2" in capsys.readouterr().err
