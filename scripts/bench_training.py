@@ -2,10 +2,10 @@
 
     python scripts/bench_training.py --rows 200 --rank 8
 
-Every runtime runs in processes of its own, in turn with the others; each takes one step to warm up (compiling) for every
-shape of batch before the clock starts.  Memory is the process's peak, imports, loading and compiling included.  Rows are
-pieces of Python's documentation: the first half of each is a prompt, the rest is learned.  llmjax trains on the packed
-weights of the file, torch on the same values in float32.
+Every runtime runs in processes of its own, in turn with the others; each compiles for every shape of batch before the
+clock starts.  Memory is the process's peak, imports, loading and compiling included.  Rows are pieces of Python's
+documentation: the first half of each is a prompt, the rest is learned.  llmjax trains on the packed weights of the
+file, torch on the same values in float32.
 """
 
 import argparse
@@ -104,8 +104,9 @@ def theirs(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         width = max(len(ids) for ids, _ in group)
         ids = torch.tensor([i + [0] * (width - len(i)) for i, _ in group])
         mask = torch.tensor([[1] * len(i) + [0] * (width - len(i)) for i, _ in group])
-        labels = torch.tensor([[t if learned else -100 for t, learned in zip(i, m, strict=True)] + [-100] * (width - len(i))
-                               for i, m in group])  # fmt: skip
+        labels = torch.full_like(ids, -100)
+        for row, (tokens, learned) in enumerate(group):
+            labels[row, : len(tokens)] = torch.where(torch.tensor(learned), torch.tensor(tokens), -100)
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

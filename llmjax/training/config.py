@@ -125,9 +125,16 @@ class TrainConfig:
         Raises:
           ConfigError: a pattern is no regular expression, or its value no number.
         """
-        values = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "use_rslora": self.rslora,
-                  "rank_pattern": dict(self.rank_pattern), "alpha_pattern": dict(self.alpha_pattern),
-                  "target_modules": _listed(self.targets), "exclude_modules": _listed(self.exclude) or None}  # fmt: skip
+        values = {
+            "peft_type": "LORA",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "use_rslora": self.rslora,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+            "target_modules": _listed(self.targets),
+            "exclude_modules": _listed(self.exclude) or None,
+        }
         return LoraConfig.from_peft(values, "training")
 
 
