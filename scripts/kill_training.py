@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,11 +79,10 @@ def kill_often(folder: Path, kills: int, steps: int, seed: int) -> dict[str, int
         found["end" if ended else "steps" if _lines(metrics) != before or state.exists() else "start"] += 1
         if ended:
             same(folder, expected)
-            for path in (folder / "killed").iterdir():
-                path.unlink()
+            shutil.rmtree(folder / "killed")
     finish(start(folder, "killed", steps))
     same(folder, expected)
-    if left := sorted(p.name for p in (folder / "killed").iterdir() if p.name.endswith(".part")):
+    if left := sorted(p.name for p in (folder / "killed").iterdir() if p.name.endswith((".partial", ".lock"))):
         raise SystemExit(f"files left behind: {left}")
     return found
 

@@ -15,6 +15,7 @@ from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.errors import ConfigError, OutputError, TrainingError
 from llmjax.lora.apply import Lora
 from llmjax.model import Model
+from llmjax.outside.whole import locked
 from llmjax.text.dates import Date
 from llmjax.training import checkpoints, curves
 from llmjax.training.adapter import Adapter, adapted, new_adapter
@@ -165,6 +166,16 @@ class _Run:
 
     def finish(self, report: Callable[[Report], None], note: Callable[[str], None]) -> Training:
         """Goes on to the end."""
+        if self.output is None:
+            return self._finish(report, note)
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.output}: cannot be made: {error.strerror}") from None
+        with locked(self.output / METRICS):
+            return self._finish(report, note)
+
+    def _finish(self, report: Callable[[Report], None], note: Callable[[str], None]) -> Training:
         identity = self._begin(note) if self.output else {}
         began, before, first_step = time.monotonic(), self.progress.seconds, self.state.step
         try:
@@ -203,10 +214,6 @@ class _Run:
     def _begin(self, note: Callable[[str], None]) -> dict[str, Any]:
         """Goes on from what the output holds, if it holds anything."""
         assert self.output is not None
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.output}: cannot be made: {error.strerror}") from None
         facts = model_facts(self.model)
         identity = {
             "config": {name: v for name, v in self.config.to_dict().items() if name != "checkpoint_every"},

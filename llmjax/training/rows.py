@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.errors import LlmjaxError, RequestError, shown
+from llmjax.errors import LlmjaxError, RequestError, named, shown
 from llmjax.model import Model, check_ids
 from llmjax.text.dates import Date, settled
 from llmjax.text.tokenizer import Tokenizer
@@ -82,7 +82,9 @@ class Data:
             found += [f"  {bad}" for bad in self.bad[:_MOST]]
             found += [f"  and {len(self.bad) - _MOST} more"] if len(self.bad) > _MOST else []
         if self.unused:
-            fields = ", ".join(f"{name} ({count} rows)" for name, count in sorted(self.unused.items()))
+            fields = ", ".join(
+                f"{named(str(name))} ({count} rows)" for name, count in sorted(self.unused.items(), key=str)
+            )
             found.append(f"{self.where}: fields that are not used: {fields}")
         return found
 
@@ -155,7 +157,7 @@ def _form(row: Any) -> tuple[str, ...]:
         if all(name in row for name in form):
             return form
     expected = "; ".join(" and ".join(form) for form in _FORMS)
-    raise RequestError(f"fields {', '.join(map(str, row)) or 'none'}; expected one of: {expected}")
+    raise RequestError(f"fields {named(', '.join(map(str, row))) or 'none'}; expected one of: {expected}")
 
 
 def _segments(row: Mapping[str, Any], form: tuple[str, ...], model: Model, date: Any) -> Segments:
