@@ -122,3 +122,11 @@ def data_sha256(examples: Any) -> str:
         sha.update(np.int64([example.row, len(example.ids)]).tobytes())
         sha.update(example.ids.tobytes() + example.learned.tobytes())
     return sha.hexdigest()
+
+
+def factors_sha256(factors: Any) -> str:
+    """Over the values of an adapter."""
+    sha = hashlib.sha256()
+    for leaf in jax.tree.leaves(factors):
+        sha.update(np.asarray(leaf).tobytes())
+    return sha.hexdigest()

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from llmjax.checkpoint.identity import model_facts, runtime_facts
-from llmjax.errors import ConfigError, OutputError, TrainingError
+from llmjax.errors import ConfigError, OutputError, ResumeError, TrainingError
 from llmjax.lora.apply import Lora
 from llmjax.model import Model
 from llmjax.outside.whole import locked
@@ -219,6 +219,7 @@ class _Run:
             "config": {name: v for name, v in self.config.to_dict().items() if name != "checkpoint_every"},
             "steps": self.steps,
             "adapter": {t.module: [t.rank, t.scale] for t in self.adapter.targets},
+            "start": checkpoints.factors_sha256(self.adapter.factors),
             "rows": checkpoints.data_sha256(self.examples),
             "eval_rows": checkpoints.data_sha256(self.data[1].examples) if self.held_out else None,
             "model": {name: value for name, value in facts.items() if name != "model"},
@@ -228,6 +229,8 @@ class _Run:
         metrics = self.output / METRICS
         if found is not None:
             self.state, self.best, self.progress = found
+            if not metrics.is_file() or metrics.stat().st_size < self.progress.metrics:
+                raise ResumeError(f"{metrics}: lines that were written are gone; delete {self.output} to begin anew")
             os.truncate(metrics, self.progress.metrics)
             self.metrics = [json.loads(line) for line in metrics.read_text().splitlines()]
             note(f"{self.output}: goes on after step {self.state.step} of {self.steps}")
