@@ -199,6 +199,7 @@ class Asking:
         """
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
+            warn_of_two_starts(ids, self.tokenizer)
         else:
             ids = list(map(plain, listed(prompt, what, "a text or a list of token ids")))
         if not ids or (isinstance(prompt, str) and not prompt):
@@ -252,6 +253,17 @@ class Asking:
             check_messages(messages)
             messages = folded(messages)  # type: ignore[assignment]
         return tokenizer.render_chat(messages, date=both.get("date"), **names)
+
+
+def warn_of_two_starts(ids: Sequence[int], tokenizer: Tokenizer) -> None:
+    """Warns of a text that begins with the token which is put before every text; models answer such worse."""
+    bos = tokenizer.bos_id
+    if tokenizer.add_bos and list(ids[:2]) == [bos, bos]:
+        warnings.warn(
+            f"the text begins with {tokenizer.piece(bos or 0)!r}, which is put before every text: it is there twice; "
+            "leave it out",
+            stacklevel=3,
+        )
 
 
 def listed(value: Any, what: str, expected: str) -> list[Any]:
