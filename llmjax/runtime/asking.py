@@ -1,5 +1,6 @@
 """What is asked of a model: prompts, conversations and parameters, checked and settled before anything runs."""
 
+import contextlib
 import dataclasses
 import itertools
 import warnings
@@ -71,6 +72,9 @@ class Asking:
         own = model.generation_config if generation_config == "auto" else {}
         self.generation = sampling_defaults(own, f"{model.path}: generation_config.json")
         self.chat_options = _checked_chat(chat)
+        if "chat_template" in self.chat_options:  # a broken one fails before the first of many rows
+            with contextlib.suppress(RequestError):
+                self.rendered([{"role": "user", "content": ""}])
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -248,7 +252,7 @@ class Asking:
         names = {**(self.chat_options.get("chat_template_kwargs") or {}), **(own.get("chat_template_kwargs") or {})}
         tokenizer, template = self.tokenizer, both.get("chat_template")
         if template is not None:
-            tokenizer = dataclasses.replace(tokenizer, chat_template=template)
+            tokenizer = dataclasses.replace(tokenizer, chat_template=template, where="chat_template")
         if both.get("fold_system"):
             check_messages(messages)
             messages = folded(messages)  # type: ignore[assignment]
