@@ -214,7 +214,8 @@ def test_the_models_own_sampling_settings(llm, folder, tmp_path):
     plain = LLM(llm.model, max_batch=4, chunk=16, block=16, generation_config="none")
     assert plain.sampling_params() == SamplingParams()
     (row,) = answers(llm, tmp_path, [{"prompt": "ab", "top_p": 0.25}], {"max_tokens": 2})
-    assert row["params"] == SamplingParams(temperature=0.0, top_k=7, top_p=0.25, max_tokens=2).to_dict()
+    expected = SamplingParams(temperature=0.0, top_k=7, top_p=0.25, max_tokens=2).to_dict()
+    assert row["params"] == json.loads(json.dumps(expected))
 
 
 def test_settings_of_a_generation_config():
@@ -243,7 +244,7 @@ def test_a_system_message_where_the_template_has_no_place_for_it(llm, tmp_path):
         {"role": "assistant", "content": "yes"},
         {"role": "user", "content": [{"type": "text", "text": "hi"}]},
     ]
-    assert llm.rendered(parts, fold_system=True) == "[assistant]yes[user]be\n\n\nhi>"
+    assert llm.rendered(parts, fold_system=True) == "[assistant]yes[user]be\n\nhi>"
     assert llm.rendered(TALK[:1], fold_system=True) == "[user]be>"
     chat = {"custom_id": "c", "method": "POST", "url": openai.CHAT}
     more = {"fold_system": True, "chat_template_kwargs": {"mood": "!"}}
@@ -253,7 +254,7 @@ def test_a_system_message_where_the_template_has_no_place_for_it(llm, tmp_path):
         [
             {"id": "a", "messages": TALK, **more},
             chat | {"body": {"messages": TALK, **more}},
-            {"id": "c", "prompt": "x", **more},
+            {"id": "e", "prompt": "x", **more},
             {"id": "d", "messages": TALK[1:], "chat_template": "<{{ messages[0].content }}>"},
         ],
     )

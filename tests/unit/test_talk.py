@@ -93,8 +93,9 @@ def test_text_that_is_none(asked, capsys, monkeypatch):
 
 def test_a_stdout_of_another_encoding(asked, llm, capsys, monkeypatch):
     out = io.BytesIO()
+    stdout = io.TextIOWrapper(out, encoding="ascii")
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+        patch.setattr(sys, "stdout", stdout)
         assert main(["generate", *FLAGS, "--prompt", "abc"]) == 0
     expected = llm.generate("abc", {"max_tokens": 4, "temperature": 0})[0].outputs[0].text
     assert not expected.isascii()
@@ -102,7 +103,7 @@ def test_a_stdout_of_another_encoding(asked, llm, capsys, monkeypatch):
 
 
 def test_speed_memory_and_the_models_own_settings_are_told(asked, capsys):
-    assert main(["generate", *FLAGS, "--prompt", "abc", "--verbose"]) == 0
+    assert main(["generate", *FLAGS, "--prompt", "xyz", "--verbose"]) == 0
     err = capsys.readouterr().err
     assert "llmjax: generation_config.json: top_k 7 (--generation-config none for the plain defaults)\n" in err
     told = r"prompt 3 tokens.*, [\d,.]+ tok/s; answer 4 tokens, [\d,.]+ tok/s; memory: weights 0.4 MB.*[\d.]+ GB\n$"
