@@ -175,6 +175,7 @@ def prepare(
     """
     plan = fitting_plan(source, None, override)
     if recipe is not None:
+        recipe.check_layers(plan.config.num_hidden_layers)
         check_not_quantized(source)
     check_config(plan.config, kind, str(source.path))
     check_vocabulary(vocabulary, plan.config.vocab_size, kind, where)

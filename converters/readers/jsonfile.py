@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llmjax.errors import CheckpointError, named
+from llmjax.errors import CheckpointError, lfs_pointer, named
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -14,7 +14,10 @@ def read_json(path: Path) -> dict[str, Any] | None:
       CheckpointError: it cannot be read, is no JSON object, or names a key twice.
     """
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+        data = path.read_bytes()
+        if pointer := lfs_pointer(data):
+            raise CheckpointError(f"{path}: {pointer}")
+        value = json.loads(data, object_pairs_hook=unique_keys)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -255,6 +255,7 @@ def fitting_plan(source: Source, recipe: Recipe | None, override: Override = Non
             f"{source.path}: " + "\n  ".join(["tensors do not fit the configuration:", *plan.problems])
         )
     if recipe is not None:
+        recipe.check_layers(plan.config.num_hidden_layers)
         check_not_quantized(source)
         _warn(recipe, plan)
     return plan
@@ -305,6 +306,8 @@ def _random_model(name: str, dtype: str, recipe: Recipe | None, numerics: str, r
         )
     facts = configs.read(name)
     architecture, config = read_config(facts["config"], name)
+    if recipe is not None:
+        recipe.check_layers(config.num_hidden_layers)
     params: dict[str, Any] = {}
     random = np.random.default_rng(0)
     for parameter, shape in parameter_shapes(config).items():

@@ -21,6 +21,7 @@ def add(verbs: Verbs) -> None:
 
 def _trace(args: argparse.Namespace) -> int:
     from llmjax.oracle.trace import trace
+    from llmjax.runtime.asking import warn_of_two_starts
 
     model = loading.load_model(args)
     ids = args.ids
@@ -28,6 +29,7 @@ def _trace(args: argparse.Namespace) -> int:
         if model.tokenizer is None:
             raise RequestError(f"{args.model}: no tokenizer files, so give --ids instead of --prompt")
         ids = model.tokenizer.encode(prompt_text(args.prompt))
+        warn_of_two_starts(ids, model.tokenizer)
     result = trace(model, ids, args.taps or ["*"])
     result.save(args.output)
     print(f"{len(result.activations)} activations of {len(ids)} tokens in {args.output}", file=sys.stderr)

@@ -58,7 +58,10 @@ def render(
         _join_unread(compiled, plain, names)
         return compiled.render(names, messages=plain)
     except _Refused as error:
-        raise RequestError(f"messages: the chat template refuses them: {error}") from None
+        hint = ""
+        if any(message.get("role") == "system" for message in messages):
+            hint = "; fold_system (--fold-system) puts a system message into the user's first"
+        raise RequestError(f"messages: the chat template refuses them: {error}{hint}") from None
     except jinja2.sandbox.SecurityError as error:
         raise TokenizerError(f"{where}: the chat template failed: {error}") from None
     except Exception as error:  # a template may run into any error on messages it did not expect

@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from llmjax.errors import RequestError, TokenizerError, shown
+from llmjax.errors import RequestError, TokenizerError, lfs_pointer, shown
 from llmjax.text import detokenize
 from llmjax.text.dates import Date
 from llmjax.text.detokenize import IncrementalDetokenizer
@@ -185,11 +185,11 @@ class Tokenizer:
 
     @functools.cached_property
     def _special_ids(self) -> frozenset[int]:
-        # The flag of an added token is not updated when the token is named special later on, but decoding goes by it.
+        # By what decoding leaves out: the flag of an added token is not updated when the token is named special later
+        # on, and one that is normalized to another text is not left out for all its flag.
         added, decode = self.backend.get_added_tokens_decoder(), self.backend.decode
-        return frozenset(
-            i for i, t in added.items() if t.special or decode([i], skip_special_tokens=False) != decode([i])
-        )
+        texts = {i: decode([i], skip_special_tokens=False) for i in added}
+        return frozenset(i for i, t in added.items() if texts[i] != decode([i]) or (t.special and not texts[i]))
 
     @functools.cached_property
     def special_tokens(self) -> Mapping[str, int]:
@@ -229,12 +229,15 @@ def read_file(path: Path) -> bytes:
     """The file's bytes.
 
     Raises:
-      TokenizerError: it cannot be read.
+      TokenizerError: it cannot be read, or is a git-lfs pointer.
     """
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path}: cannot read the file: {error.strerror}") from None
+    if pointer := lfs_pointer(data):
+        raise TokenizerError(f"{path}: {pointer}")
+    return data
 
 
 def load_backend(build: Callable[[], tokenizers.Tokenizer], where: str) -> tokenizers.Tokenizer:
