@@ -16,6 +16,9 @@ from llmjax.checkpoint.parameters import is_packed
 from llmjax.checkpoint.plan import Plan, describe, make_plan
 from llmjax.errors import ConfigError, LlmjaxError, TokenizerError, named, printable
 
+# For a terminal; JSON has all of them.
+_MOST_LISTED, _MOST_PROBLEMS = 5_000, 100
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -65,14 +68,19 @@ class Report:
         if self.tokenizer:
             lines += ["", "tokenizer", *(f"  {k:24} {v!s:.200}" for k, v in self.tokenizer.items())]
         lines += ["", "tensors"]
-        names = [named(t["name"]) for t in self.tensors]
+        listed = self.tensors[:_MOST_LISTED]
+        names = [named(t["name"]) for t in listed]
         width = max(map(len, names), default=0)
-        for name, t in zip(names, self.tensors, strict=True):
+        for name, t in zip(names, listed, strict=True):
             kept = "" if t["dtype"] in _FLOATS else f", {t['kept']}"
             use = (", ".join(t["fills"]) + kept) if t["fills"] else t["use"]
             lines.append(f"  {name:{width}}  {t['dtype']:8} {str(t['shape']):16} -> {use}")
+        if len(self.tensors) > _MOST_LISTED:
+            lines.append(f"  ... and {len(self.tensors) - _MOST_LISTED:,} more")
         lines += ["", "supported: yes" if self.supported else "supported: no"]
-        lines += [f"  {line}" for problem in self.problems for line in problem.splitlines()]
+        lines += [f"  {line}" for problem in self.problems[:_MOST_PROBLEMS] for line in problem.splitlines()]
+        if len(self.problems) > _MOST_PROBLEMS:
+            lines.append(f"  ... and {len(self.problems) - _MOST_PROBLEMS:,} more")
         return printable("\n".join(lines))
 
 
