@@ -21,7 +21,7 @@ _MOST_LISTED, _MOST_PROBLEMS = 5_000, 100
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CheckpointReport:
     """What ``inspect`` found.
 
     Attributes:
@@ -84,7 +84,7 @@ class Report:
         return printable("\n".join(lines))
 
 
-def inspect(path: str | Path) -> Report | BundleReport:
+def inspect(path: str | Path) -> CheckpointReport | BundleReport:
     """Reads a checkpoint's headers and plans its loading without reading a weight; of a bundle, what is in it.
 
     Raises:
@@ -100,7 +100,7 @@ def inspect(path: str | Path) -> Report | BundleReport:
         source.close()
 
 
-def _report(source: Source) -> Report:
+def _report(source: Source) -> CheckpointReport:
     problems: list[str] = []
     plan: Plan | None = None
     try:
@@ -125,7 +125,7 @@ def _report(source: Source) -> Report:
                 tokenizer["without_row"] = {found.piece(i): i for i in beyond}
     except (ConfigError, TokenizerError) as error:
         problems.append(str(error))
-    return Report(
+    return CheckpointReport(
         path=str(source.path),
         format=source.format,
         model_type=_model_type(source),

@@ -58,7 +58,8 @@ ENDLESS = {
     "a date": "{{ strftime_now('%1000000000d') }}",
     "a sum of lists": "{{ ([[1] * 100000] * 100000)|sum(start=[]) }}",
     "much output": "{% for i in range(1000) %}{{ 'a' * 8000000 }}{% endfor %}",
-    "much output in a macro": "{% macro f() %}{% for i in range(1000) %}{{ 'a' * 8000000 }}{% endfor %}{% endmacro %}{% if f() %}{% endif %}",
+    "much output in a macro": "{% macro f() %}{% for i in range(1000) %}{{ 'a' * 8000000 }}{% endfor %}{% endmacro %}"
+    + "{% if f() %}{% endif %}",
     "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "brackets": "{{ " + "[" * 5000 + "]" * 5000 + " }}",
     "minus signs": "{{ " + "-" * 5000 + "1 }}",
