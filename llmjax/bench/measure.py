@@ -109,7 +109,7 @@ class Measured:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class BenchReport:
     """All of one run.
 
     Attributes:
@@ -163,7 +163,7 @@ class _Setting:
             self.first_token_seconds.append(self.first_token())
 
 
-def run(load: Callable[[], Model], options: Options, report: Callable[[str], None] = lambda _: None) -> Report:
+def run(load: Callable[[], Model], options: Options, report: Callable[[str], None] = lambda _: None) -> BenchReport:
     """Loads a model and measures it.
 
     Args:
@@ -204,7 +204,7 @@ def run(load: Callable[[], Model], options: Options, report: Callable[[str], Non
     spreads = {name: Spread.of(values) for name, values in rates.items()}
     read = spreads.pop("read")
     fastest = max(s.median for s in spreads.values())
-    return Report(
+    return BenchReport(
         model={
             **model_facts(model),
             "parameters": costs.parameters,

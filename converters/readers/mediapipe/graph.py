@@ -17,6 +17,7 @@ _VERSION = 3
 _MAX_COUNT = 1 << 16
 _MAX_TENSORS = 1 << 14
 _MAX_DIMS = 8
+_MAX_NAME = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,8 @@ def _type_name(number: int) -> str:
 
 
 def _text(text: bytes | None) -> str:
+    if len(text or b"") > _MAX_NAME:  # many signatures may name one
+        raise ValueError(f"a name of {len(text or b'')} bytes, expected at most {_MAX_NAME}")
     return named((text or b"").decode("utf-8", errors="replace"))
 
 
