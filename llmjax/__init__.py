@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llmjax.llm import LLM
     from llmjax.llm_inference import LlmInference, LlmInferenceOptions
     from llmjax.model import Model
+    from llmjax.oracle.compare import Comparison, compare
     from llmjax.oracle.trace import Trace, trace
     from llmjax.runtime.outputs import CompletionOutput, RequestOutput, Score
     from llmjax.runtime.params import SamplingParams
@@ -40,6 +41,8 @@ _HOME = {
     "ResumeError": "errors",
     "TokenizerError": "errors",
     "TrainingError": "errors",
+    "Comparison": "oracle.compare",
+    "compare": "oracle.compare",
     "convert": "writing",
     "finetune": "training.loop",
     "TrainConfig": "training.config",
@@ -64,6 +67,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "CheckpointError",
+    "Comparison",
     "CompletionOutput",
     "ConfigError",
     "LlmInference",
@@ -83,6 +87,7 @@ __all__ = [
     "TrainConfig",
     "Training",
     "TrainingError",
+    "compare",
     "convert",
     "finetune",
     "inspect",
