@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from llmjax.llm import LLM
     from llmjax.llm_inference import LlmInference, LlmInferenceOptions
     from llmjax.model import Model
-    from llmjax.oracle.compare import Comparison, compare
+    from llmjax.oracle.compare import compare
+    from llmjax.oracle.comparison import Comparison
     from llmjax.oracle.trace import Trace, trace
     from llmjax.runtime.outputs import CompletionOutput, RequestOutput, Score
     from llmjax.runtime.params import SamplingParams
@@ -41,7 +42,7 @@ _HOME = {
     "ResumeError": "errors",
     "TokenizerError": "errors",
     "TrainingError": "errors",
-    "Comparison": "oracle.compare",
+    "Comparison": "oracle.comparison",
     "compare": "oracle.compare",
     "convert": "writing",
     "finetune": "training.loop",

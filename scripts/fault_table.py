@@ -136,10 +136,6 @@ def theta(base: float, width: int) -> Callable[[Any], None]:
     return frequencies(lambda f: 1 / base ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
 
 
-def rms_forward(change: Callable[..., torch.Tensor]) -> Callable[[Any], Any]:
-    return lambda module: lambda x: change(module, x)
-
-
 def plain_rms(module: Any, x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + module.eps) * module.weight
 
@@ -151,13 +147,6 @@ def hidden(get: Callable[[Any], Any], change: Callable[[torch.Tensor], torch.Ten
         get(model).register_forward_hook(lambda module, args, out: change(out))
 
     return fault
-
-
-def tiled(model: Any) -> None:
-    """Key/value heads in the other order: query head i reads head i mod K."""
-    source = sys.modules[type(model).__module__]
-    model._restore = (source, "repeat_kv", source.repeat_kv)
-    source.repeat_kv = lambda x, n: x.repeat(1, n, 1, 1)
 
 
 def patched(name: str, make: Callable[[Any], Any]) -> Callable[[Any], None]:
@@ -238,7 +227,7 @@ THEIRS: dict[str, tuple[str, Callable[[Any], None], str, str]] = {
     "llama llama3 scaling ignored": ("llama_llama3", theta(5e5, 14), "layers.0.attn", "rope_scaling"),
     "llama no attention scale": ("llama", attribute(lambda m: attn(m, 1), scaling=1.0), "layers.1.attn", "attention_scale"),
     "llama attention scale of the model's width": ("llama", attribute(lambda m: attn(m, 2), scaling=56**-0.5), "layers.2.attn", "attention_scale"),
-    "llama heads tiled": ("llama", tiled, "layers.0.attn", "head_mapping"),
+    "llama heads tiled": ("llama", patched("repeat_kv", lambda right: lambda x, n: x.repeat(1, n, 1, 1)), "layers.0.attn", "head_mapping"),
     "llama gelu": ("llama", attribute(sub(1, "mlp"), act_fn=torch.nn.GELU()), "layers.1.mlp.act", "activation"),
     "llama relu": ("llama", attribute(sub(0, "mlp"), act_fn=torch.nn.ReLU()), "layers.0.mlp.act", "activation"),
     "llama head is the table": ("llama", copied(head, lambda m: m.get_input_embeddings()), "head", "head"),
@@ -255,7 +244,7 @@ THEIRS: dict[str, tuple[str, Callable[[Any], None], str, str]] = {
     "qwen3 key norm epsilon": ("qwen3", attribute(sub(2, "self_attn.k_norm"), variance_epsilon=1e-3), "layers.2.attn.k_norm", "norm_eps"),
     "mistral window off by one": ("mistral", attribute(lambda m: m.config, sliding_window=7), "layers.0.attn", "window"),
     "mistral no window": ("mistral", attribute(lambda m: m.config, sliding_window=None), "layers.0.attn", "window"),
-    "gemma norm without 1": ("gemma_mqa", forward(sub(1, "input_layernorm"), rms_forward(plain_rms)), "layers.1.attn_norm", "norm_offset"),
+    "gemma norm without 1": ("gemma_mqa", forward(sub(1, "input_layernorm"), lambda n: lambda x: plain_rms(n, x)), "layers.1.attn_norm", "norm_offset"),
     "gemma scale missing": ("gemma_mqa", attribute(lambda m: m.get_input_embeddings(), embed_scale=torch.tensor(1.0)), "embed", "embedding_scale"),
     "gemma scale in bfloat16": ("gemma_mqa", attribute(lambda m: m.get_input_embeddings(), embed_scale=torch.tensor(72**0.5).bfloat16().float()), "embed", "embedding_scale"),
     "gemma erf gelu": ("gemma_mqa", attribute(sub(1, "mlp"), act_fn=torch.nn.GELU()), "layers.1.mlp.act", "activation"),
@@ -265,7 +254,7 @@ THEIRS: dict[str, tuple[str, Callable[[Any], None], str, str]] = {
     "gemma2 window off by one": ("gemma2", attribute(lambda m: m.config, sliding_window=9), "layers.0.attn", "window"),
     "gemma2 post norm missing": ("gemma2", forward(sub(2, "post_feedforward_layernorm"), lambda n: lambda x: x), "layers.2.post_mlp_norm", "norm_kind"),
     "gemma2 head scaled": ("gemma2", hidden(head, lambda y: 1.02 * y), "head", "weight"),
-    "gemma3 query norm without 1": ("gemma3", forward(sub(1, "self_attn.q_norm"), rms_forward(plain_rms)), "layers.1.attn.q_norm", "norm_offset"),
+    "gemma3 query norm without 1": ("gemma3", forward(sub(1, "self_attn.q_norm"), lambda n: lambda x: plain_rms(n, x)), "layers.1.attn.q_norm", "norm_offset"),
     "phi head bias missing": ("phi", no_bias(head), "head", "bias"),
     "phi dense bias missing": ("phi", no_bias(sub(1, "self_attn.dense")), "layers.1.attn.o", "bias"),
     "phi erf gelu": ("phi", attribute(sub(1, "mlp"), activation_fn=torch.nn.GELU()), "layers.1.mlp.act", "activation"),
@@ -317,7 +306,6 @@ def leaf(path: str, change: Callable[[Any], Any]) -> Broken:
 OURS: dict[str, tuple[str, Broken, str, str]] = {
     "own: rope dims": ("phi", rope(dims=20), "layers.0.attn", "rope_dims"),
     "own: rope dims of the default": ("stablelm", rope(dims=12), "layers.0.attn", "rope_dims"),
-    "own: ALiBi missing": ("falcon_rw", config(rope=None), "", ""),
     "own: local base for global layers": ("gemma3", config(global_rope=lambda r: dataclasses.replace(r, theta=1e4)), "layers.2.attn", "rope_theta"),
     "own: windows of the other layers": ("qwen3_bias_layer_types", config(windows=(None, 4, 4, None)), "layers.0.attn", "window"),
     "own: qk norm off": ("qwen3", config(qk_norm=False), "layers.0.attn", "qk_norm"),
@@ -328,7 +316,6 @@ OURS: dict[str, tuple[str, Broken, str, str]] = {
     "own: one norm's weight 1": ("mistral", leaf("layers_2/attn_norm/weight", jnp.ones_like), "layers.2.attn_norm", "weight"),
     "own: q and k norm epsilon": ("gemma3", config(rms_norm_eps=1e-3), "layers.0.attn_norm", "norm_eps"),
 }  # fmt: skip
-del OURS["own: ALiBi missing"]
 
 PATCHES: dict[str, tuple[str, Any, str, Callable[..., Any], str, str]] = {
     "own: next token seen": ("llama", Scores, "__call__", lambda right: lambda self, p, q, k, c: right(self, p, q + 1, k, c), "layers.0.attn", "mask"),
@@ -347,10 +334,6 @@ def says(report: Any) -> tuple[str, str, str, float]:
 
 def right_module(found: str, expected: str) -> bool:
     return found == expected or found.startswith(f"{expected}.") or expected.startswith(f"{found}.")
-
-
-def coarse(arrays: dict[str, Any], keep: str) -> dict[str, Any]:
-    return {name: x for name, x in arrays.items() if re.fullmatch(keep, name)}
 
 
 def theirs_dump(name: str, fault: Callable[[Any], None], out: Path) -> Path:

@@ -28,7 +28,9 @@ def _add_compare(verbs: Verbs) -> None:
     compare.add_argument(
         "dumps", nargs="*", metavar="DUMP", help="REF CAND, or CAND alone with --model: directories of dumps"
     )
-    compare.add_argument("--candidate-model", metavar="N", help="a second checkpoint instead of a dump of the candidate")
+    compare.add_argument(
+        "--candidate-model", metavar="N", help="a second checkpoint instead of a dump of the candidate"
+    )
     what = compare.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="for two checkpoints: the text, or - for stdin (default: a sentence)")
     what.add_argument("--ids", type=id_list, metavar="ID,ID", help="for two checkpoints: token ids")
@@ -37,8 +39,8 @@ def _add_compare(verbs: Verbs) -> None:
         "--class",
         dest="arithmetic",
         metavar="CLASS",
-        help="what alone may explain differences: float32, gelu16, cache16, float16, bfloat16, int8, dynamic_int8, int4 "
-        "(default: what the dump declares, else the narrowest that holds)",
+        help="what alone may explain differences: float32, gelu16, cache16, float16, bfloat16, int8, dynamic_int8, "
+        "int4 (default: what the dump declares, else the narrowest that holds)",
     )
     compare.add_argument("--json", action="store_true", help="machine-readable, to stdout")
     compare.add_argument("--html", metavar="FILE", help="write a page that needs nothing else")
@@ -68,7 +70,8 @@ def _compare(args: argparse.Namespace) -> int:
     wanted = (args.model is None) + (args.candidate_model is None)
     if len(dumps) != wanted and not (args.model is not None and len(dumps) == 2 and args.candidate_model is None):
         raise RequestError(
-            f"compare: expected REF CAND, or --model M and CAND, or --model M --candidate-model N; found {len(dumps)} dumps"
+            "compare: expected REF CAND, or --model M and CAND, or --model M --candidate-model N; "
+            f"found {len(dumps)} dumps"
         )
     model = None if args.model is None else loading.load_model(args)
     candidate = dumps.pop() if args.candidate_model is None else load(args.candidate_model)

@@ -14,6 +14,7 @@ from llmjax.checkpoint.loading import find_model, load
 from llmjax.errors import LlmjaxError, RequestError
 from llmjax.model import Model, check_ids
 from llmjax.oracle import dump as dumps
+from llmjax.oracle.comparison import Comparison
 from llmjax.oracle.dump import Dump, open_dump
 from llmjax.oracle.floors import CLASSES, MARGIN, Allowed, allowed
 from llmjax.oracle.measure import MismatchError, Tap, compared, fitted, measure
@@ -24,86 +25,20 @@ from llmjax.oracle.stages import Stages
 from llmjax.oracle.trace import Trace, trace
 from llmjax.oracle.verdict import Explained, explain
 
-SCHEMA = 1
 # The largest error of a pair that a class may leave where no model measures floors: rough, and said to be so.
-_WITHOUT_MODEL = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2, "int8": 1.5e-1, "dynamic_int8": 2e-1, "int4": 5e-1}
+_WITHOUT_MODEL = {
+    "float32": 1e-4,
+    "float16": 1e-2,
+    "bfloat16": 6e-2,
+    "int8": 1.5e-1,
+    "dynamic_int8": 2e-1,
+    "int4": 5e-1,
+}
 # For two models and no prompt.
 _PROMPT = "The quick brown fox jumps over the lazy dog. In 1905 she wrote: 3.14 is not 22/7, but it is near."
 
 AnyDump = Dump | Trace | str | Path
 AnyReference = Model | Dump | Trace | str | Path | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """What ``compare`` found.
-
-    Attributes:
-      verdict: ``identical``, ``equivalent``, ``different`` or ``not_comparable``.
-      explained_by: the class of arithmetic whose floor holds the differences, or None.
-      reason: one sentence.
-      coverage: ``taps`` compared, ``of`` how many, ``tokens``, ``missing`` and what is unknown.
-      logits: see ``oracle.metrics``; None where they were not dumped.
-      taps: each with its error beside its floor, in the order of computation.
-      first_divergence: the first tap above its floor, inherited or not; None for none.
-      faults: what patching proves, in the order of computation.
-      positions: those where the logits differ most, with both sides' best tokens.
-      subject: what was compared with what, for people.
-      map: errors by token of what leaves each layer, for the HTML report.
-    """
-
-    verdict: str
-    explained_by: str | None
-    reason: str
-    coverage: Mapping[str, Any]
-    logits: Mapping[str, Any] | None = None
-    taps: Sequence[Mapping[str, Any]] = ()
-    first_divergence: Mapping[str, Any] | None = None
-    faults: Sequence[Mapping[str, Any]] = ()
-    positions: Sequence[Mapping[str, Any]] = ()
-    subject: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    map: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
-
-    @property
-    def exit_code(self) -> int:
-        """As ``diff`` has it: 0 the same, 1 different, 2 not comparable."""
-        return {"identical": 0, "equivalent": 0, "different": 1}.get(self.verdict, 2)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As ``--json`` prints it."""
-        return {"schema": SCHEMA, **{k: v for k, v in dataclasses.asdict(self).items() if k != "map"}}
-
-    def to_json(self) -> str:
-        """See ``to_dict``."""
-        return json.dumps(self.to_dict(), allow_nan=False)
-
-    def to_text(self) -> str:
-        """A page."""
-        from llmjax.oracle.report import text
-
-        return text(self)
-
-    def to_junit(self) -> str:
-        """A test suite with a case for each tap and one for the verdict, as XML."""
-        from llmjax.oracle.report import junit
-
-        return junit(self)
-
-    def to_html(self, path: str | Path | None = None) -> str:
-        """One page that needs nothing else, written to ``path`` if there is one.
-
-        Raises:
-          RequestError: it cannot be written.
-        """
-        from llmjax.oracle.html import page
-
-        text = page(self)
-        if path is not None:
-            try:
-                Path(path).write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise RequestError(f"{path}: cannot write the report: {error.strerror}") from None
-        return text
 
 
 def compare(
@@ -223,12 +158,15 @@ def _compare(
     known = named(theirs, stages.shapes, model, names)
     reference = _reference(ours, theirs, model, stages)
     taps: list[Tap] = []
-    value = None
+    value: np.ndarray | None = None
     for classes in _batches(permitted):
         taps = []
-        for tap, value in measure(stages, known, reference, classes):
-            taps.append(tap)
-        found = explain(taps, dataclasses.replace(permitted, singles=classes))
+        for both in measure(stages, known, reference, classes):
+            taps.append(both[0])
+            value = both[1]
+        found = explain(
+            taps, dataclasses.replace(permitted, singles=tuple(c for c in permitted.singles if c in classes))
+        )
         if not found.beyond:
             break
     proven = faults(stages, known, taps, found) if found.beyond else []
@@ -408,12 +346,14 @@ def _two_dumps(
     worst = max(tap.gap.error for tap in taps)
     flips = logits["flips_beyond_margin"] if logits else 0
     holds = [c for c in permitted.singles if c in _WITHOUT_MODEL and worst <= _WITHOUT_MODEL[c] and not flips]
-    limit = _WITHOUT_MODEL[(holds or [c for c in permitted.singles if c in _WITHOUT_MODEL] or ["float32"])[-1 if not holds else 0]]
+    limit = _WITHOUT_MODEL[
+        (holds or [c for c in permitted.singles if c in _WITHOUT_MODEL] or ["float32"])[-1 if not holds else 0]
+    ]
     verdict = "identical" if all(tap.equal for tap in taps) else "equivalent" if holds else "different"
     first = next((t for t in taps if t.gap.error > limit), None)
     reason = {
         "identical": "every value is the same in every bit",
-        "equivalent": f"the largest error is {worst:.1e}, about what {holds[0] if holds else ''} arithmetic leaves; {note}",
+        "equivalent": f"the largest error is {worst:.1e}, about what {''.join(holds[:1])} arithmetic leaves; {note}",
         "different": f"the largest error is {worst:.1e}, with {flips} best tokens beyond their margin; {note}",
     }[verdict]
     missing = [tap for tap in left.taps if tap not in right.taps]

@@ -92,7 +92,9 @@ def open_dump(path: str | Path) -> Dump:
                     arrays[name] = stored
             except (OSError, ValueError, EOFError, zipfile.BadZipFile, LlmjaxError) as error:
                 text = _line(error)
-                raise RequestError(text if str(file) in text else f"{file}: not a readable array file: {text}") from None
+                raise RequestError(
+                    text if str(file) in text else f"{file}: not a readable array file: {text}"
+                ) from None
     problems = [f"{name} is there {count} times" for name, count in names.items() if count > 1]
     for name, stored in arrays.items():
         if stored.dtype not in _FLOATS:
@@ -172,7 +174,9 @@ def _npz(file: Path) -> Iterator[tuple[str, Stored]]:
         for member in members:
             with archive.open(member) as stream:
                 version = np.lib.format.read_magic(stream)
-                header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                header = (
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                )
                 shape, _, dtype = header(stream)
 
             def read(member: str = member) -> np.ndarray:

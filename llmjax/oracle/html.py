@@ -10,24 +10,25 @@ from llmjax.oracle.report import coverage, value
 from llmjax.oracle.steps import split
 
 if TYPE_CHECKING:
-    from llmjax.oracle.compare import Comparison
+    from llmjax.oracle.comparison import Comparison
 
 _STYLE = """
 :root { color-scheme: light dark; --bg: #fff; --fg: #1c1f23; --dim: #667; --line: #dde; --card: #f6f7f9;
-  --good: #157347; --bad: #b3261e; --warn: #8a6100; --cell: 21, 115, 71; }
+  --good: #157347; --bad: #b3261e; --warn: #8a6100; --cell: 38, 92, 190; }
 @media (prefers-color-scheme: dark) { :root { --bg: #14171a; --fg: #e6e8ea; --dim: #9aa3ad; --line: #2c3238;
-  --card: #1c2126; --good: #5fd39b; --bad: #ff8a80; --warn: #e6b655; --cell: 95, 211, 155; } }
+  --card: #1c2126; --good: #5fd39b; --bad: #ff8a80; --warn: #e6b655; --cell: 120, 170, 255; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1120px; padding: 24px 16px 64px; background: var(--bg); color: var(--fg);
-  font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+body { margin: 0 auto; max-width: 1120px; padding: 24px 16px 64px; background: var(--bg);
+  color: var(--fg); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2.2em 0 .5em; }
 code, pre, td.n, .mono { font-family: ui-monospace, monospace; font-size: .88em; }
 pre { background: var(--card); padding: 10px 12px; border-radius: 8px; overflow-x: auto; }
-.card { background: var(--card); border-radius: 10px; padding: 14px 18px; margin: 12px 0; border-left: 5px solid var(--dim); }
+.card { background: var(--card); border-radius: 10px; padding: 14px 18px; margin: 12px 0;
+  border-left: 5px solid var(--dim); }
 .good { border-color: var(--good); } .bad { border-color: var(--bad); } .warn { border-color: var(--warn); }
 .good h1 { color: var(--good); } .bad h1 { color: var(--bad); } .warn h1 { color: var(--warn); }
 .dim { color: var(--dim); } .scroll { overflow-x: auto; }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 8px; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 8px; }
 .facts div { background: var(--card); border-radius: 8px; padding: 8px 12px; }
 .facts b { display: block; font-size: 1.05em; font-family: ui-monospace, monospace; }
 table { border-collapse: collapse; min-width: 100%; } th { text-align: left; font-weight: 600; }
@@ -89,7 +90,7 @@ def _faults(report: "Comparison") -> Iterator[str]:
     for number, fault in enumerate(report.faults, 1):
         causes = "".join(
             f'<div><span class="bar"><i style="width:{100 * c["explains"]:.0f}%"></i></span>'
-            f"<b>{_e(c['cause'])}</b> {_e(c['detail'])} <span class=\"dim\">explains {c['explains']:.0%}</span></div>"
+            f'<b>{_e(c["cause"])}</b> {_e(c["detail"])} <span class="dim">explains {c["explains"]:.0%}</span></div>'
             for c in fault["causes"]
         )
         also = f'<p class="dim">Takes along: {_e(", ".join(fault["also"]))}</p>' if fault["also"] else ""
@@ -108,31 +109,38 @@ def _strip(report: "Comparison") -> Iterator[str]:
     width = left + step * len(taps) + 10
     small = 1e-8
     found = [x for t in taps for x in (t["error"], t["floor"]) if x > 0]
-    low, high = math.floor(math.log10(max(small, min(found, default=small)))), math.ceil(math.log10(max([1e-7, *found])))
+    low, high = (
+        math.floor(math.log10(max(small, min(found, default=small)))),
+        math.ceil(math.log10(max([1e-7, *found]))),
+    )
 
     def y(x: float) -> float:
         return 8 + (height - 8) * (high - math.log10(max(x, 10.0**low))) / max(1, high - low)
 
     marks = []
     for power in range(low, high + 1, max(1, (high - low) // 5)):
-        marks.append(f'<line x1="{left}" x2="{width:.0f}" y1="{y(10.0**power):.1f}" y2="{y(10.0**power):.1f}" stroke="var(--line)"/>')
+        marks.append(
+            f'<line x1="{left}" x2="{width:.0f}" y1="{y(10.0**power):.1f}" y2="{y(10.0**power):.1f}" '
+            'stroke="var(--line)"/>'
+        )
         marks.append(f'<text x="2" y="{y(10.0**power) + 3:.1f}">1e{power}</text>')
     last = None
     for i, tap in enumerate(taps):
         x = left + step * i
-        beyond = tap["error"] > tap["floor"]
+        tone = "bad" if tap["error"] > tap["floor"] else "good"
         tip = f"{tap['name']}: error {tap['error']:.1e}, floor {tap['floor']:.1e}"
         marks.append(
             f'<g><title>{_e(tip)}</title><rect x="{x:.1f}" y="{y(tap["floor"]):.1f}" width="{step - 1:.1f}" '
             f'height="2" fill="var(--dim)"/><rect x="{x:.1f}" y="{y(tap["error"]):.1f}" width="{step - 1:.1f}" '
-            f'height="{max(2.0, height - y(tap["error"])):.1f}" fill="var(--{"bad" if beyond else "good"})" opacity=".75"/></g>'
+            f'height="{max(2.0, height - y(tap["error"])):.1f}" fill="var(--{tone})" '
+            'opacity=".75"/></g>'
         )
         layer = split(tap["name"])[0]
         if layer != last and layer is not None and (layer % max(1, round(40 / (step * 15))) == 0):
             marks.append(f'<text x="{x:.1f}" y="{height + 14}">{layer}</text>')
         last = layer
     yield "<h2>Every step against its floor</h2>"
-    yield '<p class="dim">Bars: error of each tap, in the order of computation, by layer; lines: what arithmetic explains.</p>'
+    yield '<p class="dim">Bars: error of each tap, in the order of computation; lines: what arithmetic explains.</p>'
     yield (
         f'<div class="scroll"><svg role="img" aria-label="errors and floors of every tap" width="{width:.0f}" '
         f'height="{height + 20}">{"".join(marks)}</svg></div>'
@@ -163,7 +171,8 @@ def _token_map(report: "Comparison") -> Iterator[str]:
     yield "<h2>Tokens and layers</h2>"
     yield f'<p class="dim">Error of each token as it leaves each layer, on a logarithmic scale up to {largest:.1e}.</p>'
     yield (
-        f'<div class="scroll"><svg role="img" aria-label="errors by token and layer" width="{left + columns * size + 4:.0f}" '
+        '<div class="scroll"><svg role="img" aria-label="errors by token and layer" '
+        f'width="{left + columns * size + 4:.0f}" '
         f'height="{len(rows) * tall + 4}">{"".join(cells)}</svg></div>'
     )
 
@@ -192,7 +201,9 @@ def _taps(report: "Comparison") -> Iterator[str]:
 
     def row(tap: Mapping[str, Any]) -> str:
         style = ' style="color:var(--bad)"' if tap["error"] > tap["floor"] else ""
-        numbers = "".join(f'<td class="n">{tap[k] if isinstance(tap[k], int) else format(tap[k], ".1e")}</td>' for k in keys)
+        numbers = "".join(
+            f'<td class="n">{tap[k] if isinstance(tap[k], int) else format(tap[k], ".1e")}</td>' for k in keys
+        )
         return f'<tr{style}><td class="mono">{_e(tap["name"])}</td>{numbers}</tr>'
 
     head = "".join(f'<th class="n">{k.replace("_", " ")}</th>' for k in keys)
@@ -208,4 +219,5 @@ def _reproduce(report: "Comparison") -> Iterator[str]:
     yield f"<h2>To reproduce</h2><pre>{_e(command)}</pre>"
     yield f"<pre>{_e(json.dumps(found.get('declared', {}), indent=1))}</pre>"
     ids = found.get("token_ids", [])
-    yield f'<p class="dim mono">token ids ({len(ids)}): {_e(", ".join(map(str, ids[:64])))}{" ..." if len(ids) > 64 else ""}</p>'
+    shown = ", ".join(map(str, ids[:64])) + (" ..." if len(ids) > 64 else "")
+    yield f'<p class="dim mono">token ids ({len(ids)}): {_e(shown)}</p>'

@@ -91,7 +91,9 @@ def logits_report(
       noise: the error of a pair that arithmetic explains; None takes the candidate's own usual drift for it.
     """
     if noise is not None:
-        noise *= float(np.sqrt(np.mean(np.square(ours, dtype=np.float64)) + np.mean(np.square(theirs, dtype=np.float64))))
+        noise *= float(
+            np.sqrt(np.mean(np.square(ours, dtype=np.float64)) + np.mean(np.square(theirs, dtype=np.float64)))
+        )
     p, q = log_softmax(ours), log_softmax(theirs)
     kl = (np.exp(p) * (p - q)).sum(-1)
     apart = np.abs(p - q)

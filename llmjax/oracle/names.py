@@ -170,7 +170,7 @@ def _maker(entry: Mapping[str, Any], start: int, size: int | None) -> Callable[[
     def make(array: np.ndarray) -> np.ndarray:
         try:
             if "reshape" in entry:
-                array = (array[0] if array.shape[0] == 1 and array.ndim > 2 else array)
+                array = array[0] if array.shape[0] == 1 and array.ndim > 2 else array
                 array = array.reshape(array.shape[0], *entry["reshape"])
             if "transpose" in entry:
                 array = array.transpose(entry["transpose"])

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.oracle.causes import EVERYWHERE, Cause, Scene, catalogue
+from llmjax.oracle.causes.base import Cause, Scene
+from llmjax.oracle.causes.catalogue import EVERYWHERE, catalogue
 from llmjax.oracle.floors import MARGIN
 from llmjax.oracle.measure import Tap, inner, pair, patches, stage_values
 from llmjax.oracle.names import Named
@@ -135,7 +136,7 @@ class _Bench:
                         if one.explains > 0.97 and (cause.cause, cause.detail) in proven:
                             return tried
         # What heals more taps is the better of two that explain as much.
-        return sorted(tried, key=lambda t: (-round(t.explains, 2), -len(t.healed)))
+        return sorted(tried, key=lambda t: (-round(t.explains, 4), -len(t.healed)))
 
     def everywhere(self, scene: Scene, first: int, last: int) -> list[Cause]:
         """Mistakes made in all of these stages, each once."""
@@ -152,7 +153,13 @@ class _Bench:
         return len(steps) > 4 or sum(self.stages.stage_of(t.name) == stage for t in left) > 3
 
     def try_cause(
-        self, tap: Tap, left: Sequence[Tap], cause: Cause, where: tuple[int, int, Any, int | None], plain: Any, theirs: Any
+        self,
+        tap: Tap,
+        left: Sequence[Tap],
+        cause: Cause,
+        where: tuple[int, int, Any, int | None],
+        plain: Any,
+        theirs: Any,
     ) -> _Tried | None:
         first, last, x, at = where
         if cause.post is not None:
@@ -169,7 +176,9 @@ class _Bench:
         wrong = {t.name for t in left}
         for name, error in errors.items():
             other = self.taps[name]
-            if name not in wrong and np.max(error / other.floor(self.found.classes)) > max(1, other.excess(self.found.classes)):
+            if name not in wrong and np.max(error / other.floor(self.found.classes)) > max(
+                1, other.excess(self.found.classes)
+            ):
                 return None  # it would break what is right
         healed = tuple(t for t in left if t.name in errors and self.heals(t, errors[t.name]))
         return _Tried(cause, self.share(tap, errors[tap.name]), healed, at)
@@ -193,12 +202,15 @@ class _Bench:
         at = int(np.argmax(tap.local / floor))
         module = common([t.name for t in healed]) if len(steps) == 1 else common(steps)
         if best and (len(steps) > 1 or best.cause.cause == "layer_order"):
-            mine = [s for s in steps if split(s)[1] in best.cause.steps and best.stage in (None, self.stages.stage_of(s))]
+            mine = [
+                s for s in steps if split(s)[1] in best.cause.steps and best.stage in (None, self.stages.stage_of(s))
+            ]
             module = common(mine) or module
             if best.cause.cause == "layer_order":
                 module = f"layers.{self.stages.stage_of(tap.name)}"
         causes = [
-            {"cause": t.cause.cause, "detail": t.cause.detail, "explains": round(t.explains, 4)} for t in _distinct(tried)
+            {"cause": t.cause.cause, "detail": t.cause.detail, "explains": round(t.explains, 4)}
+            for t in _distinct(tried)
         ]
         what = "the step" if len(steps) == 1 else f"{len(steps)} steps ({steps[0]} to {steps[-1]})"
         return {

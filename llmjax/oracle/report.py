@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 if TYPE_CHECKING:
-    from llmjax.oracle.compare import Comparison
+    from llmjax.oracle.comparison import Comparison
 
 _WORST = 12
 
@@ -21,7 +21,8 @@ def text(report: "Comparison") -> str:
     if report.first_divergence:
         first = report.first_divergence
         lines.append(
-            f"first divergence: {first['tap']} at token {first['token']}, error {first['error']:.2e}, floor {first['floor']:.2e}"
+            f"first divergence: {first['tap']} at token {first['token']}, error {first['error']:.2e}, "
+            f"floor {first['floor']:.2e}"
         )
     for number, fault in enumerate(report.faults, 1):
         lines.append(f"fault {number}: {fault['module']}")

@@ -108,7 +108,9 @@ def main() -> None:
     what.add_argument("--prompt")
     what.add_argument("--ids", help="token ids: 1,2,3")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--attention", default="eager", help="eager shows attention weights; falcon is right under sdpa")
+    parser.add_argument(
+        "--attention", default="eager", help="eager shows attention weights; falcon is right under sdpa"
+    )
     parser.add_argument("--gguf-file", help="of the directory, to load instead")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
