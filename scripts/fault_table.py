@@ -1,6 +1,6 @@
 """Deliberate faults, in transformers' modules and in ours, and what `llmjax compare` says of each.
 
-    python scripts/fault_table.py [--only TEXT] [--json FILE]
+    python scripts/fault_table.py [--only TEXT]
 
 Prints a table: the verdict, the first faulty module, its cause and how much it explains; then what share is right.
 Needs the parity extra.
@@ -10,7 +10,6 @@ import argparse
 import copy
 import dataclasses
 import functools
-import json
 import re
 import sys
 import tempfile
@@ -72,6 +71,10 @@ def scaled(get: Callable[[Any], Any], by: float = 1.1) -> Callable[[Any], None]:
     return fault
 
 
+def no_bias(get: Callable[[Any], Any]) -> Callable[[Any], None]:
+    return lambda model: get(model).bias.data.zero_()
+
+
 def weight(get: Callable[[Any], Any], change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], None]:
     def fault(model: Any) -> None:
         module = get(model)
@@ -99,13 +102,6 @@ def attribute(get: Callable[[Any], Any], **changes: Any) -> Callable[[Any], None
     def fault(model: Any) -> None:
         for key, value in changes.items():
             setattr(get(model), key, value)
-
-    return fault
-
-
-def no_bias(get: Callable[[Any], Any]) -> Callable[[Any], None]:
-    def fault(model: Any) -> None:
-        get(model).bias.data *= 0
 
     return fault
 
@@ -351,7 +347,6 @@ def theirs_dump(name: str, fault: Callable[[Any], None], out: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="faults whose names match this regular expression")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--cache", help="keep compiled programs in this folder")
     args = parser.parse_args()
     if args.cache:
@@ -398,8 +393,6 @@ def main() -> None:
     for key in ("verdict", "module", "cause"):
         print(f"{key}: {sum(r[key] for r in rows)} of {len(rows)}")
     print(f"wrong causes above 0.9: {sum(r['wrong'] for r in rows)}")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

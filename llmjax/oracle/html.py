@@ -35,7 +35,8 @@ table { border-collapse: collapse; min-width: 100%; } th { text-align: left; fon
 td, th { padding: 3px 8px; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.n, th.n { text-align: right; white-space: nowrap; }
 svg text { fill: var(--dim); font: 10px system-ui, sans-serif; } svg { display: block; }
-.bar { display: inline-block; width: 90px; height: 8px; border-radius: 4px; background: var(--line); margin-right: 8px; }
+.bar { display: inline-block; width: 90px; height: 8px; border-radius: 4px; background: var(--line);
+  margin-right: 8px; }
 .bar i { display: block; height: 100%; border-radius: 4px; background: var(--good); }
 """
 _TONE = {"identical": "good", "equivalent": "good", "different": "bad", "not_comparable": "warn"}
