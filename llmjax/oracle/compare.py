@@ -11,7 +11,7 @@ import numpy as np
 
 from llmjax.checkpoint.identity import model_facts
 from llmjax.checkpoint.loading import find_model, load
-from llmjax.errors import LlmjaxError, RequestError
+from llmjax.errors import ConfigError, LlmjaxError, RequestError
 from llmjax.model import Model, check_ids
 from llmjax.oracle import dump as dumps
 from llmjax.oracle.comparison import Comparison
@@ -150,11 +150,16 @@ def _compare(
     subject = _subject(ours, theirs, model)
     if ours is not None:
         _same_ids(ours.token_ids, theirs.token_ids, model)
+    if model is not None:
+        ids = _fed(theirs, model)
+        try:
+            stages = Stages(model, ids)
+        except ConfigError as error:
+            ours = ours or _dump(trace(model, ids.tolist()), "reference")
+            model, note = None, f"{error}: there are neither floors nor proofs"
     if model is None:
         assert ours is not None
         return _two_dumps(ours, theirs, permitted, note, names, subject)
-    ids = _fed(theirs, model)
-    stages = Stages(model, ids)
     known = named(theirs, stages.shapes, model, names)
     reference = _reference(ours, theirs, model, stages)
     taps: list[Tap] = []

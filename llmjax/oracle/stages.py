@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from llmjax.errors import ConfigError
 from llmjax.model import Model
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import PATCHES, TAP, Context
@@ -68,6 +69,9 @@ class Stages:
     Args:
       model: ours.
       ids: int32 ``[T]``.
+
+    Raises:
+      ConfigError: its layers hand on more than ``[B, T, D]``.
     """
 
     def __init__(self, model: Model, ids: np.ndarray):
@@ -94,6 +98,11 @@ class Stages:
         def note(next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
             module = context.module
             if len(module.path) == 1 and module.path[0].startswith("layers_") and context.method_name == "__call__":
+                if len(args) != 2 or not isinstance(args[0], jax.Array):
+                    raise ConfigError(
+                        f"{self.model.architecture.model_type}: its layers hand on more than one residual stream, so "
+                        "none can be computed alone"
+                    )
                 self.blocks.append(module.clone(parent=None, name=None))
             return next_function(*args, **kwargs)
 

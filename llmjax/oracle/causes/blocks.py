@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.models.attention import Scores
+from llmjax.models.context import Context
 from llmjax.models.layers import ACTIVATIONS
 from llmjax.models.rope import Rope
 from llmjax.oracle.causes.base import (
@@ -45,14 +46,14 @@ def activation() -> Iterator[Cause]:
 class _Pairs(Rope):
     """Neighbours make a pair."""
 
-    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         to = np.concatenate([np.arange(0, self.dims, 2), np.arange(1, self.dims, 2), np.arange(self.dims, x.shape[-1])])
-        return super().__call__(x[..., to], positions)[..., np.argsort(to)]
+        return super().__call__(x[..., to], ctx)[..., np.argsort(to)]
 
 
 class _Backwards(Rope):
-    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        return super().__call__(x, -positions)
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        return super().__call__(x, ctx.replace(positions=-ctx.positions))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +64,10 @@ class _Apart:
     moves: tuple[Callable[[jax.Array], jax.Array], ...]
     calls: list[int] = dataclasses.field(default_factory=list)
 
-    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         self.calls.append(0)
-        return self.rope(x, self.moves[(len(self.calls) - 1) % 2](positions))
+        move = self.moves[(len(self.calls) - 1) % 2]
+        return self.rope(x, ctx.replace(positions=move(ctx.positions)))
 
 
 def _rope(change: Callable[[Rope], Any]) -> Edit:
@@ -86,7 +88,7 @@ def rotation(scene: Scene) -> Iterator[Cause]:
     replace = dataclasses.replace
     yield cause("rope_pairing", "neighbours are rotated together, not halves", lambda r: _Pairs(**vars(r)))
     yield cause("rope_pairing", "the rotation turns the other way", lambda r: _Backwards(**vars(r)))
-    for name, value in {"linear": 1.0, "llama3": None, "divisors": None}.items():
+    for name, value in {"linear": 1.0, "llama3": None, "divisors": None, "scaling": None}.items():
         if any(getattr(r, name) != value for r in ropes):
             yield cause("rope_scaling", f"{name} scaling is ignored", lambda r, n=name, v=value: replace(r, **{n: v}))
     for factor in (2.0, 4.0, 8.0):
@@ -105,7 +107,7 @@ def rotation(scene: Scene) -> Iterator[Cause]:
     for dims in sorted({width, width // 2, width // 4, int(width * 0.4), int(width * 0.75)} - {0}):
         if dims % 2 == 0:
             yield cause("rope_dims", f"{dims} of {width} dimensions rotate", lambda r, d=dims: replace(r, dims=d))
-    yield cause("rope_dims", "nothing rotates", lambda r: lambda x, positions: x)
+    yield cause("rope_dims", "nothing rotates", lambda r: lambda x, ctx: x)
     moves: dict[str, Callable[[jax.Array], jax.Array]] = {
         "as they are": lambda p: p, "one too high": lambda p: p + 1, "one too low": lambda p: p - 1,
         "all 0": lambda p: 0 * p,
