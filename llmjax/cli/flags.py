@@ -39,11 +39,13 @@ def weight_flags(group: Any) -> None:
     )
 
 
-def load_flags(numerics: str = "fast") -> argparse.ArgumentParser:
+def load_flags(numerics: str = "fast", required: bool = True) -> argparse.ArgumentParser:
     """What ``cli.loading.load_model`` reads."""
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group("model")
-    group.add_argument("--model", required=True, help="a checkpoint's path, or smollm2 for the installed demo model")
+    group.add_argument(
+        "--model", required=required, help="a checkpoint's path, or smollm2 for the installed demo model"
+    )
     weight_flags(group)
     group.add_argument(
         "--numerics",

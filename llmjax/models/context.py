@@ -62,12 +62,18 @@ def tap(module: nn.Module, name: str, value: jax.Array) -> jax.Array:
     """Names an activation for ``llmjax.trace``: the module's path and ``name`` (the path alone when empty), joined by
     dots.
 
-    Costs nothing unless the ``taps`` collection is being collected; ``init`` makes parameters alone.
+    What the collection ``patches`` has under that name takes the value's place from here on: an array, or a function of
+    the value.  Costs nothing unless the ``taps`` collection is being collected; ``init`` makes parameters alone.
     """
     if not module.is_initializing():
         module.sow("taps", TAP + name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    if module.has_variable(PATCHES, TAP + name):
+        patch = module.get_variable(PATCHES, TAP + name)
+        return patch(value) if callable(patch) else patch.reshape(value.shape).astype(value.dtype)
     return value
 
 
 # Keeps a tap's name apart from a submodule's of the same name, which Linen would refuse.
 TAP = "tap:"
+# The collection of what other runtimes computed, see ``tap``.
+PATCHES = "patches"

@@ -242,7 +242,7 @@ class Gemma3n(nn.Module):
         others = [as_large_as(leave(x, ctx), first) for leave, x in zip(exits, others, strict=True)]
         x = jnp.mean(jnp.stack([first, *others]).astype(jnp.float32), 0).astype(x.dtype)
         x = WideRMSNorm(c.rms_norm_eps, name="final_norm")(x)
-        logits = language_head(embed, x, ctx, tied=c.tie_word_embeddings)
+        logits = language_head(self, embed, x, ctx, tied=c.tie_word_embeddings)
         if c.final_logit_softcapping is not None:
             logits = softcap(logits, c.final_logit_softcapping)
         return tap(self, "logits", logits)

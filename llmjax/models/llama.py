@@ -94,7 +94,7 @@ class Llama(nn.Module):
         x = tap(self, "embed", embed(ids, ctx))
         x = in_turn(self, [Block(c, window, name=f"layers_{i}") for i, window in enumerate(c.windows)], x, ctx)
         x = RMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
-        return tap(self, "logits", language_head(embed, x, ctx, tied=c.tie_word_embeddings))
+        return tap(self, "logits", language_head(self, embed, x, ctx, tied=c.tie_word_embeddings))
 
 
 HF_NAMES = hf_names(
