@@ -39,8 +39,8 @@ def weight_flags(group: Any) -> None:
     )
 
 
-def load_flags(numerics: str = "fast") -> argparse.ArgumentParser:
-    """What ``cli.loading.load_model`` reads."""
+def load_flags(numerics: str | None = "fast") -> argparse.ArgumentParser:
+    """What ``cli.loading.load_model`` reads; None leaves the profile to ``llmjax.load``."""
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group("model")
     group.add_argument("--model", required=True, help="a checkpoint's path, or smollm2 for the installed demo model")
@@ -48,7 +48,8 @@ def load_flags(numerics: str = "fast") -> argparse.ArgumentParser:
     group.add_argument(
         "--numerics",
         default=numerics,
-        help=f"reference, hf, fast, dynamic_int8, mediapipe_gpu or mediapipe_cpu (default {numerics})",
+        help=f"reference, hf, fast, dynamic_int8, mediapipe_gpu or mediapipe_cpu (default {numerics or 'reference'}); "
+        "of op graphs litert or reference (default litert)",
     )
     group.add_argument(
         "--lora",
