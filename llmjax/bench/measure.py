@@ -17,6 +17,7 @@ from llmjax.bench.cost import Cost, Costs, is_quantized
 from llmjax.bench.probes import matmul_probe, read_probe
 from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.errors import RequestError
+from llmjax.litert.model import GraphModel
 from llmjax.model import Model
 from llmjax.products.matmul import integer_digits
 from llmjax.runtime.decode import BURST
@@ -179,6 +180,8 @@ def run(load: Callable[[], Model], options: Options, report: Callable[[str], Non
     jax.block_until_ready(model.params)
     loaded = time.perf_counter() - began
     engine = Engine(model, slots=options.slots, enable_prefix_caching=False)
+    if isinstance(model, GraphModel):
+        raise RequestError(f"{model.path}: bench measures checkpoints, not op graphs")
     costs = Costs(model)
     settings = list(_settings(Runner(engine), costs, options))
     for i, setting in enumerate(settings):

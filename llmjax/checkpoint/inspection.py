@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from converters.readers.mediapipe import package
 from converters.readers.opening import open_source
 from converters.readers.source import Source, TensorSpec
 from llmjax.checkpoint import bundles
@@ -15,6 +14,7 @@ from llmjax.checkpoint.loading import find_model, read_tokenizer
 from llmjax.checkpoint.parameters import is_packed
 from llmjax.checkpoint.plan import Plan, describe, make_plan
 from llmjax.errors import ConfigError, LlmjaxError, TokenizerError, named, printable
+from llmjax.litert.loading import is_graph
 
 # For a terminal; JSON has all of them.
 _MOST_LISTED, _MOST_PROBLEMS = 5_000, 100
@@ -91,7 +91,7 @@ def inspect(path: str | Path) -> CheckpointReport | BundleReport:
       CheckpointError: there is no checkpoint, or its headers are damaged.
     """
     path = Path(find_model(path))
-    if path.is_file() and package.kind_of(path):
+    if is_graph(path):
         return bundles.inspect(path)
     source = open_source(path)
     try:

@@ -39,8 +39,8 @@ def weight_flags(group: Any) -> None:
     )
 
 
-def load_flags(numerics: str = "fast", required: bool = True) -> argparse.ArgumentParser:
-    """What ``cli.loading.load_model`` reads."""
+def load_flags(numerics: str | None = "fast", required: bool = True) -> argparse.ArgumentParser:
+    """What ``cli.loading.load_model`` reads; no ``numerics`` leaves the profile to ``llmjax.load``."""
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group("model")
     group.add_argument(
@@ -50,7 +50,8 @@ def load_flags(numerics: str = "fast", required: bool = True) -> argparse.Argume
     group.add_argument(
         "--numerics",
         default=numerics,
-        help=f"reference, hf, fast, dynamic_int8, mediapipe_gpu or mediapipe_cpu (default {numerics})",
+        help=f"reference, hf, fast, dynamic_int8, mediapipe_gpu or mediapipe_cpu (default {numerics or 'reference'}); "
+        "of op graphs litert or reference (default litert)",
     )
     group.add_argument(
         "--lora",

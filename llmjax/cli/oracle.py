@@ -12,7 +12,7 @@ from llmjax.errors import RequestError
 def add(verbs: Verbs) -> None:
     """Registers the verbs."""
     text = "Write a model's named activations for one prompt."
-    trace = add_verb(verbs, "trace", _trace, text, load_flags("reference"), cache_flags())
+    trace = add_verb(verbs, "trace", _trace, text, load_flags(None), cache_flags())
     what = trace.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="the text, or - for stdin")
     what.add_argument("--ids", type=id_list, metavar="ID,ID", help="token ids, taken as they are")

@@ -57,6 +57,22 @@ class DecoderConfig:
         kinds = self.kinds
         return next((p for p in range(1, len(kinds)) if kinds[p:] == kinds[:-p]), max(1, len(kinds)))
 
+    @property
+    def row_arrays(self) -> dict[str, tuple[tuple[int, ...], str]] | None:
+        """Shape and dtype by name of what a row keeps, where that is no keys and values in pages: a page is a whole row
+        then."""
+        return None
+
+    @property
+    def rewinds(self) -> bool:
+        """What the cache holds of a token depends on what stands before it alone: rows may share their beginnings."""
+        return True
+
+    def engine_sizes(self, chunk: int, block: int) -> tuple[int, int, int]:
+        """Prompt tokens a prefill call takes, cache positions attention folds at a time, and tokens of a text that a
+        call scores, from what was asked for."""
+        return chunk, block, chunk
+
     def shortened(self, layers: int) -> Self:
         """The model's first layers alone; of fields with an entry for each layer, the first entries."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

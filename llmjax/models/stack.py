@@ -158,6 +158,8 @@ def stacked(params: dict[str, Any], period: int, slots: int, numerics: Numerics)
     """
     layers = [params[f"layers_{i}"] for i in range(sum(name.startswith("layers_") for name in params))]
     leaves = jax.tree.leaves(layers)
+    if not leaves:
+        return None
     if not on_cpu(*leaves) or any(isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in leaves):
         return None
     if (

@@ -4,6 +4,9 @@ Names are the parameter tree's paths with dots: ``embed`` (after any scaling), `
 ``layers.3.attn.q``, ``.k``, ``.v`` (before the rotation), ``.q_rot``, ``.k_rot``, ``.probs``, ``.out`` (heads joined,
 before ``o``), ``.o``, ``layers.3.resid_attn``, ``layers.3.mlp.gate``, ``.up``, ``.act``, ``.down``, ``layers.3.resid``,
 ``final_norm``, ``head`` (before a soft-cap), ``logits``.  They come in the order of computation (``oracle.steps``).
+
+A graph (``.tflite``, ``.task``, ``.litertlm``) has the names that its file gives its tensors, and ``logits``; each
+token goes through ``decode``.
 """
 
 import dataclasses
@@ -23,6 +26,8 @@ from flax import linen as nn
 
 from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.errors import RequestError, shown
+from llmjax.litert import tracing
+from llmjax.litert.model import GraphModel
 from llmjax.model import Model, check_ids
 from llmjax.models.context import TAP, Context
 from llmjax.models.tree import canonical
@@ -83,6 +88,8 @@ def trace(model: Model, token_ids: Sequence[int], taps: str | Sequence[str] = "*
     for glob in globs or (None,):
         if not isinstance(glob, str):
             raise RequestError(f"taps: expected a glob, or a list of them, found {shown(taps)}")
+    if isinstance(model, GraphModel):
+        return Trace(tracing.activations(model, ids, globs), _manifest(model, ids, list(globs)))
     program, static = _program(model.numerics), (model.module, model.numerics)
     program.forget()
     found = program(*static, globs, model.params, ids[None])

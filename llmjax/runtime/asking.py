@@ -235,7 +235,7 @@ class Asking:
     ) -> Request:
         """As ``request``, for a conversation rendered with a chat template (which writes BOS itself)."""
         text = self.rendered(messages, **chat)
-        ids = self.tokenizer.encode(text, add_bos=False)
+        ids = self.tokenizer.encode_rendered(text)
         return dataclasses.replace(self.request(ids, params, request_id=request_id, lora=lora), prompt=text)
 
     def rendered(self, messages: Sequence[Message], **chat: Unpack[ChatOptions]) -> str:
