@@ -13,7 +13,9 @@ CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-STRIPPED = CHATML.replace("{{ m.content }}", "{% if loop.last and m.role == 'assistant' %}think {% endif %}{{ m.content }}")
+STRIPPED = CHATML.replace(
+    "{{ m.content }}", "{% if loop.last and m.role == 'assistant' %}think {% endif %}{{ m.content }}"
+)
 
 
 @pytest.fixture(scope="module")
