@@ -4,11 +4,13 @@ A message names the file, the thing, what was expected, what was found and the l
 message alone and exits with 2 (bad input) or 1 (the work failed); a traceback means a bug in llmjax.
 """
 
+from typing import Any
+
 # Of a message, whatever names and values of a file are in it.
 _MOST_LINES, _MOST_CHARACTERS = 100, 2000
 
 
-def shown(value: object) -> str:
+def shown(value: Any) -> str:
     """A value in a message: its beginning, whatever it is."""
     if isinstance(value, str | bytes | list | tuple):
         value = value[:100]

@@ -22,7 +22,8 @@ def parse_json(data: str | bytes, constant: Callable[[str], Any] | None = None) 
       ValueError: it is none, holds more values than any model's files, or an object names a key twice.
       RecursionError: it is nested too deeply.
     """
-    count = sum(data.count(sign) for sign in (",{[" if isinstance(data, str) else b",{["))  # type: ignore[arg-type]
+    text = data if isinstance(data, str) else data.decode("latin-1")
+    count = sum(map(text.count, ",{["))
     if count > _MOST_VALUES:
         raise ValueError(f"expected at most {_MOST_VALUES:,} values, found {count:,}")
     return json.loads(data, object_pairs_hook=unique_keys, parse_constant=constant)

@@ -4,7 +4,7 @@ import re
 import time
 import warnings
 
-import regex
+import regex  # type: ignore[import-untyped]
 
 from llmjax.errors import LoraError, shown
 
