@@ -103,7 +103,7 @@ class SafetensorsFile:
             return f"{label}: expected an object with dtype, shape and data_offsets"
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _BITS:
-            return f"{label}: unknown dtype {shown(dtype)}"
+            return f"{label}: unknown dtype {named(dtype) if isinstance(dtype, str) else shown(dtype)}"
         if not _are_sizes(shape) or len(shape) > _MAX_DIMS:
             return f"{label}: shape: expected at most {_MAX_DIMS} sizes, found {shown(shape)}"
         if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
