@@ -106,7 +106,7 @@ class GraphModel(Model):
     def apply(self, params: dict[str, Any], ids: jax.Array) -> jax.Array:
         """Logits float32 ``[B, T, V]`` of ``ids`` int32 ``[B, T]``, a pure function: the tokens of a row one after the
         other through ``decode``."""
-        return self.module.apply({"params": params}, ids, Context(jnp.arange(ids.shape[1])[None], self.numerics))  # type: ignore[no-any-return]
+        return self.module.apply({"params": params}, ids, Context(jnp.arange(ids.shape[1])[None], self.numerics))
 
     @functools.cached_property
     def _steps(self) -> tuple[Any, dict[int, Any]]:

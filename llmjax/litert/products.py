@@ -37,7 +37,7 @@ class Filter(struct.PyTreeNode):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the integers."""
-        return self.values.shape  # type: ignore[no-any-return]
+        return self.values.shape
 
 
 class Dequantized(struct.PyTreeNode):
@@ -48,7 +48,7 @@ class Dequantized(struct.PyTreeNode):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the weight."""
-        return self.weight.shape  # type: ignore[no-any-return]
+        return self.weight.shape
 
 
 Value = Any  # jax.Array | np.ndarray | QTensor | Filter | Dequantized
@@ -62,7 +62,7 @@ def as_array(value: Value) -> jax.Array:
         return jnp.asarray(dequantize(value))
     if isinstance(value, Filter):
         return value.values.astype(jnp.float32) * value.scales
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def rounded(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array, jax.Array]:

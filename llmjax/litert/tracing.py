@@ -1,13 +1,14 @@
 """Every tensor of a graph's decode signature, for each token of a text."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from llmjax.errors import RequestError
 from llmjax.litert.model import GraphModel
-from llmjax.litert.module import MAIN
+from llmjax.litert.module import MAIN, States
 from llmjax.litert.ports import LOGITS
 
 
@@ -33,16 +34,16 @@ def activations(model: GraphModel, ids: np.ndarray, taps: Sequence[str]) -> dict
     if missing := [glob for glob in taps if not any(graph.matches(name, [glob]) for name in [*names, *logits])]:
         raise RequestError(f"taps: {missing[0]!r} matches no tensor; llmjax inspect and a trace of '*' show the names")
 
-    def step(params, row, token, position):  # type: ignore[no-untyped-def]
+    def step(params: Any, row: States, token: Any, position: Any) -> tuple[States, dict[str, jax.Array]]:
         outputs, row, found = module.run(params, ports, row, token[None], position, np.int32(1), names)
         return row, {**found, **{name: outputs[name] for name in logits}}
 
-    step = jax.jit(step, donate_argnums=1, compiler_options=model.numerics.compiler_options)
-    row, steps = jax.jit(module.empty)(), []
+    program = jax.jit(step, donate_argnums=1, compiler_options=model.numerics.compiler_options)
+    row, steps = jax.jit(module.empty)(), list[dict[str, np.ndarray]]()
     for position, token in enumerate(ids):
-        row, found = step(model.params, row, token, np.int32(position))
+        row, found = program(model.params, row, token, np.int32(position))
         steps.append({name: np.asarray(value) for name, value in found.items()})
-    return {name: _joined([step[name] for step in steps]) for name in [*names, *logits]}
+    return {name: _joined([found[name] for found in steps]) for name in [*names, *logits]}
 
 
 def _joined(values: list[np.ndarray]) -> np.ndarray:
