@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jax.custom_derivatives import CustomVJPPrimal
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from llmjax.numerics import on_cpu
 
@@ -45,6 +45,7 @@ def recomputed(function: _Function) -> _Function:
 
     def backward(kept: Any, seed: Any) -> Any:
         args, wanted = kept
+        seed = jax.tree.map(_instantiated, seed, is_leaf=_is_zero)
         leaves, tree = jax.tree.flatten(args)
         chosen = [leaf for leaf, w in zip(leaves, wanted.leaves, strict=True) if w]
 
@@ -59,10 +60,20 @@ def recomputed(function: _Function) -> _Function:
         def derivatives(chosen: list[jax.Array], seed: Any) -> list[jax.Array]:
             return jax.vjp(again, chosen)[1](seed)[0]
 
-        first = lax.bitcast_convert_type(jax.tree.leaves(seed)[0].reshape(-1)[0].astype(jnp.float32), jnp.uint32)
+        known = next(leaf for leaf in jax.tree.leaves(seed) if leaf.dtype != jax.dtypes.float0)
+        first = lax.bitcast_convert_type(known.reshape(-1)[0].astype(jnp.float32), jnp.uint32)
         never = first == 0x7FC1_2345  # a NaN no arithmetic makes; XLA does not know
         found = iter(lax.cond(never, zeros, derivatives, chosen, seed))
         return jax.tree.unflatten(tree, [next(found) if w else None for w in wanted.leaves])
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     return run
+
+
+def _is_zero(leaf: Any) -> bool:
+    return isinstance(leaf, SymbolicZero)
+
+
+def _instantiated(leaf: Any) -> Any:
+    """Zeros for a part of the result that nothing follows from."""
+    return jnp.zeros(leaf.shape, leaf.dtype) if _is_zero(leaf) and leaf.dtype != jax.dtypes.float0 else leaf
