@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
-from jax.custom_derivatives import CustomVJPPrimal
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from llmjax.numerics import on_cpu
 
@@ -40,11 +41,13 @@ def recomputed(function: _Function) -> _Function:
     def forward(*args: Any) -> tuple[Any, Any]:
         leaves, tree = jax.tree.flatten(args, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))
         values = [leaf.value for leaf in leaves]
-        wanted = _Wanted(tuple(leaf.perturbed for leaf in leaves))
+        wanted = _Wanted(tuple(leaf.perturbed and jnp.issubdtype(leaf.value.dtype, jnp.inexact) for leaf in leaves))
         return function(*jax.tree.unflatten(tree, values)), (jax.tree.unflatten(tree, values), wanted)
 
     def backward(kept: Any, seed: Any) -> Any:
         args, wanted = kept
+        seeds, form = jax.tree.flatten(jax.tree.map(_instantiated, seed, is_leaf=_is_zero))
+        floats = [s for s in seeds if s.dtype != jax.dtypes.float0]  # of integers there is no derivative
         leaves, tree = jax.tree.flatten(args)
         chosen = [leaf for leaf, w in zip(leaves, wanted.leaves, strict=True) if w]
 
@@ -53,16 +56,29 @@ def recomputed(function: _Function) -> _Function:
             mixed = [next(those) if w else leaf for leaf, w in zip(leaves, wanted.leaves, strict=True)]
             return function(*jax.tree.unflatten(tree, mixed))
 
-        def zeros(chosen: list[jax.Array], seed: Any) -> list[jax.Array]:
+        def zeros(chosen: list[jax.Array], floats: list[jax.Array]) -> list[jax.Array]:
             return [jnp.zeros_like(leaf) for leaf in chosen]
 
-        def derivatives(chosen: list[jax.Array], seed: Any) -> list[jax.Array]:
-            return jax.vjp(again, chosen)[1](seed)[0]
+        def derivatives(chosen: list[jax.Array], floats: list[jax.Array]) -> list[jax.Array]:
+            those = iter(floats)
+            mixed = [s if s.dtype == jax.dtypes.float0 else next(those) for s in seeds]
+            return jax.vjp(again, chosen)[1](jax.tree.unflatten(form, mixed))[0]
 
-        first = lax.bitcast_convert_type(jax.tree.leaves(seed)[0].reshape(-1)[0].astype(jnp.float32), jnp.uint32)
+        first = lax.bitcast_convert_type(floats[0].reshape(-1)[0].astype(jnp.float32), jnp.uint32)
         never = first == 0x7FC1_2345  # a NaN no arithmetic makes; XLA does not know
-        found = iter(lax.cond(never, zeros, derivatives, chosen, seed))
+        found = iter(lax.cond(never, zeros, derivatives, chosen, floats))
         return jax.tree.unflatten(tree, [next(found) if w else None for w in wanted.leaves])
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     return run
+
+
+def _is_zero(leaf: Any) -> bool:
+    return isinstance(leaf, SymbolicZero)
+
+
+def _instantiated(leaf: Any) -> Any:
+    """Zeros for a part of the result that nothing follows from."""
+    if not _is_zero(leaf):
+        return leaf
+    return np.zeros(leaf.shape, leaf.dtype) if leaf.dtype == jax.dtypes.float0 else jnp.zeros(leaf.shape, leaf.dtype)

@@ -44,6 +44,7 @@ class Batch(struct.PyTreeNode):
       at: int32 ``[B, M]``, positions whose next token is learned, filled up with 0.
       targets: int32 ``[B, M]``, those next tokens.
       weights: float32 ``[B, M]``, 1, or 0 where filled up.
+      lengths: int32 ``[B]``, tokens of each row.
       rows: the numbers of the rows in the data (static); fewer than B where the last are filling.
     """
 
@@ -51,6 +52,7 @@ class Batch(struct.PyTreeNode):
     at: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
+    lengths: np.ndarray
     rows: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
     @property
@@ -60,7 +62,8 @@ class Batch(struct.PyTreeNode):
 
     def arrays(self) -> "Batch":
         """On the device, without what would make a program of its own for each batch."""
-        return Batch(*(jnp.asarray(leaf) for leaf in (self.ids, self.at, self.targets, self.weights)))
+        leaves = (self.ids, self.at, self.targets, self.weights, self.lengths)
+        return Batch(*map(jnp.asarray, leaves))
 
 
 def bucket(length: int) -> int:
@@ -85,11 +88,13 @@ def make_batch(examples: Sequence[Example], rows: int | None = None, width: int 
     ids = np.zeros((count, width), np.int32)
     at, targets = np.zeros((count, most), np.int32), np.zeros((count, most), np.int32)
     weights = np.zeros((count, most), np.float32)
+    lengths = np.ones(count, np.int32)
     for i, example in enumerate(examples):
+        lengths[i] = len(example.ids)
         ids[i, : len(example.ids)] = example.ids
         where = np.flatnonzero(example.learned) - 1
         at[i, : len(where)], targets[i, : len(where)], weights[i, : len(where)] = where, example.ids[where + 1], 1
-    return Batch(ids, at, targets, weights, tuple(e.row for e in examples))
+    return Batch(ids, at, targets, weights, lengths, tuple(e.row for e in examples))
 
 
 def from_labels(ids: np.ndarray, labels: np.ndarray, rows: Sequence[int] = ()) -> Batch:

@@ -82,13 +82,15 @@ def test_a_step_by_hand(model):
 def test_recomputation_changes_no_gradient_and_keeps_less():
     """A chain of layers whose inner values are many times as wide as what goes from one to the next."""
 
-    def layer(weights, x, scale):
-        return x + jnp.tanh(jnp.sin(x @ weights["frozen"]) * jnp.cos(x @ weights["frozen"])) @ weights["b"] * scale
+    def layer(weights, x, place, scale):
+        y = jnp.sin(x["a"] @ weights["frozen"]) * jnp.cos(x["a"] @ weights["frozen"])
+        return {"a": x["a"] + jnp.tanh(y) @ weights["b"] * scale, "unused": x["a"] * 2, "place": place}
 
     def loss(learned, frozen, x, apply):
-        for b, w in zip(learned, frozen, strict=True):
-            x = apply({"b": b, "frozen": w}, x, jnp.float32(0.1))
-        return jnp.sum(x**2)
+        x = {"a": x, "unused": x, "place": jnp.int32(0)}
+        for i, (b, w) in enumerate(zip(learned, frozen, strict=True)):
+            x = apply({"b": b, "frozen": w}, x, jnp.int32(i), jnp.float32(0.1))
+        return jnp.sum(x["a"] ** 2)
 
     frozen = [jnp.asarray(RNG.normal(size=(8, 512)), jnp.float32) for _ in range(12)]
     learned = [w.T / 10 for w in frozen]

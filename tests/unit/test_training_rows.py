@@ -47,7 +47,7 @@ def learned(model, row, **options) -> tuple[str, str]:
                    {"role": "assistant", "content": [{"type": "text", "text": "d"}]}]},
      "<|system|>s$\n<|user|>a$\n<|assistant|>b$\n<|user|>c$\n<|assistant|>d$\n", "b$d$"),
     ({"messages": [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]},
-     "<|assistant|>b$\n<|user|>c$\n", "|assistant|>b$"),  # it spoke first: nobody opened its turn
+     "<|assistant|>b$\n", "|assistant|>b$"),  # it spoke first: nobody opened its turn; what follows the last is no use
 ])  # fmt: skip
 def test_texts(model, row, whole, part):
     assert learned(model, row) == (whole, part)
