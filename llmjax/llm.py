@@ -114,7 +114,9 @@ class LLM(Asking):
         engine, adapters = self.engine, f"; adapters {', '.join(self.loras)}" if self.loras else ""
         return f"LLM({self.model!r}; {engine.slots} slots{adapters}; memory: {engine.store.memory.describe()})"
 
-    def run(self, requests: Iterable[Request], *, burst: int = BURST, reserve: Sequence[int] = ()) -> Iterator[Update]:
+    def run(
+        self, requests: Iterable[Request], *, burst: int = BURST, reserve: Sequence[int] = ()
+    ) -> Generator[Update, None, None]:
         """``Engine.run``, one run at a time: another thread waits for its turn.
 
         Raises:

@@ -99,7 +99,7 @@ def going_on(output: Path, job: dict[str, Any], found: Manifest | None) -> Manif
                 "output, or start over with --force"
             )
         return Manifest(job)
-    changed = list(differences(*map(_facts, (found.job, job))))
+    changed = list(differences(_facts(found.job), _facts(job)))
     if changed:
         raise ResumeError(
             "\n  ".join(

@@ -14,7 +14,7 @@ from llmjax.batch.question import Question, check_text_id, checked_json
 from llmjax.batch.reading import Lines
 from llmjax.errors import LlmjaxError, RequestError, ResumeError
 from llmjax.llm import LLM
-from llmjax.runtime.asking import Params
+from llmjax.runtime.asking import ChatOptions, Params
 from llmjax.runtime.outputs import RequestOutput
 from llmjax.runtime.row import Request, Requests
 from llmjax.text.dates import Date
@@ -149,9 +149,8 @@ class Generating:
         """See ``Work``."""
         params = dataclasses.replace(self.params, **question.params)
         if question.is_chat:
-            return self.llm.chat_request(
-                question.prompt, params, request_id=row_id, lora=question.lora, date=date, **question.chat
-            )
+            chat: ChatOptions = {**question.chat, "date": date}
+            return self.llm.chat_request(question.prompt, params, request_id=row_id, lora=question.lora, **chat)
         return self.llm.request(question.prompt, params, request_id=row_id, lora=question.lora)
 
     def outputs(self, requests: Requests) -> Generator[RequestOutput, None, None]:

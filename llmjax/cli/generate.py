@@ -124,7 +124,7 @@ def _chat(args: argparse.Namespace) -> int:
             more, told = [], more
             try:
                 decoded(line, "stdin")
-                request = llm.chat_request(asked, given, date=date)  # type: ignore[arg-type]
+                request = llm.chat_request(asked, given, date=date)
                 with _measured(llm, args.verbose, *told):
                     pieces.extend(_printed(llm, request))
             except RequestError as error:

@@ -43,7 +43,8 @@ def score_texts(
       log-probabilities float32 ``[B, T]`` of the targets, and the most likely tokens int32 ``[B, T]``.
     """
     ctx = Context(jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), numerics, adapter=adapter)
-    logits = module.apply({"params": params}, ids, ctx).astype(jnp.float32)
+    logits: jax.Array = module.apply({"params": params}, ids, ctx)  # type: ignore[assignment]
+    logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     return chosen - jax.nn.logsumexp(logits, -1), lax.argmax(logits, 2, jnp.int32)
 
