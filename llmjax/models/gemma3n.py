@@ -24,9 +24,18 @@ from llmjax.models.config import FULL, SLIDING, check_rope_types, dimensions, la
 from llmjax.models.context import Context, tap
 from llmjax.models.gemma3 import LAYER_NAMES
 from llmjax.models.hf_config import Reader
-from llmjax.models.layers import ACTIVATIONS, Embedding, GatedMLP, Projection, WideRMSNorm, language_head, parameter
+from llmjax.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    GatedMLP,
+    Projection,
+    WideRMSNorm,
+    language_head,
+    parameter,
+    scaled,
+)
 from llmjax.models.names import From, Names, hf_names
-from llmjax.models.per_layer import PerLayerBranch, PerLayerInputs, scaled
+from llmjax.models.per_layer import PerLayerBranch, PerLayerInputs
 from llmjax.models.rope import Rope
 from llmjax.models.shared_keys import Kept, SharingAttention, SharingConfig, sharing, through_layers
 
