@@ -34,6 +34,8 @@ class RopeSpec:
             entries["original_max_position_embeddings"] = original
         kind, other = entries.pop("rope_type", None), entries.pop("type", None)
         self.kind = {None: "default", "su": "longrope"}.get(found := other if kind is None else kind, found)
+        if self.kind == "yarn" and "short_factor" in entries:
+            self.kind = "longrope"  # what some conversions of Phi-3 call it
 
     def rope(self, theta: float, dims: int, turning: int) -> Rope:
         """The rope.
