@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         RequestError,
         ResumeError,
         TokenizerError,
+        TrainingError,
     )
     from llmjax.genai.session import LlmInferenceSession, LlmInferenceSessionOptions
     from llmjax.llm import LLM
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from llmjax.oracle.trace import Trace, trace
     from llmjax.runtime.outputs import CompletionOutput, RequestOutput, Score
     from llmjax.runtime.params import SamplingParams
+    from llmjax.training.config import TrainConfig
+    from llmjax.training.loop import Training, finetune
     from llmjax.writing import convert
 
 _HOME = {
@@ -36,7 +39,11 @@ _HOME = {
     "RequestError": "errors",
     "ResumeError": "errors",
     "TokenizerError": "errors",
+    "TrainingError": "errors",
     "convert": "writing",
+    "finetune": "training.loop",
+    "TrainConfig": "training.config",
+    "Training": "training.loop",
     "inspect": "checkpoint.inspection",
     "LLM": "llm",
     "LlmInference": "llm_inference",
@@ -73,7 +80,11 @@ __all__ = [
     "Score",
     "TokenizerError",
     "Trace",
+    "TrainConfig",
+    "Training",
+    "TrainingError",
     "convert",
+    "finetune",
     "inspect",
     "load",
     "trace",

@@ -4,9 +4,16 @@ A message names the file, the thing, what was expected, what was found and the l
 message alone and exits with 2 (bad input) or 1 (the work failed); a traceback means a bug in llmjax.
 """
 
+# Of a message, whatever names and values of a file are in it.
+_MOST_LINES, _MOST_CHARACTERS = 100, 2000
+
 
 def shown(value: object) -> str:
     """A value in a message: its beginning, whatever it is."""
+    if isinstance(value, str | bytes | list | tuple):
+        value = value[:100]
+    elif hasattr(value, "tolist"):  # NumPy's
+        value = value[:100].tolist() if getattr(value, "ndim", 0) else value.tolist()
     try:
         text = repr(value)
     except Exception:  # an integer of too many digits, lists nested too deeply
@@ -14,8 +21,36 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def named(name: str) -> str:
+    """A name from outside in a message or a table: one line, at most 100 characters, none that controls a terminal."""
+    return _escaped(name if len(name) <= 100 else f"{name[:100]}...")
+
+
+def printable(text: str) -> str:
+    """A text of several lines in which what controls a terminal, or reorders a line, is written as an escape."""
+    return "\n".join(map(_escaped, text.split("\n")))
+
+
+def _escaped(line: str) -> str:
+    if line.isprintable():
+        return line
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+
+
 class LlmjaxError(Exception):
-    """Base class: catch this to catch everything llmjax reports on purpose."""
+    """Base class: catch this to catch everything llmjax reports on purpose.
+
+    Whatever a file or a row puts into a message, the message can be printed, and is no longer than one can read.
+
+    Args:
+      message: what the error says.
+    """
+
+    def __init__(self, message: str = ""):
+        lines = message.split("\n")
+        short = [line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]}..." for line in lines]
+        more = [f"  ... and {len(lines) - _MOST_LINES} lines more"] if len(lines) > _MOST_LINES else []
+        super().__init__(printable("\n".join(short[:_MOST_LINES] + more)))
 
 
 class CheckpointError(LlmjaxError):
@@ -52,3 +87,7 @@ class NoRoomError(RequestError):
 
 class ResumeError(LlmjaxError):
     """A batch job cannot go on from what its output holds."""
+
+
+class TrainingError(LlmjaxError):
+    """Training cannot go on: a loss or a gradient is not finite, or there is nothing to learn from."""

@@ -1,43 +1,33 @@
 """``LLM``: generate, stream, chat and score, with vLLM's names."""
 
 import contextlib
-import dataclasses
-import itertools
 import threading
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
-import numpy as np
-
 from llmjax.checkpoint.loading import LoadOptions, as_asked
-from llmjax.errors import NoRoomError, RequestError, TokenizerError, TooLongError
+from llmjax.errors import NoRoomError, RequestError
 from llmjax.lora.adapter import AnyLora
 from llmjax.lora.resident import with_adapters
-from llmjax.model import Model, check_ids, outside, plain
+from llmjax.model import Model
+from llmjax.runtime.asking import Asking, ChatOptions, Message, Params, Prompt, for_each, listed, prompt_list
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine, Update
-from llmjax.runtime.logits import LogitsProcessor, bad_word_ids, row_controls
+from llmjax.runtime.logits import LogitsProcessor
 from llmjax.runtime.memory import parse as parse_size
-from llmjax.runtime.outputs import RequestOutput, Score
+from llmjax.runtime.outputs import RequestOutput, Score, ScoreOutput
 from llmjax.runtime.params import SamplingParams
-from llmjax.runtime.row import Request, special_stops
+from llmjax.runtime.row import Request, Requests
 from llmjax.runtime.samples import Samples
-from llmjax.runtime.sampling import row_seed
-from llmjax.text.dates import Date, settled
-from llmjax.text.tokenizer import Tokenizer
+from llmjax.text.dates import settled
+from llmjax.text.tokenizer import token_text
 
-Prompt = str | Sequence[int]
-Message = dict[str, Any]
-
-# Of the context, what a prompt that is cut short leaves for the answer at most: one part in so many.
-_ANSWER_PART = 8
 # Tokens of an answer that memory is had for before it begins; it grows with a longer one.
 _ANSWER = 256
 
 
-class LLM:
+class LLM(Asking):
     """A model ready to generate.
 
     Args:
@@ -59,6 +49,11 @@ class LLM:
         the draw.  A row's result must depend on that row alone, or it will depend on its neighbours.
       enable_prefix_caching: compute a beginning that prompts share once (whole chunks, or all of a prompt); results are
         the same in every bit.
+      generation_config: ``auto``: what the checkpoint's ``generation_config.json`` says of sampling holds where nobody
+        says otherwise (no ``SamplingParams``, or a mapping without the field); ``none`` leaves it out.
+      chat_template: Jinja source for every conversation, instead of the checkpoint's own.
+      chat_template_kwargs: see ``ChatOptions``; a call's own win.
+      fold_system: put system messages into the user's first, for templates that refuse them.
       loading: for a path alone, whatever ``llmjax.load`` takes: ``dtype``, ``quantize``, ``config``, ``lora``,
         ``lora_mode``, ``check_finite``, ``random_weights``.
 
@@ -81,15 +76,27 @@ class LLM:
         memory: float | str | None = None,
         logits_processor: LogitsProcessor | None = None,
         enable_prefix_caching: bool = True,
+        generation_config: str = "auto",
+        chat_template: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        fold_system: bool = False,
         **loading: Unpack[LoadOptions],
     ):
         model = as_asked(model, numerics, loading)
         if loras:
             model = with_adapters(model, loras)
-        self.loras = tuple(loras or ())
-        self.model = model
-        self.seed = SamplingParams(seed=seed).seed or 0  # refused where it is none
-        self.truncate_prompt = truncate_prompt
+        super().__init__(
+            model,
+            seed,
+            tuple(loras or ()),
+            truncate_prompt,
+            generation_config,
+            {
+                "chat_template": chat_template,
+                "chat_template_kwargs": chat_template_kwargs,
+                "fold_system": fold_system or None,
+            },
+        )
         self.engine = Engine(
             model,
             slots=max_batch,
@@ -103,123 +110,9 @@ class LLM:
         self._lock = threading.Lock()  # one run at a time owns the slots
         self._owner: int | None = None  # the thread whose run that is
 
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer.
-
-        Raises:
-          TokenizerError: the checkpoint has none.
-        """
-        if self.model.tokenizer is None:
-            raise TokenizerError(f"{self.model.path}: no tokenizer files, so prompts must be token ids")
-        return self.model.tokenizer
-
-    def request(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        forced: Sequence[int] = (),
-        lora: str | None = None,
-    ) -> Request:
-        """Checks a prompt and its parameters and settles everything they leave open.
-
-        Args:
-          prompt: text, or token ids taken as they are.
-          params: defaults to ``SamplingParams()``.
-          request_id: names the row; None for a single prompt, which draws with the job's seed itself.
-          forced: see ``Request``.
-          lora: the name of a resident adapter.
-
-        Raises:
-          RequestError: an empty prompt, one longer than the context, ids outside the vocabulary, or bad words that
-            leave nothing.
-          TokenizerError: text, stop strings or bad words for a model without a tokenizer.
-        """
-        params = params or SamplingParams()
-        self._check_lora(lora)
-        text = prompt if isinstance(prompt, str) else None
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(map(plain, prompt))
-        if text == "" or not ids:
-            raise RequestError("prompt: empty, expected some text or at least one token id")
-        context, whole = self.model.context_length, len(ids)
-        if whole >= context:
-            if not self.truncate_prompt:
-                raise TooLongError(
-                    f"prompt: {whole} tokens, longer than the model's context of {context} less one for the answer; "
-                    "shorten it, or ask for truncation (truncate_prompt, --truncate-prompt)"
-                )
-            room = min(params.max_tokens or context, max(1, context // _ANSWER_PART))
-            bos = ids[:1] if ids[0] == (self.model.tokenizer and self.model.tokenizer.bos_id) else []
-            ids = bos + ids[whole - (context - room) + len(bos) :]
-        check_ids(ids, self.model, "prompt")
-        self._warn_without_bos(ids)
-        if params.stop:
-            named = special_stops(self.tokenizer, params.stop)
-            params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *named))
-        bad_words = bad_word_ids(self.tokenizer, params.bad_words) if params.bad_words else ()
-        used = {
-            "stop_token_ids": params.stop_token_ids,
-            "bad_words": itertools.chain(*bad_words),
-            "allowed_token_ids": params.allowed_token_ids or (),
-            "logit_bias": params.logit_bias or (),
-            "forced": forced,
-        }
-        for name, tokens in used.items():
-            for token in tokens:
-                if token >= self.model.config.vocab_size:
-                    raise RequestError(f"{name}: {outside(token, self.model)}")
-        row_controls(params, bad_words, self.model.config.vocab_size)
-        if self.model.tokenizer and not params.ignore_eos:
-            params = dataclasses.replace(params, stop=(*params.stop, *self.model.tokenizer.stop))
-        room = context - len(ids)
-        params = dataclasses.replace(
-            params, max_tokens=min(params.max_tokens or room, room), min_tokens=min(params.min_tokens, room)
-        )
-        seed = params.seed
-        if seed is None:
-            seed = self.seed if request_id is None else row_seed(self.seed, request_id)
-        return Request(
-            "0" if request_id is None else request_id,
-            text,
-            ids,
-            params,
-            seed,
-            tuple(forced),
-            bad_words=bad_words,
-            lora=lora,
-            truncated=whole - len(ids),
-        )
-
-    def _check_lora(self, lora: str | None) -> None:
-        if lora is not None and lora not in self.loras:
-            known = ", ".join(self.loras) or "none (loras, --lora-modules)"
-            raise RequestError(f"lora: no adapter named {lora!r}; resident are {known}")
-
-    def _warn_without_bos(self, ids: list[int]) -> None:
-        bos = self.model.tokenizer.bos_id if self.model.tokenizer else None
-        if self.model.architecture.needs_bos and bos is not None and ids[0] != bos:
-            warnings.warn(
-                f"prompt does not begin with BOS (id {bos}); {self.model.architecture.model_type} models answer such "
-                "prompts with nonsense",
-                stacklevel=3,
-            )
-
-    def chat_request(
-        self,
-        messages: Sequence[Message],
-        params: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        lora: str | None = None,
-        date: Date | None = None,
-    ) -> Request:
-        """As ``request``, for a conversation rendered with the checkpoint's chat template (which writes BOS itself);
-        ``date`` is what a template that asks for it is told."""
-        text = self.tokenizer.render_chat(messages, date=date)
-        ids = self.tokenizer.encode(text, add_bos=False)
-        return dataclasses.replace(self.request(ids, params, request_id=request_id, lora=lora), prompt=text)
+    def __repr__(self) -> str:
+        engine, adapters = self.engine, f"; adapters {', '.join(self.loras)}" if self.loras else ""
+        return f"LLM({self.model!r}; {engine.slots} slots{adapters}; memory: {engine.store.memory.describe()})"
 
     def run(self, requests: Iterable[Request], *, burst: int = BURST, reserve: Sequence[int] = ()) -> Iterator[Update]:
         """``Engine.run``, one run at a time: another thread waits for its turn.
@@ -244,7 +137,7 @@ class LLM:
 
     def outputs(
         self,
-        requests: Iterable[Request],
+        requests: Requests,
         *,
         reserve: Sequence[int] = (),
         on_update: Callable[[], None] | None = None,
@@ -259,7 +152,7 @@ class LLM:
         Raises:
           RequestError: this thread is in the middle of another run.
         """
-        samples = Samples(requests, self.model.numerics.label)
+        samples = Samples(requests, self.model)
         with self._turn():
             for update in self.engine.run(samples.rows(), reserve=_reserve(requests, reserve)):
                 if update.row.finish_reason and (output := samples.add(update.row)):
@@ -281,7 +174,7 @@ class LLM:
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params | Sequence[Params] = None,
         *,
         lora: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
@@ -289,7 +182,8 @@ class LLM:
 
         Args:
           prompts: a text, a list of token ids, or a list of those.
-          sampling_params: for all, or one for each.
+          sampling_params: for all, or one for each; a mapping, or none, leaves the rest to the model's own
+            (``sampling_params``).
           lora: the resident adapter of all, or of each.
 
         Returns:
@@ -299,16 +193,21 @@ class LLM:
           RequestError: before anything runs, naming the prompt by its place.
           NoRoomError: a prompt and its answer do not fit the memory.
         """
-        single = _is_single(prompts)
-        many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
-        params = _per_prompt(sampling_params, len(many), "sampling_params")
-        adapters = _per_prompt(lora, len(many), "lora")
+        many, single = prompt_list(prompts, "prompts")
+        return self._answers("prompt", many, single, self.request, sampling_params, lora)
+
+    def _answers(
+        self, what: str, many: list[Any], single: bool, ask: Callable[..., Request], params: Any, lora: Any
+    ) -> list[RequestOutput]:
+        """Asks for each with its parameters and adapter, then runs them."""
+        each = for_each(params, len(many), "sampling_params", SamplingParams | Mapping)
+        adapters = for_each(lora, len(many), "lora", str)
         requests = []
-        for i, (prompt, p, adapter) in enumerate(zip(many, params, adapters, strict=True)):
+        for i, (prompt, own, adapter) in enumerate(zip(many, each, adapters, strict=True)):
             try:
-                requests.append(self.request(prompt, p, request_id=None if single else str(i), lora=adapter))
+                requests.append(ask(prompt, own, request_id=None if single else str(i), lora=adapter))
             except RequestError as error:
-                raise error if single else RequestError(f"prompt {i}: {error}") from None
+                raise error if single else type(error)(f"{what} {i}: {error}") from None
         return self._finished(requests)
 
     def _finished(self, requests: list[Request]) -> list[RequestOutput]:
@@ -318,42 +217,48 @@ class LLM:
                 raise error if len(requests) == 1 else NoRoomError(f"prompt {i}: {error}")
         return [done[r.request_id] for r in requests]
 
-    def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *, lora: str | None = None
-    ) -> Iterator[str]:
+    def stream(self, prompt: Prompt, sampling_params: Params = None, *, lora: str | None = None) -> Iterator[str]:
         """Pieces of text as they become certain; concatenated they are what ``generate`` returns.
 
         Raises:
-          RequestError: a bad prompt, or ``n`` above 1.
+          RequestError: a bad prompt, ``n`` above 1, or log-probabilities, which a text has no place for.
         """
-        for update in self.run([self.request(prompt, sampling_params, lora=lora)], burst=1):
+        request = self.request(prompt, sampling_params, lora=lora)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(request.params, name) is not None:
+                raise RequestError(f"{name}: a stream is text alone; use generate")
+        for update in self.run([request], burst=1):
             if update.piece:
                 yield update.piece
 
     def chat(
         self,
         messages: Sequence[Message] | Sequence[Sequence[Message]],
-        sampling_params: SamplingParams | None = None,
+        sampling_params: Params | Sequence[Params] = None,
         *,
-        lora: str | None = None,
-        date: Date | None = None,
+        lora: str | Sequence[str | None] | None = None,
+        **chat: Unpack[ChatOptions],
     ) -> list[RequestOutput]:
-        """Answers one conversation or many, rendered with the checkpoint's own chat template.
+        """Answers one conversation or many, rendered with the checkpoint's own chat template or another.
 
         Args:
           messages: ``[{"role": "user", "content": "..."}, ...]``, or a list of those; a content may be text parts.
-          sampling_params: for all.
-          lora: the resident adapter of all.
-          date: a day or a time in ISO's form, for templates that ask for it; None for now.
+          sampling_params: see ``generate``.
+          lora: the resident adapter of all, or of each.
+          chat: see ``ChatOptions``.
+
+        Raises:
+          RequestError: before anything runs, naming the conversation by its place.
+          NoRoomError: a conversation and its answer do not fit the memory.
         """
-        date = settled(date)
-        single = len(messages) > 0 and isinstance(messages[0], dict)
-        chats: list[Any] = [messages] if single else list(messages)
-        requests = [
-            self.chat_request(chat, sampling_params, request_id=None if single else str(i), lora=lora, date=date)
-            for i, chat in enumerate(chats)
-        ]
-        return self._finished(requests)
+        found = listed(messages, "messages", "a list of messages, or a list of those")
+        single = bool(found) and isinstance(found[0], Mapping)
+        chat["date"] = settled(chat.get("date"))
+
+        def ask(conversation: Sequence[Message], params: Params, **options: Any) -> Request:
+            return self.chat_request(conversation, params, **options, **chat)
+
+        return self._answers("conversation", [found] if single else found, single, ask, sampling_params, lora)
 
     def score(self, texts_or_ids: Prompt | Sequence[Prompt], *, lora: str | None = None) -> list[Score]:
         """Per-token log-probabilities of given texts or token ids, teacher forced through the chunked prefill, under
@@ -363,36 +268,39 @@ class LLM:
           RequestError: an empty text, or one longer than the context.
           NoRoomError: one that does not fit the memory.
         """
-        single = _is_single(texts_or_ids)
-        many: list[Prompt] = [texts_or_ids] if single else list(texts_or_ids)  # type: ignore[list-item, arg-type]
-        self._check_lora(lora)
-        scores = []
+        many, single = prompt_list(texts_or_ids, "texts")
+        requests = []
         for i, text in enumerate(many):
-            if len(text) == 0:
-                raise RequestError(f"text {i}: empty, expected some text or at least one token id")
-            ids = self.tokenizer.encode(text) if isinstance(text, str) else list(map(plain, text))
-            check_ids(ids, self.model, f"text {i}")
-            with self._turn():
-                logprobs, best = self.engine.score(ids, lora)
-            scores.append(Score(list(ids), [None, *map(float, logprobs)], [None, *map(int, best)]))
+            try:
+                requests.append(self.score_request(text, request_id=str(i), lora=lora))
+            except RequestError as error:
+                raise error if single else type(error)(f"text {i}: {error}") from None
+        scores = []
+        for output in self.scores(requests):
+            if output.score is None:
+                raise output.error or RequestError(f"text {output.request_id}: not scored")
+            scores.append(output.score)
         return scores
 
+    def scores(self, requests: Requests) -> Generator[ScoreOutput, None, None]:
+        """Scores requests (``score_request``), in their order, each as soon as it is done.
 
-def _reserve(requests: Iterable[Request], reserve: Sequence[int]) -> Sequence[int]:
+        Raises:
+          RequestError: this thread is in the middle of another run.
+        """
+        with self._turn():
+            for request, found in self.engine.scores(requests):
+                if isinstance(found, NoRoomError):
+                    yield ScoreOutput(request.request_id, request.ids, None, found)
+                    continue
+                logprobs, best = found
+                texts = [token_text(i, self.model.tokenizer) for i in request.ids]
+                score = Score(request.ids, [None, *map(float, logprobs)], [None, *map(int, best)], texts)
+                yield ScoreOutput(request.request_id, request.ids, score)
+
+
+def _reserve(requests: Requests, reserve: Sequence[int]) -> Sequence[int]:
     """Lengths of rows to begin with room for: those of a list, with answers that are not very long."""
     if reserve or not isinstance(requests, list):
         return reserve
     return [len(r.ids) + min(r.params.max_tokens or 0, _ANSWER) for r in requests for _ in range(r.params.n)]
-
-
-def _is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Whether this is one prompt (a text or a list of ids) rather than a list of them."""
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
-
-
-def _per_prompt(value: Any, count: int, name: str) -> Sequence[Any]:
-    if value is None or isinstance(value, SamplingParams | str):
-        return [value] * count
-    if len(value) != count:
-        raise RequestError(f"{name}: expected one, or one for each of {count} prompts, found {len(value)}")
-    return list(value)

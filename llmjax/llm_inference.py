@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from llmjax.errors import LoraError, RequestError
+from llmjax.errors import LoraError, RequestError, shown
 from llmjax.llm import LLM
 from llmjax.lora.adapter import AnyLora, LoraSource, read_adapter
 from llmjax.lora.apply import beside, with_loras
 from llmjax.numerics import FAST, platform
+from llmjax.outside.values import POSITIVE, check, each, integer, one_of
 from llmjax.runtime.params import SamplingParams
 
 ResultListener = Callable[[str, bool], None]
@@ -59,7 +60,8 @@ class LlmInference:
     """
 
     def __init__(self, options: LlmInferenceOptions, llm: LLM):
-        self._options, self._llm = options, llm
+        self._options = options
+        self._llm: LLM | None = llm
         self._llms = {"": llm}  # by adapter
         self._busy = threading.Lock()
         self._lora = self._with(options.lora_path)
@@ -175,8 +177,10 @@ class LlmInference:
 
     def close(self) -> None:
         """Frees the model; later calls are refused."""
-        self._llms = {}
-        del self._llm
+        self._llms, self._llm = {}, None
+
+    def __repr__(self) -> str:
+        return f"LlmInference({self._llms[self._lora] if self._llms else 'closed'})"
 
     def __enter__(self) -> "LlmInference":
         return self
@@ -192,8 +196,7 @@ def drawn(top_k: int, temperature: float, random_seed: int, top_p: float) -> Sam
       RequestError: one is out of range.
     """
     for name, value, least in (("top_k", top_k, 1), ("random_seed", random_seed, 0)):
-        if type(value) is not int or not least <= value < 2**64:
-            raise RequestError(f"{name}: expected an integer from {least} to 2**64 - 1, found {value!r}")
+        check(name, value, integer(least, 2**64 - 1, f"an integer from {least} to 2**64 - 1"))
     return SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=random_seed)
 
 
@@ -203,17 +206,15 @@ def _sampling(options: LlmInferenceOptions) -> SamplingParams:
 
 def _check(options: LlmInferenceOptions) -> None:
     """Raises RequestError for an option out of range."""
+    if not isinstance(options, LlmInferenceOptions):
+        raise RequestError(f"options: expected LlmInferenceOptions, found {shown(options)}")
     _sampling(options)
     for name, least in (("max_tokens", 2), ("max_top_k", 1)):
-        value = getattr(options, name)
-        if type(value) is not int or value < least:
-            raise RequestError(f"{name}: expected an integer of at least {least}, found {value!r}")
-    ranks = options.supported_lora_ranks
-    if isinstance(ranks, str) or not all(type(rank) is int and rank > 0 for rank in ranks):
-        raise RequestError(f"supported_lora_ranks: expected positive integers, found {ranks!r}")
+        check(name, getattr(options, name), integer(least))
+    ranks = each(POSITIVE, "positive integers", kinds=(tuple, list, set, frozenset))
+    check("supported_lora_ranks", options.supported_lora_ranks, ranks)
     backend = options.preferred_backend
-    if backend not in (None, *BACKENDS):
-        raise RequestError(f"preferred_backend: expected {' or '.join(BACKENDS)}, found {backend!r}")
+    check("preferred_backend", backend, one_of(*BACKENDS, None))
     if backend not in (None, platform()):
         raise RequestError(
             f"preferred_backend: {backend}, but JAX runs on {platform()} here; install JAX for it, or set "

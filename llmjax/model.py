@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import weakref
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
 from llmjax.models.watched import Program
 from llmjax.numerics import Numerics
+from llmjax.quant.qtensor import QTensor
 from llmjax.quant.schemes import Recipe
 from llmjax.text.tokenizer import Tokenizer
 
@@ -87,6 +89,7 @@ class Model:
       path: where it was read from.
       lora: the adapter it was loaded with, merged or beside the weights.
       origin: what the parameters were made from; None where nobody knows.
+      generation_config: the checkpoint's ``generation_config.json``, which ``LLM`` heeds.
     """
 
     architecture: Architecture
@@ -99,6 +102,23 @@ class Model:
     lora: Path | None = None
     origin: Origin | None = None
     numerics_chosen: bool = True
+    generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        stored = self.stored()
+        kinds = ", ".join(sorted(stored, key=lambda kind: -stored[kind]))
+        megabytes = sum({id(x): x.nbytes for x in jax.tree.leaves(self.params)}.values()) / 1e6
+        return (
+            f"Model({str(self.path)!r}: {self.architecture.model_type}, {sum(stored.values()):,} weights in {kinds}, "
+            f"{megabytes:,.1f} MB; numerics {self.numerics.label}; a context of {self.context_length:,} tokens)"
+        )
+
+    def stored(self) -> dict[str, int]:
+        """The kinds of weights there are, dtypes and schemes of quantized ones, and how many weights are of each."""
+        kinds: Counter[str] = Counter()
+        for leaf in jax.tree.leaves(self.params, is_leaf=lambda x: isinstance(x, QTensor)):
+            kinds[leaf.scheme if isinstance(leaf, QTensor) else str(leaf.dtype)] += int(np.prod(leaf.shape))
+        return dict(sorted(kinds.items()))
 
     @property
     def context_length(self) -> int:
@@ -136,7 +156,9 @@ class Model:
         Raises:
           RequestError: an empty row, an id outside the vocabulary, or a row longer than the context.
         """
-        rows = []
+        rows: list[np.ndarray] = []
+        if isinstance(batch, str | bytes | Mapping) or not isinstance(batch, Iterable):
+            raise RequestError(f"batch: expected a list of token id lists, found {shown(batch)}")
         self._logits.forget()
         for index, ids in enumerate(batch):
             checked = check_ids(ids, self, f"row {index}")

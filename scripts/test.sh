@@ -51,6 +51,6 @@ cd "$ROOT"
 check ruff check .
 check ruff format --check .
 check mypy
-# Most of the time goes into compiling, which one process does on one core.
-check pytest -n auto --maxprocesses 4 "$@"
+# Most of the time goes into compiling, which one process does on one core; a file's tests share what they compiled.
+check pytest -n auto --maxprocesses 4 --dist loadfile "$@"
 [ -z "$failed" ] || die "failed: $failed"

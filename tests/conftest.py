@@ -26,6 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # A rerun then compiles only what changed. An environment variable reaches subprocesses, too.
     if config.cache is not None:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+        # Small programs, too: many tests make an engine of the same ones.
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
         os.environ["XDG_CACHE_HOME"] = str(config.cache.mkdir("user"))  # the user's own stays as it is
 
 

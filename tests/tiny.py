@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tokenizers
 from safetensors.numpy import save_file
 
@@ -26,6 +27,11 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
+
+
+def slow(*values):
+    """A test's parameters that are left to ``--runslow``: as true as the others, and as costly."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def random_model(profile: str = "reference", dtype: str = "float32", eos_ids=(), seed: int = 0, **changes) -> Model:

@@ -1,6 +1,5 @@
 """Writes MediaPipe's ``.bin`` files, in the two layouts that ``converters.readers.mediapipe.container`` describes."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -83,13 +82,7 @@ class BinWriter:
         self._file.write(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
 
     def close(self) -> None:
-        """Sees to it that all is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def abandon(self) -> None:
-        """Closes the file as it is."""
+        """Closes the file, whole or not."""
         self._file.close()
 
 

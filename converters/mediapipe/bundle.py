@@ -18,12 +18,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
-from converters.mediapipe.writer import whole_file
 from converters.readers.mediapipe import graph
 from converters.readers.mediapipe.package import METADATA, MODEL, OPTIONAL, TOKENIZER
 from converters.readers.mediapipe.parameters import LlmParameters
-from converters.readers.source import shown
-from llmjax.errors import ConfigError, LlmjaxError, TokenizerError
+from llmjax.errors import ConfigError, LlmjaxError, TokenizerError, named, shown
+from llmjax.outside.whole import whole_file
 
 _ALIGNMENT = 4
 _HEADER_BYTES = 30  # of an entry, before its name
@@ -147,14 +146,14 @@ def _problems(config: BundleConfig) -> Iterator[str]:
             continue
         if field.name in ("enable_bytes_to_unicode_mapping", "strict"):
             if not isinstance(value, bool):
-                yield f"{field.name}: expected True or False, found {value!r}"
+                yield f"{field.name}: expected True or False, found {shown(value)}"
         elif field.name == "stop_tokens":
             if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-                yield f"stop_tokens: expected a list of at least one string, found {value!r}"
+                yield f"stop_tokens: expected a list of at least one string, found {shown(value)}"
         elif field.name in _REQUIRED and (not isinstance(value, str) or not value):
-            yield f"{field.name}: expected a string that is not empty, found {value!r}"
+            yield f"{field.name}: expected a string that is not empty, found {shown(value)}"
         elif value is not None and not isinstance(value, str):
-            yield f"{field.name}: expected a string or None, found {value!r}"
+            yield f"{field.name}: expected a string or None, found {shown(value)}"
     if config.system_prompt and (config.prompt_prefix_system or config.prompt_suffix_system):
         yield "system_prompt, prompt_prefix_system and prompt_suffix_system: expected the one or the others"
     if (config.prompt_prefix and config.prompt_prefix_user) or (config.prompt_suffix and config.prompt_suffix_user):
@@ -202,11 +201,11 @@ def _check_tokens(config: BundleConfig, vocabulary: bytes) -> None:
         raise TokenizerError(f"{config.tokenizer_model}: not a SentencePiece model: it has no pieces")
     if not config.strict:
         return
-    named = [("start_token", config.start_token), *(("stop_tokens", text) for text in config.stop_tokens)]
-    missing = [(option, text) for option, text in named if processor.id_to_piece(processor.piece_to_id(text)) != text]
+    given = [("start_token", config.start_token), *(("stop_tokens", text) for text in config.stop_tokens)]
+    missing = [(option, text) for option, text in given if processor.id_to_piece(processor.piece_to_id(text)) != text]
     if missing:
         special = [processor.id_to_piece(i) for i in range(count) if processor.is_control(i)]
-        known = f"; its control pieces are {', '.join(map(shown, special[:10]))}" if special else ""
+        known = f"; its control pieces are {', '.join(map(named, special[:10]))}" if special else ""
         lines = [f"{option}: {text!r} is not in the vocabulary of {config.tokenizer_model}" for option, text in missing]
         raise ConfigError("BundleConfig: " + "\n  ".join(lines) + f"{known} (strict=False takes any text)")
 

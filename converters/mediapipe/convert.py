@@ -36,6 +36,7 @@ from llmjax.lora.adapter import LoraSource, read_adapter
 from llmjax.models.config import DecoderConfig
 from llmjax.models.registry import architectures, read_config
 from llmjax.models.tree import parameter_shapes
+from llmjax.outside.whole import whole_file
 from llmjax.quant.schemes import parse
 
 # By checkpoint format: what a directory's weights are called, the first one found, and endings.
@@ -356,7 +357,7 @@ def _vocabulary(config: ConversionConfig, directory: Path) -> tuple[bytes, str]:
 def _keep(vocabulary: bytes, where: str, output: Path) -> None:
     """Writes a vocabulary that was made from Hugging Face's beside the weight files, as MediaPipe does."""
     if Path(where).name == "tokenizer.json":
-        with writer.whole_file(output / "spm.model") as partial:
+        with whole_file(output / "spm.model") as partial:
             partial.write_bytes(vocabulary)
 
 

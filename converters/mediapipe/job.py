@@ -1,11 +1,7 @@
 """What a conversion to a ``.bin`` file will do, known from headers alone, and doing it."""
 
-import contextlib
 import dataclasses
-import os
-import shutil
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +17,10 @@ from llmjax.checkpoint.loading import check_not_quantized, fitting_plan
 from llmjax.checkpoint.mediapipe_config import MODEL_TYPES, ModelType
 from llmjax.checkpoint.parameters import is_packed, packed_tensor, read_all
 from llmjax.checkpoint.plan import Assignment, Override, Plan, describe
-from llmjax.errors import CheckpointError, ConfigError, LlmjaxError, TokenizerError
+from llmjax.errors import ConfigError, LlmjaxError, TokenizerError
 from llmjax.models.config import DecoderConfig
 from llmjax.models.registry import read_config
+from llmjax.outside.whole import whole_files
 from llmjax.quant.schemes import Recipe, Scheme, role_of
 from llmjax.text import mediapipe
 
@@ -98,7 +95,7 @@ class Job:
 
         if weights is None:
             return write(None)
-        with _whole_files(weights) as partial:
+        with whole_files(weights) as partial:
             folder = Folder(partial, self.kind, self.backend)
             write(folder)
             folder.close()
@@ -298,24 +295,3 @@ def recipe(attention: int, feed_forward: int, embedding: int, symmetric: bool) -
     """The recipe of MediaPipe's options: bits by role; the head has the embedding's."""
     bits = {"attention": attention, "feed_forward": feed_forward, "embedding": embedding, "head": embedding}
     return Recipe({role: Scheme(b, symmetric=symmetric) for role, b in bits.items()})
-
-
-@contextlib.contextmanager
-def _whole_files(folder: Path) -> Iterator[Path]:
-    """A folder inside ``folder`` whose files move there when all have been written.
-
-    Raises:
-      CheckpointError: they cannot be written.
-    """
-    partial = folder / f".partial-{os.getpid()}"
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for file in partial.iterdir():
-            os.replace(file, folder / file.name)
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: cannot write the weight files: {error.strerror or error}; nothing is left behind"
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -14,9 +14,9 @@ import numpy as np
 from converters.mediapipe.writer import Item
 from converters.readers.mediapipe import layout
 from converters.readers.mediapipe.source import SCALE, ZERO
-from converters.readers.source import problems_error, shown
+from converters.readers.source import problems_error
 from llmjax.checkpoint.mediapipe_config import ModelType
-from llmjax.errors import CheckpointError
+from llmjax.errors import CheckpointError, named
 from llmjax.quant.qtensor import QTensor
 
 INFO = "layer_info.txt"
@@ -171,5 +171,5 @@ def _read_info(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         with contextlib.suppress(ValueError):
             found[name] = (dtype, tuple(int(n) for n in rest.split("_") if n))
             continue
-        raise CheckpointError(f"{path}: expected lines mdl_vars.NAME.DTYPE.SHAPE, found {shown(line)}")
+        raise CheckpointError(f"{path}: expected lines mdl_vars.NAME.DTYPE.SHAPE, found {named(line)}")
     return found

@@ -1,8 +1,6 @@
 """From parameters to a ``.bin`` file as MediaPipe's converter writes it, one parameter in memory at a time."""
 
-import contextlib
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,9 +15,9 @@ from converters.readers.mediapipe.lora import Factors
 from converters.readers.mediapipe.source import SCALE, SUM, ZERO, quotients
 from llmjax.checkpoint import mediapipe_config, mediapipe_names
 from llmjax.checkpoint.mediapipe_config import ModelType
-from llmjax.errors import CheckpointError
 from llmjax.models.config import DecoderConfig
 from llmjax.models.names import sources_of
+from llmjax.outside.whole import whole_file
 from llmjax.quant.qtensor import QTensor
 
 BACKENDS: tuple[str, ...] = ("cpu", "gpu")
@@ -176,9 +174,8 @@ def write(
                 report(done, done + len(uses))
             if uses:
                 raise AssertionError(f"no values for {', '.join(uses)}")
-            writer.close()
         finally:
-            writer.abandon()
+            writer.close()
 
 
 def write_lora(
@@ -206,9 +203,8 @@ def write_lora(
         try:
             for entry, data in found:
                 writer.write(entry.name, data)
-            writer.close()
         finally:
-            writer.abandon()
+            writer.close()
 
 
 def _write_item(writer: BinWriter, item: Item, value: "np.ndarray | QTensor", backend: str) -> None:
@@ -227,23 +223,3 @@ def _write_item(writer: BinWriter, item: Item, value: "np.ndarray | QTensor", ba
     writer.write(item.name + SUM, layout.row_sums(value.values, value.bits))
     if value.offsets is not None:
         writer.write(item.name + ZERO, quotients(-value.offsets[:, 0], scales))
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` that gets its name when all has been written, and is removed when not.
-
-    Raises:
-      CheckpointError: the folder or the file cannot be written.
-    """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot write it: {error.strerror or error}; nothing is left behind") from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)

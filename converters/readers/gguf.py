@@ -14,8 +14,8 @@ import numpy as np
 from converters.readers.digest import Stamp
 from converters.readers.gguf_header import Cursor
 from converters.readers.mapped import MappedFile
-from converters.readers.source import TensorSpec, problems_error, shown
-from llmjax.errors import CheckpointError
+from converters.readers.source import TensorSpec, problems_error
+from llmjax.errors import CheckpointError, named
 
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4
@@ -83,7 +83,7 @@ class GgufSource:
         for _ in range(pairs):
             key = cursor.text("a metadata key")
             if key in metadata:
-                raise CheckpointError(f"{self.path}: metadata {shown(key)} appears twice; the header is damaged")
+                raise CheckpointError(f"{self.path}: metadata {named(key)} appears twice; the header is damaged")
             metadata[key] = cursor.value(key)
         parts = metadata.get("split.count", 0)
         if type(parts) is not int:
@@ -102,7 +102,7 @@ class GgufSource:
         problems = []
         for _ in range(count):
             name = cursor.text("a tensor's name")
-            label = f"tensor {shown(name)}"
+            label = f"tensor {named(name)}"
             dims = cursor.number("<I", f"the dimensions of {label}")
             if dims > _MAX_DIMS:  # where the next entry begins is not known then
                 raise CheckpointError(f"{self.path}: {label}: expected at most {_MAX_DIMS} dimensions, found {dims}")
@@ -134,7 +134,7 @@ class GgufSource:
         alignment = self.metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
             raise CheckpointError(
-                f"{self.path}: general.alignment: expected a power of two, found {shown(str(alignment))}"
+                f"{self.path}: general.alignment: expected a power of two, found {named(str(alignment))}"
             )
         base = -(-cursor.at // alignment) * alignment
         problems, end, before = [], base, ""
@@ -142,11 +142,11 @@ class GgufSource:
             start = offsets[name] = base + offsets[name]
             stop = start + specs[name].nbytes
             if stop > len(cursor.data):
-                problems.append(f"tensor {shown(name)} ends at {stop}, the file at {len(cursor.data)}")
+                problems.append(f"tensor {named(name)} ends at {stop}, the file at {len(cursor.data)}")
             elif start % alignment:
-                problems.append(f"tensor {shown(name)} begins at {start}, not a multiple of {alignment}")
+                problems.append(f"tensor {named(name)} begins at {start}, not a multiple of {alignment}")
             elif start < end:
-                problems.append(f"tensors {shown(before)} and {shown(name)} overlap")
+                problems.append(f"tensors {named(before)} and {named(name)} overlap")
             end, before = (stop, name) if stop > end else (end, before)
         if problems:
             raise problems_error(self.path, _DAMAGED, problems, most=5)
@@ -196,7 +196,7 @@ class GgufSource:
                     out[i : i + step] = quants.dequantize(packed[i : i + step], kind)
         except NotImplementedError:
             raise CheckpointError(
-                f"{self.path}: tensor {spec.name}: the gguf package cannot decode type {spec.dtype}; "
+                f"{self.path}: tensor {named(spec.name)}: the gguf package cannot decode type {spec.dtype}; "
                 "convert the file to another type (llama-quantize)"
             ) from None
         return out.reshape(spec.shape)

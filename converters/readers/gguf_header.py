@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from converters.readers.source import shown
-from llmjax.errors import CheckpointError
+from llmjax.errors import CheckpointError, named
 
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 _SCALARS = {
@@ -84,7 +83,7 @@ class Cursor:
         Raises:
           CheckpointError: an unknown type, or arrays nested too deep.
         """
-        what = f"metadata {shown(key)}"
+        what = f"metadata {named(key)}"
         kind = self.number("<I", f"the type of {what}")
         if kind == _STRING:
             return self.text(what)

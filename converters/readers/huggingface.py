@@ -9,8 +9,8 @@ import numpy as np
 
 from converters.readers.digest import Stamp, stamp
 from converters.readers.jsonfile import read_json
-from converters.readers.source import TensorSpec, problems_error, shown
-from llmjax.errors import CheckpointError
+from converters.readers.source import TensorSpec, problems_error
+from llmjax.errors import CheckpointError, named
 
 # As transformers looks for them, the first one found.
 WEIGHTS = (
@@ -74,7 +74,7 @@ class HuggingFaceSource:
             for name in file.names():
                 if name in self._home:
                     other = self._home[name].path.name
-                    problems.append(f"{file.path}: tensor {shown(name)} is in {other}, too")
+                    problems.append(f"{file.path}: tensor {named(name)} is in {other}, too")
                 self._home.setdefault(name, file)
         problems += self._contradictions(index, [name for name, file in shards.items() if file is None])
         if len(problems) == 1:
@@ -119,7 +119,7 @@ class HuggingFaceSource:
         if not others:
             return ""
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        return f"; found {', '.join(map(shown, others[:5]))}{more}: name the file, or a pattern, to read them"
+        return f"; found {', '.join(map(named, others[:5]))}{more}: name the file, or a pattern, to read them"
 
     def _contradictions(self, index: dict[str, str], unread: list[str]) -> list[str]:
         """Where the index and the shards disagree; a shard that could not be read has its own message."""
@@ -127,13 +127,13 @@ class HuggingFaceSource:
         for name, shard in index.items():
             if name not in self._home:
                 if shard not in unread:
-                    problems.append(f"tensor {shown(name)} is missing; the index says it is in {shown(shard)}")
+                    problems.append(f"tensor {named(name)} is missing; the index says it is in {named(shard)}")
             elif self._home[name].path.name != shard:
                 found = self._home[name].path.name
-                problems.append(f"tensor {shown(name)} is in {shown(found)}; the index says {shown(shard)}")
+                problems.append(f"tensor {named(name)} is in {named(found)}; the index says {named(shard)}")
         if index:
             problems += [
-                f"tensor {shown(name)} in {shown(file.path.name)} is not in the index"
+                f"tensor {named(name)} in {named(file.path.name)} is not in the index"
                 for name, file in self._home.items()
                 if name not in index
             ]
@@ -189,6 +189,6 @@ def _read_index(path: Path) -> dict[str, str]:
     tricks = [s for s in sorted(set(weight_map.values())) if s in ("", ".", "..") or any(c in s for c in "/\\:\0")]
     if tricks:
         raise problems_error(
-            path, "expected names of files beside the index, found", [f"'{shown(s)}'" for s in tricks], most=5
+            path, "expected names of files beside the index, found", [f"'{named(s)}'" for s in tricks], most=5
         )
     return weight_map

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from converters.readers.source import shown
-from llmjax.errors import CheckpointError
+from llmjax.errors import CheckpointError, named
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -36,6 +35,6 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"{shown(key)} is there twice")
+            raise ValueError(f"{named(key)} is there twice")
         result[key] = value
     return result

@@ -20,8 +20,8 @@ import numpy as np
 from converters.readers.digest import Stamp
 from converters.readers.jsonfile import read_json
 from converters.readers.safetensors import SafetensorsFile
-from converters.readers.source import TensorSpec, problems_error, shown
-from llmjax.errors import CheckpointError
+from converters.readers.source import TensorSpec, problems_error
+from llmjax.errors import CheckpointError, named
 
 VERSION = 1
 WEIGHTS = "model.safetensors"
@@ -81,7 +81,7 @@ class LlmjaxSource:
         ):
             raise CheckpointError(
                 f"{self._file.path}: metadata 'quantization': expected bits, zero and group of each quantized tensor, "
-                f"found {shown(text)}; convert the source again"
+                f"found {named(text)}; convert the source again"
             )
         return schemes
 
@@ -93,7 +93,7 @@ class LlmjaxSource:
             self._stored[name] = [part for part in PARTS if f"{name}.{part}" in found]
             parts = {part: found.pop(f"{name}.{part}") for part in self._stored[name]}
             shape, wrong = _check(parts, **scheme)
-            problems += [f"tensor {shown(name)}: {problem}" for problem in wrong]
+            problems += [f"tensor {named(name)}: {problem}" for problem in wrong]
             label = f"INT{scheme['bits']}-G{scheme['group']}" if shape[-1] > scheme["group"] else f"INT{scheme['bits']}"
             size = sum(part.nbytes for part in parts.values())
             specs[name] = TensorSpec(name, shape, label, size, self._file.path)
@@ -143,7 +143,9 @@ def _check(parts: dict[str, TensorSpec], bits: int, zero: int, group: int) -> tu
         return (0, 0), ["expected values of two or three dimensions, and scales"]
     *out, stored = parts["values"].shape
     width = stored if bits == 8 else 2 * stored
-    if bits not in (4, 5, 8) or not -128 <= zero <= 127 or group < 1 or width % group:
+    # Two values share a byte in fewer than 8 bits, eight their fifth bits; what zero is taken from must stay an int8.
+    step, zeros = {4: (2, range(-112, 128)), 5: (8, range(-96, 128)), 8: (1, range(1))}.get(bits, (1, range(0)))
+    if zero not in zeros or group < 1 or width % group or width % step or (bits < 8 and group % 2):
         return (*out, width), [f"bits {bits}, zero {zero}, group {group}: no such scheme for {width} inputs"]
     expected = {"values": ("I8" if bits == 8 else "U8", (*out, stored)), "scales": ("F32", (*out, width // group))}
     if bits == 5:

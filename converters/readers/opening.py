@@ -9,8 +9,8 @@ from converters.readers.llmjax_directory import LlmjaxSource, is_llmjax
 from converters.readers.mediapipe.container import is_container
 from converters.readers.mediapipe.package import kind_of
 from converters.readers.mediapipe.source import MediapipeSource
-from converters.readers.source import Source, problems_error, shown
-from llmjax.errors import CheckpointError
+from converters.readers.source import Source, problems_error
+from llmjax.errors import CheckpointError, named
 
 
 def open_source(path: str | Path) -> Source:
@@ -47,7 +47,7 @@ def _open_directory(path: Path) -> Source:
     if not ggufs or any((path / name).exists() for name in WEIGHTS):
         return HuggingFaceSource(path)
     if len(ggufs) > 1:
-        names = [shown(p.name) for p in ggufs]
+        names = [named(p.name) for p in ggufs]
         raise problems_error(path, "holds several GGUF files, name one of them", names)
     return GgufSource(ggufs[0])
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from converters.readers.digest import Stamp, stamp
 from converters.readers.jsonfile import read_json
-from converters.readers.source import TensorSpec, shown
-from llmjax.errors import CheckpointError
+from converters.readers.source import TensorSpec
+from llmjax.errors import CheckpointError, named
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -90,9 +90,9 @@ def open_adapter(path: Path) -> AdapterFile:
     for name in tensors.names():
         if not (found_factor := _FACTOR.fullmatch(name)):
             why = next((why for pattern, why in _FOREIGN if re.search(pattern, name)), "no factor of a LoRA adapter")
-            problems.append(f"tensor {shown(name)}: {why}")
+            problems.append(f"tensor {named(name)}: {why}")
         elif factors.setdefault(found_factor["module"], {}).setdefault(found_factor["side"], name) != name:
-            problems.append(f"tensor {shown(name)}: the same factor as {factors[found_factor['module']]}")
+            problems.append(f"tensor {named(name)}: the same factor as {factors[found_factor['module']]}")
     return AdapterFile(weights, config, factors, problems, (tensors.stamp, *configs), tensors)
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from converters.readers.jsonfile import unique_keys
 from converters.readers.mapped import MappedFile
-from converters.readers.source import TensorSpec, problems_error, shown
-from llmjax.errors import CheckpointError
+from converters.readers.source import TensorSpec, problems_error
+from llmjax.errors import CheckpointError, named
 
 _MAX_HEADER = 100_000_000  # the official limit
 _MAX_DIMS = 32  # NumPy before 2.0 has no more
@@ -95,18 +95,18 @@ class SafetensorsFile:
 
     def _add_tensor(self, name: str, entry: Any) -> str:
         """Remembers a tensor; returns what is wrong with its entry, if anything is."""
-        label = f"tensor {shown(name)}"
+        label = f"tensor {named(name)}"
         if not _is_text(name):
             return f"{label}: the name is not valid Unicode"
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
             return f"{label}: expected an object with dtype, shape and data_offsets"
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _BITS:
-            return f"{label}: unknown dtype {shown(str(dtype))}"
+            return f"{label}: unknown dtype {named(str(dtype))}"
         if not _are_sizes(shape) or len(shape) > _MAX_DIMS:
-            return f"{label}: shape: expected at most {_MAX_DIMS} sizes, found {shown(str(shape))}"
+            return f"{label}: shape: expected at most {_MAX_DIMS} sizes, found {named(str(shape))}"
         if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            return f"{label}: data_offsets: expected [begin, end], found {shown(str(offsets))}"
+            return f"{label}: data_offsets: expected [begin, end], found {named(str(offsets))}"
         # NumPy refuses an empty array whose other dimensions alone are too many.
         if math.prod(n for n in shape if n) * 8 > _MAX_BYTES:
             return f"{label}: shape {shape} has more values than any file"
@@ -126,7 +126,7 @@ class SafetensorsFile:
             start, stop = self._starts[name], self._starts[name] + self._specs[name].nbytes
             if start != at:
                 what = "overlaps the one before" if start < at else "leaves a hole before it"
-                problems.append(f"tensor {shown(name)} {what}: expected it to begin at {at}, found {start}")
+                problems.append(f"tensor {named(name)} {what}: expected it to begin at {at}, found {start}")
             at = max(at, stop)
         if at != size:
             problems.append(f"the tensors end at {at}, the data in the file at {size}")
@@ -151,7 +151,7 @@ class SafetensorsFile:
 
         spec = self._specs[name]
         if spec.dtype != "BF16" and spec.dtype not in _DTYPES:
-            self._fail(f"tensor {shown(name)}: type {spec.dtype} is not supported; expected F32, F16 or BF16")
+            self._fail(f"tensor {named(name)}: type {spec.dtype} is not supported; expected F32, F16 or BF16")
         dtype = np.dtype(ml_dtypes.bfloat16 if spec.dtype == "BF16" else _DTYPES[spec.dtype])
         start = self._base + self._starts[name]
         return self._file.bytes[start : start + spec.nbytes].view(dtype).reshape(spec.shape)

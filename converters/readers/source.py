@@ -30,12 +30,6 @@ class TensorSpec:
     file: Path
 
 
-def shown(name: str) -> str:
-    """A name from a file as a message may show it: at most 100 characters, and none that controls a terminal."""
-    text = name if len(name) <= 100 else name[:100] + "..."
-    return text.encode("unicode_escape").decode("ascii")
-
-
 def problems_error(where: str | Path, what: str, problems: Sequence[str], most: int = 20) -> CheckpointError:
     """One error for all problems of a file: on the same line if there is one, else one per line, ``most`` at most."""
     if len(problems) == 1:

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from llmjax.batch import manifest as manifests
-from llmjax.batch.files import open_lines
-from llmjax.batch.identity import identity
 from llmjax.batch.index import Index
 from llmjax.batch.progress import clock
-from llmjax.batch.rows import WHOLE, Shard, read_rows
+from llmjax.batch.reading import open_lines
+from llmjax.batch.rows import WHOLE, Generating, Shard, read_rows
 from llmjax.errors import LlmjaxError, NoRoomError, TooLongError
 from llmjax.llm import LLM
+from llmjax.runtime.asking import Params
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.schedule import no_room
 from llmjax.text.dates import Date
@@ -77,7 +77,7 @@ def run(
     load: Callable[[], LLM],
     source: str,
     output: str,
-    params: SamplingParams,
+    params: Params = None,
     shard: Shard = WHOLE,
     date: Date | None = None,
 ) -> Report:
@@ -87,7 +87,7 @@ def run(
       load: makes the LLM.
       source: path of the input, ``-`` for stdin.
       output: path of the output; a manifest beside it tells how fast the job was so far.
-      params: defaults for rows.
+      params: what rows do not set, see ``LLM.sampling_params``.
       shard: which rows.
       date: see ``job.Options``.
 
@@ -99,9 +99,11 @@ def run(
     date = manifests.job_date(date, begun)
     with open_lines(source) as lines, contextlib.closing(index):
         llm = load()
+        work = Generating(llm, params)
         store = llm.engine.store
         report.memory = store.memory.describe()
-        for row in read_rows(lines, llm, params, index, shard, date):
+        for row in read_rows(lines, work, index, shard, date):
+            assert row is not None  # of a file that is read to its end
             error = row.error
             if row.request is not None and not store.fits(len(row.request.ids) + 1):
                 error = no_room(store, len(row.request.ids) + 1)
@@ -120,7 +122,7 @@ def run(
             report.answer_tokens += answer * row.request.params.n
             report.outgrow += not store.fits(size + answer)
     if report.rows:
-        if begun and any(manifests.differences(begun.job, identity(llm, params, shard, date))):
+        if begun and any(manifests.differences(begun.job, work.identity(shard, date))):
             begun = None
         report.estimate = (begun and _from_manifest(begun, output, report)) or _from_calibration(llm, report)
     else:

@@ -1,106 +1,15 @@
-"""Files of a job: JSONL read from a path, gzip or stdin; whole files written at once; the lock of an output."""
+"""Files of a job: the place that rows are written to, and its lock."""
 
 import contextlib
-import gzip
-import io
 import os
 import sys
 import tempfile
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from llmjax.errors import RequestError, ResumeError
-
-
-class Lines:
-    """The lines of an open file, gzip or not: from its beginning at each ``iter``, of a pipe only once.
-
-    Bytes that are no UTF-8 must spoil their own row only: they pass as lone surrogates, which ``parse_object`` refuses.
-
-    Attributes:
-      repeatable: whether they can be read again.
-    """
-
-    def __init__(self, file: io.BufferedReader, path: str):
-        self._file, self._path = file, path
-        self.repeatable = file.seekable()
-        self._begin = file.tell() if self.repeatable else 0
-
-    def __iter__(self) -> Iterator[str]:
-        """Raises RequestError where it cannot be read, or is damaged on the way."""
-        try:
-            # A pipe's name tells nothing, but no JSON begins with gzip's first byte.
-            zipped = self._first() == b"\x1f" or self._path.endswith(".gz")
-            data: Any = gzip.open(self._file) if zipped else self._file
-            text = io.TextIOWrapper(data, encoding="utf-8", errors="surrogateescape", newline="\n")
-            try:
-                yield from text
-            finally:
-                with contextlib.suppress(ValueError):  # the file may be closed by now
-                    text.detach()  # or it would close the file
-        except (EOFError, OSError, zlib.error) as error:
-            message = f"{self._path}: cannot read on, the file is damaged or was cut short: {error}"
-            raise RequestError(message) from None
-
-    def _first(self) -> bytes:
-        """The first byte, which is still there to be read."""
-        if not self.repeatable:
-            return self._file.peek(1)[:1]
-        self._file.seek(self._begin)
-        first = self._file.read(1)
-        self._file.seek(self._begin)
-        return first
-
-
-@contextlib.contextmanager
-def open_lines(path: str) -> Iterator[Lines]:
-    """The lines of a text file, a gzip one, a pipe, or stdin for ``-``; opened once: what was read of a pipe is gone.
-
-    Raises:
-      RequestError: it cannot be read.
-    """
-    if path == "-":
-        if sys.stdin is None:
-            raise RequestError("-: cannot read the input: stdin is closed")
-        yield Lines(sys.stdin.buffer, path)  # type: ignore[arg-type]
-        return
-    try:
-        file = open(path, "rb")
-    except OSError as error:
-        raise RequestError(f"{path}: cannot read the input: {error.strerror}") from None
-    with file:
-        yield Lines(file, path)
-
-
-def write_whole(path: Path, parts: Iterable[bytes]) -> None:
-    """Writes a file under another name, has it on the disk, and only then puts it in its place.
-
-    Raises:
-      OSError: what was at ``path`` is still there.
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path)
-
-
-def sync_folder(path: Path) -> None:
-    """Has the name of a new file on the disk, too."""
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+from llmjax.errors import RequestError
+from llmjax.outside.whole import locked, workspace
 
 
 def send(stream: IO[bytes], data: bytes) -> None:
@@ -109,38 +18,6 @@ def send(stream: IO[bytes], data: bytes) -> None:
     while rest:
         rest = rest[stream.write(rest) :]
     stream.flush()
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keeps other jobs off ``path`` by ``path.lock``, which the system releases however this process ends.
-
-    Raises:
-      ResumeError: another job is writing there.
-      OSError: the folder cannot be written to.
-    """
-    import fcntl  # not on Windows, where other verbs run
-
-    lock = path.with_name(f"{path.name}.lock")
-    while True:
-        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(file, 32).decode(errors="replace").strip()
-            os.close(file)
-            raise ResumeError(f"{path}: another job is writing to it (process {owner or 'unknown'})") from None
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(lock).st_ino == os.fstat(file).st_ino:
-                break
-        os.close(file)  # its owner ended, and removed it, between our two calls
-    try:
-        os.ftruncate(file, 0)
-        os.write(file, str(os.getpid()).encode())
-        yield
-    finally:
-        lock.unlink(missing_ok=True)
-        os.close(file)
 
 
 @contextlib.contextmanager
@@ -156,7 +33,7 @@ def claimed(output: str, source: str) -> Iterator[tuple[Path, IO[bytes] | None]]
         try:
             if output == "-" or (path.exists() and not path.is_file() and not path.is_dir()):
                 stream = sys.stdout.buffer if output == "-" else stack.enter_context(open(path, "wb", buffering=0))
-                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="llmjax-"))
+                folder = stack.enter_context(workspace(Path(tempfile.gettempdir())))
                 path = Path(folder, "rows.jsonl")
             else:
                 stream = None

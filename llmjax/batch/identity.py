@@ -1,15 +1,22 @@
 """What a job's answers depend on beside its rows: compared before a job goes on."""
 
+import hashlib
 import json
 from typing import Any
 
-from llmjax.batch.rows import WHOLE, Shard
 from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.llm import LLM
 from llmjax.runtime.params import SamplingParams
 
 
-def identity(llm: LLM, params: SamplingParams, shard: Shard = WHOLE, date: str = "") -> dict[str, Any]:
+def chat_options(llm: LLM) -> dict[str, Any]:
+    """What conversations are rendered with that do not say otherwise, a template as its SHA-256."""
+    template = llm.chat_options.get("chat_template")
+    sha = {} if template is None else {"chat_template": hashlib.sha256(template.encode()).hexdigest()}
+    return json.loads(json.dumps({**llm.chat_options, **sha}, default=str))
+
+
+def identity(llm: LLM, params: SamplingParams, shard: str = "1/1", date: str = "") -> dict[str, Any]:
     """Everything that fixes a job's answers, by name, as JSON would hold it.
 
     The model's path does not, nor does the processor where another device computes.
@@ -26,7 +33,8 @@ def identity(llm: LLM, params: SamplingParams, shard: Shard = WHOLE, date: str =
         "block": llm.engine.block,
         "seed": llm.seed,
         "params": json.loads(json.dumps(params.to_dict())),
-        "shard": str(shard),
+        "shard": shard,
         "date": date,
+        **({"chat": chat_options(llm)} if llm.chat_options else {}),
         **runtime,
     }

@@ -94,6 +94,13 @@ class Index:
         """Start and size of the rows that are kept, by ``line`` of the input or by ``start``."""
         yield from self._execute(f"SELECT start, size FROM written WHERE line IS NOT NULL ORDER BY {order}")
 
+    def failed(self, count: int) -> list[tuple[int, int]]:
+        """Start and size of the first kept rows that failed, by ``line`` of the input."""
+        found = self._execute(
+            "SELECT start, size FROM written WHERE failed AND line IS NOT NULL ORDER BY line LIMIT ?", (count,)
+        )
+        return found.fetchall()
+
     def close(self) -> None:
         """Removes it."""
         self._db.close()

@@ -4,28 +4,39 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from llmjax.batch import manifest as manifests
-from llmjax.batch.files import Lines, claimed, open_lines, send
-from llmjax.batch.identity import identity
+from llmjax.batch.files import claimed, send
 from llmjax.batch.index import Index, Totals, Written
 from llmjax.batch.interrupts import Interrupts
 from llmjax.batch.journal import SYNC_SECONDS, Journal
 from llmjax.batch.manifest import Manifest
 from llmjax.batch.progress import PLAIN_SECONDS, Count, Meter, Reporter, rate
-from llmjax.batch.rows import WHOLE, InputRow, Shard, count_rows, describe, read_rows, row_error
+from llmjax.batch.reading import Lines, open_lines
+from llmjax.batch.rows import (
+    WHOLE,
+    Generating,
+    InputRow,
+    Shard,
+    Work,
+    count_rows,
+    describe,
+    named,
+    read_rows,
+    row_error,
+)
 from llmjax.errors import RequestError, ResumeError
 from llmjax.llm import LLM
-from llmjax.runtime.outputs import RequestOutput
+from llmjax.runtime.asking import Params
 from llmjax.runtime.params import SamplingParams
-from llmjax.runtime.row import Request
+from llmjax.runtime.row import Request, Requests
 from llmjax.text.dates import Date, settled
 
-# Tokens of each row that a job begins with memory for; it grows where rows are longer.
-RESERVE = 512
+# Rows that failed are many or few; so many are named.
+_NAMED = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +75,8 @@ class Summary:
       kept: rows that an earlier run had done.
       problem: why it failed.
       removed: rows of the output did not belong to the input any more.
+      failures: of the rows that failed the first ones, a line each.
+      results: of all rows together, as the manifest has them.
       run: seconds and counts of this run, as the manifest has them.
     """
 
@@ -72,16 +85,18 @@ class Summary:
     kept: int = 0
     problem: str = ""
     removed: bool = False
+    failures: list[str] = dataclasses.field(default_factory=list)
+    results: dict[str, Any] = dataclasses.field(default_factory=dict)
     run: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-    def describe(self) -> str:
-        """One line."""
+    def describe(self, what: str = "answered") -> str:
+        """One line; ``what`` says what became of the rows that did not fail."""
         run, (rows, failed, prompt, completion) = self.run, self.totals
         generate = max(run["seconds"] - run["compile_seconds"], 0.0)
         kept = f" ({self.kept} of them earlier)" if self.kept else ""
         rates = [f"{rate(run, what):.0f} tok/s" for what in ("prefill", "decode")]
         return (
-            f"{rows - failed} rows answered, {failed} failed{kept}; {prompt} prompt and {completion} answer tokens; "
+            f"{rows - failed} rows {what}, {failed} failed{kept}; {prompt} prompt and {completion} answer tokens; "
             f"prefill {rates[0]}, decode {rates[1]} in {run['busy']:.0%} of the slots; "
             f"load {run['load_seconds']:.1f} s, compile {run['compile_seconds']:.1f} s, generate {generate:.1f} s"
         )
@@ -91,9 +106,10 @@ def run(
     load: Callable[[], LLM],
     source: str,
     output: str,
-    params: SamplingParams,
+    params: Params = None,
     options: Options = Options(),
     about: dict[str, Any] | None = None,
+    work: Callable[[LLM, Params], Work] = Generating,
 ) -> Summary:
     """Runs every row that the output does not answer yet; a row that fails is reported in its own output row.
 
@@ -101,9 +117,10 @@ def run(
       load: makes the LLM; called when the files are known to be in order.
       source: path of the input, ``-`` for stdin.
       output: path of the output, ``-`` for stdout; what is no regular file cannot be resumed.
-      params: defaults for rows.
+      params: what rows do not set, see ``LLM.sampling_params``.
       options: see there.
       about: noted in the manifest.
+      work: what is done with the rows.
 
     Raises:
       RequestError: the input cannot be read or the output not be written to.
@@ -115,7 +132,7 @@ def run(
         path, stream = stack.enter_context(claimed(output, source))
         began = time.monotonic()
         llm = load()
-        job = _Job(llm, path, stream, params, options, time.monotonic() - began)
+        job = _Job(work(llm, params), path, stream, options, time.monotonic() - began)
         with contextlib.closing(job.index):
             return job.run(lines, output, about or {})
 
@@ -130,14 +147,13 @@ class _RunEnded(Exception):
 class _Job:
     def __init__(
         self,
-        llm: LLM,
+        work: Work,
         path: Path,
         stream: IO[bytes] | None,
-        params: SamplingParams,
         options: Options,
         load_seconds: float,
     ):
-        self.llm, self.path, self.stream, self.params, self.options = llm, path, stream, params, options
+        self.work, self.llm, self.path, self.stream, self.options = work, work.llm, path, stream, options
         self.index = Index()
         self.count = Count()
         self.summary = Summary()
@@ -149,17 +165,20 @@ class _Job:
         fresh = self.options.force or self.stream is not None
         found = None if fresh else manifests.read(self.path)
         self.date = manifests.job_date(self.options.date, found)
-        job = identity(self.llm, self.params, self.options.shard, self.date)
+        job = self.work.identity(self.options.shard, self.date)
         manifest = Manifest(job) if fresh else manifests.going_on(self.path, job, found)
         manifest.status, manifest.about = "running", about
         began, meter = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), Meter(self.llm.engine)
         try:
             # Before the manifest: rows that are thrown away must never be found beside the one of this job.
-            journal = Journal(self.path, self.index, describe, fresh=fresh)
+            journal = Journal(self.path, self.index, functools.partial(describe, work=self.work), fresh=fresh)
             with contextlib.closing(journal):
                 self._write(manifest)
-                self.count.total = count_rows(lines, self.options.shard)
+                self.count.total = count_rows(lines, self.work, self.options.shard)
                 self._answer(lines, journal)
+                self.summary.failures = [named(row) for row in journal.failed(_NAMED)]
+                if self.summary.status == "complete":
+                    self.summary.results = self.work.summary(journal.rows(ordered=True))
         except BrokenPipeError:
             raise
         except KeyboardInterrupt:
@@ -180,6 +199,7 @@ class _Job:
             }
             self.summary.kept = self.count.kept
             manifest.status, manifest.counts = self.summary.status, self.summary.totals._asdict()
+            manifest.summary = self.summary.results
             manifest.runs.append(self.summary.run)
             try:
                 self._write(manifest)
@@ -228,9 +248,8 @@ class _Job:
                 raise
         self.summary.status = "interrupted" if interrupts.asked else "complete"
 
-    def _run(self, requests: Iterable[Request], journal: Journal) -> None:
-        reserve = [RESERVE] * self.llm.engine.slots
-        with contextlib.closing(self.llm.outputs(requests, reserve=reserve)) as outputs:
+    def _run(self, requests: Requests, journal: Journal) -> None:
+        with contextlib.closing(self.work.outputs(requests)) as outputs:
             while (output := _next(outputs)) is not None:
                 row = self.waiting.pop(output.request_id)
                 if output.error is not None:
@@ -263,7 +282,7 @@ class _Job:
         if not rows or (len(failed) == len(rows) and not self._is_sound()):
             raise error
         for row in failed:
-            del self.waiting[row.row_id or ""]
+            del self.waiting[str(row.row_id)]
             self._append(journal, *row.failure(), row.line)
 
     def _is_sound(self) -> bool:
@@ -275,7 +294,7 @@ class _Job:
         except Exception:
             return False
 
-    def _requests(self, lines: Lines, journal: Journal, interrupts: Interrupts) -> Iterator[Request]:
+    def _requests(self, lines: Lines, journal: Journal, interrupts: Interrupts) -> Iterator[Request | None]:
         """The rows that are to be run; on the way, those that need not or cannot be are done with.
 
         What goes wrong in between is no fault of the engine that asks for them: ``ended`` keeps it.
@@ -288,15 +307,20 @@ class _Job:
             self.ended = error
             self.llm.engine.stop()
 
-    def _rows_to_run(self, lines: Lines, journal: Journal, interrupts: Interrupts) -> Iterator[Request]:
-        for row in read_rows(lines, self.llm, self.params, self.index, self.options.shard, self.date):
+    def _rows_to_run(self, lines: Lines, journal: Journal, interrupts: Interrupts) -> Iterator[Request | None]:
+        arriving = lines.arriving(lambda: not self.waiting and not interrupts.asked)
+        for row in read_rows(arriving, self.work, self.index, self.options.shard, self.date):
             if interrupts.asked:
                 return
-            if self._is_done(row):
+            if row is None:
+                yield None
+            elif self._is_done(row):
                 self.index.keep(row.key, row.line)
                 self.count.kept += 1
                 self.count.done += 1
             elif row.request is None:
+                if self.work.in_order and self.waiting:
+                    yield None  # those before it are done with first
                 self._append(journal, *row.failure(), row.line)
             else:
                 self.waiting[row.request.request_id] = row
@@ -327,7 +351,7 @@ class _Job:
         return self.stream is None and journal.finish(ordered=self.options.ordered)
 
 
-def _next(outputs: Iterator[RequestOutput]) -> RequestOutput | None:
+def _next(outputs: Iterator[Any]) -> Any:
     """The next answer of the engine, None after the last.
 
     Raises:

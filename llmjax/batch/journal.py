@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from llmjax.batch.files import sync_folder, write_whole
 from llmjax.batch.index import Index, Written
 from llmjax.errors import ResumeError
+from llmjax.outside.whole import NO_LINK, sync_folder, write_whole
 
 # Rows reach the system at once, so killing the process loses none; power loss costs the rows of this many seconds.
 SYNC_SECONDS = 1.0
@@ -46,8 +46,10 @@ class Journal:
         self.partial = path.with_name(f"{path.name}.partial") if self._zipped else path
         if self._zipped and path.exists() and not fresh and not self.partial.exists():
             write_whole(self.partial, _expanded(path))
-        self._file = os.open(self.partial, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if fresh else 0), 0o644)
-        sync_folder(self.partial)
+        # An output that is a link is as the user named it; the name beside it is ours.
+        flags = os.O_RDWR | os.O_CREAT | (os.O_TRUNC if fresh else 0) | (NO_LINK if self._zipped else 0)
+        self._file = os.open(self.partial, flags, 0o644)
+        sync_folder(self.partial.parent)
         self.lines = self._end = 0
         self._lock = threading.Lock()
         self._unsynced, self._synced = False, time.monotonic()
@@ -138,6 +140,10 @@ class Journal:
     def rows(self, *, ordered: bool) -> Iterator[bytes]:
         """The rows that are kept."""
         return self._read("line" if ordered else "start")
+
+    def failed(self, count: int) -> list[bytes]:
+        """The first rows of the input that failed."""
+        return [os.pread(self._file, size, start) for start, size in self._index.failed(count)]
 
     def _is_sorted(self, order: str) -> bool:
         before = -1

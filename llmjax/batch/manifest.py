@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmjax.batch.files import write_whole
 from llmjax.checkpoint.identity import differences
 from llmjax.errors import RequestError, ResumeError
+from llmjax.outside.whole import write_whole
 from llmjax.text.dates import Date, settled
 
 FORMAT, VERSION = "llmjax-batch", 1
@@ -23,6 +23,7 @@ class Manifest:
       status: ``running`` (also of a job that was killed), ``interrupted``, ``failed`` or ``complete``.
       about: what is good to know and may change: paths, options, ...
       counts: of the output: rows, failed, prompt_tokens, completion_tokens.
+      summary: of all rows of a finished output together, where there is one: the perplexity of texts, say.
       runs: each with ``began``, ``seconds``, ... of one start of the job.
     """
 
@@ -31,6 +32,7 @@ class Manifest:
     about: dict[str, Any] = dataclasses.field(default_factory=dict)
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     runs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    summary: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def write(self, output: Path) -> None:
         """Writes the manifest of ``output`` in one go.
@@ -97,7 +99,7 @@ def going_on(output: Path, job: dict[str, Any], found: Manifest | None) -> Manif
                 "output, or start over with --force"
             )
         return Manifest(job)
-    changed = list(differences(found.job, job))
+    changed = list(differences(*map(_facts, (found.job, job))))
     if changed:
         raise ResumeError(
             "\n  ".join(
@@ -109,6 +111,11 @@ def going_on(output: Path, job: dict[str, Any], found: Manifest | None) -> Manif
             )
         )
     return found
+
+
+def _facts(job: Mapping[str, Any]) -> Mapping[str, Any]:
+    """All but what changes no answer: the model's path."""
+    return {name: value for name, value in job.items() if name != "model" or not isinstance(value, str)}
 
 
 def _has_bytes(path: Path) -> bool:

@@ -1,14 +1,16 @@
 """llmjax's own rows.
 
 In: ``id`` (or ``custom_id``; the line's number where there is none), one of ``prompt``, ``messages``,
-``prompt_token_ids``, ``lora`` (the name of a resident adapter), and sampling parameters by the names of
-``SamplingParams``.
+``prompt_token_ids``, ``lora`` (the name of a resident adapter), sampling parameters by the names of ``SamplingParams``,
+for messages ``chat_template``, ``chat_template_kwargs`` and ``fold_system`` (``ChatOptions``), and ``metadata``:
+whatever is to be in the answer as well.  What is null is as if it were not there.
 
-Out: ``id``, ``text``, ``token_ids``, ``finish_reason``, ``stop_reason``, ``usage``, ``seed``, ``seed_text``,
-``params``, ``numerics``, ``hash``, and where they are asked for ``token_logprobs``, ``logprobs``, ``prompt_logprobs``;
-of a prompt that was cut short, ``truncated_prompt_tokens``: how many of its first tokens were dropped.  With n above 1,
-``outputs`` is a list of what belongs to each sample, ``index``, ``seed`` and ``seed_text`` among it.  A row that could
-not run: ``id``, ``line``, ``error``, ``hash``; without ``line`` if it failed when it ran.
+Out: ``id``, as it came; ``model``, its name; ``text``, ``token_ids``, ``finish_reason``, ``stop_reason``, ``usage``,
+``seed``, ``seed_text``, ``params``, ``numerics``, ``hash``, ``metadata`` where it was given, and where they are asked
+for ``token_logprobs``, ``logprobs``, ``prompt_logprobs`` and ``token_texts``: the text of every token named in those,
+by its id; of a prompt that was cut short, ``truncated_prompt_tokens``: how many of its first tokens were dropped.  With
+n above 1, ``outputs`` is a list of what belongs to each sample, ``index``, ``seed`` and ``seed_text`` among it.  A row
+that could not run: ``id``, ``line``, ``error``, ``hash``; without ``line`` if it failed when it ran.
 
 ``seed_text`` is ``seed`` in digits: pandas, jq and JavaScript round a number of 64 bits, and a rounded seed draws
 something else.  As the ``seed`` of a row it draws the same again.
@@ -17,25 +19,31 @@ something else.  As the ``seed`` of a row it draws the same again.
 import math
 from typing import Any
 
-from llmjax.batch.question import PARAMS, Question, checked_id, checked_ids, checked_text
+from llmjax.batch.question import CHAT, PARAMS, Question, checked_id, checked_ids, checked_text
 from llmjax.errors import RequestError
 from llmjax.llm import LLM
 from llmjax.runtime.outputs import CompletionOutput, RequestOutput
 
 _IDS = ("id", "custom_id")
 _PROMPTS = ("prompt", "messages", "prompt_token_ids")
+_MORE = ("lora", "metadata")
 
 
-def row_id(row: dict[str, Any], line: int) -> str:
+def row_id(row: dict[str, Any], line: int) -> str | int:
     """The row's id.
 
     Raises:
       RequestError: it has two, or one that is none.
     """
-    given = [name for name in _IDS if name in row]
+    given = [name for name in _IDS if row.get(name) is not None]
     if len(given) > 1:
         raise RequestError("expected id or custom_id, found both")
     return checked_id(row[given[0]], given[0]) if given else str(line)
+
+
+def metadata(row: dict[str, Any]) -> Any:
+    """What of it goes on to its answer; None for nothing."""
+    return row.get("metadata")
 
 
 def parse(row: dict[str, Any]) -> Question:
@@ -44,9 +52,12 @@ def parse(row: dict[str, Any]) -> Question:
     Raises:
       RequestError: no prompt or several, a key that is not known, or a prompt of the wrong type.
     """
-    unknown = sorted(set(row) - {*_IDS, *_PROMPTS, "lora", *PARAMS})
+    unknown = sorted(set(row) - {*_IDS, *_PROMPTS, *_MORE, *CHAT, *PARAMS})
     if unknown:
-        raise RequestError(f"unknown key {', '.join(unknown)}; expected id, {', '.join((*_PROMPTS, 'lora', *PARAMS))}")
+        raise RequestError(
+            f"unknown key {', '.join(unknown)}; expected id, {', '.join((*_PROMPTS, *_MORE, *CHAT, *PARAMS))}"
+        )
+    row = {name: value for name, value in row.items() if value is not None}
     given = [p for p in _PROMPTS if p in row]
     if len(given) != 1:
         raise RequestError(f"expected exactly one of {', '.join(_PROMPTS)}, found {', '.join(given) or 'none'}")
@@ -59,10 +70,13 @@ def parse(row: dict[str, Any]) -> Question:
     lora = row.get("lora")
     if lora is not None:
         checked_text(lora, "lora")
-    return Question(kind, prompt, {name: row[name] for name in PARAMS if name in row}, lora=lora)
+    chat: Any = {name: row[name] for name in CHAT if name in row}
+    if chat and kind != "messages":
+        raise RequestError(f"{', '.join(chat)}: goes with messages, found {kind}")
+    return Question(kind, prompt, {name: row[name] for name in PARAMS if name in row}, lora=lora, chat=chat)
 
 
-def answer(question: Question, output: RequestOutput, llm: LLM, content: str) -> dict[str, Any]:
+def answer(question: Question, output: RequestOutput, llm: LLM, row_id: str | int, content: str) -> dict[str, Any]:
     """The output row of a finished request."""
     several = [_completion(c) for c in output.outputs]
     if len(several) > 1:
@@ -73,9 +87,11 @@ def answer(question: Question, output: RequestOutput, llm: LLM, content: str) ->
     completion_tokens = sum(len(c.token_ids) for c in output.outputs)
     prompt = {} if output.prompt_logprobs is None else {"prompt_logprobs": prompt_logprobs(output)}
     return {
-        "id": output.request_id,
+        "id": row_id,
+        "model": output.model,
         **(several[0] if len(several) == 1 else {"outputs": several}),
         **prompt,
+        **token_texts(output),
         "usage": {"prompt_tokens": len(output.prompt_token_ids), "completion_tokens": completion_tokens},
         **seed_fields(output.seed),
         "params": output.params.to_dict(),
@@ -89,6 +105,11 @@ def answer(question: Question, output: RequestOutput, llm: LLM, content: str) ->
 def seed_fields(seed: int) -> dict[str, Any]:
     """A seed as a number, and as text for those who round numbers."""
     return {"seed": seed, "seed_text": str(seed)}
+
+
+def token_texts(output: RequestOutput) -> dict[str, Any]:
+    """The texts of the tokens that have log-probabilities."""
+    return {} if output.token_texts is None else {"token_texts": {str(i): t for i, t in output.token_texts.items()}}
 
 
 def truncated(output: RequestOutput) -> dict[str, int]:
@@ -124,7 +145,12 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def failure(row_id: str | None, line: int | None, message: str, content: str) -> dict[str, Any]:
+def with_metadata(answer: dict[str, Any], metadata: Any) -> dict[str, Any]:
+    """An output row with what its row brought."""
+    return {**answer, "metadata": metadata}
+
+
+def failure(row_id: str | int | None, line: int | None, message: str, content: str) -> dict[str, Any]:
     """The output row of a row that could not run (``line`` is then its place), or failed when it ran."""
     if line is None:
         return {"id": row_id, "error": message, "hash": content}
@@ -132,11 +158,12 @@ def failure(row_id: str | None, line: int | None, message: str, content: str) ->
 
 
 def describe(row: dict[str, Any]) -> tuple[str | int, str, bool, int, int]:
-    """Of an output row: id, or line where it could not run; hash; whether it failed; prompt and completion tokens.
+    """Of an output row: id as text, or line where it could not run; hash; whether it failed; prompt and completion
+    tokens.
 
     Raises:
       KeyError, TypeError: it is none.
     """
     if "error" in row:
-        return row.get("line", row["id"]), row["hash"], True, 0, 0
-    return row["id"], row["hash"], False, row["usage"]["prompt_tokens"], row["usage"]["completion_tokens"]
+        return row["line"] if "line" in row else str(row["id"]), row["hash"], True, 0, 0
+    return str(row["id"]), row["hash"], False, row["usage"]["prompt_tokens"], row["usage"]["completion_tokens"]

@@ -1,7 +1,8 @@
 """Rows in the form of OpenAI's batch files, for /v1/chat/completions and /v1/completions.
 
 In: ``custom_id``, ``method``, ``url``, ``body``.  A body may also hold any field of ``SamplingParams`` (``top_k``,
-``min_p``, ...), as vLLM's may.  ``model`` is repeated in the answer; the model is the job's.
+``min_p``, ...), as vLLM's may, and for chats ``chat_template``, ``chat_template_kwargs`` and ``fold_system``
+(``ChatOptions``).  ``model`` is repeated in the answer; the model is the job's.  ``metadata`` is in the answer, too.
 
 Out: ``id``, ``custom_id``, ``response`` (``status_code``, ``request_id``, ``body``), ``error``, and under ``llmjax``
 what OpenAI's form has no place for.  ``created`` is 0 and ids follow from the row's content: the same job gives the
@@ -11,12 +12,13 @@ same bytes.
 import itertools
 from typing import Any
 
-from llmjax.batch.native import finite, prompt_logprobs, seed_fields, truncated
+from llmjax.batch.native import finite, prompt_logprobs, seed_fields, token_texts, truncated
+from llmjax.batch.question import CHAT as CHAT_OPTIONS
 from llmjax.batch.question import PARAMS, Question, checked_id, checked_ids, checked_text
 from llmjax.errors import RequestError
 from llmjax.llm import LLM
 from llmjax.runtime.outputs import CompletionOutput, RequestOutput
-from llmjax.text.tokenizer import Tokenizer
+from llmjax.text.tokenizer import Tokenizer, token_text
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 _KEYS = ("custom_id", "method", "url", "body")
@@ -32,7 +34,7 @@ def is_form(row: dict[str, Any]) -> bool:
     return any(name in row for name in ("method", "url", "body"))
 
 
-def row_id(row: dict[str, Any], line: int) -> str:
+def row_id(row: dict[str, Any], line: int) -> str | int:
     """The row's id.
 
     Raises:
@@ -41,6 +43,17 @@ def row_id(row: dict[str, Any], line: int) -> str:
     if "custom_id" not in row:
         raise RequestError("custom_id: expected a string, found none")
     return checked_id(row["custom_id"], "custom_id")
+
+
+def metadata(row: dict[str, Any]) -> Any:
+    """As ``native.metadata``."""
+    body = row.get("body")
+    return body.get("metadata") if isinstance(body, dict) else None
+
+
+def with_metadata(answer: dict[str, Any], metadata: Any) -> dict[str, Any]:
+    """As ``native.with_metadata``."""
+    return {**answer, "llmjax": {**answer.get("llmjax", {}), "metadata": metadata}}
 
 
 def parse(row: dict[str, Any]) -> Question:
@@ -70,7 +83,8 @@ def parse(row: dict[str, Any]) -> Question:
     if url == COMPLETIONS and not isinstance(prompt, str):
         if any(isinstance(part, str | list) for part in checked_ids(prompt, "body.prompt")):
             raise RequestError("body.prompt: expected one prompt, a string or token ids, found a list of them")
-    return Question(url, prompt, _params(body, chat=url == CHAT), model)
+    chat: Any = {name: body.pop(name) for name in CHAT_OPTIONS if name in body and url == CHAT}
+    return Question(url, prompt, _params(body, chat=url == CHAT), model, chat=chat)
 
 
 def _params(body: dict[str, Any], *, chat: bool) -> dict[str, Any]:
@@ -99,7 +113,7 @@ def _params(body: dict[str, Any], *, chat: bool) -> dict[str, Any]:
     return params
 
 
-def answer(question: Question, output: RequestOutput, llm: LLM, content: str) -> dict[str, Any]:
+def answer(question: Question, output: RequestOutput, llm: LLM, row_id: str | int, content: str) -> dict[str, Any]:
     """The output row of a finished request."""
     chat = question.is_chat
     prompt_tokens = len(output.prompt_token_ids)
@@ -109,7 +123,7 @@ def answer(question: Question, output: RequestOutput, llm: LLM, content: str) ->
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{content}",
         "object": "chat.completion" if chat else "text_completion",
         "created": 0,
-        "model": question.model or llm.model.path.name,
+        "model": question.model or output.model,
         "choices": choices,
         "usage": {
             "prompt_tokens": prompt_tokens,
@@ -120,7 +134,7 @@ def answer(question: Question, output: RequestOutput, llm: LLM, content: str) ->
     prompt = {} if output.prompt_logprobs is None else {"prompt_logprobs": prompt_logprobs(output)}
     return {
         "id": f"batch_req_{content}",
-        "custom_id": output.request_id,
+        "custom_id": row_id,
         "response": {"status_code": 200, "request_id": f"req_{content}", "body": body},
         "error": None,
         "llmjax": {
@@ -130,6 +144,7 @@ def answer(question: Question, output: RequestOutput, llm: LLM, content: str) ->
             "numerics": output.numerics,
             **truncated(output),
             **prompt,
+            **(token_texts(output) if prompt else {}),
         },
     }
 
@@ -157,12 +172,12 @@ def _chat_choice(completion: CompletionOutput, output: RequestOutput, tokenizer:
 def _choice(completion: CompletionOutput, output: RequestOutput, tokenizer: Tokenizer | None) -> dict[str, Any]:
     logprobs = None
     if completion.logprobs is not None:
-        tokens = [_text(t, tokenizer) for t in completion.token_ids]
+        tokens = [token_text(t, tokenizer) for t in completion.token_ids]
         logprobs = {
             "tokens": tokens,
             "token_logprobs": [finite(p) for p in completion.token_logprobs],
             "top_logprobs": [
-                {_text(t, tokenizer): finite(p) for t, p in list(step.items())[: output.params.logprobs or 0]}
+                {token_text(t, tokenizer): finite(p) for t, p in list(step.items())[: output.params.logprobs or 0]}
                 for step in completion.logprobs
             ],
             "text_offset": list(itertools.accumulate(map(len, tokens[:-1]), initial=0)),
@@ -179,25 +194,13 @@ def _token(token: int, logprob: float, tokenizer: Tokenizer | None) -> dict[str,
     data = tokenizer.token_bytes(token) if tokenizer else None
     value = finite(logprob)
     return {
-        "token": _text(token, tokenizer),
+        "token": token_text(token, tokenizer),
         "logprob": _IMPOSSIBLE if value is None else value,
         "bytes": None if data is None else list(data),
     }
 
 
-def _text(token: int, tokenizer: Tokenizer | None) -> str:
-    """A token's text; part of a character as OpenAI writes it, a special token by its name, and one that has none by
-    number, as vLLM does: tokens are keys in ``top_logprobs``, so no two may look alike."""
-    if tokenizer is None:
-        return f"token_id:{token}"
-    data = tokenizer.token_bytes(token)
-    try:
-        return data.decode() or tokenizer.piece(token) or f"token_id:{token}"
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-def failure(row_id: str | None, line: int | None, message: str, content: str) -> dict[str, Any]:
+def failure(row_id: str | int | None, line: int | None, message: str, content: str) -> dict[str, Any]:
     """As ``native.failure``."""
     error: dict[str, Any] = {"code": "failed", "message": message}
     if line is not None:
@@ -214,6 +217,6 @@ def describe(row: dict[str, Any]) -> tuple[str | int, str, bool, int, int]:
     """As ``native.describe``."""
     content = row["id"].removeprefix("batch_req_")
     if row["error"] is not None:
-        return row["error"].get("line", row["custom_id"]), content, True, 0, 0
+        return row["error"].get("line", str(row["custom_id"])), content, True, 0, 0
     usage = row["response"]["body"]["usage"]
-    return row["custom_id"], content, False, usage["prompt_tokens"], usage["completion_tokens"]
+    return str(row["custom_id"]), content, False, usage["prompt_tokens"], usage["completion_tokens"]

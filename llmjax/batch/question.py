@@ -1,12 +1,16 @@
 """What a row of the input asks, in whichever form it was written."""
 
+import json
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 from llmjax.errors import RequestError
+from llmjax.runtime.asking import ChatOptions
 from llmjax.runtime.params import SamplingParams
 
 PARAMS: tuple[str, ...] = tuple(f.name for f in fields(SamplingParams))
+# How a row of messages may have them rendered.
+CHAT: tuple[str, ...] = ("chat_template", "chat_template_kwargs", "fold_system")
 
 
 class Question(NamedTuple):
@@ -18,6 +22,7 @@ class Question(NamedTuple):
       params: sampling parameters it sets, by name.
       model: the model it names, if it does; recorded, not obeyed.
       lora: the resident adapter it wants.
+      chat: how its messages are rendered, see ``ChatOptions``.
     """
 
     kind: str
@@ -25,6 +30,7 @@ class Question(NamedTuple):
     params: dict[str, Any]
     model: str | None = None
     lora: str | None = None
+    chat: ChatOptions = {}
 
     @property
     def is_chat(self) -> bool:
@@ -32,15 +38,15 @@ class Question(NamedTuple):
         return self.kind in ("messages", "/v1/chat/completions")
 
 
-def checked_id(value: Any, name: str) -> str:
-    """An id as a string.
+def checked_id(value: Any, name: str) -> str | int:
+    """An id, which keeps its type.
 
     Raises:
-      RequestError: it is neither a string nor an integer, or no text.
+      RequestError: it is neither a string nor an integer.
     """
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise RequestError(f"{name}: expected a string or an integer, found {value!r:.80}")
-    return str(value)
+    return value
 
 
 def check_text_id(row_id: str) -> None:
@@ -60,4 +66,13 @@ def checked_text(value: Any, name: str) -> str:
     """Raises RequestError for anything but a string."""
     if not isinstance(value, str):
         raise RequestError(f"{name}: expected a string, found {type(value).__name__}")
+    return value
+
+
+def checked_json(value: Any, name: str) -> Any:
+    """Raises RequestError for what no JSON can hold: numbers that are not finite, lists nested too deeply."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{name}: cannot be written as JSON: {error}") from None
     return value

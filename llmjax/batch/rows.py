@@ -1,20 +1,22 @@
 """The rows of a batch's input, whichever form they have, checked and ready to run."""
 
+import collections
 import dataclasses
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from llmjax.batch import native, openai
-from llmjax.batch.files import Lines
+from llmjax.batch.identity import identity
 from llmjax.batch.index import Index, Written, digest
-from llmjax.batch.question import Question, check_text_id
+from llmjax.batch.question import Question, check_text_id, checked_json
+from llmjax.batch.reading import Lines
 from llmjax.errors import LlmjaxError, RequestError, ResumeError
 from llmjax.llm import LLM
+from llmjax.runtime.asking import Params
 from llmjax.runtime.outputs import RequestOutput
-from llmjax.runtime.params import SamplingParams
-from llmjax.runtime.row import Request
+from llmjax.runtime.row import Request, Requests
 from llmjax.text.dates import Date
 
 
@@ -46,6 +48,8 @@ class Shard:
 
 
 WHOLE = Shard(1, 1)
+# Tokens of each row that a job begins with memory for; it grows where rows are longer.
+RESERVE = 512
 
 
 class InputRow(NamedTuple):
@@ -53,8 +57,9 @@ class InputRow(NamedTuple):
 
     Attributes:
       line: its number, from 1.
-      row_id: its id, or the line's number; None where the line is no JSON.
+      row_id: its id as it stands there, or the line's number; None where the line is no JSON.
       form: the module that reads and writes rows of its kind.
+      metadata: what its answer is to repeat; None for nothing.
       question: what it asks, None where it cannot be told.
       request: that, ready to run; None where it cannot.
       error: why not, or why it failed when it ran.
@@ -63,8 +68,9 @@ class InputRow(NamedTuple):
     """
 
     line: int
-    row_id: str | None
+    row_id: str | int | None
     form: ModuleType
+    metadata: Any
     question: Question | None
     request: Request | None
     error: LlmjaxError | None
@@ -74,31 +80,98 @@ class InputRow(NamedTuple):
     def answer(self, output: RequestOutput, llm: LLM) -> tuple[Written, bytes]:
         """The output row of what became of it."""
         assert self.question is not None
-        row = self.form.answer(self.question, output, llm, self.content.hex())
+        row = self.form.answer(self.question, output, llm, self.row_id, self.content.hex())
         used = len(output.prompt_token_ids), sum(len(c.token_ids) for c in output.outputs)
-        return Written(self.key, self.content, False, *used), _line(row)
+        return Written(self.key, self.content, False, *used), self._line(row)
 
     def failure(self) -> tuple[Written, bytes]:
         """The output row that says why there is no answer."""
         line = self.line if self.request is None else None
         row = self.form.failure(self.row_id, line, str(self.error), self.content.hex())
-        return Written(self.key, self.content, True, 0, 0), _line(row)
+        return Written(self.key, self.content, True, 0, 0), self._line(row)
+
+    def _line(self, row: dict[str, Any]) -> bytes:
+        if self.metadata is not None:
+            row = self.form.with_metadata(row, self.metadata)
+        # Lone surrogates in an id are written as the escapes JSON has for them.
+        return f"{json.dumps(row, ensure_ascii=False)}\n".encode("utf-8", "backslashreplace")
+
+
+class Work(Protocol):
+    """What a job does with its rows.
+
+    Attributes:
+      llm: which it does it with.
+      in_order: answers come in the order of the rows.
+    """
+
+    llm: LLM
+    in_order: bool
+
+    def identity(self, shard: Shard, date: str) -> dict[str, Any]:
+        """Everything that fixes the answers, by name, as JSON would hold it."""
+
+    def form(self, row: dict[str, Any]) -> ModuleType:
+        """The module that reads and writes rows of this kind (``native`` shows what is in one)."""
+
+    def request(self, question: Any, row_id: str, date: Date | None) -> Request:
+        """What a row asks, checked and settled."""
+
+    def outputs(self, requests: Requests) -> Generator[Any, None, None]:
+        """What becomes of each request, in any order, with its ``request_id`` and the ``error`` if it failed."""
+
+    def summary(self, rows: Iterator[bytes]) -> dict[str, Any]:
+        """Of all rows of a finished output, for the manifest; empty for none."""
+
+
+class Generating:
+    """Prompts are continued.
+
+    Args:
+      llm: the model.
+      params: what rows do not set.
+    """
+
+    in_order = False
+
+    def __init__(self, llm: LLM, params: Params):
+        self.llm, self.params = llm, llm.sampling_params(params)
+
+    def identity(self, shard: Shard, date: str) -> dict[str, Any]:
+        """See ``Work``."""
+        return identity(self.llm, self.params, str(shard), date)
+
+    def form(self, row: dict[str, Any]) -> ModuleType:
+        """See ``Work``."""
+        return openai if openai.is_form(row) else native
+
+    def request(self, question: Question, row_id: str, date: Date | None) -> Request:
+        """See ``Work``."""
+        params = dataclasses.replace(self.params, **question.params)
+        if question.is_chat:
+            return self.llm.chat_request(
+                question.prompt, params, request_id=row_id, lora=question.lora, date=date, **question.chat
+            )
+        return self.llm.request(question.prompt, params, request_id=row_id, lora=question.lora)
+
+    def outputs(self, requests: Requests) -> Generator[RequestOutput, None, None]:
+        """See ``Work``."""
+        return self.llm.outputs(requests, reserve=[RESERVE] * self.llm.engine.slots)
+
+    def summary(self, rows: Iterator[bytes]) -> dict[str, Any]:
+        """See ``Work``."""
+        return {}
 
 
 def read_rows(
-    lines: Iterable[str],
-    llm: LLM,
-    defaults: SamplingParams,
-    index: Index,
-    shard: Shard = WHOLE,
-    date: Date | None = None,
-) -> Iterator[InputRow]:
+    lines: Iterable[str | None], work: Work, index: Index, shard: Shard = WHOLE, date: Date | None = None
+) -> Iterator[InputRow | None]:
     """Parses lines one by one; blank ones are skipped, bad ones become rows with an error.
 
     Args:
-      lines: JSON objects in the form of ``llmjax.batch.native`` or ``llmjax.batch.openai``.
-      llm: tokenises and checks.
-      defaults: parameters a row does not set.
+      lines: JSON objects in the form of ``llmjax.batch.native`` or ``llmjax.batch.openai``; None where there is none at
+        the moment, which is passed on.
+      work: tokenises and checks.
       index: remembers the ids.
       shard: which rows to yield.
       date: what chat templates take for the present.
@@ -107,32 +180,30 @@ def read_rows(
       RequestError: the lines cannot be read on.
       ResumeError: the index cannot be written.
     """
-
-    def request(question: Question, row_id: str) -> Request:
-        params = dataclasses.replace(defaults, **question.params)
-        if question.is_chat:
-            return llm.chat_request(question.prompt, params, request_id=row_id, lora=question.lora, date=date)
-        return llm.request(question.prompt, params, request_id=row_id, lora=question.lora)
-
-    for number, line in enumerate(lines, 1):
+    number = 0
+    for line in lines:
+        if line is None:
+            yield None
+            continue
+        number += 1
         if line.strip():
-            row = _read(number, line, request, index, shard)
+            row = _read(number, line, work, index, shard, date)
             if row is not None:
                 yield row
 
 
-def count_rows(lines: Lines, shard: Shard = WHOLE) -> int | None:
+def count_rows(lines: Lines, work: Work, shard: Shard = WHOLE) -> int | None:
     """Rows of an input; None for a pipe, which can be read but once."""
     if not lines.repeatable:
         return None
     filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-    return sum(1 for number, line in filled if shard == WHOLE or shard.has(_shard_id(number, line)))
+    return sum(1 for number, line in filled if shard == WHOLE or shard.has(_shard_id(number, line, work)))
 
 
-def _shard_id(number: int, line: str) -> str:
+def _shard_id(number: int, line: str, work: Work) -> str:
     try:
         row = parse_object(line)
-        return (openai if openai.is_form(row) else native).row_id(row, number)
+        return str(work.form(row).row_id(row, number))
     except BaseException as error:
         row_error(error)
         return str(number)
@@ -151,30 +222,31 @@ def row_error(error: BaseException) -> LlmjaxError:
     return error if isinstance(error, LlmjaxError) else RequestError(f"{type(error).__name__}: {error}")
 
 
-def _read(
-    number: int, line: str, make: Callable[[Question, str], Request], index: Index, shard: Shard
-) -> InputRow | None:
-    row_id: str | None = None
-    form: ModuleType = native
-    question: Question | None = None
+def _read(number: int, line: str, work: Work, index: Index, shard: Shard, date: Date | None) -> InputRow | None:
+    row_id: str | int | None = None
+    form: ModuleType = work.form({})
+    metadata = question = None
     try:
         row = parse_object(line)
-        form = openai if openai.is_form(row) else native
+        form = work.form(row)
         row_id = form.row_id(row, number)
-        if not shard.has(row_id):
+        name = str(row_id)
+        if not shard.has(name):
             return None
-        check_text_id(row_id)
-        if not index.is_new(row_id):
+        check_text_id(name)
+        metadata = checked_json(form.metadata(row), "metadata")
+        if not index.is_new(name):
             raise RequestError(f"id {row_id!r} was used by an earlier row; ids name rows and seed their draws")
         question = form.parse(row)
-        request = make(question, row_id)
-        return InputRow(number, row_id, form, question, request, None, _key(row_id), _content(question, request))
+        request = work.request(question, name, date)
+        content = _content(question, request, metadata)
+        return InputRow(number, row_id, form, metadata, question, request, None, _key(name), content)
     except BaseException as raised:
         error = row_error(raised)
         if row_id is None and not shard.has(str(number)):
             return None
         content = digest(f"{line.strip()}\n{error}")
-        return InputRow(number, row_id, form, question, None, error, _key(number), content)
+        return InputRow(number, row_id, form, metadata, question, None, error, _key(number), content)
 
 
 def _key(name: str | int) -> bytes:
@@ -182,27 +254,41 @@ def _key(name: str | int) -> bytes:
     return digest(f"id {name}" if isinstance(name, str) else f"line {name}")
 
 
-def _content(question: Question, request: Request) -> bytes:
+def _content(question: Question, request: Request, metadata: Any) -> bytes:
     values = vars(request) | {"params": request.params.to_dict(), "prompt": question.kind, "model": question.model}
+    if metadata is not None:
+        values["metadata"] = metadata
     return digest(json.dumps(values, sort_keys=True))
 
 
-def _line(row: dict[str, Any]) -> bytes:
-    # Lone surrogates in an id are written as the escapes JSON has for them.
-    return f"{json.dumps(row, ensure_ascii=False)}\n".encode("utf-8", "backslashreplace")
-
-
-def describe(row: Any) -> Written | None:
-    """What an output row stands for; None for JSON that is no row of a job."""
+def describe(row: Any, work: Work) -> Written | None:
+    """What an output row stands for; None for JSON that is no row of such a job."""
     if not isinstance(row, dict):
         return None
-    form = openai if "custom_id" in row else native
+    form = openai if "custom_id" in row else work.form({})
     try:
         name, content, failed, prompt_tokens, completion_tokens = form.describe(row)
         used = int(prompt_tokens), int(completion_tokens)
         return Written(_key(name), bytes.fromhex(content), failed, *used) if max(map(abs, used)) < 2**63 else None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
+
+
+def named(text: bytes) -> str:
+    """Of an output row that failed: which it is, and why."""
+    row = json.loads(text)
+    row_id, error = row.get("custom_id", row.get("id")), row["error"]
+    message = error["message"] if isinstance(error, dict) else error
+    return message if row_id is None else f"id {row_id!r:.80}: {message}"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys differ: of two, a reader of JSON would keep the last and say nothing."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = collections.Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise RequestError(f"key {twice!r:.80} is there twice")
+    return found
 
 
 def parse_object(line: str) -> dict[str, Any]:
@@ -213,7 +299,7 @@ def parse_object(line: str) -> dict[str, Any]:
     """
     try:
         line.encode()
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_unique)
     except UnicodeEncodeError:
         raise RequestError("not valid UTF-8") from None
     except (ValueError, RecursionError) as error:

@@ -11,6 +11,7 @@ import numpy as np
 from converters.readers.opening import open_source
 from llmjax.checkpoint.loading import find_model, read_tokenizer
 from llmjax.checkpoint.plan import make_plan
+from llmjax.errors import printable
 from llmjax.text.tokenizer import Tokenizer
 
 # Of something that differs, by name: what the checkpoint has, and what the reference.
@@ -88,11 +89,11 @@ def to_text(found: Differences) -> str:
     if not found:
         return "configuration and tokenizer: the same"
     width = max(map(len, found))
-    lines = [f"  {name:{width}}  {_shown(here)}, not {_shown(there)}" for name, (here, there) in found.items()]
-    return "\n".join(["differs in", *lines])
+    lines = [f"  {name:{width}}  {_as_json(here)}, not {_as_json(there)}" for name, (here, there) in found.items()]
+    return printable("\n".join(["differs in", *lines]))
 
 
-def _shown(value: Any) -> str:
+def _as_json(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 100 else f"{text[:100]}..."
 

@@ -8,7 +8,7 @@ from google.protobuf import json_format
 
 from converters.readers.mediapipe import graph, package
 from converters.readers.mediapipe.package import Package, Part
-from llmjax.errors import CheckpointError, LlmjaxError
+from llmjax.errors import CheckpointError, LlmjaxError, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class BundleReport:
                         for port in signature[title]
                     ]
         lines += ["", "supported: no", *(f"  {problem}" for problem in self.problems)]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def inspect(path: Path) -> BundleReport:

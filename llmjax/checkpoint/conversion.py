@@ -4,7 +4,6 @@ import contextlib
 import importlib.metadata
 import json
 import math
-import os
 import shutil
 import warnings
 from collections import Counter
@@ -24,11 +23,12 @@ from llmjax.checkpoint.loading import check_dtype, find_model, fitting_plan, rea
 from llmjax.checkpoint.parameters import Parameter, read_all
 from llmjax.checkpoint.plan import Override, Plan, describe
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
-from llmjax.errors import CheckpointError, ConfigError
+from llmjax.errors import ConfigError
 from llmjax.lora import merge as merging
 from llmjax.lora.adapter import Adapter, AnyLora, read_adapter
 from llmjax.models.names import sources_of
 from llmjax.models.registry import read_config
+from llmjax.outside.whole import whole_folder
 from llmjax.quant.qtensor import QTensor, dequantize
 from llmjax.quant.schemes import Recipe, parse
 from llmjax.text import export
@@ -91,7 +91,7 @@ def convert(
         if read_config(facts, where)[1] != plan.config:
             found = ", ".join(spec.name for spec in plan.configuring)
             raise ConfigError(f"{where}: {found}: the files to be written have no place for it; use the source itself")
-        with _whole_directory(Path(destination)) as folder:
+        with whole_folder(Path(destination)) as folder:
             adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
             merge = merging.Merge(adapter.deltas if adapter else {}, "merged", numerics=None)
             made_from = _made_from(opened, adapter)
@@ -125,23 +125,6 @@ def _recipe(source: Source, recipe: Recipe | None) -> dict[str, Any] | None:
     if recipe is None:
         return source.recipe if isinstance(source, LlmjaxSource) else None
     return recipe.to_dict()
-
-
-@contextlib.contextmanager
-def _whole_directory(path: Path) -> Iterator[Path]:
-    """A folder that gets its name when all has been written, and is removed when not."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise CheckpointError(f"{path}: exists; expected a new directory, or an empty one")
-        partial.mkdir(parents=True)
-        yield partial
-        os.rename(partial, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise CheckpointError(f"{path}: cannot write it: {reason}; nothing is left behind") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_packed(

@@ -5,10 +5,12 @@ from typing import Any
 
 from converters.readers.source import Source
 from llmjax.checkpoint.plan import Override
-from llmjax.errors import ConfigError
+from llmjax.errors import ConfigError, shown
+from llmjax.outside.values import INT32, integer
 from llmjax.text.tokenizer import Tokenizer
 
 _KEY = "eos_token_id"
+_ID = integer(-1, INT32)
 
 
 def end_tokens(source: Source, tokenizer: Tokenizer | None, override: Override = None) -> tuple[int, ...]:
@@ -44,6 +46,6 @@ def _ids(config: Mapping[str, Any], where: str) -> set[int] | None:
     value = stating[_KEY]
     ids = value if isinstance(value, list | tuple) else [-1 if value is None else value]
     for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int) or token < -1:
-            raise ConfigError(f"{where}: {_KEY}: expected a token id or a list of them, found {value!r:.80}")
+        if not _ID.holds(token):
+            raise ConfigError(f"{where}: {_KEY}: expected a token id or a list of them, found {shown(value)}")
     return set(ids) - {-1}

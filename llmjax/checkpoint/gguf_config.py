@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from llmjax.errors import ConfigError
+from llmjax.errors import ConfigError, named, shown
 from llmjax.models.config import FULL, SLIDING, DecoderConfig
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ class _Entries:
 
     def problem(self, key: str, text: str) -> None:
         """Adds a line to the error that ``finish`` raises."""
-        self.problems.append(f"{self._prefix}{key}: {text}")
+        self.problems.append(f"{self._prefix}{named(key)}: {text}")
 
     def _checked(self, key: str, default: T | None, what: str, ok: Callable[[Any], bool], instead: T) -> T:
         value = self.get(key, default)
@@ -72,7 +72,7 @@ class _Entries:
             return value
         else:
             differs = "values that differ by layer: " if isinstance(value, np.ndarray) else ""
-            self.problem(key, f"expected {what}, found {differs}{_shown(value)}")
+            self.problem(key, f"expected {what}, found {differs}{shown(value)}")
         return instead  # lets the reading go on to collect the other problems
 
     def size(self, key: str, default: int | None = None) -> int:
@@ -99,7 +99,7 @@ class _Entries:
         value = self.get(key, allowed[0])
         if isinstance(value, np.ndarray) or value not in allowed:
             wanted = " or ".join(repr(a) for a in dict.fromkeys(allowed))
-            self.problem(key, f"{_shown(value)} is not supported, expected {wanted}")
+            self.problem(key, f"{shown(value)} is not supported, expected {wanted}")
 
     def finish(self, where: str) -> None:
         """Raises for everything that was wrong or left over.
@@ -110,17 +110,12 @@ class _Entries:
         for key in sorted(set(self._values) - self._seen - set(_IRRELEVANT)):
             self.problem(
                 key,
-                f"llmjax does not know this key (value {_shown(self._values[key])}) and will not guess what it changes",
+                f"llmjax does not know this key (value {shown(self._values[key])}) and will not guess what it changes",
             )
         if len(self.problems) == 1:
             raise ConfigError(f"{where}: {self.problems[0]}")
         if self.problems:
             raise ConfigError(f"{where}: " + "\n  ".join(["unsupported metadata:", *self.problems]))
-
-
-def _shown(value: Any) -> str:
-    text = repr(value.tolist() if isinstance(value, np.ndarray) else value)
-    return text if len(text) <= 80 else text[:80] + "..."
 
 
 def hf_config(metadata: Mapping[str, Any], tensors: Shapes, where: str) -> Config:
@@ -137,7 +132,7 @@ def hf_config(metadata: Mapping[str, Any], tensors: Shapes, where: str) -> Confi
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise ConfigError(
-            f"{where}: general.architecture {_shown(architecture)} is not supported; "
+            f"{where}: general.architecture {shown(architecture)} is not supported; "
             f"llmjax has {', '.join(sorted(ARCHITECTURES))}"
         )
     entries = _Entries(metadata, tensors, architecture)
@@ -195,7 +190,7 @@ def _rope(e: _Entries, c: Config, *, partial: bool = False) -> None:
     factor = e.optional("rope.scaling.factor") or e.optional("rope.scale_linear")
     kind = e.get("rope.scaling.type", "linear")
     if not isinstance(kind, str) or kind not in ("none", "linear"):
-        e.problem("rope.scaling.type", f"{_shown(kind)} is not supported, expected 'none' or 'linear'")
+        e.problem("rope.scaling.type", f"{shown(kind)} is not supported, expected 'none' or 'linear'")
     elif kind == "linear" and factor not in (None, 1.0):
         c["rope_scaling"] = {"rope_type": "linear", "factor": factor}
     if not partial:
@@ -219,7 +214,7 @@ def _windows(e: _Entries, c: Config, window: int, period: int) -> None:
     else:
         e.problem(
             "attention.sliding_window_pattern",
-            f"expected a whole number, or {layers} booleans, found {_shown(pattern)}",
+            f"expected a whole number, or {layers} booleans, found {shown(pattern)}",
         )
         return
     c["sliding_window"] = window or None
@@ -370,7 +365,7 @@ def with_rope_freqs(config: DecoderConfig, divisors: np.ndarray, where: str) -> 
         )
     values = tuple(float(d) for d in divisors)
     if not all(0 < d < float("inf") for d in values):
-        raise ConfigError(f"{where}: tensor {ROPE_FREQS}: expected positive numbers, found {_shown(divisors)}")
+        raise ConfigError(f"{where}: tensor {ROPE_FREQS}: expected positive numbers, found {shown(divisors)}")
     if set(values) == {1.0}:
         return config
     return dataclasses.replace(config, rope=dataclasses.replace(rope, divisors=values))  # type: ignore[call-arg]

@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import platform
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -60,7 +59,7 @@ def model_facts(model: Model) -> dict[str, Any]:
         for a in (origin.adapters if origin else ())
     ]
     in_files = sha is not None and all(a["sha256"] for a in adapters)
-    kinds = stored(model)
+    kinds = model.stored()
     floats = [kind for kind in kinds if not kind.startswith("int")]
     facts = {
         "model": str(model.path),
@@ -103,15 +102,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         if isinstance(before, Mapping) and isinstance(now, Mapping):
             yield from differences(before, now, f"{prefix}{name}.")
         elif before != now:
-            yield f"{prefix}{name}: was {_shown(before)}, now {_shown(now)}"
-
-
-def stored(model: Model) -> dict[str, int]:
-    """The kinds of weights there are, dtypes and schemes of quantized ones, and how many weights are of each."""
-    kinds: Counter[str] = Counter()
-    for leaf in jax.tree.leaves(model.params, is_leaf=_is_packed):
-        kinds[leaf.scheme if isinstance(leaf, QTensor) else str(leaf.dtype)] += int(np.prod(leaf.shape))
-    return dict(sorted(kinds.items()))
+            yield f"{prefix}{name}: was {_abridged(before)}, now {_abridged(now)}"
 
 
 def _quantization(model: Model, recipe: Recipe | None) -> Any:
@@ -133,7 +124,7 @@ def _is_packed(x: Any) -> bool:
     return isinstance(x, QTensor)
 
 
-def _shown(value: Any) -> str:
+def _abridged(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:24]}..."
 

@@ -14,7 +14,7 @@ from llmjax.checkpoint.bundles import BundleReport
 from llmjax.checkpoint.loading import find_model, read_tokenizer
 from llmjax.checkpoint.parameters import is_packed
 from llmjax.checkpoint.plan import Plan, describe, make_plan
-from llmjax.errors import ConfigError, LlmjaxError, TokenizerError
+from llmjax.errors import ConfigError, LlmjaxError, TokenizerError, named, printable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,18 +61,19 @@ class Report:
         for dtype, size in sizes.most_common():
             lines.append(f"  tensors     {counts[dtype]} {dtype}, {_size(size)}")
         if self.config:
-            lines += ["", "config", *(f"  {k:24} {v}" for k, v in self.config.items())]
+            lines += ["", "config", *(f"  {k:24} {v!s:.200}" for k, v in self.config.items())]
         if self.tokenizer:
             lines += ["", "tokenizer", *(f"  {k:24} {v!s:.200}" for k, v in self.tokenizer.items())]
         lines += ["", "tensors"]
-        width = max((len(t["name"]) for t in self.tensors), default=0)
-        for t in self.tensors:
+        names = [named(t["name"]) for t in self.tensors]
+        width = max(map(len, names), default=0)
+        for name, t in zip(names, self.tensors, strict=True):
             kept = "" if t["dtype"] in _FLOATS else f", {t['kept']}"
             use = (", ".join(t["fills"]) + kept) if t["fills"] else t["use"]
-            lines.append(f"  {t['name']:{width}}  {t['dtype']:8} {str(t['shape']):16} -> {use}")
+            lines.append(f"  {name:{width}}  {t['dtype']:8} {str(t['shape']):16} -> {use}")
         lines += ["", "supported: yes" if self.supported else "supported: no"]
         lines += [f"  {line}" for problem in self.problems for line in problem.splitlines()]
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def inspect(path: str | Path) -> Report | BundleReport:

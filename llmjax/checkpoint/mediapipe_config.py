@@ -237,9 +237,9 @@ def _differences(found: Any, expected: Any, prefix: str) -> Iterator[str]:
         if field.message_type is not None:
             yield from _differences(a, b, f"{prefix}{field.name}.")
         elif a != b:
-            yield f"{prefix}{field.name}: expected {_shown(field, b)}, found {_shown(field, a)}"
+            yield f"{prefix}{field.name}: expected {_value_name(field, b)}, found {_value_name(field, a)}"
 
 
-def _shown(field: Any, value: Any) -> Any:
+def _value_name(field: Any, value: Any) -> Any:
     known = field.enum_type.values_by_number if field.enum_type is not None else {}
     return known[value].name if value in known else value

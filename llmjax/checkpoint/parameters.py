@@ -11,7 +11,7 @@ from converters.readers.llmjax_directory import LlmjaxSource
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.source import Source, TensorSpec
 from llmjax.checkpoint.plan import Assignment, Plan
-from llmjax.errors import CheckpointError, ConfigError
+from llmjax.errors import CheckpointError, ConfigError, named
 from llmjax.lora.merge import Merge, merged_rows
 from llmjax.quant import gguf
 from llmjax.quant.arrays import aligned, row_chunks
@@ -197,7 +197,8 @@ def _check_tied(source: Source, plan: Plan) -> None:
         embedding = next(a for a in plan.assignments if a.parameter == "embed.weight").sources[0]
         if not np.array_equal(source.read(spec.name), source.read(embedding.name)):
             raise CheckpointError(
-                f"{spec.file}: tensor {spec.name} differs from {embedding.name}, but the configuration ties them; "
+                f"{spec.file}: tensor {named(spec.name)} differs from {named(embedding.name)}, but the "
+                "configuration ties them; "
                 "set tie_word_embeddings to false if the head is its own"
             )
         source.release(spec.name)

@@ -1,7 +1,8 @@
 """Which tensor of a checkpoint fills which parameter of the model its config describes: from headers alone."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.source import Source, TensorSpec
 from llmjax.checkpoint import gguf_config, gguf_names, mediapipe_config, mediapipe_names
+from llmjax.errors import named
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.names import Names, SameNames, sources_of, stem
@@ -98,19 +100,24 @@ def make_plan(source: Source, override: Override = None) -> Plan:
         configuring.append(specs[gguf_config.ROPE_FREQS])
         used.add(gguf_config.ROPE_FREQS)
     assignments = []
-    for parameter, shape in parameter_shapes(config).items():
+    known = min(config.num_hidden_layers, _last_layer(specs) + 2)  # one without tensors tells of all the others
+    if known < config.num_hidden_layers:
+        layers = config.num_hidden_layers
+        problems.append(f"num_hidden_layers: {layers}, but no tensor is of a layer after number {known - 2}")
+    for parameter, shape in parameter_shapes(config.shortened(known)).items():
         entry, files = sources_of(parameter, names)
         found = []
         for name in files:
             name = name if name in specs else stems.get(_stem(source, name), name)
             if name not in specs:
-                problems.append(f"missing tensor {name}, needed for {parameter} {list(shape)}")
+                problems.append(f"missing tensor {named(name)}, needed for {parameter} {list(shape)}")
                 continue
             used.add(name)
             found.append(specs[name])
             expected = entry.source_shape(shape)
             if specs[name].shape != expected:
-                problems.append(f"tensor {name}: expected shape {list(expected)}, found {list(specs[name].shape)}")
+                found_shape = list(specs[name].shape)
+                problems.append(f"tensor {named(name)}: expected shape {list(expected)}, found {found_shape}")
         assignments.append(Assignment(parameter, shape, tuple(found), entry.make))
     tied, dropped = [], []
     head = _stem(source, f"{names['head']}.weight")
@@ -120,8 +127,14 @@ def make_plan(source: Source, override: Override = None) -> Plan:
         elif architecture.drops(name, config):
             dropped.append(specs[name])
         else:
-            problems.append(f"tensor {name} {list(specs[name].shape)} is not part of a {architecture.model_type} model")
+            what = f"tensor {named(name)} {list(specs[name].shape)}"
+            problems.append(f"{what} is not part of a {architecture.model_type} model")
     return Plan(architecture, config, assignments, tied, dropped, configuring, problems)
+
+
+def _last_layer(names: Iterable[str]) -> int:
+    """The highest number of a layer in names of tensors; -1 where there is none."""
+    return max((int(n) for name in names for n in re.findall(r"[._](\d{1,4})\.", name)), default=-1)
 
 
 def _stem(source: Source, name: str) -> str:

@@ -4,7 +4,6 @@ Format: https://huggingface.co/docs/safetensors.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +44,12 @@ class SafetensorsWriter:
         self._at = stop
 
     def close(self, metadata: dict[str, str]) -> None:
-        """Writes the header and sees to it that all is on the disk."""
+        """Writes the header."""
         header = json.dumps({"__metadata__": metadata, **self._entries}, separators=(",", ":")).encode()
         if len(header) > self._room:
             raise ValueError(f"a header of {len(header)} bytes, room for {self._room}")
         self._file.seek(0)
         self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
 
     def abandon(self) -> None:

@@ -57,7 +57,7 @@ def _inspect(args: argparse.Namespace) -> int:
         found, other = error.errors(args.path, args.against), against.differences(args.path, args.against)
         values |= {"error": error.to_dict(found), "differences": against.to_dict(other)}
         text, same = f"{text}\n\n{error.to_text(found)}\n\n{against.to_text(other)}", not other
-    print(json.dumps(values, indent=2, ensure_ascii=False) if args.json else text)
+    print(json.dumps(values, indent=2) if args.json else text)
     return 0 if report.supported and same else 1
 
 

@@ -1,15 +1,13 @@
 """Flags that several verbs share, and what their values mean."""
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmjax.errors import RequestError
-
-if TYPE_CHECKING:  # the verbs import what they need: `llmjax --help` must not wait for JAX
-    from llmjax.runtime.params import SamplingParams
 
 # What ``add_subparsers`` returns; argparse has no public name for it.
 Verbs = Any
@@ -72,8 +70,26 @@ def engine_flags() -> argparse.ArgumentParser:
     group.add_argument("--max-batch", type=int, metavar="N", help="decode slots (default 1; batch: up to 32)")
     group.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long")
     memory_flag(group)
-    text = "the date chat templates are told, 2026-01-31 or 2026-01-31T09:30 (default: now; a job keeps its first)"
+    group.add_argument(
+        "--generation-config",
+        choices=("auto", "none"),
+        default="auto",
+        help="auto heeds what the checkpoint's generation_config.json says of sampling, where no flag does; none does "
+        "not",
+    )
+    group = flags.add_argument_group("chat templates")
+    text = "the date that they are told, 2026-01-31 or 2026-01-31T09:30 (default: now; a job keeps its first)"
     group.add_argument("--date", metavar="DATE", help=text)
+    group.add_argument("--chat-template", metavar="FILE", help="a Jinja file instead of the checkpoint's own template")
+    group.add_argument(
+        "--chat-template-kwargs",
+        type=_json_object,
+        metavar="JSON",
+        help="further names the template may use, such as '{\"enable_thinking\": false}'",
+    )
+    group.add_argument(
+        "--fold-system", action="store_true", help="put system messages into the user's first, where they are refused"
+    )
     return flags
 
 
@@ -95,7 +111,7 @@ def cache_flags() -> argparse.ArgumentParser:
 
 
 def sampling_flags() -> argparse.ArgumentParser:
-    """What ``sampling_params`` reads."""
+    """What ``sampling_given`` reads."""
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group("sampling")
     group.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to generate (default 256)")
@@ -117,14 +133,18 @@ def sampling_flags() -> argparse.ArgumentParser:
     return flags
 
 
-def sampling_params(args: argparse.Namespace) -> "SamplingParams":
-    """Sampling parameters from flags; ``--seed`` is the job's, so rows differ."""
+def sampling_given(args: argparse.Namespace) -> dict[str, Any]:
+    """Sampling parameters that flags name; ``--seed`` is the job's, so rows differ.
+
+    Raises:
+      RequestError: one is out of range.
+    """
     from llmjax.runtime.params import SamplingParams
 
-    given = {f.name: getattr(args, f.name, None) for f in fields(SamplingParams) if f.name != "seed"}
-    if args.seed is not None:
-        SamplingParams(seed=args.seed)
-    return SamplingParams(**{k: v for k, v in given.items() if v is not None})
+    names = [f.name for f in fields(SamplingParams) if f.name != "seed"]
+    given = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+    SamplingParams(**given, seed=args.seed)
+    return given
 
 
 def id_list(text: str) -> list[int]:
@@ -133,20 +153,49 @@ def id_list(text: str) -> list[int]:
 
 
 def _bias(text: str) -> dict[int, float]:
-    return {int(i): float(value) for i, value in (pair.split(":") for pair in text.split(","))}
+    pairs = [pair.split(":") for pair in text.split(",")]
+    found = {int(token): float(value) for token, value in pairs}
+    if len(found) < len(pairs):
+        raise argparse.ArgumentTypeError(f"a token is there twice in {text!r}")
+    return found
 
 
-def named_path(text: str) -> tuple[str, str]:
-    """A name and a path from ``NAME=PATH``."""
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f"expected NAME=PATH, found {text!r}")
-    return name, path
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, found {text!r}")
+    return found
 
 
 def prompt_text(text: str) -> str:
-    """The prompt as given, or all of stdin for ``-``."""
-    prompt = sys.stdin.read() if text == "-" else text
+    """The prompt as given, or all of stdin for ``-``.
+
+    Raises:
+      RequestError: it is empty, or not text in the encoding that is expected.
+    """
+    where, prompt = "prompt", text
+    if text == "-":
+        if sys.stdin is None:
+            raise RequestError("prompt: stdin is closed")
+        where, prompt = "stdin", sys.stdin.read().removeprefix("\ufeff")
     if not prompt:
         raise RequestError("prompt: empty, expected some text")
-    return prompt
+    return decoded(prompt, where)
+
+
+def decoded(text: str, where: str) -> str:
+    """The text itself.
+
+    Raises:
+      RequestError: bytes of it were none of the encoding that is expected; they pass as lone surrogates.
+    """
+    at = next((i for i, char in enumerate(text) if "\udc80" <= char <= "\udcff"), None)
+    if at is not None:
+        encoding = getattr(sys.stdin, "encoding", None) or "UTF-8"
+        raise RequestError(
+            f"{where}: expected {encoding.upper()} text, found byte {ord(text[at]) - 0xDC00:#04x} after {at} characters"
+        )
+    return text

@@ -3,10 +3,11 @@
 import argparse
 import contextlib
 import sys
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from llmjax.cli import loading
-from llmjax.cli.flags import Verbs, add_verb, engine_flags, prompt_text, sampling_flags, sampling_params
+from llmjax.cli.flags import Verbs, add_verb, decoded, engine_flags, prompt_text, sampling_flags, sampling_given
 from llmjax.errors import RequestError
 
 if TYPE_CHECKING:
@@ -27,21 +28,29 @@ def add(verbs: Verbs) -> None:
     generate.add_argument("--system", help="system message for --chat")
     chat = add_verb(verbs, "chat", _chat, "Talk with a model, a line at a time.", *parents)
     chat.add_argument("--system", help="system message")
+    for verb in (generate, chat):
+        verb.add_argument("--verbose", action="store_true", help="tell speed and memory after an answer, to stderr")
 
 
 def _generate(args: argparse.Namespace) -> int:
-    params = sampling_params(args)
-    if args.date and not (args.chat or args.system):
-        raise RequestError("date: only a chat template takes one; give --chat, too")
+    given = sampling_given(args)
+    chat = args.chat or args.system
+    if not chat:
+        for name in ("date", "chat_template", "chat_template_kwargs", "fold_system"):
+            if getattr(args, name):
+                raise RequestError(f"{name}: only a chat template takes one; give --chat, too")
     prompt = prompt_text(args.prompt)
-    llm, _ = loading.load_llm(args)
-    if args.chat or args.system:
-        request = llm.chat_request(_messages(args.system, prompt), params, date=args.date)
+    llm, seconds = loading.load_llm(args)
+    loading.tell_defaults(llm, given)
+    if chat:
+        request = llm.chat_request(_messages(args.system, prompt), given, date=args.date)
     else:
-        request = llm.request(prompt, params)
+        request = llm.request(prompt, given)
     if args.show_prompt:
         print(f"prompt: {request.prompt!r}\nids: {request.ids}", file=sys.stderr)
-    _print_stream(llm, request)
+    with _measured(llm, args.verbose, f"load {seconds:.1f} s"):
+        for _ in _printed(llm, request):
+            pass
     return 0
 
 
@@ -49,8 +58,8 @@ def _messages(system: str | None, user: str) -> list[dict[str, str]]:
     return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": user}]
 
 
-def _print_stream(llm: "LLM", request: Any) -> str:
-    text = ""
+def _printed(llm: "LLM", request: Any) -> Iterator[str]:
+    """The answer's pieces as they come, printed."""
     if request.truncated:
         left = len(request.ids)
         print(
@@ -58,33 +67,83 @@ def _print_stream(llm: "LLM", request: Any) -> str:
             f"answer has at most {request.params.max_tokens:,}",
             file=sys.stderr,
         )
-    for update in llm.run([request], burst=1):
-        text += update.piece
-        print(update.piece, end="", flush=True)
-    print()
-    return text
+    with contextlib.closing(llm.run([request], burst=1)) as updates:
+        for update in updates:
+            print(update.piece, end="", flush=True)
+            yield update.piece
+    print(flush=True)
+
+
+@contextlib.contextmanager
+def _measured(llm: "LLM", wanted: bool, *more: str) -> Iterator[None]:
+    """Tells on stderr what was done meanwhile, and how fast."""
+    import resource  # not on Windows
+
+    from llmjax.batch.progress import Meter, rate
+
+    meter = Meter(llm.engine)
+    yield
+    if wanted:
+        run = meter.read()
+        reused = f" and {run['reused_tokens']:,} kept from before" if run["reused_tokens"] else ""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        told = (
+            *more,
+            f"compile {run['compile_seconds']:.1f} s",
+            f"prompt {run['prefill_tokens']:,} tokens{reused}, {rate(run, 'prefill'):,.1f} tok/s",
+            f"answer {run['decode_tokens']:,} tokens, {rate(run, 'decode'):,.1f} tok/s",
+            f"memory: {llm.engine.store.memory.describe()}",
+            f"most of the process so far {peak / 1e9:,.2f} GB",
+        )
+        print(f"llmjax: {'; '.join(told)}", file=sys.stderr)
 
 
 def _chat(args: argparse.Namespace) -> int:
     from llmjax.text.dates import settled
 
-    params = sampling_params(args)
+    given = sampling_given(args)
     date = settled(args.date)
-    llm, _ = loading.load_llm(args)
-    messages = [{"role": "system", "content": args.system}] if args.system else []
-    interactive = sys.stdin.isatty()
+    llm, seconds = loading.load_llm(args)
+    loading.tell_defaults(llm, given)
+    begin = [{"role": "system", "content": args.system}] if args.system else []
+    messages, failed, more = list(begin), False, [f"load {seconds:.1f} s"]
+    interactive = sys.stdin is not None and sys.stdin.isatty()
     if interactive:
-        print("end with Ctrl-D; /reset forgets the conversation", file=sys.stderr)
-    while True:
-        with contextlib.suppress(EOFError):
-            line = input("> ") if interactive else next(sys.stdin, None)
-            if line is not None:
-                line = line.strip()
-                if line == "/reset":
-                    messages = messages[:1] if args.system else []
-                elif line:
-                    messages.append({"role": "user", "content": line})
-                    answer = _print_stream(llm, llm.chat_request(messages, params, date=date))
-                    messages.append({"role": "assistant", "content": answer})
+        print("end with Ctrl-D; /reset forgets the conversation, /undo what was said last", file=sys.stderr)
+    while (line := _line(interactive)) is not None:
+        if line == "/reset":
+            messages = list(begin)
+        elif line == "/undo":
+            del messages[max(len(begin), len(messages) - 2) :]
+        elif line:
+            asked = [*messages, {"role": "user", "content": line}]
+            pieces: list[str] = []
+            more, told = [], more
+            try:
+                decoded(line, "stdin")
+                request = llm.chat_request(asked, given, date=date)  # type: ignore[arg-type]
+                with _measured(llm, args.verbose, *told):
+                    pieces.extend(_printed(llm, request))
+            except RequestError as error:
+                hint = " (/undo takes back what was said last, /reset all of it)" if messages[len(begin) :] else ""
+                print(f"llmjax: {error}; the conversation is as it was before{hint}", file=sys.stderr)
+                failed = True
                 continue
-        return 0
+            except KeyboardInterrupt:
+                print(flush=True)
+                print("llmjax: interrupted; the conversation goes on from what there is", file=sys.stderr)
+                if not pieces:
+                    continue
+            messages = [*asked, {"role": "assistant", "content": "".join(pieces)}]
+    return 1 if failed else 0
+
+
+def _line(interactive: bool) -> str | None:
+    """What is said next; None at the end."""
+    if sys.stdin is None:
+        return None
+    with contextlib.suppress(EOFError):
+        line = input("> ") if interactive else sys.stdin.readline()
+        if line or interactive:
+            return line.removeprefix("\ufeff").strip()
+    return None

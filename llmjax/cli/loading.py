@@ -2,10 +2,11 @@
 
 import argparse
 import os
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llmjax.errors import RequestError
 
@@ -64,5 +65,28 @@ def load_llm(args: argparse.Namespace, slots: Callable[["Model"], int] = lambda 
         seed=getattr(args, "seed", None) or 0,
         truncate_prompt=getattr(args, "truncate_prompt", False),
         memory=args.memory,
+        generation_config=getattr(args, "generation_config", "auto"),
+        chat_template=_template(getattr(args, "chat_template", None)),
+        chat_template_kwargs=getattr(args, "chat_template_kwargs", None),
+        fold_system=getattr(args, "fold_system", False),
     )
     return llm, time.monotonic() - began
+
+
+def tell_defaults(llm: "LLM", given: Mapping[str, Any]) -> None:
+    """Says what the checkpoint would have where no flag says otherwise."""
+    from llmjax.runtime.generation import told
+
+    if line := told(llm.generation, given):
+        print(f"llmjax: {line}", file=sys.stderr)
+
+
+def _template(path: str | None) -> str | None:
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise RequestError(f"--chat-template: {path}: cannot read the file: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise RequestError(f"--chat-template: {path}: expected UTF-8 text: {error}") from None

@@ -1,10 +1,11 @@
-"""``llmjax lora``."""
+"""``llmjax lora``; training has a file of its own."""
 
 import argparse
 import json
 import sys
 from typing import TYPE_CHECKING
 
+from llmjax.cli import training
 from llmjax.cli.flags import Verbs, add_verb
 from llmjax.cli.progress import report_tensors
 
@@ -14,8 +15,11 @@ if TYPE_CHECKING:
 
 def add(verbs: Verbs) -> None:
     """Registers the verbs."""
-    lora = verbs.add_parser("lora", help="Check a LoRA adapter, or merge it into a checkpoint.", allow_abbrev=False)
+    lora = verbs.add_parser(
+        "lora", help="Train a LoRA adapter, check it, or merge it into a checkpoint.", allow_abbrev=False
+    )
     lora_verbs = lora.add_subparsers(required=True, metavar="VERB")
+    training.add(lora_verbs)
     for name, run, text in (
         ("check", _lora_check, "Say what an adapter is, whether it fits, and what it changes."),
         ("merge", _lora_merge, "Write the checkpoint with the adapter in its weights, in its own format and dtype."),

@@ -5,32 +5,38 @@ wrong usage or bad input, 130 interrupted.
 """
 
 import argparse
+import io
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
+import llmjax
 from llmjax.cli import batch, bench, checkpoints, generate, loading, lora, oracle
-from llmjax.errors import LlmjaxError, OutputError
+from llmjax.errors import LlmjaxError, OutputError, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
+    # What cannot be read or written as it stands must not end in a traceback.
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     args = _parser().parse_args(argv)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_, **__: print(f"llmjax: warning: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
             _tell_log()
             loading.keep_compiled(args)
             code = args.run(args)
             sys.stdout.flush()
             return code
     except OutputError as error:
-        print(f"llmjax: {error}", file=sys.stderr)
+        _tell(str(error))
         return 1
     except LlmjaxError as error:
-        print(f"llmjax: {error}", file=sys.stderr)
+        _tell(str(error))
         return 2
     except KeyboardInterrupt:
         print("llmjax: interrupted", file=sys.stderr)
@@ -39,9 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         _drop_stdout()
         return 0
     except OSError as error:  # a full disk behind stdout, say
-        print(f"llmjax: {error}", file=sys.stderr)
+        _tell(str(error))
         _drop_stdout()
         return 1
+
+
+def _tell(message: str) -> None:
+    """On stderr, as it is at the time; names from files may be in it."""
+    print(f"llmjax: {printable(message)}", file=sys.stderr)
 
 
 def _drop_stdout() -> None:
@@ -53,7 +64,7 @@ class _ToStderr(logging.Handler):
     """Wherever stderr leads at the time."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(f"llmjax: {record.getMessage()}", file=sys.stderr)
+        _tell(record.getMessage())
 
 
 def _tell_log() -> None:
@@ -68,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llmjax", description="On-device LLM inference in pure JAX.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"llmjax {llmjax.__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for group in (generate, batch, oracle, checkpoints, lora, bench):
         group.add(verbs)

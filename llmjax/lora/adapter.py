@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -14,13 +15,13 @@ from converters.readers.digest import Stamp, stamp
 from converters.readers.mediapipe import lora as mediapipe
 from converters.readers.mediapipe.container import is_container
 from converters.readers.peft import CONFIG, AdapterFile, open_adapter
-from converters.readers.source import shown
-from llmjax.errors import CheckpointError, LoraError
+from llmjax.errors import CheckpointError, LoraError, named
 from llmjax.lora.config import LoraConfig
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.names import From, sources_of, stem
 from llmjax.models.tree import parameter_shapes
+from llmjax.outside.values import POSITIVE, POSITIVE_NUMBER, check
 from llmjax.quant.schemes import role_of
 
 _LOG = logging.getLogger(__name__)
@@ -103,11 +104,23 @@ class Adapter:
     options: Mapping[str, Any]
     deltas: Mapping[str, Delta]
 
+    def __repr__(self) -> str:
+        ranks = sorted({delta.rank for delta in self.deltas.values()})
+        return f"Adapter({str(self.path)!r}: {len(self.deltas)} projections of rank {', '.join(map(str, ranks))})"
+
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """A parameter that a module of the base model fills, alone or with others."""
+class Part:
+    """A parameter that a module of the base model fills, alone or with others.
 
+    Attributes:
+      module: the module's name, as Hugging Face has it.
+      parameter: the parameter's.
+      shape: of the parameter.
+      entry: how it is made from the module's weight.
+    """
+
+    module: str
     parameter: str
     shape: tuple[int, ...]
     entry: From
@@ -123,6 +136,8 @@ def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfi
         at once.
     """
     source = lora if isinstance(lora, LoraSource) else LoraSource(lora)
+    if not isinstance(source.path, str | os.PathLike):
+        raise LoraError(f"lora: expected an adapter's path or a LoraSource, found {source.path!r:.80}")
     if is_container(Path(source.path)):
         return _from_mediapipe(source, config)
     try:
@@ -130,7 +145,7 @@ def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfi
     except CheckpointError as error:
         raise LoraError(str(error)) from None
     settings = _settings(source, file)
-    modules = _modules(architecture, config)
+    modules = modules_of(architecture, config)
     problems = list(file.problems)
     deltas: dict[str, Delta] = {}
     prefix = ""
@@ -151,7 +166,8 @@ def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfi
     found = {stem(module) for module in file.factors}
     for short in modules:
         if short not in found and settings.targets(prefix + short):
-            problems.append(f"module {prefix + short}: target_modules names it, but the file has no factors of it")
+            module = named(prefix + short)
+            problems.append(f"module {module}: target_modules names it, but the file has no factors of it")
     if not file.factors and not problems:
         problems.append("no factors (*.lora_A.weight, *.lora_B.weight) in it")
     if problems:
@@ -159,7 +175,7 @@ def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfi
     if dropped:
         warnings.warn(
             f"{file.path}: factors of {len(dropped)} modules that the text model does not have are left out "
-            f"({shown(dropped[0])} ...)",
+            f"({named(dropped[0])} ...)",
             stacklevel=3,
         )
     _warn_of_zeros(file.path, deltas)
@@ -206,37 +222,38 @@ def _settings(source: LoraSource, file: AdapterFile) -> LoraConfig:
 
 
 def _check_positive(source: LoraSource) -> None:
-    for name, value in (("alpha", source.alpha), ("rank", source.rank)):
-        if value is not None and not 0 < value < float("inf"):
-            raise LoraError(f"{name}: expected a positive number, found {value!r}")
+    for name, value, rule in (("alpha", source.alpha, POSITIVE_NUMBER), ("rank", source.rank, POSITIVE)):
+        if value is not None:
+            check(name, value, rule, LoraError)
 
 
-def _modules(architecture: Architecture, config: DecoderConfig) -> dict[str, list[_Part]]:
+def modules_of(architecture: Architecture, config: DecoderConfig) -> dict[str, list[Part]]:
     """What each linear module of the base model fills, by its stem."""
     names = architecture.hf_names(config)
-    modules: dict[str, list[_Part]] = {}
+    modules: dict[str, list[Part]] = {}
     for parameter, shape in parameter_shapes(config).items():
         if role_of(parameter) in ("attention", "feed_forward", "head") and len(shape) == 2:  # no stacks of experts
             entry, (tensor,) = sources_of(parameter, names)
-            modules.setdefault(stem(tensor.removesuffix(".weight")), []).append(_Part(parameter, shape, entry))
+            module = tensor.removesuffix(".weight")
+            modules.setdefault(stem(module), []).append(Part(module, parameter, shape, entry))
     return modules
 
 
-def _unknown(module: str, modules: Mapping[str, list[_Part]], config: DecoderConfig) -> str:
+def _unknown(module: str, modules: Mapping[str, list[Part]], config: DecoderConfig) -> str:
     layer = re.search(r"\.(\d+)\.", module)
     if layer and stem(module).replace(layer[0], ".0.", 1) in modules:
-        return f"module {shown(module)}: the model has layers 0 to {config.num_hidden_layers - 1}"
+        return f"module {named(module)}: the model has layers 0 to {config.num_hidden_layers - 1}"
     if module.endswith("lm_head"):
-        return f"module {shown(module)}: the head is the embedding's table here, which an adapter cannot change"
+        return f"module {named(module)}: the head is the embedding's table here, which an adapter cannot change"
     endings = sorted({name.rsplit(".", 1)[-1] for name in modules})
-    return f"module {shown(module)} is no projection of this model; expected {', '.join(endings)}"
+    return f"module {named(module)} is no projection of this model; expected {', '.join(endings)}"
 
 
 def _deltas(
-    file: AdapterFile, module: str, factors: Mapping[str, str], parts: list[_Part], settings: LoraConfig
+    file: AdapterFile, module: str, factors: Mapping[str, str], parts: list[Part], settings: LoraConfig
 ) -> dict[str, Delta]:
     """One module's deltas, by parameter: B's rows are cut as the weight's are."""
-    what = f"module {shown(module)}"
+    what = f"module {named(module)}"
     for side in "AB":
         if side not in factors:
             raise LoraError(f"{what}: lora_{side} is missing")

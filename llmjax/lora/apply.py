@@ -25,11 +25,16 @@ class Lora(struct.PyTreeNode):
       a: float32 ``[r, in]``, or ``[adapters, r, in]``.
       b: float32 ``[out, r]``, or ``[adapters, out, r]``.
       scale: float32 ``[]``, or ``[adapters]``.
+      key: in training, a key that drops elements of x on the way into A, never of the product with the weight; of one
+        adapter alone.
+      dropout: the share of them (static); the others grow by as much.
     """
 
     a: Any
     b: Any
     scale: Any
+    key: Any = None
+    dropout: float = struct.field(pytree_node=False, default=0.0)
 
     def __call__(self, x: jax.Array, adapter: jax.Array | None) -> jax.Array | None:
         """What is added to ``x [B, T, in] . W^T``, float32 ``[B, T, out]``; None for nothing.
@@ -39,6 +44,9 @@ class Lora(struct.PyTreeNode):
           adapter: int32 ``[B]``, each row's place among the stacked adapters; None for none.
         """
         x = x.astype(jnp.float32)
+        if self.key is not None:
+            kept = 1 - self.dropout
+            x = jnp.where(jax.random.bernoulli(self.key, kept, x.shape), x / kept, 0)
         if self.a.ndim == 2:
             h = jnp.einsum("bti,ri->btr", x, self.a, precision=lax.Precision.HIGHEST) * self.scale
             return jnp.einsum("btr,or->bto", h, self.b, precision=lax.Precision.HIGHEST)

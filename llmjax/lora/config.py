@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from llmjax.errors import LoraError
+from llmjax.errors import LoraError, named, shown
+from llmjax.lora.patterns import Matcher, is_regex
 from llmjax.models.hf_config import Reader
+from llmjax.outside.values import INT32, POSITIVE_NUMBER, Rule, integer
 
 # Bookkeeping, training-only settings, and options of other options that are refused where they are on.
 _IRRELEVANT = frozenset(
@@ -39,6 +40,9 @@ _OFF = (
 _INIT = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
+_RANK = integer(1, INT32, "a positive integer")
+
+
 class _AdapterReader(Reader):
     irrelevant = _IRRELEVANT
     must_be_false = ()
@@ -59,6 +63,7 @@ class LoraConfig:
       exclude_modules: as target_modules.
       layers: numbers of the layers that names in ``target_modules`` mean; None for all.
       layers_pattern: what those layers' list is called.
+      matcher: of the regular expressions.
     """
 
     rank: int | None
@@ -70,6 +75,7 @@ class LoraConfig:
     exclude_modules: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
+    matcher: Matcher = dataclasses.field(default_factory=Matcher, compare=False, repr=False)
 
     @classmethod
     def from_peft(cls, values: Mapping[str, Any], where: str) -> "LoraConfig":
@@ -85,13 +91,13 @@ class LoraConfig:
         r.flag("fan_in_fan_out", False)  # of Conv1D layers; PEFT, too, takes no notice of it on linear ones
         for key in _OFF:
             if r.get(key) not in (None, False, [], {}):
-                r.problem(f"{key}: {r.get(key)!r} is not supported, expected it off")
+                r.problem(f"{key}: {shown(r.get(key))} is not supported, expected it off")
         result = cls(
             rank=r.size("r", 8),
             alpha=r.number("lora_alpha", 8),
             rslora=r.flag("use_rslora", False),
-            rank_pattern=_pattern(r, "rank_pattern", int),
-            alpha_pattern=_pattern(r, "alpha_pattern", float),
+            rank_pattern=_pattern(r, "rank_pattern", _RANK),
+            alpha_pattern=_pattern(r, "alpha_pattern", POSITIVE_NUMBER),
             target_modules=_modules(r, "target_modules"),
             exclude_modules=_modules(r, "exclude_modules") or (),
             layers=_layers(r),
@@ -106,11 +112,11 @@ class LoraConfig:
 
     def rank_of(self, module: str) -> int | None:
         """r of a module."""
-        return _first(self.rank_pattern, module, self.rank)
+        return self._first(self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str, rank: int) -> float:
         """What multiplies ``B . A``."""
-        alpha = _first(self.alpha_pattern, module, self.alpha)
+        alpha = self._first(self.alpha_pattern, module, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def targets(self, module: str) -> bool | None:
@@ -118,57 +124,46 @@ class LoraConfig:
         configuration does not say."""
         if self.target_modules is None:
             return None
-        if _named(self.exclude_modules, module):
+        if self._names(self.exclude_modules, module):
             return False
         if isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear":
             return module.rsplit(".", 1)[-1] != "lm_head"
-        if not _named(self.target_modules, module):
+        if not self._names(self.target_modules, module):
             return False
         if self.layers is None or module in self.target_modules:
             return True
         patterns = [rf"(?:^|.*?\.){p}\." for p in self.layers_pattern] or [r".*?\.[^.]*\."]
-        found = next((m for p in patterns if (m := re.match(rf"{p}(\d+)\.", module))), None)
-        return found is not None and int(found[1]) in self.layers
+        matches = (self.matcher.match(rf"{p}(\d{{1,9}})\.", module) for p in patterns)
+        found = next((match for match in matches if match), None)
+        return found is not None and int(found[found.re.groups]) in self.layers
+
+    def _first(self, patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+        return next((v for key, v in patterns.items() if self.matcher.match(rf"(.*\.)?({key})$", module)), default)
+
+    def _names(self, names: tuple[str, ...] | str, module: str) -> bool:
+        if isinstance(names, str):
+            return self.matcher.match(names, module, whole=True) is not None
+        return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _first(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
-
-
-def _named(names: tuple[str, ...] | str, module: str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
-    return any(module == name or module.endswith(f".{name}") for name in names)
-
-
-def _is_regex(text: str) -> bool:
-    try:
-        re.compile(text)
-    except (re.error, RecursionError):
-        return False
-    return True
-
-
-def _pattern(r: Reader, key: str, kind: type) -> dict[str, Any]:
+def _pattern(r: Reader, key: str, rule: Rule) -> dict[str, Any]:
     found = r.get(key, {})
     if not isinstance(found, dict):
-        r.problem(f"{key}: expected an object, found {found!r}")
+        r.problem(f"{key}: expected an object, found {shown(found)}")
         return {}
-    numbers = (int,) if kind is int else (int, float)
     for name, value in found.items():
-        if not _is_regex(name):
-            r.problem(f"{key}: {name!r} is no regular expression")
-        if not isinstance(value, numbers) or isinstance(value, bool) or not 0 < value < math.inf:
-            what = "a positive integer" if kind is int else "a positive number"
-            r.problem(f"{key}: {name}: expected {what}, found {value!r}")
+        if not is_regex(name):
+            r.problem(f"{key}: {shown(name)} is no regular expression")
+        if problem := rule.problem(value):
+            r.problem(f"{key}: {named(str(name))}: {problem}")
     return found
 
 
 def _modules(r: Reader, key: str) -> tuple[str, ...] | str | None:
     found = r.get(key)
     if isinstance(found, str):
-        if not _is_regex(found):
-            r.problem(f"{key}: {found!r} is no regular expression")
+        if not is_regex(found):
+            r.problem(f"{key}: {shown(found)} is no regular expression")
             return None
         return found
     return None if found is None else _names(r, key)
@@ -178,15 +173,15 @@ def _names(r: Reader, key: str) -> tuple[str, ...]:
     found = r.get(key, [])
     found = [found] if isinstance(found, str) else found
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        r.problem(f"{key}: expected a list of names, found {found!r}")
+        r.problem(f"{key}: expected a list of names, found {shown(found)}")
         return ()
     return tuple(found)
 
 
 def _patterns(r: Reader, key: str) -> tuple[str, ...]:
     for name in _names(r, key):
-        if not _is_regex(name):
-            r.problem(f"{key}: {name!r} is no regular expression")
+        if not is_regex(name):
+            r.problem(f"{key}: {shown(name)} is no regular expression")
     return _names(r, key)
 
 
@@ -194,6 +189,6 @@ def _layers(r: Reader) -> tuple[int, ...] | None:
     found = r.get("layers_to_transform", [])
     found = [found] if type(found) is int else found
     if not isinstance(found, list) or not all(type(i) is int and i >= 0 for i in found):
-        r.problem(f"layers_to_transform: expected numbers of layers, found {found!r}")
+        r.problem(f"layers_to_transform: expected numbers of layers, found {shown(found)}")
         return None
     return tuple(found) or None

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import jax
 
-from llmjax.errors import LoraError
+from llmjax.errors import LoraError, shown
 from llmjax.lora.adapter import AnyLora, read_adapter
 from llmjax.lora.apply import Lora, stacked, with_loras
 from llmjax.model import AdapterOrigin, Model, Origin
@@ -17,6 +17,8 @@ def with_adapters(model: Model, loras: Mapping[str, AnyLora]) -> Model:
     Raises:
       LoraError: one does not fit, or the model has an adapter beside its weights already.
     """
+    if not isinstance(loras, Mapping):
+        raise LoraError(f"loras: expected adapters by name, found {shown(loras)}")
     if any(isinstance(leaf, Lora) for leaf in jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, Lora))):
         raise LoraError(f"{model.path}: loaded with an adapter beside its weights (lora); give that one a name as well")
     adapters = {name: read_adapter(lora, model.architecture, model.config) for name, lora in loras.items()}

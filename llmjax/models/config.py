@@ -6,9 +6,14 @@ from typing import Any, Self
 
 from flax import linen as nn
 
+from llmjax.errors import named, shown
 from llmjax.models.hf_config import Reader
 from llmjax.models.rope import Rope
 from llmjax.models.scalings import Dynamic, LongRope
+
+# Far above any model's: what is planned from a configuration, before its tensors are compared, must cost little.
+MOST_LAYERS = 1024
+MOST_WIDTH, MOST_HEADS, MOST_HEAD_DIM, MOST_TOKENS = 1 << 20, 1 << 16, 1 << 16, 1 << 24
 
 # The values of a config's ``layer_types``.
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -113,7 +118,7 @@ def dimensions(
       head_dim: its default for an absent ``head_dim``; None means the width shared among the heads.
       intermediate: F, where it is not the key ``intermediate_size``.
     """
-    hidden, heads = r.size("hidden_size"), r.size("num_attention_heads")
+    hidden, heads = r.size("hidden_size", most=MOST_WIDTH), r.size("num_attention_heads", most=MOST_HEADS)
     kv = r.nullable(r.size, "num_key_value_heads", kv_heads or heads) or heads
     if r.get("head_dim", head_dim) is None and hidden % heads:
         r.problem(f"hidden_size: {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is absent")
@@ -121,13 +126,13 @@ def dimensions(
         r.problem(f"num_attention_heads: {heads} is not a multiple of num_key_value_heads {kv}")
     r.context = r.size("max_position_embeddings", context)
     return {
-        "vocab_size": r.size("vocab_size"),
+        "vocab_size": r.size("vocab_size", most=MOST_TOKENS),
         "hidden_size": hidden,
-        "intermediate_size": intermediate or r.size("intermediate_size"),
-        "num_hidden_layers": r.size("num_hidden_layers"),
+        "intermediate_size": intermediate or r.size("intermediate_size", most=4 * MOST_WIDTH),
+        "num_hidden_layers": r.size("num_hidden_layers", most=MOST_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": kv,
-        "head_dim": r.size("head_dim", head_dim or max(1, hidden // heads)),
+        "head_dim": r.size("head_dim", head_dim or max(1, hidden // heads), most=MOST_HEAD_DIM),
         "max_position_embeddings": r.context,
         "tie_word_embeddings": r.flag("tie_word_embeddings", tied),
     }
@@ -136,8 +141,9 @@ def dimensions(
 def check_rope_types(r: Reader) -> None:
     """``rope_parameters`` of models whose local and global layers rotate differently."""
     ropes = r.get("rope_parameters", {})
-    for key in sorted(set(ropes) - {FULL, SLIDING}) if isinstance(ropes, dict) else ():
-        r.problem(f"rope_parameters.{key}: expected an object for each of {FULL!r} and {SLIDING!r}, nothing else")
+    for key in sorted(set(ropes) - {FULL, SLIDING}, key=str) if isinstance(ropes, dict) else ():
+        where = f"rope_parameters.{named(str(key))}"
+        r.problem(f"{where}: expected an object for each of {FULL!r} and {SLIDING!r}, nothing else")
 
 
 def layer_windows(r: Reader, kinds: Sequence[str], window: int | None) -> tuple[int | None, ...]:
@@ -151,7 +157,7 @@ def layer_windows(r: Reader, kinds: Sequence[str], window: int | None) -> tuple[
     layers = len(kinds)
     found = r.get("layer_types", list(kinds))
     if not isinstance(found, list) or len(found) != layers or any(kind not in (FULL, SLIDING) for kind in found):
-        r.problem(f"layer_types: expected {layers} of {SLIDING!r} or {FULL!r}, found {found!r}")
+        r.problem(f"layer_types: expected {layers} of {SLIDING!r} or {FULL!r}, found {shown(found)}")
         return (None,) * layers
     if window is None and SLIDING in found:
         r.problem(f"sliding_window: null or switched off, but there are layers of type {SLIDING!r}")

@@ -19,11 +19,13 @@ class Context(struct.PyTreeNode):
       table: int32 ``[B, N]``, the pages of the cache that hold each row's positions, see ``models.pages``.  ``None``
         without a cache.
       active: bool ``[B]``; rows that are False leave the cache as it is.  ``None`` means all are active.
-      last: int32 ``[B]``; when given, the head runs on token ``last[b]`` of each row alone and logits are ``[B, 1,
-        V]``.
+      last: int32 ``[B]`` or ``[B, M]``; when given, the head runs on tokens ``last[b]`` of each row alone and logits
+        are ``[B, 1, V]`` or ``[B, M, V]``.
       adapter: int32 ``[B]``, each row's LoRA adapter among the resident ones, 0 for none.  ``None`` means none.
       length: int32 ``[B]``, tokens of each row's text, those beyond this call included and padding not: for ropes that
         follow it.  ``None`` means that it ends with this call.
+      recompute: a layer's inner values are computed again on the way back, so that a gradient keeps no more of it than
+        its input (static; Chen et al. 2016, arXiv:1604.06174).
     """
 
     positions: jax.Array
@@ -34,6 +36,7 @@ class Context(struct.PyTreeNode):
     last: jax.Array | None = None
     adapter: jax.Array | None = None
     length: jax.Array | None = None
+    recompute: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def tokens(self) -> jax.Array:
@@ -41,16 +44,18 @@ class Context(struct.PyTreeNode):
         return jnp.max(self.positions, 1) + 1 if self.length is None else self.length
 
     def select_last(self, x: jax.Array) -> jax.Array:
-        """``[..., B, T, D] -> [..., B, 1, D]`` where only the last token's logits are wanted, else ``x``."""
+        """``[..., B, T, D] -> [..., B, M, D]`` where only some tokens' logits are wanted, else ``x``."""
         if self.last is None:
             return x
-        return jnp.take_along_axis(x, jnp.expand_dims(self.last, (*range(x.ndim - 3), -2, -1)), axis=-2)
+        last = self.last.reshape(self.last.shape[0], -1, 1)
+        return jnp.take_along_axis(x, jnp.expand_dims(last, tuple(range(x.ndim - 3))), axis=-2)
 
     def at_last(self) -> "Context":
         """The context of what ``select_last`` selects."""
         if self.last is None:
             return self
-        return self.replace(positions=jnp.take_along_axis(self.positions, self.last[:, None], axis=1), last=None)
+        last = self.last.reshape(self.last.shape[0], -1)
+        return self.replace(positions=jnp.take_along_axis(self.positions, last, axis=1), last=None, length=self.tokens)
 
 
 def tap(module: nn.Module, name: str, value: jax.Array) -> jax.Array:

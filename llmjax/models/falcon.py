@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from llmjax.models.architecture import Architecture
 from llmjax.models.attention import Scores
-from llmjax.models.config import DecoderConfig
+from llmjax.models.config import MOST_HEADS, MOST_LAYERS, MOST_TOKENS, MOST_WIDTH, DecoderConfig
 from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, MLP, Attention, Embedding, LayerNorm, Projection, language_head
@@ -37,7 +37,7 @@ class FalconConfig(DecoderConfig):
     @classmethod
     def from_hf(cls, r: Reader) -> "FalconConfig":
         """See ``DecoderConfig.from_hf``."""
-        hidden, heads = r.size("hidden_size"), r.size("num_attention_heads")
+        hidden, heads = r.size("hidden_size", most=MOST_WIDTH), r.size("num_attention_heads", most=MOST_HEADS)
         width = max(1, hidden // heads)
         if hidden % heads:
             r.problem(f"hidden_size: {hidden} is not a multiple of num_attention_heads {heads}")
@@ -49,10 +49,10 @@ class FalconConfig(DecoderConfig):
         if alibi:
             r.ignore("rope_theta", "rope_scaling", "rope_parameters")
         return cls(
-            vocab_size=r.size("vocab_size"),
+            vocab_size=r.size("vocab_size", most=MOST_TOKENS),
             hidden_size=hidden,
-            intermediate_size=r.size("ffn_hidden_size", 4 * hidden),
-            num_hidden_layers=r.size("num_hidden_layers"),
+            intermediate_size=r.size("ffn_hidden_size", 4 * hidden, most=4 * MOST_WIDTH),
+            num_hidden_layers=r.size("num_hidden_layers", most=MOST_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=_kv_heads(r, heads, grouped),
             head_dim=width,

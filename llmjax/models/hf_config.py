@@ -8,10 +8,11 @@ sliding window.  Files come in two dialects, transformers 4 (``rope_theta``, ``r
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
-from llmjax.errors import ConfigError, LlmjaxError
+from llmjax.errors import ConfigError, LlmjaxError, named, shown
 from llmjax.models.layers import ACTIVATIONS
 from llmjax.models.rope import Rope
 from llmjax.models.rope_config import RopeSpec
+from llmjax.outside.values import COUNT, FLAG, INT32, LEAST_FLOAT, POSITIVE, POSITIVE_NUMBER, Rule, number
 
 T = TypeVar("T")
 
@@ -32,6 +33,7 @@ IRRELEVANT = frozenset(
     """.split()
 )
 # rope_interleaved is written by SmolLM's training code with the value false; true is refused in Reader.finish.
+_FRACTION = number(LEAST_FLOAT, 1, "a number in (0, 1]")
 _MUST_BE_FALSE = ("add_cross_attention", "is_encoder_decoder", "rope_interleaved")
 
 
@@ -79,7 +81,7 @@ class Reader:
         """
         value = self.get(key)
         if not isinstance(value, dict):
-            self.problem(f"{key}: expected an object, found {value!r}")
+            self.problem(f"{key}: expected an object, found {shown(value)}")
             value = {}
         self._sections[key] = Reader({**defaults, **value}, f"{self._where}: {key}")
         return self._sections[key]
@@ -88,31 +90,34 @@ class Reader:
         """Marks keys as irrelevant for this architecture."""
         self._seen.update(keys)
 
-    def _checked(self, key: str, default: Any, kinds: tuple[type, ...], what: str, ok: Callable[[Any], bool]) -> Any:
+    def _checked(self, key: str, default: Any, rule: Rule, instead: Any, most: float | None = None) -> Any:
+        """A value that is as its rule says; else ``instead``, which lets the reading go on to the other problems."""
         value = self.get(key, default)
         if value is None:
-            self.problem(f"{key}: missing, expected {what}")
-        elif not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds) or not ok(value):
-            self.problem(f"{key}: expected {what}, found {value!r}")
+            self.problem(f"{key}: missing, expected {rule.what}")
+        elif problem := rule.problem(value):
+            self.problem(f"{key}: {problem}")
+        elif most is not None and value > most:
+            self.problem(f"{key}: expected at most {most:,}, found {shown(value)}")
         else:
             return value
-        return kinds[-1](1)  # any value that lets the reading go on to collect the other problems
+        return instead
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def size(self, key: str, default: int | None = None, most: int = INT32) -> int:
         """A positive integer."""
-        return self._checked(key, default, (int,), "a positive integer", lambda v: v > 0)
+        return self._checked(key, default, POSITIVE, 1, most)
 
     def count(self, key: str, default: int | None = None) -> int:
         """A number that may be 0."""
-        return self._checked(key, default, (int,), "a whole number, 0 or more", lambda v: v >= 0)
+        return self._checked(key, default, COUNT, 1, INT32)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number."""
-        return float(self._checked(key, default, (int, float), "a positive number", lambda v: 0 < v < float("inf")))
+        return float(self._checked(key, default, POSITIVE_NUMBER, 1.0))
 
     def flag(self, key: str, default: bool) -> bool:
         """A boolean."""
-        return self._checked(key, default, (bool,), "true or false", lambda v: True)
+        return self._checked(key, default, FLAG, True)
 
     def optional_number(self, key: str) -> float | None:
         """A positive number, or None where the key is absent or null."""
@@ -127,7 +132,7 @@ class Reader:
         """A value out of a list of supported ones; anything else is refused by name."""
         value = self.get(key, default)
         if value not in allowed:
-            self.problem(f"{key}: {value!r} is not supported, expected {' or '.join(map(repr, allowed))}")
+            self.problem(f"{key}: {shown(value)} is not supported, expected {' or '.join(map(repr, allowed))}")
             return next(iter(allowed))
         return value
 
@@ -166,7 +171,7 @@ class Reader:
         entries: dict[str, Any] = {}
         for key, value in places.items():
             if value is not None and not isinstance(value, dict):
-                self.problem(f"{key}: expected an object, found {value!r}")
+                self.problem(f"{key}: expected an object, found {shown(value)}")
             elif value:
                 entries.update(value)
         for key in known:
@@ -180,34 +185,37 @@ class Reader:
         fraction = 1.0 if fraction is None else fraction
         fraction = entries.pop("partial_rotary_factor", self.get("partial_rotary_factor", fraction))
         if whole and fraction != 1:
-            self.problem(f"partial_rotary_factor: {fraction!r} is not supported here, expected 1.0")
+            self.problem(f"partial_rotary_factor: {shown(fraction)} is not supported here, expected 1.0")
             fraction = 1.0
         return self._build_rope(spec, theta, fraction, head_dim)
 
     def _build_rope(self, spec: RopeSpec, theta: Any, fraction: Any, head_dim: int) -> Rope:
-        if not isinstance(theta, int | float) or isinstance(theta, bool) or not 0 < theta < float("inf"):
-            self.problem(f"rope_theta: expected a positive number, found {theta!r}")
-            theta = 1.0
-        if not isinstance(fraction, int | float) or not 0 < fraction <= 1:
-            self.problem(f"partial_rotary_factor: expected a number in (0, 1], found {fraction!r}")
-            fraction = 1.0
+        theta = self._found("rope_theta", theta, POSITIVE_NUMBER, 1.0)
+        fraction = self._found("partial_rotary_factor", fraction, _FRACTION, 1.0)
         dims = head_dim if spec.kind == "proportional" else int(head_dim * fraction)
         if dims % 2 or dims == 0:
             self.problem(f"rotary width: {head_dim} * {fraction} = {dims}, expected a positive even number")
             dims = 2
         return spec.rope(float(theta), dims, int(fraction * head_dim // 2))
 
+    def _found(self, what: str, value: Any, rule: Rule, instead: Any) -> Any:
+        if problem := rule.problem(value):
+            self.problem(f"{what}: {problem}")
+            return instead
+        return value
+
     def _all_problems(self) -> list[str]:
         """What was wrong, and what is left over."""
         found = list(self._problems)
         for key in self.must_be_false:
             if self._config.get(key):
-                found.append(f"{key}: {self._config[key]!r} is not supported, expected false")
-        for key in sorted(set(self._config) - self._seen - self.irrelevant):
+                found.append(f"{key}: {shown(self._config[key])} is not supported, expected false")
+        for key in sorted(set(self._config) - self._seen - self.irrelevant, key=str):
             value = self._config[key]
             if value is not None:
                 found.append(
-                    f"{key}: llmjax does not know this key (value {value!r}) and will not guess what it changes"
+                    f"{named(str(key))}: llmjax does not know this key (value {shown(value)}) and will not guess what "
+                    "it changes"
                 )
         for key, section in self._sections.items():
             found += [f"{key}.{problem}" for problem in section._all_problems()]

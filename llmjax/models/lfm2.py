@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from llmjax.errors import shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.attention import Scores
 from llmjax.models.config import FULL, DecoderConfig, dimensions
@@ -99,11 +100,11 @@ class Lfm2Config(DecoderConfig):
 def _kinds(r: Reader, layers: int) -> tuple[str, ...]:
     attends = r.get("full_attn_idxs", list(range(layers)))
     if not isinstance(attends, list) or not all(type(i) is int for i in attends):
-        r.problem(f"full_attn_idxs: expected numbers of layers, found {attends!r}")
+        r.problem(f"full_attn_idxs: expected numbers of layers, found {shown(attends)}")
         attends = []
     kinds = r.get("layer_types", [FULL if i in attends else CONVOLUTION for i in range(layers)])
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (FULL, CONVOLUTION) for kind in kinds):
-        r.problem(f"layer_types: expected {layers} of {FULL!r} or {CONVOLUTION!r}, found {kinds!r}")
+        r.problem(f"layer_types: expected {layers} of {FULL!r} or {CONVOLUTION!r}, found {shown(kinds)}")
         kinds = [FULL] * layers
     return tuple(kinds)
 

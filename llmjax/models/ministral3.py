@@ -7,6 +7,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
+from llmjax.errors import shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.attention import Scores
 from llmjax.models.config import dimensions
@@ -50,10 +51,10 @@ class Ministral3Config(LlamaConfig):
         ropes = ropes if isinstance(ropes, dict) else _ROPE
         beta, original = ropes.get("llama_4_scaling_beta"), ropes.get("original_max_position_embeddings")
         if not isinstance(beta, int | float) or beta < 0:
-            r.problem(f"rope parameter llama_4_scaling_beta: expected a number, 0 or more, found {beta!r}")
+            r.problem(f"rope parameter llama_4_scaling_beta: expected a number, 0 or more, found {shown(beta)}")
             beta = 0.0
         if type(original) is not int or original < 1:
-            r.problem(f"rope parameter original_max_position_embeddings: expected tokens, found {original!r}")
+            r.problem(f"rope parameter original_max_position_embeddings: expected tokens, found {shown(original)}")
             original = 1
         window = None if r.get("sliding_window") is None else r.size("sliding_window")
         return cls(

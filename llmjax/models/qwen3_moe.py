@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from llmjax.errors import shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import dimensions
 from llmjax.models.context import Context, tap
@@ -46,7 +47,7 @@ class Qwen3MoeConfig(LlamaConfig):
             window = None
         step, dense = r.size("decoder_sparse_step", 1), r.get("mlp_only_layers", [])
         if not isinstance(dense, list) or not all(type(i) is int for i in dense):
-            r.problem(f"mlp_only_layers: expected numbers of layers, found {dense!r}")
+            r.problem(f"mlp_only_layers: expected numbers of layers, found {shown(dense)}")
             dense = []
         experts = r.size("num_experts", r.get("num_local_experts", 128))  # transformers 5 renames it
         used = r.size("num_experts_per_tok", 8)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmjax import models
-from llmjax.errors import ConfigError
+from llmjax.errors import ConfigError, named, shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.hf_config import Reader
@@ -29,11 +29,11 @@ def find(config: Mapping[str, Any], where: str) -> Architecture:
     """
     known = architectures()
     model_type = config.get("model_type")
-    if model_type not in known:
+    if not isinstance(model_type, str) or model_type not in known:
         names = config.get("architectures")
-        classes = f" ({', '.join(map(str, names))})" if isinstance(names, list) and names else ""
+        classes = f" ({named(', '.join(map(str, names)))})" if isinstance(names, list) and names else ""
         raise ConfigError(
-            f"{where}: model_type {model_type!r}{classes} is not supported; llmjax has {', '.join(sorted(known))}"
+            f"{where}: model_type {shown(model_type)}{classes} is not supported; llmjax has {', '.join(sorted(known))}"
         )
     return known[model_type]
 

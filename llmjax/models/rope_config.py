@@ -4,8 +4,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from llmjax.errors import named, shown
 from llmjax.models.rope import Rope
 from llmjax.models.scalings import Dynamic, Llama3Scaling, LongRope, Yarn
+from llmjax.outside.values import POSITIVE_NUMBER
 
 _KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
@@ -46,18 +48,19 @@ class RopeSpec:
           turning: pairs that turn, of a proportional one.
         """
         if self.kind not in _KINDS:
-            self._problem(f"rope_type: {self.kind!r} is not supported, expected {' or '.join(map(repr, _KINDS))}")
+            self._problem(f"rope_type: {shown(self.kind)} is not supported, expected {' or '.join(map(repr, _KINDS))}")
             return Rope(theta, dims)
         rope: Rope = getattr(self, f"_{self.kind}")(theta, dims, turning)
-        for key in sorted(self.entries):
-            self._problem(f"rope parameter {key}: {self.entries[key]!r} is not understood for rope_type {self.kind!r}")
+        for key in sorted(self.entries, key=str):
+            what = f"rope parameter {named(str(key))}: {shown(self.entries[key])}"
+            self._problem(f"{what} is not understood for rope_type {self.kind!r}")
         return rope
 
     def _number(self, key: str, default: float | None = None) -> float:
         value = self.entries.pop(key, None)
         value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            self._problem(f"rope parameter {key}: expected a positive number, found {value!r}")
+        if problem := POSITIVE_NUMBER.problem(value):
+            self._problem(f"rope parameter {key}: {problem}")
             return 1.0
         return float(value)
 
@@ -81,8 +84,10 @@ class RopeSpec:
         return Rope(theta, dims, linear=self._number("factor", 1.0), turning=turning)
 
     def _llama3(self, theta: float, dims: int, turning: int) -> Rope:
-        numbers = [self._number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")]
-        return Rope(theta, dims, llama3=Llama3Scaling(*numbers, int(self._original())))
+        factor, low, high = (self._number(key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+        if low >= high != 1:
+            self._problem(f"rope parameter high_freq_factor: expected above low_freq_factor {low:g}, found {high:g}")
+        return Rope(theta, dims, llama3=Llama3Scaling(factor, low, high, int(self._original())))
 
     def _dynamic(self, theta: float, dims: int, turning: int) -> Rope:
         self._drop("original_max_position_embeddings")
@@ -96,10 +101,10 @@ class RopeSpec:
         self._drop("max_position_embeddings")
         truncate = self.entries.pop("truncate", None)
         if truncate not in (None, True, False):
-            self._problem(f"rope parameter truncate: expected true or false, found {truncate!r}")
+            self._problem(f"rope parameter truncate: expected true or false, found {shown(truncate)}")
         scales = self.entries.pop("mscale", None), self.entries.pop("mscale_all_dim", None)
         if any(isinstance(s, bool) or not isinstance(s, int | float | None) for s in scales):
-            self._problem(f"rope parameters mscale, mscale_all_dim: expected numbers, found {scales}")
+            self._problem(f"rope parameters mscale, mscale_all_dim: expected numbers, found {shown(scales)}")
             scales = None, None
         betas = {key: self.entries.pop(key, None) or default for key, default in (("beta_fast", 32), ("beta_slow", 1))}
         self.entries |= betas
@@ -134,8 +139,8 @@ class RopeSpec:
 
     def _factors(self, key: str, count: int) -> tuple[float, ...]:
         found = self.entries.pop(key, None)
-        good = isinstance(found, list) and all(type(f) in (int, float) and f > 0 for f in found)
+        good = isinstance(found, list) and not any(map(POSITIVE_NUMBER.problem, found))
         if not good or len(found) != count:
-            self._problem(f"rope parameter {key}: expected {count} positive numbers, found {found!r}")
+            self._problem(f"rope parameter {key}: expected {count} positive numbers, found {shown(found)}")
             return (1.0,) * count
         return tuple(map(float, found))

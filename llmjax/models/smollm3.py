@@ -4,6 +4,7 @@
 import dataclasses
 from typing import Self
 
+from llmjax.errors import shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import FULL, SLIDING, dimensions, layer_windows
 from llmjax.models.hf_config import Reader
@@ -30,7 +31,7 @@ class SmolLM3Config(LlamaConfig):
         interval = r.size("no_rope_layer_interval", 4)
         rotates = r.get("no_rope_layers", [int((i + 1) % interval != 0) for i in range(layers)])  # 1 rotates
         if not isinstance(rotates, list) or len(rotates) != layers or any(x not in (0, 1) for x in rotates):
-            r.problem(f"no_rope_layers: expected {layers} of 0 or 1, found {rotates!r}")
+            r.problem(f"no_rope_layers: expected {layers} of 0 or 1, found {shown(rotates)}")
             rotates = [1] * layers
         r.ignore("max_window_layers")  # a remainder of Qwen's config
         window = r.size("sliding_window") if r.get("sliding_window") is not None else None

@@ -17,6 +17,7 @@ from flax import linen as nn
 from jax import lax
 
 from llmjax.models.context import Context
+from llmjax.models.recompute import recomputed
 from llmjax.models.watched import watched
 from llmjax.numerics import Numerics, on_cpu
 from llmjax.products.matmul import summed_rows
@@ -69,12 +70,13 @@ def _own(each: Any, i: int | jax.Array) -> tuple[Any, ...]:
 
 def _traced_once(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Context, each: Any) -> Any:
     @partial(jax.jit, static_argnums=0)  # of this call: what it traces is forgotten with it
-    def alike(block: nn.Module, variables: Any, *args: Any) -> Any:
-        return block.apply(variables, *args, mutable=["cache"])
+    def alike(block: nn.Module, variables: Any, x: Any, rest: tuple[Any, ...]) -> Any:
+        return block.apply(variables, x, *rest, mutable=["cache"])
 
     for i, block in enumerate(blocks):
+        apply = partial(alike, block.clone(parent=None, name=None))
         with jax.named_scope(str(block.name)):
-            x, made = alike(block.clone(parent=None, name=None), block.variables, x, ctx, *_own(each, i))
+            x, made = (recomputed(apply) if ctx.recompute else apply)(block.variables, x, (ctx, *_own(each, i)))
         for collection, leaves in made.items():
             if leaves:
                 model.put_variable(collection, str(block.name), leaves)

@@ -7,12 +7,11 @@ before ``o``), ``.o``, ``layers.3.resid_attn``, ``layers.3.mlp.gate``, ``.up``, 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from llmjax.checkpoint.identity import model_facts, runtime_facts
-from llmjax.errors import RequestError
+from llmjax.errors import RequestError, shown
 from llmjax.model import Model, check_ids
 from llmjax.models.context import TAP, Context
 from llmjax.models.tree import canonical
+from llmjax.models.watched import Program
+from llmjax.numerics import Numerics
+from llmjax.outside.whole import whole_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,11 @@ class Trace:
     activations: dict[str, np.ndarray]
     manifest: dict[str, Any]
 
+    def __repr__(self) -> str:
+        names = list(self.activations)
+        tokens = len(self.manifest["token_ids"])
+        return f"Trace({len(names)} activations of {tokens} tokens: {names[0]} to {names[-1]})"
+
     def save(self, directory: str | Path) -> None:
         """Writes ``activations.safetensors`` and ``manifest.json`` into a new directory that appears only when whole.
 
@@ -49,22 +57,9 @@ class Trace:
         """
         from safetensors.numpy import save_file
 
-        target = Path(directory)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise RequestError(f"{target}: exists already and is not an empty directory; name a new one")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-            try:
-                save_file(self.activations, temporary / "activations.safetensors")
-                (temporary / "manifest.json").write_text(json.dumps(self.manifest, indent=2) + "\n")
-                temporary.chmod(0o755)
-                os.replace(temporary, target)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-        except OSError as error:
-            raise RequestError(f"{target}: cannot write the trace: {error.strerror or error}") from None
+        with whole_folder(Path(directory), RequestError) as folder:
+            save_file(self.activations, folder / "activations.safetensors")
+            (folder / "manifest.json").write_text(json.dumps(self.manifest, indent=2) + "\n", encoding="utf-8")
 
 
 def trace(model: Model, token_ids: Sequence[int], taps: str | Sequence[str] = "*") -> Trace:
@@ -80,19 +75,42 @@ def trace(model: Model, token_ids: Sequence[int], taps: str | Sequence[str] = "*
     Raises:
       RequestError: bad ids, or a glob that matches nothing.
     """
+    if not isinstance(model, Model):
+        raise RequestError(f"model: expected what llmjax.load returns, found {shown(model)}")
     ids = check_ids(token_ids, model, "token_ids")
-    globs = [taps] if isinstance(taps, str) else list(taps)
-
-    def run(params: Any, ids: jax.Array) -> dict[str, jax.Array]:
-        ctx = Context(jnp.arange(ids.shape[1])[None], model.numerics)
-        _, collected = model.module.apply({"params": params}, ids, ctx, mutable=["taps"])
-        return {name: x for name, x in _named(collected["taps"]) if any(fnmatchcase(name, g) for g in globs)}
-
-    found = jax.jit(run, compiler_options=model.numerics.compiler_options)(model.params, ids[None])
-    if not found:
-        raise RequestError(f"taps: {', '.join(globs)} matches no activation; see llmjax.oracle.trace for the names")
+    globs = (taps,) if isinstance(taps, str) else tuple(taps) if isinstance(taps, Sequence) else (taps,)
+    for glob in globs or (None,):
+        if not isinstance(glob, str):
+            raise RequestError(f"taps: expected a glob, or a list of them, found {shown(taps)}")
+    program, static = _program(model.numerics), (model.module, model.numerics)
+    program.forget()
+    found = program(*static, globs, model.params, ids[None])
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in found):
+            every = jax.eval_shape(functools.partial(_matching, *static, ("*",)), model.params, ids[None])
+            raise RequestError(f"taps: {glob!r} matches no activation; there are {_listed(every)}")
     activations = {name: _to_numpy(x) for name, x in sorted(found.items(), key=lambda item: _order(item[0]))}
-    return Trace(activations, _manifest(model, ids, globs))
+    return Trace(activations, _manifest(model, ids, list(globs)))
+
+
+def _matching(
+    module: nn.Module, numerics: Numerics, globs: tuple[str, ...], params: Any, ids: jax.Array
+) -> dict[str, jax.Array]:
+    """Activations by name of ``ids [1, T]``."""
+    ctx = Context(jnp.arange(ids.shape[1])[None], numerics)
+    _, collected = module.apply({"params": params}, ids, ctx, mutable=["taps"])
+    return {name: x for name, x in _named(collected["taps"]) if any(fnmatchcase(name, glob) for glob in globs)}
+
+
+@functools.cache
+def _program(numerics: Numerics) -> Program:
+    """One for all models, so that a shape is compiled but once."""
+    return Program(_matching, static_argnums=(0, 1, 2), compiler_options=numerics.compiler_options)
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The names, those of all layers as one."""
+    return ", ".join(dict.fromkeys(re.sub(r"^layers\.\d+", "layers.N", name) for name in sorted(names, key=_order)))
 
 
 def _named(tree: Any) -> Iterator[tuple[str, jax.Array]]:

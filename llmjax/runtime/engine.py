@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.errors import CheckpointError, NoRoomError, RequestError
+from llmjax.errors import CheckpointError, NoRoomError
 from llmjax.model import Model
 from llmjax.models.stack import stacked
 from llmjax.models.watched import Program, interceptors
+from llmjax.outside.values import check, integer
 from llmjax.runtime import state as states
 from llmjax.runtime.decode import BURST, Produced, decode
 from llmjax.runtime.logits import Controls, LogitsProcessor, no_controls, row_controls
@@ -24,9 +25,10 @@ from llmjax.runtime.memory import size, weight_bytes
 from llmjax.runtime.prefill import Scored, prefill, score_chunk
 from llmjax.runtime.prefixes import Place
 from llmjax.runtime.progress import Progress
-from llmjax.runtime.row import Request, Row
+from llmjax.runtime.row import Request, Requests, Row
 from llmjax.runtime.sampling import Knobs, key_words
-from llmjax.runtime.schedule import Filling, Schedule, no_room, padded
+from llmjax.runtime.schedule import Filling, Schedule
+from llmjax.runtime.scoring import Found, score_texts, scores
 from llmjax.runtime.store import Store
 
 # Tokens between two looks at the text where a row has stop strings: what it generates after one is lost.
@@ -78,8 +80,7 @@ class Engine:
         memory: int | None = None,
     ):
         for name, value, least in (("slots", slots, 1), ("chunk", chunk, 1), ("block", block, 1)):
-            if not isinstance(value, int) or value < least:
-                raise RequestError(f"{name}: expected an integer of at least {least}, found {value!r}")
+            check(name, value, integer(least))
         self.model, self.slots, self.chunk, self.block = model, slots, chunk, block
         self.progress = Progress(slots)
         self.traces: Counter[str] = Counter()
@@ -103,13 +104,16 @@ class Engine:
         self._prefill = self._compiled(prefill, static, donate=1)
         self._decode = self._compiled(decode, (*static, logits_processor), donate=1)
         self._score = self._compiled(score_chunk, static, donate=1)
+        self._score_texts = self._compiled(score_texts, static[:2], donate=())
         self._share = self._compiled(states.share, (self.store.layers,), donate=0)
         self._admit = self._compiled(states.admit, (), donate=0)
         self._adapters = adapters
-        self._stopping = False
+        self.stopping = False
         self._pending: jax.Array | None = None  # what the chunk under way gives
 
-    def _compiled(self, function: Callable[..., Any], static: tuple[Any, ...], donate: int) -> Callable[..., Any]:
+    def _compiled(
+        self, function: Callable[..., Any], static: tuple[Any, ...], donate: int | tuple[()]
+    ) -> Callable[..., Any]:
         """``function`` jitted, its static arguments bound, its traces counted and the time they take added up."""
 
         def traced(*args: Any) -> Any:
@@ -130,7 +134,7 @@ class Engine:
         return call
 
     @contextlib.contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> Iterator[None]:
         """Adds the time spent, compiling aside, to a count of ``progress``."""
         began, compiled = time.monotonic(), self.compile_seconds
         yield
@@ -143,7 +147,7 @@ class Engine:
         before, self._pending = self._pending, pending
         jax.block_until_ready(before)
 
-    def run(self, requests: Iterable[Request], *, burst: int = BURST, reserve: Sequence[int] = ()) -> Iterator[Update]:
+    def run(self, requests: Requests, *, burst: int = BURST, reserve: Sequence[int] = ()) -> Iterator[Update]:
         """Runs requests as slots become free, in any mix of lengths.
 
         A prompt goes through prefill a chunk at a time; between chunks (as many as slots are free) the rows that decode
@@ -152,7 +156,7 @@ class Engine:
         Where memory ends, see ``Schedule``.
 
         Args:
-          requests: taken one by one, only when a slot is free.
+          requests: taken one by one, only when a slot is free; None where there is none at the moment.
           reserve: lengths of rows to have room for from the beginning: a cache that grows on the way means compiling
             again.
           burst: tokens a row may produce before its text is looked at; the same program whatever the number.
@@ -160,17 +164,29 @@ class Engine:
         Yields:
           an update whenever a row has new text or has finished, rows in any order.
         """
-        self._stopping = False
-        self._forget_watched()
+        self.begin()
         store, together = self.store, sorted(reserve, reverse=True)[: self.slots]
-        with self._cleared_by_errors():
+        with self.cleared_by_errors():
             # One more than slots where rows follow each other: a prompt that is shared stays until it is copied.
             store.ensure(max(together, default=0), sum(map(store.pages.needed, [*together, *together[1:2]])))
             store.settle()
             yield from self._run(iter(requests), burst)
 
+    def begin(self) -> None:
+        """A run begins."""
+        self.stopping = False
+        self._forget_watched()
+
+    def scores(self, requests: Requests) -> Iterator[tuple[Request, Found | NoRoomError]]:
+        """Log-probabilities of each text, or why there are none, in their order."""
+        return scores(self, requests)
+
+    def score_texts(self, ids: np.ndarray, targets: np.ndarray, adapter: np.ndarray) -> tuple[jax.Array, jax.Array]:
+        """See ``llmjax.runtime.scoring``."""
+        return self._score_texts(self._params, ids, targets, adapter)
+
     @contextlib.contextmanager
-    def _cleared_by_errors(self) -> Iterator[None]:
+    def cleared_by_errors(self) -> Iterator[None]:
         """An interrupted program may have consumed its buffers, so nothing is left of what the slots held.
 
         Raises:
@@ -199,35 +215,35 @@ class Engine:
     def stop(self) -> None:
         """Ends the run at the next chunk or burst of steps: rows that have finished are handed back, the others are
         dropped.  May be called from a signal handler or another thread."""
-        self._stopping = True
+        self.stopping = True
 
-    def _run(self, queue: Iterator[Request], burst: int) -> Iterator[Update]:
+    def _run(self, queue: Iterator[Request | None], burst: int) -> Iterator[Update]:
         work, more = Schedule(self.store, self.slots, self.chunk), True
-        while not self._stopping:
+        while not self.stopping:
             # As many chunks as slots are free: were it one, short rows would end faster than others begin.
             for _ in range(self.slots - len(work.rows)):
                 if work.filling is None and more and not work.waiting:
-                    request = next(queue, None)
-                    more = request is not None
-                    if request is not None:
+                    request = next(queue, self)
+                    more = request is not self
+                    if isinstance(request, Request):
                         work.waiting.append(self._row(request))
                 if work.filling is None and work.waiting and (admitted := work.admit()):
                     row, place, copied = admitted
                     work.filling = Filling(place.slot, row, self._fill(row, place, copied))
-                if work.filling is None or self._stopping:
+                if work.filling is None or self.stopping:
                     break
-                with self._timed("prefill_seconds"):
+                with self.timed("prefill_seconds"):
                     if next(work.filling.parts, self) is self:
                         work.rows[work.filling.slot] = work.filling.row
                         work.filling = None
-            with self._timed("prefill_seconds"):
+            with self.timed("prefill_seconds"):
                 self._settle()
-            if self._stopping:
+            if self.stopping:
                 return
             if work.rows:
                 soon = work.filling is not None or (more and not work.waiting and len(work.rows) < self.slots)
                 if steps := work.make_room(1 if soon else burst):
-                    with self._timed("decode_seconds"):
+                    with self.timed("decode_seconds"):
                         produced = self._burst(work.rows, steps, more or bool(work.waiting))
                     yield from self._collect(work.rows, produced)
             elif work.filling is None and work.waiting:
@@ -236,7 +252,7 @@ class Engine:
                 return
 
     def _row(self, request: Request) -> Row:
-        model, adapter = self.model, int(self._adapter(request.lora))
+        model, adapter = self.model, int(self.adapter(request.lora))
         return Row(request, model.tokenizer, model.eos_ids, adapter, model.config.renewal)
 
     def _burst(self, rows: dict[int, Row], steps: int, refill: bool) -> Produced:
@@ -279,7 +295,7 @@ class Engine:
             self._settle(logits)
         if row.is_unscored:
             scores: list[dict[int, float] | None] = [None]
-            for scored in self._scores(ids, adapter, wanted=True):
+            for scored in self.scored_chunks(ids, adapter, wanted=True):
                 scores += scored.by_token(request.ids[len(scores) :], request.params.prompt_logprobs or 0)
                 yield
             row.prompt_logprobs = scores
@@ -319,17 +335,18 @@ class Engine:
             "min_tokens": np.int32(params.min_tokens),
             "max_tokens": np.int32(params.max_tokens or 0),
             "want_logprobs": np.bool_(bool(params.logprobs)),
-            "adapter": self._adapter(request.lora),
+            "adapter": self.adapter(request.lora),
         }
 
-    def _adapter(self, lora: str | None) -> np.int32:
+    def adapter(self, lora: str | None) -> np.int32:
+        """The place of a resident adapter, 0 for none."""
         return np.int32(0 if lora is None else self._adapters[lora])
 
     def _collect(self, rows: dict[int, Row], produced: Produced) -> Iterator[Update]:
         """Hands a burst's tokens to the rows; a row that a stop string ended loses the tokens after it and its slot."""
         for slot, row in list(rows.items()):
             piece = ""
-            self._check_finite(produced.logprobs[slot, : produced.lengths[slot]])
+            self.check_finite(produced.logprobs[slot, : produced.lengths[slot]])
             wanted = row.request.params.logprobs or 0
             for i in range(int(produced.lengths[slot])):
                 self.progress.decode_tokens += not row.again
@@ -348,7 +365,7 @@ class Engine:
             if piece or row.finish_reason:
                 yield Update(row, piece)
 
-    def _check_finite(self, logprobs: np.ndarray | jax.Array) -> None:
+    def check_finite(self, logprobs: np.ndarray | jax.Array) -> None:
         """A wrong number is worse than a crash.
 
         Raises:
@@ -360,7 +377,7 @@ class Engine:
                 "(--check-finite), store them in a wider dtype, or look at the logits processor"
             )
 
-    def _scores(self, ids: np.ndarray, adapter: np.int32, *, wanted: bool) -> Iterator[Scored]:
+    def scored_chunks(self, ids: np.ndarray, adapter: np.int32, *, wanted: bool) -> Iterator[Scored]:
         """What follows each token of a text but the last, chunk by chunk, in the pages it was given
         aside; ``wanted`` asks for alternatives, too."""
         store = self.store
@@ -371,29 +388,6 @@ class Engine:
             sizes = map(np.int32, (start, len(ids)))
             store.state, scored = self._score(self._params, store.state, *tokens, *sizes, np.bool_(wanted), adapter)
             scored = Scored(*(x[: len(part)] for x in jax.device_get(scored)))
-            self._check_finite(scored.logprobs)
+            self.check_finite(scored.logprobs)
             yield scored
         store.release(store.aside)
-
-    def score(self, ids: Sequence[int], lora: str | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Log-probabilities float32 ``[T - 1]`` of each token after the first, and the most likely token int32 ``[T -
-        1]`` there.
-
-        Raises:
-          NoRoomError: the text does not fit the memory.
-        """
-        self._forget_watched()
-        store, tokens = self.store, padded(len(ids), self.chunk)
-        with self._cleared_by_errors():
-            store.ensure(len(ids))
-            store.settle()
-            if not store.hold(store.aside, tokens, ()):
-                if not store.restart(tokens):
-                    raise no_room(store, len(ids))
-                store.hold(store.aside, tokens, ())
-            scored = list(self._scores(np.asarray(ids, np.int32), self._adapter(lora), wanted=False))
-        self.progress.prefill_tokens += len(ids)
-        return (
-            np.concatenate([np.zeros(0, np.float32), *(s.logprobs for s in scored)]),
-            np.concatenate([np.zeros(0, np.int32), *(s.best for s in scored)]),
-        )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from llmjax.errors import LlmjaxError
@@ -39,7 +40,7 @@ class CompletionOutput:
 
 @dataclasses.dataclass(frozen=True)
 class RequestOutput:
-    """The answer to one prompt.
+    r"""The answer to one prompt.
 
     Attributes:
       request_id: the row's id; a prompt's place in the list unless one was given.
@@ -53,6 +54,9 @@ class RequestOutput:
         included; None for the first, which nothing precedes; None altogether if not asked for.
       truncated_prompt_tokens: how many were dropped from the prompt's beginning, since it was too long.
       error: why there are no outputs, in ``LLM.outputs`` alone: others raise it.
+      model: its name: that of its file or folder.
+      token_texts: of every token that has a log-probability in ``logprobs`` or ``prompt_logprobs``, by id; a special
+        token by its name, a part of a character as ``bytes:\xe2``.  None if neither was asked for.
     """
 
     request_id: str
@@ -65,6 +69,8 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, float] | None] | None = None
     truncated_prompt_tokens: int = 0
     error: LlmjaxError | None = None
+    model: str = ""
+    token_texts: dict[int, str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +82,13 @@ class Score:
       logprobs: natural log of the probability of each token given those before it; None for the first, which nothing
         precedes.
       top1: the most likely token at each place; None for the first.
+      tokens: the tokens' texts, see ``RequestOutput.token_texts``.
     """
 
     token_ids: list[int]
     logprobs: list[float | None]
     top1: list[int | None]
+    tokens: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def scored(self) -> list[float]:
@@ -88,18 +96,78 @@ class Score:
         return [p for p in self.logprobs if p is not None]
 
     @property
+    def pooled(self) -> "Pooled":
+        """Their statistics."""
+        found = Pooled()
+        found.add(self.scored)
+        return found
+
+    @property
+    def nll(self) -> float:
+        """See ``Pooled``."""
+        return self.pooled.nll
+
+    @property
+    def nll_standard_error(self) -> float:
+        """See ``Pooled``."""
+        return self.pooled.nll_standard_error
+
+    @property
+    def perplexity(self) -> float:
+        """See ``Pooled``."""
+        return self.pooled.perplexity
+
+    @property
+    def perplexity_standard_error(self) -> float:
+        """See ``Pooled``."""
+        return self.pooled.perplexity_standard_error
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON would hold it; what is not finite becomes null."""
+        logprobs = [None if p is None or not math.isfinite(p) else p for p in self.logprobs]
+        numbers = self.pooled.to_dict()
+        del numbers["tokens"]
+        return {**dataclasses.asdict(self), "logprobs": logprobs, **numbers}
+
+
+@dataclasses.dataclass
+class Pooled:
+    """Log-probabilities of any number of texts as those of one, of which nothing is kept but two sums.
+
+    Attributes:
+      tokens: so many.
+      total: their negative sum.
+      squares: sum of the squares of their deviations from the mean.
+    """
+
+    tokens: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+
+    def add(self, logprobs: Sequence[float]) -> None:
+        """Takes in those of a text (Chan, Golub & LeVeque 1979)."""
+        count = len(logprobs)
+        if not count:
+            return
+        total = -math.fsum(logprobs)
+        mean = total / count
+        squares = math.fsum((-p - mean) ** 2 for p in logprobs) if math.isfinite(mean) else math.nan
+        if self.tokens:
+            apart = mean - self.total / self.tokens
+            squares += apart**2 * self.tokens * count / (self.tokens + count)
+        self.tokens, self.total, self.squares = self.tokens + count, self.total + total, self.squares + squares
+
+    @property
     def nll(self) -> float:
         """Mean negative log-likelihood, nats a token; NaN for a single token."""
-        return -math.fsum(self.scored) / len(self.scored) if self.scored else math.nan
+        return self.total / self.tokens if self.tokens else math.nan
 
     @property
     def nll_standard_error(self) -> float:
         """Standard error of ``nll``, tokens taken as independent; NaN below two tokens."""
-        scored, nll = self.scored, self.nll
-        n = len(scored)
-        if n < 2:
+        if self.tokens < 2:
             return math.nan
-        return math.sqrt(math.fsum((-p - nll) ** 2 for p in scored) / (n - 1) / n)
+        return math.sqrt(self.squares / (self.tokens - 1) / self.tokens)
 
     @property
     def perplexity(self) -> float:
@@ -120,6 +188,25 @@ class Score:
             name: getattr(self, name)
             for name in ("nll", "nll_standard_error", "perplexity", "perplexity_standard_error")
         }
-        logprobs = [None if p is None or not math.isfinite(p) else p for p in self.logprobs]
-        finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
-        return {**dataclasses.asdict(self), "logprobs": logprobs, **finite}
+        return {"tokens": self.tokens, **{k: v if math.isfinite(v) else None for k, v in numbers.items()}}
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreOutput:
+    """What became of one text of many.
+
+    Attributes:
+      request_id: the row's id.
+      prompt_token_ids: the text's tokens.
+      score: None if it could not be scored.
+      error: why not.
+      identity: names all that the numbers depend on.
+      outputs: none: nothing is generated.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    score: Score | None
+    error: LlmjaxError | None = None
+    identity: str = ""
+    outputs: tuple[()] = ()

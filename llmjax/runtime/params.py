@@ -3,14 +3,14 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmjax.errors import RequestError, shown
+from llmjax.outside.values import FLAG, INT32, TEXT, Rule, check, each, integer, number
 
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 16384  # vLLM's
-_INT32 = 2**31 - 1  # the compiled programs count in these
 _INT64 = 2**63 - 1
 _DIGITS = re.compile(r"0|[1-9][0-9]{0,19}")
 
@@ -86,21 +86,26 @@ class SamplingParams:
         object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
         object.__setattr__(self, "seed", _number(self.seed))
         if isinstance(self.logit_bias, Mapping):
-            object.__setattr__(self, "logit_bias", {_number(token): bias for token, bias in self.logit_bias.items()})
-        for field, (kind, ok, what) in _RULES.items():
+            biases = {_number(token): bias for token, bias in self.logit_bias.items()}
+            if len(biases) < len(self.logit_bias):
+                raise RequestError(
+                    f"logit_bias: a token is there twice, as a number and as text: {shown(self.logit_bias)}"
+                )
+            object.__setattr__(self, "logit_bias", biases)
+        for field, rule in _RULES.items():
             value = getattr(self, field)
-            if value is None and field in _OPTIONAL:
-                continue
-            if not _is(value, kind) or not ok(value):
-                raise RequestError(f"{field}: expected {what}, found {shown(value)}")
+            if value is not None or field not in _OPTIONAL:
+                check(field, value, rule)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens: expected at most max_tokens {self.max_tokens}, found {self.min_tokens}")
         if self.n > 1 and self.temperature == 0:
             raise RequestError(f"n: expected 1 with temperature 0, where all samples are the same, found {self.n}")
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "SamplingParams":
+    def from_dict(cls, values: Mapping[str, Any]) -> "SamplingParams":
         """From parsed JSON; a key that is no field is refused by name."""
+        if not isinstance(values, Mapping):
+            raise RequestError(f"sampling parameters: expected an object, found {shown(values)}")
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             known = ", ".join(f.name for f in dataclasses.fields(cls))
@@ -112,51 +117,35 @@ class SamplingParams:
         return dataclasses.asdict(self)
 
 
-def _is(value: Any, kind: str) -> bool:
-    if kind == "flag":
-        return isinstance(value, bool)
-    if isinstance(value, bool):
-        return False
-    if kind == "number":
-        return isinstance(value, int) or (isinstance(value, float) and math.isfinite(value))
-    if kind == "mapping":
-        return isinstance(value, Mapping)
-    return isinstance(value, int) if kind == "integer" else isinstance(value, tuple)
-
-
 def _number(value: Any) -> Any:
     """JSON has keys as text, and large numbers are safe in it only so; anything but digits stays as it is."""
     return int(value) if isinstance(value, str) and _DIGITS.fullmatch(value) else value
 
 
-def _are_ids(values: Any) -> bool:
-    return all(_is(i, "integer") and 0 <= i <= _INT32 for i in values)
-
-
 _OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids"}
-_Rule = tuple[str, Callable[[Any], bool], str]
-_RULES: dict[str, _Rule] = {
-    "n": ("integer", lambda v: 1 <= v <= MAX_SAMPLES, f"an integer from 1 to {MAX_SAMPLES}"),
-    "temperature": ("number", lambda v: 0 <= v <= 100, "a number from 0 (greedy) to 100"),
-    "top_k": ("integer", lambda v: 0 <= v <= _INT32, "an integer from 0 (all) to 2**31 - 1, or -1"),
-    "top_p": ("number", lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
-    "min_p": ("number", lambda v: 0 <= v <= 1, "a number from 0 to 1"),
-    "seed": ("integer", lambda v: 0 <= v < 2**64, "an integer from 0 to 2**64 - 1 (or its digits as text)"),
-    "max_tokens": ("integer", lambda v: 1 <= v <= _INT64, "a positive integer below 2**63"),
-    "min_tokens": ("integer", lambda v: 0 <= v <= _INT64, "an integer from 0, below 2**63"),
-    "stop": ("list", lambda v: all(isinstance(s, str) and s for s in v), "non-empty strings"),
-    "stop_token_ids": ("list", _are_ids, "token ids"),
-    "ignore_eos": ("flag", lambda v: True, "true or false"),
-    "logprobs": ("integer", lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),
-    "prompt_logprobs": ("integer", lambda v: 0 <= v <= MAX_LOGPROBS, f"an integer from 0 to {MAX_LOGPROBS}"),
-    "repetition_penalty": ("number", lambda v: 1e-6 <= v <= 1e6, "a number from 1e-06 to 1e+06"),
-    "presence_penalty": ("number", lambda v: -2 <= v <= 2, "a number from -2 to 2"),
-    "frequency_penalty": ("number", lambda v: -2 <= v <= 2, "a number from -2 to 2"),
-    "logit_bias": (
-        "mapping",
-        lambda v: _are_ids(v) and all(_is(b, "number") and -100 <= b <= 100 for b in v.values()),
+_ID = integer(0, INT32)
+_BIAS = number(-100, 100)
+_RULES: dict[str, Rule] = {
+    "n": integer(1, MAX_SAMPLES),
+    "temperature": number(0, 100, "a number from 0 (greedy) to 100"),
+    "top_k": integer(0, INT32, "an integer from 0 (all) to 2**31 - 1, or -1"),
+    "top_p": number(math.ulp(0), 1, "a number above 0 and at most 1"),
+    "min_p": number(0, 1),
+    "seed": integer(0, 2**64 - 1, "an integer from 0 to 2**64 - 1 (or its digits as text)"),
+    "max_tokens": integer(1, _INT64, "a positive integer below 2**63"),
+    "min_tokens": integer(0, _INT64, "an integer from 0, below 2**63"),
+    "stop": each(TEXT, "non-empty strings"),
+    "stop_token_ids": each(_ID, "token ids"),
+    "ignore_eos": FLAG,
+    "logprobs": integer(0, MAX_LOGPROBS),
+    "prompt_logprobs": integer(0, MAX_LOGPROBS),
+    "repetition_penalty": number(1e-6, 1e6),
+    "presence_penalty": number(-2, 2),
+    "frequency_penalty": number(-2, 2),
+    "logit_bias": Rule(
         "token ids with numbers from -100 to 100",
+        lambda v: isinstance(v, Mapping) and all(map(_ID.holds, v)) and all(map(_BIAS.holds, v.values())),
     ),
-    "allowed_token_ids": ("list", lambda v: len(v) > 0 and _are_ids(v), "token ids, at least one"),
-    "bad_words": ("list", lambda v: all(isinstance(s, str) and s for s in v), "non-empty strings"),
+    "allowed_token_ids": each(_ID, "token ids, at least one", least=1),
+    "bad_words": each(TEXT, "non-empty strings"),
 }

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from llmjax.errors import LlmjaxError
 from llmjax.runtime.outputs import CompletionOutput
@@ -37,6 +37,10 @@ class Request:
     bad_words: tuple[tuple[int, ...], ...] = ()
     lora: str | None = None
     truncated: int = 0
+
+
+# Where they are taken one by one: None says that there is none at the moment, and that rows under way should go on.
+Requests = Iterable[Request | None]
 
 
 def special_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> list[int]:
@@ -201,6 +205,11 @@ class Row:
         self._shown = max(self._shown, end)
         return piece
 
+    @property
+    def alternatives(self) -> list[dict[int, float]] | None:
+        """The most likely tokens at each step; None if not asked for."""
+        return None if self.request.params.logprobs is None else self._alternatives
+
     def completion(self) -> CompletionOutput:
         """The finished row as the caller gets it."""
         assert self.finish_reason is not None
@@ -211,7 +220,7 @@ class Row:
             token_ids=self._token_ids,
             cumulative_logprob=sum(self._logprobs),
             token_logprobs=self._logprobs,
-            logprobs=None if request.params.logprobs is None else self._alternatives,
+            logprobs=self.alternatives,
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
             seed=request.seed,

@@ -20,7 +20,7 @@ from llmjax.text.tokenizer import Tokenizer
 _LOG = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class MediapipeTokenizer(Tokenizer):
     """A tokenizer as MediaPipe's runtimes have it.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from llmjax.errors import RequestError, TokenizerError
+from llmjax.errors import RequestError, TokenizerError, shown
 from llmjax.text import detokenize
 from llmjax.text.dates import Date
 from llmjax.text.detokenize import IncrementalDetokenizer
@@ -45,6 +45,9 @@ class Tokenizer:
     where: str
     dummy_prefix: bool = False
     stop: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.where!r}: {self.kind}, {self.vocab_size:,} tokens)"
 
     @property
     def add_bos(self) -> bool:
@@ -93,7 +96,10 @@ class Tokenizer:
         Raises:
           RequestError: an id is negative.
         """
-        known = [int(i) for i in ids if i < self.vocab_size]
+        try:
+            known = [int(i) for i in ids if i < self.vocab_size]
+        except (TypeError, ValueError):
+            raise RequestError(f"ids: expected a list of token ids, found {shown(ids)}") from None
         if min(known, default=0) < 0:
             raise RequestError(f"ids: expected token ids from 0 on, found {min(known)}")
         form, strip = self._decoder
@@ -205,6 +211,18 @@ def _not_text(text: Any) -> str:
     return (
         f"text: character {at} is half a surrogate pair ({text[at]!r}), which no UTF-8 text has; decode its source anew"
     )
+
+
+def token_text(token: int, tokenizer: Tokenizer | None) -> str:
+    """A token's text; part of a character as OpenAI writes it, a special token by its name, and one that has none by
+    number, as vLLM does: tokens are keys in OpenAI's ``top_logprobs``, so no two may look alike."""
+    if tokenizer is None:
+        return f"token_id:{token}"
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode() or tokenizer.piece(token) or f"token_id:{token}"
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def read_file(path: Path) -> bytes:

@@ -3,14 +3,15 @@
 import functools
 import json
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 
 import llmjax
 from tests.parity import checkpoints
+from tests.tiny import slow
 
 FOLDER = Path(__file__).parents[1] / "golden"
 NAMES = sorted(p.stem for p in FOLDER.glob("*.npz"))
@@ -27,9 +28,9 @@ ONE_EACH = set(
 TOLERANCE = 3e-5
 
 
-def some(quick: set[str]) -> list:
-    """Parameters of a test that compiles much: ``quick`` run by default, all with --runslow."""
-    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in NAMES]
+def some(quick: Collection[str], of: Collection[str] = NAMES) -> list:
+    """Parameters of a test that compiles much: ``quick`` run by default, the others ``of`` these with --runslow."""
+    return [name if name in quick else slow(name) for name in sorted(of)]
 
 
 @functools.cache

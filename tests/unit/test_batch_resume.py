@@ -382,9 +382,7 @@ def count(folder):
 @pytest.mark.parametrize("nth", [1, 2])
 def test_a_manifest_that_cannot_be_written_is_told(llm, folder, monkeypatch, nth):
     seen = []
-    failing_fsync(
-        monkeypatch, lambda path: path.endswith(".manifest.json.tmp") and (seen.append(path) or len(seen) == nth)
-    )
+    failing_fsync(monkeypatch, lambda path: path.endswith(".manifest.json") and (seen.append(path) or len(seen) == nth))
     summary = run(llm, folder, ordered=True)
     assert summary.status == "failed" and "writing the output failed: Input/output error" in summary.problem
     assert summary.totals.rows == count(folder) == (0, 12)[nth - 1]

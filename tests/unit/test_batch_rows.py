@@ -12,12 +12,12 @@ import pytest
 
 from llmjax import LLM, SamplingParams
 from llmjax.batch import dryrun, job, openai, scoring
-from llmjax.batch.files import open_lines
 from llmjax.batch.index import Index
 from llmjax.batch.job import Options
 from llmjax.batch.progress import Count, Reporter
 from llmjax.batch.question import PARAMS as PARAM_NAMES
-from llmjax.batch.rows import Shard, count_rows, read_rows
+from llmjax.batch.reading import open_lines
+from llmjax.batch.rows import Generating, Shard, count_rows, read_rows
 from llmjax.errors import RequestError
 from tests import tiny
 
@@ -156,7 +156,7 @@ def test_bad_rows_say_why(llm, tmp_path):
 
 def test_ids_may_be_numbers_and_default_to_the_line(llm, tmp_path):
     found = answers(llm, tmp_path, [{"id": 7, "prompt": "x"}, "", {"prompt": "x"}, {"id": "3", "prompt": "x"}])
-    assert [row["id"] for row in found] == ["7", "3", "3"]
+    assert [row["id"] for row in found] == [7, "3", "3"]
     assert "was used by an earlier row" in found[2]["error"]
 
 
@@ -165,11 +165,13 @@ def test_shards_share_the_rows_out(llm, tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
+    work = Generating(llm, PARAMS)
+
     def read(shard):
         index = Index()
         try:
             with open_lines(str(path)) as lines:
-                return [(r.line, str(r.error)) for r in read_rows(lines, llm, PARAMS, index, shard)]
+                return [(r.line, str(r.error)) for r in read_rows(lines, work, index, shard)]
         finally:
             index.close()
 
@@ -177,7 +179,7 @@ def test_shards_share_the_rows_out(llm, tmp_path):
     parts = [read(shard) for shard in shards]
     assert sorted(sum(parts, [])) == read(Shard(1, 1)) and all(parts)
     with open_lines(str(path)) as lines:
-        assert [count_rows(lines, shard) for shard in shards] == [len(part) for part in parts]
+        assert [count_rows(lines, work, shard) for shard in shards] == [len(part) for part in parts]
     for text in ("0/2", "3/2", "1", "a/b", "1/0", "-1/2"):
         with pytest.raises(RequestError, match="shard: expected i/n"):
             Shard.parse(text)
@@ -260,10 +262,10 @@ def test_a_pipe_is_scored(llm, tmp_path):
     named = tmp_path / "fifo"
     os.mkfifo(named)
     through(named, b'{"text": "abc"}\n{"text": "abd"}\n')
-    output = io.StringIO()
-    with open_lines(str(named)) as lines:
-        assert scoring.run(llm, lines, output).rows == 2
-    assert [json.loads(line)["token_ids"] for line in output.getvalue().splitlines()] == [[64, 65, 66], [64, 65, 67]]
+    output = tmp_path / "out.jsonl"
+    summary = job.run(lambda: llm, str(named), str(output), options=QUIET, work=scoring.Scoring)
+    assert summary.totals.rows == 2
+    assert [json.loads(line)["token_ids"] for line in output.read_text().splitlines()] == [[64, 65, 66], [64, 65, 67]]
 
 
 def test_a_seed_goes_round_as_text(llm, tmp_path):
@@ -317,8 +319,8 @@ def test_no_row_ends_a_job(llm, tmp_path):
     ]
     found = answers(llm, tmp_path, rows)
     assert len(found) == len(rows)
-    assert {r["id"] for r in found if r["id"] and r["id"].startswith("good")} >= {f"good{i}" for i in range(0, 900, 50)}
-    assert not [r for r in found if r["id"] and r["id"].startswith("good") and "text" not in r]
+    assert {r["id"] for r in found if str(r["id"]).startswith("good")} >= {f"good{i}" for i in range(0, 900, 50)}
+    assert not [r for r in found if str(r["id"]).startswith("good") and "text" not in r]
     before = (tmp_path / "out.jsonl").read_bytes()
     job.run(lambda: llm, str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), PARAMS, QUIET)
     assert (tmp_path / "out.jsonl").read_bytes() == before

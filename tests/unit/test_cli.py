@@ -155,7 +155,7 @@ def test_trace(capsys, tmp_path):
     with safetensors.safe_open(tmp_path / "t/activations.safetensors", "numpy") as file:
         assert file.get_tensor("logits").shape == (3, 600)
         assert file.get_tensor("layers.1.attn.probs").shape == (6, 3, 3)
-    for extra, message in (([], "exists already"), (["--taps", "no.such"], "matches no activation")):
+    for extra, message in (([], "exists; expected a new directory"), (["--taps", "no.such"], "matches no activation")):
         code, err = failing(capsys, *args[:5], *extra, "--output", str(tmp_path / ("u" if extra else "t")))
         assert code == 2 and message in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "t"]

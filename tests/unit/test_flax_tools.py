@@ -15,7 +15,7 @@ from llmjax.models.context import Context
 from llmjax.models.llama import Block, LlamaConfig
 from llmjax.models.stack import STACKED, in_turn, stacked
 from llmjax.runtime.cache import make_cache
-from tests.tiny import random_model
+from tests.tiny import random_model, slow
 from tests.unit.test_stack import packed_model
 
 MODEL = random_model()
@@ -126,7 +126,7 @@ def test_a_tool_gives_what_flax_gives_whatever_came_before(expected, variables, 
         same(use(tool, ours, variables), expected[tool])
 
 
-@pytest.mark.parametrize("tool", ["plain", "intercepted", "sown", "dropped", "perturbed"])
+@pytest.mark.parametrize("tool", ["perturbed", *map(slow, ("plain", "intercepted", "sown", "dropped"))])
 def test_without_jit(expected, variables, tool):
     function, given = TOOLS[tool]
     same(function(Model(MODEL.config, ours=True), {name: variables[name] for name in given}), expected[tool])
@@ -187,7 +187,7 @@ def answers(llm):
     ]
 
 
-@pytest.fixture(scope="module", params=["float", pytest.param("stacked", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["float", slow("stacked")])
 def engines(request):
     """Makes an engine; what it answers in plain use and without an attention, by other engines."""
     model = random_model("fast") if request.param == "float" else packed_model()
@@ -201,7 +201,7 @@ def engines(request):
     return make, plain, changed
 
 
-@pytest.mark.parametrize("order", [(False, True, False), (True, False)], ids=str)
+@pytest.mark.parametrize("order", [(False, True, False), slow((True, False))], ids=str)
 def test_an_engine_is_intercepted_only_while_it_is(engines, order):
     make, plain, (tokens, logprobs) = engines
     llm = make()
@@ -215,7 +215,7 @@ def test_an_engine_is_intercepted_only_while_it_is(engines, order):
         same(found[1], logprobs, 2e-4)
 
 
-@pytest.mark.parametrize("watched_first", [False, True])
+@pytest.mark.parametrize("watched_first", [False, slow(True)])
 def test_logits_and_traces_are_intercepted_only_while_they_are(watched_first):
     model = dataclasses.replace(MODEL)
     ids, name = [5, 9, 2, 77], "layers.1.resid"

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 # From the ground up.  A file imports from its own room and from lower floors.
 FLOORS = (
     "llmjax.errors",
-    "llmjax.configs llmjax.numerics",
+    "llmjax.configs llmjax.numerics llmjax.outside",
     "llmjax.quant llmjax.text",
     "converters.readers llmjax.products",
     "llmjax.models",
@@ -18,7 +18,7 @@ FLOORS = (
     "llmjax.lora",
     "llmjax.checkpoint llmjax.runtime",
     "llmjax.llm",
-    "llmjax.llm_inference llmjax.batch llmjax.oracle converters.mediapipe",
+    "llmjax.llm_inference llmjax.batch llmjax.oracle llmjax.training converters.mediapipe",
     "llmjax.bench llmjax.genai llmjax.writing",
     "llmjax.cli",
     "llmjax.__main__",

@@ -22,7 +22,7 @@ from llmjax.quant.schemes import Recipe, Scheme, parse, recipe_names, role_of
 from llmjax.runtime.cache import make_cache
 from llmjax.runtime.state import empty_state
 from tests.programs import compiled_programs
-from tests.tiny import random_model
+from tests.tiny import random_model, slow
 
 RNG = np.random.default_rng(5)
 SCHEMES = ("int8", "int4", "int8-asym", "int4-asym", "int8-g32", "int4-g64", "int4-g32-asym", "int4-g32-mse")
@@ -362,8 +362,13 @@ def tiny(profile: str, recipe: str) -> tuple[Model, Model]:
     return made[0], made[1]
 
 
-@pytest.mark.parametrize("profile", ["reference", "fast"])
-@pytest.mark.parametrize("recipe", ["int8", "int4-g32", "mixed-8-4-8"])
+@pytest.mark.parametrize(
+    ("profile", "recipe"),
+    [
+        *(("reference", "mixed-8-4-8"), ("fast", "int4-g32"), slow("reference", "int8"), slow("fast", "int8")),
+        *(slow("reference", "int4-g32"), slow("fast", "mixed-8-4-8")),
+    ],
+)
 def test_a_quantized_model_means_its_dequantized_values(profile, recipe):
     model, exact = tiny(profile, recipe)
     ids = [RNG.integers(0, 600, 19).tolist()]
@@ -371,11 +376,13 @@ def test_a_quantized_model_means_its_dequantized_values(profile, recipe):
     assert np.abs(got - expected).max() <= 2e-5 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize(("profile", "dtype", "recipe"), [
-    ("reference", "bfloat16", None), ("fast", "bfloat16", None), ("fast", "float32", "int4-g32"),
-    ("fast", "float32", "int4"), ("fast", "float32", "int8"), ("dynamic_int8", "float32", "int8"),
+@pytest.mark.parametrize(("profile", "dtype", "recipe", "slots"), [
+    ("fast", "bfloat16", None, 4), ("fast", "float32", "int4-g32", 1), ("dynamic_int8", "float32", "int8", 4),
+    slow("fast", "bfloat16", None, 1), slow("fast", "float32", "int4-g32", 4),
+    slow("dynamic_int8", "float32", "int8", 1),
+    *(slow("reference", "bfloat16", None, slots) for slots in (1, 4)),
+    *(slow("fast", "float32", recipe, slots) for recipe in ("int4", "int8") for slots in (1, 4)),
 ])  # fmt: skip
-@pytest.mark.parametrize("slots", [1, 4])
 def test_no_program_holds_a_converted_model(profile, dtype, recipe, slots):
     """The temporaries of the compiled programs stay far below the float32 size of the weights they convert."""
     wide = dict(hidden_size=512, intermediate_size=2048, num_attention_heads=4, num_hidden_layers=2)

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 
-from llmjax.batch.scoring import ScoreSummary
-from llmjax.runtime.outputs import Score
+from llmjax.batch.scoring import describe
+from llmjax.runtime.outputs import Pooled, Score
 
 
 class Counted(list):
@@ -41,9 +41,22 @@ def test_a_list_is_gone_through_a_few_times_however_long(what):
 
 def test_the_summary_of_many_tokens():
     """As many as a job has: a second pass over them for each took nine minutes for 3,000 short texts."""
-    summary = ScoreSummary(rows=1, logprobs=[-1.0, -3.0] * 50_000)
-    assert "100000 tokens, NLL 2.00000 ± 0.00316, perplexity 7.3891 ± 0.0234" in summary.describe()
-    assert summary.to_dict()["tokens"] == 100_000
+    pooled = Pooled()
+    for _ in range(50):
+        pooled.add([-1.0, -3.0] * 1000)
+    assert describe(pooled.to_dict()) == "100000 tokens, NLL 2.00000 ± 0.00316, perplexity 7.3891 ± 0.0234"
+    assert pooled.tokens == 100_000
+
+
+def test_texts_pooled_are_as_one():
+    """However the tokens lie in texts, some of them empty or of one token."""
+    p = np.random.default_rng(1).uniform(-9, 0, 501)
+    pooled = Pooled()
+    for part in np.split(p, [0, 1, 7, 7, 300]):
+        pooled.add(part.tolist())
+    whole = Score([], [None, *p], [])
+    for name, value in whole.pooled.to_dict().items():
+        assert pooled.to_dict()[name] == pytest.approx(value, rel=1e-12), name
 
 
 def test_no_perplexity_beyond_floating_point():

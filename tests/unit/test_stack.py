@@ -15,7 +15,7 @@ from llmjax.quant.rounding import quantize
 from llmjax.quant.schemes import Scheme
 from llmjax.runtime import engine
 from tests.programs import engine_programs
-from tests.tiny import random_ids, random_model
+from tests.tiny import random_ids, random_model, slow
 
 RNG = np.random.default_rng(5)
 FULL = (None,) * 4
@@ -40,11 +40,15 @@ def packed_model(scheme="int4-g32", windows=FULL, **others):
 
 def outputs(model, prompts, **options):
     llm = LLM(model, max_batch=4, **options)
+    return llm, *answers(llm, prompts)
+
+
+def answers(llm, prompts):
     rows = [r.outputs[0] for r in llm.generate(prompts, SamplingParams(max_tokens=12, temperature=0, logprobs=1))]
-    return llm, [row.token_ids for row in rows], np.array([row.cumulative_logprob for row in rows])
+    return [row.token_ids for row in rows], np.array([row.cumulative_logprob for row in rows])
 
 
-@pytest.mark.parametrize("windows", [FULL, ALTERNATING])
+@pytest.mark.parametrize("windows", [slow(FULL), ALTERNATING])
 def test_a_loop_computes_what_the_layers_do(monkeypatch, windows):
     """Prompts of one chunk and of several, one whose beginning is copied from another slot's cache."""
     model = packed_model(windows=windows)
@@ -62,18 +66,19 @@ def test_a_loop_computes_what_the_layers_do(monkeypatch, windows):
     np.testing.assert_allclose(score, plain.score(long)[0].logprobs[1:], atol=2e-4)
 
 
-@pytest.mark.parametrize("scheme", ["int4-g32", "int4", "int8"])
+@pytest.mark.parametrize("scheme", ["int4-g32", slow("int4"), slow("int8")])
 def test_rows_keep_their_bits_among_others(scheme):
     model = packed_model(scheme, windows=ALTERNATING)
     prompts = [random_ids(RNG, n) for n in (3, 130, 9, 40, 77)]
-    _, together, sums = outputs(model, prompts)
+    llm, together, sums = outputs(model, prompts, enable_prefix_caching=False)
     for prompt, tokens, total in zip(prompts, together, sums, strict=True):
-        _, [alone], [alone_total] = outputs(model, [prompt])
+        [alone], [alone_total] = answers(llm, [prompt])
         assert alone == tokens and alone_total == total
 
 
-@pytest.mark.parametrize("slots", [1, 2])
-@pytest.mark.parametrize("profile", ["fast", "dynamic_int8"])
+@pytest.mark.parametrize(
+    ("profile", "slots"), [("dynamic_int8", 1), slow("fast", 1), slow("fast", 2), slow("dynamic_int8", 2)]
+)
 def test_few_slots_of_8_bits_run_in_a_loop(monkeypatch, profile, slots):
     model = packed_model("int8", windows=ALTERNATING)
     model = dataclasses.replace(model, numerics=resolve(profile, jnp.float32))
@@ -91,8 +96,14 @@ def test_few_slots_of_8_bits_run_in_a_loop(monkeypatch, profile, slots):
     assert tokens == expected
 
 
-@pytest.mark.parametrize("tokens", [20, 1000])
-@pytest.mark.parametrize(("slots", "scheme"), [(1, "int8"), (1, "int4-g32"), (4, "int4-g32"), (1, None), (4, None)])
+@pytest.mark.parametrize(
+    ("slots", "scheme", "tokens"),
+    [
+        *((1, "int8", 1000), (4, "int4-g32", 20), (4, None, 1000)),
+        *(slow(*case, 20) for case in ((1, "int8"), (1, "int4-g32"), (1, None), (4, None))),
+        *(slow(*case, 1000) for case in ((1, "int4-g32"), (4, "int4-g32"), (1, None))),
+    ],
+)
 def test_no_program_copies_a_cache(slots, scheme, tokens):
     """Not the layers' common one, either; the shortest cache there is and a longer one."""
     model = packed_model(scheme, TWO) if scheme else random_model("fast", max_position_embeddings=1024)
@@ -108,9 +119,8 @@ def test_no_program_copies_a_cache(slots, scheme, tokens):
 @pytest.mark.parametrize(
     ("slots", "scheme"),
     [
-        *((1, "int8"), (4, "int4-g32"), (1, None), (4, None)),  # the programs of the test above
-        pytest.param(2, "int4", marks=pytest.mark.slow),
-        pytest.param(2, None, marks=pytest.mark.slow),
+        (4, "int4-g32"),
+        *(slow(*case) for case in ((1, "int8"), (1, None), (4, None), (2, "int4"), (2, None))),
     ],
 )
 def test_the_length_of_a_cache_moves_no_bit(slots, scheme):

@@ -22,8 +22,8 @@ from typing import Any, NoReturn
 import numpy as np
 
 from converters.readers.mapped import MappedFile
-from converters.readers.source import problems_error, shown
-from llmjax.errors import CheckpointError
+from converters.readers.source import problems_error
+from llmjax.errors import CheckpointError, named
 
 IDENTIFIER = b"TFL3"
 PARAMETERS = "odml.infra.proto.LlmParameters"
@@ -136,7 +136,7 @@ class BinFile:
             entry = model.Metadata(i)
             name = self._text(entry.Name() or b"", "a metadata entry's name")
             if name in self.numbers:
-                problems.append(f"metadata {shown(name)} appears twice")
+                problems.append(f"metadata {named(name)} appears twice")
             self.numbers[name] = entry.Buffer()
         if problems:
             raise problems_error(self.path, _DAMAGED, problems, most=5)
@@ -152,7 +152,7 @@ class BinFile:
 
     def _add(self, tensor: Any, used: dict[int, str], problems: list[str]) -> None:
         name = self._text(tensor.Name() or b"", "a tensor's name")
-        label = f"tensor {shown(name)}"
+        label = f"tensor {named(name)}"
         if name in self.entries:
             problems.append(f"{label} appears twice")
             return
@@ -169,7 +169,7 @@ class BinFile:
             problems.append(f"{label}: shape {list(shape)}, buffer {index} of {len(self._buffers)}: out of range")
             return
         if index in used:
-            problems.append(f"{label} shares a buffer with {shown(used[index])}")
+            problems.append(f"{label} shares a buffer with {named(used[index])}")
             return
         used[index] = name
         start, size = self._buffers[index]
@@ -187,7 +187,7 @@ class BinFile:
         end, before = 0, ""
         for name in sorted(self.entries, key=lambda n: self._places[n]):
             if self._places[name] < end:
-                self._fail(f"{_DAMAGED}: tensors {shown(before)} and {shown(name)} overlap")
+                self._fail(f"{_DAMAGED}: tensors {named(before)} and {named(name)} overlap")
             end, before = self._places[name] + self.entries[name].nbytes, name
 
     def blob(self, name: str) -> bytes | None:
@@ -201,7 +201,7 @@ class BinFile:
         index = self.numbers[name]
         start, size = self._buffers[index] if 0 < index < len(self._buffers) else (0, 0)
         if start < 1 or start + size > len(self._file) or size > _MAX_METADATA:
-            self._fail(f"{_DAMAGED}: metadata {shown(name)}: buffer {index}, bytes {start} to {start + size}")
+            self._fail(f"{_DAMAGED}: metadata {named(name)}: buffer {index}, bytes {start} to {start + size}")
         return self._file.bytes[start : start + size].tobytes()
 
     def raw(self, name: str) -> np.ndarray:

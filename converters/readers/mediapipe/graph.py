@@ -10,8 +10,7 @@ from typing import Any
 
 from converters.readers.mapped import MappedFile
 from converters.readers.mediapipe.container import IDENTIFIER
-from converters.readers.source import shown
-from llmjax.errors import CheckpointError
+from llmjax.errors import CheckpointError, named
 
 _VERSION = 3
 # Far above any model's: a hostile file must not cost minutes.
@@ -149,7 +148,7 @@ def _type_name(number: int) -> str:
 
 
 def _text(text: bytes | None) -> str:
-    return shown((text or b"").decode("utf-8", errors="replace"))
+    return named((text or b"").decode("utf-8", errors="replace"))
 
 
 def _count(number: int, what: str) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from converters.readers.mediapipe import layout
 from converters.readers.mediapipe.container import LORA_RANK, BinFile
-from llmjax.errors import CheckpointError
+from llmjax.errors import CheckpointError, named
 
 # Our names of the modules, and the file's.
 PLACES = {"q": "q", "k": "k", "v": "v", "o": "post"}
@@ -59,13 +59,13 @@ def read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[tuple[int, s
         module = match and names[match[2]]
         shape = match and shapes.get(f"layers.{match[1]}.attn.{module}.weight")
         if not match or not module or not shape:
-            raise CheckpointError(f"{path}: tensor {name}: no LoRA factor of this model's q, k, v or o")
+            raise CheckpointError(f"{path}: tensor {named(name)}: no LoRA factor of this model's q, k, v or o")
         side = "a" if (match[3] == "left") == (module != "o") else "b"
         whole = (rank, shape[1]) if side == "a" else (shape[0], rank)
         count = layout.stored_bytes(whole, 32, "gpu") // 4
         if entry.nbytes not in (2 * count, 4 * count):
             raise CheckpointError(
-                f"{path}: tensor {name}: expected {2 * count} or {4 * count} bytes for {list(whole)}, found "
+                f"{path}: tensor {named(name)}: expected {2 * count} or {4 * count} bytes for {list(whole)}, found "
                 f"{entry.nbytes}; it belongs to a model of other dimensions"
             )
         raw = file.raw(name).view("<f2" if entry.nbytes == 2 * count else "<f4").astype("<f4")

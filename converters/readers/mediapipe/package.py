@@ -18,8 +18,7 @@ from typing import Any, NoReturn
 
 from converters.readers.mapped import MappedFile
 from converters.readers.mediapipe import parameters
-from converters.readers.source import shown
-from llmjax.errors import CheckpointError
+from llmjax.errors import CheckpointError, named
 
 GRAPH, SENTENCEPIECE, HUGGINGFACE, FACTS, OTHER = "graph", "sentencepiece", "huggingface", "metadata", "other"
 MODEL, TOKENIZER, METADATA = "TF_LITE_PREFILL_DECODE", "TOKENIZER_MODEL", "METADATA"
@@ -149,10 +148,10 @@ class Package:
         end, before = 0, ""
         for part in sorted(self.parts, key=lambda p: (p.start, p.nbytes)):
             if part.start < end:
-                self._fail(f"{_DAMAGED}: {shown(before)} and {shown(part.name)} overlap")
+                self._fail(f"{_DAMAGED}: {named(before)} and {named(part.name)} overlap")
             end, before = part.start + part.nbytes, part.name
             if end > len(self._file):
-                self._fail(f"{_DAMAGED}: {shown(part.name)} ends at byte {end}, the file has {len(self._file)}")
+                self._fail(f"{_DAMAGED}: {named(part.name)} ends at byte {end}, the file has {len(self._file)}")
 
     def _entries(self) -> Iterator[Part]:
         with zipfile.ZipFile(self.path) as archive:
@@ -161,7 +160,7 @@ class Package:
         if len(set(names)) < len(names) or len(names) > _MAX_PARTS:
             self._fail(f"{_DAMAGED}: expected at most {_MAX_PARTS} entries of different names, found {len(names)}")
         for entry in entries:
-            name, at = shown(entry.filename), entry.header_offset
+            name, at = named(entry.filename), entry.header_offset
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
                 self._fail(f"entry {name} is compressed or encrypted, expected it as it is: not a MediaPipe bundle")
             if entry.file_size != entry.compress_size or at < 0:
@@ -284,7 +283,7 @@ class _Table:
 def _note(entry: _Table) -> tuple[str, Any]:
     """A ``KeyValuePair``: its key, the type of its value, its value."""
     kind, value = entry.number(1, "Uint8"), entry.table(2)
-    key = shown(entry.text(0))
+    key = named(entry.text(0))
     if value is None or not 0 < kind < len(_VALUES):
         return key, None
-    return key, shown(value.text(0)) if kind == _STRING else value.number(0, _VALUES[kind])
+    return key, named(value.text(0)) if kind == _STRING else value.number(0, _VALUES[kind])

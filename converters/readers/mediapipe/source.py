@@ -17,8 +17,8 @@ from converters.readers.mediapipe.container import (
     BinFile,
     Entry,
 )
-from converters.readers.source import TensorSpec, problems_error, shown
-from llmjax.errors import CheckpointError
+from converters.readers.source import TensorSpec, problems_error
+from llmjax.errors import CheckpointError, named
 
 _BITS = {"INT8": 8, "INT4": 4, "FLOAT32": 32}
 # What belongs to the weight whose name stands before: its type, and in which layout it is.
@@ -73,7 +73,7 @@ class MediapipeSource:
 
     def _add(self, entry: Entry) -> str:
         """Remembers a weight or vector; returns what is wrong with it, if anything is."""
-        label = f"tensor {shown(entry.name)}"
+        label = f"tensor {named(entry.name)}"
         for part, (kind, backends) in _PARTS.items():
             if entry.name.endswith(part):
                 owner = self._file.entries.get(entry.name.removesuffix(part))
@@ -99,7 +99,7 @@ class MediapipeSource:
                 for part in (SCALE, SUM, ZERO):
                     found_part, needed = parts[part], part != ZERO and self.backend in _PARTS[part][1]
                     if found_part is None and needed:
-                        return f"{label}: {shown(entry.name + part)} is missing"
+                        return f"{label}: {named(entry.name + part)} is missing"
                     if found_part is not None and found_part.nbytes != 4 * shape[0]:
                         return f"{label}: {part}: expected {shape[0]} values, found {found_part.nbytes / 4:g}"
                     nbytes += found_part.nbytes if found_part else 0
@@ -128,7 +128,7 @@ class MediapipeSource:
         }
         if entry.name.endswith(".w"):
             return known.get(module, ())
-        return (entry.nbytes // 4,) if entry.type == "FLOAT32" else ()
+        return (entry.nbytes // 4,) if entry.type == "FLOAT32" and entry.nbytes % 4 == 0 else ()
 
     def names(self) -> list[str]:
         """See ``Source``; scales and the like are part of the tensor they belong to."""
@@ -165,7 +165,7 @@ class MediapipeSource:
             wrong = layout.row_sums(values, bits) != self._file.raw(name + SUM).view("<i4")
             if wrong.any():
                 raise CheckpointError(
-                    f"{self.path}: tensor {shown(name)}: {wrong.sum()} of {len(wrong)} rows do not have the sum the "
+                    f"{self.path}: tensor {named(name)}: {wrong.sum()} of {len(wrong)} rows do not have the sum the "
                     "file gives for them; the file is damaged, download or convert it again"
                 )
         scales = self._file.raw(name + SCALE).view("<f4")

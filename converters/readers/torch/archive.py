@@ -16,8 +16,8 @@ import numpy as np
 from converters.readers.mapped import MappedFile
 from converters.readers.source import TensorSpec
 from converters.readers.torch.pickled import Interpreter
-from converters.readers.torch.tensors import RESAVE, STORAGES, Storage, Tensor, holds_tensors, listed, short, type_of
-from llmjax.errors import CheckpointError
+from converters.readers.torch.tensors import RESAVE, STORAGES, Storage, Tensor, holds_tensors, listed, type_of
+from llmjax.errors import CheckpointError, shown
 
 _MAX_PICKLE = 64 << 20
 _LEGACY_MAGIC = b"\x8a\x0a" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
@@ -48,7 +48,7 @@ class TorchFile:
         self._check_byteorder()
         if self._entries[pickles[0]].file_size > _MAX_PICKLE:
             self._fail(
-                f"entry {short(pickles[0])} has {self._entries[pickles[0]].file_size} bytes, expected at most "
+                f"entry {shown(pickles[0])} has {self._entries[pickles[0]].file_size} bytes, expected at most "
                 f"{_MAX_PICKLE}; save the tensors alone, or as safetensors"
             )
         root = Interpreter(self._bytes(pickles[0]), self._storage, self._fail).run()
@@ -110,9 +110,9 @@ class TorchFile:
             # zipfile cuts the name at a zero byte.
             name = info.orig_filename
             if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
-                self._fail(f"entry {short(name)}: expected a relative path without '..'; do not trust this file")
+                self._fail(f"entry {shown(name)}: expected a relative path without '..'; do not trust this file")
             if name in entries:
-                self._fail(f"entry {short(name)} is there twice; do not trust this file")
+                self._fail(f"entry {shown(name)} is there twice; do not trust this file")
             entries[name] = info
         return entries
 
@@ -120,14 +120,14 @@ class TorchFile:
         name = self._prefix + "byteorder"
         order = bytes(self._bytes(name)[:16]) if name in self._entries else b"little"
         if order != b"little":
-            self._fail(f"entry {short(name)}: expected byte order b'little', found {order!r}; save it as safetensors")
+            self._fail(f"entry {shown(name)}: expected byte order b'little', found {order!r}; save it as safetensors")
 
     def _start(self, name: str) -> int:
         """Where the data of an entry begin, once it is known that they are plain and inside the file."""
         if name in self._starts:
             return self._starts[name]
         info, data = self._entries[name], self._file.bytes
-        where = f"entry {short(name)}"
+        where = f"entry {shown(name)}"
         at = info.header_offset
         if not 0 <= at <= len(data) - _LOCAL_HEADER.size:
             self._fail(f"{where}: its header at {at} is outside the {len(data)} bytes of the file; download it again")
@@ -161,11 +161,11 @@ class TorchFile:
         itemsize = np.dtype(code).itemsize if code else 2
         name = f"{self._prefix}data/{key}"
         if name not in self._entries:
-            self._fail(f"entry {short(name)}: expected a {kind} of {numel} values, found no such entry; {RESAVE}")
+            self._fail(f"entry {shown(name)}: expected a {kind} of {numel} values, found no such entry; {RESAVE}")
         start, size = self._start(name), self._entries[name].file_size
         if numel * itemsize != size:
             self._fail(
-                f"entry {short(name)}: expected {numel * itemsize} bytes for {numel} values of {dtype}, found {size}; "
+                f"entry {shown(name)}: expected {numel * itemsize} bytes for {numel} values of {dtype}, found {size}; "
                 "download it again"
             )
         return Storage(key, dtype, code, itemsize, numel, start)
@@ -185,7 +185,7 @@ class TorchFile:
                     )
                 what, root = f"{what}'s {key!r}", root[key]
                 break
-        wrong = [f"{short(n)} ({type_of(v)})" for n, v in root.items() if not isinstance(v, Tensor)]
+        wrong = [f"{shown(n)} ({type_of(v)})" for n, v in root.items() if not isinstance(v, Tensor)]
         if wrong:
             self._fail(f"{what}: expected tensors only, found {listed(wrong)}; save model.state_dict() alone")
         unnamed = [n for n in root if not isinstance(n, str)]
@@ -194,5 +194,5 @@ class TorchFile:
         for name, tensor in root.items():
             problem = tensor.problem()
             if problem:
-                self._fail(f"tensor {short(name)}: {problem}")
+                self._fail(f"tensor {shown(name)}: {problem}")
         return root

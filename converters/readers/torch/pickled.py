@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from converters.readers.torch.tensors import RESAVE, STORAGES, Storage, Tensor, is_number, short, type_of
+from converters.readers.torch.tensors import RESAVE, STORAGES, Storage, Tensor, is_number, type_of
+from llmjax.errors import shown
 
 # Some 30 for each tensor, in a few seconds.
 _MAX_OPCODES = 4_000_000
@@ -219,13 +220,13 @@ class Interpreter:
             if not isinstance(key, str) and not (isinstance(key, int) and abs(key) < 1 << 31):
                 self.fail(f"expected a string as the key of a dict, found {type_of(key)}; do not trust this file")
             if key in target:
-                self.fail(f"the key {short(key)} is there twice; do not trust this file")
+                self.fail(f"the key {shown(key)} is there twice; do not trust this file")
             target[key] = value
 
     def find(self, module: str, name: str) -> Global:
         full = f"{module}.{name}"
         if full not in _GLOBALS:
-            self.fail(f"{short(full)} is none of the names that a dict of tensors needs; do not trust this file")
+            self.fail(f"{shown(full)} is none of the names that a dict of tensors needs; do not trust this file")
         return Global(full)
 
     def call(self, function: Any, arguments: Any) -> Any:
@@ -254,6 +255,6 @@ class Interpreter:
         match persistent:
             case ("storage", Global(kind), str(key), str(), int(numel)) if kind in STORAGES:
                 if not is_number(numel):
-                    self.fail(f"storage {short(key)}: expected from 0 to 2^48 values; download it again")
+                    self.fail(f"storage {shown(key)}: expected from 0 to 2^48 values; download it again")
                 return self.storage(kind, key, numel)
         self.fail(f"expected ('storage', type, key, location, size), found another {type_of(persistent)}; {RESAVE}")

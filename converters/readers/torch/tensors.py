@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from llmjax.errors import named, shown
+
 _MAX_DIMS = 32
 # Bounds every number of a tensor header, so that no product of a few of them leaves 64 bits.
 _MAX_NUMBER = 1 << 48
@@ -66,7 +68,7 @@ class Tensor:
             return f"{header}: expected fewer than 2^48 values; download it again"
         if self.offset + self.span() > numel:
             return (
-                f"{header}: needs {self.offset + self.span()} values, storage {short(self.storage.key)} has {numel}; "
+                f"{header}: needs {self.offset + self.span()} values, storage {shown(self.storage.key)} has {numel}; "
                 "download it again"
             )
         # A tensor that repeats values of its storage could be of any size, whatever the size of the file.
@@ -102,13 +104,7 @@ def type_of(value: Any) -> str:
     return type(value).__name__.removeprefix("_")
 
 
-def short(name: Any) -> str:
-    """A name as a message shows it."""
-    text = repr(name[:100] if isinstance(name, str) else name)
-    return f"{text}..." if isinstance(name, str) and len(name) > 100 else text
-
-
 def listed(names: list[Any]) -> str:
     """The first five names, and how many more there are."""
-    shown = [n if isinstance(n, str) else short(n) for n in names[:5]]
-    return ", ".join(shown) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    first = [named(n) if isinstance(n, str) else shown(n) for n in names[:5]]
+    return ", ".join(first) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

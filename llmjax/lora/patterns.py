@@ -1,0 +1,55 @@
+"""Regular expressions that an adapter's file brings along: matched as ``re`` would, but not for ever."""
+
+import re
+import time
+import warnings
+
+import regex
+
+from llmjax.errors import LoraError, shown
+
+# For all modules together; honest ones take milliseconds.
+_SECONDS = 1.0
+_MOST_CHARACTERS = 10_000
+
+
+def is_regex(text: object) -> bool:
+    """Whether a value is a regular expression, of a length that one may have."""
+    if not isinstance(text, str) or len(text) > _MOST_CHARACTERS:
+        return False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            re.compile(text)  # PEFT's
+            regex.compile(text)
+    except Exception:  # re.error, and RecursionError, OverflowError, ... of others that are none
+        return False
+    return True
+
+
+class Matcher:
+    """Matches names, and gives up where an expression backtracks for ever."""
+
+    def __init__(self) -> None:
+        self._left = _SECONDS
+
+    def match(self, pattern: str, name: str, *, whole: bool = False) -> "regex.Match[str] | None":
+        """See ``re.match`` and, for the ``whole`` name, ``re.fullmatch``.
+
+        Raises:
+          LoraError: it takes too long, or means nothing where it stands.
+        """
+        began = time.monotonic()
+        try:
+            if self._left <= 0:
+                raise TimeoutError
+            return (regex.fullmatch if whole else regex.match)(pattern, name, timeout=self._left)
+        except regex.error as error:
+            raise LoraError(f"the regular expression {shown(pattern)} cannot be used: {error}") from None
+        except TimeoutError:
+            raise LoraError(
+                f"the regular expression {shown(pattern)} takes too long to match module names; write it without "
+                "repetitions inside of repetitions"
+            ) from None
+        finally:
+            self._left -= time.monotonic() - began

@@ -1,0 +1,1 @@
+"""What comes from outside and goes there: values that are checked, files that appear whole."""

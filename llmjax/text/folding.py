@@ -1,0 +1,30 @@
+"""System messages for templates that have no place for them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def folded(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """A conversation whose system messages stand before what the user says first, a blank line between them.
+
+    Args:
+      messages: checked (``llmjax.text.chat.check_messages``); what is not a text keeps its parts.
+    """
+    system = [m for m in messages if m["role"] == "system"]
+    rest: list[Mapping[str, Any]] = [m for m in messages if m["role"] != "system"]
+    if not system:
+        return rest
+    first = next((i for i, m in enumerate(rest) if m["role"] == "user"), None)
+    said = "\n\n".join(_text(m["content"]) for m in system)
+    if first is None:
+        return [{"role": "user", "content": said}, *rest]
+    content = rest[first]["content"]
+    joined: Any = f"{said}\n\n{content}"
+    if not isinstance(content, str):
+        joined = [{"type": "text", "text": f"{said}\n\n"}, *content]
+    rest[first] = {**rest[first], "content": joined}
+    return rest
+
+
+def _text(content: Any) -> str:
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)

@@ -1,0 +1,172 @@
+"""Adapters in training: which modules of a model get factors, what these begin as, and their place beside the weights.
+
+Factors are kept by module of the base model, as PEFT does, not by parameter: where a module is fused (Phi-3, Falcon),
+the parameters cut from it share its A, and B's rows are cut as the weight's are.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax.errors import LoraError
+from llmjax.lora.adapter import Part, modules_of
+from llmjax.lora.apply import Lora, with_loras
+from llmjax.lora.config import LoraConfig
+from llmjax.model import Model
+
+# By module ``model.layers.0.self_attn.q_proj``: ``A`` float32 [r, in], ``B`` float32 [out, r].
+Factors = dict[str, dict[str, Any]]
+
+ALL_LINEAR, MEDIAPIPE = "all-linear", "mediapipe"
+_MEDIAPIPE_ROLES = ("q", "k", "v", "o")
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A linear module that gets factors.
+
+    Attributes:
+      module: its name, as Hugging Face has it.
+      rank: r.
+      scale: what multiplies ``B . A``.
+      shape: ``(out, in)`` of its weight.
+      parts: the parameters it fills, each with the rows of the weight it is made of; None for all, in order.
+    """
+
+    module: str
+    rank: int
+    scale: float
+    shape: tuple[int, int]
+    parts: tuple[tuple[str, np.ndarray | None], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter in training: a plain value, of which ``train_step`` makes the next.
+
+    Attributes:
+      settings: rank, scale and choice of modules.
+      targets: the modules.
+      factors: by module.
+      names: what ``target_modules`` of a PEFT configuration must be to mean these modules and no other.
+    """
+
+    settings: LoraConfig
+    targets: tuple[Target, ...]
+    factors: Factors
+    names: tuple[str, ...]
+
+    def replace(self, factors: Factors) -> "Adapter":
+        """The same adapter with other values."""
+        return dataclasses.replace(self, factors=factors)
+
+    @property
+    def count(self) -> int:
+        """Numbers that are trained."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.factors))
+
+
+def new_adapter(model: Model, settings: LoraConfig, *, seed: int = 0) -> Adapter:
+    """An adapter that changes nothing yet, begun as PEFT begins one: A uniform within ``1 / sqrt(in)``, B zero.
+
+    Args:
+      model: what it is for.
+      settings: ``target_modules`` may be ``all-linear``, or ``mediapipe`` for the modules of q, k, v and o, which is
+        what MediaPipe's LoRA files hold.
+      seed: of A.  A module's draws follow from it and the module's name.
+
+    Raises:
+      LoraError: a target matches no module of the model, or a rank is larger than its module.
+    """
+    if settings.rank is None:
+        raise LoraError("rank: missing, expected a positive integer")
+    modules = modules_of(model.architecture, model.config)
+    chosen = _chosen(modules, settings)
+    found = tuple(_target(parts, settings) for parts in chosen.values())
+    if large := [t for t in found if t.rank > min(t.shape)]:
+        at = large[0]
+        raise LoraError(f"rank: {at.rank} is more than module {at.module} has, whose weight is {list(at.shape)}")
+    factors = {target.module: _begun(target, seed) for target in found}
+    return Adapter(settings, found, factors, _names([t.module for t in found], modules, model))
+
+
+def adapted(
+    params: Mapping[str, Any],
+    targets: tuple[Target, ...],
+    factors: Factors,
+    *,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+) -> dict[str, Any]:
+    """A model's parameters with the factors beside its weights: a pure function, to differentiate.
+
+    Args:
+      params: the model's.
+      targets: the modules.
+      factors: by module.
+      dropout: share of the inputs that A does not see; goes with ``key``.
+      key: which, for this call; each parameter's part of it follows from its name.
+    """
+    loras = {}
+    for target in targets:
+        pair = factors[target.module]
+        for parameter, rows in target.parts:
+            b = pair["B"] if rows is None else jnp.take(pair["B"], rows, axis=0)
+            own = None if key is None or not dropout else jax.random.fold_in(key, zlib.crc32(parameter.encode()))
+            loras[parameter] = Lora(pair["A"], b, jnp.float32(target.scale), own, dropout if own is not None else 0.0)
+    return with_loras(params, loras)
+
+
+def _chosen(modules: Mapping[str, list[Part]], settings: LoraConfig) -> dict[str, list[Part]]:
+    """The modules that the settings target, in the model's order."""
+    wanted = settings.target_modules
+    if wanted == MEDIAPIPE:
+        chosen = {
+            name: parts
+            for name, parts in modules.items()
+            if any(part.parameter.split(".")[-2] in _MEDIAPIPE_ROLES for part in parts)
+        }
+        settings = dataclasses.replace(settings, target_modules=tuple(parts[0].module for parts in chosen.values()))
+    chosen = {name: parts for name, parts in modules.items() if settings.targets(parts[0].module)}
+    names = [parts[0].module for parts in modules.values()]
+    endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+    for name in wanted if isinstance(wanted, tuple) else ():
+        if not any(module == name or module.endswith(f".{name}") for module in names):
+            raise LoraError(f"targets: {name!r} matches no module of this model; expected some of {endings}")
+    if not chosen:
+        raise LoraError(f"targets: {wanted!r} matches no module of this model, which has {endings}")
+    return chosen
+
+
+def _target(parts: list[Part], settings: LoraConfig) -> Target:
+    module, entry = parts[0].module, parts[0].entry
+    out, width = entry.source_shape(parts[0].shape)
+    rank = settings.rank_of(module)
+    assert rank is not None
+    everything = np.arange(out)
+    rows = [np.ascontiguousarray(part.entry.make([everything[:, None]])[:, 0]) for part in parts]
+    cut = tuple(
+        (part.parameter, None if np.array_equal(r, everything) else r) for part, r in zip(parts, rows, strict=True)
+    )
+    return Target(module, rank, settings.scale_of(module, rank), (out, width), cut)
+
+
+def _begun(target: Target, seed: int) -> dict[str, Any]:
+    out, width = target.shape
+    rng = np.random.default_rng([seed, zlib.crc32(target.module.encode())])
+    bound = width**-0.5
+    a = rng.uniform(-bound, bound, (target.rank, width)).astype(np.float32)
+    return {"A": jnp.asarray(a), "B": jnp.zeros((out, target.rank), jnp.float32)}
+
+
+def _names(chosen: list[str], modules: Mapping[str, list[Part]], model: Model) -> tuple[str, ...]:
+    """The modules' last names, where no other module has one of them; else their whole names."""
+    endings = {name.rsplit(".", 1)[-1] for name in chosen}
+    meant = {parts[0].module for parts in modules.values() if parts[0].module.rsplit(".", 1)[-1] in endings}
+    others = any("tower" in pattern for pattern in model.architecture.dropped)  # parts that llmjax leaves out
+    return tuple(sorted(endings)) if meant == set(chosen) and not others else tuple(chosen)

@@ -1,0 +1,128 @@
+"""Examples in batches: padded to few lengths, for each of which a program is compiled once."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+if TYPE_CHECKING:
+    from llmjax.training.config import TrainConfig
+
+# What labels of tokens that are not learned are in torch's and transformers' batches.
+IGNORED = -100
+_SHORTEST = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A row, ready to learn from.
+
+    Attributes:
+      row: its number in the data, from 0.
+      ids: token ids, int32 ``[T]``.
+      learned: bool ``[T]``: tokens the loss counts; never the first, which nothing predicts.
+    """
+
+    row: int
+    ids: np.ndarray
+    learned: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        """How many the loss counts."""
+        return int(self.learned.sum())
+
+
+class Batch(struct.PyTreeNode):
+    """Rows of one program, padded on the right; the head runs on the ``M`` tokens of a row whose next is learned.
+
+    Attributes:
+      ids: int32 ``[B, T]``.
+      at: int32 ``[B, M]``, positions whose next token is learned, filled up with 0.
+      targets: int32 ``[B, M]``, those next tokens.
+      weights: float32 ``[B, M]``, 1, or 0 where filled up.
+      rows: the numbers of the rows in the data (static); fewer than B where the last are filling.
+    """
+
+    ids: np.ndarray
+    at: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    rows: tuple[int, ...] = struct.field(pytree_node=False, default=())
+
+    @property
+    def tokens(self) -> int:
+        """How many the loss counts."""
+        return int(np.count_nonzero(self.weights))
+
+    def arrays(self) -> "Batch":
+        """On the device, without what would make a program of its own for each batch."""
+        return Batch(*(jnp.asarray(leaf) for leaf in (self.ids, self.at, self.targets, self.weights)))
+
+
+def bucket(length: int) -> int:
+    """The length that ``length`` tokens are padded to: 16, 24, 32, 48, 64, 96, ..."""
+    size = _SHORTEST
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def make_batch(examples: Sequence[Example], rows: int | None = None, width: int | None = None) -> Batch:
+    """A batch of these examples.
+
+    Args:
+      examples: at least one.
+      rows: B; the examples' number where None.
+      width: T; the longest one's bucket where None.
+    """
+    count = len(examples) if rows is None else rows
+    width = bucket(max(len(e.ids) for e in examples)) if width is None else width
+    most = min(bucket(max(e.tokens for e in examples)), width)
+    ids = np.zeros((count, width), np.int32)
+    at, targets = np.zeros((count, most), np.int32), np.zeros((count, most), np.int32)
+    weights = np.zeros((count, most), np.float32)
+    for i, example in enumerate(examples):
+        ids[i, : len(example.ids)] = example.ids
+        where = np.flatnonzero(example.learned) - 1
+        at[i, : len(where)], targets[i, : len(where)], weights[i, : len(where)] = where, example.ids[where + 1], 1
+    return Batch(ids, at, targets, weights, tuple(e.row for e in examples))
+
+
+def from_labels(ids: np.ndarray, labels: np.ndarray, rows: Sequence[int] = ()) -> Batch:
+    """A batch from arrays ``[B, T]`` as torch's trainers have them: labels are the ids, -100 where nothing is learned;
+    a token's label is predicted from the tokens before it."""
+    examples = []
+    for i, (row, label) in enumerate(zip(ids, labels, strict=True)):
+        learned = label != IGNORED
+        learned[0] = False
+        examples.append(Example(rows[i] if rows else i, np.where(learned, label, row), learned))
+    return make_batch(examples, width=ids.shape[1])
+
+
+def batches(examples: Sequence[Example], config: "TrainConfig", epoch: int) -> Iterator[list[Batch]]:
+    """The effective batches of an epoch, each as the batches that are computed one after the other.
+
+    The order follows from ``config.seed`` and the epoch.  Within an effective batch rows of like length go together:
+    the loss is that of all its tokens, however they are cut.  The last effective batch may be smaller.
+
+    Args:
+      examples: all of them.
+      config: batch size, accumulation, seed, shuffle.
+      epoch: its number, from 0.
+    """
+    order = np.arange(len(examples))
+    if config.shuffle:
+        order = np.random.default_rng([config.seed, epoch]).permutation(len(examples))
+    size = config.batch_size * config.accumulation
+    for start in range(0, len(order), size):
+        yield cut([examples[i] for i in order[start : start + size]], config.batch_size)
+
+
+def cut(examples: Sequence[Example], size: int) -> list[Batch]:
+    """Batches of ``size`` rows, filled up, from the longest rows to the shortest."""
+    ordered = sorted(examples, key=lambda e: (-len(e.ids), -e.tokens, e.row))
+    return [make_batch(ordered[i : i + size], size) for i in range(0, len(ordered), size)]

@@ -1,0 +1,123 @@
+"""What a run that was killed goes on from: everything its next step depends on, in one file.
+
+The file is written whole and then put in the place of the one before, so there is always one to go on from.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from converters.readers.safetensors import SafetensorsFile
+from llmjax.checkpoint.identity import differences
+from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
+from llmjax.errors import CheckpointError, ResumeError
+from llmjax.training.step import State
+
+FILE = "training_state.safetensors"
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run is.
+
+    Attributes:
+      epoch: its number, from 0.
+      group: effective batches of it that are done.
+      tokens: learned so far.
+      seconds: spent so far, compiling included.
+      metrics: bytes of ``metrics.jsonl`` that belong to the steps done.
+      first_eval: the evaluation's loss before the first step.
+      best: the least loss of an evaluation, and its step.
+      waited: evaluations since.
+      finished: why the run ended; None while it goes on.
+    """
+
+    epoch: int = 0
+    group: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    metrics: int = 0
+    first_eval: float | None = None
+    best: float | None = None
+    best_step: int = 0
+    waited: int = 0
+    finished: str | None = None
+
+
+def save(folder: Path, state: State, best: Any, progress: Progress, identity: Mapping[str, Any]) -> None:
+    """Writes the state.
+
+    Args:
+      folder: of the run.
+      state: after a step.
+      best: the factors of the best evaluation, None where there was none.
+      progress: beside it.
+      identity: what made it, which must be the same to go on.
+    """
+    trees = {"state": (state.factors, state.moments)} | ({} if best is None else {"best": best})
+    leaves = {f"{name}.{i}": np.asarray(leaf) for name, tree in trees.items()
+              for i, leaf in enumerate(jax.tree.leaves(tree))}  # fmt: skip
+    temporary = folder / f"{FILE}.part"
+    temporary.unlink(missing_ok=True)
+    writer = SafetensorsWriter(temporary, len(leaves) + 1)
+    for name, leaf in leaves.items():
+        writer.write(name, leaf.reshape(-1))
+    facts = {"step": state.step, "progress": dataclasses.asdict(progress), "identity": identity}
+    text = json.dumps(facts, sort_keys=True).encode()
+    writer.write("facts", np.frombuffer(text, np.uint8))
+    writer.close({})
+    os.replace(temporary, folder / FILE)
+
+
+def restore(folder: Path, first: State, identity: Mapping[str, Any]) -> tuple[State, Any, Progress] | None:
+    """The state, the best factors and the progress of the run in a folder; None where none has begun.
+
+    Args:
+      folder: of the run.
+      first: the state before the first step, for its form.
+      identity: of the run that wants to go on.
+
+    Raises:
+      ResumeError: the file is damaged, or another run's.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return None
+    try:
+        file = SafetensorsFile(path)
+        facts = json.loads(file.read("facts").tobytes())
+    except (CheckpointError, KeyError, ValueError) as error:
+        raise ResumeError(f"{path}: damaged: {error}; delete it to begin anew") from None
+    if found := list(differences(facts["identity"], json.loads(json.dumps(identity)))):
+        raise ResumeError(
+            "\n  ".join([f"{folder}: holds another run; name another directory, or delete it to begin anew:", *found])
+        )
+    names = set(file.names())
+
+    def tree(name: str, like: Any) -> Any:
+        leaves, form = jax.tree.flatten(like)
+        return jax.tree.unflatten(
+            form,
+            [jnp.asarray(file.read(f"{name}.{i}").reshape(leaf.shape), leaf.dtype) for i, leaf in enumerate(leaves)],
+        )
+
+    factors, moments = tree("state", (first.factors, first.moments))
+    best = tree("best", first.factors) if "best.0" in names else None
+    return State(facts["step"], factors, moments), best, Progress(**facts["progress"])
+
+
+def data_sha256(examples: Any) -> str:
+    """Over the ids and masks of examples, in their order."""
+    sha = hashlib.sha256()
+    for example in examples:
+        sha.update(np.int64([example.row, len(example.ids)]).tobytes())
+        sha.update(example.ids.tobytes() + example.learned.tobytes())
+    return sha.hexdigest()

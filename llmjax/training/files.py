@@ -1,0 +1,115 @@
+"""Adapters of PEFT's form: written so that peft loads them, read to train on from."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from converters.readers.peft import CONFIG, WEIGHTS, open_adapter
+from converters.readers.source import shown
+from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
+from llmjax.errors import CheckpointError, LoraError
+from llmjax.lora.config import LoraConfig
+from llmjax.model import Model
+from llmjax.training.adapter import Adapter, Factors, new_adapter
+
+_PREFIX = "base_model.model."
+
+
+def save_adapter(adapter: Adapter, folder: str | Path, base: str = "") -> Path:
+    """Writes a directory that peft, and ``llmjax.load(lora=...)``, load.  A reader finds the files that were there
+    before, or the new ones, never a part of one.
+
+    Args:
+      adapter: its factors as they are.
+      folder: made where it is missing.
+      base: what the configuration says of the base model.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f"{WEIGHTS[0]}.part"
+    write_factors(temporary, adapter.factors)
+    text = json.dumps(_peft_config(adapter, base), indent=2, sort_keys=True)
+    written(folder / CONFIG, f"{text}\n".encode())
+    os.replace(temporary, folder / WEIGHTS[0])
+    return folder
+
+
+def write_factors(path: Path, factors: Factors) -> None:
+    """The weights' file; one that is there is written over."""
+    path.unlink(missing_ok=True)
+    writer = SafetensorsWriter(path, 2 * len(factors))
+    for module in sorted(factors):
+        for side in "AB":
+            writer.write(f"{_PREFIX}{module}.lora_{side}.weight", np.asarray(factors[module][side]))
+    writer.close({"format": "pt"})
+
+
+def written(path: Path, data: bytes) -> None:
+    """Puts a whole file in a place, on the disk before anybody sees it there."""
+    temporary = path.with_name(f"{path.name}.part")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_trained(path: str | Path, model: Model) -> Adapter:
+    """An adapter of PEFT's form, to train on.
+
+    Raises:
+      LoraError: it is missing, damaged, of a kind that is not supported, or made for another model.
+    """
+    try:
+        file = open_adapter(Path(path))
+    except CheckpointError as error:
+        raise LoraError(str(error)) from None
+    if file.problems:
+        raise LoraError("\n  ".join([f"{file.path}: this adapter cannot be trained on:", *file.problems]))
+    if file.config is None:
+        raise LoraError(f"{file.path}: no {CONFIG} beside it, so its rank and scale are not known")
+    begun = new_adapter(model, LoraConfig.from_peft(file.config, str(file.path.parent / CONFIG)))
+    if set(file.factors) != set(begun.factors):
+        odd = min(set(file.factors) ^ set(begun.factors))
+        which = "target_modules does not name it" if odd in file.factors else "the file has no factors of it"
+        raise LoraError(f"{file.path}: module {shown(odd)}: {which}")
+    factors: Factors = {}
+    for target in begun.targets:
+        (out, width), names = target.shape, file.factors[target.module]
+        factors[target.module] = {}
+        for side, expected in (("A", (target.rank, width)), ("B", (out, target.rank))):
+            found = file.spec(names[side]).shape if side in names else None
+            if found != expected:
+                raise LoraError(
+                    f"{file.path}: module {shown(target.module)}: lora_{side}: expected shape {list(expected)}, found "
+                    f"{list(found) if found else 'none'}"
+                )
+            factors[target.module][side] = jnp.asarray(file.read(names[side]).astype(np.float32))
+    return begun.replace(factors)
+
+
+def _peft_config(adapter: Adapter, base: str) -> Mapping[str, Any]:
+    settings = adapter.settings
+    return {
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": settings.rank,
+        "rank_pattern": dict(settings.rank_pattern),
+        "alpha_pattern": dict(settings.alpha_pattern),
+        "target_modules": list(adapter.names),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": settings.rslora,
+    }
