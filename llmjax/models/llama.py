@@ -37,7 +37,7 @@ class LlamaConfig(DecoderConfig):
     @property
     def ropes(self) -> tuple[Rope | None, ...]:
         """Each layer's rotation."""
-        return (self.rope,) * self.num_hidden_layers
+        return (self.rope,) * len(self.windows)
 
     @property
     def kinds(self) -> tuple[Hashable, ...]:

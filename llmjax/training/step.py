@@ -78,7 +78,8 @@ def loss(
       key: see ``adapted``.
     """
     positions = jnp.broadcast_to(jnp.arange(batch.ids.shape[1]), batch.ids.shape)
-    ctx = Context(positions, numerics or model.numerics, last=batch.at, recompute=recompute)
+    length = jnp.max(jnp.asarray(batch.at), 1) + 2  # a row's text ends with the last token that is learned
+    ctx = Context(positions, numerics or model.numerics, last=batch.at, length=length, recompute=recompute)
     tree = adapted(params, targets, factors, dropout=dropout, key=key)
     logits = model.module.apply({"params": tree}, batch.ids, ctx).astype(jnp.float32)
     picked = jnp.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]

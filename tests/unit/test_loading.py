@@ -245,7 +245,7 @@ def test_unknown_architecture(folder):
 
 def test_a_supported_architecture_with_an_unsupported_option(folder):
     config = json.loads((folder / "config.json").read_text())
-    for key, value in (("quantization_config", {"quant_method": "gptq"}), ("rope_scaling", {"type": "yarn"})):
+    for key, value in (("quantization_config", {"quant_method": "gptq"}), ("rope_scaling", {"type": "axial"})):
         (folder / "config.json").write_text(json.dumps(config | {key: value}))
         report = llmjax.inspect(folder)
         assert report.model_type == "llama" and not report.supported
