@@ -46,6 +46,9 @@ def load_flags(numerics: str = "fast") -> argparse.ArgumentParser:
     group.add_argument("--model", required=True, help="a checkpoint's path, or smollm2 for the installed demo model")
     weight_flags(group)
     group.add_argument(
+        "--context-length", type=int, metavar="N", help="most tokens of a text (default: as its configuration says)"
+    )
+    group.add_argument(
         "--numerics",
         default=numerics,
         help=f"reference, hf, fast, dynamic_int8, mediapipe_gpu or mediapipe_cpu (default {numerics})",
