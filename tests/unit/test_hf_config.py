@@ -293,8 +293,8 @@ class TestGemma3:
         assert "rope_parameters: expected an object, found [1]" in refusal("gemma3_text", rope_parameters=[1])
 
     def test_other_rope_types_are_refused(self):
-        message = refusal("gemma3_text", rope_scaling={"rope_type": "yarn", "factor": 2.0})
-        assert "rope_type: 'yarn' is not supported" in message
+        message = refusal("gemma3_text", rope_scaling={"rope_type": "axial", "factor": 2.0})
+        assert "rope_type: 'axial' is not supported" in message
 
     def test_soft_caps(self):
         assert read("gemma3_text").final_logit_softcapping is None
@@ -442,7 +442,7 @@ class TestFalcon:
         assert read("falcon", **SEVEN_B).rope == Rope(10000.0, 16)
         scaling = {"type": "linear", "factor": 2.0}
         assert read("falcon", **SEVEN_B, rope_theta=5e3, rope_scaling=scaling).rope == Rope(5e3, 16, linear=2.0)
-        assert "'dynamic' is not supported" in refusal("falcon", **SEVEN_B, rope_scaling={"type": "dynamic"})
+        assert "'axial' is not supported" in refusal("falcon", **SEVEN_B, rope_scaling={"type": "axial"})
 
     def test_mlp_width_defaults_to_four_times_the_model(self):
         assert read("falcon").intermediate_size == 256
