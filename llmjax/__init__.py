@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from llmjax.llm import LLM
     from llmjax.llm_inference import LlmInference, LlmInferenceOptions
     from llmjax.model import Model
+    from llmjax.oracle.compare import compare
+    from llmjax.oracle.comparison import Comparison
     from llmjax.oracle.trace import Trace, trace
     from llmjax.runtime.outputs import CompletionOutput, RequestOutput, Score
     from llmjax.runtime.params import SamplingParams
@@ -40,6 +42,8 @@ _HOME = {
     "ResumeError": "errors",
     "TokenizerError": "errors",
     "TrainingError": "errors",
+    "Comparison": "oracle.comparison",
+    "compare": "oracle.compare",
     "convert": "writing",
     "finetune": "training.loop",
     "TrainConfig": "training.config",
@@ -64,6 +68,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "CheckpointError",
+    "Comparison",
     "CompletionOutput",
     "ConfigError",
     "LlmInference",
@@ -83,6 +88,7 @@ __all__ = [
     "TrainConfig",
     "Training",
     "TrainingError",
+    "compare",
     "convert",
     "finetune",
     "inspect",

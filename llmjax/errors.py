@@ -37,6 +37,13 @@ def _escaped(line: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
 
 
+def lfs_pointer(begin: bytes) -> str:
+    """What is to be said of a file that holds where git-lfs keeps it instead of what it should; empty for any other."""
+    if not begin.startswith(b"version https://git-lfs.github.com/spec/"):
+        return ""
+    return "a git-lfs pointer, not the file itself; fetch that with git lfs pull"
+
+
 class LlmjaxError(Exception):
     """Base class: catch this to catch everything llmjax reports on purpose.
 

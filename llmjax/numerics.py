@@ -12,9 +12,11 @@ clash. The profiles are the ones a result may name; each records itself in every
 ``mediapipe_gpu`` as ``reference``, with the formulas of MediaPipe's gpu runtime; agrees with its logits to 2e-5.
 ``mediapipe_cpu`` as ``dynamic_int8``, with the formulas of MediaPipe's open cpu runtime: emulated from its source, not
                   validated against the runtime.
+``litert``        of op graphs alone (``.tflite``, ``.task``, ``.litertlm``): what LiteRT's interpreter computes with
+                  its default delegate, activations rounded where the graph has it so; agrees with its logits to 5e-5.
 ================  ==================================================================================================
 
-What the formulas of the last two are: ``llmjax.checkpoint.mediapipe_config.emulated``.
+What the formulas of MediaPipe's two are: ``llmjax.checkpoint.mediapipe_config.emulated``.
 
 Where none is named, ``llmjax.load`` and ``llmjax trace`` take ``reference``; what generates (``LLM`` of a path,
 ``LlmInference`` and the command line's other verbs) takes ``fast``; ``LLM`` of a loaded model keeps the model's.
@@ -116,4 +118,6 @@ def resolve(name: str, stored: jnp.dtype) -> Numerics:
         return Numerics(name, activations=float32, products=products, digits=digits, reassociates=True)
     if name == "mediapipe_cpu":
         return Numerics(name, activations=float32, products=float32, digits=1)
+    if name == "litert":
+        raise ConfigError("numerics: litert is about op graphs (.tflite, .task, .litertlm), and this is none")
     raise ConfigError(f"numerics: unknown profile {name!r}; expected one of {', '.join(PROFILES)}")

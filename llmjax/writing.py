@@ -6,8 +6,8 @@ from typing import Any
 
 from converters.mediapipe.convert import convert_source
 from llmjax.checkpoint import conversion
-from llmjax.checkpoint.conversion import Report
 from llmjax.checkpoint.loading import read_override
+from llmjax.checkpoint.parameters import OnParameter
 from llmjax.errors import ConfigError
 from llmjax.lora.adapter import AnyLora
 
@@ -24,7 +24,7 @@ def convert(
     check_finite: bool = False,
     config: str | Path | Mapping[str, Any] | None = None,
     lora: AnyLora | None = None,
-    report: Report = lambda done, total: None,
+    report: OnParameter = lambda done, total: None,
     **mediapipe: Any,
 ) -> Path:
     """Writes a checkpoint in another form.

@@ -320,18 +320,18 @@ def start_up(rounds: int) -> dict[str, list[float]]:
 
 def to_text(rates: dict[str, dict[str, list[float]]], start: dict[str, list[float]]) -> str:
     """Speeds, then ratios: a line for each peer, a column for each llmjax."""
-    from llmjax.bench.report import aligned
+    from llmjax.bench.report import columns_of
 
     rows = [("tok/s, median (min-max)", *PHASES)]
     rows += [(name, *(spread(found[phase]) for phase in PHASES)) for name, found in rates.items()]
-    blocks = [aligned(rows)]
+    blocks = [columns_of(rows)]
     ours = [name for name in rates if name.startswith("llmjax")]
     for phase in PHASES:
         rows = [(f"{phase}: ratio to", *ours)]
         for peer in (name for name in rates if name not in ours):
             pairs = (zip(rates[name][phase], rates[peer][phase], strict=True) for name in ours)
             rows.append((peer, *(spread([a / b for a, b in pair]) for pair in pairs)))
-        blocks.append(aligned(rows))
+        blocks.append(columns_of(rows))
     if start:
         blocks.append([f"generate, one token, warm: {spread(start['generate'])} s"])
         blocks[-1].append(f"import llmjax beyond jax: {spread(start['import'])} s")

@@ -152,7 +152,7 @@ def groups_of(folder: Path, run: dict[str, Any]) -> list[list[Batch]]:
     if ids.shape[:3] != expected or labels.shape != ids.shape:
         raise CheckpointError(f"{folder}/batches.npz: expected arrays {list(expected)}, found {list(ids.shape)}")
     order = run.get("order") or [[() for _ in step] for step in ids]
-    return [[from_labels(i, l, tuple(rows)) for i, l, rows in zip(*step, strict=True)]
+    return [[from_labels(i, label, tuple(rows)) for i, label, rows in zip(*step, strict=True)]
             for step in zip(ids, labels, order, strict=True)]  # fmt: skip
 
 

@@ -37,14 +37,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(skip)
-    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if on_gpu:
-        import jax
-
-        if jax.default_backend() != "gpu":
-            skip = pytest.mark.skip(reason="needs a GPU: set JAX_PLATFORMS=cuda")
-            for item in on_gpu:
-                item.add_marker(skip)
 
 
 @pytest.fixture(scope="session")

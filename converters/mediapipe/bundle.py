@@ -18,7 +18,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
 
-from converters.readers.mediapipe import graph
+from converters.readers.litert import tflite
 from converters.readers.mediapipe.package import METADATA, MODEL, OPTIONAL, TOKENIZER
 from converters.readers.mediapipe.parameters import LlmParameters
 from llmjax.errors import ConfigError, LlmjaxError, TokenizerError, named, shown
@@ -180,7 +180,7 @@ def _check_files(config: BundleConfig, options: list[str], output: Path) -> None
             raise ConfigError(f"output_filename: {output} is the {option}")
         if config.strict and option != "tokenizer_model":
             try:
-                graph.read_file(path)
+                tflite.read_file(path)
             except LlmjaxError as error:
                 raise ConfigError(f"{option}: {error} (strict=False takes any file)") from None
     if output.is_dir():

@@ -21,7 +21,6 @@ from typing import Any
 from converters.mediapipe import job, lora, writer
 from converters.mediapipe import vocabulary as vocabulary_lib
 from converters.mediapipe.weight_files import Weights
-from converters.mediapipe.writer import Report
 from converters.readers.huggingface import HuggingFaceSource
 from converters.readers.mediapipe.lora import Factors
 from converters.readers.mediapipe.source import MediapipeSource
@@ -30,6 +29,7 @@ from converters.readers.peft import CONFIG, WEIGHTS
 from converters.readers.source import Source
 from llmjax.checkpoint.loading import find_model, is_quantized
 from llmjax.checkpoint.mediapipe_config import ModelType
+from llmjax.checkpoint.parameters import OnParameter
 from llmjax.checkpoint.plan import Override
 from llmjax.errors import CheckpointError, ConfigError, LoraError
 from llmjax.lora.adapter import LoraSource, read_adapter
@@ -175,7 +175,7 @@ class ConversionConfig:
             yield "lora_output_tflite_file: missing, expected the file for the LoRA weights"
 
 
-def convert_checkpoint(config: ConversionConfig, *, report: Report = lambda done, total: None) -> None:
+def convert_checkpoint(config: ConversionConfig, *, report: OnParameter = lambda done, total: None) -> None:
     """Converts a checkpoint to a ``.bin`` file.
 
     Args:
@@ -268,7 +268,7 @@ def convert_source(
     quantize: str | Path | Mapping[str, Any] | None,
     override: Override,
     check_finite: bool,
-    report: Report,
+    report: OnParameter,
     *,
     backend: str | None = None,
     model_type: str | None = None,
@@ -313,7 +313,7 @@ def convert_source(
         opened.close()
 
 
-def _combine(config: ConversionConfig, kind: ModelType, output: Path, path: Path, report: Report) -> None:
+def _combine(config: ConversionConfig, kind: ModelType, output: Path, path: Path, report: OnParameter) -> None:
     directory = Path(config.input_ckpt)
     directory = directory if directory.is_dir() else directory.parent
     from converters.readers.jsonfile import read_json

@@ -8,14 +8,14 @@ import numpy as np
 
 from converters.mediapipe import writer
 from converters.mediapipe.weight_files import Folder
-from converters.mediapipe.writer import BACKENDS, Item, Parameters, Report
+from converters.mediapipe.writer import BACKENDS, Item, Parameters
 from converters.readers.llmjax_directory import LlmjaxSource
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.source import Source, problems_error
 from llmjax.checkpoint import mediapipe_config
 from llmjax.checkpoint.loading import check_not_quantized, fitting_plan
 from llmjax.checkpoint.mediapipe_config import MODEL_TYPES, ModelType
-from llmjax.checkpoint.parameters import is_packed, packed_tensor, read_all
+from llmjax.checkpoint.parameters import OnParameter, is_packed, packed_tensor, read_all
 from llmjax.checkpoint.plan import Assignment, Override, Plan, describe
 from llmjax.errors import ConfigError, LlmjaxError, TokenizerError
 from llmjax.models.config import DecoderConfig
@@ -66,7 +66,7 @@ class Job:
         parameters: Parameters,
         *,
         weights: Path | None = None,
-        report: Report = lambda done, total: None,
+        report: OnParameter = lambda done, total: None,
     ) -> None:
         """Writes the file.
 
@@ -175,6 +175,7 @@ def prepare(
     """
     plan = fitting_plan(source, None, override)
     if recipe is not None:
+        recipe.check_layers(plan.config.num_hidden_layers)
         check_not_quantized(source)
     check_config(plan.config, kind, str(source.path))
     check_vocabulary(vocabulary, plan.config.vocab_size, kind, where)

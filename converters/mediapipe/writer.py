@@ -15,6 +15,7 @@ from converters.readers.mediapipe.lora import Factors
 from converters.readers.mediapipe.source import SCALE, SUM, ZERO, quotients
 from llmjax.checkpoint import mediapipe_config, mediapipe_names
 from llmjax.checkpoint.mediapipe_config import ModelType
+from llmjax.checkpoint.parameters import OnParameter
 from llmjax.models.config import DecoderConfig
 from llmjax.models.names import sources_of
 from llmjax.outside.whole import whole_file
@@ -22,8 +23,6 @@ from llmjax.quant.qtensor import QTensor
 
 BACKENDS: tuple[str, ...] = ("cpu", "gpu")
 
-# Told after each parameter: how many are done, and how many there are.
-Report = Callable[[int, int], None]
 Parameters = Iterator[tuple[str, "np.ndarray | QTensor"]]
 
 
@@ -138,7 +137,7 @@ def write(
     backend: str,
     vocabulary: bytes,
     also: Callable[[Item, "np.ndarray | QTensor"], None] = lambda item, value: None,
-    report: Report = lambda done, total: None,
+    report: OnParameter = lambda done, total: None,
 ) -> None:
     """Writes the file; it appears under its name when it is whole.
 

@@ -20,7 +20,7 @@ from llmjax.errors import CheckpointError, named
 _VERSIONS = (2, 3)
 _MAX_DIMS = 4
 # Far above any model's, and low enough that a hostile file cannot fill the memory with table entries.
-_MAX_ENTRIES = 1 << 20
+_MAX_ENTRIES = 1 << 17
 # Types whose values are the bytes themselves.
 _PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 # Values expanded at a time: the temporaries of a block-quantized type are several times its float32 size.

@@ -1,10 +1,31 @@
 """JSON objects from files that nobody vouches for."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmjax.errors import CheckpointError, named
+from llmjax.errors import CheckpointError, lfs_pointer, named
+
+# Far above any model's: a hostile file must not cost minutes, or many times its size in memory.
+_MOST_BYTES, _MOST_VALUES = 1 << 25, 1 << 21
+
+
+def parse_json(data: str | bytes, constant: Callable[[str], Any] | None = None) -> Any:
+    """A JSON value.
+
+    Args:
+      data: text, or its bytes.
+      constant: what to make of NaN and Infinity, which are no JSON; None for floats.
+
+    Raises:
+      ValueError: it is none, holds more values than any model's files, or an object names a key twice.
+      RecursionError: it is nested too deeply.
+    """
+    count = sum(data.count(sign) for sign in (",{[" if isinstance(data, str) else b",{["))  # type: ignore[arg-type]
+    if count > _MOST_VALUES:
+        raise ValueError(f"expected at most {_MOST_VALUES:,} values, found {count:,}")
+    return json.loads(data, object_pairs_hook=unique_keys, parse_constant=constant)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -14,7 +35,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
       CheckpointError: it cannot be read, is no JSON object, or names a key twice.
     """
     try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
+        if path.stat().st_size > _MOST_BYTES:
+            raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes, expected at most {_MOST_BYTES:,}")
+        data = path.read_bytes()
+        if pointer := lfs_pointer(data):
+            raise CheckpointError(f"{path}: {pointer}")
+        value = parse_json(data)
     except FileNotFoundError:
         return None
     except OSError as error:

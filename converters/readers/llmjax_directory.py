@@ -11,14 +11,13 @@ tokenizer files and ``generation_config.json``
     as Hugging Face writes them.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from converters.readers.digest import Stamp
-from converters.readers.jsonfile import read_json
+from converters.readers.jsonfile import parse_json, read_json
 from converters.readers.safetensors import SafetensorsFile
 from converters.readers.source import TensorSpec, problems_error
 from llmjax.errors import CheckpointError, named
@@ -71,7 +70,7 @@ class LlmjaxSource:
     def _read_schemes(self) -> dict[str, dict[str, int]]:
         text = self._file.metadata.get("quantization", "")
         try:
-            schemes = json.loads(text)
+            schemes = parse_json(text)
         except (ValueError, RecursionError):
             schemes = None
         fields = {"bits", "zero", "group"}

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from converters.readers.digest import stamp
-from llmjax.errors import CheckpointError
+from llmjax.errors import CheckpointError, lfs_pointer
 
 
 class MappedFile:
@@ -20,7 +20,7 @@ class MappedFile:
       stamp: the file as it is mapped.
 
     Raises:
-      CheckpointError: it cannot be read, or is empty.
+      CheckpointError: it cannot be read, is empty, or a git-lfs pointer.
     """
 
     def __init__(self, path: Path):
@@ -34,6 +34,8 @@ class MappedFile:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot read the file: {error.strerror}") from None
         self.bytes = np.frombuffer(self._map, np.uint8)
+        if pointer := lfs_pointer(self._map[:64]):
+            raise CheckpointError(f"{path}: {pointer}")
 
     def __len__(self) -> int:
         return len(self.bytes)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from converters.readers.gguf import GgufSource
 from converters.readers.huggingface import WEIGHTS, HuggingFaceSource
+from converters.readers.litert.tflite import has_operators
 from converters.readers.llmjax_directory import LlmjaxSource, is_llmjax
 from converters.readers.mediapipe.container import is_container
 from converters.readers.mediapipe.package import kind_of
@@ -53,12 +54,13 @@ def _open_directory(path: Path) -> Source:
 
 
 def _open_files(path: Path, files: list[Path]) -> Source:
-    if len(files) == 1 and is_container(files[0]):
+    is_graph = len(files) == 1 and (kind_of(files[0]) is not None or has_operators(files[0]))
+    if len(files) == 1 and not is_graph and is_container(files[0]):
         return MediapipeSource(files[0])
-    if len(files) == 1 and (kind := kind_of(files[0])):
+    if is_graph:
         raise CheckpointError(
-            f"{files[0]}: a .{kind} bundle: llmjax does not run its TFLite graph yet, it shows what is inside "
-            "(llmjax inspect); load the model's .bin file, GGUF file or Hugging Face directory"
+            f"{files[0]}: this file holds an op graph, which llmjax runs (generate, batch, score, trace), and "
+            "no checkpoint for this; name the model's .bin or GGUF file, or Hugging Face directory"
         )
     ggufs = [file for file in files if _is_gguf(file)]
     if len(files) == 1 and ggufs:

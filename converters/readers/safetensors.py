@@ -4,19 +4,19 @@ The header is checked here as strictly as the official library does it (no holes
 tensor), with all problems in one message; its NumPy side knows neither bfloat16 nor giving pages back.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
-from converters.readers.jsonfile import unique_keys
+from converters.readers.jsonfile import parse_json
 from converters.readers.mapped import MappedFile
 from converters.readers.source import TensorSpec, problems_error
-from llmjax.errors import CheckpointError, named
+from llmjax.errors import CheckpointError, named, shown
 
 _MAX_HEADER = 100_000_000  # the official limit
+_MOST_TENSORS = 1 << 17  # far above any model's
 _MAX_DIMS = 32  # NumPy before 2.0 has no more
 _MAX_BYTES = 1 << 62
 _DTYPES = {
@@ -52,6 +52,8 @@ class SafetensorsFile:
         self._specs: dict[str, TensorSpec] = {}
         self._starts: dict[str, int] = {}
         problems = []
+        if len(header) > _MOST_TENSORS:
+            self._fail(f"{_DAMAGED}: {len(header):,} tensors, expected at most {_MOST_TENSORS:,}")
         for name, entry in header.items():
             if name == "__metadata__":
                 problem = self._add_metadata(entry)
@@ -77,8 +79,7 @@ class SafetensorsFile:
                 f"at most {_MAX_HEADER}; download it again"
             )
         try:
-            text = data[8 : 8 + length].tobytes().decode("utf-8")
-            header = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_constant)
+            header = parse_json(data[8 : 8 + length].tobytes().decode("utf-8"), _no_constant)
         except (ValueError, RecursionError) as error:
             self._fail(f"{_DAMAGED}: the header is not valid JSON: {error}")
         if not isinstance(header, dict):
@@ -102,11 +103,11 @@ class SafetensorsFile:
             return f"{label}: expected an object with dtype, shape and data_offsets"
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in _BITS:
-            return f"{label}: unknown dtype {named(str(dtype))}"
+            return f"{label}: unknown dtype {shown(dtype)}"
         if not _are_sizes(shape) or len(shape) > _MAX_DIMS:
-            return f"{label}: shape: expected at most {_MAX_DIMS} sizes, found {named(str(shape))}"
+            return f"{label}: shape: expected at most {_MAX_DIMS} sizes, found {shown(shape)}"
         if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            return f"{label}: data_offsets: expected [begin, end], found {named(str(offsets))}"
+            return f"{label}: data_offsets: expected [begin, end], found {shown(offsets)}"
         # NumPy refuses an empty array whose other dimensions alone are too many.
         if math.prod(n for n in shape if n) * 8 > _MAX_BYTES:
             return f"{label}: shape {shape} has more values than any file"
@@ -162,7 +163,10 @@ class SafetensorsFile:
 
 
 def _is_text(name: str) -> bool:
-    return not any("\ud800" <= c <= "\udfff" for c in name)
+    try:
+        return bool(name.encode()) or not name
+    except UnicodeEncodeError:
+        return False
 
 
 def _are_sizes(value: Any) -> bool:

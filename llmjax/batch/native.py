@@ -3,7 +3,7 @@
 In: ``id`` (or ``custom_id``; the line's number where there is none), one of ``prompt``, ``messages``,
 ``prompt_token_ids``, ``lora`` (the name of a resident adapter), sampling parameters by the names of ``SamplingParams``,
 for messages ``chat_template``, ``chat_template_kwargs`` and ``fold_system`` (``ChatOptions``), and ``metadata``:
-whatever is to be in the answer as well.  What is null is as if it were not there.
+whatever is to be in the answer as well.  What is null, but for the id, is as if it were not there.
 
 Out: ``id``, as it came; ``model``, its name; ``text``, ``token_ids``, ``finish_reason``, ``stop_reason``, ``usage``,
 ``seed``, ``seed_text``, ``params``, ``numerics``, ``hash``, ``metadata`` where it was given, and where they are asked
@@ -35,7 +35,7 @@ def row_id(row: dict[str, Any], line: int) -> str | int:
     Raises:
       RequestError: it has two, or one that is none.
     """
-    given = [name for name in _IDS if row.get(name) is not None]
+    given = [name for name in _IDS if name in row]
     if len(given) > 1:
         raise RequestError("expected id or custom_id, found both")
     return checked_id(row[given[0]], given[0]) if given else str(line)

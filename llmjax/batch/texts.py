@@ -1,7 +1,8 @@
 """Rows of texts to be scored.
 
 In: ``id`` (the line's number where there is none), one of ``text`` and ``token_ids``, and ``metadata``: whatever is to
-be in the answer as well.  What is null is as if it were not there.
+be in the answer as well.  What is null, but for the id, is as if it were
+not there.
 
 Out: ``id``, as it came; ``model``, its name; ``token_ids``, ``tokens`` (their texts), ``logprobs``, ``top1``, ``nll``,
 ``perplexity``, their standard errors, ``numerics``, ``identity`` (the SHA-256 of all that the numbers depend on, which
@@ -32,7 +33,7 @@ class Text(NamedTuple):
 
 def row_id(row: dict[str, Any], line: int) -> str | int:
     """As ``native.row_id``."""
-    return line if row.get("id") is None else checked_id(row["id"], "id")
+    return checked_id(row["id"], "id") if "id" in row else line
 
 
 def parse(row: dict[str, Any]) -> Text:

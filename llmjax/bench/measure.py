@@ -17,6 +17,7 @@ from llmjax.bench.cost import Cost, Costs, is_quantized
 from llmjax.bench.probes import matmul_probe, read_probe
 from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.errors import RequestError
+from llmjax.litert.model import GraphModel
 from llmjax.model import Model
 from llmjax.products.matmul import integer_digits
 from llmjax.runtime.decode import BURST
@@ -109,7 +110,7 @@ class Measured:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class BenchReport:
     """All of one run.
 
     Attributes:
@@ -163,7 +164,7 @@ class _Setting:
             self.first_token_seconds.append(self.first_token())
 
 
-def run(load: Callable[[], Model], options: Options, report: Callable[[str], None] = lambda _: None) -> Report:
+def run(load: Callable[[], Model], options: Options, report: Callable[[str], None] = lambda _: None) -> BenchReport:
     """Loads a model and measures it.
 
     Args:
@@ -179,6 +180,8 @@ def run(load: Callable[[], Model], options: Options, report: Callable[[str], Non
     jax.block_until_ready(model.params)
     loaded = time.perf_counter() - began
     engine = Engine(model, slots=options.slots, enable_prefix_caching=False)
+    if isinstance(model, GraphModel):
+        raise RequestError(f"{model.path}: bench measures checkpoints, not op graphs")
     costs = Costs(model)
     settings = list(_settings(Runner(engine), costs, options))
     for i, setting in enumerate(settings):
@@ -204,7 +207,7 @@ def run(load: Callable[[], Model], options: Options, report: Callable[[str], Non
     spreads = {name: Spread.of(values) for name, values in rates.items()}
     read = spreads.pop("read")
     fastest = max(s.median for s in spreads.values())
-    return Report(
+    return BenchReport(
         model={
             **model_facts(model),
             "parameters": costs.parameters,

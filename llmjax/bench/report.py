@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from llmjax.bench.measure import Measured, Report, Spread
+from llmjax.bench.measure import BenchReport, Measured, Spread
 
 _HEAD = (
     *("phase", "tokens", "new", "cache", "slots", "tok/s", "min-max", "GB/s", "GFLOP/s", "of limit", "bound by"),
@@ -10,7 +10,7 @@ _HEAD = (
 )
 
 
-def to_text(report: Report) -> str:
+def to_text(report: BenchReport) -> str:
     """What was measured on, the machine's peaks, and a line for each setting."""
     model, runtime = report.model, report.runtime
     device = runtime["cpu"] if runtime["platform"] == "cpu" else runtime["device"]
@@ -27,7 +27,7 @@ def to_text(report: Report) -> str:
         facts.append((f"{dtype} products", f"{_spread(rate, 1e9)} GFLOP/s"))
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:{width}}  {value}" for name, value in facts]
-    return "\n".join([*lines, "", *aligned([_HEAD, *map(_cells, report.settings)])])
+    return "\n".join([*lines, "", *columns_of([_HEAD, *map(_cells, report.settings)])])
 
 
 def _cells(m: Measured) -> tuple[str, ...]:
@@ -49,7 +49,7 @@ def _cells(m: Measured) -> tuple[str, ...]:
     )
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def columns_of(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of equal columns: the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [

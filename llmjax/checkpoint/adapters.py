@@ -8,8 +8,9 @@ import numpy as np
 
 from converters.readers.llmjax_directory import LlmjaxSource
 from converters.readers.opening import open_source
-from llmjax.checkpoint.conversion import Report, convert
+from llmjax.checkpoint.conversion import convert
 from llmjax.checkpoint.loading import find_model, load
+from llmjax.checkpoint.parameters import OnParameter
 from llmjax.lora.adapter import AnyLora, read_adapter
 
 # Ids of the text both ways are compared on, where no prompt is given.
@@ -106,7 +107,7 @@ def check(path: str | Path, lora: AnyLora, *, prompt: str | None = None, dtype: 
 
 
 def merge(
-    path: str | Path, lora: AnyLora, destination: str | Path, *, report: Report = lambda done, total: None
+    path: str | Path, lora: AnyLora, destination: str | Path, *, report: OnParameter = lambda done, total: None
 ) -> Path:
     """Writes a checkpoint with an adapter in its weights: an llmjax directory for one, Hugging Face's form for any
     other, floats in the dtype they have.

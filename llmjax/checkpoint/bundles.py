@@ -1,14 +1,21 @@
-"""``llmjax inspect`` for ``.task`` and ``.litertlm`` files: what is in them, and what can be done with it."""
+"""``llmjax inspect`` for ``.task``, ``.litertlm`` and ``.tflite`` files: what is in them, and whether it runs."""
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from google.protobuf import json_format
 
-from converters.readers.mediapipe import graph, package
+from converters.readers.litert import tflite
+from converters.readers.litert.tflite import Tensor, TfliteFile
+from converters.readers.mediapipe import package
 from converters.readers.mediapipe.package import Package, Part
-from llmjax.errors import CheckpointError, LlmjaxError, printable
+from llmjax.errors import CheckpointError, LlmjaxError, named, printable
+from llmjax.litert import ports
+from llmjax.litert.graph import problems_of
+from llmjax.litert.loading import kind_of_part, read_tokenizer
+from llmjax.litert.module import MAIN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,16 +24,17 @@ class BundleReport:
 
     Attributes:
       path: of the file.
-      format: ``task`` or ``litertlm``.
-      version: of the format; empty for ``task``.
-      supported: False: llmjax does not run graphs.
+      format: ``task``, ``litertlm`` or ``tflite``.
+      version: of the format; empty for ``task`` and ``tflite``.
+      supported: whether ``llmjax.load`` would take it.
       problems: why not, and what is damaged.
       parts: each with ``name, kind, nbytes`` and its notes.
       notes: the file's own keys and values.
       metadata: start and stop tokens, prompt templates and so on; None where there are none.
       tokenizer: its facts; None where there is none.
-      graphs: each with ``part, subgraphs, operators`` and ``signatures``: ``name, inputs, outputs``, whose entries have
-        ``name, type, shape``.
+      graphs: each with ``part, subgraphs, operators``; ``kinds``, how many operators of each there are, and
+        ``quantization``, how many tensors; ``context`` and ``caches`` of a language model; and ``signatures``: ``name,
+        operators, inputs, outputs``, whose entries have ``name, type, shape``.
     """
 
     path: str
@@ -57,6 +65,11 @@ class BundleReport:
                 lines += ["", title, *(f"  {key:28} {value!r}" for key, value in facts.items())]
         for found in self.graphs:
             lines += ["", f"graph {found['part']}: {found['subgraphs']} subgraphs, {found['operators']} operators"]
+            for title in ("kinds", "quantization"):
+                counts = ", ".join(f"{name} {count}" for name, count in found[title].items())
+                lines += [f"  {title:12} {counts}"] if counts else []
+            if found["context"]:
+                lines.append(f"  {'context':12} {found['context']} tokens in {len(found['caches'])} caches")
             for signature in found["signatures"]:
                 lines.append(f"  {signature['name']}: {signature['operators']} operators")
                 for title in ("inputs", "outputs"):
@@ -64,7 +77,8 @@ class BundleReport:
                         f"    {title[:-1]:6} {port['name']:24} {port['type']:8} {list(port['shape'])}"
                         for port in signature[title]
                     ]
-        lines += ["", "supported: no", *(f"  {problem}" for problem in self.problems)]
+        lines += ["", f"supported: {'yes' if self.supported else 'no'}"]
+        lines += [f"  {line}" for problem in self.problems for line in problem.splitlines()]
         return printable("\n".join(lines))
 
 
@@ -74,20 +88,31 @@ def inspect(path: Path) -> BundleReport:
     Raises:
       CheckpointError: it is damaged.
     """
+    if package.kind_of(path) is None:
+        graph, problems = _graph(tflite.read_file(path), path.name, True)
+        return BundleReport(str(path), "tflite", "", not problems, problems, [], {}, None, None, [graph])
     found = Package(path)
-    problems: list[str] = []
-    graphs = [_graph(found, part, problems) for part in found.parts if part.kind == package.GRAPH]
+    problems = []
+    graphs = []
+    for part in found.parts:
+        if part.kind == package.GRAPH:
+            file = tflite.read(found.view(part), f"{found.path}: {part.name}")
+            graph, wrong = _graph(file, part.name, kind_of_part(found, part) == MAIN)
+            graphs.append(graph)
+            problems += wrong
     facts = [found.metadata(part) for part in found.parts if part.kind == package.FACTS]
     tokenizers = [t for part in found.parts if (t := _tokenizer(found, part))]
     if not graphs:
         raise CheckpointError(f"{path}: a .{found.format} bundle without a TFLite graph; it holds {_names(found)}")
-    if not tokenizers:
-        problems.append(f"no tokenizer: it holds {_names(found)}")
+    try:
+        read_tokenizer(found)
+    except LlmjaxError as error:
+        problems.append(str(error))
     return BundleReport(
         path=str(path),
         format=found.format,
         version=found.version,
-        supported=False,
+        supported=not problems,
         problems=problems,
         parts=[{"name": p.name, "kind": p.kind, "nbytes": p.nbytes, "notes": p.notes} for p in found.parts],
         notes=found.notes,
@@ -105,18 +130,53 @@ def _as_dict(message: Any) -> dict[str, Any]:
     return json_format.MessageToDict(message, preserving_proto_field_name=True)
 
 
-def _graph(found: Package, part: Part, problems: list[str]) -> dict[str, Any]:
-    read = graph.read(found.view(part), f"{found.path}: {part.name}")
-    if not read.operators and not read.signatures:
+def _graph(file: TfliteFile, name: str, is_model: bool) -> tuple[dict[str, Any], list[str]]:
+    """A graph's facts, and why it cannot be run."""
+    kinds = Counter(op.label for graph in file.subgraphs for op in graph.operators)
+    weights = [t for graph in file.subgraphs for t in graph.tensors if t.quantization and file.is_constant(t)]
+    same = {(t.buffer, t.type): t for t in weights}.values()
+    quantization = Counter(f"{t.type} {t.quantization.label}" for t in same if t.quantization)
+    problems: list[str] = []
+    context, caches = 0, list[dict[str, Any]]()
+    if not kinds and is_model:
         problems.append(
-            f"{part.name} is no graph but named weights, as in a .bin file: unpack it, and llmjax loads it as that"
+            f"{name} is no graph but named weights, as in a .bin file: unpack it, and llmjax loads it as that"
         )
-    else:
-        problems.append(
-            f"{part.name} is a graph of {read.operators} operators, which llmjax does not run yet; to run the model, "
-            "load its .bin file, GGUF file or Hugging Face directory"
+    elif is_model and not ports.is_language_model(file):
+        problems.append(f"{name} has no signature decode: it is no language model's graph")
+    elif is_model:
+        problems += problems_of(file, ports.wanted(file))
+        try:
+            decode = ports.read(file)[1]
+            context, caches = decode.context, [_port(n, decode.tensors[n]) for n in decode.states]
+        except CheckpointError as error:
+            problems.append(str(error))
+    signatures = []
+    for signature in file.signatures.values():
+        graph = file.subgraphs[signature.subgraph]
+        signatures.append(
+            {
+                "name": named(signature.name),
+                "operators": len(graph.operators),
+                "inputs": [_port(port, graph.tensors[i]) for port, i in signature.inputs.items()],
+                "outputs": [_port(port, graph.tensors[i]) for port, i in signature.outputs.items()],
+            }
         )
-    return {"part": part.name, **dataclasses.asdict(read)}
+    facts = {
+        "part": name,
+        "subgraphs": len(file.subgraphs),
+        "operators": kinds.total(),
+        "kinds": dict(kinds.most_common()),
+        "quantization": dict(quantization.most_common()),
+        "context": context,
+        "caches": caches,
+        "signatures": signatures,
+    }
+    return facts, problems
+
+
+def _port(name: str, tensor: Tensor) -> dict[str, Any]:
+    return {"name": named(name), "type": tensor.type, "shape": tensor.dims}
 
 
 def _tokenizer(found: Package, part: Part) -> dict[str, Any] | None:

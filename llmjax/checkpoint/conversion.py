@@ -20,7 +20,7 @@ from converters.readers.opening import open_source
 from converters.readers.source import Source
 from llmjax.checkpoint.ends import end_tokens
 from llmjax.checkpoint.loading import check_dtype, find_model, fitting_plan, read_override, read_tokenizer
-from llmjax.checkpoint.parameters import Parameter, read_all
+from llmjax.checkpoint.parameters import OnParameter, Parameter, read_all
 from llmjax.checkpoint.plan import Override, Plan, describe
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
 from llmjax.errors import ConfigError
@@ -36,9 +36,6 @@ from llmjax.text.mediapipe import MediapipeTokenizer, for_transformers
 
 FORMATS: tuple[str, ...] = ("llmjax", "hf")
 
-# Told after each parameter: how many are done, and how many there are.
-Report = Callable[[int, int], None]
-
 
 def convert(
     source: str | Path,
@@ -50,7 +47,7 @@ def convert(
     check_finite: bool = False,
     config: str | Path | Mapping[str, Any] | None = None,
     lora: AnyLora | None = None,
-    report: Report = lambda done, total: None,
+    report: OnParameter = lambda done, total: None,
 ) -> Path:
     """Writes a checkpoint in another form.
 
@@ -128,7 +125,7 @@ def _recipe(source: Source, recipe: Recipe | None) -> dict[str, Any] | None:
 
 
 def _write_packed(
-    folder: Path, parameters: Iterator[tuple[str, Parameter]], count: int, report: Report, made_from: str
+    folder: Path, parameters: Iterator[tuple[str, Parameter]], count: int, report: OnParameter, made_from: str
 ) -> dict[str, Any]:
     """The weights file of an llmjax directory; returns the ``quantization`` block of its configuration."""
     schemes: dict[str, dict[str, int]] = {}
@@ -159,7 +156,7 @@ def _writer(path: Path, tensors: int) -> Iterator[tuple[Callable[[str, np.ndarra
 
 
 def _write_hf(
-    folder: Path, parameters: Iterator[tuple[str, Parameter]], plan: Plan, report: Report, made_from: str
+    folder: Path, parameters: Iterator[tuple[str, Parameter]], plan: Plan, report: OnParameter, made_from: str
 ) -> str:
     """The weights file of a Hugging Face directory; returns the dtype of its embedding."""
     names = plan.architecture.hf_names(plan.config)

@@ -26,7 +26,7 @@ ROPE_FREQS = "rope_freqs.weight"
 _IRRELEVANT = ("rope.scaling.finetuned", "rope.scaling.original_context_length")
 
 
-class _Entries:
+class _Keys:
     """The keys of one architecture, taken out with their types checked; problems are collected.
 
     Args:
@@ -135,7 +135,7 @@ def hf_config(metadata: Mapping[str, Any], tensors: Shapes, where: str) -> Confi
             f"{where}: general.architecture {shown(architecture)} is not supported; "
             f"llmjax has {', '.join(sorted(ARCHITECTURES))}"
         )
-    entries = _Entries(metadata, tensors, architecture)
+    entries = _Keys(metadata, tensors, architecture)
     config = _common(entries)
     ARCHITECTURES[architecture](entries, config)
     _attention_scale(entries, config)
@@ -143,7 +143,7 @@ def hf_config(metadata: Mapping[str, Any], tensors: Shapes, where: str) -> Confi
     return config
 
 
-def _common(e: _Entries) -> Config:
+def _common(e: _Keys) -> Config:
     hidden, heads = e.size("embedding_length"), e.size("attention.head_count")
     width = e.size("attention.key_length", hidden // heads or 1)
     if e.get("attention.key_length") is None and hidden % heads:
@@ -174,7 +174,7 @@ def _common(e: _Entries) -> Config:
     }
 
 
-def _attention_scale(e: _Entries, c: Config) -> None:
+def _attention_scale(e: _Keys, c: Config) -> None:
     """Elsewhere it follows from the head width, and a file that says so must say the same."""
     scalar: float = c["query_pre_attn_scalar"] if "query_pre_attn_scalar" in c else c["head_dim"]
     expected = scalar**-0.5
@@ -183,7 +183,7 @@ def _attention_scale(e: _Entries, c: Config) -> None:
         e.problem("attention.scale", f"{found!r} is not supported, expected {expected!r}")
 
 
-def _rope(e: _Entries, c: Config, *, partial: bool = False) -> None:
+def _rope(e: _Keys, c: Config, *, partial: bool = False) -> None:
     """The base, linear scaling, and (where ``partial``) how much of a head rotates."""
     c["rope_theta"] = e.number("rope.freq_base", 10000.0)
     e.expect("rope.scaling.attn_factor", 1.0)
@@ -203,7 +203,7 @@ def _rope(e: _Entries, c: Config, *, partial: bool = False) -> None:
     c["partial_rotary_factor"] = dims / width if int(width * (dims / width)) == dims else (dims + 0.5) / width
 
 
-def _windows(e: _Entries, c: Config, window: int, period: int) -> None:
+def _windows(e: _Keys, c: Config, window: int, period: int) -> None:
     """Sliding layers: all but the last of every ``period``, unless the file says otherwise."""
     layers = c["num_hidden_layers"]
     pattern = e.get("attention.sliding_window_pattern", period)
@@ -221,7 +221,7 @@ def _windows(e: _Entries, c: Config, window: int, period: int) -> None:
     c["layer_types"] = [SLIDING if s and window else FULL for s in slides]
 
 
-def _llama(e: _Entries, c: Config) -> None:
+def _llama(e: _Keys, c: Config) -> None:
     """Llama and Mistral share a name.  llama.cpp's converter leaves Mistral's window out, and llama.cpp runs without
     one; a file that has it is a Mistral."""
     e.expect("tensor_data_layout", "reference", "Meta AI original pth")  # one layout by two names
@@ -233,31 +233,31 @@ def _llama(e: _Entries, c: Config) -> None:
     _rope(e, c)
 
 
-def _qwen2(e: _Entries, c: Config) -> None:
+def _qwen2(e: _Keys, c: Config) -> None:
     c |= {"model_type": "qwen2", "rms_norm_eps": e.number("attention.layer_norm_rms_epsilon")}
     _rope(e, c)
 
 
-def _qwen3(e: _Entries, c: Config) -> None:
+def _qwen3(e: _Keys, c: Config) -> None:
     c |= {"model_type": "qwen3", "rms_norm_eps": e.number("attention.layer_norm_rms_epsilon")}
     c["attention_bias"] = e.has("attn_q.bias", "attn_qkv.bias")
     _rope(e, c)
 
 
-def _phi3(e: _Entries, c: Config) -> None:
+def _phi3(e: _Keys, c: Config) -> None:
     """The window is the file's; llama.cpp itself reads it and, for now, runs without."""
     c |= {"model_type": "phi3", "rms_norm_eps": e.number("attention.layer_norm_rms_epsilon")}
     c["sliding_window"] = e.count("attention.sliding_window") or None
     _rope(e, c, partial=True)
 
 
-def _gemma(e: _Entries, c: Config) -> None:
+def _gemma(e: _Keys, c: Config) -> None:
     c |= {"model_type": "gemma", "rms_norm_eps": e.number("attention.layer_norm_rms_epsilon")}
     c["hidden_act"] = "gelu_pytorch_tanh"
     _rope(e, c)
 
 
-def _gemma2(e: _Entries, c: Config) -> None:
+def _gemma2(e: _Keys, c: Config) -> None:
     c |= {"model_type": "gemma2", "rms_norm_eps": e.number("attention.layer_norm_rms_epsilon")}
     c["query_pre_attn_scalar"] = _query_scalar(e, c, layers_of_27b=46)
     c["attn_logit_softcapping"] = e.number("attn_logit_softcapping", 50.0)
@@ -267,7 +267,7 @@ def _gemma2(e: _Entries, c: Config) -> None:
     e.expect("rope.freq_base_swa", c["rope_theta"])
 
 
-def _gemma3(e: _Entries, c: Config) -> None:
+def _gemma3(e: _Keys, c: Config) -> None:
     """The local base is 10000 unless the file says otherwise, and scaling is for global layers alone."""
     c |= {"model_type": "gemma3_text", "rms_norm_eps": e.number("attention.layer_norm_rms_epsilon")}
     c["query_pre_attn_scalar"] = _query_scalar(e, c, layers_of_27b=62)
@@ -277,7 +277,7 @@ def _gemma3(e: _Entries, c: Config) -> None:
     c["rope_local_base_freq"] = e.number("rope.freq_base_swa", 10000.0)
 
 
-def _query_scalar(e: _Entries, c: Config, layers_of_27b: int) -> float:
+def _query_scalar(e: _Keys, c: Config, layers_of_27b: int) -> float:
     """``query_pre_attn_scalar``: converters do not store it.  The head width, but D / N in the 27B models, which
     llama.cpp tells by their number of layers; a file with a scale of its own means that one."""
     scale = e.optional("attention.scale")
@@ -292,12 +292,12 @@ def _query_scalar(e: _Entries, c: Config, layers_of_27b: int) -> float:
     return c["head_dim"]
 
 
-def _phi2(e: _Entries, c: Config) -> None:
+def _phi2(e: _Keys, c: Config) -> None:
     c |= {"model_type": "phi", "layer_norm_eps": e.number("attention.layer_norm_epsilon")}
     _rope(e, c, partial=True)
 
 
-def _stablelm(e: _Entries, c: Config) -> None:
+def _stablelm(e: _Keys, c: Config) -> None:
     """Whether the residual is parallel shows in the missing norm: the key says true for files without the option."""
     e.get("use_parallel_residual")
     c |= {"model_type": "stablelm", "layer_norm_eps": e.number("attention.layer_norm_epsilon")}
@@ -307,7 +307,7 @@ def _stablelm(e: _Entries, c: Config) -> None:
     _rope(e, c, partial=True)
 
 
-def _falcon(e: _Entries, c: Config) -> None:
+def _falcon(e: _Keys, c: Config) -> None:
     """The rotary Falcons: llama.cpp has neither ALiBi nor biases for them, so no Falcon-RW."""
     e.expect("tensor_data_layout", "jploski")
     if e.has("attn_qkv.bias"):
@@ -331,7 +331,7 @@ def _falcon(e: _Entries, c: Config) -> None:
 
 
 # By general.architecture.
-ARCHITECTURES: dict[str, Callable[[_Entries, Config], None]] = {
+ARCHITECTURES: dict[str, Callable[[_Keys, Config], None]] = {
     "falcon": _falcon,
     "gemma": _gemma,
     "gemma2": _gemma2,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmjax.models.config import DecoderConfig
-from llmjax.models.names import From, Names, stacked
+from llmjax.models.names import From, Names, fused
 
 _LAYER = {
     "attn_norm": "attn_norm",
@@ -41,9 +41,9 @@ def names(config: DecoderConfig, model_type: str, tensors: Collection[str]) -> N
     layer: dict[str, str | From] = dict(_LAYER)
     if "blk.0.attn_qkv.weight" in tensors:
         q, kv = (config.head_dim * n for n in (config.num_attention_heads, config.num_key_value_heads))
-        layer |= stacked("attn_qkv", {"attn.q": q, "attn.k": kv, "attn.v": kv})
+        layer |= fused("attn_qkv", {"attn.q": q, "attn.k": kv, "attn.v": kv})
     if model_type == "phi3":
-        layer |= stacked("ffn_up", {"mlp.gate": config.intermediate_size, "mlp.up": config.intermediate_size})
+        layer |= fused("ffn_up", {"mlp.gate": config.intermediate_size, "mlp.up": config.intermediate_size})
     if getattr(config, "separate_norms", False):  # Falcon 40B
         layer |= {"attn_norm": "attn_norm_2", "mlp_norm": "attn_norm"}
     if model_type in ("llama", "mistral"):

@@ -69,7 +69,7 @@ def model_facts(model: Model) -> dict[str, Any]:
         "adapters": adapters,
         "config": dataclasses.asdict(model.config),
         "eos_ids": model.eos_ids,
-        "dtype": max(floats, key=lambda kind: kinds[kind]),
+        "dtype": max(floats, key=lambda kind: kinds[kind], default="float32"),
         "quantization": _quantization(model, origin.quantize if origin else None),
         "stored": kinds,
         "numerics": model.numerics.label,
@@ -116,6 +116,8 @@ def _quantization(model: Model, recipe: Recipe | None) -> Any:
             scheme = (str(recipe.scheme(name)) if recipe else leaf.scheme) if isinstance(leaf, QTensor) else "float"
             roles.setdefault(role, set()).add(scheme)
     found = {role: ", ".join(sorted(schemes)) for role, schemes in sorted(roles.items())}
+    if not found:  # a graph's weights have names of its own
+        return ", ".join(k for k in model.stored() if k.startswith("int")) or None
     same = set(found.values())
     return found if len(same) > 1 else None if same == {"float"} else same.pop()
 

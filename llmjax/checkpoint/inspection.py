@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from converters.readers.mediapipe import package
 from converters.readers.opening import open_source
 from converters.readers.source import Source, TensorSpec
 from llmjax.checkpoint import bundles
@@ -15,10 +14,14 @@ from llmjax.checkpoint.loading import find_model, read_tokenizer
 from llmjax.checkpoint.parameters import is_packed
 from llmjax.checkpoint.plan import Plan, describe, make_plan
 from llmjax.errors import ConfigError, LlmjaxError, TokenizerError, named, printable
+from llmjax.litert.loading import is_graph
+
+# For a terminal; JSON has all of them.
+_MOST_LISTED, _MOST_PROBLEMS = 5_000, 100
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class CheckpointReport:
     """What ``inspect`` found.
 
     Attributes:
@@ -65,25 +68,30 @@ class Report:
         if self.tokenizer:
             lines += ["", "tokenizer", *(f"  {k:24} {v!s:.200}" for k, v in self.tokenizer.items())]
         lines += ["", "tensors"]
-        names = [named(t["name"]) for t in self.tensors]
+        listed = self.tensors[:_MOST_LISTED]
+        names = [named(t["name"]) for t in listed]
         width = max(map(len, names), default=0)
-        for name, t in zip(names, self.tensors, strict=True):
+        for name, t in zip(names, listed, strict=True):
             kept = "" if t["dtype"] in _FLOATS else f", {t['kept']}"
             use = (", ".join(t["fills"]) + kept) if t["fills"] else t["use"]
             lines.append(f"  {name:{width}}  {t['dtype']:8} {str(t['shape']):16} -> {use}")
+        if len(self.tensors) > _MOST_LISTED:
+            lines.append(f"  ... and {len(self.tensors) - _MOST_LISTED:,} more")
         lines += ["", "supported: yes" if self.supported else "supported: no"]
-        lines += [f"  {line}" for problem in self.problems for line in problem.splitlines()]
+        lines += [f"  {line}" for problem in self.problems[:_MOST_PROBLEMS] for line in problem.splitlines()]
+        if len(self.problems) > _MOST_PROBLEMS:
+            lines.append(f"  ... and {len(self.problems) - _MOST_PROBLEMS:,} more")
         return printable("\n".join(lines))
 
 
-def inspect(path: str | Path) -> Report | BundleReport:
+def inspect(path: str | Path) -> CheckpointReport | BundleReport:
     """Reads a checkpoint's headers and plans its loading without reading a weight; of a bundle, what is in it.
 
     Raises:
       CheckpointError: there is no checkpoint, or its headers are damaged.
     """
     path = Path(find_model(path))
-    if path.is_file() and package.kind_of(path):
+    if is_graph(path):
         return bundles.inspect(path)
     source = open_source(path)
     try:
@@ -92,7 +100,7 @@ def inspect(path: str | Path) -> Report | BundleReport:
         source.close()
 
 
-def _report(source: Source) -> Report:
+def _report(source: Source) -> CheckpointReport:
     problems: list[str] = []
     plan: Plan | None = None
     try:
@@ -117,7 +125,7 @@ def _report(source: Source) -> Report:
                 tokenizer["without_row"] = {found.piece(i): i for i in beyond}
     except (ConfigError, TokenizerError) as error:
         problems.append(str(error))
-    return Report(
+    return CheckpointReport(
         path=str(source.path),
         format=source.format,
         model_type=_model_type(source),

@@ -23,6 +23,8 @@ from llmjax.checkpoint.mediapipe_config import emulated, find
 from llmjax.checkpoint.parameters import Parameter, is_packed, made, random_rows, read_all
 from llmjax.checkpoint.plan import Override, Plan, make_plan
 from llmjax.errors import CheckpointError, ConfigError, LoraError, RequestError, shown
+from llmjax.litert import loading as graphs
+from llmjax.litert.model import GraphModel
 from llmjax.lora import merge as merging
 from llmjax.lora.adapter import AnyLora, read_adapter
 from llmjax.lora.apply import beside, with_loras
@@ -82,7 +84,7 @@ def load(
     context_length: int | None = None,
 ) -> Model:
     """Loads a checkpoint: a Hugging Face or llmjax directory, a ``*.gguf`` file, a MediaPipe ``*.bin``, or ``smollm2``
-    for the installed demo model.
+    for the installed demo model; or a model whose op graph is run: a ``.tflite``, ``.task`` or ``.litertlm`` file.
 
     Args:
       path: where it is.  Nothing is ever downloaded.
@@ -90,7 +92,8 @@ def load(
         tensor's own, so that quantized ones stay packed where llmjax has their type (``inspect`` says which) and become
         float32 otherwise; with a dtype and no ``quantize`` they are expanded.
       quantize: a scheme (``int8``, ``int4-g32``, ...) or a recipe: see ``llmjax.quant.schemes.parse``.
-      numerics: the profile that says how everything is computed; None for ``reference`` (see ``llmjax.numerics``).
+      numerics: the profile that says how everything is computed (see ``llmjax.numerics``); None for ``reference``, and
+        for ``litert`` where a graph is run.
       lora: a LoRA adapter that changes the model: a PEFT directory, a MediaPipe LoRA file (see ``LoraSource`` for its
         scale, which a line of the log tells), or a ``LoraSource`` for what lacks a configuration.
       lora_mode: ``merged`` into the weights (quantized ones are rounded again, and a warning says what that leaves of
@@ -115,7 +118,8 @@ def load(
     recipe = None if quantize is None else parse(quantize)
     chosen = numerics is not None
     numerics = numerics_lib.REFERENCE if numerics is None else numerics
-    numerics_lib.resolve(numerics, jnp.dtype(jnp.float32))  # a wrong name fails before the reading
+    if numerics != "litert":  # a wrong name fails before the reading
+        numerics_lib.resolve(numerics, jnp.dtype(jnp.float32))
     if lora is None and lora_mode is not None:
         raise LoraError("lora_mode: goes with an adapter (lora)")
     override = read_override(config)
@@ -126,7 +130,14 @@ def load(
             raise ConfigError("config: goes with a checkpoint, not with random weights")
         model = _random_model(str(path), dtype or "float32", recipe, numerics, random_weights)
         return dataclasses.replace(model, config=_of_length(model.config, context_length), numerics_chosen=chosen)
-    source = open_source(find_model(path))
+    found = find_model(path)
+    if graphs.is_graph(found):
+        options = {"dtype": dtype, "quantize": quantize, "lora": lora, "config": config, "check_finite": check_finite}
+        options["context_length"] = context_length
+        if given := [name for name, value in options.items() if value is not None and value is not False]:
+            raise ConfigError(f"{found}: {', '.join(given)}: an op graph is run as it is, with its own weights")
+        return graphs.load_graph(found, numerics if chosen else None)
+    source = open_source(found)
     try:
         plan = fitting_plan(source, recipe, override)
         computed = emulated(plan.config, numerics, str(source.path))
@@ -173,6 +184,8 @@ def with_numerics(model: Model, numerics: str) -> Model:
     Raises:
       ConfigError: there is no such profile, or what was read depends on the one it was loaded for.
     """
+    if isinstance(model, GraphModel):
+        return model.under(numerics)
     found = _numerics(numerics, model.params, model.path)
     again = (
         f"numerics {numerics}: the model was loaded for {model.numerics.name}, %s; load it with numerics={numerics!r}"
@@ -255,6 +268,7 @@ def fitting_plan(source: Source, recipe: Recipe | None, override: Override = Non
             f"{source.path}: " + "\n  ".join(["tensors do not fit the configuration:", *plan.problems])
         )
     if recipe is not None:
+        recipe.check_layers(plan.config.num_hidden_layers)
         check_not_quantized(source)
         _warn(recipe, plan)
     return plan
@@ -305,6 +319,8 @@ def _random_model(name: str, dtype: str, recipe: Recipe | None, numerics: str, r
         )
     facts = configs.read(name)
     architecture, config = read_config(facts["config"], name)
+    if recipe is not None:
+        recipe.check_layers(config.num_hidden_layers)
     params: dict[str, Any] = {}
     random = np.random.default_rng(0)
     for parameter, shape in parameter_shapes(config).items():

@@ -1,6 +1,6 @@
 """From a plan to parameters: read, cast or quantized one tensor at a time, some rows at a time."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ from llmjax.quant.rounding import Rows, quantize
 from llmjax.quant.schemes import Recipe, Scheme
 
 Parameter = np.ndarray | QTensor
+
+# Told after each parameter: how many are done, and how many there are.
+OnParameter = Callable[[int, int], None]
 
 
 class _TooLargeError(ConfigError):

@@ -39,11 +39,13 @@ def weight_flags(group: Any) -> None:
     )
 
 
-def load_flags(numerics: str = "fast") -> argparse.ArgumentParser:
-    """What ``cli.loading.load_model`` reads."""
+def load_flags(numerics: str | None = "fast", required: bool = True) -> argparse.ArgumentParser:
+    """What ``cli.loading.load_model`` reads; no ``numerics`` leaves the profile to ``llmjax.load``."""
     flags = argparse.ArgumentParser(add_help=False)
     group = flags.add_argument_group("model")
-    group.add_argument("--model", required=True, help="a checkpoint's path, or smollm2 for the installed demo model")
+    group.add_argument(
+        "--model", required=required, help="a checkpoint's path, or smollm2 for the installed demo model"
+    )
     weight_flags(group)
     group.add_argument(
         "--context-length", type=int, metavar="N", help="most tokens of a text (default: as its configuration says)"
@@ -51,7 +53,8 @@ def load_flags(numerics: str = "fast") -> argparse.ArgumentParser:
     group.add_argument(
         "--numerics",
         default=numerics,
-        help=f"reference, hf, fast, dynamic_int8, mediapipe_gpu or mediapipe_cpu (default {numerics})",
+        help=f"reference, hf, fast, dynamic_int8, mediapipe_gpu or mediapipe_cpu (default {numerics or 'reference'}); "
+        "of op graphs litert or reference (default litert)",
     )
     group.add_argument(
         "--lora",

@@ -48,6 +48,9 @@ def _generate(args: argparse.Namespace) -> int:
         request = llm.request(prompt, given)
     if args.show_prompt:
         print(f"prompt: {request.prompt!r}\nids: {request.ids}", file=sys.stderr)
+        if llm.model.tokenizer and llm.model.tokenizer.always_prefix:
+            start = list(llm.model.tokenizer.prefix_ids)
+            print(f"the file's start token, {start}, stands before every prompt, whoever wrote it", file=sys.stderr)
     with _measured(llm, args.verbose, f"load {seconds:.1f} s"):
         for _ in _printed(llm, request):
             pass

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import llmjax
 from llmjax.cli import batch, bench, checkpoints, generate, loading, lora, oracle
-from llmjax.errors import LlmjaxError, OutputError, printable
+from llmjax.errors import LlmjaxError, OutputError, TrainingError, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = args.run(args)
             sys.stdout.flush()
             return code
-    except OutputError as error:
+    except (OutputError, TrainingError) as error:
         _tell(str(error))
         return 1
     except LlmjaxError as error:

@@ -1,7 +1,8 @@
-"""``llmjax trace``."""
+"""``llmjax trace`` and ``llmjax compare``."""
 
 import argparse
 import sys
+from pathlib import Path
 
 from llmjax.cli import loading
 from llmjax.cli.flags import Verbs, add_verb, cache_flags, id_list, load_flags, prompt_text
@@ -9,18 +10,46 @@ from llmjax.errors import RequestError
 
 
 def add(verbs: Verbs) -> None:
-    """Registers the verb."""
+    """Registers the verbs."""
     text = "Write a model's named activations for one prompt."
-    trace = add_verb(verbs, "trace", _trace, text, load_flags("reference"), cache_flags())
+    trace = add_verb(verbs, "trace", _trace, text, load_flags(None), cache_flags())
     what = trace.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="the text, or - for stdin")
     what.add_argument("--ids", type=id_list, metavar="ID,ID", help="token ids, taken as they are")
     trace.add_argument("--output", required=True, metavar="DIR", help="a new directory")
     trace.add_argument("--taps", action="append", metavar="GLOB", help="names to keep, * by default; may be repeated")
+    _add_compare(verbs)
+
+
+def _add_compare(verbs: Verbs) -> None:
+    text = "Say whether another runtime computes the same, where it begins to differ, and why."
+    flags = load_flags("reference", required=False)
+    compare = add_verb(verbs, "compare", _compare, text, flags, cache_flags())
+    compare.add_argument(
+        "dumps", nargs="*", metavar="DUMP", help="REF CAND, or CAND alone with --model: directories of dumps"
+    )
+    compare.add_argument(
+        "--candidate-model", metavar="N", help="a second checkpoint instead of a dump of the candidate"
+    )
+    what = compare.add_mutually_exclusive_group()
+    what.add_argument("--prompt", help="for two checkpoints: the text, or - for stdin (default: a sentence)")
+    what.add_argument("--ids", type=id_list, metavar="ID,ID", help="for two checkpoints: token ids")
+    compare.add_argument("--names", metavar="FILE", help="a TOML file from the candidate's names to llmjax's")
+    compare.add_argument(
+        "--class",
+        dest="arithmetic",
+        metavar="CLASS",
+        help="what alone may explain differences: float32, gelu16, cache16, float16, bfloat16, int8, dynamic_int8, "
+        "int4 (default: what the dump declares, else the narrowest that holds)",
+    )
+    compare.add_argument("--json", action="store_true", help="machine-readable, to stdout")
+    compare.add_argument("--html", metavar="FILE", help="write a page that needs nothing else")
+    compare.add_argument("--junit", metavar="FILE", help="write a test report")
 
 
 def _trace(args: argparse.Namespace) -> int:
     from llmjax.oracle.trace import trace
+    from llmjax.runtime.asking import warn_of_two_starts
 
     model = loading.load_model(args)
     ids = args.ids
@@ -28,7 +57,47 @@ def _trace(args: argparse.Namespace) -> int:
         if model.tokenizer is None:
             raise RequestError(f"{args.model}: no tokenizer files, so give --ids instead of --prompt")
         ids = model.tokenizer.encode(prompt_text(args.prompt))
+        warn_of_two_starts(ids, model.tokenizer)
     result = trace(model, ids, args.taps or ["*"])
     result.save(args.output)
     print(f"{len(result.activations)} activations of {len(ids)} tokens in {args.output}", file=sys.stderr)
     return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from llmjax.checkpoint.loading import load
+    from llmjax.oracle.compare import compare
+
+    dumps = list(args.dumps)
+    wanted = (args.model is None) + (args.candidate_model is None)
+    if len(dumps) != wanted and not (args.model is not None and len(dumps) == 2 and args.candidate_model is None):
+        raise RequestError(
+            "compare: expected REF CAND, or --model M and CAND, or --model M --candidate-model N; "
+            f"found {len(dumps)} dumps"
+        )
+    model = None if args.model is None else loading.load_model(args)
+    candidate = dumps.pop() if args.candidate_model is None else load(args.candidate_model)
+    ids = args.ids
+    if args.prompt is not None:
+        if model is None or model.tokenizer is None:
+            raise RequestError("--prompt: goes with --model and its tokenizer; give --ids")
+        ids = model.tokenizer.encode(prompt_text(args.prompt))
+    report = compare(
+        dumps[0] if dumps else None,
+        candidate,
+        model=model,
+        names=args.names,
+        arithmetic=args.arithmetic,
+        token_ids=ids,
+    )
+    if args.html:
+        report.to_html(args.html)
+    if args.junit:
+        try:
+            Path(args.junit).write_text(report.to_junit(), encoding="utf-8")
+        except OSError as error:
+            raise RequestError(f"{args.junit}: cannot write the report: {error.strerror}") from None
+    print(report.to_json() if args.json else report.to_text())
+    if report.verdict == "not_comparable":
+        print(f"llmjax: not comparable: {report.reason}", file=sys.stderr)
+    return report.exit_code

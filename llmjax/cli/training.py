@@ -92,8 +92,8 @@ def add(verbs: Verbs) -> None:
     group.add_argument(
         "--data", required=True, metavar="JSONL", help="rows: prompt and completion, messages, text, ids"
     )
-    group.add_argument("--eval", metavar="JSONL", help="rows that are not learned from; the adapter with the least loss of "
-                       "them is kept")  # fmt: skip
+    held_out = "rows that are not learned from; the adapter with the least loss of them is kept"
+    group.add_argument("--eval", metavar="JSONL", help=held_out)
     group.add_argument("--output", required=True, metavar="DIR", help="the adapter (PEFT), metrics, curves, the state")
     group.add_argument("--start", metavar="PATH", help="an adapter to train on; it says rank, scale and modules")
     group.add_argument("--date", metavar="DATE", help="the date chat templates are told (default: now)")

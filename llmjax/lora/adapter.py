@@ -114,7 +114,7 @@ class Part:
     """A parameter that a module of the base model fills, alone or with others.
 
     Attributes:
-      module: the module's name, as Hugging Face has it.
+      module: the module's name, as transformers has it.
       parameter: the parameter's.
       shape: of the parameter.
       entry: how it is made from the module's weight.
@@ -235,7 +235,9 @@ def modules_of(architecture: Architecture, config: DecoderConfig) -> dict[str, l
         if role_of(parameter) in ("attention", "feed_forward", "head") and len(shape) == 2:  # no stacks of experts
             entry, (tensor,) = sources_of(parameter, names)
             module = tensor.removesuffix(".weight")
-            modules.setdefault(stem(module), []).append(Part(module, parameter, shape, entry))
+            short = stem(module)
+            name = module if architecture.modules is None else architecture.modules + short
+            modules.setdefault(short, []).append(Part(name, parameter, shape, entry))
     return modules
 
 

@@ -62,7 +62,7 @@ def beside(delta: Delta) -> Lora:
     return Lora(jnp.asarray(delta.a), jnp.asarray(delta.b), jnp.float32(delta.scale))
 
 
-def stacked(deltas: Sequence[Delta | None]) -> Lora:
+def together(deltas: Sequence[Delta | None]) -> Lora:
     """Several adapters' deltas of one projection, None where one leaves it alone."""
     present = [d for d in deltas if d is not None]
     rank = max(d.rank for d in present)

@@ -7,7 +7,7 @@ import jax
 
 from llmjax.errors import LoraError, shown
 from llmjax.lora.adapter import AnyLora, read_adapter
-from llmjax.lora.apply import Lora, stacked, with_loras
+from llmjax.lora.apply import Lora, together, with_loras
 from llmjax.model import AdapterOrigin, Model, Origin
 
 
@@ -23,7 +23,7 @@ def with_adapters(model: Model, loras: Mapping[str, AnyLora]) -> Model:
         raise LoraError(f"{model.path}: loaded with an adapter beside its weights (lora); give that one a name as well")
     adapters = {name: read_adapter(lora, model.architecture, model.config) for name, lora in loras.items()}
     parameters = sorted({name for adapter in adapters.values() for name in adapter.deltas})
-    beside = {name: stacked([adapter.deltas.get(name) for adapter in adapters.values()]) for name in parameters}
+    beside = {name: together([adapter.deltas.get(name) for adapter in adapters.values()]) for name in parameters}
     params = with_loras(model.params, beside)
     origin = model.origin if model.origin and model.origin.made(model.params) else None
     if origin is not None:

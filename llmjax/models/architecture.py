@@ -21,6 +21,8 @@ class Architecture:
       dropped: regular expressions of source tensors (by their ``names.stem``) that are known and not needed.
       unused: more of them, for a config.
       reference_attention: the ``attn_implementation`` under which transformers computes this architecture right.
+      modules: what transformers' names of modules begin with, before what ``names.stem`` leaves of them, where those of
+        its files' tensors begin otherwise.
       needs_bos: trained so that a prompt without BOS gives garbage; such a prompt warns.
     """
 
@@ -31,6 +33,7 @@ class Architecture:
     dropped: tuple[str, ...] = ()
     unused: Callable[[Any], tuple[str, ...]] = lambda config: ()
     reference_attention: str = "eager"
+    modules: str | None = None
     needs_bos: bool = False
 
     def drops(self, name: str, config: DecoderConfig) -> bool:

@@ -5,6 +5,7 @@ Shapes: ``B`` batch, ``T`` query positions, ``S`` cache positions, ``N`` query h
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,12 @@ def _ungrouped(x: jax.Array) -> jax.Array:
 
 
 def dense_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, scores: Scores, ctx: Context
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scores: Scores,
+    ctx: Context,
+    seen: Callable[[jax.Array], jax.Array] = lambda probs: probs,
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over the tokens of this call, written as in the paper; differentiable.
 
@@ -126,6 +132,7 @@ def dense_attention(
       v: ``[B, T, K, H]``.
       scores: the layer's rule.
       ctx: positions must be ``arange(T)`` in every row.
+      seen: is shown the probabilities and may give others.
 
     Returns:
       output ``[B, T, N, H]`` and the probabilities ``[B, K, G, T, T]``.
@@ -137,9 +144,14 @@ def dense_attention(
     if scores.fused:
         unnormalised = jnp.exp(s - lax.stop_gradient(jnp.max(s, -1, keepdims=True)))
         total = jnp.sum(unnormalised, -1, keepdims=True)
-        out = _einsum("BKGTS,BSKH->BKGTH", unnormalised.astype(dtype), v) / total
-        return _ungrouped(out.astype(dtype)), (unnormalised / total).astype(dtype)
-    probs = jax.nn.softmax(s, axis=-1).astype(dtype)
+        normalised = (unnormalised / total).astype(dtype)
+        probs = seen(normalised)
+        if probs is normalised:
+            out = _einsum("BKGTS,BSKH->BKGTH", unnormalised.astype(dtype), v) / total
+        else:
+            out = _einsum("BKGTS,BSKH->BKGTH", probs, v)
+        return _ungrouped(out.astype(dtype)), probs
+    probs = seen(jax.nn.softmax(s, axis=-1).astype(dtype))
     out = _einsum("BKGTS,BSKH->BKGTH", probs, v).astype(dtype)
     return _ungrouped(out), probs
 

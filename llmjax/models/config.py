@@ -57,6 +57,22 @@ class DecoderConfig:
         kinds = self.kinds
         return next((p for p in range(1, len(kinds)) if kinds[p:] == kinds[:-p]), max(1, len(kinds)))
 
+    @property
+    def row_arrays(self) -> dict[str, tuple[tuple[int, ...], str]] | None:
+        """Shape and dtype by name of what a row keeps, where that is no keys and values in pages: a page is a whole row
+        then."""
+        return None
+
+    @property
+    def rewinds(self) -> bool:
+        """What the cache holds of a token depends on what stands before it alone: rows may share their beginnings."""
+        return True
+
+    def engine_sizes(self, chunk: int, block: int) -> tuple[int, int, int]:
+        """Prompt tokens a prefill call takes, cache positions attention folds at a time, and tokens of a text that a
+        call scores, from what was asked for."""
+        return chunk, block, chunk
+
     def shortened(self, layers: int) -> Self:
         """The model's first layers alone; of fields with an entry for each layer, the first entries."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -142,8 +158,9 @@ def check_rope_types(r: Reader) -> None:
     """``rope_parameters`` of models whose local and global layers rotate differently."""
     ropes = r.get("rope_parameters", {})
     for key in sorted(set(ropes) - {FULL, SLIDING}, key=str) if isinstance(ropes, dict) else ():
-        where = f"rope_parameters.{named(str(key))}"
-        r.problem(f"{where}: expected an object for each of {FULL!r} and {SLIDING!r}, nothing else")
+        r.problem(
+            f"rope_parameters.{named(str(key))}: expected an object for each of {FULL!r} and {SLIDING!r}, nothing else"
+        )
 
 
 def layer_windows(r: Reader, kinds: Sequence[str], window: int | None) -> tuple[int | None, ...]:

@@ -22,10 +22,10 @@ class Context(struct.PyTreeNode):
       last: int32 ``[B]`` or ``[B, M]``; when given, the head runs on tokens ``last[b]`` of each row alone and logits
         are ``[B, 1, V]`` or ``[B, M, V]``.
       adapter: int32 ``[B]``, each row's LoRA adapter among the resident ones, 0 for none.  ``None`` means none.
-      length: int32 ``[B]``, tokens of each row's text, those beyond this call included and padding not: for ropes that
-        follow it.  ``None`` means that it ends with this call.
       recompute: a layer's inner values are computed again on the way back, so that a gradient keeps no more of it than
         its input (static; Chen et al. 2016, arXiv:1604.06174).
+      length: int32 ``[B]``, tokens of each row's text, those beyond this call included and padding not: for ropes that
+        follow it.  ``None`` means that it ends with this call.
     """
 
     positions: jax.Array
@@ -35,8 +35,8 @@ class Context(struct.PyTreeNode):
     active: jax.Array | None = None
     last: jax.Array | None = None
     adapter: jax.Array | None = None
-    length: jax.Array | None = None
     recompute: bool = struct.field(pytree_node=False, default=False)
+    length: jax.Array | None = None
 
     @property
     def tokens(self) -> jax.Array:
@@ -47,14 +47,14 @@ class Context(struct.PyTreeNode):
         """``[..., B, T, D] -> [..., B, M, D]`` where only some tokens' logits are wanted, else ``x``."""
         if self.last is None:
             return x
-        last = self.last.reshape(self.last.shape[0], -1, 1)
+        last = self.last.reshape(len(self.last), -1, 1)
         return jnp.take_along_axis(x, jnp.expand_dims(last, tuple(range(x.ndim - 3))), axis=-2)
 
     def at_last(self) -> "Context":
         """The context of what ``select_last`` selects."""
         if self.last is None:
             return self
-        last = self.last.reshape(self.last.shape[0], -1)
+        last = self.last.reshape(len(self.last), -1)
         return self.replace(positions=jnp.take_along_axis(self.positions, last, axis=1), last=None, length=self.tokens)
 
 
@@ -62,12 +62,18 @@ def tap(module: nn.Module, name: str, value: jax.Array) -> jax.Array:
     """Names an activation for ``llmjax.trace``: the module's path and ``name`` (the path alone when empty), joined by
     dots.
 
-    Costs nothing unless the ``taps`` collection is being collected; ``init`` makes parameters alone.
+    What the collection ``patches`` has under that name takes the value's place from here on: an array, or a function of
+    the value.  Costs nothing unless the ``taps`` collection is being collected; ``init`` makes parameters alone.
     """
     if not module.is_initializing():
         module.sow("taps", TAP + name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+    if module.has_variable(PATCHES, TAP + name):
+        patch = module.get_variable(PATCHES, TAP + name)
+        return patch(value) if callable(patch) else patch.reshape(value.shape).astype(value.dtype)
     return value
 
 
 # Keeps a tap's name apart from a submodule's of the same name, which Linen would refuse.
 TAP = "tap:"
+# The collection of what other runtimes computed, see ``tap``.
+PATCHES = "patches"

@@ -91,7 +91,7 @@ class Gemma(nn.Module):
         x = tap(self, "embed", embed(ids, ctx))
         x = in_turn(self, [Block(c, name=f"layers_{i}") for i in range(c.num_hidden_layers)], x, ctx)
         x = UnitOffsetRMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
-        return tap(self, "logits", language_head(embed, x, ctx, tied=c.tie_word_embeddings))
+        return tap(self, "logits", language_head(self, embed, x, ctx, tied=c.tie_word_embeddings))
 
 
 HF_NAMES = hf_names(

@@ -94,7 +94,7 @@ class Gemma2(nn.Module):
         x = tap(self, "embed", embed(ids, ctx))
         x = in_turn(self, [Block(c, window, name=f"layers_{i}") for i, window in enumerate(c.windows)], x, ctx)
         x = UnitOffsetRMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
-        logits = language_head(embed, x, ctx, tied=c.tie_word_embeddings)
+        logits = language_head(self, embed, x, ctx, tied=c.tie_word_embeddings)
         if c.final_logit_softcapping is not None:
             logits = softcap(logits, c.final_logit_softcapping)
         return tap(self, "logits", logits)

@@ -27,5 +27,6 @@ ARCHITECTURE = Architecture(
     config=Gemma3MultimodalConfig,
     hf_names=lambda config: gemma3.names("language_model."),
     dropped=(r"vision_tower\..*", r"multi_modal_projector\..*"),
+    modules="model.language_model.",
     needs_bos=True,
 )

@@ -214,9 +214,8 @@ class Block(nn.Module):
         branch = PerLayerBranch(ACTIVATIONS[c.hidden_activation], c.rms_norm_eps, name="per_layer")
         added = branch(altup.scaled(streams[c.active]), own, ctx)
         streams = jnp.concatenate([streams[:1], streams[1:] + added])
-        tap(self, "streams", streams.transpose(1, 2, 0, 3))
-        tap(self, "resid", streams[c.active])
-        return streams, given
+        streams = tap(self, "streams", streams.transpose(1, 2, 0, 3)).transpose(2, 0, 1, 3)
+        return streams.at[c.active].set(tap(self, "resid", streams[c.active])), given
 
 
 def as_large_as(x: jax.Array, other: jax.Array) -> jax.Array:
@@ -252,7 +251,7 @@ class Gemma3n(nn.Module):
         others = [as_large_as(leave(x, ctx), first) for leave, x in zip(exits, others, strict=True)]
         x = jnp.mean(jnp.stack([first, *others]).astype(jnp.float32), 0).astype(x.dtype)
         x = WideRMSNorm(c.rms_norm_eps, name="final_norm")(x)
-        logits = language_head(embed, x, ctx, tied=c.tie_word_embeddings)
+        logits = language_head(self, embed, x, ctx, tied=c.tie_word_embeddings)
         if c.final_logit_softcapping is not None:
             logits = softcap(logits, c.final_logit_softcapping)
         return tap(self, "logits", logits)

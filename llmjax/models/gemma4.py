@@ -242,7 +242,7 @@ class Gemma4(nn.Module):
         blocks = [Block(c, *layer, name=f"layers_{i}") for i, layer in enumerate(layers)]
         x, ctx = through_layers(self, blocks, x, ctx, own)
         x = WideRMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
-        logits = language_head(embed, x, ctx, tied=c.tie_word_embeddings)
+        logits = language_head(self, embed, x, ctx, tied=c.tie_word_embeddings)
         if c.final_logit_softcapping is not None:
             logits = softcap(logits, c.final_logit_softcapping)
         return tap(self, "logits", logits)

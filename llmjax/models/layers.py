@@ -95,10 +95,10 @@ class Embedding(nn.Module):
         return (y if bias is None else y + bias.astype(y.dtype)).astype(ctx.numerics.activations)
 
 
-def language_head(embed: Embedding, x: jax.Array, ctx: Context, *, tied: bool) -> jax.Array:
+def language_head(model: nn.Module, embed: Embedding, x: jax.Array, ctx: Context, *, tied: bool) -> jax.Array:
     """``[B, T, D] -> [B, T, V]``: with the embedding's table where the config ties them, else by a projection
-    ``head``."""
-    return embed.attend(x, ctx) if tied else Projection(embed.vocab_size, name="head")(x, ctx)
+    ``head`` of the model."""
+    return tap(model, "head", embed.attend(x, ctx)) if tied else Projection(embed.vocab_size, name="head")(x, ctx)
 
 
 class RMSNorm(nn.Module):
@@ -229,8 +229,7 @@ def attended(module: nn.Module, q: jax.Array, k: jax.Array, v: jax.Array, scores
     """``[B, T, N * H]``: queries ``[B, T, N, H]`` attend to keys and values that were ``kept``, by this module or by
     another."""
     if ctx.table is None:
-        out, probs = dense_attention(q, k, v, scores, ctx)
-        tap(module, "probs", probs)
+        out, _ = dense_attention(q, k, v, scores, ctx, partial(tap, module, "probs"))
     else:
         out = cached_attention(q, k, v, scores, ctx)
     return tap(module, "out", out.reshape(*out.shape[:2], -1))

@@ -111,7 +111,7 @@ class Llama(nn.Module):
         layers = zip(c.windows, c.ropes, strict=True)
         x = in_turn(self, [Block(c, *layer, name=f"layers_{i}") for i, layer in enumerate(layers)], x, ctx)
         x = RMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
-        return tap(self, "logits", language_head(embed, x, ctx, tied=c.tie_word_embeddings))
+        return tap(self, "logits", language_head(self, embed, x, ctx, tied=c.tie_word_embeddings))
 
 
 HF_NAMES = hf_names(

@@ -36,7 +36,7 @@ class From:
     endings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-def stacked(module: str, rows: Mapping[str, int]) -> dict[str, str | From]:
+def fused(module: str, rows: Mapping[str, int]) -> dict[str, str | From]:
     """Roles whose weights lie one after the other in one source tensor, each with its number of rows."""
     total = sum(rows.values())
     table: dict[str, str | From] = {}

@@ -81,7 +81,8 @@ class Phi(nn.Module):
         x = in_turn(self, [Block(c, name=f"layers_{i}") for i in range(c.num_hidden_layers)], x, ctx)
         x = LayerNorm(c.layer_norm_eps, name="final_norm")(ctx.select_last(x))
         if c.tie_word_embeddings:
-            return tap(self, "logits", embed.attend(x, ctx, Bias(c.vocab_size, name="head")()))
+            head = embed.attend(x, ctx, Bias(c.vocab_size, name="head")())
+            return tap(self, "logits", tap(self, "head", head))
         return tap(self, "logits", Projection(c.vocab_size, bias=True, name="head")(x, ctx))
 
 

@@ -7,7 +7,7 @@ from llmjax.models.architecture import Architecture
 from llmjax.models.config import dimensions
 from llmjax.models.hf_config import Reader
 from llmjax.models.llama import LlamaConfig
-from llmjax.models.names import Names, hf_names, stacked
+from llmjax.models.names import Names, fused, hf_names
 
 
 class Phi3Config(LlamaConfig):
@@ -35,8 +35,8 @@ def _names(config: Phi3Config) -> Names:
     """``qkv_proj`` has all rows of q, then k, then v; ``gate_up_proj`` those of gate, then up."""
     q, kv = (config.head_dim * n for n in (config.num_attention_heads, config.num_key_value_heads))
     mlp = config.intermediate_size
-    attn = stacked("self_attn.qkv_proj", {"q": q, "k": kv, "v": kv})
-    gated = stacked("mlp.gate_up_proj", {"gate": mlp, "up": mlp})
+    attn = fused("self_attn.qkv_proj", {"q": q, "k": kv, "v": kv})
+    gated = fused("mlp.gate_up_proj", {"gate": mlp, "up": mlp})
     return hf_names(
         attn_norm="input_layernorm",
         q=attn["q"],

@@ -16,7 +16,7 @@ from jax.custom_derivatives import CustomVJPPrimal
 
 from llmjax.numerics import on_cpu
 
-_Function = Callable[[Any, jax.Array, Any], Any]
+_Function = Callable[..., Any]
 
 
 class _Wanted(struct.PyTreeNode):
@@ -26,7 +26,7 @@ class _Wanted(struct.PyTreeNode):
 
 
 def recomputed(function: _Function) -> _Function:
-    """``function(variables, x, rest)``, whose values are computed again once the derivative of its result is known.
+    """``function``, of any trees of arrays, whose values are computed again once the derivative of its result is known.
 
     Only what is asked for is differentiated: of frozen weights nothing is computed.
     """
@@ -34,8 +34,8 @@ def recomputed(function: _Function) -> _Function:
         return jax.checkpoint(function)
 
     @jax.custom_vjp
-    def run(variables: Any, x: jax.Array, rest: Any) -> Any:
-        return function(variables, x, rest)
+    def run(*args: Any) -> Any:
+        return function(*args)
 
     def forward(*args: Any) -> tuple[Any, Any]:
         leaves, tree = jax.tree.flatten(args, is_leaf=lambda leaf: isinstance(leaf, CustomVJPPrimal))

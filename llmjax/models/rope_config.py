@@ -7,8 +7,9 @@ from typing import Any
 from llmjax.errors import named, shown
 from llmjax.models.rope import Rope
 from llmjax.models.scalings import Dynamic, Llama3Scaling, LongRope, Yarn
-from llmjax.outside.values import POSITIVE_NUMBER
+from llmjax.outside.values import POSITIVE_NUMBER, number
 
+NUMBER = number(-1e6, 1e6)
 _KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
@@ -35,7 +36,8 @@ class RopeSpec:
         if original is not None:
             entries["original_max_position_embeddings"] = original
         kind, other = entries.pop("rope_type", None), entries.pop("type", None)
-        self.kind = {None: "default", "su": "longrope"}.get(found := other if kind is None else kind, found)
+        found = other if kind is None else kind
+        self.kind = "default" if found is None else "longrope" if found == "su" else found
         if self.kind == "yarn" and "short_factor" in entries:
             self.kind = "longrope"  # what some conversions of Phi-3 call it
 
@@ -85,7 +87,7 @@ class RopeSpec:
 
     def _llama3(self, theta: float, dims: int, turning: int) -> Rope:
         factor, low, high = (self._number(key) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-        if low >= high != 1:
+        if low >= high:
             self._problem(f"rope parameter high_freq_factor: expected above low_freq_factor {low:g}, found {high:g}")
         return Rope(theta, dims, llama3=Llama3Scaling(factor, low, high, int(self._original())))
 
@@ -100,10 +102,10 @@ class RopeSpec:
         factor = self._number("factor", (self._context or original) / original)
         self._drop("max_position_embeddings")
         truncate = self.entries.pop("truncate", None)
-        if truncate not in (None, True, False):
+        if truncate is not None and not isinstance(truncate, bool):
             self._problem(f"rope parameter truncate: expected true or false, found {shown(truncate)}")
         scales = self.entries.pop("mscale", None), self.entries.pop("mscale_all_dim", None)
-        if any(isinstance(s, bool) or not isinstance(s, int | float | None) for s in scales):
+        if any(s is not None and NUMBER.problem(s) for s in scales):
             self._problem(f"rope parameters mscale, mscale_all_dim: expected numbers, found {shown(scales)}")
             scales = None, None
         betas = {key: self.entries.pop(key, None) or default for key, default in (("beta_fast", 32), ("beta_slow", 1))}

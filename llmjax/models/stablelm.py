@@ -109,7 +109,7 @@ class StableLm(nn.Module):
         x = tap(self, "embed", embed(ids, ctx))
         x = in_turn(self, [Block(c, name=f"layers_{i}") for i in range(c.num_hidden_layers)], x, ctx)
         x = LayerNorm(c.layer_norm_eps, name="final_norm")(ctx.select_last(x))
-        return tap(self, "logits", language_head(embed, x, ctx, tied=c.tie_word_embeddings))
+        return tap(self, "logits", language_head(self, embed, x, ctx, tied=c.tie_word_embeddings))
 
 
 def _names(config: StableLmConfig) -> Names:

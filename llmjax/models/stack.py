@@ -70,13 +70,13 @@ def _own(each: Any, i: int | jax.Array) -> tuple[Any, ...]:
 
 def _traced_once(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Context, each: Any) -> Any:
     @partial(jax.jit, static_argnums=0)  # of this call: what it traces is forgotten with it
-    def alike(block: nn.Module, variables: Any, x: Any, rest: tuple[Any, ...]) -> Any:
-        return block.apply(variables, x, *rest, mutable=["cache"])
+    def alike(block: nn.Module, variables: Any, *args: Any) -> Any:
+        return block.apply(variables, *args, mutable=["cache"])
 
     for i, block in enumerate(blocks):
         apply = partial(alike, block.clone(parent=None, name=None))
         with jax.named_scope(str(block.name)):
-            x, made = (recomputed(apply) if ctx.recompute else apply)(block.variables, x, (ctx, *_own(each, i)))
+            x, made = (recomputed(apply) if ctx.recompute else apply)(block.variables, x, ctx, *_own(each, i))
         for collection, leaves in made.items():
             if leaves:
                 model.put_variable(collection, str(block.name), leaves)
@@ -158,6 +158,8 @@ def stacked(params: dict[str, Any], period: int, slots: int, numerics: Numerics)
     """
     layers = [params[f"layers_{i}"] for i in range(sum(name.startswith("layers_") for name in params))]
     leaves = jax.tree.leaves(layers)
+    if not leaves:
+        return None
     if not on_cpu(*leaves) or any(isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in leaves):
         return None
     if (

@@ -3,7 +3,10 @@
 Names are the parameter tree's paths with dots: ``embed`` (after any scaling), ``layers.3.attn_norm``,
 ``layers.3.attn.q``, ``.k``, ``.v`` (before the rotation), ``.q_rot``, ``.k_rot``, ``.probs``, ``.out`` (heads joined,
 before ``o``), ``.o``, ``layers.3.resid_attn``, ``layers.3.mlp.gate``, ``.up``, ``.act``, ``.down``, ``layers.3.resid``,
-``final_norm``, ``logits``.
+``final_norm``, ``head`` (before a soft-cap), ``logits``.  They come in the order of computation (``oracle.steps``).
+
+A graph (``.tflite``, ``.task``, ``.litertlm``) has the names that its file gives its tensors, and ``logits``; each
+token goes through ``decode``.
 """
 
 import dataclasses
@@ -23,11 +26,14 @@ from flax import linen as nn
 
 from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.errors import RequestError, shown
+from llmjax.litert import tracing
+from llmjax.litert.model import GraphModel
 from llmjax.model import Model, check_ids
 from llmjax.models.context import TAP, Context
 from llmjax.models.tree import canonical
 from llmjax.models.watched import Program
 from llmjax.numerics import Numerics
+from llmjax.oracle.steps import order
 from llmjax.outside.whole import whole_folder
 
 
@@ -82,6 +88,8 @@ def trace(model: Model, token_ids: Sequence[int], taps: str | Sequence[str] = "*
     for glob in globs or (None,):
         if not isinstance(glob, str):
             raise RequestError(f"taps: expected a glob, or a list of them, found {shown(taps)}")
+    if isinstance(model, GraphModel):
+        return Trace(tracing.activations(model, ids, globs), _manifest(model, ids, list(globs)))
     program, static = _program(model.numerics), (model.module, model.numerics)
     program.forget()
     found = program(*static, globs, model.params, ids[None])
@@ -89,7 +97,7 @@ def trace(model: Model, token_ids: Sequence[int], taps: str | Sequence[str] = "*
         if not any(fnmatchcase(name, glob) for name in found):
             every = jax.eval_shape(functools.partial(_matching, *static, ("*",)), model.params, ids[None])
             raise RequestError(f"taps: {glob!r} matches no activation; there are {_listed(every)}")
-    activations = {name: _to_numpy(x) for name, x in sorted(found.items(), key=lambda item: _order(item[0]))}
+    activations = {name: to_numpy(x) for name, x in sorted(found.items(), key=lambda item: order(item[0]))}
     return Trace(activations, _manifest(model, ids, list(globs)))
 
 
@@ -99,7 +107,7 @@ def _matching(
     """Activations by name of ``ids [1, T]``."""
     ctx = Context(jnp.arange(ids.shape[1])[None], numerics)
     _, collected = module.apply({"params": params}, ids, ctx, mutable=["taps"])
-    return {name: x for name, x in _named(collected["taps"]) if any(fnmatchcase(name, glob) for glob in globs)}
+    return {name: x for name, x in named(collected["taps"]) if any(fnmatchcase(name, glob) for glob in globs)}
 
 
 @functools.cache
@@ -110,26 +118,20 @@ def _program(numerics: Numerics) -> Program:
 
 def _listed(names: Iterable[str]) -> str:
     """The names, those of all layers as one."""
-    return ", ".join(dict.fromkeys(re.sub(r"^layers\.\d+", "layers.N", name) for name in sorted(names, key=_order)))
+    return ", ".join(dict.fromkeys(re.sub(r"^layers\.\d+", "layers.N", name) for name in sorted(names, key=order)))
 
 
-def _named(tree: Any) -> Iterator[tuple[str, jax.Array]]:
+def named(tree: Any) -> Iterator[tuple[str, jax.Array]]:
+    """The activations in a collection ``taps``, by name."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = canonical(path)
         yield name.replace(f".{TAP}", ".").removeprefix(TAP).rstrip("."), leaf
 
 
-def _to_numpy(x: jax.Array) -> np.ndarray:
+def to_numpy(x: jax.Array) -> np.ndarray:
     """Without the batch dimension; ``probs [1, K, G, T, T]`` as ``[N, T, T]``."""
     array = np.asarray(x[0], np.float32)
     return array.reshape(-1, *array.shape[2:]) if array.ndim == 4 else array
-
-
-def _order(name: str) -> list[tuple[int, int | str]]:
-    """Layers by number, what stands before and after them in its place."""
-    first = {"embed": 0, "layers": 1, "final_norm": 2, "head": 3, "logits": 4}
-    head, *rest = name.split(".")
-    return [(0, first.get(head, 5)), *((0, int(p)) if p.isdigit() else (1, p) for p in rest)]
 
 
 def _manifest(model: Model, ids: np.ndarray, globs: list[str]) -> dict[str, Any]:

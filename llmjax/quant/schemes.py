@@ -79,6 +79,13 @@ class Recipe:
                 scheme = roles[role]
         return scheme
 
+    def check_layers(self, count: int) -> None:
+        """Raises ConfigError for an exception to layers that a model of ``count`` does not have."""
+        for first, last, _ in self.layers:
+            if last >= count:
+                span = f"{first}-{last}" if last > first else str(first)
+                raise ConfigError(f"quantize: layers {span!r}: the model's are 0 to {count - 1}")
+
     def to_dict(self) -> dict[str, Any]:
         """As ``parse`` would read it."""
         values: dict[str, Any] = {role: _text(self.roles.get(role)) for role in ROLES}
@@ -136,7 +143,7 @@ def parse(quantize: str | Path | Mapping[str, Any]) -> Recipe:
             "*.toml file"
         )
     try:
-        values = tomllib.loads(file.read_text(encoding="utf-8"))
+        values = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{text}: cannot read the recipe: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

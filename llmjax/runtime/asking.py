@@ -1,5 +1,6 @@
 """What is asked of a model: prompts, conversations and parameters, checked and settled before anything runs."""
 
+import contextlib
 import dataclasses
 import itertools
 import warnings
@@ -71,6 +72,9 @@ class Asking:
         own = model.generation_config if generation_config == "auto" else {}
         self.generation = sampling_defaults(own, f"{model.path}: generation_config.json")
         self.chat_options = _checked_chat(chat)
+        if "chat_template" in self.chat_options:  # a broken one fails before the first of many rows
+            with contextlib.suppress(RequestError):
+                self.rendered([{"role": "user", "content": ""}])
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -199,6 +203,7 @@ class Asking:
         """
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
+            warn_of_two_starts(ids, self.tokenizer)
         else:
             ids = list(map(plain, listed(prompt, what, "a text or a list of token ids")))
         if not ids or (isinstance(prompt, str) and not prompt):
@@ -230,7 +235,7 @@ class Asking:
     ) -> Request:
         """As ``request``, for a conversation rendered with a chat template (which writes BOS itself)."""
         text = self.rendered(messages, **chat)
-        ids = self.tokenizer.encode(text, add_bos=False)
+        ids = self.tokenizer.encode_rendered(text)
         return dataclasses.replace(self.request(ids, params, request_id=request_id, lora=lora), prompt=text)
 
     def rendered(self, messages: Sequence[Message], **chat: Unpack[ChatOptions]) -> str:
@@ -247,11 +252,22 @@ class Asking:
         names = {**(self.chat_options.get("chat_template_kwargs") or {}), **(own.get("chat_template_kwargs") or {})}
         tokenizer, template = self.tokenizer, both.get("chat_template")
         if template is not None:
-            tokenizer = dataclasses.replace(tokenizer, chat_template=template)
+            tokenizer = dataclasses.replace(tokenizer, chat_template=template, where="chat_template")
         if both.get("fold_system"):
             check_messages(messages)
             messages = folded(messages)  # type: ignore[assignment]
         return tokenizer.render_chat(messages, date=both.get("date"), **names)
+
+
+def warn_of_two_starts(ids: Sequence[int], tokenizer: Tokenizer) -> None:
+    """Warns of a text that begins with the token which is put before every text; models answer such worse."""
+    bos = tokenizer.bos_id
+    if tokenizer.add_bos and list(ids[:2]) == [bos, bos]:
+        warnings.warn(
+            f"the text begins with {tokenizer.piece(bos or 0)!r}, which is put before every text: it is there twice; "
+            "leave it out",
+            stacklevel=3,
+        )
 
 
 def listed(value: Any, what: str, expected: str) -> list[Any]:

@@ -29,8 +29,10 @@ def make_cache(
 
     Returns:
       ``layers_i``, and in it what the layer keeps (``DecoderConfig.cache``): most often ``attn / {k, v}``, ``[P, K,
-      page, H]`` and ``[P, K, H, page]``.
+      page, H]`` and ``[P, K, H, page]``; of a model with ``row_arrays`` those, ``[P, ...]``.
     """
+    if (arrays := config.row_arrays) is not None:
+        return {name: jnp.zeros((pages, *shape), dtype) for name, (shape, dtype) in arrays.items()}
 
     def buffers(layer: int, count: int) -> dict[str, Any]:
         return {

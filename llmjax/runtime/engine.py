@@ -62,6 +62,7 @@ class Engine:
 
     Attributes:
       store: what the slots hold.
+      scored: tokens of a text that one call scores.
       progress: running counts.
       traces: how often each program was traced, that is compiled: once per (slots, chunk, pages, length).
       compile_seconds: time that took.
@@ -81,7 +82,8 @@ class Engine:
     ):
         for name, value, least in (("slots", slots, 1), ("chunk", chunk, 1), ("block", block, 1)):
             check(name, value, integer(least))
-        self.model, self.slots, self.chunk, self.block = model, slots, chunk, block
+        self.model, self.slots = model, slots
+        self.chunk, self.block, self.scored = model.config.engine_sizes(chunk, block)
         self.progress = Progress(slots)
         self.traces: Counter[str] = Counter()
         self.compile_seconds = 0.0
@@ -91,15 +93,15 @@ class Engine:
             Store,
             model,
             slots,
-            chunk,
-            block,
+            self.chunk,
+            self.block,
             None if layers is None else model.config.num_hidden_layers // model.config.period,
             weight_bytes(model.params, self._params),
             memory,
-            enable_prefix_caching,
+            enable_prefix_caching and model.config.rewinds,
         )
         self.store = self.new_store()
-        static = (model.module, model.numerics, block)
+        static = (model.module, model.numerics, self.block)
         self._programs: list[Program] = []
         self._prefill = self._compiled(prefill, static, donate=1)
         self._decode = self._compiled(decode, (*static, logits_processor), donate=1)
@@ -381,9 +383,9 @@ class Engine:
         """What follows each token of a text but the last, chunk by chunk, in the pages it was given
         aside; ``wanted`` asks for alternatives, too."""
         store = self.store
-        for start in range(0, len(ids) - 1, self.chunk):
-            part, after = (array[start : start + self.chunk] for array in (ids[:-1], ids[1:]))
-            pad = (0, self.chunk - len(part))
+        for start in range(0, len(ids) - 1, self.scored):
+            part, after = (array[start : start + self.scored] for array in (ids[:-1], ids[1:]))
+            pad = (0, self.scored - len(part))
             tokens = np.pad(part, pad)[None], np.pad(after, pad), store.pages.table[store.aside].copy()
             sizes = map(np.int32, (start, len(ids)))
             store.state, scored = self._score(self._params, store.state, *tokens, *sizes, np.bool_(wanted), adapter)

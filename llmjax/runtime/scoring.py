@@ -68,7 +68,7 @@ def scores(engine: "Engine", requests: Requests) -> Iterator[tuple[Request, Foun
     for request in requests:
         if engine.stopping:
             return
-        is_short = request is not None and len(request.ids) - 1 <= engine.chunk // ROWS
+        is_short = request is not None and len(request.ids) - 1 <= engine.scored // ROWS
         if is_short and request is not None:
             short.append(request)
         if short and (len(short) == ROWS or not is_short):
@@ -81,7 +81,7 @@ def scores(engine: "Engine", requests: Requests) -> Iterator[tuple[Request, Foun
 
 
 def _together(engine: "Engine", requests: list[Request]) -> Iterator[tuple[Request, Found]]:
-    width = engine.chunk // ROWS
+    width = engine.scored // ROWS
     ids, targets = np.zeros((2, ROWS, width), np.int32)
     lengths, adapters = np.ones(ROWS, np.int32), np.zeros(ROWS, np.int32)
     for i, request in enumerate(requests):

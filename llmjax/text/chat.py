@@ -1,5 +1,6 @@
 """Chat templates: Jinja in a sandbox, with the environment transformers gives them."""
 
+import contextlib
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import jinja2.sandbox
 
 from llmjax.errors import RequestError, TokenizerError, shown
 from llmjax.text.dates import Date, settled
+from llmjax.text.sandbox import LimitError, Sandbox
 
 
 class _Refused(Exception):
@@ -48,6 +50,8 @@ def render(
     names = {"tools": None, "documents": None, **variables}
     try:
         compiled = _compile(template)
+    except LimitError as error:
+        raise TokenizerError(f"{where}: the chat template is refused: {error}") from None
     except jinja2.TemplateError as error:
         line = getattr(error, "lineno", None)
         raise TokenizerError(
@@ -56,9 +60,16 @@ def render(
     try:
         plain, names = _plain(messages), {**_plain(names), "strftime_now": now.strftime}
         _join_unread(compiled, plain, names)
-        return compiled.render(names, messages=plain)
+        with _counted(compiled):
+            return compiled.render(names, messages=plain)
     except _Refused as error:
-        raise RequestError(f"messages: the chat template refuses them: {error}") from None
+        hint = ""
+        if any(message.get("role") == "system" for message in messages):
+            hint = "; fold_system (--fold-system) puts a system message into the user's first"
+        raise RequestError(f"messages: the chat template refuses them: {error}{hint}") from None
+    except (LimitError, RecursionError, MemoryError) as error:
+        reason = error if isinstance(error, LimitError) else "it calls itself without end"
+        raise TokenizerError(f"{where}: the chat template is refused: {reason}") from None
     except jinja2.sandbox.SecurityError as error:
         raise TokenizerError(f"{where}: the chat template failed: {error}") from None
     except Exception as error:  # a template may run into any error on messages it did not expect
@@ -116,7 +127,8 @@ def _join_unread(template: jinja2.Template, messages: list[dict[str, Any]], name
         return
     try:
         watched = [{**m, "content": parts[i]} if i in parts else m for i, m in enumerate(messages)]
-        template.render(messages=watched, **names)
+        with _counted(template):
+            template.render(messages=watched, **names)
         read = {i for i, found in parts.items() if all(part._read for part in found)}
     except Exception:  # it wants strings, or else fails again with them
         read = set()
@@ -141,12 +153,16 @@ def _plain(value: Any) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation]
-    )
-    environment.filters["tojson"] = _tojson
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols, _Generation])
+    environment.filters["tojson"] = environment.filtered("tojson", _tojson)
     environment.globals["raise_exception"] = _raise
-    return environment.from_string(template)
+    return environment.template(template)
+
+
+def _counted(template: jinja2.Template) -> contextlib.AbstractContextManager[None]:
+    sandbox = template.environment
+    assert isinstance(sandbox, Sandbox)
+    return sandbox.counted()
 
 
 class _Generation(jinja2.ext.Extension):

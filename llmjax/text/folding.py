@@ -8,7 +8,7 @@ def folded(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """A conversation whose system messages stand before what the user says first, a blank line between them.
 
     Args:
-      messages: checked (``llmjax.text.chat.check_messages``); what is not a text keeps its parts.
+      messages: checked (``llmjax.text.chat.check_messages``); a content of parts stays one.
     """
     system = [m for m in messages if m["role"] == "system"]
     rest: list[Mapping[str, Any]] = [m for m in messages if m["role"] != "system"]
@@ -19,10 +19,11 @@ def folded(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     if first is None:
         return [{"role": "user", "content": said}, *rest]
     content = rest[first]["content"]
-    joined: Any = f"{said}\n\n{content}"
-    if not isinstance(content, str):
-        joined = [{"type": "text", "text": f"{said}\n\n"}, *content]
-    rest[first] = {**rest[first], "content": joined}
+    if isinstance(content, str):
+        content = f"{said}\n\n{content}"
+    else:
+        content = [{**content[0], "text": f"{said}\n\n{content[0]['text']}"}, *content[1:]]
+    rest[first] = {**rest[first], "content": content}
     return rest
 
 

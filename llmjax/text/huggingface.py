@@ -6,6 +6,7 @@
 """
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ _NAMED = (
 # The documented default of these classes is to add BOS; a directory without tokenizer_config.json
 # says nothing, and the models that come so (Gemma, Llama) need it.
 _ADD_BOS = ("GemmaTokenizer", "LlamaTokenizer", "CodeLlamaTokenizer", "")
+# These make a pre-tokenizer of their own, whatever that of tokenizer.json does.
+_PREFIX_SPACE = ("GPT2Tokenizer", "Qwen2Tokenizer")
 # Special by the class alone, whatever the files say.
 _CLASS_SPECIAL = {"GemmaTokenizer": {"mask_token": "<mask>"}}
 
@@ -56,9 +59,12 @@ def read(directory: Path) -> Tokenizer:
             dummy_prefix=wanted if isinstance(wanted, bool) else None,
             everywhere=config.get("legacy") is True,
         )
-        special = sentencepiece.special_tokens(vocabulary) | special
+        own = sentencepiece.special_tokens(vocabulary)
+        special = {n: token for n, token in own.items() if config.get(n, token) is not None} | special
     _add_listed(backend, directory, config, config_file)
     class_name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    if file.name == "tokenizer.json":
+        _prefix_space(backend, config.get("add_prefix_space"), class_name, config_file)
     by_class = _CLASS_SPECIAL.get(class_name, {})
     special = {n: t for n, t in by_class.items() if backend.token_to_id(t) is not None} | special
     _add_named(backend, special, config, config_file)
@@ -88,7 +94,7 @@ def read(directory: Path) -> Tokenizer:
 
 def _text(data: bytes, path: Path) -> str:
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TokenizerError(
             f"{path}: expected UTF-8 text, found byte {data[error.start]:#04x} at {error.start}"
@@ -162,11 +168,36 @@ def _add_named(
     more: list[Any] = []
     for name in ("additional_special_tokens", "extra_special_tokens"):
         value = config.get(name) or []
+        if not isinstance(value, list | tuple | Mapping):
+            raise TokenizerError(f"{config_file}: {name}: expected a list of tokens, found {value!r:.80}")
         more += value.values() if isinstance(value, Mapping) else value
     tokens = [_token(value, config_file, "special token") for value in [*special.values(), *more]]
     for token in tokens:
         token.special = True
     add_tokens(backend, tokens, special=True)
+
+
+def _prefix_space(backend: tokenizers.Tokenizer, wanted: Any, class_name: str, config_file: Path) -> None:
+    """``add_prefix_space`` beside a byte-level ``tokenizer.json``: some classes of transformers make their
+    pre-tokenizer anew by it, the others leave the file's as it is."""
+    if not isinstance(wanted, bool) or backend.pre_tokenizer is None:
+        return
+    state = json.loads(backend.pre_tokenizer.__getstate__())
+    steps = state["pretokenizers"] if state["type"] == "Sequence" else [state]
+    found = next((step for step in steps if step["type"] == "ByteLevel"), None)
+    if found is None or found["add_prefix_space"] == wanted:
+        return
+    if class_name not in _PREFIX_SPACE:
+        warnings.warn(
+            f"{config_file}: add_prefix_space {str(wanted).lower()}: not heeded, for tokenizer.json says otherwise and "
+            f"tokenizer_class is not one of {', '.join(_PREFIX_SPACE)}",
+            stacklevel=5,
+        )
+        return
+    found["add_prefix_space"] = wanted
+    whole = json.loads(backend.to_str())
+    whole["pre_tokenizer"] = state
+    backend.pre_tokenizer = tokenizers.Tokenizer.from_str(json.dumps(whole)).pre_tokenizer
 
 
 def _affixes(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:

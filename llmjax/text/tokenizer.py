@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from llmjax.errors import RequestError, TokenizerError, shown
+from llmjax.errors import RequestError, TokenizerError, lfs_pointer, shown
 from llmjax.text import detokenize
 from llmjax.text.dates import Date
 from llmjax.text.detokenize import IncrementalDetokenizer
@@ -33,6 +33,7 @@ class Tokenizer:
       dummy_prefix: ``encode`` puts a space before a text that does not begin with a special token
         (SentencePiece's ``add_dummy_prefix``, where ``backend`` does not do it itself).
       stop: strings that end a text as ``eos_ids`` do, whatever tokens they are made of (MediaPipe's files).
+      always_prefix: ``prefix_ids`` stand before a text that a chat template wrote, too (LiteRT-LM's bundles).
     """
 
     backend: tokenizers.Tokenizer
@@ -45,6 +46,7 @@ class Tokenizer:
     where: str
     dummy_prefix: bool = False
     stop: tuple[str, ...] = ()
+    always_prefix: bool = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.where!r}: {self.kind}, {self.vocab_size:,} tokens)"
@@ -171,12 +173,20 @@ class Tokenizer:
         **variables: Any,
     ) -> list[int]:
         """Ids of the rendered conversation; the template writes BOS itself where it wants one."""
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
-        return self.encode(text, add_bos=False)
+        return self.encode_rendered(
+            self.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
+        )
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of what a chat template wrote, BOS where it wanted one; ``always_prefix`` adds it where it did not."""
+        if not self.always_prefix:
+            return self.encode(text, add_bos=False)
+        return [*self.prefix_ids, *self.encode(text.removeprefix(self.piece(self.prefix_ids[0])), add_bos=False)]
 
     def fingerprint(self) -> str:
         """sha256, in hex, of everything that decides ids."""
         rest = [self.bos_id, self.eos_ids, self.prefix_ids, self.suffix_ids, self.dummy_prefix]
+        rest += [True] * self.always_prefix
         return hashlib.sha256(f"{self.backend.to_str()}\n{rest}".encode()).hexdigest()
 
     @functools.cached_property
@@ -185,11 +195,11 @@ class Tokenizer:
 
     @functools.cached_property
     def _special_ids(self) -> frozenset[int]:
-        # The flag of an added token is not updated when the token is named special later on, but decoding goes by it.
+        # By what decoding leaves out: the flag of an added token is not updated when the token is named special later
+        # on, and one that is normalized to another text is not left out for all its flag.
         added, decode = self.backend.get_added_tokens_decoder(), self.backend.decode
-        return frozenset(
-            i for i, t in added.items() if t.special or decode([i], skip_special_tokens=False) != decode([i])
-        )
+        texts = {i: decode([i], skip_special_tokens=False) for i in added}
+        return frozenset(i for i, t in added.items() if texts[i] != decode([i]) or (t.special and not texts[i]))
 
     @functools.cached_property
     def special_tokens(self) -> Mapping[str, int]:
@@ -229,12 +239,15 @@ def read_file(path: Path) -> bytes:
     """The file's bytes.
 
     Raises:
-      TokenizerError: it cannot be read.
+      TokenizerError: it cannot be read, or is a git-lfs pointer.
     """
     try:
-        return path.read_bytes()
+        data = path.read_bytes()
     except OSError as error:
         raise TokenizerError(f"{path}: cannot read the file: {error.strerror}") from None
+    if pointer := lfs_pointer(data):
+        raise TokenizerError(f"{path}: {pointer}")
+    return data
 
 
 def load_backend(build: Callable[[], tokenizers.Tokenizer], where: str) -> tokenizers.Tokenizer:

@@ -6,7 +6,6 @@ The file is written whole and then put in the place of the one before, so there 
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,8 @@ import numpy as np
 from converters.readers.safetensors import SafetensorsFile
 from llmjax.checkpoint.identity import differences
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
-from llmjax.errors import CheckpointError, ResumeError
+from llmjax.errors import CheckpointError, OutputError, ResumeError
+from llmjax.outside.whole import whole_file
 from llmjax.training.step import State
 
 FILE = "training_state.safetensors"
@@ -65,16 +65,17 @@ def save(folder: Path, state: State, best: Any, progress: Progress, identity: Ma
     trees = {"state": (state.factors, state.moments)} | ({} if best is None else {"best": best})
     leaves = {f"{name}.{i}": np.asarray(leaf) for name, tree in trees.items()
               for i, leaf in enumerate(jax.tree.leaves(tree))}  # fmt: skip
-    temporary = folder / f"{FILE}.part"
-    temporary.unlink(missing_ok=True)
-    writer = SafetensorsWriter(temporary, len(leaves) + 1)
+    with whole_file(folder / FILE, OutputError) as place:
+        _write(place, leaves, {"step": state.step, "progress": dataclasses.asdict(progress), "identity": identity})
+
+
+def _write(path: Path, leaves: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
+    writer = SafetensorsWriter(path, len(leaves) + 1)
     for name, leaf in leaves.items():
         writer.write(name, leaf.reshape(-1))
-    facts = {"step": state.step, "progress": dataclasses.asdict(progress), "identity": identity}
     text = json.dumps(facts, sort_keys=True).encode()
     writer.write("facts", np.frombuffer(text, np.uint8))
     writer.close({})
-    os.replace(temporary, folder / FILE)
 
 
 def restore(folder: Path, first: State, identity: Mapping[str, Any]) -> tuple[State, Any, Progress] | None:
@@ -120,4 +121,12 @@ def data_sha256(examples: Any) -> str:
     for example in examples:
         sha.update(np.int64([example.row, len(example.ids)]).tobytes())
         sha.update(example.ids.tobytes() + example.learned.tobytes())
+    return sha.hexdigest()
+
+
+def factors_sha256(factors: Any) -> str:
+    """Over the values of an adapter."""
+    sha = hashlib.sha256()
+    for leaf in jax.tree.leaves(factors):
+        sha.update(np.asarray(leaf).tobytes())
     return sha.hexdigest()

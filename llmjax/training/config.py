@@ -92,8 +92,8 @@ class TrainConfig:
         for name in ("targets", "exclude", "betas"):  # JSON has lists
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
-        problems = [f"{name}: expected {what}, found {getattr(self, name)!r}" for name, what, ok in _LIMITS
-                    if not ok(getattr(self, name))]  # fmt: skip
+        found = [(name, what, ok, getattr(self, name)) for name, what, ok in _LIMITS]
+        problems = [f"{name}: expected {what}, found {value!r}" for name, what, ok, value in found if not ok(value)]
         if self.momentum and self.optimizer != "sgd":
             problems.append(f"momentum: goes with the optimizer sgd, not with {self.optimizer}")
         if problems:
@@ -125,9 +125,16 @@ class TrainConfig:
         Raises:
           ConfigError: a pattern is no regular expression, or its value no number.
         """
-        values = {"peft_type": "LORA", "r": self.rank, "lora_alpha": self.alpha, "use_rslora": self.rslora,
-                  "rank_pattern": dict(self.rank_pattern), "alpha_pattern": dict(self.alpha_pattern),
-                  "target_modules": _listed(self.targets), "exclude_modules": _listed(self.exclude) or None}  # fmt: skip
+        values = {
+            "peft_type": "LORA",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "use_rslora": self.rslora,
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": dict(self.alpha_pattern),
+            "target_modules": _listed(self.targets),
+            "exclude_modules": _listed(self.exclude) or None,
+        }
         return LoraConfig.from_peft(values, "training")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmjax.training.files import written
+from llmjax.outside.whole import write_whole
 
 PNG, HTML = "loss.png", "loss.html"
 # Of the page's picture, in its own units.
@@ -30,10 +30,10 @@ def write(folder: Path, metrics: Sequence[dict[str, Any]], title: str) -> str | 
     if not metrics:
         return None
     lines = curves(metrics)
-    written(folder / HTML, page(lines, metrics, title).encode())
+    write_whole(folder / HTML, [page(lines, metrics, title).encode()])
     if importlib.util.find_spec("matplotlib") is None:
         return f"{folder / PNG}: not drawn: pip install 'llmjax[plots]'; {HTML} has the same curves"
-    written(folder / PNG, _png(lines, title))
+    write_whole(folder / PNG, [_png(lines, title)])
     return None
 
 

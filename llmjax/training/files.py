@@ -1,7 +1,6 @@
 """Adapters of PEFT's form: written so that peft loads them, read to train on from."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.readers.peft import CONFIG, WEIGHTS, open_adapter
-from converters.readers.source import shown
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
-from llmjax.errors import CheckpointError, LoraError
+from llmjax.errors import CheckpointError, LoraError, OutputError, named
 from llmjax.lora.config import LoraConfig
 from llmjax.model import Model
+from llmjax.outside.whole import whole_files
 from llmjax.training.adapter import Adapter, Factors, new_adapter
 
 _PREFIX = "base_model.model."
@@ -30,33 +29,19 @@ def save_adapter(adapter: Adapter, folder: str | Path, base: str = "") -> Path:
       base: what the configuration says of the base model.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{WEIGHTS[0]}.part"
-    write_factors(temporary, adapter.factors)
     text = json.dumps(_peft_config(adapter, base), indent=2, sort_keys=True)
-    written(folder / CONFIG, f"{text}\n".encode())
-    os.replace(temporary, folder / WEIGHTS[0])
+    with whole_files(folder, OutputError) as place:
+        _write_factors(place / WEIGHTS[0], adapter.factors)
+        (place / CONFIG).write_text(f"{text}\n", encoding="utf-8")
     return folder
 
 
-def write_factors(path: Path, factors: Factors) -> None:
-    """The weights' file; one that is there is written over."""
-    path.unlink(missing_ok=True)
+def _write_factors(path: Path, factors: Factors) -> None:
     writer = SafetensorsWriter(path, 2 * len(factors))
     for module in sorted(factors):
         for side in "AB":
             writer.write(f"{_PREFIX}{module}.lora_{side}.weight", np.asarray(factors[module][side]))
     writer.close({"format": "pt"})
-
-
-def written(path: Path, data: bytes) -> None:
-    """Puts a whole file in a place, on the disk before anybody sees it there."""
-    temporary = path.with_name(f"{path.name}.part")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_trained(path: str | Path, model: Model) -> Adapter:
@@ -77,7 +62,7 @@ def read_trained(path: str | Path, model: Model) -> Adapter:
     if set(file.factors) != set(begun.factors):
         odd = min(set(file.factors) ^ set(begun.factors))
         which = "target_modules does not name it" if odd in file.factors else "the file has no factors of it"
-        raise LoraError(f"{file.path}: module {shown(odd)}: {which}")
+        raise LoraError(f"{file.path}: module {named(odd)}: {which}")
     factors: Factors = {}
     for target in begun.targets:
         (out, width), names = target.shape, file.factors[target.module]
@@ -86,7 +71,7 @@ def read_trained(path: str | Path, model: Model) -> Adapter:
             found = file.spec(names[side]).shape if side in names else None
             if found != expected:
                 raise LoraError(
-                    f"{file.path}: module {shown(target.module)}: lora_{side}: expected shape {list(expected)}, found "
+                    f"{file.path}: module {named(target.module)}: lora_{side}: expected shape {list(expected)}, found "
                     f"{list(found) if found else 'none'}"
                 )
             factors[target.module][side] = jnp.asarray(file.read(names[side]).astype(np.float32))

@@ -12,9 +12,10 @@ from typing import Any
 import jax
 
 from llmjax.checkpoint.identity import model_facts, runtime_facts
-from llmjax.errors import ConfigError, OutputError, TrainingError
+from llmjax.errors import ConfigError, OutputError, ResumeError, TrainingError
 from llmjax.lora.apply import Lora
 from llmjax.model import Model
+from llmjax.outside.whole import locked
 from llmjax.text.dates import Date
 from llmjax.training import checkpoints, curves
 from llmjax.training.adapter import Adapter, adapted, new_adapter
@@ -165,6 +166,16 @@ class _Run:
 
     def finish(self, report: Callable[[Report], None], note: Callable[[str], None]) -> Training:
         """Goes on to the end."""
+        if self.output is None:
+            return self._finish(report, note)
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.output}: cannot be made: {error.strerror}") from None
+        with locked(self.output / METRICS):
+            return self._finish(report, note)
+
+    def _finish(self, report: Callable[[Report], None], note: Callable[[str], None]) -> Training:
         identity = self._begin(note) if self.output else {}
         began, before, first_step = time.monotonic(), self.progress.seconds, self.state.step
         try:
@@ -203,15 +214,12 @@ class _Run:
     def _begin(self, note: Callable[[str], None]) -> dict[str, Any]:
         """Goes on from what the output holds, if it holds anything."""
         assert self.output is not None
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"{self.output}: cannot be made: {error.strerror}") from None
         facts = model_facts(self.model)
         identity = {
             "config": {name: v for name, v in self.config.to_dict().items() if name != "checkpoint_every"},
             "steps": self.steps,
             "adapter": {t.module: [t.rank, t.scale] for t in self.adapter.targets},
+            "start": checkpoints.factors_sha256(self.adapter.factors),
             "rows": checkpoints.data_sha256(self.examples),
             "eval_rows": checkpoints.data_sha256(self.data[1].examples) if self.held_out else None,
             "model": {name: value for name, value in facts.items() if name != "model"},
@@ -221,6 +229,8 @@ class _Run:
         metrics = self.output / METRICS
         if found is not None:
             self.state, self.best, self.progress = found
+            if not metrics.is_file() or metrics.stat().st_size < self.progress.metrics:
+                raise ResumeError(f"{metrics}: lines that were written are gone; delete {self.output} to begin anew")
             os.truncate(metrics, self.progress.metrics)
             self.metrics = [json.loads(line) for line in metrics.read_text().splitlines()]
             note(f"{self.output}: goes on after step {self.state.step} of {self.steps}")

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.errors import LlmjaxError, RequestError, shown
+from llmjax.errors import LlmjaxError, RequestError, named, shown
 from llmjax.model import Model, check_ids
 from llmjax.text.dates import Date, settled
 from llmjax.text.tokenizer import Tokenizer
@@ -36,6 +36,8 @@ _FORMS: tuple[tuple[str, ...], ...] = (
 _OPTIONAL = {"ids": ("loss_mask",), "messages": ("tools",)}
 _ALWAYS = ("id",)
 _MOST = 10
+
+BLANK = object()  # a line without a row: rows are known by the numbers of their lines
 
 Segments = list[tuple[list[int], bool]]  # token ids, and whether they are learned
 
@@ -80,13 +82,15 @@ class Data:
             found += [f"  {bad}" for bad in self.bad[:_MOST]]
             found += [f"  and {len(self.bad) - _MOST} more"] if len(self.bad) > _MOST else []
         if self.unused:
-            fields = ", ".join(f"{name} ({count} rows)" for name, count in sorted(self.unused.items()))
+            fields = ", ".join(
+                f"{named(str(name))} ({count} rows)" for name, count in sorted(self.unused.items(), key=str)
+            )
             found.append(f"{self.where}: fields that are not used: {fields}")
         return found
 
 
 def read_rows(path: str | Path) -> list[Any]:
-    """The rows of a JSONL file, packed by gzip or not; a line that is no JSON becomes the error that says so.
+    """The lines of a JSONL file, packed by gzip or not; one that is no JSON becomes the error that says so.
 
     Raises:
       RequestError: the file cannot be read.
@@ -99,7 +103,7 @@ def read_rows(path: str | Path) -> list[Any]:
         raise RequestError(f"{path}: not UTF-8: {error}") from None
     except (OSError, EOFError) as error:
         raise RequestError(f"{path}: cannot read the file: {getattr(error, 'strerror', None) or error}") from None
-    return [_parsed(line) for line in text.split("\n") if line.strip()]
+    return [_parsed(line) if line.strip() else BLANK for line in text.split("\n")]
 
 
 def _parsed(line: str) -> Any:
@@ -129,6 +133,8 @@ def make_examples(
     examples, bad = [], []
     unused: Counter[str] = Counter()
     for number, row in enumerate(rows):
+        if row is BLANK:
+            continue
         try:
             form = _form(row)
             used = (*form, *_OPTIONAL.get(form[0], ()), *_ALWAYS)
@@ -151,7 +157,7 @@ def _form(row: Any) -> tuple[str, ...]:
         if all(name in row for name in form):
             return form
     expected = "; ".join(" and ".join(form) for form in _FORMS)
-    raise RequestError(f"fields {', '.join(map(str, row)) or 'none'}; expected one of: {expected}")
+    raise RequestError(f"fields {named(', '.join(map(str, row))) or 'none'}; expected one of: {expected}")
 
 
 def _segments(row: Mapping[str, Any], form: tuple[str, ...], model: Model, date: Any) -> Segments:

@@ -192,7 +192,7 @@ def test_to_stdout(llm, tmp_path, capsysbinary, ordered):
     options = Options(ordered=ordered, progress_seconds=0)
     job.run(lambda: llm, str(tmp_path / "in.jsonl"), "-", PARAMS, options)
     ids = [json.loads(line)["id"] for line in capsysbinary.readouterr().out.splitlines()]
-    assert sorted(ids) == ["0", "1", "2", "3"] and ids[0] == "0" if ordered else ids[-1] == "0"
+    assert sorted(ids) == [0, 1, 2, 3] and ids[0] == 0 if ordered else ids[-1] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 

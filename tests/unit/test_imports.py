@@ -15,7 +15,7 @@ FLOORS = (
     "converters.readers llmjax.products",
     "llmjax.models",
     "llmjax.model",
-    "llmjax.lora",
+    "llmjax.lora llmjax.litert",
     "llmjax.checkpoint llmjax.runtime",
     "llmjax.llm",
     "llmjax.llm_inference llmjax.batch llmjax.oracle llmjax.training converters.mediapipe",

@@ -14,10 +14,12 @@ import llmjax
 from converters import convert_checkpoint
 from converters.mediapipe import lora
 from converters.readers.mediapipe.container import LORA_RANK, BinFile
-from llmjax import LoraError
+from llmjax import LoraError, TrainConfig
 from llmjax.cli.main import main
 from llmjax.errors import ConfigError
-from llmjax.lora.adapter import LoraSource
+from llmjax.lora.adapter import LoraSource, read_adapter
+from llmjax.training.adapter import new_adapter
+from llmjax.training.files import save_adapter
 from tests.mediapipe_files import DATA, GEMMA, config
 
 REAL = sorted(DATA.glob("*_lora_*.bin"))
@@ -66,6 +68,26 @@ def test_round_trip(kind, tmp_path):
     np.testing.assert_array_equal(stored.logits([IDS])[0], right)
     wrong = llmjax.load(DATA / kind, lora=LoraSource(tmp_path / "mediapipe" / "lora.bin", alpha=4.0))
     assert np.abs(wrong.logits([IDS])[0] - expected).max() > 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.usefixtures("any_vocabulary")
+def test_an_adapter_that_was_trained_here(tmp_path):
+    """``mediapipe``, the targets that training begins with, are those such a file holds."""
+    model = llmjax.load(DATA / "PHI_2")
+    adapter = new_adapter(model, TrainConfig(rank=4, alpha=4.0).lora)
+    rng = np.random.default_rng(0)
+    for pair in adapter.factors.values():
+        pair["B"] = rng.normal(size=pair["B"].shape).astype(np.float32)
+    save_adapter(adapter, tmp_path / "adapter")
+    path = written("PHI_2", tmp_path, lora_ckpt=str(tmp_path / "adapter"))
+    source = LoraSource(path, alpha=4.0, restore_o=True)
+    deltas = read_adapter(source, model.architecture, model.config).deltas
+    assert len(deltas) == len(adapter.targets) == 4 * model.config.num_hidden_layers
+    for target in adapter.targets:
+        ((parameter, _),), pair = target.parts, adapter.factors[target.module]
+        whole = deltas[parameter].scale * (deltas[parameter].b @ deltas[parameter].a)
+        wanted = target.scale * (pair["B"] @ np.asarray(pair["A"]))
+        assert np.abs(whole - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
 def test_gemma_7b_beside_its_own_bin(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from converters.readers.safetensors import SafetensorsFile
-from llmjax.checkpoint.inspection import Report
+from llmjax.checkpoint.inspection import CheckpointReport
 from llmjax.cli.main import main
 from llmjax.errors import CheckpointError, ConfigError, LlmjaxError, TooLongError, named, printable, shown
 from llmjax.models.registry import read_config
@@ -88,7 +88,7 @@ def test_warnings_and_the_log(tmp_path, capfd, monkeypatch):
 
 def test_a_table_is_safe_whatever_is_in_it():
     tensors = [{"name": TRICKS, "shape": [1], "dtype": "F32", "nbytes": 4, "fills": [], "use": TRICKS, "kept": ""}]
-    report = Report(TRICKS, "gguf", TRICKS, False, [TRICKS], {"x": TRICKS}, 1, tensors, {"kind": TRICKS})
+    report = CheckpointReport(TRICKS, "gguf", TRICKS, False, [TRICKS], {"x": TRICKS}, 1, tensors, {"kind": TRICKS})
     assert is_safe(report.to_text())
 
 

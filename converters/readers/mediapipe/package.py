@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from converters.readers.litert.flatbuffer import Table
 from converters.readers.mapped import MappedFile
 from converters.readers.mediapipe import parameters
 from llmjax.errors import CheckpointError, named
@@ -40,25 +41,14 @@ _SECTIONS = (
     ("LlmMetadataProto", FACTS),
     ("HF_Tokenizer_Zlib", HUGGINGFACE),
     ("TFLiteWeights", OTHER),
+    ("EmbeddingMetadataProto", OTHER),
     ("ExecutorMetadataProto", OTHER),
+    ("TtsMetadataProto", OTHER),
+    ("AsrMetadataProto", OTHER),
 )
-# By the numbers of VData: the type of a value.
-_VALUES = (
-    "",
-    "Uint8",
-    "Int8",
-    "Uint16",
-    "Int16",
-    "Uint32",
-    "Int32",
-    "Float32",
-    "Bool",
-    "",
-    "Uint64",
-    "Int64",
-    "Float64",
-)
-_STRING = 9
+# By the numbers of VData: the type of a value, as ``struct`` has it.
+_VALUES, _STRING = "?BbHhIif?", 9
+_WIDE = {10: "Q", 11: "q", 12: "d"}
 _MAGIC, _MAJOR = b"LITERTLM", 1
 _HEADER_END, _HEADER = 24, 32
 _BLOCK = 16 << 10
@@ -111,6 +101,7 @@ class Package:
       version: of the format; empty for ``.task``.
       notes: keys and values about the whole file.
       parts: in the order of the file.
+      stamp: the file as it is mapped.
 
     Args:
       path: of the file.
@@ -123,6 +114,7 @@ class Package:
         self.path = path
         self.format = kind_of(path) or "task"
         self._file = MappedFile(path)
+        self.stamp = self._file.stamp
         self.version, self.notes = "", dict[str, Any]()
         try:
             self.parts = list(self._entries() if self.format == "task" else self._sections())
@@ -188,17 +180,17 @@ class Package:
         if not _HEADER < end <= min(_BLOCK, len(self._file)):
             self._fail(f"{_DAMAGED}: the header ends at byte {end}, expected at most {min(_BLOCK, len(self._file))}")
         header = bytes(data[_HEADER:end])
-        root = _Table.root(header)
+        root = Table.root(memoryview(header))
         if about := root.table(0):
-            self.notes = dict(map(_note, about.tables(0)))
+            self.notes = dict(map(_note, about.tables(0, _MAX_PARTS)))
         listed = root.table(1)
-        for section in listed.tables(0) if listed else ():
-            number = section.number(3, "Uint8")
+        for section in listed.tables(0, _MAX_PARTS) if listed else ():
+            number = section.number(3, "B")
             name, kind = _SECTIONS[number] if number < len(_SECTIONS) else (f"kind {number}", OTHER)
-            start, stop = section.number(1, "Uint64"), section.number(2, "Uint64")
+            start, stop = section.number(1, "Q"), section.number(2, "Q")
             if stop < start or start < end or start % _BLOCK:
                 self._fail(f"{_DAMAGED}: section {name}: bytes {start} to {stop}, expected a multiple of {_BLOCK}")
-            yield Part(name, kind, start, stop - start, dict(map(_note, section.tables(0))))
+            yield Part(name, kind, start, stop - start, dict(map(_note, section.tables(0, _MAX_PARTS))))
 
     def view(self, part: Part) -> memoryview:
         """A part's bytes as they lie in the file."""
@@ -236,54 +228,13 @@ class Package:
         return found
 
 
-class _Table:
-    """A table of a flatbuffer without generated code: fields by their numbers."""
-
-    def __init__(self, data: bytes, position: int):
-        import flatbuffers
-
-        self._data = data
-        self._table = flatbuffers.table.Table(data, position)
-
-    @classmethod
-    def root(cls, data: bytes) -> "_Table":
-        (position,) = struct.unpack_from("<I", data, 0)
-        return cls(data, position)
-
-    def _field(self, index: int) -> int:
-        """Where a field is; 0 where it is not set."""
-        offset = self._table.Offset(4 + 2 * index)
-        return self._table.Pos + offset if offset else 0
-
-    def table(self, index: int) -> "_Table | None":
-        position = self._field(index)
-        return _Table(self._data, self._table.Indirect(position)) if position else None
-
-    def tables(self, index: int) -> "list[_Table]":
-        if not self._field(index):
-            return []
-        offset = self._field(index) - self._table.Pos
-        start, count = self._table.Vector(offset), self._table.VectorLen(offset)
-        if count > _MAX_PARTS:
-            raise ValueError(f"expected at most {_MAX_PARTS} sections or notes, found {count}")
-        return [_Table(self._data, self._table.Indirect(start + 4 * i)) for i in range(count)]
-
-    def number(self, index: int, kind: str) -> Any:
-        import flatbuffers
-
-        position = self._field(index)
-        flags = getattr(flatbuffers.number_types, f"{kind}Flags")
-        return self._table.Get(flags, position) if position else flags.py_type(0)
-
-    def text(self, index: int) -> str:
-        position = self._field(index)
-        return self._table.String(position).decode("utf-8", errors="replace") if position else ""
-
-
-def _note(entry: _Table) -> tuple[str, Any]:
+def _note(entry: Table) -> tuple[str, Any]:
     """A ``KeyValuePair``: its key, the type of its value, its value."""
-    kind, value = entry.number(1, "Uint8"), entry.table(2)
+    kind, value = entry.number(1, "B"), entry.table(2)
     key = named(entry.text(0))
-    if value is None or not 0 < kind < len(_VALUES):
+    if value is None or not kind:
         return key, None
-    return key, named(value.text(0)) if kind == _STRING else value.number(0, _VALUES[kind])
+    if kind == _STRING:
+        return key, named(value.text(0))
+    code = _VALUES[kind] if kind < len(_VALUES) else _WIDE.get(kind)
+    return key, None if code is None else value.number(0, code)

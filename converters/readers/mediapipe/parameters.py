@@ -10,7 +10,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message, message_fa
 
 from llmjax.errors import CheckpointError
 
-_TYPES = {"int32": 5, "bool": 8, "float": 2, "string": 9, "enum": 14}
+_TYPES = {"int64": 3, "int32": 5, "bool": 8, "float": 2, "string": 9, "enum": 14}
 _ENUMS = {
     "Activation": ("ACTIVATION_UNSPECIFIED", "GELU", "SILU", "RELU", "RELU1P5"),
     "Norm": ("NORM_UNSPECIFIED", "NO_NORM", "RMS_NORM", "LAYER_NORM", "RMS_NO_SCALE"),
@@ -103,6 +103,10 @@ _LITERT_LM = {
         (4, "sampler_params", "SamplerParameters"),
         (5, "max_num_tokens", "int32"),
         (7, "jinja_prompt_template", "string"),
+        (9, "suppress_tokens", "TokenIds"),
+        (10, "kv_cache_init_value", "int64"),
+        (13, "pad_token", "TokenUnion"),
+        (14, "min_runtime_version", "string"),
     ),
 }
 

@@ -177,7 +177,8 @@ class TorchFile:
             self._fail(f"{what}: expected a dict of tensors, found {type_of(root)}; save model.state_dict()")
         for key in ("state_dict", "model"):
             if isinstance(root.get(key), dict):
-                others = [name for name, value in root.items() if name != key and holds_tensors(value)]
+                seen: set[int] = set()
+                others = [name for name, value in root.items() if name != key and holds_tensors(value, seen)]
                 if others:
                     self._fail(
                         f"{what}: expected tensors in {key!r} alone, found some in {listed(others)}, too; "

@@ -16,6 +16,8 @@ from llmjax.errors import shown
 
 # Some 30 for each tensor, in a few seconds.
 _MAX_OPCODES = 4_000_000
+# Of a storage, in the names of the zip's entries: PyTorch numbers them.
+_MOST_KEY = 64
 _ORDERED_DICT = "collections.OrderedDict"
 _REBUILD_TENSOR = "torch._utils._rebuild_tensor_v2"
 _REBUILD_PARAMETER = "torch._utils._rebuild_parameter"
@@ -254,6 +256,8 @@ class Interpreter:
     def load(self, persistent: Any) -> Storage:
         match persistent:
             case ("storage", Global(kind), str(key), str(), int(numel)) if kind in STORAGES:
+                if len(key) > _MOST_KEY:
+                    self.fail(f"storage {shown(key)}: expected a key of at most {_MOST_KEY} characters; {RESAVE}")
                 if not is_number(numel):
                     self.fail(f"storage {shown(key)}: expected from 0 to 2^48 values; download it again")
                 return self.storage(kind, key, numel)

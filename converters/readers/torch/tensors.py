@@ -85,9 +85,13 @@ def is_number(value: Any) -> bool:
     return type(value) is int and 0 <= value < _MAX_NUMBER
 
 
-def holds_tensors(value: Any) -> bool:
-    """Whether there are tensors anywhere in a value."""
-    seen: set[int] = set()
+def holds_tensors(value: Any, seen: set[int]) -> bool:
+    """Whether there are tensors anywhere in a value.
+
+    Args:
+      value: whatever the pickle makes.
+      seen: ids of what was looked into before, and is passed over: many values may share their parts.
+    """
     todo = [value]
     while todo:
         value = todo.pop()

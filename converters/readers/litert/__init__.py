@@ -1,0 +1,1 @@
+"""Reads LiteRT's op graphs: TFLite flatbuffers, alone or in a bundle."""

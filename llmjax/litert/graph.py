@@ -1,0 +1,276 @@
+"""A TFLite file as JAX functions: each signature one pure function of the weights and its inputs."""
+
+import copy
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from converters.readers.litert.options import COMPOSITE
+from converters.readers.litert.tflite import Operator, Signature, Subgraph, Tensor, TfliteFile
+from converters.readers.source import problems_error
+from llmjax.errors import CheckpointError, ConfigError, RequestError, named
+from llmjax.litert.constants import Constants
+from llmjax.litert.kernels import KERNELS, TYPES
+from llmjax.litert.products import Value, as_array
+from llmjax.numerics import Numerics
+
+# A profile's name -> what it means for a graph, which says itself where activations are rounded.
+_PROFILES = {"litert": "litert", "fast": "litert", "dynamic_int8": "litert", "reference": "reference"}
+_FLOAT32 = jnp.dtype(jnp.float32)
+_DEPTH = 16  # of composites within composites
+
+
+def numerics_for(name: str | None) -> Numerics:
+    """The profile a graph is computed under.
+
+    ``litert``, which is also what ``fast``, ``dynamic_int8`` and None mean here, is what LiteRT's interpreter computes
+    with its default delegate; under ``reference`` no activation is rounded: weights mean their dequantized values.
+
+    Raises:
+      ConfigError: a profile that says nothing about graphs.
+    """
+    found = _PROFILES.get(name or "litert")
+    if found is None:
+        raise ConfigError(f"numerics: {name} is not about op graphs; expected litert or reference")
+    return Numerics(found, activations=_FLOAT32, products=_FLOAT32)
+
+
+def problems_of(file: TfliteFile, signatures: Iterable[str]) -> list[str]:
+    """Why signatures cannot be run, from the tables alone: operators and types that llmjax does not have, by name and
+    number."""
+    problems: list[str] = []
+    for name in signatures:
+        _check(file, file.signatures[name].subgraph, named(name), problems, ())
+    return list(dict.fromkeys(problems))
+
+
+def _check(file: TfliteFile, number: int, name: str, problems: list[str], above: tuple[int, ...]) -> None:
+    """Says what of a subgraph cannot be run."""
+    if not 0 <= number < len(file.subgraphs) or number in above or len(above) > _DEPTH:
+        problems.append(f"{name}: its body, subgraph {number}, is missing, or within itself")
+        return
+    graph = file.subgraphs[number]
+    known = {*graph.inputs, *(i for i, t in enumerate(graph.tensors) if file.is_constant(t))}
+    for i in graph.inputs:
+        if (kind := graph.tensors[i].type) not in TYPES or graph.tensors[i].quantization:
+            problems.append(f"{name}: input {named(graph.tensors[i].name)}: activations of {kind} are not supported")
+    for place, op in enumerate(graph.operators):
+        where = f"{name}: operator {place} ({op.label})"
+        if op.name == COMPOSITE:
+            _check(file, op.options["body"], where, problems, (*above, number))
+        elif op.name not in KERNELS:
+            problems.append(f"{where} is not supported")
+        if missing := [i for i in op.inputs if i >= 0 and i not in known]:
+            problems.append(f"{where}: nothing gives its input, tensor {missing[0]}")
+        known.update(op.outputs)
+        for tensor in (graph.tensors[i] for i in op.outputs):
+            if tensor.quantization is not None:
+                problems.append(f"{where}: static activations of {tensor.type} are not supported")
+            elif tensor.type not in TYPES:
+                problems.append(f"{where}: activations of {tensor.type} are not supported")
+    if missing := set(graph.outputs) - known:
+        problems.append(f"{name}: nothing gives output {named(graph.tensors[min(missing)].name)}")
+
+
+class Graph:
+    """A file's signatures, ready to run.
+
+    Args:
+      file: what was read.
+      numerics: see ``numerics_for``.
+      signatures: that will be run; None for all.
+
+    Attributes:
+      file: as given.
+      weights: the first argument of every function.
+
+    Raises:
+      CheckpointError: an operator, a type or a constant that llmjax does not have; all of them at once.
+    """
+
+    def __init__(self, file: TfliteFile, numerics: Numerics, signatures: Iterable[str] | None = None):
+        self.file = file
+        self.signatures = {
+            name: file.signatures[name] for name in (file.signatures if signatures is None else signatures)
+        }
+        if problems := problems_of(file, self.signatures):
+            raise problems_error(file.where, "llmjax does not run this graph", problems)
+        constants = Constants(file)
+        self._constants: dict[tuple[int, int], np.ndarray | str] = {}
+        for number in sorted({n for s in self.signatures.values() for n in self._reached(s.subgraph)}):
+            graph = file.subgraphs[number]
+            for i in {i for op in graph.operators for i in op.inputs if i >= 0} | set(graph.outputs):
+                if file.is_constant(graph.tensors[i]):
+                    self._constants[number, i] = constants.read(graph, graph.tensors[i])
+        self.weights: dict[str, Any] = constants.weights
+        self.numerics = self._settled(numerics)
+
+    def _settled(self, numerics: Numerics) -> Numerics:
+        """The profile, told whether this graph rounds activations."""
+        rounds = numerics.name == "litert" and any(
+            op.name in ("FULLY_CONNECTED", "DEPTHWISE_CONV_2D") and graph.tensors[op.inputs[1]].quantization is not None
+            for graph in self.file.subgraphs
+            for op in graph.operators
+            if len(op.inputs) > 1
+        )
+        return dataclasses.replace(numerics, digits=1 if rounds else None)
+
+    def under(self, numerics: Numerics) -> "Graph":
+        """The same graph under another profile, nothing read again."""
+        other = copy.copy(self)
+        other.__dict__.pop("_compiled", None)
+        other.numerics = other._settled(numerics)
+        return other
+
+    def _reached(self, number: int) -> set[int]:
+        bodies = {op.options["body"] for op in self.file.subgraphs[number].operators if op.name == COMPOSITE}
+        return {number}.union(*(self._reached(body) for body in bodies))
+
+    @property
+    def operators(self) -> dict[str, Counter[str]]:
+        """By signature, how many operators of each kind it runs, a composite as one."""
+        return {
+            name: Counter(op.label for op in self.file.subgraphs[s.subgraph].operators)
+            for name, s in self.signatures.items()
+        }
+
+    def tensor(self, signature: str, port: str, *, output: bool = False) -> Tensor:
+        """What a signature says of an input or output."""
+        found = self._signature(signature)
+        return self.file.subgraphs[found.subgraph].tensors[(found.outputs if output else found.inputs)[port]]
+
+    def _signature(self, name: str) -> Signature:
+        if name not in self.signatures:
+            known = ", ".join(map(named, self.signatures))
+            raise RequestError(f"{self.file.where}: no signature {name!r}; there are {known}")
+        return self.signatures[name]
+
+    def names(self, signature: str) -> dict[int, str]:
+        """The tensors that a signature's inputs and operators give, by index; a name that others have too ends in its
+        index."""
+        graph = self.file.subgraphs[self._signature(signature).subgraph]
+        places = list(dict.fromkeys([*graph.inputs, *(i for op in graph.operators for i in op.outputs)]))
+        counts = Counter(graph.tensors[i].name for i in places)
+        return {i: (n if counts[n := graph.tensors[i].name] == 1 else f"{n}#{i}") for i in places}
+
+    @staticmethod
+    def matches(name: str, taps: Sequence[str]) -> bool:
+        """Whether a name is one of ``taps``, or matches one as a glob."""
+        return any(name == glob or fnmatchcase(name, glob) for glob in taps)
+
+    def function(
+        self, signature: str, taps: Sequence[str] = ()
+    ) -> Callable[[Any, Mapping[str, Any]], tuple[dict[str, jax.Array], dict[str, jax.Array]]]:
+        """``(weights, inputs by name) -> (outputs by name, tensors by name whose names match a glob of taps)``: pure,
+        to jit, vectorise or differentiate."""
+        found = self._signature(signature)
+        names = self.names(signature) if taps else {}
+        wanted = {i: name for i, name in names.items() if self.matches(name, taps)}
+
+        def run(weights: Any, inputs: Mapping[str, Any]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+            values = self._run(weights, found.subgraph, {i: inputs[name] for name, i in found.inputs.items()})
+            return (
+                {name: as_array(values[i]) for name, i in found.outputs.items()},
+                {name: as_array(values[i]) for i, name in wanted.items()},
+            )
+
+        return run
+
+    def _run(self, weights: Any, number: int, values: dict[int, Value]) -> dict[int, Value]:
+        """All values of a subgraph, given those of its inputs."""
+        graph = self.file.subgraphs[number]
+
+        def value(i: int) -> Value:
+            if i in values:
+                return values[i]
+            found = self._constants[number, i]
+            return weights[found] if isinstance(found, str) else found
+
+        for place, op in enumerate(graph.operators):
+            inputs = [None if i < 0 else value(i) for i in op.inputs]
+            try:
+                self._step(weights, graph, op, inputs, values)
+            except CheckpointError:
+                raise
+            # What a kernel raises where options, shapes and types do not fit each other.
+            except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError) as error:
+                text = " ".join(str(error).split())[:200]
+                self.file.fail(f"damaged, or not supported: subgraph {number}, operator {place} ({op.label}): {text}")
+        for i in graph.outputs:
+            values.setdefault(i, value(i))
+        return values
+
+    def _step(self, weights: Any, graph: Subgraph, op: Operator, inputs: list[Value], values: dict[int, Value]) -> None:
+        tensors = [graph.tensors[i] for i in op.outputs]
+        if op.name == COMPOSITE:
+            body = self.file.subgraphs[op.options["body"]]
+            inner = self._run(weights, op.options["body"], dict(zip(body.inputs, inputs, strict=True)))
+            results: tuple[Value, ...] = tuple(inner[i] for i in body.outputs)
+        else:
+            made = KERNELS[op.name](op, inputs, tensors, self.numerics)
+            results = made if isinstance(made, tuple) else (made,)
+        for i, tensor, result in zip(op.outputs, tensors, results, strict=True):
+            if tuple(result.shape) != tensor.shape:
+                raise ValueError(f"{list(result.shape)} computed, the file says {list(tensor.shape)}")
+            if isinstance(result, jax.Array) and result.dtype != TYPES[tensor.type]:
+                raise ValueError(f"{result.dtype} computed, the file says {tensor.type}")
+            values[i] = result
+
+    @functools.cached_property
+    def _compiled(self) -> dict[tuple[str, tuple[str, ...]], Callable[..., Any]]:
+        return {}
+
+    def check(self) -> None:
+        """Computes the shapes of all that a signature gives, and nothing else.
+
+        Raises:
+          CheckpointError: they are not those that the file says.
+        """
+        for name, signature in self.signatures.items():
+            inputs = {
+                port: jax.ShapeDtypeStruct(t.shape, TYPES[t.type])
+                for port, i in signature.inputs.items()
+                for t in [self.file.subgraphs[signature.subgraph].tensors[i]]
+            }
+            jax.eval_shape(self.function(name), self.weights, inputs)
+
+    def run(
+        self, signature: str, inputs: Mapping[str, Any], taps: Sequence[str] = ()
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Runs a signature.
+
+        Args:
+          signature: its name.
+          inputs: by name, of the shapes and types that it says.
+          taps: globs of tensors' names to return as well.
+
+        Returns:
+          outputs by name, and tensors by name.
+
+        Raises:
+          RequestError: there is no such signature, or inputs that do not fit it.
+        """
+        ports = self._signature(signature).inputs
+        if set(inputs) != set(ports):
+            raise RequestError(f"{signature}: expected inputs {sorted(ports)}, found {sorted(inputs)}")
+        arrays = {}
+        for name, given in inputs.items():
+            tensor, array = self.tensor(signature, name), np.asarray(given)
+            if array.shape != tensor.shape or array.dtype.kind != np.dtype(TYPES[tensor.type]).kind:
+                raise RequestError(
+                    f"{signature}: {name}: expected {tensor.type} {list(tensor.shape)}, found {array.dtype} "
+                    f"{list(array.shape)}"
+                )
+            arrays[name] = array.astype(TYPES[tensor.type])
+        key = signature, tuple(taps)
+        if key not in self._compiled:
+            options = self.numerics.compiler_options
+            self._compiled[key] = jax.jit(self.function(signature, taps), compiler_options=options)
+        return jax.tree.map(np.asarray, self._compiled[key](self.weights, arrays))

@@ -1,0 +1,201 @@
+"""From a ``.tflite``, ``.task`` or ``.litertlm`` file to a model that runs its graph."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from converters.readers.litert import tflite
+from converters.readers.litert.tflite import TfliteFile
+from converters.readers.mapped import MappedFile
+from converters.readers.mediapipe import package
+from converters.readers.mediapipe.package import Package, Part
+from llmjax.errors import CheckpointError, TokenizerError
+from llmjax.litert import ports
+from llmjax.litert.graph import Graph, numerics_for
+from llmjax.litert.model import ARCHITECTURE, GraphConfig, GraphModel
+from llmjax.litert.module import EMBEDDER, MAIN, PER_LAYER, GraphModule
+from llmjax.model import Origin
+from llmjax.text import bundle
+from llmjax.text.bundle import Ends
+from llmjax.text.tokenizer import Tokenizer
+
+_LOG = logging.getLogger(__name__)
+# A part by its name in a .task, or by the model_type of a section.
+_PARTS = {
+    package.MODEL: MAIN,
+    "tf_lite_prefill_decode": MAIN,
+    "TF_LITE_EMBEDDER": EMBEDDER,
+    "tf_lite_embedder": EMBEDDER,
+    "TF_LITE_PER_LAYER_EMBEDDER": PER_LAYER,
+    "tf_lite_per_layer_embedder": PER_LAYER,
+}
+
+
+def is_graph(path: Path) -> bool:
+    """Whether a file is a bundle, or a TFLite file with operators (MediaPipe's ``.bin`` files have none)."""
+    return path.is_file() and (package.kind_of(path) is not None or tflite.has_operators(path))
+
+
+def open_graph(path: str | Path, *, numerics: str | None = None) -> Graph:
+    """The graph of a ``.tflite`` file with whatever signatures, to run by their names.
+
+    Raises:
+      CheckpointError: it cannot be read, or has an operator that llmjax lacks.
+      ConfigError: a profile that says nothing about graphs.
+    """
+    return Graph(tflite.read_file(Path(path)), numerics_for(numerics))
+
+
+def load_graph(path: Path, numerics: str | None = None) -> GraphModel:
+    """A language model; see ``llmjax.load``.
+
+    Raises:
+      CheckpointError: the file is damaged, no language model's, or of a kind that llmjax does not run.
+      ConfigError: a profile that says nothing about graphs.
+      TokenizerError: its tokenizer is damaged, or lacks the tokens that the file names.
+    """
+    numerics_for(numerics)  # a wrong name fails before the reading
+    found = None if package.kind_of(path) is None else Package(path)
+    if found is None:
+        mapped = MappedFile(path)
+        files, stamp = {MAIN: tflite.read(mapped.bytes.data, str(path))}, mapped.stamp
+    else:
+        files, stamp = _files(found), found.stamp
+    model = model_of(files, path, numerics)
+    model.origin = Origin(model.params, (stamp,))
+    model.tokenizer = None if found is None else read_tokenizer(found)
+    model.eos_ids = model.tokenizer.eos_ids if model.tokenizer else ()
+    return model
+
+
+def model_of(files: Mapping[str, TfliteFile], path: Path, numerics: str | None = None) -> GraphModel:
+    """A language model of graphs that are read, without its tokenizer: see ``load_graph``.
+
+    Args:
+      files: by part, see ``llmjax.litert.module``.
+      path: where they are from, for messages.
+      numerics: see ``numerics_for``.
+    """
+    main, profile = files[MAIN], numerics_for(numerics)
+    if not ports.is_language_model(main):
+        known = ", ".join(map(repr, main.signatures))
+        raise CheckpointError(
+            f"{path}: no signature decode, so this is no language model's graph; it has {known}: run them with "
+            "llmjax.litert.loading.open_graph"
+        )
+    prefills, decode = ports.read(main)
+    graphs = {MAIN: Graph(main, profile, ports.wanted(main))}
+    for port, part in ((decode.embeddings, EMBEDDER), (decode.per_layer, PER_LAYER)):
+        if port:
+            if part not in files:
+                raise CheckpointError(f"{path}: its graph takes {port}, and there is no {part} to make them")
+            graphs[part] = _embedder(files[part], profile, decode.tensors[port].shape)
+    return GraphModel(
+        architecture=ARCHITECTURE,
+        config=GraphConfig.of(prefills, decode),
+        params={part: graph.weights for part, graph in graphs.items()},
+        numerics=graphs[MAIN].numerics,
+        tokenizer=None,
+        eos_ids=(),
+        path=path,
+        signatures=GraphModule(graphs, prefills, decode),
+    )
+
+
+def kind_of_part(found: Package, part: Part) -> str | None:
+    """What a graph of a bundle is for; None for what text does not need: vision, audio, drafts.
+
+    A section that does not say what it is for is the model.
+    """
+    name = part.name if found.format == "task" else part.notes.get("model_type", "tf_lite_prefill_decode")
+    return _PARTS.get(name)
+
+
+def _files(found: Package) -> dict[str, TfliteFile]:
+    """The graphs of a bundle by what they are for."""
+    files: dict[str, TfliteFile] = {}
+    for part in found.parts:
+        kind = kind_of_part(found, part) if part.kind == package.GRAPH else None
+        if kind is None:
+            continue
+        if kind in files:
+            raise CheckpointError(f"{found.path}: two graphs for {kind}")
+        files[kind] = tflite.read(found.view(part), f"{found.path}: {part.name}")
+    if MAIN not in files:
+        names = ", ".join(part.name for part in found.parts) or "nothing"
+        raise CheckpointError(f"{found.path}: a .{found.format} bundle without a model's graph; it holds {names}")
+    return files
+
+
+def _embedder(file: TfliteFile, profile: Any, shape: tuple[int, ...]) -> Graph:
+    """The first signature alone, as LiteRT-LM has it, which must give what one token of the model takes."""
+    name, signature = next(iter(file.signatures.items()))
+    tensors = file.subgraphs[signature.subgraph].tensors
+    given = [tensors[i] for i in signature.outputs.values()]
+    taken = [tensors[i] for i in signature.inputs.values()]
+    if len(given) != 1 or len(taken) != 1 or taken[0].type != "INT32" or set(taken[0].shape) - {1}:
+        raise CheckpointError(f"{file.where}: {name}: expected one token id to its embedding")
+    if given[0].type != "FLOAT32" or [d for d in given[0].shape if d > 1] != [d for d in shape if d > 1]:
+        raise CheckpointError(
+            f"{file.where}: {name}: gives {given[0].type} {list(given[0].shape)}, the model takes FLOAT32 {list(shape)}"
+        )
+    return Graph(file, profile, [name])
+
+
+def read_tokenizer(found: Package) -> Tokenizer | None:
+    """A bundle's tokenizer, with the tokens that start and stop a text; None where there is none.
+
+    Raises:
+      TokenizerError: it is damaged, or lacks these tokens.
+    """
+    parts = [p for p in found.parts if p.kind in (package.SENTENCEPIECE, package.HUGGINGFACE)]
+    if not parts:
+        return None
+    if len(parts) > 1:
+        raise TokenizerError(f"{found.path}: expected one tokenizer, found {len(parts)}")
+    facts = [found.metadata(part) for part in found.parts if part.kind == package.FACTS]
+    read = _ends_of_task if found.format == "task" else _ends
+    ends, bytes_to_unicode = read(found, facts[0]) if facts else (Ends(), False)
+    return _tokenizer(found, parts[0], ends, bytes_to_unicode)
+
+
+def _tokenizer(found: Package, part: Part, ends: Ends, bytes_to_unicode: bool) -> Tokenizer:
+    where = f"{found.path}: {part.name}"
+    if part.kind == package.SENTENCEPIECE:
+        return bundle.from_sentencepiece(found.read(part), where, ends, bytes_to_unicode=bytes_to_unicode)
+    return bundle.from_huggingface(found.unpacked(part), where, ends)
+
+
+def _ends(found: Package, metadata: Any) -> tuple[Ends, bool]:
+    """Of ``LlmMetadata``."""
+
+    def token(union: Any) -> Any:
+        return tuple(union.token_ids.ids) if union.HasField("token_ids") else union.token_str
+
+    if metadata.suppress_tokens.ids:
+        _LOG.warning(f"{found.path}: suppress_tokens are not barred; bar them with bad_words or logit_bias")
+    if metadata.kv_cache_init_value:
+        raise CheckpointError(f"{found.path}: kv_cache_init_value: expected 0, found {metadata.kv_cache_init_value}")
+    template = metadata.jinja_prompt_template or None
+    if template is None and metadata.HasField("prompt_templates"):
+        said = metadata.prompt_templates
+        roles = {role: getattr(said, role) for role in ("user", "model", "system")}
+        template = bundle.affixes_template({role: (a.prefix, a.suffix) for role, a in roles.items()})
+    start = token(metadata.start_token) if metadata.HasField("start_token") else ()
+    return Ends(start, tuple(map(token, metadata.stop_tokens)), template), False
+
+
+def _ends_of_task(found: Package, metadata: Any) -> tuple[Ends, bool]:
+    """Of ``LlmParameters``."""
+    kind = metadata.WhichOneof("start_token_union")
+    start = () if kind is None else (metadata.start_token_id,) if kind == "start_token_id" else metadata.start_token
+    one, several = metadata.prompt_template, metadata.prompt_templates
+    if metadata.HasField("prompt_templates"):
+        roles = {role: getattr(several, f"{role}_template") for role in ("user", "model", "system")}
+        template = bundle.affixes_template({role: (a.prompt_prefix, a.prompt_suffix) for role, a in roles.items()})
+    else:
+        affixes = {"user": (one.prompt_prefix, one.prompt_suffix), "model": ("", "")}
+        template = bundle.affixes_template(affixes, one.session_prefix)
+    stop = (*metadata.stop_tokens, *((i,) for i in metadata.stop_token_ids))
+    return Ends(start, stop, template), 1 in metadata.input_output_normalizations

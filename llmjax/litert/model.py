@@ -1,0 +1,172 @@
+"""A language model whose forward pass is a TFLite graph."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax.errors import LoraError, RequestError
+from llmjax.litert.graph import numerics_for
+from llmjax.litert.module import MAIN, GraphModule, States
+from llmjax.litert.ports import Ports
+from llmjax.model import Model, check_ids
+from llmjax.models.architecture import Architecture
+from llmjax.models.config import DecoderConfig
+from llmjax.models.context import Context
+
+# Tokens of a text that is scored that one call of its program takes.
+_SCORED = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphConfig(DecoderConfig):
+    """What a graph's signatures say; a dimension that none says is 0.
+
+    Attributes:
+      states: of a row, caches and the like: ``(name, shape, dtype)``.
+      prefill_lengths: tokens of the prefill signatures.
+      positional: see ``rewinds`` of ``llmjax.litert.ports.Ports``.
+    """
+
+    states: tuple[tuple[str, tuple[int, ...], str], ...] = ()
+    prefill_lengths: tuple[int, ...] = ()
+    positional: bool = True
+
+    @property
+    def rewinds(self) -> bool:
+        """See ``DecoderConfig``."""
+        return self.positional
+
+    @property
+    def row_arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """See ``DecoderConfig``."""
+        return {name: (shape, dtype) for name, shape, dtype in self.states}
+
+    def engine_sizes(self, chunk: int, block: int) -> tuple[int, int, int]:
+        """See ``DecoderConfig``: a page for a whole row, and a whole prompt in one chunk, as LiteRT-LM cuts it up."""
+        half = -(-self.max_position_embeddings // 2)
+        return 2 * half, half, min(2 * half, _SCORED)
+
+    @classmethod
+    def of(cls, prefills: Sequence[Ports], decode: Ports) -> "GraphConfig":
+        """From the signatures."""
+        keys = [shape for name, (shape, _) in decode.states.items() if len(shape) == 4 and "v_" not in name]
+        _, heads, _, width = keys[0] if keys else (1, 0, 0, 0)
+        embeddings = decode.tensors[decode.embeddings].shape[-1] if decode.embeddings else 0
+        return cls(
+            vocab_size=decode.vocab_size,
+            hidden_size=embeddings,
+            intermediate_size=0,
+            num_hidden_layers=len(keys),
+            num_attention_heads=0,
+            num_key_value_heads=heads,
+            head_dim=width,
+            max_position_embeddings=decode.context,
+            tie_word_embeddings=False,
+            states=tuple((name, shape, np.dtype(dtype).name) for name, (shape, dtype) in decode.states.items()),
+            prefill_lengths=tuple(p.length for p in prefills),
+            positional=decode.rewinds,
+        )
+
+
+def _no_names(config: Any) -> Any:
+    raise LoraError("an adapter goes with a checkpoint's weights; a graph (.tflite, .task, .litertlm) takes none")
+
+
+ARCHITECTURE = Architecture("litert", GraphConfig, _no_names)
+
+
+@dataclasses.dataclass
+class GraphModel(Model):
+    """A model that runs its file's signatures; all else is as for any ``Model``.
+
+    Attributes:
+      signatures: of the file.
+    """
+
+    signatures: GraphModule | None = None
+
+    @property
+    def module(self) -> GraphModule:  # type: ignore[override]
+        """What the engine runs."""
+        assert self.signatures is not None
+        return self.signatures
+
+    def under(self, numerics: str) -> "GraphModel":
+        """The same model under another profile, nothing read again."""
+        profile = numerics_for(numerics)
+        graphs = {part: graph.under(profile) for part, graph in self.module.graphs.items()}
+        module = GraphModule(graphs, self.module.prefills, self.module.decode_ports)
+        return dataclasses.replace(self, numerics=graphs[MAIN].numerics, signatures=module, numerics_chosen=True)
+
+    def apply(self, params: dict[str, Any], ids: jax.Array) -> jax.Array:
+        """Logits float32 ``[B, T, V]`` of ``ids`` int32 ``[B, T]``, a pure function: the tokens of a row one after the
+        other through ``decode``."""
+        return self.module.apply({"params": params}, ids, Context(jnp.arange(ids.shape[1])[None], self.numerics))  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def _steps(self) -> tuple[Any, dict[int, Any]]:
+        """Compiled: decode, and the prefill signatures by length."""
+        module, options = self.module, {"compiler_options": self.numerics.compiler_options, "donate_argnums": 1}
+
+        def prefill(ports: Ports, params: Any, states: States, ids: Any, start: Any, length: Any) -> States:
+            return module.run(params, ports, states, ids, start, length)[1]
+
+        prefills = {p.length: jax.jit(functools.partial(prefill, p), **options) for p in module.prefills}
+        return jax.jit(module.decode, **options), prefills
+
+    def logits(self, batch: Sequence[Sequence[int]], prefill: int = 0) -> list[np.ndarray]:
+        """Teacher-forced logits of token id lists of any lengths.
+
+        Args:
+          batch: non-empty lists of token ids.
+          prefill: of each row so many tokens go through the prefill signatures: the longest that fits first and so on
+            where that comes out even, else as LiteRT-LM cuts and pads (``cuts``).  The others go through ``decode``.
+
+        Returns:
+          for each row float32 ``[T_i - prefill, V]``.
+
+        Raises:
+          RequestError: an empty row, an id outside the vocabulary, a row longer than the context, or one shorter than
+            ``prefill``.
+        """
+        return [self.follow(ids, prefill, f"row {index}")[0] for index, ids in enumerate(batch)]
+
+    def follow(self, ids: Sequence[int], prefill: int = 0, what: str = "row") -> tuple[np.ndarray, States]:
+        """The logits of one row, and the states it leaves: see ``logits``."""
+        tokens = check_ids(ids, self, what)
+        if not isinstance(prefill, int) or not 0 <= prefill <= len(tokens):
+            raise RequestError(f"{what}: prefill: expected 0 to {len(tokens)}, its length, found {prefill!r}")
+        decode, prefills = self._steps
+        states, at = jax.jit(self.module.empty)(), 0
+        for length, count in cuts(list(prefills), prefill, self.context_length):
+            part = np.pad(tokens[at : at + count], (0, length - count))
+            states = prefills[length](self.params, states, part, np.int32(at), np.int32(count))
+            at += count
+        rows = []
+        for position in range(at, len(tokens)):
+            logits, states = decode(self.params, states, tokens[position], np.int32(position))
+            if position >= prefill:
+                rows.append(np.asarray(logits))
+        return np.stack(rows) if rows else np.zeros((0, self.config.vocab_size), np.float32), states
+
+
+def cuts(lengths: Sequence[int], count: int, context: int) -> list[tuple[int, int]]:
+    """How ``count`` tokens go through prefill signatures: ``(its length, tokens that are no padding)`` each.
+
+    The longest that fits first, then the longest that fits the rest, where that leaves nothing; else the longest as
+    often as it fills, and the rest in the shortest that holds it.  What would end beyond the context is left to decode.
+    """
+    ordered, even, left = sorted(lengths, reverse=True), [], count
+    for length in ordered:
+        even += [(length, length)] * (left // length)
+        left %= length
+    if not left or not ordered:
+        return [] if left else even
+    found, left = [(ordered[0], ordered[0])] * (count // ordered[0]), count % ordered[0]
+    holds = [n for n in ordered if n >= left and count - left + n <= context]
+    return [*found, *([(holds[-1], left)] if holds else [])]

@@ -1,0 +1,170 @@
+"""Products with a graph's weights, as LiteRT's interpreter computes them.
+
+A quantized weight that an operator takes as it is has its activations rounded to 8 bits at run time, by XNNPACK's rule
+(``rounded``); one that passes a DEQUANTIZE first means its dequantized values.  ``scripts/litert_int8.py`` checks the
+rule on the runtime, where it is right to the last bit or so.  Under the profile ``reference`` activations are never
+rounded.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jax.custom_batching import custom_vmap
+
+from llmjax.numerics import REFERENCE, Numerics, resolve
+from llmjax.products.dots import dot
+from llmjax.products.matmul import matmul
+from llmjax.products.sums import total
+from llmjax.products.tiles import over_tiles
+from llmjax.quant.qtensor import QTensor, columns, dequantize, integers
+
+_FLOAT32 = resolve(REFERENCE, jnp.dtype(jnp.float32))
+_TINY = np.finfo(np.float32).tiny
+
+
+class Filter(struct.PyTreeNode):
+    """A quantized constant that is no matrix: integers, and scales that broadcast to them."""
+
+    values: Any
+    scales: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the integers."""
+        return self.values.shape  # type: ignore[no-any-return]
+
+
+class Dequantized(struct.PyTreeNode):
+    """A weight behind a DEQUANTIZE: what it stands for, not yet computed."""
+
+    weight: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.weight.shape  # type: ignore[no-any-return]
+
+
+Value = Any  # jax.Array | np.ndarray | QTensor | Filter | Dequantized
+
+
+def as_array(value: Value) -> jax.Array:
+    """What a value stands for, as one array."""
+    if isinstance(value, Dequantized):
+        return as_array(value.weight)
+    if isinstance(value, QTensor):
+        return jnp.asarray(dequantize(value))
+    if isinstance(value, Filter):
+        return value.values.astype(jnp.float32) * value.scales
+    return value  # type: ignore[no-any-return]
+
+
+def rounded(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """XNNPACK's 8 bits: ``q`` and ``zero``, whole numbers in float32, and ``step``: x is about ``(q - zero) * step``.
+
+    Asymmetric: 255 steps from the least value to the greatest, zero always among them; both roundings to integers go to
+    the even neighbour.
+
+    Args:
+      x: float32.
+      axes: along which values share a step.
+    """
+    low = jnp.minimum(jnp.min(x, axes, keepdims=True), 0)
+    high = jnp.maximum(jnp.max(x, axes, keepdims=True), 0)
+    per_unit = jnp.where(low == high, jnp.float32(1), jnp.float32(255) / (high - low))
+    low, high = low * per_unit, high * per_unit
+    # The end that is left with the smaller error when the zero point is rounded.
+    zero = jnp.where((-128 + low) + (127 + high) > 0, -128 - low, 127 - high)
+    zero = jnp.round(jnp.clip(zero, -128, 127))
+    q = jnp.clip(jnp.round(x * per_unit) + zero, -128, 127)
+    step = 1 / per_unit
+    return q, zero, jnp.where(step < _TINY, 0, step)  # XNNPACK runs with subnormal numbers off
+
+
+@functools.partial(jax.jit, static_argnums=3)  # traced once for all layers alike
+def fully_connected(x: jax.Array, weight: Value, bias: jax.Array | None, numerics: Numerics) -> jax.Array:
+    """``x [rows, in] . weight [out, in] + bias -> float32 [rows, out]``."""
+    if isinstance(weight, QTensor) and numerics.name == "litert":
+        q, zero, step = rounded(x, (-1,))
+        if weight.group == weight.shape[1]:
+            y = _by_rows(_integer_product, q.astype(jnp.int8), weight, zero)
+            y = y * step * weight.scales[:, 0].astype(jnp.float32)
+        else:  # XNNPACK keeps the scales of blocks in bfloat16
+            scales = lax.reduce_precision(weight.scales.astype(jnp.float32), 8, 7)
+            y = _by_rows(_float_product, q - zero, weight.replace(scales=scales)) * step
+    else:
+        y = _by_rows(_float_product, x, weight.weight if isinstance(weight, Dequantized) else weight)
+    return y if bias is None else y + bias
+
+
+def _float_product(x: jax.Array, weight: Any) -> jax.Array:
+    return matmul(x, weight, _FLOAT32)
+
+
+def _integer_product(q: jax.Array, weight: QTensor, zero: jax.Array) -> jax.Array:
+    """``(q - zero) . n^T`` of int8 ``q [rows, in]`` and the weight's integers n: exact, then rounded to float32."""
+    rows = jnp.concatenate([q, jnp.ones_like(q[:1])])  # the last gives the sums of n, which zero multiplies
+    parts = columns(rows, weight)
+
+    def multiply(part: QTensor) -> jax.Array:
+        return total(dot(n, c, jnp.int32) for c, n in zip(parts, integers(part), strict=True))
+
+    sums = multiply(weight).T if weight.bits == 8 else over_tiles(multiply, weight, weight.shape, parts[0], jnp.int32)
+    return (sums[:-1] - zero.astype(jnp.int32) * sums[-1:]).astype(jnp.float32)
+
+
+def _by_rows(product: Callable[..., jax.Array], x: jax.Array, weight: Any, *more: jax.Array) -> jax.Array:
+    """``product``, which meets a weight once, however many rows are computed side by side."""
+
+    @custom_vmap
+    def at_once(x: jax.Array, weight: Any, *more: jax.Array) -> jax.Array:
+        return product(x, weight, *more)
+
+    @at_once.def_vmap
+    def _(size: int, batched: Any, x: jax.Array, weight: Any, *more: jax.Array) -> tuple[jax.Array, bool]:
+        if any(jax.tree.leaves(batched[1])):
+            axes = jax.tree.map(lambda b: 0 if b else None, tuple(batched))
+            return jax.vmap(product, axes)(x, weight, *more), True
+        rows = [
+            (a if has else jnp.broadcast_to(a, (size, *a.shape))).reshape(-1, a.shape[-1])
+            for a, has in zip((x, *more), (batched[0], *batched[2:]), strict=True)
+        ]
+        y = at_once(rows[0], weight, *rows[1:])
+        return y.reshape(size, -1, y.shape[-1]), True
+
+    return at_once(x, weight, *more)
+
+
+def depthwise(x: jax.Array, weight: Value, bias: jax.Array | None, options: dict[str, Any], numerics: Numerics) -> Any:
+    """``x [B, H, W, C]`` with a filter of its own for each channel, ``weight [1, h, w, C * m]``."""
+    step = scales = None
+    if isinstance(weight, Filter) and numerics.name == "litert":
+        q, zero, step = rounded(x, (1, 2, 3))  # a batch element as a whole
+        x, weight, scales = q - zero, weight.values.astype(jnp.float32), weight.scales
+    kernel = as_array(weight)[0][:, :, None]
+    y = lax.conv_general_dilated(
+        x,
+        kernel,
+        (options["stride_h"], options["stride_w"]),
+        ("SAME", "VALID")[options["padding"]],
+        rhs_dilation=(options["dilation_h"], options["dilation_w"]),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[3],
+        precision=lax.Precision.HIGHEST,
+    )
+    if step is not None:
+        y = y * step * jnp.asarray(scales).reshape(-1)
+    return y if bias is None else y + bias
+
+
+def batch_matmul(x: jax.Array, y: jax.Array, adj_x: bool, adj_y: bool) -> jax.Array:
+    """``x [..., m, k] . y [..., k, n]``, either of them the other way round."""
+    x = jnp.swapaxes(x, -1, -2) if adj_x else x
+    y = jnp.swapaxes(y, -1, -2) if adj_y else y
+    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)

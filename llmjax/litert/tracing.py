@@ -1,0 +1,52 @@
+"""Every tensor of a graph's decode signature, for each token of a text."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from llmjax.errors import RequestError
+from llmjax.litert.model import GraphModel
+from llmjax.litert.module import MAIN
+from llmjax.litert.ports import LOGITS
+
+
+def activations(model: GraphModel, ids: np.ndarray, taps: Sequence[str]) -> dict[str, np.ndarray]:
+    """Tensors by the names that the file has for them, and ``logits``, in the order of computation: ``[T, ...]``
+    without a leading dimension of one.  Those that hold a row's states, caches and the like, are left out.
+
+    Args:
+      model: the model.
+      ids: int32 ``[T]``, fed one after the other.
+      taps: globs.
+
+    Raises:
+      RequestError: one matches nothing.
+    """
+    module, ports = model.module, model.module.decode_ports
+    graph = module.graphs[MAIN]
+    signature = graph.signatures[ports.name]
+    states = {i for side in (signature.inputs, signature.outputs) for name, i in side.items() if name in ports.states}
+    names = [name for i, name in graph.names(ports.name).items() if i not in states and graph.matches(name, taps)]
+    logits = [LOGITS] if graph.matches(LOGITS, taps) else []
+
+    if missing := [glob for glob in taps if not any(graph.matches(name, [glob]) for name in [*names, *logits])]:
+        raise RequestError(f"taps: {missing[0]!r} matches no tensor; llmjax inspect and a trace of '*' show the names")
+
+    def step(params, row, token, position):  # type: ignore[no-untyped-def]
+        outputs, row, found = module.run(params, ports, row, token[None], position, np.int32(1), names)
+        return row, {**found, **{name: outputs[name] for name in logits}}
+
+    step = jax.jit(step, donate_argnums=1, compiler_options=model.numerics.compiler_options)
+    row, steps = jax.jit(module.empty)(), []
+    for position, token in enumerate(ids):
+        row, found = step(model.params, row, token, np.int32(position))
+        steps.append({name: np.asarray(value) for name, value in found.items()})
+    return {name: _joined([step[name] for step in steps]) for name in [*names, *logits]}
+
+
+def _joined(values: list[np.ndarray]) -> np.ndarray:
+    array = np.stack(values)
+    while array.ndim > 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    return np.ascontiguousarray(array)

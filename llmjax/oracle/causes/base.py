@@ -1,0 +1,123 @@
+"""What a cause is, and what the catalogue is written with: fields of modules, leaves of parameters."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from llmjax.oracle.stages import Edit, Hook, Params, Stages
+
+NORMS = ("attn_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm", "attn.q_norm", "attn.k_norm", "final_norm")
+PROJECTIONS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down", "head")
+SCHEMES = (
+    "int8", "int4", "int8-g32", "int4-g32", "int4-g64", "int4-g128", "int8-asym", "int4-asym", "int4-g32-asym",
+    "int4-g32-mse",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Cause:
+    """One mistake.
+
+    Attributes:
+      cause: the contract's word.
+      detail: what exactly.
+      steps: what it acts on, as taps are named within the stage.
+      edit: how our code makes the same mistake.
+      post: instead, what becomes of the step's right value.
+    """
+
+    cause: str
+    detail: str
+    steps: tuple[str, ...]
+    edit: Edit = Edit()
+    post: Callable[[np.ndarray], np.ndarray] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What a cause may look at.
+
+    Attributes:
+      stages: our model.
+      stage: where the error is.
+      step: the tap that shows it, as named within the stage.
+      ours: what our step makes of the candidate's input.
+      theirs: what the candidate has.
+    """
+
+    stages: Stages
+    stage: int
+    step: str
+    ours: np.ndarray
+    theirs: np.ndarray
+
+
+def field(**changes: Any) -> Hook:
+    """Other fields of a module, where it has them; a function gets the old value."""
+
+    def hook(module: nn.Module, run: Any, x: Any) -> Any:
+        if any(getattr(module, name, None) is None for name in changes):
+            return run(module, x)
+        found = {n: v(getattr(module, n)) if callable(v) else v for n, v in changes.items()}
+        return run(module.clone(**found), x)
+
+    return hook
+
+
+def leaf(step: str, name: str, change: Callable[[jax.Array], Any]) -> Callable[[Params], Params]:
+    """One leaf of a module's parameters changed, if it is there; a tied head's weight is the embedding's."""
+
+    def edit(params: Params, path: tuple[str, ...] = tuple(step.split("."))) -> Params:
+        if path == ("head",) and "weight" not in params.get("head", {}) and name == "weight":
+            path = ("embed",)
+        if not path:
+            return params | {name: change(params[name])} if name in params else params
+        return params | {path[0]: edit(params[path[0]], path[1:])} if path[0] in params else params
+
+    return edit
+
+
+def weight_of(scene: Scene, step: str, name: str = "weight", stage: int | None = None) -> Any:
+    """A leaf of a module's parameters, in the scene's stage or another; None where there is none."""
+    node: Any = scene.stages.params(scene.stage if stage is None else stage)
+    for key in step.split("."):
+        node = node.get(key) if isinstance(node, Mapping) else None
+    if step == "head" and (node is None or "weight" not in node):
+        node = scene.stages.params(scene.stages.layers)["embed"] if name == "weight" else node
+    return node.get(name) if isinstance(node, Mapping) else None
+
+
+def other_layers(scene: Scene) -> Iterable[int]:
+    """The other layers, the nearest first."""
+    if not 0 <= scene.stage < scene.stages.layers:
+        return ()
+    return sorted(set(range(scene.stages.layers)) - {scene.stage}, key=lambda j: abs(j - scene.stage))
+
+
+def always(value: Any) -> Callable[[Any], Any]:
+    """A change of anything to ``value``."""
+    return lambda _: value
+
+
+def scale_of(scene: Scene, weight: Any, step: str) -> float | None:
+    """The factor of the weight that comes nearest; None where it is 1."""
+    bias = weight_of(scene, step, "bias")
+    shift = 0.0 if bias is None else np.asarray(bias, np.float64)
+    ours, theirs = (x.reshape(len(x), -1).astype(np.float64) - shift for x in (scene.ours, scene.theirs))
+    scale = float((ours * theirs).sum() / max((ours**2).sum(), 1e-300))
+    return None if abs(scale - 1) < 1e-6 else scale
+
+
+def put(step: str, found: Mapping[str, Any]) -> Callable[[Params], Params]:
+    """Other leaves of a module by name, those that are not None."""
+
+    def edit(params: Params) -> Params:
+        for name, value in found.items():
+            params = params if value is None else leaf(step, name, always(value))(params)
+        return params
+
+    return edit

@@ -1,0 +1,360 @@
+"""Mistakes in what lies between the products: activation, rotation, scores, heads and caches, residuals."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax.models.attention import Scores
+from llmjax.models.context import Context
+from llmjax.models.layers import ACTIVATIONS
+from llmjax.models.rope import Rope
+from llmjax.oracle.causes.base import (
+    Cause,
+    Scene,
+    always,
+    field,
+)
+from llmjax.oracle.floors import rounded
+from llmjax.oracle.stages import Edit, Hook
+
+
+def activation() -> Iterator[Cause]:
+    """Of the MLP's activation."""
+    others: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "gelu (tanh)": ACTIVATIONS["gelu_pytorch_tanh"],
+        "gelu (erf)": ACTIVATIONS["gelu"],
+        "silu": ACTIVATIONS["silu"],
+        "relu": ACTIVATIONS["relu"],
+        "quick gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+        "relu squared": lambda x: jnp.square(jax.nn.relu(x)),
+        "sigmoid": jax.nn.sigmoid,
+        "nothing": lambda x: x,
+    }
+    for name, function in others.items():
+        yield Cause(
+            "activation", f"the activation is {name}", ("mlp.act",), Edit({"mlp": field(activation=always(function))})
+        )
+
+
+# The rotation.
+
+
+class _Pairs(Rope):
+    """Neighbours make a pair."""
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        to = np.concatenate([np.arange(0, self.dims, 2), np.arange(1, self.dims, 2), np.arange(self.dims, x.shape[-1])])
+        return super().__call__(x[..., to], ctx)[..., np.argsort(to)]
+
+
+class _Backwards(Rope):
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        return super().__call__(x, ctx.replace(positions=-ctx.positions))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Apart:
+    """Queries and keys rotated at positions of their own; the query is the first of the two."""
+
+    rope: Rope
+    moves: tuple[Callable[[jax.Array], jax.Array], ...]
+    calls: list[int] = dataclasses.field(default_factory=list)
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        self.calls.append(0)
+        move = self.moves[(len(self.calls) - 1) % 2]
+        return self.rope(x, ctx.replace(positions=move(ctx.positions)))
+
+
+def _rope(change: Callable[[Rope], Any]) -> Edit:
+    return Edit({"attn": field(rope=change)})
+
+
+def rotation(scene: Scene) -> Iterator[Cause]:
+    """Of the rotation."""
+    steps = ("attn.q_rot", "attn.k_rot")
+    config = scene.stages.model.config
+    ropes = {r for r in vars(config).values() if isinstance(r, Rope)}
+    if not ropes:
+        return
+
+    def cause(word: str, detail: str, change: Callable[[Rope], Any]) -> Cause:
+        return Cause(word, detail, steps, _rope(change))
+
+    replace = dataclasses.replace
+    yield cause("rope_pairing", "neighbours are rotated together, not halves", lambda r: _Pairs(**vars(r)))
+    yield cause("rope_pairing", "the rotation turns the other way", lambda r: _Backwards(**vars(r)))
+    for name, value in {"linear": 1.0, "llama3": None, "divisors": None, "scaling": None}.items():
+        if any(getattr(r, name) != value for r in ropes):
+            yield cause("rope_scaling", f"{name} scaling is ignored", lambda r, n=name, v=value: replace(r, **{n: v}))
+    for factor in (2.0, 4.0, 8.0):
+        yield cause("rope_scaling", f"positions are divided by {factor:g}", lambda r, f=factor: replace(r, linear=f))
+    for other in ropes:
+        if len(ropes) > 1:
+            yield cause(
+                "rope_theta",
+                f"the base is {other.theta:g}, another layer's",
+                lambda r, o=other: replace(r, theta=o.theta),
+            )
+            yield cause("rope_scaling", "the rotation is another layer's", lambda r, o=other: o)
+    for theta in (1e4, 5e5, 1e6, 1e5, 5e3, 5e4, 2.5e5, 1e3):
+        yield cause("rope_theta", f"the base is {theta:g}", lambda r, t=theta: replace(r, theta=t))
+    width = config.head_dim
+    for dims in sorted({width, width // 2, width // 4, int(width * 0.4), int(width * 0.75)} - {0}):
+        if dims % 2 == 0:
+            yield cause("rope_dims", f"{dims} of {width} dimensions rotate", lambda r, d=dims: replace(r, dims=d))
+    yield cause("rope_dims", "nothing rotates", lambda r: lambda x, ctx: x)
+    moves: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "as they are": lambda p: p, "one too high": lambda p: p + 1, "one too low": lambda p: p - 1,
+        "all 0": lambda p: 0 * p,
+    }  # fmt: skip
+    for q, at in moves.items():
+        for k, other_at in moves.items():
+            if (q, k) != ("as they are", "as they are"):
+                detail = f"positions are {q}" if q == k else f"positions of queries are {q}, of keys {k}"
+                yield cause("rope_positions", detail, lambda r, m=(at, other_at): _Apart(r, m))
+
+
+# Scores.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Altered(Scores):
+    """A rule with something else in its place."""
+
+    alter: Callable[..., Any] | None = None
+
+    def __call__(self, products: Any, queries: Any, keys: Any, ctx: Any) -> Any:
+        assert self.alter is not None
+        return self.alter(super().__call__, self, products, queries, keys, ctx)
+
+
+def _scored(change: Callable[[Scores], Scores]) -> Edit:
+    return Edit({"attn": field(scores=change)})
+
+
+def _altered(alter: Callable[..., Any]) -> Edit:
+    return _scored(lambda s: _Altered(**vars(s), alter=alter))
+
+
+def _future(by: int) -> Callable[..., Any]:
+    """Sees ``by`` tokens after its own; the window's other end stays."""
+
+    def alter(right: Any, rule: Scores, products: Any, queries: Any, keys: Any, ctx: Any) -> Any:
+        scores, _ = right(products, queries, keys, ctx)
+        mask = keys[:, None, :] <= queries[:, :, None] + by
+        if rule.window is not None:
+            mask &= keys[:, None, :] > queries[:, :, None] - rule.window
+        return scores, mask[:, None, None]
+
+    return alter
+
+
+def _alibi(times: Callable[[Scores], float]) -> Callable[..., Any]:
+    """The bias as often again."""
+
+    def alter(right: Any, rule: Scores, products: Any, queries: Any, keys: Any, ctx: Any) -> Any:
+        scores, mask = right(products, queries, keys, ctx)
+        plain, _ = Scores(**{f.name: getattr(rule, f.name) for f in dataclasses.fields(Scores)} | {"alibi": False})(
+            products, queries, keys, ctx
+        )
+        return plain + times(rule) * (scores - plain), mask
+
+    return alter
+
+
+def _narrow_scores(right: Any, rule: Scores, products: Any, queries: Any, keys: Any, ctx: Any) -> Any:
+    scores, mask = right(products, queries, keys, ctx)
+    return rounded(jnp.bfloat16)(scores), mask
+
+
+def scores(scene: Scene) -> Iterator[Cause]:
+    """Of scores and mask."""
+    config, steps = scene.stages.model.config, ("attn.probs",)
+
+    def cause(word: str, detail: str, edit: Edit) -> Cause:
+        return Cause(word, detail, steps, edit)
+
+    def fields(**changes: Any) -> Edit:
+        return _scored(lambda s: dataclasses.replace(s, **changes))
+
+    windows = {w for w in getattr(config, "windows", ()) if w}
+    if windows:
+        yield cause("window", "there is no window", fields(window=None))
+    near = sorted(
+        {w + by for w in windows for by in (-1, 0, 1)} | {2 * w for w in windows} | {max(w // 2, 1) for w in windows}
+    )
+    for window in near:
+        if window > 0:
+            yield cause("window", f"the window is {window} tokens", fields(window=window))
+    yield cause("mask", "the next token is seen", _altered(_future(1)))
+    yield cause("mask", "all tokens are seen", _altered(_future(1 << 20)))
+    yield cause("mask", "a token does not see itself", _altered(_future(-1)))
+    caps = {None, 50.0, 30.0, 20.0}
+    for cap in sorted(caps, key=lambda c: (c is not None, c or 0)):
+        yield cause("attention_softcap", f"the soft-cap is {cap or 'missing'}", fields(softcap=cap))
+    yield cause("alibi", "ALiBi is missing", fields(alibi=False))
+    yield cause("alibi", "ALiBi is added twice", _altered(_alibi(lambda s: 2.0)))
+    yield cause("alibi", "ALiBi is not scaled", _altered(_alibi(lambda s: 1 / s.scale)))
+    yield cause(
+        "alibi", "ALiBi is rounded to bfloat16", Edit(numerics=lambda n: dataclasses.replace(n, round_alibi=True))
+    )
+    width, hidden, heads = config.head_dim, config.hidden_size, config.num_attention_heads
+    scales = {
+        1.0,
+        width**-0.5,
+        hidden**-0.5,
+        (hidden / heads) ** -0.5,
+        1 / width,
+        1 / hidden,
+        width**0.5,
+        config.num_key_value_heads**-0.5,
+    }
+    for scale in sorted(scales):
+        yield cause("attention_scale", f"scores are scaled by {scale:.4g}", fields(scale=scale))
+    for factor in (0.5, 2.0, 0.1, 10.0, 0.9, 1.1, 2**0.5, 0.5**0.5):
+        edit = _scored(lambda s, f=factor: dataclasses.replace(s, scale=s.scale * f))  # type: ignore[misc]
+        yield cause("attention_scale", f"scores are {factor:.4g} times too large", edit)
+    if scene.step == "attn.probs":
+        factor = _temperature(scene)
+        if factor is not None:
+            edit = _scored(lambda s: dataclasses.replace(s, scale=s.scale * factor))
+            yield cause("attention_scale", f"scores are {factor:.4g} times too large", edit)
+        rows = scene.theirs.sum(-1, keepdims=True)
+        if (np.abs(rows - 1) > 1e-3).any():
+            yield Cause(
+                "padding",
+                "part of the attention goes to tokens that are not in the dump",
+                steps,
+                post=lambda x: x * rows,
+            )
+    yield cause("precision", "scores are rounded to bfloat16 before the softmax", _altered(_narrow_scores))
+
+
+def _temperature(scene: Scene) -> float | None:
+    """How many times larger the candidate's scores are, from the logarithms of its probabilities."""
+    ours, theirs = scene.ours.astype(np.float64), scene.theirs.astype(np.float64)
+    seen = (ours > 1e-6) & (theirs > 1e-6)
+    x, y = (np.where(seen, np.log(np.where(seen, p, 1)), 0) for p in (ours, theirs))
+    count = np.maximum(seen.sum(-1, keepdims=True), 1)
+    x, y = (np.where(seen, z - z.sum(-1, keepdims=True) / count, 0) for z in (x, y))
+    scale = float((x * y).sum() / max((x * x).sum(), 1e-300))
+    return None if not np.isfinite(scale) or abs(scale - 1) < 1e-4 else scale
+
+
+# Heads and caches.
+
+
+def heads(scene: Scene) -> Iterator[Cause]:
+    """Of which heads meet, and of what a cache keeps."""
+    config = scene.stages.model.config
+    n, k, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    if 1 < k < n:
+        tile = np.arange(n) % k
+
+        def wide(x: jax.Array) -> jax.Array:  # [..., K * H] -> [..., N * H]
+            return x.reshape(*x.shape[:-1], k, h)[..., tile, :].reshape(*x.shape[:-1], n * h)
+
+        def projected(module: Any, run: Any, x: Any) -> Any:
+            return wide(run(module.clone(features=k * h), x))
+
+        for what in (("attn.k", "attn.v"), ("attn.k",), ("attn.v",)):
+            tiled = {name: projected if name in what else _repeated(k, n, h) for name in ("attn.k", "attn.v")}
+            edit = Edit({"attn": field(num_kv_heads=n), **tiled}, unpatched=("attn.k_rot", "attn.k_norm"))
+            steps = ("attn.probs", "attn.out")[0 if "attn.k" in what else 1 : 2 if "attn.v" in what else 1]
+            detail = f"key/value heads are tiled (query head i has head i mod {k}), not repeated"
+            yield Cause("head_mapping", detail, steps, edit)
+    for dtype in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"):
+        for names, steps in ((("attn.k_rot", "attn.v"), ("attn.probs", "attn.out")),):
+            after = dict.fromkeys(names, rounded(dtype))
+            yield Cause("cache_precision", f"keys and values are kept in {dtype}", steps, Edit(after=after))
+
+
+def _repeated(k: int, n: int, h: int) -> Hook:
+    def hook(module: Any, run: Any, x: Any) -> Any:
+        y = run(module.clone(features=k * h), x)
+        heads = y.reshape(*y.shape[:-1], k, h)
+        return jnp.repeat(heads, n // k, -2).reshape(*y.shape[:-1], n * h)
+
+    return hook
+
+
+# Residuals: hooks that remember what the layer has seen.
+
+
+def residual(scene: Scene) -> Iterator[Cause]:
+    """Of what is added to what: by hooks that remember what the layer has seen."""
+    taps = {tap.split(".", 2)[2] for tap in scene.stages.shapes if tap.startswith("layers.0.")}
+    attn_end = "post_attn_norm" if "post_attn_norm" in taps else "attn"
+    mlp_end = "post_mlp_norm" if "post_mlp_norm" in taps else "mlp"
+    parallel = "resid_attn" not in taps
+
+    def remembering(**extra: Callable[[dict[str, Any], Any], Any]) -> Edit:
+        """Hooks on the ends of both branches and on what ``extra`` names (with ``_`` before it: on what goes in)."""
+        seen: dict[str, Any] = {}
+
+        def layer(module: Any, run: Any, x: Any) -> Any:
+            seen["in"] = x
+            return run(module, x)
+
+        def hook(name: str) -> Hook:
+            def inner(module: Any, run: Any, x: Any) -> Any:
+                if name == "attn_norm":
+                    seen["norm"] = (module, run)
+                before = extra.get(f"_{name.replace('.', '_')}")
+                y = run(module, x if before is None else before(seen, x))
+                seen[name] = y
+                after = extra.get(name)
+                return y if after is None else after(seen, y)
+
+            return inner
+
+        return Edit({"": layer} | {name: hook(name) for name in ("attn_norm", attn_end, "mlp_norm", mlp_end)}
+                    | ({"mlp": hook("mlp")} if mlp_end != "mlp" else {}))  # fmt: skip
+
+    def middle(seen: dict[str, Any]) -> Any:
+        return seen["in"] + seen[attn_end]
+
+    first, last = (("resid",), ("resid",)) if parallel else (("resid_attn",), ("resid",))
+    yield Cause("residual", "the attention's output is not added", first, remembering(**{attn_end: lambda s, y: 0 * y}))
+    yield Cause("residual", "the layer's input is not added to the attention's output", first,
+                remembering(**{attn_end: lambda s, y: y - s["in"]}))  # fmt: skip
+    yield Cause(
+        "residual", "the layer's input is added twice", first, remembering(**{attn_end: lambda s, y: y + s["in"]})
+    )
+    yield Cause("residual", "the MLP's output is not added", last, remembering(**{mlp_end: lambda s, y: 0 * y}))
+    for name, end, steps in (("attention", attn_end, first), ("MLP", mlp_end, last)):
+        for factor in (0.5, 2.0):
+            edit = remembering(**{end: lambda s, y, f=factor: f * y})  # type: ignore[misc]
+            yield Cause("residual", f"the {name}'s output is added {factor:g} times", steps, edit)
+    if parallel:
+        own = "mlp_norm" in taps
+        if own:
+            yield Cause("residual", "attention and MLP are sequential, not parallel", ("mlp_norm",),
+                        remembering(_mlp_norm=lambda s, x: middle(s)))  # fmt: skip
+        else:
+            yield Cause("residual", "attention and MLP are sequential, not parallel", ("mlp.gate", "mlp.up"),
+                        remembering(_mlp=lambda s, x: _normed_again(s, middle(s))))  # fmt: skip
+        return
+    yield Cause("residual", "the residual is not added to the MLP's output", last,
+                remembering(**{mlp_end: lambda s, y: y - middle(s)}))  # fmt: skip
+    yield Cause("residual", "the MLP's output is added to the layer's input alone", last,
+                remembering(**{mlp_end: lambda s, y: y - s[attn_end]}))  # fmt: skip
+    yield Cause("residual", "attention and MLP are parallel, not sequential", ("mlp_norm", "mlp.gate", "mlp.up"),
+                remembering(**{"_mlp_norm" if "mlp_norm" in taps else "_mlp": lambda s, x: s["in"]}))  # fmt: skip
+    if "attn_norm" in taps:
+        yield Cause("residual", "attention and MLP share the first norm's output", ("mlp_norm", "mlp.gate", "mlp.up"),
+                    remembering(_mlp=lambda s, x: s["attn_norm"]))  # fmt: skip
+        yield Cause("residual", "the normed input is added instead of the input", first,
+                    remembering(**{attn_end: lambda s, y: y - s["in"] + s["attn_norm"]}))  # fmt: skip
+
+
+def _normed_again(seen: dict[str, Any], x: Any) -> Any:
+    module, run = seen["norm"]
+    y = run(module.clone(), x)
+    run(module.clone(), seen["in"])  # its tap shows the last run
+    return y

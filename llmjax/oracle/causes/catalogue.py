@@ -1,0 +1,49 @@
+"""The catalogue of known mistakes, to be tried one after the other in our own code (``oracle.patching``).
+
+Each is an ``Edit`` of one stage and the steps it acts on.  What does not apply to a model changes nothing there, and so
+explains nothing.  To add one, write it beside its kin.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax.oracle.causes import blocks, weights
+from llmjax.oracle.causes.base import (
+    NORMS,
+    PROJECTIONS,
+    Cause,
+    Scene,
+)
+
+# Mistakes that a runtime makes in all layers alike, where they are made in the code and not in a tensor.
+EVERYWHERE = (
+    "norm_eps", "norm_offset", "norm_kind", "activation", "rope_theta", "rope_dims", "rope_pairing", "rope_positions",
+    "rope_scaling", "attention_scale", "attention_softcap", "final_softcap", "window", "mask", "head_mapping",
+    "qk_norm", "alibi", "residual", "embedding_scale", "cache_precision",
+)  # fmt: skip
+
+
+def catalogue(scene: Scene) -> Iterator[Cause]:
+    """All causes for a scene, the most specific first."""
+    for norm in NORMS:
+        yield from weights.norm(scene, norm)
+    for projection in PROJECTIONS:
+        yield from weights.projection(scene, projection)
+    yield from blocks.activation()
+    yield from blocks.rotation(scene)
+    yield from blocks.scores(scene)
+    yield from blocks.heads(scene)
+    yield from blocks.residual(scene)
+    yield from weights.embedding(scene)
+    yield from weights.head(scene)
+    yield from weights.layers(scene)
+    for dtype in ("bfloat16", "float16"):
+        post = partial(_rounded, dtype=dtype)
+        yield Cause("precision", f"the result is rounded to {dtype}", (scene.step,), post=post)
+
+
+def _rounded(x: np.ndarray, dtype: str) -> np.ndarray:
+    return np.asarray(jnp.asarray(x).astype(dtype).astype(jnp.float32))

@@ -1,0 +1,249 @@
+"""Mistakes in norms, products, the embedding, the head and the order of layers."""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from llmjax.models.context import tap
+from llmjax.models.layers import LayerNorm, RMSNorm, UnitOffsetRMSNorm, parameter, rms_normalised
+from llmjax.oracle.causes.base import (
+    NORMS,
+    PROJECTIONS,
+    SCHEMES,
+    Cause,
+    Scene,
+    always,
+    field,
+    leaf,
+    other_layers,
+    put,
+    scale_of,
+    weight_of,
+)
+from llmjax.oracle.floors import requantized, rounded
+from llmjax.oracle.stages import Edit, Hook
+from llmjax.quant.qtensor import QTensor
+
+# Norms.
+
+
+class _Identity(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return tap(self, "", x)
+
+
+class _NoMean(nn.Module):
+    """LayerNorm without taking the mean away."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = rms_normalised(x, self.eps) * parameter(self, "weight", nn.initializers.ones, x.shape[-1:])
+        if self.has_variable("params", "bias"):
+            y = y + self.get_variable("params", "bias")
+        return tap(self, "", y.astype(x.dtype))
+
+
+def _offset(module: Any, run: Any, x: Any) -> Any:
+    kind = {RMSNorm: UnitOffsetRMSNorm, UnitOffsetRMSNorm: RMSNorm}.get(type(module))
+    return run(kind(module.eps) if kind else module, x)
+
+
+def _other_kind(module: Any, run: Any, x: Any) -> Any:
+    if type(module) is LayerNorm:
+        return run(_NoMean(module.eps), x)
+    return run(module, x - jnp.mean(x, -1, keepdims=True))
+
+
+def norm(scene: Scene, step: str) -> Iterator[Cause]:
+    """Of one norm."""
+    here = (step,)
+
+    def cause(word: str, detail: str, hook: Hook | None = None, params: Any = None) -> Cause:
+        return Cause(word, detail, here, Edit({step: hook} if hook else {}, params or (lambda p: p)))
+
+    missing = "qk_norm" if step.endswith(("q_norm", "k_norm")) else "norm_kind"
+    yield cause(missing, "the norm is not applied", lambda module, run, x: run(_Identity(), x))
+    yield cause("norm_offset", "1 + w and w are confused", _offset)
+    yield cause("norm_kind", "root mean square and mean-and-variance norm are confused", _other_kind)
+    for eps in (1e-5, 1e-6, 1e-12, 1e-8, 1e-4, 1e-3, 1e-2, 0.0):
+        yield cause("norm_eps", f"epsilon is {eps:g}", field(eps=eps))
+    yield cause("bias", "the norm's bias is not added", params=leaf(step, "bias", jnp.zeros_like))
+    own = weight_of(scene, step)
+    if own is None:
+        return
+    for other in (n for n in NORMS if n != step):
+        weight = weight_of(scene, other)
+        if weight is not None and weight.shape == own.shape and scene.stage < scene.stages.layers:
+            yield cause("weight_swapped", f"the weight is that of {other}", params=leaf(step, "weight", always(weight)))
+    for j in other_layers(scene):
+        weight = weight_of(scene, step, stage=j)
+        if weight is not None and weight.shape == own.shape:
+            yield cause("weight_swapped", f"the weight is layer {j}'s", params=leaf(step, "weight", always(weight)))
+    yield cause("weight", "the norm's weight is left out (1)", params=leaf(step, "weight", jnp.ones_like))
+    yield cause("weight", "the norm's weight is left out (0)", params=leaf(step, "weight", jnp.zeros_like))
+    if scene.step == step and own.ndim == 1:
+        scale = scale_of(scene, own, step)
+        if scale is not None:
+            yield cause(
+                "weight", f"the weight is scaled by {scale:.4g}", params=leaf(step, "weight", lambda w: w * scale)
+            )
+    yield cause("precision", "the norm is computed in bfloat16", _narrow_norm)
+
+
+def _narrow_norm(module: Any, run: Any, x: Any) -> Any:
+    """Squares, their mean and the root in bfloat16, the weight after it."""
+    narrow = x.astype(jnp.bfloat16)
+    mean = jnp.mean(narrow * narrow, -1, keepdims=True).astype(jnp.bfloat16)
+    wanted = (narrow * jax.lax.rsqrt(mean + jnp.bfloat16(module.eps))).astype(jnp.float32)
+    # The module normalises once more, which but for rounding changes nothing.
+    return rounded(jnp.bfloat16)(run(module, wanted))
+
+
+# Products.
+
+
+def projection(scene: Scene, step: str) -> Iterator[Cause]:
+    """Of one product with a weight."""
+    weight = weight_of(scene, step)
+    if weight is None or isinstance(weight, QTensor) or (step == "head") != (scene.stage == scene.stages.layers):
+        return
+
+    def cause(word: str, detail: str, change: Any, name: str = "weight") -> Cause:
+        return Cause(word, detail, (step,), Edit(params=leaf(step, name, change)))
+
+    yield cause("bias", "the bias is not added", jnp.zeros_like, "bias")
+    yield cause("bias", "the bias is added twice", lambda b: 2 * b, "bias")
+    if weight.shape[0] == weight.shape[1]:
+        yield cause("weight_transposed", "the weight is transposed", lambda w: w.T)
+    for other in (p for p in PROJECTIONS if p != step and step != "head"):
+        theirs = weight_of(scene, other)
+        if theirs is not None and theirs.shape == weight.shape and other != "head":
+            found = {name: weight_of(scene, other, name) for name in ("weight", "bias")}
+            yield Cause("weight_swapped", f"the weight is that of {other}", (step,), Edit(params=put(step, found)))
+    for j in other_layers(scene):
+        same = weight_of(scene, step, stage=j)
+        if same is not None and same.shape == weight.shape:
+            found = {name: weight_of(scene, step, name, j) for name in ("weight", "bias")}
+            yield Cause("weight_swapped", f"the weight is layer {j}'s", (step,), Edit(params=put(step, found)))
+    for scheme in SCHEMES:
+        yield cause("quantization", f"the weight is rounded to {scheme}", requantized(scheme))
+    for dtype in ("bfloat16", "float16"):
+        yield cause("quantization", f"the weight is rounded to {dtype}", rounded(dtype))
+    if scene.step == step:
+        scale = scale_of(scene, weight, step)
+        if scale is not None:
+            yield cause("weight", f"the weight is scaled by {scale:.4g}", lambda w: w * scale)
+        yield from _channels(scene, step)
+    lora = weight_of(scene, step, "lora")
+    if lora is not None:
+        yield cause("lora_scale", "the adapter is not applied", lambda a: a.replace(scale=a.scale * 0), "lora")
+        for factor in (lora.a.shape[0], 1 / lora.a.shape[0], 2.0, 0.5, lora.a.shape[0] ** 0.5, 1 / float(lora.scale)):
+            scaled = partial(lambda f, a: a.replace(scale=a.scale * f), factor)
+            yield cause("lora_scale", f"the adapter's scale is {float(lora.scale) * factor:.4g}", scaled, "lora")
+
+
+def _channels(scene: Scene, step: str) -> Iterator[Cause]:
+    """A few rows of the weight scaled, each by its own factor."""
+    bias = weight_of(scene, step, "bias")
+    shift = 0.0 if bias is None else np.asarray(bias, np.float64)
+    ours, theirs = (x.reshape(len(x), -1).astype(np.float64) - shift for x in (scene.ours, scene.theirs))
+    if len(ours) < 4:
+        return
+    scales = (ours * theirs).sum(0) / np.maximum((ours**2).sum(0), 1e-300)
+    off = np.abs(scales - 1) > 1e-3
+    if off.any():
+        factor = jnp.asarray(np.where(off, scales, 1), jnp.float32)
+        detail = f"{off.sum()} of {len(off)} output channels are scaled"
+        edit = Edit(params=leaf(step, "weight", lambda w: w * factor[:, None]))
+        yield Cause("weight", detail, (step,), edit)
+
+
+# The ends, and whole layers.
+
+
+def embedding(scene: Scene) -> Iterator[Cause]:
+    """Of the embedding."""
+    if scene.stage >= 0:
+        return
+    steps, config = ("embed",), scene.stages.model.config
+    root = float(config.hidden_size) ** 0.5
+    scales = {1.0: "missing", root: f"sqrt({config.hidden_size})", float(jnp.bfloat16(root)): "rounded to bfloat16",
+              float(jnp.float16(root)): "rounded to float16", float(config.hidden_size): "applied twice",
+              1 / root: "a division"}  # fmt: skip
+    for scale, text in scales.items():
+        yield Cause("embedding_scale", f"the scale is {text} ({scale:g})", steps, Edit({"embed": field(scale=scale)}))
+    for scheme in SCHEMES:
+        edit = Edit(params=leaf("embed", "weight", requantized(scheme)))
+        yield Cause("quantization", f"the table is rounded to {scheme}", steps, edit)
+    for dtype in ("bfloat16", "float16"):
+        edit = Edit(params=leaf("embed", "weight", rounded(dtype)))
+        yield Cause("quantization", f"the table is rounded to {dtype}", steps, edit)
+    if scene.step != "embed":
+        return
+    wrong = np.flatnonzero(
+        np.linalg.norm(scene.theirs - scene.ours, axis=-1) > 1e-2 * np.linalg.norm(scene.ours, axis=-1)
+    )
+    if 0 < len(wrong):
+        table = np.asarray(scene.stages.params(-1)["embed"]["weight"])
+        rows = scene.theirs[wrong] / np.linalg.norm(scene.theirs[wrong], axis=-1, keepdims=True)
+        norms = np.maximum(np.linalg.norm(table, axis=-1), 1e-30)
+        likely = (rows @ table.T / norms).argmax(-1)
+        fed = scene.stages.ids.copy()
+        fed[wrong] = likely
+        if not np.array_equal(fed, scene.stages.ids):
+            pairs = ", ".join(f"{int(t)}: {int(fed[t])} for {int(scene.stages.ids[t])}" for t in wrong[:4])
+            edit = Edit({"embed": lambda module, run, ids: run(module, jnp.asarray(fed)[None])})
+            yield Cause("token_ids", f"other ids were fed (position {pairs})", steps, edit)
+    scale = scale_of(scene, None, "nothing")
+    if scale is not None:
+        yield Cause(
+            "weight",
+            f"the table is scaled by {scale:.4g}",
+            steps,
+            Edit(params=leaf("embed", "weight", lambda w: w * scale)),
+        )
+
+
+def head(scene: Scene) -> Iterator[Cause]:
+    """Of the head and its soft-cap."""
+    if scene.stage < scene.stages.layers:
+        return
+    params = scene.stages.params(scene.stage)
+    if "weight" in params.get("head", {}):
+        table = params["embed"]["weight"]
+        yield Cause(
+            "head", "the head is the embedding's table", ("head",), Edit(params=leaf("head", "weight", always(table)))
+        )
+    for cap in (None, 30.0, 50.0, 20.0):
+        if hasattr(scene.stages.model.config, "final_logit_softcapping"):
+            edit = Edit(config=lambda c, cap=cap: dataclasses.replace(c, final_logit_softcapping=cap))  # type: ignore[misc]
+            yield Cause("final_softcap", f"the soft-cap on logits is {cap or 'missing'}", ("logits",), edit)
+        elif cap:
+            yield Cause("final_softcap", f"logits have a soft-cap of {cap:g}", ("logits", "head"),
+                        post=lambda x, cap=cap: cap * np.tanh(x / cap))  # fmt: skip
+
+
+def layers(scene: Scene) -> Iterator[Cause]:
+    """Of a layer's place."""
+    if not 0 <= scene.stage < scene.stages.layers:
+        return
+    every = tuple({tap.split(".", 2)[2] for tap in scene.stages.shapes if tap.startswith(f"layers.{scene.stage}.")})
+    for j in other_layers(scene):
+        yield Cause("layer_order", f"the layer is layer {j}", every, Edit(params=always(scene.stages.params(j))))
+    skipped = Edit({"": lambda module, run, x: run(_Skip(), x)})
+    yield Cause("layer_order", "the layer is left out", every, skipped)
+
+
+class _Skip(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, ctx: Any) -> jax.Array:
+        return tap(self, "resid", x)

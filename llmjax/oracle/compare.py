@@ -1,0 +1,393 @@
+"""``llmjax.compare``: what another runtime computed against the reference; a verdict, and where and why they part."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmjax.checkpoint.identity import model_facts
+from llmjax.checkpoint.loading import find_model, load
+from llmjax.errors import ConfigError, LlmjaxError, RequestError
+from llmjax.model import Model, check_ids
+from llmjax.oracle import dump as dumps
+from llmjax.oracle.comparison import Comparison
+from llmjax.oracle.dump import Dump, open_dump
+from llmjax.oracle.floors import CLASSES, MARGIN, Allowed, allowed
+from llmjax.oracle.measure import MismatchError, Tap, compared, fitted, measure
+from llmjax.oracle.metrics import logits_report
+from llmjax.oracle.names import Named, named
+from llmjax.oracle.patching import faults
+from llmjax.oracle.stages import Stages
+from llmjax.oracle.trace import Trace, trace
+from llmjax.oracle.verdict import Explained, explain
+
+# The largest error of a pair that a class may leave where no model measures floors: rough, and said to be so.
+_WITHOUT_MODEL = {
+    "float32": 1e-4,
+    "float16": 1e-2,
+    "bfloat16": 6e-2,
+    "int8": 1.5e-1,
+    "dynamic_int8": 2e-1,
+    "int4": 5e-1,
+}
+# For two models and no prompt.
+_PROMPT = "The quick brown fox jumps over the lazy dog. In 1905 she wrote: 3.14 is not 22/7, but it is near."
+
+AnyDump = Dump | Trace | str | Path
+AnyReference = Model | Dump | Trace | str | Path | None
+
+
+def compare(
+    reference: AnyReference,
+    candidate: Model | AnyDump,
+    *,
+    model: Model | str | Path | None = None,
+    names: str | Path | None = None,
+    arithmetic: str | None = None,
+    token_ids: Sequence[int] | None = None,
+) -> Comparison:
+    """Compares what another runtime computed with the reference.
+
+    Args:
+      reference: our model (or a checkpoint's path), which then computes the reference for the candidate's tokens; or a
+        dump of one.  None with ``model``.
+      candidate: a dump, or a model.
+      model: ours, for the floors and proofs beside a reference that is a dump; by default the one that the dump names,
+        if its weights are the same.
+      names: a TOML file from the candidate's names to ours (see ``oracle.names``).
+      arithmetic: the only class that may explain differences (``oracle.floors.CLASSES``).
+      token_ids: what two models are compared on; a sentence by default.
+
+    Raises:
+      RequestError: a dump is malformed.
+    """
+    if isinstance(reference, (str, Path)) and not (Path(reference) / "manifest.json").exists():
+        if model is None and (Path(reference).exists() or str(reference) == "smollm2") and not _is_dump(reference):
+            reference = load(reference)
+    if isinstance(reference, Model):
+        model, reference = reference, None
+    if isinstance(model, (str, Path)):
+        model = load(model)
+    ours = None if reference is None else _dump(reference, "reference")
+    if isinstance(candidate, Model):
+        base = model
+        if base is None and ours is None:
+            raise RequestError("compare: two models need a reference model")
+        ids = ours.token_ids.tolist() if ours is not None else _ids(base, token_ids)
+        candidate = trace(candidate, ids)
+    theirs = _dump(candidate, "candidate")
+    note = ""
+    if model is None and ours is not None:
+        model, note = _model_of(ours)
+    try:
+        return _compare(ours, theirs, model, note, names, arithmetic)
+    except MismatchError as error:
+        tokens = len(theirs.token_ids)
+        coverage = {"taps": 0, "of": len(theirs.arrays), "tokens": tokens, "missing": []}
+        return Comparison("not_comparable", None, str(error), coverage, subject=_subject(ours, theirs, model))
+
+
+def _is_dump(path: str | Path) -> bool:
+    folder = Path(path)
+    return folder.is_dir() and not (folder / "config.json").exists()
+
+
+def _dump(what: AnyDump, role: str) -> Dump:
+    if isinstance(what, Dump):
+        return what
+    if isinstance(what, Trace):
+        ids = np.array(what.manifest["token_ids"], np.int32)
+        return dumps.from_arrays(role, what.manifest, ids, what.activations)
+    return open_dump(what)
+
+
+def _ids(model: Model | None, given: Sequence[int] | None) -> list[int]:
+    assert model is not None
+    if given is not None:
+        return check_ids(given, model, "token_ids").tolist()
+    if model.tokenizer is not None:
+        return model.tokenizer.encode(_PROMPT)[: model.context_length]
+    count = min(32, model.context_length)
+    return np.random.default_rng(0).integers(0, model.config.vocab_size, count).tolist()
+
+
+def _model_of(reference: Dump) -> tuple[Model | None, str]:
+    """The model a dump of ours was made by, or why it cannot be had."""
+    path, sha = reference.manifest.get("model"), reference.manifest.get("weights_sha256")
+    if not isinstance(path, str) or not isinstance(sha, str):
+        return None, "the reference names no model (--model), so there are neither floors nor proofs"
+    try:
+        model = load(find_model(path))
+        found = model_facts(model)["weights_sha256"]
+    except (LlmjaxError, OSError) as error:
+        return None, f"the reference's model cannot be loaded (--model): {' '.join(str(error).split())}"
+    if found != sha:
+        return None, f"{path}: its weights are not those the reference was made of (--model), so nothing is proven"
+    return model, ""
+
+
+def _subject(ours: Dump | None, theirs: Dump, model: Model | None) -> dict[str, Any]:
+    keys = ("runtime", "runtime_version", "model", "dtype", "numerics", "quantization", "device", "cpu")
+    declared = {key: theirs.manifest[key] for key in keys if theirs.manifest.get(key) is not None}
+    return {
+        "reference": ours.path if ours else None,
+        "model": str(model.path) if model else None,
+        "candidate": theirs.path,
+        "declared": json.loads(json.dumps(declared, default=str)),
+        "token_ids": theirs.token_ids.tolist(),
+        "token_ids_sha256": hashlib.sha256(theirs.token_ids.astype("<i4").tobytes()).hexdigest(),
+    }
+
+
+def _compare(
+    ours: Dump | None, theirs: Dump, model: Model | None, note: str, names: str | Path | None, arithmetic: str | None
+) -> Comparison:
+    permitted = allowed(theirs.manifest, arithmetic)
+    subject = _subject(ours, theirs, model)
+    if ours is not None:
+        _same_ids(ours.token_ids, theirs.token_ids, model)
+    if model is not None:
+        ids = _fed(theirs, model)
+        try:
+            stages = Stages(model, ids)
+        except ConfigError as error:
+            ours = ours or _dump(trace(model, ids.tolist()), "reference")
+            model, note = None, f"{error}: there are neither floors nor proofs"
+    if model is None:
+        assert ours is not None
+        return _two_dumps(ours, theirs, permitted, note, names, subject)
+    known = named(theirs, stages.shapes, model, names)
+    reference = _reference(ours, theirs, model, stages)
+    taps: list[Tap] = []
+    value: np.ndarray | None = None
+    for classes in _batches(permitted):
+        taps = []
+        for both in measure(stages, known, reference, classes):
+            taps.append(both[0])
+            value = both[1]
+        found = explain(
+            taps, dataclasses.replace(permitted, singles=tuple(c for c in permitted.singles if c in classes))
+        )
+        if not found.beyond:
+            break
+    proven = faults(stages, known, taps, found) if found.beyond else []
+    identical = all(tap.equal for tap in taps)
+    logits, positions = None, ()
+    if taps[-1].name == "logits" and value is not None:
+        noise = taps[-1].floor(found.classes, whole=True)[0] / MARGIN
+        logits, positions = logits_report(value, fitted(known, "logits", value.shape, value), ids, noise)
+    missing = [tap for tap in stages.shapes if tap not in known.taps]
+    coverage = {
+        "taps": len(taps),
+        "of": len(stages.shapes),
+        "tokens": len(ids),
+        "missing": missing,
+        "unknown": list(known.unknown),
+    }
+    verdict = "identical" if identical else "different" if found.beyond else "equivalent"
+    rows = [_row(tap, tap.floor(found.classes, whole=True)[0]) for tap in taps]
+    first = _first(taps, found)
+    return Comparison(
+        verdict=verdict,
+        explained_by=found.name if verdict == "equivalent" else None,
+        reason=_reason(verdict, found, permitted, proven, missing, theirs, model),
+        coverage=coverage,
+        logits=logits,
+        taps=rows,
+        first_divergence=None if verdict != "different" else first,
+        faults=proven,
+        positions=positions,
+        subject=subject,
+        map=_map(taps),
+    )
+
+
+def _map(taps: Sequence[Tap]) -> dict[str, list[float]]:
+    ends = [t for t in taps if t.name.endswith(".resid") or t.name in ("embed", "logits")]
+    return {tap.name: tap.gap.by_token.tolist() for tap in ends}
+
+
+def _batches(permitted: Allowed) -> Iterator[tuple[str, ...]]:
+    """Which classes to measure: declared ones at once, else float32 alone first, which holds most often."""
+    base = permitted.singles if "float32" in permitted.singles else ("float32", *permitted.singles)
+    if not permitted.declared:
+        yield ("float32",)
+    yield base
+
+
+def _fed(theirs: Dump, model: Model) -> np.ndarray:
+    try:
+        return check_ids(theirs.token_ids.tolist(), model, f"{theirs.path}: token_ids")
+    except RequestError as error:
+        raise MismatchError(str(error)) from None
+
+
+def _same_ids(ours: np.ndarray, theirs: np.ndarray, model: Model | None) -> None:
+    if np.array_equal(ours, theirs):
+        return
+    first = int(ours[0])
+    bos = model.tokenizer.bos_id if model and model.tokenizer else None
+    word = "BOS" if bos == first or bos is None else "the first token"
+    if np.array_equal(theirs, ours[1:]):
+        raise MismatchError(f"token ids differ: {word} ({first}) is missing in the candidate's")
+    if np.array_equal(ours, theirs[1:]):
+        doubled = len(theirs) > 1 and theirs[0] == theirs[1]
+        what = "is doubled" if doubled else "has one more token before it, a BOS that the reference lacks:"
+        raise MismatchError(
+            f"token ids differ: {'BOS' if doubled else 'the candidate'} {what} ({int(theirs[0])}) in the candidate's"
+        )
+    if len(ours) != len(theirs):
+        raise MismatchError(f"token ids differ: the reference has {len(ours)} tokens, the candidate {len(theirs)}")
+    at = int(np.flatnonzero(ours != theirs)[0])
+    raise MismatchError(f"token ids differ: at position {at} the reference has {ours[at]}, the candidate {theirs[at]}")
+
+
+def _reference(ours: Dump | None, theirs: Dump, model: Model, stages: Stages) -> Callable[[str], np.ndarray | None]:
+    """The reference's values: of its dump; for a candidate of our own making what ``llmjax trace`` gives, in every
+    bit; else what the stages compute."""
+    if ours is not None:
+        known = named(ours, stages.shapes, model)
+        return lambda tap: fitted(known, tap, stages.shapes[tap], None) if tap in known.taps else None
+    if theirs.manifest.get("runtime") == "llmjax" and theirs.manifest.get("numerics") == model.numerics.label:
+        names = [name for name in theirs.arrays if name in stages.shapes]
+        if names and theirs.manifest.get("weights_sha256") == model_facts(model)["weights_sha256"]:
+            return trace(model, stages.ids.tolist(), names).activations.get
+    return lambda tap: None
+
+
+def _row(tap: Tap, floor: float) -> dict[str, Any]:
+    return {
+        "name": tap.name,
+        "error": tap.gap.error,
+        "error_narrowed": tap.narrowed,
+        "floor": float(floor),
+        "token": tap.gap.token,
+        "channel": tap.gap.channel,
+        "largest": tap.gap.largest,
+        "local_error": None if tap.local is None else float(tap.local[0]),
+    }
+
+
+def _first(taps: Sequence[Tap], found: Explained) -> dict[str, Any] | None:
+    """The first tap above its floor: in the whole run, or in its own step."""
+    for tap in taps:
+        floor = float(tap.floor(found.classes, whole=True)[0])
+        if tap.gap.error > floor:
+            return {"tap": tap.name, "token": tap.gap.token, "error": tap.gap.error, "floor": floor}
+        if tap in found.beyond:
+            assert tap.local is not None
+            at = int(np.argmax(tap.local / tap.floor(found.classes)))
+            own = float(tap.local[at]), float(tap.floor(found.classes)[at])
+            return {"tap": tap.name, "token": tap.gap.token, "error": own[0], "floor": own[1]}
+    return None
+
+
+def _reason(
+    verdict: str,
+    found: Explained,
+    permitted: Allowed,
+    proven: Sequence[Mapping[str, Any]],
+    missing: Sequence[str],
+    theirs: Dump,
+    model: Model,
+) -> str:
+    declared = f" (declared: {', '.join(permitted.singles)})" if permitted.declared else ""
+    if verdict == "identical":
+        return "every value is the same in every bit"
+    if verdict == "equivalent":
+        return f"every step is within the floor of {found.name} arithmetic{declared}{_bos_note(theirs, model)}"
+    parts = []
+    for fault in proven[:3]:
+        best = fault["causes"][0]
+        why = best["cause"] if best["cause"] == "unknown" else f"{best['cause']}: {best['detail']}"
+        parts.append(f"{fault['module']} ({why})")
+    more = f" and {len(proven) - 3} more" if len(proven) > 3 else ""
+    text = f"no allowed arithmetic explains {', '.join(parts)}{more}{declared}"
+    return text + (f"; {advice}" if (advice := _advice(missing, found)) else "") + _bos_note(theirs, model)
+
+
+def _advice(missing: Sequence[str], found: Explained) -> str:
+    """What a coarser dump cannot tell, and what to dump next."""
+    resids = [tap for tap in missing if tap.endswith(".resid")]
+    if resids:
+        return f"where it begins cannot be said without layers.*.resid ({len(resids)} are missing): dump them next"
+    beyond = found.beyond[0].name
+    layer = beyond.rsplit(".resid", 1)[0]
+    inside = [tap for tap in missing if tap.startswith(f"{layer}.")]
+    return f"dump {layer}.* next to see where in the layer" if beyond.endswith(".resid") and inside else ""
+
+
+def _bos_note(theirs: Dump, model: Model) -> str:
+    ids, tokenizer = theirs.token_ids, model.tokenizer
+    if tokenizer is None or tokenizer.bos_id is None:
+        return ""
+    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_id:
+        return "; note: BOS is doubled in the candidate's token ids"
+    if model.architecture.needs_bos and ids[0] != tokenizer.bos_id:
+        return "; note: BOS is missing in the candidate's token ids"
+    return ""
+
+
+def _two_dumps(
+    ours: Dump, theirs: Dump, permitted: Allowed, note: str, names: str | Path | None, subject: Mapping[str, Any]
+) -> Comparison:
+    """Without a model: taps of the same names, against what classes leave at most by experience."""
+    left, right = named(ours, {}, None), named(theirs, {}, None, names)
+    shared = [tap for tap in left.taps if tap in right.taps]
+    if not shared:
+        raise MismatchError(f"{ours.path} and {theirs.path} have no array in common; map the names (--names)")
+    taps, logits, positions = [], None, ()
+    for name in shared:
+        a, b = _unbatched(left, name), _unbatched(right, name)
+        if a.shape != b.shape:
+            raise MismatchError(f"{theirs.path}: {name}: shape {list(b.shape)}, the reference's is {list(a.shape)}")
+        taps.append(compared(name, a, b))
+        if name == "logits":
+            logits, positions = logits_report(a.astype(np.float32), b.astype(np.float32), theirs.token_ids, None)
+    worst = max(tap.gap.error for tap in taps)
+    flips = logits["flips_beyond_margin"] if logits else 0
+    holds = [c for c in permitted.singles if c in _WITHOUT_MODEL and worst <= _WITHOUT_MODEL[c] and not flips]
+    limit = _WITHOUT_MODEL[
+        (holds or [c for c in permitted.singles if c in _WITHOUT_MODEL] or ["float32"])[-1 if not holds else 0]
+    ]
+    verdict = "identical" if all(tap.equal for tap in taps) else "equivalent" if holds else "different"
+    first = next((t for t in taps if t.gap.error > limit), None)
+    reason = {
+        "identical": "every value is the same in every bit",
+        "equivalent": f"the largest error is {worst:.1e}, about what {''.join(holds[:1])} arithmetic leaves; {note}",
+        "different": f"the largest error is {worst:.1e}, with {flips} best tokens beyond their margin; {note}",
+    }[verdict]
+    missing = [tap for tap in left.taps if tap not in right.taps]
+    coverage = {
+        "taps": len(taps), "of": len(left.taps), "tokens": len(theirs.token_ids), "missing": missing,
+        "unknown": sorted(set(right.taps) - set(left.taps)), "note": note,
+    }  # fmt: skip
+    divergence = first and {"tap": first.name, "token": first.gap.token, "error": first.gap.error, "floor": limit}
+    return Comparison(
+        verdict=verdict,
+        explained_by=holds[0] if verdict == "equivalent" else None,
+        reason=reason,
+        coverage=coverage,
+        logits=logits,
+        taps=[_row(tap, limit) for tap in taps],
+        first_divergence=divergence if verdict == "different" else None,
+        positions=positions,
+        subject=subject,
+        map=_map(taps),
+    )
+
+
+def _unbatched(named: Named, tap: str) -> np.ndarray:
+    array, tokens = named.read(tap), len(named.dump.token_ids)
+    if array.ndim > 1 and array.shape[0] == 1 and array.shape[0] != tokens:
+        array = array[0]
+    if tokens not in array.shape[:2]:
+        raise MismatchError(f"{named.dump.path}: {tap}: shape {list(array.shape)}, expected {tokens} tokens first")
+    return array
+
+
+assert set(_WITHOUT_MODEL) <= set(CLASSES)

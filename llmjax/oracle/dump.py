@@ -1,0 +1,201 @@
+"""Dumps: directories of arrays that a runtime computed for one prompt, and ``manifest.json``.
+
+Arrays ``[T, ...]`` or ``[1, T, ...]`` lie in ``*.safetensors``, ``*.npz`` and ``*.npy`` files (a ``.npy`` file's array
+has the file's name).  Nothing is read before it is asked for.  bfloat16 and float16 stay what they are; NumPy's files
+have no name for bfloat16 and hold it as ``V2``.
+"""
+
+import dataclasses
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from converters.readers.jsonfile import read_json
+from converters.readers.safetensors import SafetensorsFile
+from llmjax.errors import CheckpointError, LlmjaxError, RequestError, shown
+
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """An array of a dump.
+
+    Attributes:
+      shape: as it is stored.
+      dtype: ``float32``, ``bfloat16``, ...
+      read: reads it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dump:
+    """What a runtime computed.
+
+    Attributes:
+      path: for messages.
+      manifest: see ``llmjax compare``'s contract: ``token_ids``, and what it declares of itself.
+      token_ids: int32 ``[T]``.
+      arrays: by the runtime's own names.
+    """
+
+    path: str
+    manifest: Mapping[str, Any]
+    token_ids: np.ndarray
+    arrays: Mapping[str, Stored]
+
+    def read(self, name: str) -> np.ndarray:
+        """One array, every value finite.
+
+        Raises:
+          RequestError: it cannot be read, or holds NaN or infinity.
+        """
+        try:
+            value = self.arrays[name].read()
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, LlmjaxError) as error:
+            raise RequestError(f"{self.path}: {name}: cannot be read, the file is damaged: {_line(error)}") from None
+        if not np.isfinite(value).all():
+            bad = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
+            raise RequestError(
+                f"{self.path}: {name}: NaN or infinity at {list(bad)}; a step before it overflows or divides by zero"
+            )
+        return value
+
+
+def open_dump(path: str | Path) -> Dump:
+    """Opens a dump's directory and checks all that its headers say.
+
+    Raises:
+      RequestError: it is none, or is malformed; all problems of its arrays in one line.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise RequestError(f"{folder}: no such directory; a dump is one, with arrays and manifest.json")
+    manifest = _manifest(folder)
+    ids = _token_ids(folder / "manifest.json", manifest)
+    arrays: dict[str, Stored] = {}
+    names: Counter[str] = Counter()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in _READERS and not file.name.startswith("."):
+            try:
+                for name, stored in _READERS[file.suffix](file):
+                    names[name] += 1
+                    arrays[name] = stored
+            except (OSError, ValueError, EOFError, zipfile.BadZipFile, LlmjaxError) as error:
+                text = _line(error)
+                raise RequestError(
+                    text if str(file) in text else f"{file}: not a readable array file: {text}"
+                ) from None
+    problems = [f"{name} is there {count} times" for name, count in names.items() if count > 1]
+    for name, stored in arrays.items():
+        if stored.dtype not in _FLOATS:
+            problems.append(f"{name}: expected floats ({', '.join(_FLOATS)}), found {stored.dtype}")
+        elif 0 in stored.shape or not stored.shape:
+            problems.append(f"{name}: holds no values [T, ...], its shape is {list(stored.shape)}")
+    if not arrays:
+        problems.append("no arrays: expected *.safetensors, *.npz or *.npy beside manifest.json")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise RequestError(f"{folder}: {'; '.join(problems[:3])}{more}")
+    return Dump(str(folder), manifest, ids, arrays)
+
+
+def from_arrays(path: str, manifest: Mapping[str, Any], ids: np.ndarray, arrays: Mapping[str, np.ndarray]) -> Dump:
+    """A dump of arrays in memory, a trace's say."""
+    stored = {n: Stored(a.shape, a.dtype.name, lambda a=a: a) for n, a in arrays.items()}  # type: ignore[misc]
+    return Dump(path, manifest, ids, stored)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = read_json(folder / "manifest.json")
+    except CheckpointError as error:
+        raise RequestError(_line(error)) from None
+    if manifest is None:
+        raise RequestError(
+            f"{folder}: manifest.json is missing; a dump names at least the token ids that it was made of: "
+            '{"token_ids": [...]}'
+        )
+    for key, kind in {"dtype": str, "numerics": str, "runtime": str, "names": dict}.items():
+        if manifest.get(key) is not None and not isinstance(manifest[key], kind):
+            found = shown(manifest[key])
+            raise RequestError(f"{folder / 'manifest.json'}: {key}: expected {_KINDS[kind]}, found {found}")
+    return manifest
+
+
+_KINDS: dict[type, str] = {str: "a text", dict: "an object of names"}
+
+
+def _token_ids(file: Path, manifest: Mapping[str, Any]) -> np.ndarray:
+    ids = manifest.get("token_ids")
+    if ids is None:
+        raise RequestError(f"{file}: token_ids is missing: the ids as they were fed, BOS included if it was")
+    if isinstance(ids, list) and len(ids) == 1 and isinstance(ids[0], list):
+        ids = ids[0]  # a batch of one
+    whole = isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < 1 << 31 for i in ids)
+    if not whole:
+        raise RequestError(f"{file}: token_ids: expected a list of token ids, found {shown(manifest['token_ids'])}")
+    return np.array(ids, np.int32)
+
+
+def _safetensors(file: Path) -> Iterator[tuple[str, Stored]]:
+    source = SafetensorsFile(file)
+    kinds = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    for name in source.names():
+        spec = source.spec(name)
+
+        def read(name: str = name) -> np.ndarray:
+            return source.read(name)
+
+        yield name, Stored(spec.shape, kinds.get(spec.dtype, spec.dtype), read)
+
+
+def _npy(file: Path) -> Iterator[tuple[str, Stored]]:
+    array = np.load(file, mmap_mode="r", allow_pickle=False)
+    yield file.stem, Stored(array.shape, _kind(array.dtype), lambda: _typed(np.array(array)))
+
+
+def _npz(file: Path) -> Iterator[tuple[str, Stored]]:
+    with zipfile.ZipFile(file) as archive:
+        members = [name for name in archive.namelist() if name.endswith(".npy")]
+        for member in members:
+            with archive.open(member) as stream:
+                version = np.lib.format.read_magic(stream)
+                header = (
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                )
+                shape, _, dtype = header(stream)
+
+            def read(member: str = member) -> np.ndarray:
+                with zipfile.ZipFile(file) as archive, archive.open(member) as stream:
+                    return _typed(np.lib.format.read_array(stream, allow_pickle=False))
+
+            yield member.removesuffix(".npy"), Stored(shape, _kind(dtype), read)
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Stored]]]] = {
+    ".safetensors": _safetensors,
+    ".npy": _npy,
+    ".npz": _npz,
+}
+
+
+def _kind(dtype: np.dtype) -> str:
+    return "bfloat16" if dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None else dtype.name
+
+
+def _typed(array: np.ndarray) -> np.ndarray:
+    return array.view(ml_dtypes.bfloat16) if _kind(array.dtype) == "bfloat16" else array

@@ -1,0 +1,186 @@
+"""Classes of arithmetic, and what each does to every tap: measured by running our own model in their ways.
+
+A class holds an error that is within ``MARGIN`` of what one of its ways does to the same step, where that way's traces
+are there: most of the steps that it moves must have moved.  One step that is off does not make a float32 run bfloat16.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax.errors import RequestError
+from llmjax.models.rope import Rope
+from llmjax.numerics import Numerics
+from llmjax.oracle.stages import Edit, Hook, Params
+from llmjax.quant.qtensor import dequantize
+from llmjax.quant.rounding import quantize
+from llmjax.quant.schemes import Scheme
+
+# One run is one sample of what an arithmetic does; another runtime's may be this many times worse.
+MARGIN = 4.0
+# What no measure falls below: a few float32 roundings.
+LEAST = 1.5e-6
+# The share of the steps moved by a way that must have moved for it to be the candidate's.
+TRACES = 0.5
+
+PROJECTIONS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down", "head")
+_WEIGHTS = ("q", "k", "v", "o", "gate", "up", "down", "head", "embed")
+
+
+def weights(change: Callable[[jax.Array], jax.Array]) -> Callable[[Params], Params]:
+    """Changes the matrices of a stage."""
+
+    def edit(params: Params, inside: str = "") -> Params:
+        found = {}
+        for name, leaf in params.items():
+            if isinstance(leaf, Mapping):
+                found[name] = edit(dict(leaf), name)
+            else:
+                found[name] = change(leaf) if name == "weight" and inside in _WEIGHTS and leaf.ndim == 2 else leaf
+        return found
+
+    return edit
+
+
+def rounded(dtype: Any) -> Callable[[jax.Array], jax.Array]:
+    """To a dtype and back."""
+    return lambda x: x.astype(dtype).astype(x.dtype)
+
+
+def requantized(scheme: str) -> Callable[[jax.Array], jax.Array]:
+    """What a weight is after it was quantized; as it is where the scheme does not fit it."""
+
+    def change(weight: jax.Array) -> jax.Array:
+        parsed, array = Scheme.parse(scheme), np.asarray(weight)
+        if array.shape[1] % (parsed.group or 2):
+            return weight
+        return jnp.asarray(dequantize(quantize(lambda a, b: array[a:b], array.shape, parsed)), jnp.float32)
+
+    return change
+
+
+class _Nudged(Rope):
+    """Angles one rounding off."""
+
+    def frequencies(self) -> np.ndarray:
+        return super().frequencies() * np.float32(1 + 2**-23)
+
+
+def _other_order() -> Edit:
+    """Sums from the other end, and angles one rounding off."""
+
+    def backwards(module: Any, run: Any, x: jax.Array) -> Any:
+        return run(module, x[..., ::-1])
+
+    def nudged(module: Any, run: Any, x: jax.Array) -> Any:
+        rope = module.rope
+        return run(module.clone(rope=_Nudged(**vars(rope))) if type(rope) is Rope else module, x)
+
+    hooks: dict[str, Hook] = dict.fromkeys(PROJECTIONS, backwards)
+    hooks["embed"] = lambda module, run, ids: run(module, ids)[..., ::-1]
+    return Edit(hooks | {"attn": nudged}, weights(lambda w: w[:, ::-1]))
+
+
+def _narrow(dtype: Any) -> tuple[Edit, ...]:
+    """Everything in 16 bits; products alone; weights alone."""
+
+    def cast(params: Params) -> Params:
+        return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, params)
+
+    everything = Numerics("hf", jnp.dtype(dtype), jnp.dtype(dtype), round_alibi=True)
+    products = Numerics("hf", jnp.dtype(jnp.float32), jnp.dtype(dtype))
+    return (
+        Edit(params=cast, numerics=lambda _: everything),
+        Edit(params=cast, numerics=lambda _: products),
+        Edit(params=weights(rounded(dtype))),
+    )
+
+
+def _cache(dtype: Any) -> Edit:
+    names = ("attn.k_rot", "attn.v")
+    return Edit(after=dict.fromkeys(names, rounded(dtype)))
+
+
+def _activation16(module: Any, run: Any, x: jax.Array) -> Any:
+    half, act = rounded(jnp.float16), module.activation
+    return run(module.clone(activation=lambda y: half(act(half(y)))), x)
+
+
+def _rows8(module: Any, run: Any, x: jax.Array) -> Any:
+    scale = jnp.max(jnp.abs(x), -1, keepdims=True) / 127
+    scale = jnp.where(scale == 0, 1, scale)
+    return run(module, jnp.round(x / scale) * scale)
+
+
+# By class, from narrow to wide, the ways that are the class.
+CLASSES: dict[str, Callable[[], tuple[Edit, ...]]] = {
+    "float32": lambda: (_other_order(),),
+    "gelu16": lambda: (Edit({"mlp": _activation16}),),
+    "cache16": lambda: (_cache(jnp.float16), _cache(jnp.bfloat16)),
+    "float16": partial(_narrow, jnp.float16),
+    "bfloat16": partial(_narrow, jnp.bfloat16),
+    "int8": lambda: tuple(Edit(params=weights(requantized(s))) for s in ("int8", "int8-g32")),
+    "dynamic_int8": lambda: (Edit(dict.fromkeys(PROJECTIONS, _rows8), weights(requantized("int8"))),),
+    "int4": lambda: tuple(Edit(params=weights(requantized(s))) for s in ("int4", "int4-g32")),
+}
+_NARROW = ("gelu16", "cache16", "float16", "bfloat16")
+_SPELLINGS = {
+    "float16": r"\b(fp16|float16|f16|half)\b",
+    "bfloat16": r"\b(bf16|bfloat16)\b",
+    "dynamic_int8": r"dynamic|w8a8|mediapipe_cpu|\bint8 activations",
+    "int8": r"int8|q8|w8|8.?bit",
+    "int4": r"int4|q4|q5|w4|nf4|4.?bit",
+    "cache16": r"cache16",
+    "gelu16": r"gelu16",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Allowed:
+    """Which classes may explain a candidate.
+
+    Attributes:
+      singles: each alone, from narrow to wide.
+      declared: the candidate says so itself, or ``--class`` does.
+    """
+
+    singles: tuple[str, ...]
+    declared: bool
+
+    @property
+    def together(self) -> list[tuple[str, ...]]:
+        """Classes alone, then weights of few bits with a narrow dtype."""
+        few = [name for name in self.singles if "int" in name]
+        dtypes = [name for name in self.singles if name in ("float16", "bfloat16")]
+        return [*((name,) for name in self.singles), *((dtype, name) for name in few for dtype in dtypes)]
+
+
+def allowed(manifest: Mapping[str, Any], forced: str | None) -> Allowed:
+    """The classes that a dump's manifest, or ``--class``, leaves.
+
+    Raises:
+      RequestError: there is no such class.
+    """
+    if forced is not None:
+        if forced not in CLASSES:
+            raise RequestError(f"class: unknown {forced!r}; expected one of {', '.join(CLASSES)}")
+        return Allowed((forced,), True)
+    declared = {key: manifest.get(key) for key in ("dtype", "numerics", "quantization")}
+    if not any(declared.values()):
+        return Allowed(tuple(CLASSES), False)
+    text = " ".join(str(value).lower() for value in declared.values() if value)
+    found = {name for name, pattern in _SPELLINGS.items() if re.search(pattern, text)}
+    if declared["dtype"] is None and not found & {"float16", "bfloat16"}:
+        found |= set(_NARROW)  # nothing is said of activations
+    return Allowed(tuple(name for name in CLASSES if name in found | {"float32"}), True)
+
+
+def floor(measured: np.ndarray, float32: np.ndarray) -> np.ndarray:
+    """The most that an error may be, from what a way does and what another order of sums does."""
+    return MARGIN * np.hypot(np.maximum(measured, float32), LEAST)

@@ -1,0 +1,237 @@
+"""Where it begins, proven: the candidate's own input through our module, against the candidate's output.
+
+What is only inherited vanishes there; what remains is the module's own.  Then each cause of the catalogue is made in
+our module: one that is right takes the error away.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llmjax.oracle.causes.base import Cause, Scene
+from llmjax.oracle.causes.catalogue import EVERYWHERE, catalogue
+from llmjax.oracle.floors import MARGIN
+from llmjax.oracle.measure import Tap, inner, pair, patches, stage_values
+from llmjax.oracle.names import Named
+from llmjax.oracle.stages import PLAIN, Edit, Stages
+from llmjax.oracle.steps import common, segment, split
+from llmjax.oracle.verdict import Explained
+
+# A cause that explains this much is taken for proven, and what it heals elsewhere for the same fault.
+PROVEN = 0.9
+# A cause that explains less is not worth a word.
+_WORTH = 0.3
+# Stages that may lie between two dumped taps for a cause to be tried in each of them.
+_FEW = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tried:
+    cause: Cause
+    explains: float
+    healed: tuple[Tap, ...]
+    stage: int | None
+
+
+def faults(stages: Stages, named: Named, taps: Sequence[Tap], found: Explained) -> list[dict[str, Any]]:
+    """The faults of a candidate, in the order of computation.
+
+    Args:
+      stages: our model.
+      named: the candidate's dump.
+      taps: as measured.
+      found: the classes of arithmetic, and the taps beyond them.
+    """
+    bench = _Bench(stages, named, taps, found)
+    left = list(found.beyond)
+    faults = []
+    proven: list[tuple[str, str]] = []
+    while left:
+        first = left[0]
+        tried = bench.try_causes(first, left, proven)
+        best = tried[0] if tried and tried[0].explains >= PROVEN else None
+        healed = [first, *(tap for tap in left[1:] if best and tap in best.healed)]
+        if best:
+            proven.insert(0, (best.cause.cause, best.cause.detail))
+        faults.append(bench.fault(first, healed, tried, best))
+        left = [tap for tap in left if tap not in healed]
+    return faults
+
+
+class _Bench:
+    def __init__(self, stages: Stages, named: Named, taps: Sequence[Tap], found: Explained):
+        self.stages, self.named, self.found = stages, named, found
+        self.taps = {tap.name: tap for tap in taps}
+        self.dumped = {inner(tap) for tap in named.taps}
+        self._values: dict[int, dict[str, np.ndarray]] = {}
+
+    def segment(self, tap: str) -> list[str]:
+        """The steps that may be at fault for a tap."""
+        if inner(tap) != tap:
+            return [tap]
+        return segment(tap, self.stages.shapes, self.dumped, self.stages.layers)
+
+    def values(self, stage: int) -> dict[str, np.ndarray]:
+        """The candidate's, of one stage."""
+        if stage not in self._values:
+            if len(self._values) > 4:
+                self._values.clear()
+            # Of two shapes that are possible, the one nearer to ours.
+            start, x = self.start(stage)
+            for s in range(start, stage):
+                x, _ = self.stages.run(s, x, patches(self.values(s)))
+            _, ours = self.stages.run(stage, x, {})
+            self._values[stage] = stage_values(self.stages, self.named, stage, ours)
+        return self._values[stage]
+
+    def start(self, stage: int) -> tuple[int, jax.Array | None]:
+        """The first stage to run for one, and the candidate's value that goes into it."""
+        while stage > -1:
+            before = f"layers.{stage - 1}.resid" if stage else "embed"
+            if before in self.dumped:
+                return stage, jnp.asarray(patches(self.values(stage - 1))[before], jnp.float32)[None]
+            stage -= 1
+        return -1, None
+
+    def run(self, first: int, last: int, x: Any, edit: Edit, at: int | None) -> dict[str, np.ndarray]:
+        """Our values of these stages from the candidate's inputs, one stage edited, or all."""
+        ours = {}
+        for stage in range(first, last + 1):
+            changed = edit if at is None or at == stage else PLAIN
+            x, values = self.stages.run(stage, x, patches(self.values(stage)), changed)
+            ours |= values
+        return ours
+
+    def try_causes(self, tap: Tap, left: Sequence[Tap], proven: Sequence[tuple[str, str]]) -> list[_Tried]:
+        """What each cause explains of a tap's own error, the best first."""
+        steps = self.segment(tap.name)
+        last = self.stages.stage_of(tap.name)
+        first = min(self.stages.stage_of(step) for step in steps)
+        start, x = self.start(first) if first > -1 else (-1, None)
+        for stage in range(start, first):
+            x, _ = self.stages.run(stage, x, patches(self.values(stage)))
+        plain = self.run(first, last, x, PLAIN, None)
+        if inner(tap.name) != tap.name:
+            return []
+        theirs = self.values(last)[tap.name]
+        tried = []
+        # A stage of the segment alone, or a mistake that is made in all of them.
+        places: list[int | None] = list(range(first, last + 1)) if last - first <= _FEW else [None]
+        if last > first and None not in places:
+            places.append(None)
+        for at in places:
+            stage = last if at is None else at
+            mine = {split(step)[1] for step in steps if at is None or self.stages.stage_of(step) == at}
+            scene = Scene(self.stages, stage, split(tap.name)[1] if stage == last else "", plain[tap.name], theirs)
+            causes = catalogue(scene) if at is not None else self.everywhere(scene, first, last)
+            for cause in sorted(causes, key=lambda c: (c.cause, c.detail) not in proven):
+                if mine & set(cause.steps) and (cause.cause != "layer_order" or self.several(tap, left, steps)):
+                    one = self.try_cause(tap, left, cause, (first, last, x, at), plain, theirs)
+                    if one is not None and one.explains > _WORTH:
+                        tried.append(one)
+                        if one.explains > 0.97 and (cause.cause, cause.detail) in proven:
+                            return tried
+        # What heals more taps is the better of two that explain as much.
+        return sorted(tried, key=lambda t: (-round(t.explains, 4), -len(t.healed)))
+
+    def everywhere(self, scene: Scene, first: int, last: int) -> list[Cause]:
+        """Mistakes made in all of these stages, each once."""
+        found: dict[tuple[str, str], Cause] = {}
+        for stage in {first, (first + last) // 2, last}:
+            for cause in catalogue(dataclasses.replace(scene, stage=stage, step="")):
+                if cause.cause in EVERYWHERE:
+                    found.setdefault((cause.cause, cause.detail), cause)
+        return list(found.values())
+
+    def several(self, tap: Tap, left: Sequence[Tap], steps: Sequence[str]) -> bool:
+        """Whether a whole layer may be at fault: several of its taps are, or little of it was dumped."""
+        stage = self.stages.stage_of(tap.name)
+        return len(steps) > 4 or sum(self.stages.stage_of(t.name) == stage for t in left) > 3
+
+    def try_cause(
+        self,
+        tap: Tap,
+        left: Sequence[Tap],
+        cause: Cause,
+        where: tuple[int, int, Any, int | None],
+        plain: Any,
+        theirs: Any,
+    ) -> _Tried | None:
+        first, last, x, at = where
+        if cause.post is not None:
+            ours = {**plain, tap.name: cause.post(plain[tap.name])}
+        else:
+            ours = self.run(first, last, x, cause.edit, at)
+        if tap.name not in ours:
+            return None
+        errors = {}
+        for stage in range(first, last + 1):
+            for name, value in self.values(stage).items():
+                if name in ours and name in self.taps:
+                    errors[name] = pair(ours[name], value, name)
+        wrong = {t.name for t in left}
+        for name, error in errors.items():
+            other = self.taps[name]
+            if name not in wrong and np.max(error / other.floor(self.found.classes)) > max(
+                1, other.excess(self.found.classes)
+            ):
+                return None  # it would break what is right
+        healed = tuple(t for t in left if t.name in errors and self.heals(t, errors[t.name]))
+        return _Tried(cause, self.share(tap, errors[tap.name]), healed, at)
+
+    def heals(self, tap: Tap, error: np.ndarray) -> bool:
+        return self.share(tap, error) >= PROVEN
+
+    def share(self, tap: Tap, error: np.ndarray) -> float:
+        """How much of a tap's own error an edit takes away, beyond what arithmetic leaves."""
+        assert tap.local is not None
+        floor = tap.floor(self.found.classes)
+        at = int(np.argmax(tap.local / floor))
+        noise = floor[at] / MARGIN
+        return float(np.clip(1 - max(0.0, error[at] - noise) / (tap.local[at] - noise), 0, 1))
+
+    def fault(self, tap: Tap, healed: Sequence[Tap], tried: Sequence[_Tried], best: _Tried | None) -> dict[str, Any]:
+        """As the contract has it."""
+        assert tap.local is not None
+        steps = self.segment(tap.name)
+        floor = tap.floor(self.found.classes)
+        at = int(np.argmax(tap.local / floor))
+        module = common([t.name for t in healed]) if len(steps) == 1 else common(steps)
+        if best and (len(steps) > 1 or best.cause.cause == "layer_order"):
+            mine = [
+                s for s in steps if split(s)[1] in best.cause.steps and best.stage in (None, self.stages.stage_of(s))
+            ]
+            module = common(mine) or module
+            if best.cause.cause == "layer_order":
+                module = f"layers.{self.stages.stage_of(tap.name)}"
+        causes = [
+            {"cause": t.cause.cause, "detail": t.cause.detail, "explains": round(t.explains, 4)}
+            for t in _distinct(tried)
+        ]
+        what = "the step" if len(steps) == 1 else f"{len(steps)} steps ({steps[0]} to {steps[-1]})"
+        return {
+            "module": module or tap.name,
+            "tap": tap.name,
+            "local_error": float(tap.local[at]),
+            "local_floor": float(floor[at]),
+            "proof": f"the candidate's own input through {what} of ours ends {tap.local[at]:.1e} from the candidate's "
+            f"{tap.name}; {self.found.name} arithmetic explains {floor[at]:.1e}",
+            "also": [t.name for t in healed[1:]],
+            "causes": causes or [{"cause": "unknown", "detail": _unknown(len(steps)), "explains": 0.0}],
+        }
+
+
+def _unknown(steps: int) -> str:
+    return "no known mistake explains it" + ("" if steps == 1 else f"; {steps} steps lie between the dumped taps")
+
+
+def _distinct(tried: Sequence[_Tried]) -> list[_Tried]:
+    """The best of each word, three at most."""
+    best: dict[str, _Tried] = {}
+    for one in tried:
+        best.setdefault(one.cause.cause, one)
+    return list(best.values())[:3]

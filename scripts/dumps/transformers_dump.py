@@ -1,0 +1,130 @@
+"""Dumps what a Hugging Face model computes for one prompt, for `llmjax compare`.  Needs only torch and transformers.
+
+    python transformers_dump.py MODEL OUTPUT --prompt "Once upon a time" [--dtype bfloat16]
+    llmjax compare --model MODEL OUTPUT
+
+Every module's output is written under the module's own name, in its own dtype; beside them the logits and, where the
+model shows them, attention weights (`NAME.attn_weights`), what goes into an attention's last projection (`NAME.input`)
+and queries and keys after the rotation (`NAME.q_rot`, `NAME.k_rot`).
+"""
+
+import argparse
+import json
+import platform
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+_LAST = ("self_attn.o_proj", "self_attn.dense", "self_attention.dense")
+
+
+def record(model: torch.nn.Module, ids: list[int]) -> dict[str, torch.Tensor]:
+    """Runs the ids and returns the arrays by name."""
+    seen: dict[str, torch.Tensor] = {}
+    attention = [""]
+
+    def keep(name: str, value: object) -> None:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            times = sum(key == name or key.startswith(f"{name}#") for key in seen)
+            seen[f"{name}#{times + 1}" if times else name] = value.detach().clone().contiguous().cpu()
+
+    def before(name: str):
+        def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+            if name.endswith(("self_attn", "self_attention")):
+                attention[0] = name
+            if name.endswith(_LAST):
+                keep(f"{name}.input", args[0])
+
+        return hook
+
+    def after(name: str):
+        def hook(module: torch.nn.Module, args: tuple, output: object) -> None:
+            if isinstance(output, tuple):
+                keep(name, output[0])
+                weights = [x for x in output[1:] if isinstance(x, torch.Tensor) and x.dim() == 4]
+                if weights and name == attention[0]:
+                    keep(f"{name}.attn_weights", weights[0])
+            else:
+                keep(name, output)
+
+        return hook
+
+    hooks = []
+    for name, module in model.named_modules():
+        if name:
+            hooks.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+            hooks.append(module.register_forward_hook(after(name)))
+    source = sys.modules[type(model).__module__]
+    rotate = getattr(source, "apply_rotary_pos_emb", None)
+
+    def rotated(q, k, *args, **kwargs):
+        result = rotate(q, k, *args, **kwargs)
+        width = getattr(model.get_submodule(attention[0]), "head_dim", None)
+        if result[0].shape[-1] == width:  # not the part of a partial rotation
+            keep(f"{attention[0]}.q_rot", result[0])
+            keep(f"{attention[0]}.k_rot", result[1])
+        return result
+
+    try:
+        if rotate is not None:
+            source.apply_rotary_pos_emb = rotated
+        with torch.no_grad():
+            output = model(torch.tensor([ids], device=next(model.parameters()).device), use_cache=False)
+    finally:
+        if rotate is not None:
+            source.apply_rotary_pos_emb = rotate
+        for hook in hooks:
+            hook.remove()
+    keep("logits", output.logits)
+    return seen
+
+
+def write(folder: Path, model: torch.nn.Module, ids: list[int], **facts: object) -> None:
+    """Writes the dump."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(record(model, ids), folder / "activations.safetensors")
+    manifest = {
+        "token_ids": ids,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "runtime": "transformers",
+        "runtime_version": transformers.__version__,
+        "versions": {"torch": torch.__version__},
+        "device": str(next(model.parameters()).device),
+        "cpu": platform.processor() or platform.machine(),
+        "attention": model.config._attn_implementation,
+        **facts,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="a checkpoint's directory")
+    parser.add_argument("output", type=Path)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt")
+    what.add_argument("--ids", help="token ids: 1,2,3")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument(
+        "--attention", default="eager", help="eager shows attention weights; falcon is right under sdpa"
+    )
+    parser.add_argument("--gguf-file", help="of the directory, to load instead")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    options = {"gguf_file": args.gguf_file} if args.gguf_file else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=getattr(torch, args.dtype), attn_implementation=args.attention, **options
+    )
+    if args.ids:
+        ids = [int(i) for i in args.ids.split(",")]
+    else:
+        ids = transformers.AutoTokenizer.from_pretrained(args.model, **options)(args.prompt)["input_ids"]
+    write(args.output, model.to(args.device).eval(), ids, model=str(args.model))
+    print(f"{len(ids)} tokens in {args.output}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

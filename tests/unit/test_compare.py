@@ -1,0 +1,302 @@
+"""``llmjax compare``: metrics, dumps and their faults, names, verdicts, what patching proves, causes, the command."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import llmjax
+from llmjax.cli.main import main
+from llmjax.errors import RequestError
+from llmjax.oracle import dump as dumps
+from llmjax.oracle.floors import allowed
+from llmjax.oracle.metrics import gap, logits_report, narrowed
+from llmjax.oracle.names import layouts, named
+from llmjax.oracle.stages import Stages
+from llmjax.oracle.steps import segment
+from tests import tiny
+
+IDS = np.random.default_rng(3).integers(0, 96, 12).tolist()
+
+
+@pytest.fixture(scope="module")
+def model() -> llmjax.Model:
+    return tiny.random_model(vocab_size=96, hidden_size=24, intermediate_size=40, num_attention_heads=4)
+
+
+@pytest.fixture(scope="module")
+def traced(model):
+    return llmjax.trace(model, IDS)
+
+
+def broken(model: llmjax.Model, edits: dict) -> llmjax.Model:
+    """The model with other leaves: ``layers_1/attn/q/weight`` to a function of the old one."""
+    params = jax.tree.map(lambda x: x, model.params)
+    for path, change in edits.items():
+        *parents, last = path.split("/")
+        node = params
+        for key in parents:
+            node = node[key]
+        node[last] = jnp.asarray(change(node[last]))
+    return dataclasses.replace(model, params=params)
+
+
+def with_arrays(trace: llmjax.Trace, keep=lambda name: True, **manifest) -> llmjax.Trace:
+    arrays = {name: x for name, x in trace.activations.items() if keep(name)}
+    return llmjax.Trace(arrays, {**trace.manifest, **manifest})
+
+
+def told(report: llmjax.Comparison) -> list[tuple[str, str]]:
+    return [(fault["module"], fault["causes"][0]["cause"]) for fault in report.faults]
+
+
+# Metrics.
+
+
+def test_error_of_a_pair():
+    x = np.array([[3.0, 4.0], [0.0, 0.0]], np.float32)
+    y = np.array([[3.0, 0.0], [0.0, 0.0]], np.float32)
+    found = gap(x, y)
+    assert found.error == pytest.approx((16 / (25 + 9)) ** 0.5)
+    assert (found.token, found.channel, found.largest) == (0, 1, 4.0)
+    assert gap(x, x).error == 0 and gap(x, 1.1 * x).error == pytest.approx(0.1 / (1 + 1.21) ** 0.5, rel=1e-5)
+
+
+def test_error_narrowed_sees_no_more_than_the_narrower_dtype():
+    x = np.float32([[1.0, 2.0]])
+    assert narrowed(x * np.float32(1 + 2**-10), x.astype(ml_dtypes.bfloat16)) == 0
+    assert narrowed(x * np.float32(1 + 2**-5), x.astype(ml_dtypes.bfloat16)) > 0.01
+
+
+def test_a_flip_within_the_drift_is_a_tie():
+    ours = np.array([[1.0, 0.99, -3.0], [5.0, 1.0, 0.0]], np.float32)
+    theirs = np.array([[0.99, 1.0, -3.0], [1.0, 5.0, 0.0]], np.float32)
+    report, worst = logits_report(ours, theirs, np.array([0, 1]), noise=2e-3)
+    assert (report["flips"], report["flips_beyond_margin"], report["argmax_agreement"]) == (2, 1, 0.0)
+    assert worst[0]["position"] == 1 and worst[0]["ours"][0][0] == 0 and worst[0]["theirs"][0][0] == 1
+    p, q = (np.exp(z[1]) / np.exp(z[1]).sum() for z in (ours.astype(float), theirs.astype(float)))
+    assert report["kl_max"] == pytest.approx((p * np.log(p / q)).sum())
+    assert report["nll"][0] == pytest.approx(-np.log(np.exp(0.99) / np.exp(ours[0].astype(float)).sum()), rel=1e-6)
+
+
+# Dumps.
+
+
+def write(folder: Path, arrays: dict, manifest: object = None) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file(arrays, folder / "a.safetensors")
+    (folder / "manifest.json").write_text(json.dumps({"token_ids": [1, 2]} if manifest is None else manifest))
+    return folder
+
+
+GOOD = {"logits": np.zeros((2, 3), np.float32)}
+
+
+def object_array(folder: Path) -> None:
+    np.save(folder / "x.npy", np.array([{}, None], object), allow_pickle=True)
+
+
+def twice(folder: Path) -> None:
+    np.save(folder / "logits.npy", np.zeros((2, 3), np.float32))
+
+
+MALFORMED = {
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
+    "no ids": (lambda f: (f / "manifest.json").write_text("{}"), "token_ids is missing"),
+    "ids of text": (lambda f: (f / "manifest.json").write_text('{"token_ids": ["a"]}'), "expected a list of token ids"),
+    "no JSON": (lambda f: (f / "manifest.json").write_text("{"), "not valid JSON"),
+    "truncated": (
+        lambda f: (f / "a.safetensors").write_bytes((f / "a.safetensors").read_bytes()[:-4]),
+        "a.safetensors",
+    ),
+    "truncated npz": (lambda f: (f / "b.npz").write_bytes(b"PK\3\4"), "b.npz"),
+    "no arrays": (lambda f: (f / "a.safetensors").unlink(), "no arrays"),
+    "integers": (lambda f: np.save(f / "embed.npy", np.zeros((2, 3), np.int64)), "expected floats"),
+    "objects": (object_array, "x.npy"),
+    "twice": (twice, "logits is there 2 times"),
+    "dtype a list": (lambda f: (f / "manifest.json").write_text('{"token_ids": [1], "dtype": []}'), "dtype: expected"),
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_dumps_are_one_line(kind, tmp_path, capsys):
+    harm, words = MALFORMED[kind]
+    folder = write(tmp_path / "d", GOOD)
+    harm(folder)
+    good = write(tmp_path / "good", GOOD)
+    assert main(["compare", str(good), str(folder), "--json", "--no-compile-cache"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and words in err and err.count("\n") == 1, err
+
+
+def test_nan_is_told_by_name(tmp_path):
+    folder = write(tmp_path / "d", {"logits": np.float32([[0, np.nan, 0], [0, 0, 0]])})
+    with pytest.raises(RequestError, match=r"logits: NaN or infinity at \[0, 1\]"):
+        llmjax.compare(write(tmp_path / "good", GOOD), folder)
+
+
+def test_arrays_of_sixteen_bits_are_taken_as_they_are(tmp_path):
+    x = np.array([[1.5, 2.5, -3], [0, 1, 2]], np.float32)
+    folder = write(tmp_path / "d", {"embed": x.astype(ml_dtypes.bfloat16)})
+    np.savez(folder / "n.npz", **{"layers.0.resid": x.astype(np.float16), "final_norm": x.astype(ml_dtypes.bfloat16)})
+    found = dumps.open_dump(folder)
+    kinds = {name: stored.dtype for name, stored in found.arrays.items()}
+    assert kinds == {"embed": "bfloat16", "layers.0.resid": "float16", "final_norm": "bfloat16"}
+    for name in kinds:
+        assert np.array_equal(found.read(name).astype(np.float32), x), name
+
+
+# Names.
+
+
+def test_hugging_face_names_and_fused_tensors_find_their_taps():
+    from tests.parity import golden
+
+    model = golden.load("phi3")
+    stages = Stages(model, np.arange(5, dtype=np.int32))
+    q, kv, f = 4 * 16, 2 * 16, 104
+    fused = np.arange(5 * (q + 2 * kv), dtype=np.float32).reshape(1, 5, -1)
+    arrays = {"model.layers.1.self_attn.qkv_proj": fused, "model.layers.0.mlp": np.ones((1, 5, 64), np.float32),
+              "model.layers.2": np.ones((5, 64), np.float32), "model.norm": np.ones((5, 64), np.float32),
+              "model.layers.0.mlp.gate_up_proj": np.ones((5, 2 * f), np.float32),
+              "model.rotary_emb": fused}  # fmt: skip
+    found = named(dumps.from_arrays("d", {}, np.arange(5), arrays), stages.shapes, model)
+    assert list(found.taps) == [
+        "layers.0.mlp.gate", "layers.0.mlp.up", "layers.0.mlp.down", "layers.1.attn.q", "layers.1.attn.k",
+        "layers.1.attn.v", "layers.2.resid", "final_norm",
+    ]  # fmt: skip
+    assert found.unknown == ("model.rotary_emb",)
+    assert np.array_equal(found.read("layers.1.attn.k"), fused[0][:, q : q + kv])
+
+
+def test_a_map_reshapes_transposes_and_splits(tmp_path, model):
+    stages = Stages(model, np.array(IDS, np.int32))
+    names = tmp_path / "names.toml"
+    names.write_text(
+        "[\"blk\\\\.(\\\\d+)\\\\.qkv\"]\nto = ['layers.\\1.attn.q', 'layers.\\1.attn.k']\nreshape = [8, 6]\n"
+        "transpose = [0, 1, 2]\nsizes = [4, 4]\naxis = 1\n"
+        "\"out\" = 'layers.0.resid'\n".replace('"out" =', "[out]\nto =")
+    )
+    arrays = {"blk.1.qkv": np.arange(12 * 48, dtype=np.float32).reshape(12, 48), "out": np.ones((12, 24), np.float32)}
+    found = named(
+        dumps.from_arrays("d", {}, np.array(IDS), arrays), {**stages.shapes, "layers.1.attn.k": (12, 24)}, model, names
+    )
+    assert np.array_equal(found.read("layers.1.attn.q").reshape(12, -1), arrays["blk.1.qkv"][:, :24])
+    with pytest.raises(RequestError, match="no activation of the model"):
+        named(dumps.from_arrays("d", {"names": {"out": "layers.7.resid"}}, np.array(IDS), arrays), stages.shapes, model)
+
+
+def test_layouts():
+    x = np.arange(24.0).reshape(2, 3, 4)
+    assert np.array_equal(layouts(x, (3, 2, 4))[0], x.swapaxes(0, 1))
+    assert np.array_equal(layouts(x, (3, 8))[0], x.swapaxes(0, 1).reshape(3, 8))
+    assert np.array_equal(layouts(x[None], (2, 12))[0], x.reshape(2, 12))
+    assert layouts(x, (2, 5)) == []
+
+
+# Classes, and what lies between dumped taps.
+
+
+def test_what_a_dump_declares_limits_the_classes():
+    assert allowed({"dtype": "float32"}, None).singles == ("float32",)
+    assert allowed({"dtype": "bfloat16", "quantization": "int4-g32"}, None).singles == ("float32", "bfloat16", "int4")
+    assert allowed({"dtype": "float32", "quantization": {"attention": "int8"}}, None).singles == ("float32", "int8")
+    assert allowed({"dtype": "float16"}, "int8").singles == ("int8",)
+    assert not allowed({}, None).declared and len(allowed({}, None).singles) == 8
+    with pytest.raises(RequestError, match="unknown 'fp8'"):
+        allowed({}, "fp8")
+
+
+def test_segments(traced):
+    taps = list(traced.activations)
+    assert segment("layers.1.attn.o", taps, {"layers.1.attn.q_rot", "layers.1.attn.k_rot", "layers.1.attn.v"}, 2) == [
+        "layers.1.attn.probs", "layers.1.attn.out", "layers.1.attn.o",
+    ]  # fmt: skip
+    assert segment("layers.1.resid", taps, set(taps), 2) == ["layers.1.resid"]
+    between = segment("layers.1.resid", taps, {"layers.0.resid"}, 2)
+    assert between == [tap for tap in taps if tap.startswith("layers.1.")]
+
+
+# Verdicts.
+
+
+def test_the_same_is_identical_and_another_shape_of_batch_is_equivalent(model, traced):
+    assert llmjax.compare(model, traced).verdict == "identical"
+    logits = model.logits([IDS])[0]  # padded to 16
+    report = llmjax.compare(
+        model, with_arrays(dataclasses.replace(traced, activations={"logits": logits}), dtype="float32")
+    )
+    assert (report.verdict, report.explained_by, report.faults) == ("equivalent", "float32", [])
+
+
+def test_two_faults_are_both_found_and_named(model, traced):
+    def int8(w):
+        scale = np.abs(w).max(1, keepdims=True) / 127
+        return np.round(np.asarray(w) / scale) * scale
+
+    bad = broken(model, {"layers_0/attn/q/weight": lambda w: 1.1 * w, "layers_1/mlp/down/weight": int8})
+    report = llmjax.compare(model, llmjax.trace(bad, IDS))
+    assert report.verdict == "different" and report.exit_code == 1
+    assert told(report) == [("layers.0.attn.q", "weight"), ("layers.1.mlp.down", "quantization")]
+    assert all(fault["causes"][0]["explains"] > 0.95 for fault in report.faults)
+    assert report.first_divergence["tap"] == "layers.0.attn.q"
+    assert "1.1" in report.faults[0]["causes"][0]["detail"] and "int8" in report.faults[1]["causes"][0]["detail"]
+    page = report.to_html()
+    assert "layers.1.mlp.down" in page and "http" not in page and "<script" not in page
+    assert 'failures="3"' in report.to_junit()
+    taps = [row["name"] for row in report.taps]
+    assert taps == list(traced.activations)
+
+
+def test_residuals_alone_find_the_layer_and_the_cause(model):
+    bad = broken(model, {"layers_1/mlp/gate/weight": lambda w: model.params["layers_1"]["mlp"]["up"]["weight"]})
+    dump = with_arrays(llmjax.trace(bad, IDS), lambda name: name.endswith("resid"))
+    report = llmjax.compare(model, dump)
+    assert told(report) == [("layers.1.mlp.gate", "weight_swapped")]
+    assert report.coverage["taps"] == 2 and "embed" in report.coverage["missing"]
+
+
+def test_logits_alone_say_what_to_dump_next(model):
+    bad = broken(model, {"layers_0/attn/v/weight": lambda w: w[::-1]})
+    report = llmjax.compare(model, with_arrays(llmjax.trace(bad, IDS), lambda name: name == "logits"))
+    assert report.verdict == "different" and "layers.*.resid" in report.reason
+    assert told(report) == [("logits", "unknown")]
+
+
+def test_few_bits_are_equivalent_unless_float32_is_declared(model):
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32) if x.ndim == 2 else x, model.params)
+    trace = llmjax.trace(dataclasses.replace(model, params=rounded), IDS)
+    nothing = {"dtype": None, "numerics": None, "quantization": None}
+    assert llmjax.compare(model, with_arrays(trace, **nothing)).explained_by == "bfloat16"
+    assert llmjax.compare(model, with_arrays(trace, dtype="bfloat16")).explained_by == "bfloat16"
+    assert llmjax.compare(model, with_arrays(trace, dtype="float32")).verdict == "different"
+    assert llmjax.compare(model, with_arrays(trace, dtype="float32"), arithmetic="bfloat16").verdict == "equivalent"
+
+
+def test_other_tokens_are_told_in_words(model, traced):
+    for ids, words in ((IDS[1:], "is missing"), ([IDS[0], *IDS], "is doubled"), ([*IDS[:-1], 5], "at position 11")):
+        other = with_arrays(traced, token_ids=ids)
+        report = llmjax.compare(traced, other, model=model)
+        assert report.verdict == "not_comparable" and report.exit_code == 2 and words in report.reason, report.reason
+
+
+def test_the_command(model, traced, tmp_path, capsys):
+    traced.save(tmp_path / "ref")
+    bad = dataclasses.replace(traced, activations={**traced.activations, "logits": traced.activations["logits"][::-1]})
+    bad.save(tmp_path / "bad")
+    args = ["--json", "--no-compile-cache", "--junit", str(tmp_path / "j.xml"), "--html", str(tmp_path / "h.html")]
+    assert main(["compare", str(tmp_path / "ref"), str(tmp_path / "ref"), *args]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == "identical" and found["schema"] == 1 and found["logits"]["kl_max"] == 0
+    assert main(["compare", str(tmp_path / "ref"), str(tmp_path / "bad"), *args]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == "different" and found["faults"] == [] and "--model" in found["coverage"]["note"]
+    assert found["first_divergence"]["tap"] == "logits"
+    assert (tmp_path / "h.html").read_text().startswith("<!doctype html>") and (tmp_path / "j.xml").exists()
+    assert main(["compare", str(tmp_path / "ref"), "--no-compile-cache"]) == 2

@@ -1,0 +1,214 @@
+"""Op graphs: their numbers are those of LiteRT's interpreter (``tests/data/litert``, made by ai-edge-litert 2.3.0 with
+its default delegate and by LiteRT-LM 0.18.1), and files that cannot be trusted cost one line."""
+
+import json
+import lzma
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import llmjax
+from converters.readers.litert import tflite
+from llmjax.errors import CheckpointError, ConfigError, LlmjaxError, RequestError
+from llmjax.litert import loading, ports
+from llmjax.litert.graph import Graph, numerics_for, problems_of
+from llmjax.litert.model import cuts
+
+DATA = Path(__file__).parents[1] / "data" / "litert"
+
+
+def unpacked(name: str, folder: Path) -> Path:
+    path = folder / name
+    path.write_bytes(lzma.decompress((DATA / f"{name}.xz").read_bytes()))
+    return path
+
+
+@pytest.fixture(scope="module")
+def stored():
+    return dict(np.load(DATA / "qwen2_int4.npz"))
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    return unpacked("qwen2_int4.tflite", tmp_path_factory.mktemp("litert"))
+
+
+@pytest.fixture(scope="module")
+def model(file):
+    return llmjax.load(file)
+
+
+@pytest.fixture(scope="module")
+def ops():
+    return dict(np.load(DATA / "ops.npz"))
+
+
+def op(ops, name: str, numerics: str | None = None) -> Graph:
+    return Graph(tflite.read(memoryview(ops[f"{name}/model"].tobytes()), name), numerics_for(numerics))
+
+
+def run(graph: Graph, ops, name: str):
+    inputs = {key.split("/")[-1]: value for key, value in ops.items() if key.startswith(f"{name}/in/")}
+    outputs, _ = graph.run("main" if "main" in graph.signatures else next(iter(graph.signatures)), inputs)
+    return outputs["y"], ops[f"{name}/xnn1/y"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    "fc_i8 fc_i4 fc_i2 fc_i4b32f emb_i2 emb_i4b32f deq_fc_i4 dus_-2 softmax_masked gelu_erf".split(),
+)
+def test_an_operator_is_that_of_the_runtime(ops, name):
+    ours, theirs = run(op(ops, name), ops, name)
+    assert np.abs(ours - theirs).max() <= 5e-7 * max(1, np.abs(theirs).max())
+
+
+def test_reference_does_not_round_activations(ops):
+    rounded, theirs = run(op(ops, "fc_i8"), ops, "fc_i8")
+    plain, _ = run(op(ops, "fc_i8", "reference"), ops, "fc_i8")
+    assert 1e-3 < np.abs(plain - theirs).max() / np.abs(theirs).max() < 0.02
+    assert np.abs(rounded - theirs).max() < np.abs(plain - theirs).max() / 1000
+
+
+@pytest.mark.parametrize(
+    ("run", "ids", "length", "prefill"), [("s0", "ids/s0", 24, 16), ("s1", "ids/s1", 19, 11), ("s2", "ids/s1", 12, 8)]
+)
+def test_logits_behind_prefill_are_those_of_the_runtime(model, stored, run, ids, length, prefill):
+    (logits,) = model.logits([stored[ids][:length].tolist()], prefill=prefill)
+    far = np.abs(logits - stored[f"xnn1/{run}/logits"]).max(1)
+    assert far.shape == (length - prefill,)
+    assert np.sort(far)[-3] <= 1e-5 and far.max() <= 0.1  # two roundings may go the other way
+
+
+def test_what_a_graph_says_of_itself(model, stored):
+    assert (model.config.vocab_size, model.context_length, model.config.prefill_lengths) == (304, 64, (4, 16))
+    assert model.tokenizer is None and model.numerics.label == "litert"
+    with pytest.raises(RequestError, match="row 0: prefill: expected 0 to 3, its length, found 4"):
+        model.logits([[1, 2, 3]], prefill=4)
+    with pytest.raises(ConfigError, match="dtype, quantize: an op graph is run as it is"):
+        llmjax.load(model.path, dtype="float32", quantize="int8")
+    with pytest.raises(ConfigError, match="mediapipe_cpu is not about op graphs"):
+        llmjax.load(model.path, numerics="mediapipe_cpu")
+
+
+def test_prompts_are_cut_as_litert_lm_cuts_them():
+    assert cuts([4, 16], 16, 64) == [(16, 16)]
+    assert cuts([4, 16], 8, 64) == [(4, 4), (4, 4)]
+    assert cuts([4, 16], 11, 64) == [(16, 11)]
+    assert cuts([4, 16], 35, 64) == [(16, 16), (16, 16), (4, 3)]
+    assert cuts([16], 30, 31) == [(16, 16)]  # a second one would end beyond the caches
+    assert cuts([], 5, 64) == []
+
+
+def test_rows_side_by_side_generate_what_each_does_alone(model, stored):
+    llm = llmjax.LLM(model, max_batch=2)
+    prompts = [stored["ids/s0"][:17].tolist(), stored["ids/s1"][:6].tolist()]
+    greedy = llmjax.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    outputs = llm.generate(prompts, greedy)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        ids, taken = list(prompt), list(output.outputs[0].token_ids)
+        (logits,) = model.logits([[*prompt, *taken[:-1]]], prefill=len(prompt) - 1)
+        best = np.sort(logits, -1)
+        sure = best[:, -1] - best[:, -2] > 0.1  # elsewhere a rounding may decide
+        assert np.array_equal(logits.argmax(-1)[sure], np.array(taken)[sure]) and len(ids) == len(prompt)
+    assert list(llm.generate(prompts[1], greedy)[0].outputs[0].token_ids) == list(outputs[1].outputs[0].token_ids)
+
+
+def test_trace_gives_tensors_by_the_files_names(model, stored):
+    ids = stored["ids/s0"][:3].tolist()
+    trace = llmjax.trace(model, ids, ["*Qwen2DecoderLayer_1;", "decode_logits_output", "logits"])
+    names = list(trace.activations)
+    assert names[1:] == ["decode_logits_output", "logits"] and trace.activations[names[0]].shape == (3, 32)
+    assert np.abs(trace.activations["logits"] - model.logits([ids])[0]).max() < 1e-4
+    assert np.array_equal(trace.activations["decode_logits_output"], trace.activations["logits"])
+    assert trace.manifest["numerics"] == "litert" and trace.manifest["token_ids"] == ids
+
+
+def test_inspect_counts_operators_and_quantization(file):
+    report = llmjax.inspect(file)
+    (graph,) = report.graphs
+    assert report.supported and report.format == "tflite"
+    assert graph["kinds"]["FULLY_CONNECTED"] > 20 and graph["context"] == 64
+    assert list(graph["quantization"]) == ["INT4 blocks of 32"]
+    assert "supported: yes" in report.to_text()
+
+
+def test_what_does_not_run_is_named_before_anything_runs(file):
+    graph = tflite.read_file(file)
+    decode = graph.subgraphs[graph.signatures["decode"].subgraph]
+    place = next(i for i, o in enumerate(decode.operators) if o.name == "SOFTMAX")
+    object.__setattr__(decode.operators[place], "name", "CUSTOM:mine")
+    assert problems_of(graph, ["decode"]) == [f"decode: operator {place} (CUSTOM:mine) is not supported"]
+    tensor = decode.tensors[decode.operators[place].outputs[0]]
+    object.__setattr__(tensor, "quantization", tflite.Quantization(np.ones(1, np.float32), np.zeros(1, np.int64), 0))
+    assert f"decode: operator {place} (CUSTOM:mine): static activations of FLOAT32" in problems_of(graph, ["decode"])[1]
+    graph.signatures["decode"].inputs["local_mask"] = graph.signatures["decode"].inputs.pop("mask")
+    with pytest.raises(CheckpointError, match=r"decode: input \d+ \(local_mask\): ring-buffer caches"):
+        ports.read(graph)
+
+
+def test_a_graph_that_is_no_model_says_how_to_run_it(ops, tmp_path):
+    path = tmp_path / "op.tflite"
+    path.write_bytes(ops["fc_i8/model"].tobytes())
+    with pytest.raises(CheckpointError, match="no signature decode.*open_graph"):
+        llmjax.load(path)
+    ours, theirs = run(loading.open_graph(path), ops, "fc_i8")
+    assert np.abs(ours - theirs).max() <= 5e-7 * np.abs(theirs).max()
+
+
+def mutations(data: bytes, count: int, seed: int):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        changed = bytearray(data)
+        for _ in range(rng.integers(1, 8)):
+            at = int(rng.integers(len(changed)))
+            changed[at : at + 4] = (
+                rng.bytes(1),
+                rng.bytes(4),
+                b"\xff\xff\xff\x7f",
+                b"\xff\xff\xff\xff",
+                int(rng.integers(len(data))).to_bytes(4, "little"),
+            )[rng.integers(5)]
+        yield bytes(changed[: rng.integers(len(changed))] if rng.integers(4) == 0 else changed)
+
+
+def survives(data: bytes, check: bool) -> None:
+    try:
+        file = tflite.read(memoryview(data), "x")
+        if ports.is_language_model(file):
+            ports.read(file)
+        graph = Graph(file, numerics_for(None))
+        if check:
+            graph.check()
+    except LlmjaxError as error:
+        assert len(str(error)) < 4000
+
+
+def fuzz(ops, file: Path, count: int) -> None:
+    for name in ("fc_i4b32f", "dus_-2", "softmax_masked"):
+        for data in mutations(ops[f"{name}/model"].tobytes(), count // 4, count):
+            survives(data, check=True)
+    # The tables alone: they stand before and behind the weights.
+    for data in mutations(file.read_bytes(), count // 4, count):
+        survives(data, check=False)
+
+
+def test_mutated_files_cost_one_line(ops, file):
+    fuzz(ops, file, 200)
+
+
+@pytest.mark.slow
+def test_many_mutated_files_cost_one_line_each(ops, file):
+    fuzz(ops, file, 10_000)
+
+
+@pytest.mark.slow
+def test_a_bundle_with_embedders_generates_and_scores_as_litert_lm_does(tmp_path):
+    llm = llmjax.LLM(unpacked("gemma4.litertlm", tmp_path), max_batch=2)
+    for wanted in json.loads((DATA / "gemma4.json").read_text()):
+        greedy = llmjax.SamplingParams(temperature=0, ignore_eos=True, max_tokens=64)
+        assert list(llm.generate(wanted["prompt"], greedy)[0].outputs[0].token_ids) == wanted["greedy"]
+        score = llm.score(wanted["prompt"] + wanted["target"])[0].logprobs[len(wanted["prompt"]) :]
+        assert np.abs(np.array(score) - wanted["token_scores_interpreter"]).max() < 0.1
+    text = "".join(f"<{i}>" for i in (299, 180, 294))
+    assert llm.tokenizer.encode(text) == [299, 180, 294] and llm.model.eos_ids == (3,)

@@ -1,0 +1,330 @@
+"""Training of adapters: steps, runs, what they leave, and what they refuse.  Beside peft and torch:
+``tests/parity/test_training_live.py``."""
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llmjax
+from llmjax import ConfigError, LoraError, RequestError, ResumeError, TrainConfig, TrainingError
+from llmjax.cli.main import main
+from llmjax.lora.config import LoraConfig
+from llmjax.models.recompute import recomputed
+from llmjax.training.adapter import adapted, new_adapter
+from llmjax.training.batches import Example, batches, bucket, from_labels, make_batch
+from llmjax.training.optimizer import optimizer, schedule
+from llmjax.training.step import Programs, first_state, loss, train_step
+from tests.tiny import checkpoint, random_model
+
+RNG = np.random.default_rng(5)
+CONFIG = TrainConfig(rank=2, learning_rate=0.03, batch_size=2, accumulation=2, epochs=3, checkpoint_every=2, clip=0.5)
+
+
+def rows(count: int, seed: int = 0) -> list[dict]:
+    """Ids that follow a rule an adapter can learn."""
+    rng = np.random.default_rng(seed)
+    starts = rng.integers(0, 500, count)
+    return [{"ids": [int(s), 7, int(s) % 5, 9], "loss_mask": [0, 1, 1, 1]} for s in starts]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """A run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = dataclasses.replace(CONFIG, eval_every=2)
+    return llmjax.finetune(model, rows(10), config, eval_rows=rows(4, seed=1), output=folder), folder
+
+
+def test_a_step_by_hand(model):
+    """The gradient is that of the mean over all learned tokens of both batches, and AdamW's step is torch's."""
+    config = TrainConfig(
+        rank=2, learning_rate=0.1, weight_decay=0.5, clip=1e-3, eps=1e-4, targets=("q_proj", "down_proj")
+    )
+    adapter = new_adapter(model, config.lora)
+    for pair in adapter.factors.values():
+        pair["B"] = jnp.asarray(RNG.normal(size=pair["B"].shape) / 5, jnp.float32)
+    ids = RNG.integers(0, 600, (2, 2, 16)).astype(np.int32)
+    labels = ids.copy()
+    labels[0, :, :3] = labels[1, 0, :-2] = labels[1, 1, :12] = -100
+    group = [from_labels(i, chosen) for i, chosen in zip(ids, labels, strict=True)]
+
+    def mean(factors):
+        total, count = 0.0, 0
+        for i, chosen in zip(ids, labels, strict=True):
+            log_probs = jax.nn.log_softmax(model.apply(adapted(model.params, adapter.targets, factors), jnp.asarray(i)))
+            picked = jnp.take_along_axis(log_probs[:, :-1], jnp.asarray(i[:, 1:, None]), -1)[..., 0]
+            total, count = total - jnp.sum(picked * (chosen[:, 1:] != -100)), count + int((chosen[:, 1:] != -100).sum())
+        return total / count
+
+    wanted, gradients = jax.jit(jax.value_and_grad(mean))(adapter.factors)
+    norm = float(np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in jax.tree.leaves(gradients))))
+    step = train_step(Programs(model, adapter.targets, config), config)
+    state, outcome = step(first_state(adapter.factors, config), group, 0.1)
+    assert outcome.tokens == 26 + 2 + 4
+    np.testing.assert_allclose([outcome.loss, outcome.grad_norm], [float(wanted), norm], rtol=1e-5)
+    for before, g, after in zip(*map(jax.tree.leaves, (adapter.factors, gradients, state.factors)), strict=True):
+        g = np.asarray(g, np.float64) * min(1, 1e-3 / (norm + 1e-6))
+        by_hand = np.asarray(before, np.float64) * (1 - 0.1 * 0.5) - 0.1 * g / (np.abs(g) + 1e-4)
+        np.testing.assert_allclose(after, by_hand, atol=2e-6)
+
+
+def test_recomputation_changes_no_gradient_and_keeps_less():
+    """A chain of layers whose inner values are many times as wide as what goes from one to the next."""
+
+    def layer(weights, x, scale):
+        return x + jnp.tanh(jnp.sin(x @ weights["frozen"]) * jnp.cos(x @ weights["frozen"])) @ weights["b"] * scale
+
+    def loss(learned, frozen, x, apply):
+        for b, w in zip(learned, frozen, strict=True):
+            x = apply({"b": b, "frozen": w}, x, jnp.float32(0.1))
+        return jnp.sum(x**2)
+
+    frozen = [jnp.asarray(RNG.normal(size=(8, 512)), jnp.float32) for _ in range(12)]
+    learned = [w.T / 10 for w in frozen]
+    x = jnp.asarray(RNG.normal(size=(64, 8)), jnp.float32)
+    programs = [jax.jit(jax.grad(partial(loss, apply=apply))).lower(learned, frozen, x).compile()
+                for apply in (layer, recomputed(layer))]  # fmt: skip
+    kept, recomputing = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    assert recomputing < 0.3 * kept
+    for a, b in zip(*(program(learned, frozen, x) for program in programs), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
+
+
+def test_a_run_learns_and_keeps_its_best(whole):
+    result, folder = whole
+    assert result.finished == "all 9 steps are done" and [m["step"] for m in result.metrics] == list(range(1, 10))
+    evals = {m["step"]: m["eval_loss"] for m in result.metrics if "eval_loss" in m}
+    assert list(evals) == [2, 4, 6, 8, 9] and result.best_eval == min(evals.values()) < 0.9 * result.first_eval
+    assert evals[result.step] == result.best_eval
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == result.metrics
+    page = (folder / "loss.html").read_text()
+    assert page.count("<polyline") == 3 and "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_what_is_saved_is_what_was_trained(whole, model, tmp_path):
+    """Read by the library's own reader, and beside the weights again the same logits."""
+    from llmjax.lora.adapter import read_adapter
+    from llmjax.lora.apply import beside, with_loras
+
+    result, folder = whole
+    deltas = read_adapter(folder, model.architecture, model.config).deltas
+    again = dataclasses.replace(model, params=with_loras(model.params, {n: beside(d) for n, d in deltas.items()}))
+    ids = [[5, 7, 0, 9]]
+    np.testing.assert_array_equal(again.logits(ids)[0], result.model.logits(ids)[0])
+    assert np.abs(again.logits(ids)[0] - model.logits(ids)[0]).max() > 0.1
+    assert (
+        result.save(tmp_path / "copy").joinpath("adapter_model.safetensors").read_bytes()
+        == (folder / "adapter_model.safetensors").read_bytes()
+    )
+
+
+@pytest.mark.parametrize("at", [1, 4, 5])
+def test_a_run_that_was_cut_short_ends_in_the_same_bits(whole, model, tmp_path, at):
+    def stop(report):
+        if report.step == at:
+            raise KeyboardInterrupt
+
+    result, folder = whole
+    config = dataclasses.replace(CONFIG, eval_every=2)
+    arguments = {"eval_rows": rows(4, seed=1), "output": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        llmjax.finetune(model, rows(10), config, report=stop, **arguments)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    notes = []
+    again = llmjax.finetune(model, rows(10), config, note=notes.append, **arguments)
+    assert any(f"goes on after step {(at - 1) // 2 * 2} of 9" in note for note in notes) == (at > 1)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    drop = {"seconds": 0}
+    assert [m | drop for m in again.metrics] == [m | drop for m in result.metrics]
+    with pytest.raises(ResumeError, match="config.rank: was 2, now 3"):
+        llmjax.finetune(model, rows(10), dataclasses.replace(config, rank=3), **arguments)
+    with pytest.raises(ResumeError, match="rows: was"):
+        llmjax.finetune(model, rows(11), config, **arguments)
+
+
+def test_it_stops_when_nothing_gets_better(model):
+    """A rate that throws the adapter about: the best is kept, not the last."""
+    config = dataclasses.replace(CONFIG, learning_rate=3.0, clip=None, eval_every=1, patience=2, epochs=9)
+    result = llmjax.finetune(model, rows(10), config, eval_rows=rows(4, seed=1))
+    assert result.finished == f"no better evaluation in 2 after step {result.step}"
+    assert len(result.metrics) == result.step + 2
+    with pytest.raises(ConfigError, match="patience: goes with rows for evaluation"):
+        llmjax.finetune(model, rows(10), config)
+
+
+def test_not_a_number_names_step_and_row(model):
+    broken = jax.tree.map(lambda leaf: leaf, model.params)
+    broken["embed"]["weight"] = broken["embed"]["weight"].at[599].set(jnp.nan)
+    data = rows(10)
+    data[6]["ids"][0] = 599
+    config = dataclasses.replace(CONFIG, shuffle=False)
+    with pytest.raises(TrainingError, match=r"rows: step 2: the loss of row 7 is not finite"):
+        llmjax.finetune(dataclasses.replace(model, params=broken), data, config)
+
+
+def test_dropout_follows_from_its_key(model):
+    adapter = new_adapter(model, TrainConfig(rank=4).lora)
+    for pair in adapter.factors.values():
+        pair["B"] = pair["B"] + 1
+    batch = make_batch([Example(0, np.arange(16, dtype=np.int32), np.arange(16) > 8)]).arrays()
+
+    @jax.jit
+    def at(seed):
+        key = jax.random.key(seed)
+        return loss(model, model.params, adapter.targets, adapter.factors, batch, dropout=0.5, key=key)[0]
+
+    found = [float(at(seed)) for seed in (1, 1, 2)]
+    plain = float(jax.jit(lambda: loss(model, model.params, adapter.targets, adapter.factors, batch)[0])())
+    assert found[0] == found[1] != found[2] and plain not in found
+
+
+def test_batches():
+    """Every row once an epoch, in another order each time; filled up to whole batches; few lengths."""
+    examples = [Example(i, np.arange(n, dtype=np.int32), np.arange(n) > n // 2) for i, n in enumerate(range(3, 30))]
+    orders = []
+    for epoch in range(2):
+        groups = list(batches(examples, CONFIG, epoch))
+        assert [len(group) for group in groups] == [2] * 7
+        assert all(
+            batch.ids.shape[0] == 2 and batch.ids.shape[1] in (16, 24, 32) for group in groups for batch in group
+        )
+        orders.append([row for group in groups for batch in group for row in batch.rows])
+        assert sorted(orders[-1]) == list(range(27))
+        tokens = sum(batch.tokens for group in groups for batch in group)
+        assert tokens == sum(e.tokens for e in examples)
+    assert orders[0] != orders[1]
+    assert [bucket(n) for n in (1, 17, 25, 33, 49, 97)] == [16, 24, 32, 48, 64, 128]
+    batch = from_labels(np.array([[5, 6, 7, 8]]), np.array([[-100, 6, -100, 8]]))
+    assert batch.at.tolist()[0][:2] == [0, 2] and batch.targets.tolist()[0][:2] == [6, 8] and batch.tokens == 2
+
+
+@pytest.mark.parametrize(("name", "warmup", "wanted"), [
+    ("constant", 0, [2, 2, 2, 2, 2]),
+    ("constant", 2, [0, 1, 2, 2, 2]),
+    ("linear", 1, [0, 2, 1.5, 1, 0.5]),
+    ("cosine", 1, [0, 2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5]),
+])  # fmt: skip
+def test_schedules(name, warmup, wanted):
+    rate = schedule(name, 2.0, warmup, 5)
+    np.testing.assert_allclose([rate(k) for k in range(5)], wanted, atol=1e-15)
+    with pytest.raises(ConfigError, match="warmup: 5 steps, but the run has 5"):
+        schedule(name, 2.0, 5, 5)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [
+    ("sgd", [[1.0, -2.0], [2.5, -4.0]]),  # momentum 0.5
+    ("lion", [[1.0, -1.0], [1.0, -1.0]]),
+    ("rmsprop", [[1 / 0.01**0.5, -2 / 0.04**0.5], [2 / 0.0499**0.5, -3 / 0.1296**0.5]]),
+])  # fmt: skip
+def test_optimizers(name, wanted):
+    """Two steps by hand, of gradients (1, -2) and (2, -3)."""
+    config = TrainConfig(optimizer=name, momentum=0.5 if name == "sgd" else 0.0, betas=(0.9, 0.99), eps=1e-12)
+    transformation = optimizer(config)
+    params = jnp.zeros(2)
+    state = transformation.init(params)
+    for gradient, expected in zip(([1.0, -2.0], [2.0, -3.0]), wanted, strict=True):
+        direction, state = transformation.update(jnp.asarray(gradient), state, params)
+        np.testing.assert_allclose(direction, expected, rtol=1e-5)
+
+
+def test_targets(model):
+    def modules(**settings):
+        adapter = new_adapter(model, LoraConfig(4, 8.0, **settings))
+        return {t.module.rsplit(".", 1)[-1]: (t.rank, t.scale) for t in adapter.targets}, adapter.names
+
+    attention = ("k_proj", "o_proj", "q_proj", "v_proj")
+    assert modules(target_modules="mediapipe")[1] == attention
+    found, names = modules(target_modules="all-linear", rank_pattern={"q_proj": 2}, alpha_pattern={"mlp.*": 4})
+    assert names == ("down_proj", "gate_proj", *attention[:3], "up_proj", "v_proj")
+    assert found["q_proj"] == (2, 4.0) and found["up_proj"] == (4, 1.0) and found["k_proj"] == (4, 2.0)
+    assert modules(target_modules=r".*\.mlp\.(up|down)_proj", exclude_modules=("down_proj",))[1] == ("up_proj",)
+    for wrong in (("q_proj", "query"), ".*query"):
+        with pytest.raises(LoraError, match="query.*matches no module.*q_proj"):
+            modules(target_modules=wrong)
+    with pytest.raises(ConfigError, match="rank_pattern: 'query' matches none"):
+        llmjax.finetune(model, rows(2), TrainConfig(rank_pattern={"query": 2}))
+    with pytest.raises(LoraError, match="rank: 99 is more than"):
+        llmjax.finetune(model, rows(2), TrainConfig(rank=99))
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"rank": 0}, "rank: expected a positive integer, found 0"),
+    ({"optimizer": "adam"}, "optimizer: expected one of adamw"),
+    ({"schedule": "step"}, "schedule: expected one of constant"),
+    ({"dropout": 1.0}, "dropout: expected a number"),
+    ({"momentum": 0.5}, "momentum: goes with the optimizer sgd"),
+    ({"dora": True}, "dora: .*not supported yet"),
+    ({"dpo": True}, "dpo: .*not supported yet"),
+    ({"lr": 1.0}, "unknown lr; expected some of accumulation"),
+])  # fmt: skip
+def test_settings(values, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_dict(values)
+
+
+def test_command_line(tmp_path, capsys):
+    """Rows of every form, bad ones among them; then the same command again, which has nothing left to do."""
+    checkpoint(tmp_path / "model", num_hidden_layers=1)
+    good = [{"prompt": f"say {i}:", "completion": " yes"} for i in range(6)]
+    bad = [{"prompt": "a", "completion": ""}, {"foo": 1}, "text", {"messages": [{"role": "user", "content": "b"}]}]
+    lines = [*map(json.dumps, [*good, *bad]), "", "{no json", json.dumps({"text": "x" * 250})]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    command = ["lora", "train", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl"), "--output",
+               str(tmp_path / "out"), "--rank", "2", "--no-compile-cache", "--clip", "none",
+               "--rank-pattern", "q_proj=1"]  # fmt: skip
+    assert main(command) == 1  # some rows are left out
+    out, err = capsys.readouterr()
+    summary = json.loads(out)
+    assert summary["rows"] == 6 and summary["bad_rows"] == 6 and summary["step"] == 2
+    told = ["6 of 12 rows are left out", "row 7: completion: empty", "row 8: fields foo", "row 9: expected an object"]
+    for line in (
+        *told,
+        "row 10: ",
+        "no chat template",
+        "row 12: not valid JSON",
+        "row 13: 251 tokens, longer than 200",
+    ):
+        assert line in err, err
+    saved = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    assert main(command) == 1 and "goes on after step 2 of 2" in capsys.readouterr().err
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == saved
+    (tmp_path / "rows.jsonl").write_text(json.dumps(bad[0]))
+    assert main(command) == 2 and "no row to learn from" in capsys.readouterr().err
+    assert main([*command, "--dora"]) == 2 and "dora" in capsys.readouterr().err
+
+
+def test_no_adapter_is_written_over(model, whole, tmp_path):
+    _, folder = whole
+    (tmp_path / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
+    with pytest.raises(llmjax.LlmjaxError, match="holds an adapter that no run here made"):
+        llmjax.finetune(model, rows(4), CONFIG, output=tmp_path)
+
+
+def test_it_goes_on_from_an_adapter(model, whole):
+    result, folder = whole
+    again = llmjax.finetune(model, rows(10), dataclasses.replace(CONFIG, learning_rate=1e-9, steps=1), start=folder)
+    for module, pair in again.adapter.factors.items():
+        for side in "AB":
+            np.testing.assert_allclose(pair[side], result.adapter.factors[module][side], atol=1e-6)
+    with pytest.raises(LoraError, match="lora_A: expected shape"):
+        llmjax.finetune(random_model(num_hidden_layers=1, hidden_size=96), rows(4), start=folder)
+
+
+def test_no_rows(model):
+    with pytest.raises(RequestError, match="no row to learn from"):
+        llmjax.finetune(model, [])
+    with pytest.raises(RequestError, match="cannot read the file"):
+        llmjax.finetune(model, Path("nowhere.jsonl"))

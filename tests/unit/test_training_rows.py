@@ -1,0 +1,112 @@
+"""Rows of training data: which tokens are learned, and why some rows are left out."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import llmjax
+from llmjax.training.rows import continuation, make_examples
+from tests.tiny import checkpoint, random_model
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+STRIPPED = CHATML.replace(
+    "{{ m.content }}", "{% if loop.last and m.role == 'assistant' %}think {% endif %}{{ m.content }}"
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Tokens are bytes; 256 is the end."""
+    folder = checkpoint(tmp_path_factory.mktemp("rows") / "model", num_hidden_layers=1)
+    loaded = llmjax.load(folder)
+    return dataclasses.replace(loaded, tokenizer=dataclasses.replace(loaded.tokenizer, chat_template=CHATML))
+
+
+def learned(model, row, **options) -> tuple[str, str]:
+    """The whole text and what is learned of it, an end token as ``$``."""
+    (example,) = make_examples([row], model, **options).examples
+
+    def text(ids):
+        return "".join("$" if i == 256 else model.tokenizer.decode([i]) for i in ids)
+
+    return text(example.ids), text(example.ids[example.learned])
+
+
+@pytest.mark.parametrize(("row", "whole", "part"), [
+    ({"prompt": "one:", "completion": " two"}, "one: two$", " two$"),
+    ({"prompt": "", "completion": "two"}, "two$", "wo$"),  # nothing predicts the first
+    ({"text": "one two", "id": 7}, "one two$", "ne two$"),
+    ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+     "<|user|>a$\n<|assistant|>b$\n", "b$"),
+    ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "a"},
+                   {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"},
+                   {"role": "assistant", "content": [{"type": "text", "text": "d"}]}]},
+     "<|system|>s$\n<|user|>a$\n<|assistant|>b$\n<|user|>c$\n<|assistant|>d$\n", "b$d$"),
+    ({"messages": [{"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]},
+     "<|assistant|>b$\n<|user|>c$\n", "|assistant|>b$"),  # it spoke first: nobody opened its turn
+])  # fmt: skip
+def test_texts(model, row, whole, part):
+    assert learned(model, row) == (whole, part)
+
+
+def test_ids(model):
+    for row in (
+        {"ids": [5, 6, 7, 8], "loss_mask": [1, 0, 1, 0], "prompt": "not this", "completion": "nor this"},
+        {"ids": np.array([5, 6, 7, 8]), "loss_mask": [0, 0, 1, 0]},
+    ):
+        (example,) = make_examples([row], model).examples
+        assert example.ids.tolist() == [5, 6, 7, 8] and example.learned.tolist() == [False, False, True, False]
+    (example,) = make_examples(
+        [{"prompt_ids": [5], "completion_ids": [6, 7]}], random_model(num_hidden_layers=1)
+    ).examples
+    assert example.ids.tolist() == [5, 6, 7] and example.learned.tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize(("row", "why"), [
+    ({"prompt": "a", "completion": 3}, "completion: expected a string, found 3"),
+    ({"prompt": "a"}, "fields prompt; expected one of: ids; "),
+    ({}, "fields none"),
+    ({"text": " "}, "text: empty"),
+    ({"ids": [5, 6], "loss_mask": [1]}, "loss_mask: expected 2 zeros and ones"),
+    ({"ids": [5, 6], "loss_mask": [0, 0.5]}, "loss_mask: expected 2 zeros and ones"),
+    ({"ids": [5, 600]}, "token id 600 is outside the vocabulary"),
+    ({"ids": [5, "a"]}, "expected a list of token ids"),
+    ({"ids": []}, "empty, expected at least one token"),
+    ({"ids": [5]}, "no token to learn"),
+    ({"ids": "abc"}, "ids: expected a list"),
+    ({"prompt_ids": [5], "completion_ids": []}, "completion_ids: empty"),
+    ({"messages": []}, "messages: expected a non-empty list"),
+    ({"messages": [{"role": "user", "content": "a"}]}, "no turn of the assistant"),
+    ({"messages": [{"role": "assistant"}]}, "content: expected a string"),
+    ({"text": "\ud800"}, "half a surrogate"),
+    ({"text": "x" * 40}, "41 tokens, longer than 32"),
+    ([1], "expected an object"),
+])  # fmt: skip
+def test_bad_rows(model, row, why):
+    data = make_examples([row, {"text": "fine"}], model, max_length=32)
+    assert [(bad.row, why in bad.why) for bad in data.bad] == [(0, True)], data.bad
+    assert [example.row for example in data.examples] == [1]
+
+
+def test_a_template_that_takes_earlier_turns_back(model):
+    stripping = dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, chat_template=STRIPPED))
+    one = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert learned(stripping, {"messages": one})[1] == "think b$"
+    data = make_examples([{"messages": [*one, *one]}, {"messages": one}], stripping)
+    assert "messages[1]: the chat template writes this turn otherwise" in data.bad[0].why
+
+
+def test_unused_fields_are_told(model):
+    data = make_examples([{"text": "a b", "source": "x"}, {"text": "c d", "source": "y", "id": 1}], model, where="rows")
+    assert data.notes() == ["rows: fields that are not used: source (2 rows)"]
+
+
+def test_a_text_goes_on(model):
+    """A tokenizer that puts a space before every text must not put one into the middle."""
+    spaced = dataclasses.replace(model.tokenizer, dummy_prefix=True)
+    assert spaced.decode(spaced.encode("ab")) == " ab"
+    assert spaced.decode(continuation(spaced, "ab", "cd")) == "cd"
