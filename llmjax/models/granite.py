@@ -78,7 +78,7 @@ class Granite(nn.Module):
         x = tap(self, "embed", scaled(embed(ids, ctx), c.embedding_multiplier, rounded=False))
         x = in_turn(self, [Block(c, name=f"layers_{i}") for i in range(c.num_hidden_layers)], x, ctx)
         x = RMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
-        logits = tap(self, "head", language_head(embed, x, ctx, tied=c.tie_word_embeddings))
+        logits = language_head(self, embed, x, ctx, tied=c.tie_word_embeddings)
         return tap(self, "logits", (logits / jnp.float32(c.logits_scaling)).astype(logits.dtype))
 
 

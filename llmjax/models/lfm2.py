@@ -195,7 +195,7 @@ class Lfm2(nn.Module):
         blocks = [Block(c, kind, name=f"layers_{i}") for i, kind in enumerate(c.kinds_of_layers)]
         x = in_turn(self, blocks, x, ctx)
         x = RMSNorm(c.norm_eps, name="final_norm")(ctx.select_last(x))
-        return tap(self, "logits", language_head(embed, x, ctx, tied=c.tie_word_embeddings))
+        return tap(self, "logits", language_head(self, embed, x, ctx, tied=c.tie_word_embeddings))
 
 
 def _channels(arrays: list[np.ndarray]) -> np.ndarray:

@@ -124,7 +124,7 @@ class Qwen3Moe(nn.Module):
         layers = zip(c.windows, c.sparse, strict=True)
         x = in_turn(self, [Block(c, *layer, name=f"layers_{i}") for i, layer in enumerate(layers)], x, ctx)
         x = RMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
-        return tap(self, "logits", language_head(embed, x, ctx, tied=c.tie_word_embeddings))
+        return tap(self, "logits", language_head(self, embed, x, ctx, tied=c.tie_word_embeddings))
 
 
 def names(config: Qwen3MoeConfig) -> Names:
