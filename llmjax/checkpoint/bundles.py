@@ -138,7 +138,7 @@ def _graph(file: TfliteFile, name: str, is_model: bool) -> tuple[dict[str, Any],
     quantization = Counter(f"{t.type} {t.quantization.label}" for t in same if t.quantization)
     problems: list[str] = []
     context, caches = 0, list[dict[str, Any]]()
-    if not kinds and is_model:
+    if not kinds and is_model and list(file.signatures) == ["main"]:
         problems.append(
             f"{name} is no graph but named weights, as in a .bin file: unpack it, and llmjax loads it as that"
         )

@@ -212,3 +212,13 @@ def test_a_bundle_with_embedders_generates_and_scores_as_litert_lm_does(tmp_path
         assert np.abs(np.array(score) - wanted["token_scores_interpreter"]).max() < 0.1
     text = "".join(f"<{i}>" for i in (299, 180, 294))
     assert llm.tokenizer.encode(text) == [299, 180, 294] and llm.model.eos_ids == (3,)
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_the_logits(model, stored):
+    ids = stored["ids/s0"][:12].tolist()
+    llm, (logits,) = llmjax.LLM(model, max_batch=1), model.logits([ids])
+    expected = [row[i] - np.logaddexp.reduce(row) for row, i in zip(logits.astype(np.float64), ids[1:], strict=False)]
+    for count in (12, 5):  # alone, and as one of several short texts
+        found = llm.score(ids[:count])[0].logprobs[1:]
+        assert np.abs(np.array(found) - expected[: count - 1]).max() < 1e-4
