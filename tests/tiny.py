@@ -36,7 +36,8 @@ def slow(*values):
 
 def random_model(profile: str = "reference", dtype: str = "float32", eos_ids=(), seed: int = 0, **changes) -> Model:
     """The model; ``changes`` go into its config, or are another kind's whole one."""
-    architecture, config = read_config(changes if "model_type" in changes else CONFIG | changes, "tiny")
+    whole = {"model_type", "hidden_size"} <= set(changes)
+    architecture, config = read_config(changes if whole else CONFIG | changes, "tiny")
     resolved = numerics.resolve(profile, jnp.dtype(dtype))
     ids = jnp.zeros((1, 1), jnp.int32)
     shapes = jax.eval_shape(config.module().init, jax.random.key(0), ids, Context(ids, resolved))["params"]

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 
 from llmjax.model import Model
-from llmjax.models.tree import canonical
 from llmjax.quant.qtensor import QTensor
 
 
@@ -44,10 +43,10 @@ class Costs:
         self._head = model.config.vocab_size * model.config.hidden_size
         # Tables are looked up: a few rows.  But a tied one is read as the head.
         tied = ("head.weight", "embed.weight")[model.config.tie_word_embeddings]
-        each = {canonical(path): leaf for path, leaf in leaves}
+        each = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
         tables = {name for name in each if name.endswith("embed.weight") and name != tied}
-        self._experts = [leaf for leaf in each.values() if len(leaf.shape) == 3]
-        rest = [leaf for name, leaf in each.items() if name not in tables and len(leaf.shape) < 3]
+        self._experts = [leaf for name, leaf in each.items() if ".experts." in name]
+        rest = [leaf for name, leaf in each.items() if name not in tables and ".experts." not in name]
         self._read = sum(leaf.nbytes for leaf in rest)
         self._layers = sum(map(_count, rest)) - self._head
 

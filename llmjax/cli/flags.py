@@ -48,6 +48,9 @@ def load_flags(numerics: str | None = "fast", required: bool = True) -> argparse
     )
     weight_flags(group)
     group.add_argument(
+        "--context-length", type=int, metavar="N", help="most tokens of a text (default: as its configuration says)"
+    )
+    group.add_argument(
         "--numerics",
         default=numerics,
         help=f"reference, hf, fast, dynamic_int8, mediapipe_gpu or mediapipe_cpu (default {numerics or 'reference'}); "

@@ -43,6 +43,7 @@ def load_model(args: argparse.Namespace) -> "Model":
         check_finite=args.check_finite,
         random_weights=args.random_weights,
         config=args.config,
+        context_length=args.context_length,
     )
 
 

@@ -55,7 +55,7 @@ class Context(struct.PyTreeNode):
         if self.last is None:
             return self
         last = self.last.reshape(len(self.last), -1)
-        return self.replace(positions=jnp.take_along_axis(self.positions, last, axis=1), last=None)
+        return self.replace(positions=jnp.take_along_axis(self.positions, last, axis=1), last=None, length=self.tokens)
 
 
 def tap(module: nn.Module, name: str, value: jax.Array) -> jax.Array:

@@ -18,15 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from llmjax.errors import shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.attention import softcap
-from llmjax.models.config import FULL, SLIDING, check_rope_types, dimensions, layer_windows
+from llmjax.models.config import FULL, MOST_LAYERS, SLIDING, check_rope_types, dimensions, layer_windows
 from llmjax.models.context import Context, tap
 from llmjax.models.gemma3 import LAYER_NAMES
 from llmjax.models.hf_config import Reader
-from llmjax.models.layers import ACTIVATIONS, Embedding, GatedMLP, Projection, WideRMSNorm, language_head, parameter
+from llmjax.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    GatedMLP,
+    Projection,
+    WideRMSNorm,
+    language_head,
+    parameter,
+    scaled,
+)
 from llmjax.models.names import From, Names, hf_names
-from llmjax.models.per_layer import PerLayerBranch, PerLayerInputs, scaled
+from llmjax.models.per_layer import PerLayerBranch, PerLayerInputs
 from llmjax.models.rope import Rope
 from llmjax.models.shared_keys import Kept, SharingAttention, SharingConfig, sharing, through_layers
 
@@ -58,7 +68,7 @@ class Gemma3nConfig(SharingConfig):
     @classmethod
     def from_hf(cls, r: Reader) -> Self:
         """See ``DecoderConfig.from_hf``."""
-        layers = r.size("num_hidden_layers")
+        layers = r.size("num_hidden_layers", most=MOST_LAYERS)
         widths = _each(r, "intermediate_size", [16384] * layers, int, lambda v: v > 0)
         shared = dimensions(r, tied=True, context=32768, kv_heads=2, head_dim=256, intermediate=max(widths))
         # No version of transformers applies these when it infers; hidden_act stands in hidden_activation.
@@ -103,7 +113,7 @@ def _each(r: Reader, key: str, default: list, kind: type, ok: Callable[[float], 
     found = found if isinstance(found, list) else [found] * len(default)
     good = (kind, int)
     if len(found) != len(default) or not all(type(v) in good and ok(v) for v in found):
-        r.problem(f"{key}: expected a number for each of {len(default)} layers, found {r.get(key)!r}")
+        r.problem(f"{key}: expected a number for each of {len(default)} layers, found {shown(r.get(key))}")
         found = default
     return tuple(map(kind, found))
 
@@ -204,9 +214,8 @@ class Block(nn.Module):
         branch = PerLayerBranch(ACTIVATIONS[c.hidden_activation], c.rms_norm_eps, name="per_layer")
         added = branch(altup.scaled(streams[c.active]), own, ctx)
         streams = jnp.concatenate([streams[:1], streams[1:] + added])
-        tap(self, "streams", streams.transpose(1, 2, 0, 3))
-        tap(self, "resid", streams[c.active])
-        return streams, given
+        streams = tap(self, "streams", streams.transpose(1, 2, 0, 3)).transpose(2, 0, 1, 3)
+        return streams.at[c.active].set(tap(self, "resid", streams[c.active])), given
 
 
 def as_large_as(x: jax.Array, other: jax.Array) -> jax.Array:

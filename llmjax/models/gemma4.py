@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from llmjax.errors import shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.attention import softcap
 from llmjax.models.config import FULL, SLIDING, check_rope_types, dimensions, layer_windows
@@ -137,7 +138,8 @@ def _heads(
         known = {"num_key_value_heads", "head_dim"}
         index = int(layer) if str(layer).isdecimal() else len(windows)
         if index >= len(windows) or not isinstance(values, dict) or set(values) - known or not _sizes(values):
-            r.problem(f"per_layer_config: expected {' and '.join(sorted(known))} by layer, found {layer!r}: {values!r}")
+            what = f"expected {' and '.join(sorted(known))} by layer"
+            r.problem(f"per_layer_config: {what}, found {shown(layer)}: {shown(values)}")
             continue
         each[index] = values.get("num_key_value_heads", common[0]), values.get("head_dim", common[1])
     found = []

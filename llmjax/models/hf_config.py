@@ -147,21 +147,23 @@ class Reader:
         head_dim: int,
         *,
         theta: float = 10000.0,
-        theta_key: str = "rope_theta",
+        theta_key: str | None = "rope_theta",
         scaling_key: str | None = "rope_scaling",
         layer_type: str | None = None,
         fraction: float | None = None,
+        known: tuple[str, ...] = (),
     ) -> Rope:
         """The rotary embedding, from either dialect.
 
         Args:
           head_dim: H.
           theta: the class default for an absent base.
-          theta_key: where transformers 4 has the base.
+          theta_key: where transformers 4 has the base; None where these layers always had the class default.
           scaling_key: where transformers 4 has the scaling; None where these layers never had one.
           layer_type: the entry of ``rope_parameters`` for layers of this type, where types differ (Gemma 3).
           fraction: the class default for an absent ``partial_rotary_factor``; None for architectures that always
             rotate the whole head, where transformers has no such option.
+          known: entries that are the caller's.
         """
         places = {"rope_parameters": self.get("rope_parameters")}
         if layer_type is not None and isinstance(places["rope_parameters"], dict):
@@ -174,11 +176,13 @@ class Reader:
                 self.problem(f"{key}: expected an object, found {shown(value)}")
             elif value:
                 entries.update(value)
+        for key in known:
+            entries.pop(key, None)
         original = None if scaling_key is None else self._config.get("original_max_position_embeddings")
         spec = RopeSpec(entries, self.problem, self.context, original, layer_type is not None)
         if spec.kind in ("longrope", "yarn", "llama3"):
             self._seen.add("original_max_position_embeddings")
-        theta = entries.pop("rope_theta", self.get(theta_key, theta))
+        theta = entries.pop("rope_theta", theta if theta_key is None else self.get(theta_key, theta))
         whole = fraction is None and spec.kind != "proportional"
         fraction = 1.0 if fraction is None else fraction
         fraction = entries.pop("partial_rotary_factor", self.get("partial_rotary_factor", fraction))

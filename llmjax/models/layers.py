@@ -163,6 +163,13 @@ def standardised(x: jax.Array, eps: float) -> jax.Array:
     return rms_normalised(x - jnp.mean(x, -1, keepdims=True), eps)
 
 
+def scaled(x: jax.Array, factor: float, *, rounded: bool) -> jax.Array:
+    """``x * factor``, the factor ``rounded`` to x's dtype first or the product alone."""
+    if rounded:
+        return x * jnp.float32(factor).astype(x.dtype)
+    return (x.astype(jnp.float32) * jnp.float32(factor)).astype(x.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head attention with grouped key/value heads (Ainslie et al. 2023, arXiv:2305.13245).
 

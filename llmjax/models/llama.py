@@ -4,6 +4,7 @@ Mistral, Qwen and Phi-3 are this model, too, but for the options of ``LlamaConfi
 """
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Self
 
 import jax
@@ -33,6 +34,20 @@ class LlamaConfig(DecoderConfig):
     mlp_bias: bool = False
     qk_norm: bool = False  # each head's query and key, before the rotation
 
+    @property
+    def ropes(self) -> tuple[Rope | None, ...]:
+        """Each layer's rotation."""
+        return (self.rope,) * len(self.windows)
+
+    @property
+    def kinds(self) -> tuple[Hashable, ...]:
+        """See ``DecoderConfig``."""
+        return tuple(zip(self.windows, self.ropes, strict=True))
+
+    def scores(self, window: int | None) -> Scores:
+        """How a layer's products become scores."""
+        return Scores(scale=self.head_dim**-0.5, window=window)
+
     @classmethod
     def from_hf(cls, r: Reader) -> Self:
         """See ``DecoderConfig.from_hf``."""
@@ -60,6 +75,7 @@ class Block(nn.Module):
 
     config: LlamaConfig
     window: int | None
+    rope: Rope | None
 
     @nn.compact
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
@@ -69,8 +85,8 @@ class Block(nn.Module):
             c.num_attention_heads,
             c.num_key_value_heads,
             c.head_dim,
-            Scores(scale=c.head_dim**-0.5, window=self.window),
-            rope=c.rope,
+            c.scores(self.window),
+            rope=self.rope,
             qkv_bias=c.qkv_bias,
             out_bias=c.out_bias,
             qk_norm=(lambda name: RMSNorm(c.rms_norm_eps, name=name)) if c.qk_norm else None,
@@ -92,7 +108,8 @@ class Llama(nn.Module):
         c = self.config
         embed = Embedding(c.vocab_size, c.hidden_size, name="embed")
         x = tap(self, "embed", embed(ids, ctx))
-        x = in_turn(self, [Block(c, window, name=f"layers_{i}") for i, window in enumerate(c.windows)], x, ctx)
+        layers = zip(c.windows, c.ropes, strict=True)
+        x = in_turn(self, [Block(c, *layer, name=f"layers_{i}") for i, layer in enumerate(layers)], x, ctx)
         x = RMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
         return tap(self, "logits", language_head(self, embed, x, ctx, tied=c.tie_word_embeddings))
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llmjax.models.architecture import Architecture
-from llmjax.models.attention import Scores
 from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import (
@@ -34,6 +33,11 @@ class WideRope(Rope):
         return super().__call__(x.astype(jnp.float32), ctx).astype(x.dtype)
 
 
+def wide(rope: Rope) -> WideRope:
+    """The same in float32."""
+    return WideRope(**vars(rope))
+
+
 class AllHeadsNorm(WideRMSNorm):
     """That of all heads of a query or key ``[B, T, N, H]`` together."""
 
@@ -49,9 +53,7 @@ class Olmo2Config(LlamaConfig):
     def from_hf(cls, r: Reader) -> "Olmo2Config":
         """See ``DecoderConfig.from_hf``."""
         llama = LlamaConfig.from_hf(r)
-        return cls(
-            **{**vars(llama), "rope": WideRope(**vars(llama.rope)), "rms_norm_eps": r.number("rms_norm_eps", 1e-5)}
-        )
+        return cls(**{**vars(llama), "rope": wide(llama.rope), "rms_norm_eps": r.number("rms_norm_eps", 1e-5)})
 
     def module(self) -> "Olmo2":  # type: ignore[override]
         """See ``DecoderConfig.module``."""
@@ -63,6 +65,7 @@ class Block(nn.Module):
 
     config: Olmo2Config
     window: int | None
+    rope: Rope | None
 
     @nn.compact
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
@@ -71,8 +74,8 @@ class Block(nn.Module):
             c.num_attention_heads,
             c.num_key_value_heads,
             c.head_dim,
-            Scores(scale=c.head_dim**-0.5, window=self.window),
-            rope=c.rope,
+            c.scores(self.window),
+            rope=self.rope,
             qkv_bias=c.qkv_bias,
             out_bias=c.out_bias,
             qk_norm=lambda name: AllHeadsNorm(c.rms_norm_eps, name=name),
@@ -93,7 +96,8 @@ class Olmo2(nn.Module):
         c = self.config
         embed = Embedding(c.vocab_size, c.hidden_size, name="embed")
         x = tap(self, "embed", embed(ids, ctx))
-        x = in_turn(self, [Block(c, window, name=f"layers_{i}") for i, window in enumerate(c.windows)], x, ctx)
+        layers = zip(c.windows, c.ropes, strict=True)
+        x = in_turn(self, [Block(c, *layer, name=f"layers_{i}") for i, layer in enumerate(layers)], x, ctx)
         x = WideRMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
         return tap(self, "logits", language_head(self, embed, x, ctx, tied=c.tie_word_embeddings))
 

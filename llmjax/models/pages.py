@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from llmjax.models.context import Context
+from llmjax.quant.bits import from_storage
 
 
 def position_axis(name: str) -> int:
@@ -61,6 +62,14 @@ def block(cache: jax.Array, name: str, start: jax.Array, size: int, ctx: Context
 
     numbers = _pages(ctx, start[:, None] // page)[:, 0]
     return jax.vmap(one, (0, None))(numbers, 0) if size == page else jax.vmap(one)(numbers, start % page)
+
+
+def tokens(cache: jax.Array, positions: jax.Array, ctx: Context) -> jax.Array:
+    """What a buffer that lies as keys do holds of some tokens: ``[B, n, K, H]`` for positions int32 ``[B, n]``, none of
+    them negative."""
+    page = cache.shape[2]
+    found = cache[_pages(ctx, positions // page), :, positions % page]
+    return from_storage(found, ctx.numerics.products)
 
 
 def _pages(ctx: Context, index: jax.Array) -> jax.Array:

@@ -12,14 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from llmjax.models.context import Context, tap
-from llmjax.models.layers import Embedding, Projection, WideRMSNorm
-
-
-def scaled(x: jax.Array, factor: float, *, rounded: bool) -> jax.Array:
-    """``x * factor``, the factor ``rounded`` to x's dtype first or the product alone."""
-    if rounded:
-        return x * jnp.float32(factor).astype(x.dtype)
-    return (x.astype(jnp.float32) * jnp.float32(factor)).astype(x.dtype)
+from llmjax.models.layers import Embedding, Projection, WideRMSNorm, scaled
 
 
 class PerLayerInputs(nn.Module):

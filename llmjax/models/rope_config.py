@@ -38,6 +38,8 @@ class RopeSpec:
         kind, other = entries.pop("rope_type", None), entries.pop("type", None)
         found = other if kind is None else kind
         self.kind = "default" if found is None else "longrope" if found == "su" else found
+        if self.kind == "yarn" and "short_factor" in entries:
+            self.kind = "longrope"  # what some conversions of Phi-3 call it
 
     def rope(self, theta: float, dims: int, turning: int) -> Rope:
         """The rope.

@@ -183,9 +183,9 @@ class Engine:
         """Log-probabilities of each text, or why there are none, in their order."""
         return scores(self, requests)
 
-    def score_texts(self, ids: np.ndarray, targets: np.ndarray, adapter: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    def score_texts(self, *texts: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """See ``llmjax.runtime.scoring``."""
-        return self._score_texts(self._params, ids, targets, adapter)
+        return self._score_texts(self._params, *texts)
 
     @contextlib.contextmanager
     def cleared_by_errors(self) -> Iterator[None]:

@@ -27,7 +27,13 @@ Found = tuple[np.ndarray, np.ndarray]
 
 
 def score_texts(
-    module: nn.Module, numerics: Numerics, params: Any, ids: jax.Array, targets: jax.Array, adapter: jax.Array
+    module: nn.Module,
+    numerics: Numerics,
+    params: Any,
+    ids: jax.Array,
+    targets: jax.Array,
+    length: jax.Array,
+    adapter: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Scores what follows each token of several short texts, which need no cache.
 
@@ -37,12 +43,14 @@ def score_texts(
       params: the model's.
       ids: int32 ``[B, T]``, right-padded.
       targets: int32 ``[B, T]``, the token that follows each.
+      length: int32 ``[B]``, tokens of each text.
       adapter: int32 ``[B]``, see ``Context``.
 
     Returns:
       log-probabilities float32 ``[B, T]`` of the targets, and the most likely tokens int32 ``[B, T]``.
     """
-    ctx = Context(jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), numerics, adapter=adapter)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    ctx = Context(positions, numerics, adapter=adapter, length=length)
     logits: jax.Array = module.apply({"params": params}, ids, ctx)  # type: ignore[assignment]
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
@@ -76,12 +84,12 @@ def scores(engine: "Engine", requests: Requests) -> Iterator[tuple[Request, Foun
 def _together(engine: "Engine", requests: list[Request]) -> Iterator[tuple[Request, Found]]:
     width = engine.scored // ROWS
     ids, targets = np.zeros((2, ROWS, width), np.int32)
-    adapters = np.zeros(ROWS, np.int32)
+    lengths, adapters = np.ones(ROWS, np.int32), np.zeros(ROWS, np.int32)
     for i, request in enumerate(requests):
         ids[i, : len(request.ids) - 1], targets[i, : len(request.ids) - 1] = request.ids[:-1], request.ids[1:]
-        adapters[i] = engine.adapter(request.lora)
+        lengths[i], adapters[i] = len(request.ids), engine.adapter(request.lora)
     with engine.timed("prefill_seconds"):
-        logprobs, best = jax.device_get(engine.score_texts(ids, targets, adapters))
+        logprobs, best = jax.device_get(engine.score_texts(ids, targets, lengths, adapters))
     for i, request in enumerate(requests):
         count = len(request.ids) - 1
         engine.check_finite(logprobs[i, :count])

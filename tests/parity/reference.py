@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,13 +25,7 @@ def state_shapes(config: dict) -> dict[str, tuple[int, ...]]:
             return {k: tuple(file.get_slice(k).get_shape()) for k in file.keys()}
 
 
-# Towers that transformers has no code of its own for: the text model reads the same file.
-_TEXT_ALONE = {"gemma3n"}
-
-
 def _config(config: dict) -> transformers.PretrainedConfig:
-    if config["model_type"] in _TEXT_ALONE:
-        config = config["text_config"]
     # A copy: transformers writes into the nested objects of a config.
     rest = {k: copy.deepcopy(v) for k, v in config.items() if k != "model_type"}
     return transformers.AutoConfig.for_model(config["model_type"], **rest)
@@ -41,11 +34,8 @@ def _config(config: dict) -> transformers.PretrainedConfig:
 def load(folder: Path, model_type: str, dtype: str = "float32") -> transformers.PreTrainedModel:
     """Under the attention implementation that computes this architecture right."""
     attention = architectures()[model_type].reference_attention
-    own = {}
-    if model_type in _TEXT_ALONE:
-        own["config"] = _config(json.loads((folder / "config.json").read_text()))
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation=attention, **own
+        folder, dtype=getattr(torch, dtype), attn_implementation=attention
     )
     return model.eval()
 
@@ -84,12 +74,9 @@ def hidden(model: transformers.PreTrainedModel, ids: list[int]) -> list[np.ndarr
     decoder = model.get_decoder()
     layers = decoder.h if hasattr(decoder, "h") else decoder.layers
     seen: list[np.ndarray] = []
-    active = getattr(model.config, "altup_active_idx", 0)
 
     def keep(x: torch.Tensor | tuple) -> None:
-        x = x[0] if isinstance(x, tuple) else x
-        x = x[active] if x.ndim == 4 else x  # several streams
-        seen.append(x[0].float().numpy())
+        seen.append((x[0] if isinstance(x, tuple) else x)[0].float().numpy())
 
     hooks = [layers[0].register_forward_pre_hook(lambda _, args: keep(args[0]))]
     hooks += [layer.register_forward_hook(lambda _, __, out: keep(out)) for layer in layers]

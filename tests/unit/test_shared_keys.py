@@ -48,11 +48,22 @@ CONFIGS = {
         "moe_intermediate_size": 12,
     },
 }
+CONFIGS["lfm2"] = {
+    "model_type": "lfm2",
+    "vocab_size": 90,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 3,
+    "block_multiple_of": 4,
+    "full_attn_idxs": [1],
+}
 PARAMS = llmjax.SamplingParams(temperature=0.7, seed=3, max_tokens=14)
 
 
-# One that takes keys and values, and one with experts; the others compile for longer.
-QUICK = {"gemma4", "gemma4 experts"}
+# One that takes keys and values, and one with convolutions; the others compile for longer.
+QUICK = {"gemma4", "lfm2"}
 SOME = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CONFIGS]
 
 

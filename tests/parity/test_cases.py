@@ -1,0 +1,61 @@
+"""Checkpoints that transformers wrote, with what it computes for them: kinds whose files are more than their shapes."""
+
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import llmjax
+
+FOLDER = Path(__file__).parents[1] / "data" / "cases"
+NAMES = sorted(folder.name for folder in FOLDER.iterdir())
+# Each with something that no other has; the rest run with --runslow.
+QUICK = {"gemma3n_cond", "gemma4_moe", "lfm2", "llama_dynamic_old", "phi35_mini_longrope", "qwen3_moe"}
+SOME = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
+# Texts longer than the configuration's context are among them.
+CONTEXT = 512
+
+
+def kinds():
+    """Model types that have a case, those of text models inside others among them."""
+    configs = [json.loads((FOLDER / name / "config.json").read_text()) for name in NAMES]
+    return {c["model_type"] for c in configs} | {c["text_config"]["model_type"] for c in configs if "text_config" in c}
+
+
+@functools.cache
+def loaded(name):
+    with np.load(FOLDER / name / "expected.npz") as file:
+        expected = {key: file[key] for key in file.files}
+    return llmjax.load(FOLDER / name, context_length=CONTEXT), expected
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_logits(name, record_property):
+    model, expected = loaded(name)
+    error = np.abs(model.logits([expected["ids"].tolist()])[0] - expected["logits"]).max()
+    record_property("error", float(error))
+    assert error <= expected["atol"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_hidden_states(name):
+    model, expected = loaded(name)
+    if "hidden" not in expected:
+        pytest.skip("none stored")
+    found = llmjax.trace(model, expected["short"].tolist(), "layers.*.resid").activations.values()
+    for ours, theirs in zip(found, expected["hidden"], strict=True):
+        assert np.abs(ours - theirs).max() <= expected["atol"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_generation(name):
+    """As transformers' generate with its cache: what depends on a text's length changes on the way."""
+    model, expected = loaded(name)
+    llm = llmjax.LLM(model, max_batch=4, chunk=8, block=8, numerics="reference")
+    params = llmjax.SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    (out,) = llm.generate([expected["short"].tolist()], params)
+    assert out.outputs[0].token_ids == expected["greedy"].tolist()
