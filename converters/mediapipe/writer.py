@@ -218,7 +218,8 @@ def _write_item(writer: BinWriter, item: Item, value: "np.ndarray | QTensor", ba
     if backend == "cpu":
         writer.write(item.name, value.values)
         return
-    writer.write(item.name, layout.to_blocks(value.values, value.shape, value.bits))
+    out, width = value.shape
+    writer.write(item.name, layout.to_blocks(value.values, (out, width), value.bits))
     writer.write(item.name + SUM, layout.row_sums(value.values, value.bits))
     if value.offsets is not None:
         writer.write(item.name + ZERO, quotients(-value.offsets[:, 0], scales))

@@ -132,7 +132,13 @@ def load(
         return dataclasses.replace(model, config=_of_length(model.config, context_length), numerics_chosen=chosen)
     found = find_model(path)
     if graphs.is_graph(found):
-        options = {"dtype": dtype, "quantize": quantize, "lora": lora, "config": config, "check_finite": check_finite}
+        options: dict[str, Any] = {
+            "dtype": dtype,
+            "quantize": quantize,
+            "lora": lora,
+            "config": config,
+            "check_finite": check_finite,
+        }
         options["context_length"] = context_length
         if given := [name for name, value in options.items() if value is not None and value is not False]:
             raise ConfigError(f"{found}: {', '.join(given)}: an op graph is run as it is, with its own weights")

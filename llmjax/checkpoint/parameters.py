@@ -154,8 +154,11 @@ def made(rows: Rows, shape: tuple[int, ...], dtype: np.dtype, scheme: Scheme | N
     if scheme is not None:
         if len(shape) == 2:
             return quantize(rows, (shape[0], shape[1]), scheme, name)
-        one: list[Rows] = [lambda start, stop, i=i: rows(i, i + 1)[0, start:stop] for i in range(shape[0])]
-        return _stack(quantize(rows, (shape[1], shape[2]), scheme, name) for rows in one)
+
+        def one(i: int) -> Rows:
+            return lambda start, stop: rows(i, i + 1)[0, start:stop]
+
+        return _stack(quantize(one(i), (shape[1], shape[2]), scheme, name) for i in range(shape[0]))
     value, lost = aligned(shape, dtype), 0.0
     for part in row_chunks(shape):
         found = rows(part.start, part.stop)

@@ -75,8 +75,8 @@ def _check(file: TfliteFile, number: int, name: str, problems: list[str], above:
                 problems.append(f"{where}: static activations of {tensor.type} are not supported")
             elif tensor.type not in TYPES:
                 problems.append(f"{where}: activations of {tensor.type} are not supported")
-    if missing := set(graph.outputs) - known:
-        problems.append(f"{name}: nothing gives output {named(graph.tensors[min(missing)].name)}")
+    if lost := set(graph.outputs) - known:
+        problems.append(f"{name}: nothing gives output {named(graph.tensors[min(lost)].name)}")
 
 
 class Graph:

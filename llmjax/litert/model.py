@@ -91,7 +91,7 @@ class GraphModel(Model):
     signatures: GraphModule | None = None
 
     @property
-    def module(self) -> GraphModule:  # type: ignore[override]
+    def module(self) -> GraphModule:
         """What the engine runs."""
         assert self.signatures is not None
         return self.signatures
@@ -103,7 +103,7 @@ class GraphModel(Model):
         module = GraphModule(graphs, self.module.prefills, self.module.decode_ports)
         return dataclasses.replace(self, numerics=graphs[MAIN].numerics, signatures=module, numerics_chosen=True)
 
-    def apply(self, params: dict[str, Any], ids: jax.Array) -> jax.Array:
+    def apply(self, params: dict[str, Any], ids: jax.Array) -> jax.Array:  # type: ignore[override]
         """Logits float32 ``[B, T, V]`` of ``ids`` int32 ``[B, T]``, a pure function: the tokens of a row one after the
         other through ``decode``."""
         return self.module.apply({"params": params}, ids, Context(jnp.arange(ids.shape[1])[None], self.numerics))
@@ -111,7 +111,8 @@ class GraphModel(Model):
     @functools.cached_property
     def _steps(self) -> tuple[Any, dict[int, Any]]:
         """Compiled: decode, and the prefill signatures by length."""
-        module, options = self.module, {"compiler_options": self.numerics.compiler_options, "donate_argnums": 1}
+        module = self.module
+        options: dict[str, Any] = {"compiler_options": self.numerics.compiler_options, "donate_argnums": 1}
 
         def prefill(ports: Ports, params: Any, states: States, ids: Any, start: Any, length: Any) -> States:
             return module.run(params, ports, states, ids, start, length)[1]

@@ -153,7 +153,7 @@ class GraphModule:
             if takes:
                 takes[-1] |= at + self.prefills[-1].length <= end
             choice = jnp.argmax(jnp.stack([*takes, jnp.bool_(True)]))
-            branches = [*(functools.partial(filled, p) for p in self.prefills), decoded]
+            branches: list[Any] = [*(functools.partial(filled, p) for p in self.prefills), decoded]
             return lax.switch(choice, branches, *carry) if self.prefills else decoded(*carry)
 
         empty = jnp.zeros(self.decode_ports.vocab_size, jnp.float32)

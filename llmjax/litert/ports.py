@@ -130,12 +130,12 @@ def _ports(file: TfliteFile, name: str, problems: list[str]) -> Ports | None:
                 f"{context} positions, is not supported"
             )
     shapes = {tokens: (1, length), positions: (length,)}
-    for port, shape in shapes.items():
-        if port and (tensors[port].type != "INT32" or tensors[port].shape not in (shape, (1, length))):
-            problems.append(f"{name}: {port}: expected INT32 {list(shape)}, found {list(tensors[port].shape)}")
-    for port in (embeddings, per_layer):
-        if port and (tensors[port].type != "FLOAT32" or tensors[port].shape[:2] != (1, length)):
-            problems.append(f"{name}: {port}: expected FLOAT32 [1, {length}, ...], found {list(tensors[port].shape)}")
+    for role, shape in shapes.items():
+        if role and (tensors[role].type != "INT32" or tensors[role].shape not in (shape, (1, length))):
+            problems.append(f"{name}: {role}: expected INT32 {list(shape)}, found {list(tensors[role].shape)}")
+    for role in (embeddings, per_layer):
+        if role and (tensors[role].type != "FLOAT32" or tensors[role].shape[:2] != (1, length)):
+            problems.append(f"{name}: {role}: expected FLOAT32 [1, {length}, ...], found {list(tensors[role].shape)}")
     if any(tensor.dynamic for tensor in tensors.values()):
         problems.append(f"{name}: inputs whose shape is not fixed are not supported")
     vocabulary = outputs[LOGITS].shape[-1] if LOGITS in outputs and outputs[LOGITS].shape else 0

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llmjax.errors import RequestError
@@ -35,7 +36,7 @@ def activations(model: GraphModel, ids: np.ndarray, taps: Sequence[str]) -> dict
         raise RequestError(f"taps: {missing[0]!r} matches no tensor; llmjax inspect and a trace of '*' show the names")
 
     def step(params: Any, row: States, token: Any, position: Any) -> tuple[States, dict[str, jax.Array]]:
-        outputs, row, found = module.run(params, ports, row, token[None], position, np.int32(1), names)
+        outputs, row, found = module.run(params, ports, row, token[None], position, jnp.int32(1), names)
         return row, {**found, **{name: outputs[name] for name in logits}}
 
     program = jax.jit(step, donate_argnums=1, compiler_options=model.numerics.compiler_options)

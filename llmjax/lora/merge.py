@@ -89,7 +89,8 @@ def requantized(q: QTensor, delta: Delta, parameter: str) -> tuple[QTensor, Surv
         )
     group = None if q.scales.shape[1] == 1 else q.group
     scheme = Scheme(q.bits, group, symmetric=q.offsets is None)
-    merged = quantize(merged_rows(lambda start, stop: _rows(q, start, stop), delta), q.shape, scheme, parameter)
+    out, width = q.shape
+    merged = quantize(merged_rows(lambda start, stop: _rows(q, start, stop), delta), (out, width), scheme, parameter)
     changed, dot, power, noise = 0, 0.0, 0.0, 0.0
     for rows in row_chunks(q.shape):
         wanted = delta.rows(rows).astype(np.float64)

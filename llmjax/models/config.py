@@ -76,7 +76,9 @@ class DecoderConfig:
     def shortened(self, layers: int) -> Self:
         """The model's first layers alone; of fields with an entry for each layer, the first entries."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        cut = {n: v[:layers] for n, v in values.items() if isinstance(v, tuple) and len(v) == self.num_hidden_layers}
+        cut: dict[str, Any] = {
+            n: v[:layers] for n, v in values.items() if isinstance(v, tuple) and len(v) == self.num_hidden_layers
+        }
         return dataclasses.replace(self, num_hidden_layers=layers, **cut)
 
     def attention(self, layer: int) -> tuple[int, int] | None:

@@ -1,5 +1,7 @@
 """What travels beside the activations through a model: one explicit argument instead of attributes on every module."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -68,7 +70,7 @@ def tap(module: nn.Module, name: str, value: jax.Array) -> jax.Array:
     if not module.is_initializing():
         module.sow("taps", TAP + name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
     if module.has_variable(PATCHES, TAP + name):
-        patch = module.get_variable(PATCHES, TAP + name)
+        patch: Any = module.get_variable(PATCHES, TAP + name)
         return patch(value) if callable(patch) else patch.reshape(value.shape).astype(value.dtype)
     return value
 

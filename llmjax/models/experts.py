@@ -28,7 +28,7 @@ _TILE = 16
 
 def largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The ``k`` largest of the last axis, descending, and where they stand; of equal ones the first."""
-    return lax.top_k(x, k)  # type: ignore[no-any-return]
+    return lax.top_k(x, k)
 
 
 class _Weights(nn.Module):

@@ -136,7 +136,7 @@ def _heads(
     each = [common] * len(windows)
     for layer, values in own.items() if isinstance(own, dict) else [(None, own)]:
         known = {"num_key_value_heads", "head_dim"}
-        index = int(layer) if str(layer).isdecimal() else len(windows)
+        index = int(str(layer)) if str(layer).isdecimal() else len(windows)
         if index >= len(windows) or not isinstance(values, dict) or set(values) - known or not _sizes(values):
             what = f"expected {' and '.join(sorted(known))} by layer"
             r.problem(f"per_layer_config: {what}, found {shown(layer)}: {shown(values)}")

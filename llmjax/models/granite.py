@@ -2,7 +2,7 @@
 multipliers (muP, Yang et al. 2022, arXiv:2203.03466)."""
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,8 @@ class GraniteConfig(LlamaConfig):
     def from_hf(cls, r: Reader) -> Self:
         """See ``DecoderConfig.from_hf``."""
         names = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
-        return dataclasses.replace(super().from_hf(r), **{name: r.number(name, 1.0) for name in names})
+        multipliers: dict[str, Any] = {name: r.number(name, 1.0) for name in names}
+        return dataclasses.replace(super().from_hf(r), **multipliers)
 
     def scores(self, window: int | None) -> Scores:
         """See ``LlamaConfig``."""

@@ -59,7 +59,7 @@ class RopeSpec:
         return rope
 
     def _number(self, key: str, default: float | None = None) -> float:
-        value = self.entries.pop(key, None)
+        value: Any = self.entries.pop(key, None)
         value = default if value is None else value
         if problem := POSITIVE_NUMBER.problem(value):
             self._problem(f"rope parameter {key}: {problem}")
@@ -128,7 +128,7 @@ class RopeSpec:
 
     def _longrope(self, theta: float, dims: int, turning: int) -> Rope:
         original = self._original()
-        factors = [self._factors(key, dims // 2) for key in ("short_factor", "long_factor")]
+        short, long = (self._factors(key, dims // 2) for key in ("short_factor", "long_factor"))
         factor = self._number("factor", (self._context or original) / original)
         default = 1.0
         if factor > 1 and original > 1:
@@ -136,7 +136,7 @@ class RopeSpec:
         return Rope(
             theta,
             dims,
-            scaling=LongRope(*factors, int(original), self._number("attention_factor", default)),
+            scaling=LongRope(short, long, int(original), self._number("attention_factor", default)),
         )
 
     def _factors(self, key: str, count: int) -> tuple[float, ...]:

@@ -176,7 +176,8 @@ def _compare(
             break
     proven = faults(stages, known, taps, found) if found.beyond else []
     identical = all(tap.equal for tap in taps)
-    logits, positions = None, ()
+    logits: dict[str, Any] | None = None
+    positions: Sequence[Mapping[str, Any]] = ()
     if taps[-1].name == "logits" and value is not None:
         noise = taps[-1].floor(found.classes, whole=True)[0] / MARGIN
         logits, positions = logits_report(value, fitted(known, "logits", value.shape, value), ids, noise)
@@ -340,7 +341,9 @@ def _two_dumps(
     shared = [tap for tap in left.taps if tap in right.taps]
     if not shared:
         raise MismatchError(f"{ours.path} and {theirs.path} have no array in common; map the names (--names)")
-    taps, logits, positions = [], None, ()
+    taps: list[Tap] = []
+    logits: dict[str, Any] | None = None
+    positions: Sequence[Mapping[str, Any]] = ()
     for name in shared:
         a, b = _unbatched(left, name), _unbatched(right, name)
         if a.shape != b.shape:
@@ -366,7 +369,9 @@ def _two_dumps(
         "taps": len(taps), "of": len(left.taps), "tokens": len(theirs.token_ids), "missing": missing,
         "unknown": sorted(set(right.taps) - set(left.taps)), "note": note,
     }  # fmt: skip
-    divergence = first and {"tap": first.name, "token": first.gap.token, "error": first.gap.error, "floor": limit}
+    divergence = None
+    if first is not None and verdict == "different":
+        divergence = {"tap": first.name, "token": first.gap.token, "error": first.gap.error, "floor": limit}
     return Comparison(
         verdict=verdict,
         explained_by=holds[0] if verdict == "equivalent" else None,
@@ -374,7 +379,7 @@ def _two_dumps(
         coverage=coverage,
         logits=logits,
         taps=[_row(tap, limit) for tap in taps],
-        first_divergence=divergence if verdict == "different" else None,
+        first_divergence=divergence,
         positions=positions,
         subject=subject,
         map=_map(taps),

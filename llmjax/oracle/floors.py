@@ -37,7 +37,7 @@ def weights(change: Callable[[jax.Array], jax.Array]) -> Callable[[Params], Para
     """Changes the matrices of a stage."""
 
     def edit(params: Params, inside: str = "") -> Params:
-        found = {}
+        found: dict[str, Any] = {}
         for name, leaf in params.items():
             if isinstance(leaf, Mapping):
                 found[name] = edit(dict(leaf), name)

@@ -6,6 +6,7 @@ A stage of the model is in memory at a time, and of the dumps one tap.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -125,8 +126,8 @@ def measure(stages: Stages, named: Named, reference: Read, classes: Sequence[str
       a tap, and the reference's values.
     """
     ways: list[tuple[str, Edit]] = [("", PLAIN), *((name, edit) for name in classes for edit in CLASSES[name]())]
-    xs = [None] * len(ways)
-    locals_ = [None] * len(ways)
+    xs: list[Any] = [None] * len(ways)
+    locals_: list[Any] = [None] * len(ways)
     for stage in range(-1, stages.layers + 1):
         whole, apart = [], []
         for i, (_, edit) in enumerate(ways):

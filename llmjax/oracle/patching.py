@@ -99,7 +99,7 @@ class _Bench:
 
     def run(self, first: int, last: int, x: Any, edit: Edit, at: int | None) -> dict[str, np.ndarray]:
         """Our values of these stages from the candidate's inputs, one stage edited, or all."""
-        ours = {}
+        ours: dict[str, np.ndarray] = {}
         for stage in range(first, last + 1):
             changed = edit if at is None or at == stage else PLAIN
             x, values = self.stages.run(stage, x, patches(self.values(stage)), changed)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -48,11 +48,11 @@ class Batch(struct.PyTreeNode):
       rows: the numbers of the rows in the data (static); fewer than B where the last are filling.
     """
 
-    ids: np.ndarray
-    at: np.ndarray
-    targets: np.ndarray
-    weights: np.ndarray
-    lengths: np.ndarray
+    ids: Any
+    at: Any
+    targets: Any
+    weights: Any
+    lengths: Any
     rows: tuple[int, ...] = struct.field(pytree_node=False, default=())
 
     @property
@@ -63,7 +63,8 @@ class Batch(struct.PyTreeNode):
     def arrays(self) -> "Batch":
         """On the device, without what would make a program of its own for each batch."""
         leaves = (self.ids, self.at, self.targets, self.weights, self.lengths)
-        return Batch(*map(jnp.asarray, leaves))
+        ids, at, targets, weights, lengths = map(jnp.asarray, leaves)
+        return Batch(ids, at, targets, weights, lengths)
 
 
 def bucket(length: int) -> int:

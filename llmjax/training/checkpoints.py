@@ -119,7 +119,7 @@ def data_sha256(examples: Any) -> str:
     """Over the ids and masks of examples, in their order."""
     sha = hashlib.sha256()
     for example in examples:
-        sha.update(np.int64([example.row, len(example.ids)]).tobytes())
+        sha.update(np.array([example.row, len(example.ids)], np.int64).tobytes())
         sha.update(example.ids.tobytes() + example.learned.tobytes())
     return sha.hexdigest()
 

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 
@@ -152,7 +152,7 @@ class _Run:
         output: Path | None,
     ):
         self.model, self.adapter, self.config, self.output = model, adapter, config, output
-        self.data = (data,) if held_out is None else (data, held_out)
+        self.data: tuple[Data, ...] = (data,) if held_out is None else (data, held_out)
         self.examples: list[Example] = data.examples
         self.per_epoch = math.ceil(len(self.examples) / (config.batch_size * config.accumulation))
         self.steps = config.steps or config.epochs * self.per_epoch
@@ -160,7 +160,7 @@ class _Run:
         self.programs = Programs(model, adapter.targets, config)
         self.step = train_step(self.programs, config)
         self.held_out: list[Batch] = cut(held_out.examples, config.batch_size) if held_out else []
-        self.progress, self.best = Progress(), None
+        self.progress, self.best = Progress(), cast(dict[str, Any] | None, None)
         self.state = first_state(adapter.factors, config)
         self.metrics: list[dict[str, Any]] = []
 

@@ -260,7 +260,7 @@ def _example(number: int, segments: Segments, model: Model, longest: int) -> Exa
     return found
 
 
-def _list(row: Mapping[str, Any], name: str) -> Sequence[Any]:
+def _list(row: Mapping[str, Any], name: str) -> list[Any]:
     if not isinstance(row[name], Sequence | np.ndarray) or isinstance(row[name], str):
         raise RequestError(f"{name}: expected a list, found {shown(row[name])}")
     return list(row[name])

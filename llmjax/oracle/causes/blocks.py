@@ -82,7 +82,7 @@ def rotation(scene: Scene) -> Iterator[Cause]:
     if not ropes:
         return
 
-    def cause(word: str, detail: str, change: Callable[[Rope], Any]) -> Cause:
+    def cause(word: str, detail: str, change: Callable[..., Any]) -> Cause:
         return Cause(word, detail, steps, _rope(change))
 
     replace = dataclasses.replace
@@ -329,7 +329,7 @@ def residual(scene: Scene) -> Iterator[Cause]:
     yield Cause("residual", "the MLP's output is not added", last, remembering(**{mlp_end: lambda s, y: 0 * y}))
     for name, end, steps in (("attention", attn_end, first), ("MLP", mlp_end, last)):
         for factor in (0.5, 2.0):
-            edit = remembering(**{end: lambda s, y, f=factor: f * y})  # type: ignore[misc]
+            edit = remembering(**{end: lambda s, y, f=factor: f * y})
             yield Cause("residual", f"the {name}'s output is added {factor:g} times", steps, edit)
     if parallel:
         own = "mlp_norm" in taps

@@ -228,8 +228,12 @@ def head(scene: Scene) -> Iterator[Cause]:
             edit = Edit(config=lambda c, cap=cap: dataclasses.replace(c, final_logit_softcapping=cap))  # type: ignore[misc]
             yield Cause("final_softcap", f"the soft-cap on logits is {cap or 'missing'}", ("logits",), edit)
         elif cap:
-            yield Cause("final_softcap", f"logits have a soft-cap of {cap:g}", ("logits", "head"),
-                        post=lambda x, cap=cap: cap * np.tanh(x / cap))  # fmt: skip
+            what = f"logits have a soft-cap of {cap:g}"
+            yield Cause("final_softcap", what, ("logits", "head"), post=partial(_capped, cap))
+
+
+def _capped(cap: float, x: np.ndarray) -> np.ndarray:
+    return cap * np.tanh(x / cap)
 
 
 def layers(scene: Scene) -> Iterator[Cause]:
