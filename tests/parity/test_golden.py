@@ -11,7 +11,7 @@ from tests.parity.test_cases import kinds
 from tests.parity.variants import VARIANTS
 
 # What compiles the whole engine runs on these by default.
-QUICK = {"gemma2_window_1", "phi", "falcon_11_heads_untied", "stablelm_parallel_tied", "gemma3"}
+QUICK = {"gemma2_window_1", "phi", "falcon_11_heads_untied"}
 
 
 @pytest.fixture(scope="module", params=golden.NAMES)

@@ -63,6 +63,7 @@ def test_stopping_a_neighbour_early_leaves_the_others_bits(llm):
     assert results(llm, reqs, burst=1) == results(llm, reqs) == results(llm, reqs, burst=5)
 
 
+@pytest.mark.slow
 def test_a_longer_cache_changes_no_bit(model):
     short, long = (LLM(model, max_batch=4, chunk=16, block=16) for _ in range(2))
     request = requests(short)[5]
@@ -233,8 +234,8 @@ def test_engine_settings(model, field, value):
 @pytest.mark.parametrize(
     ("profile", "dtype"),
     [
-        *(("hf", "bfloat16"), ("fast", "bfloat16"), slow("reference", "float32"), slow("reference", "bfloat16")),
-        *(slow("hf", "float32"), slow("fast", "float32")),
+        *(("fast", "bfloat16"), slow("hf", "bfloat16"), slow("reference", "float32")),
+        *(slow("reference", "bfloat16"), slow("hf", "float32"), slow("fast", "float32")),
     ],
 )
 def test_every_profile_runs_and_stays_deterministic(profile, dtype):

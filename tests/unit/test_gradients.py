@@ -22,7 +22,7 @@ from llmjax.quant.rounding import quantize
 from llmjax.quant.schemes import Scheme
 from llmjax.runtime.cache import make_cache
 from tests.parity import golden
-from tests.tiny import random_model
+from tests.tiny import random_model, slow
 
 RNG = np.random.default_rng(11)
 KINDS = ("float32", "bfloat16", "float16", "int8", "int4", "int8-asym", "int4-g32-asym", "Q5_0", "Q5_1")
@@ -232,7 +232,7 @@ def assert_same_gradients(found, expected) -> None:
             assert np.abs(f).max() > 0, path
 
 
-@pytest.mark.parametrize("name", golden.some({"gemma_mqa", "falcon_rw"}))
+@pytest.mark.parametrize("name", golden.some({"gemma_mqa"}))
 def test_a_bfloat16_checkpoint(name):
     """``reference`` computes in float32, whatever is stored: its gradients are rounded once."""
     model = golden.load(name, dtype="bfloat16")
@@ -240,7 +240,7 @@ def test_a_bfloat16_checkpoint(name):
     assert_same_gradients(*gradients(model, model.params, ids))
 
 
-@pytest.mark.parametrize(("profile", "scheme"), [("fast", "int8"), ("reference", "int4-g32-asym")])
+@pytest.mark.parametrize(("profile", "scheme"), [("fast", "int8"), slow("reference", "int4-g32-asym")])
 def test_an_adapter_beside_packed_weights(profile, scheme):
     """Eight tokens: rows that ``fast`` sums."""
     model = random_model(profile, hidden_size=64, intermediate_size=96, num_attention_heads=4, tie_word_embeddings=True)

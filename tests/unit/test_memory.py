@@ -19,7 +19,7 @@ from llmjax.runtime.cache import grown
 from llmjax.runtime.memory import Memory, parse
 from llmjax.runtime.pages import Pages
 from llmjax.runtime.row import Row
-from tests.tiny import checkpoint, random_ids, random_model
+from tests.tiny import checkpoint, random_ids, random_model, slow
 
 CHUNK = BLOCK = 16
 PAGE = 2 * BLOCK
@@ -67,7 +67,7 @@ def put_off(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("pages", [7, 9])
+@pytest.mark.parametrize("pages", [7, slow(9)])
 def test_rows_that_were_put_off_keep_their_bits(ample, model, put_off, pages):
     """The longest needs six pages for itself, and three more while its prompt is scored."""
     expected = results(ample)

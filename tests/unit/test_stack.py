@@ -48,7 +48,8 @@ def answers(llm, prompts):
     return [row.token_ids for row in rows], np.array([row.cumulative_logprob for row in rows])
 
 
-@pytest.mark.parametrize("windows", [slow(FULL), ALTERNATING])
+@pytest.mark.slow
+@pytest.mark.parametrize("windows", [FULL, ALTERNATING])
 def test_a_loop_computes_what_the_layers_do(monkeypatch, windows):
     """Prompts of one chunk and of several, one whose beginning is copied from another slot's cache."""
     model = packed_model(windows=windows)
@@ -119,8 +120,8 @@ def test_no_program_copies_a_cache(slots, scheme, tokens):
 @pytest.mark.parametrize(
     ("slots", "scheme"),
     [
-        (4, "int4-g32"),
-        *(slow(*case) for case in ((1, "int8"), (1, None), (4, None), (2, "int4"), (2, None))),
+        *(slow(*case) for case in ((4, "int4-g32"), (1, "int8"), (4, None), (2, "int4"), (2, None))),
+        (1, None),
     ],
 )
 def test_the_length_of_a_cache_moves_no_bit(slots, scheme):

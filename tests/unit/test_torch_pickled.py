@@ -354,9 +354,9 @@ def test_every_truncation_of_the_pickle(refused):
 @pytest.mark.parametrize(
     "nested",
     [
-        b"(" * 100_000 + b"t" * 100_000,
-        b")" + b"\x85" * 100_000,
-        b"(" * 100_000 + b"l" * 100_000,
+        b"(" * 30_000 + b"t" * 30_000,
+        b")" + b"\x85" * 30_000,
+        b"(" * 30_000 + b"l" * 30_000,
         # Each level holds the one below twice: 2^1000 leaves.
         b")q\x00" + b"h\x00\x86q\x00" * 1000,
         # A list that holds itself.
