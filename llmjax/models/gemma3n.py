@@ -287,6 +287,5 @@ ARCHITECTURE = Architecture(
     config=Gemma3nConfig,
     hf_names=names,
     unused=Gemma3nConfig.unused,
-    gguf="gemma3n",
     needs_bos=True,
 )

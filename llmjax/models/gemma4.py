@@ -274,6 +274,5 @@ ARCHITECTURE = Architecture(
     config=Gemma4Config,
     hf_names=names,
     unused=Gemma4Config.unused,
-    gguf="gemma4",
     needs_bos=True,
 )

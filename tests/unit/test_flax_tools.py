@@ -35,7 +35,7 @@ class Researched(nn.Module):
         if self.is_mutable_collection("stats"):
             self.variable("stats", "seen", jnp.zeros, ()).value += jnp.mean(x)
         self.sow("intermediates", "entry", x)
-        x = Block(self.config, None, name="inner")(x, ctx)
+        x = Block(self.config, None, self.config.rope, name="inner")(x, ctx)
         x = nn.Dropout(0.5, deterministic=not self.has_rng("dropout"))(x)
         return self.perturb("exit", x)
 

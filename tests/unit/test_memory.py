@@ -258,7 +258,7 @@ def test_the_default_is_three_quarters_of_what_is_free_beside_the_weights(monkey
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("memory")
     rows = [{"id": "short", "prompt": "abc"}, {"id": "long", "prompt": "x" * 900}, {"id": "open", "prompt": "abcd"}]
-    rows[2] |= {"max_tokens": None, "ignore_eos": True}
+    rows[2] |= {"max_tokens": 996, "ignore_eos": True}
     (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = checkpoint(folder / "model", max_position_embeddings=1000, num_hidden_layers=1)
     return folder, path
@@ -313,7 +313,7 @@ def test_each_verb_has_a_budget(files, capsys):
         assert main([*verb, "--model", str(path), "--memory", "1000"]) == 2
         assert told in capsys.readouterr().err
     assert main(["score", *files_, "--model", str(path), "--memory", str(budget)]) == 1
-    assert json.loads(capsys.readouterr().out)["error"].startswith("line 1: memory: 900 tokens of one row take")
+    assert json.loads(capsys.readouterr().out)["error"].startswith("memory: 900 tokens of one row take")
     assert main(["generate", "--prompt", "x" * 900, "--model", str(path), "--memory", str(budget)]) == 2
     assert capsys.readouterr().err.startswith("llmjax: memory: 901 tokens of one row take")
 

@@ -79,6 +79,8 @@ def test_warnings_and_the_log(tmp_path, capfd, monkeypatch):
         logging.getLogger("llmjax.x").warning(TRICKS)
         raise OSError(1, TRICKS)
 
+    # pytest's own handler would keep the text as it is, and cannot send it from one process to another.
+    monkeypatch.setattr(logging.getLogger("llmjax"), "propagate", False)
     monkeypatch.setattr("llmjax.cli.generate._generate", run)
     monkeypatch.setattr("llmjax.cli.main._drop_stdout", lambda: None)
     assert main(["generate", "--model", "x", "--prompt", "a"]) == 1

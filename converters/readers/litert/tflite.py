@@ -199,13 +199,13 @@ def is_tflite(path: Path) -> bool:
 
 
 def has_operators(path: Path) -> bool:
-    """Whether a file is a TFLite flatbuffer whose first subgraph runs something; False for one that is damaged there,
-    unless it is called a ``.tflite``."""
+    """Whether a file is a TFLite flatbuffer whose first subgraph runs something; of one that is damaged there, whether
+    it is called a ``.tflite``."""
     if not is_tflite(path):
         return path.suffix == ".tflite"
     try:
         graph = next(Table.root(MappedFile(path).bytes.data).tables(2, _MAX_SUBGRAPHS), None)
-        return path.suffix == ".tflite" or (graph is not None and graph.count(3) > 0)
+        return graph is not None and graph.count(3) > 0
     except (ValueError, struct.error, CheckpointError):
         return path.suffix == ".tflite"
 
