@@ -82,7 +82,7 @@ def record(model: torch.nn.Module, ids: list[int]) -> dict[str, torch.Tensor]:
     return seen
 
 
-def write(folder: Path, model: torch.nn.Module, ids: list[int], **facts: object) -> None:
+def write(folder: Path, model: torch.nn.Module, ids: list[int], /, **facts: object) -> None:
     """Writes the dump."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(record(model, ids), folder / "activations.safetensors")
