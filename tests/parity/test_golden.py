@@ -14,7 +14,7 @@ from tests.parity.variants import VARIANTS
 QUICK = {"gemma2_window_1", "phi", "falcon_11_heads_untied"}
 
 
-@pytest.fixture(scope="module", params=golden.NAMES)
+@pytest.fixture(scope="module", params=golden.some(golden.ONE_EACH))
 def case(request):
     return request.param, golden.load(request.param)
 

@@ -254,6 +254,7 @@ def test_two_faults_are_both_found_and_named(model, traced):
     assert taps == list(traced.activations)
 
 
+@pytest.mark.slow
 def test_residuals_alone_find_the_layer_and_the_cause(model):
     bad = broken(model, {"layers_1/mlp/gate/weight": lambda w: model.params["layers_1"]["mlp"]["up"]["weight"]})
     dump = with_arrays(llmjax.trace(bad, IDS), lambda name: name.endswith("resid"))
@@ -262,6 +263,7 @@ def test_residuals_alone_find_the_layer_and_the_cause(model):
     assert report.coverage["taps"] == 2 and "embed" in report.coverage["missing"]
 
 
+@pytest.mark.slow
 def test_logits_alone_say_what_to_dump_next(model):
     bad = broken(model, {"layers_0/attn/v/weight": lambda w: w[::-1]})
     report = llmjax.compare(model, with_arrays(llmjax.trace(bad, IDS), lambda name: name == "logits"))

@@ -92,6 +92,7 @@ def test_a_stream_that_was_put_off_shows_each_token_once(ample, model, put_off):
     assert {row.request.request_id: row.completion() for row in rows} == expected
 
 
+@pytest.mark.slow
 def test_a_cache_that_grew_on_the_way_moves_no_bit(ample, model):
     expected, traces = results(ample), ample.engine.traces["decode"]
     grows = engine(model)
@@ -330,6 +331,7 @@ def test_a_prompt_that_is_cut_short_keeps_most_and_the_answer_is_clipped(answer,
     assert (whole.ids, whole.truncated, whole.params.max_tokens) == (list(range(199)), 0, 1)
 
 
+@pytest.mark.slow
 def test_a_row_says_how_much_was_dropped(files, tmp_path, capsys):
     _, path = files
     llm = LLM(path, max_batch=4, truncate_prompt=True)
