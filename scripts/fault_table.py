@@ -315,7 +315,7 @@ OURS: dict[str, tuple[str, Broken, str, str]] = {
 
 PATCHES: dict[str, tuple[str, Any, str, Callable[..., Any], str, str]] = {
     "own: next token seen": ("llama", Scores, "__call__", lambda right: lambda self, p, q, k, c: right(self, p, q + 1, k, c), "layers.0.attn", "mask"),
-    "own: positions one too high in keys and queries": ("llama", Rope, "__call__", lambda right: lambda self, x, p: right(self, x, p + 1), "layers.0.attn", "rope_positions"),
+    "own: positions one too high in keys and queries": ("llama", Rope, "__call__", lambda right: lambda self, x, c: right(self, x, c.replace(positions=c.positions + 1)), "layers.0.attn", "rope_positions"),
     "own: scores scaled twice": ("gemma2", Scores, "__call__", lambda right: lambda self, p, q, k, c: right(self, p * 0.25, q, k, c), "layers.0.attn", "attention_scale"),
 }  # fmt: skip
 
