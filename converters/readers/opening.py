@@ -5,9 +5,8 @@ from pathlib import Path
 
 from converters.readers.gguf import GgufSource
 from converters.readers.huggingface import WEIGHTS, HuggingFaceSource
-from converters.readers.litert.tflite import has_operators
+from converters.readers.litert.tflite import has_operators, is_tflite
 from converters.readers.llmjax_directory import LlmjaxSource, is_llmjax
-from converters.readers.mediapipe.container import is_container
 from converters.readers.mediapipe.package import kind_of
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.source import Source, problems_error
@@ -41,6 +40,11 @@ def open_source(path: str | Path) -> Source:
     raise CheckpointError(f"{path}: {found}; expected a model directory, a *.gguf file or weights files")
 
 
+def is_graph(path: Path) -> bool:
+    """Whether a file is a bundle, or a TFLite file with operators (MediaPipe's ``.bin`` files have none)."""
+    return path.is_file() and (kind_of(path) is not None or has_operators(path))
+
+
 def _open_directory(path: Path) -> Source:
     if is_llmjax(path):
         return LlmjaxSource(path)
@@ -54,14 +58,13 @@ def _open_directory(path: Path) -> Source:
 
 
 def _open_files(path: Path, files: list[Path]) -> Source:
-    is_graph = len(files) == 1 and (kind_of(files[0]) is not None or has_operators(files[0]))
-    if len(files) == 1 and not is_graph and is_container(files[0]):
-        return MediapipeSource(files[0])
-    if is_graph:
+    if len(files) == 1 and is_graph(files[0]):
         raise CheckpointError(
             f"{files[0]}: this file holds an op graph, which llmjax runs (generate, batch, score, trace), and "
             "no checkpoint for this; name the model's .bin or GGUF file, or Hugging Face directory"
         )
+    if len(files) == 1 and is_tflite(files[0]):
+        return MediapipeSource(files[0])
     ggufs = [file for file in files if _is_gguf(file)]
     if len(files) == 1 and ggufs:
         return GgufSource(files[0])

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from converters.readers.opening import open_source
+from converters.readers.opening import is_graph, open_source
 from converters.readers.source import Source, TensorSpec
 from llmjax.checkpoint import bundles
 from llmjax.checkpoint.bundles import BundleReport
@@ -14,7 +14,6 @@ from llmjax.checkpoint.loading import find_model, read_tokenizer
 from llmjax.checkpoint.parameters import is_packed
 from llmjax.checkpoint.plan import Plan, describe, make_plan
 from llmjax.errors import ConfigError, LlmjaxError, TokenizerError, named, printable
-from llmjax.litert.loading import is_graph
 
 # For a terminal; JSON has all of them.
 _MOST_LISTED, _MOST_PROBLEMS = 5_000, 100

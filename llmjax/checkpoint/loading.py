@@ -14,7 +14,7 @@ import numpy as np
 
 from converters.readers.jsonfile import read_json
 from converters.readers.mediapipe.source import MediapipeSource
-from converters.readers.opening import open_source
+from converters.readers.opening import is_graph, open_source
 from converters.readers.source import Source
 from llmjax import configs
 from llmjax import numerics as numerics_lib
@@ -131,7 +131,7 @@ def load(
         model = _random_model(str(path), dtype or "float32", recipe, numerics, random_weights)
         return dataclasses.replace(model, config=_of_length(model.config, context_length), numerics_chosen=chosen)
     found = find_model(path)
-    if graphs.is_graph(found):
+    if is_graph(found):
         options: dict[str, Any] = {
             "dtype": dtype,
             "quantize": quantize,

@@ -32,11 +32,6 @@ _PARTS = {
 }
 
 
-def is_graph(path: Path) -> bool:
-    """Whether a file is a bundle, or a TFLite file with operators (MediaPipe's ``.bin`` files have none)."""
-    return path.is_file() and (package.kind_of(path) is not None or tflite.has_operators(path))
-
-
 def open_graph(path: str | Path, *, numerics: str | None = None) -> Graph:
     """The graph of a ``.tflite`` file with whatever signatures, to run by their names.
 

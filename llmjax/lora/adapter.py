@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from converters.readers.digest import Stamp, stamp
+from converters.readers.litert.tflite import is_tflite
 from converters.readers.mediapipe import lora as mediapipe
-from converters.readers.mediapipe.container import is_container
 from converters.readers.peft import CONFIG, AdapterFile, open_adapter
 from llmjax.errors import CheckpointError, LoraError, named
 from llmjax.lora.config import LoraConfig
@@ -138,7 +138,7 @@ def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfi
     source = lora if isinstance(lora, LoraSource) else LoraSource(lora)
     if not isinstance(source.path, str | os.PathLike):
         raise LoraError(f"lora: expected an adapter's path or a LoraSource, found {source.path!r:.80}")
-    if is_container(Path(source.path)):
+    if is_tflite(Path(source.path)):
         return _from_mediapipe(source, config)
     try:
         file = open_adapter(Path(source.path))

@@ -36,7 +36,7 @@ from llmjax.models.layers import (
     scaled,
 )
 from llmjax.models.names import From, Names, hf_names
-from llmjax.models.per_layer import PerLayerBranch, PerLayerInputs
+from llmjax.models.per_layer import PerLayerBranch, PerLayerInputs, per_layer_names
 from llmjax.models.rope import Rope
 from llmjax.models.shared_keys import Kept, SharingAttention, SharingConfig, sharing, through_layers
 
@@ -263,9 +263,7 @@ def names(config: Gemma3nConfig, decoder: str = "model.") -> Names:
     others = range(1, config.streams)
     return {
         **hf_names(embed=f"{decoder}embed_tokens", layer=layer, final_norm=f"{decoder}norm", **LAYER_NAMES),
-        "per_layer.embed": f"{decoder}embed_tokens_per_layer",
-        "per_layer.project": f"{decoder}per_layer_model_projection",
-        "per_layer.norm": f"{decoder}per_layer_projection_norm",
+        **per_layer_names(decoder),
         **{f"enter_{i}": f"{decoder}altup_projections.{i - 1}" for i in others},
         **{f"leave_{i}": f"{decoder}altup_unembed_projections.{i - 1}" for i in others},
         "layers.{}.altup": From((f"{layer}altup",), endings={"scale": "correct_output_scale"}),
@@ -276,9 +274,6 @@ def names(config: Gemma3nConfig, decoder: str = "model.") -> Names:
         "layers.{}.laurel.left": f"{layer}laurel.linear_left",
         "layers.{}.laurel.right": f"{layer}laurel.linear_right",
         "layers.{}.laurel.norm": f"{layer}laurel.post_laurel_norm",
-        "layers.{}.per_layer.gate": f"{layer}per_layer_input_gate",
-        "layers.{}.per_layer.project": f"{layer}per_layer_projection",
-        "layers.{}.per_layer.norm": f"{layer}post_per_layer_input_norm",
     }
 
 

@@ -17,13 +17,8 @@ class Gemma3nMultimodalConfig(gemma3n.Gemma3nConfig):
         """See ``DecoderConfig.from_hf``."""
         r.ignore("vision_config", "audio_config", "vision_soft_tokens_per_image", "audio_soft_tokens_per_image")
         r.ignore("image_token_id", "boi_token_id", "eoi_token_id", "audio_token_id", "boa_token_id", "eoa_token_id")
-        tied = r.flag("tie_word_embeddings", True)
-        # What files leave out is transformers' default.
         defaults = {"vocab_size": 262400, "hidden_size": 2048, "num_hidden_layers": 35, "num_attention_heads": 8}
-        text = r.section("text_config", {**defaults, "tie_word_embeddings": tied})
-        text.expect("model_type", ("gemma3n_text",), "gemma3n_text")
-        text.expect("tie_word_embeddings", (tied,))
-        return super().from_hf(text)
+        return super().from_hf(r.text_section("gemma3n_text", defaults))
 
 
 ARCHITECTURE = Architecture(

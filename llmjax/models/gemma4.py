@@ -31,7 +31,7 @@ from llmjax.models.layers import (
     rms_normalised,
 )
 from llmjax.models.names import From, Names, hf_names, stacked_experts
-from llmjax.models.per_layer import PerLayerBranch, PerLayerInputs
+from llmjax.models.per_layer import PerLayerBranch, PerLayerInputs, per_layer_names
 from llmjax.models.rope import Rope
 from llmjax.models.shared_keys import TAKEN, Kept, SharingAttention, SharingConfig, sharing, through_layers
 
@@ -253,13 +253,8 @@ def names(config: Gemma4Config, decoder: str = "model.") -> Names:
     layer = f"{decoder}layers.{{}}."
     return {
         **hf_names(embed=f"{decoder}embed_tokens", layer=layer, final_norm=f"{decoder}norm", **LAYER_NAMES),
-        "per_layer.embed": f"{decoder}embed_tokens_per_layer",
-        "per_layer.project": f"{decoder}per_layer_model_projection",
-        "per_layer.norm": f"{decoder}per_layer_projection_norm",
+        **per_layer_names(decoder),
         "layers.{}": From((layer.removesuffix("."),), endings={"scale": "layer_scalar"}),
-        "layers.{}.per_layer.gate": f"{layer}per_layer_input_gate",
-        "layers.{}.per_layer.project": f"{layer}per_layer_projection",
-        "layers.{}.per_layer.norm": f"{layer}post_per_layer_input_norm",
         "layers.{}.router": f"{layer}router",
         "layers.{}.router.project": f"{layer}router.proj",
         **stacked_experts(f"{layer}experts", config.expert_size),

@@ -17,8 +17,6 @@ class Gemma4MultimodalConfig(gemma4.Gemma4Config):
         r.ignore("vision_config", "audio_config", "vision_soft_tokens_per_image", "audio_soft_tokens_per_image")
         r.ignore("image_token_id", "boi_token_id", "eoi_token_id", "video_token_id")
         r.ignore("audio_token_id", "boa_token_id", "eoa_token_id", "eoa_token_index")
-        tied = r.flag("tie_word_embeddings", True)
-        # What files leave out is transformers' default.
         defaults = {
             "vocab_size": 262144,
             "hidden_size": 2304,
@@ -26,10 +24,7 @@ class Gemma4MultimodalConfig(gemma4.Gemma4Config):
             "num_hidden_layers": 30,
             "num_attention_heads": 8,
         }
-        text = r.section("text_config", {**defaults, "tie_word_embeddings": tied})
-        text.expect("model_type", ("gemma4_text",), "gemma4_text")
-        text.expect("tie_word_embeddings", (tied,))
-        return super().from_hf(text)
+        return super().from_hf(r.text_section("gemma4_text", defaults))
 
 
 ARCHITECTURE = Architecture(

@@ -88,6 +88,19 @@ class Reader:
         self._sections[key] = Reader({**defaults, **value}, f"{self._where}: {key}")
         return self._sections[key]
 
+    def text_section(self, model_type: str, defaults: Mapping[str, Any]) -> "Reader":
+        """The reader of a multimodal config's ``text_config``, whose head is tied where the outer object says so.
+
+        Args:
+          model_type: the text model's.
+          defaults: what published files leave to transformers.
+        """
+        tied = self.flag("tie_word_embeddings", True)
+        text = self.section("text_config", {**defaults, "tie_word_embeddings": tied})
+        text.expect("model_type", (model_type,), model_type)
+        text.expect("tie_word_embeddings", (tied,))
+        return text
+
     def ignore(self, *keys: str) -> None:
         """Marks keys as irrelevant for this architecture."""
         self._seen.update(keys)

@@ -65,6 +65,10 @@ class LlamaConfig(DecoderConfig):
             mlp_bias=r.flag("mlp_bias", False),
         )
 
+    def block(self, layer: int) -> nn.Module:
+        """What the model is made of, in the layer's place."""
+        return Block(self, self.windows[layer], self.ropes[layer], name=f"layers_{layer}")
+
     def module(self) -> "Llama":
         """See ``DecoderConfig.module``."""
         return Llama(self)
@@ -108,8 +112,7 @@ class Llama(nn.Module):
         c = self.config
         embed = Embedding(c.vocab_size, c.hidden_size, name="embed")
         x = tap(self, "embed", embed(ids, ctx))
-        layers = zip(c.windows, c.ropes, strict=True)
-        x = in_turn(self, [Block(c, *layer, name=f"layers_{i}") for i, layer in enumerate(layers)], x, ctx)
+        x = in_turn(self, [c.block(layer) for layer in range(c.num_hidden_layers)], x, ctx)
         x = RMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
         return tap(self, "logits", language_head(self, embed, x, ctx, tied=c.tie_word_embeddings))
 

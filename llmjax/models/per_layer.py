@@ -13,6 +13,7 @@ from flax import linen as nn
 
 from llmjax.models.context import Context, tap
 from llmjax.models.layers import Embedding, Projection, WideRMSNorm, scaled
+from llmjax.models.names import Names
 
 
 class PerLayerInputs(nn.Module):
@@ -58,3 +59,16 @@ class PerLayerBranch(nn.Module):
     def __call__(self, x: jax.Array, own: jax.Array, ctx: Context) -> jax.Array:
         y = tap(self, "act", self.activation(Projection(own.shape[-1], name="gate")(x, ctx))) * own
         return WideRMSNorm(self.eps, name="norm")(Projection(x.shape[-1], name="project")(y, ctx))
+
+
+def per_layer_names(decoder: str) -> Names:
+    """Hugging Face's names of what stands here, for a model whose tensors' names begin with ``decoder``."""
+    layer = f"{decoder}layers.{{}}."
+    return {
+        "per_layer.embed": f"{decoder}embed_tokens_per_layer",
+        "per_layer.project": f"{decoder}per_layer_model_projection",
+        "per_layer.norm": f"{decoder}per_layer_projection_norm",
+        "layers.{}.per_layer.gate": f"{layer}per_layer_input_gate",
+        "layers.{}.per_layer.project": f"{layer}per_layer_projection",
+        "layers.{}.per_layer.norm": f"{layer}post_per_layer_input_norm",
+    }

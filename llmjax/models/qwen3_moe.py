@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Hashable
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,9 @@ from llmjax.models.config import dimensions
 from llmjax.models.context import Context, tap
 from llmjax.models.experts import Experts, largest
 from llmjax.models.hf_config import Reader
-from llmjax.models.layers import ACTIVATIONS, Attention, Embedding, GatedMLP, Projection, RMSNorm, language_head
+from llmjax.models.layers import ACTIVATIONS, Attention, GatedMLP, Projection, RMSNorm
 from llmjax.models.llama import HF_NAMES, LlamaConfig
 from llmjax.models.names import From, Names
-from llmjax.models.stack import in_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,9 +68,9 @@ class Qwen3MoeConfig(LlamaConfig):
             sparse=tuple(i not in dense and (i + 1) % step == 0 for i in range(layers)),
         )
 
-    def module(self) -> "Qwen3Moe":  # type: ignore[override]
-        """See ``DecoderConfig.module``."""
-        return Qwen3Moe(self)
+    def block(self, layer: int) -> nn.Module:
+        """See ``LlamaConfig``."""
+        return Block(self, self.windows[layer], self.sparse[layer], name=f"layers_{layer}")
 
 
 class Block(nn.Module):
@@ -111,38 +110,18 @@ class Block(nn.Module):
         return tap(self, "resid", x + h)
 
 
-class Qwen3Moe(nn.Module):
-    """ids ``[B, T]`` to logits ``[B, T, V]``."""
-
-    config: Qwen3MoeConfig
-
-    @nn.compact
-    def __call__(self, ids: jax.Array, ctx: Context) -> jax.Array:
-        c = self.config
-        embed = Embedding(c.vocab_size, c.hidden_size, name="embed")
-        x = tap(self, "embed", embed(ids, ctx))
-        layers = zip(c.windows, c.sparse, strict=True)
-        x = in_turn(self, [Block(c, *layer, name=f"layers_{i}") for i, layer in enumerate(layers)], x, ctx)
-        x = RMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
-        return tap(self, "logits", language_head(self, embed, x, ctx, tied=c.tie_word_embeddings))
-
-
 def names(config: Qwen3MoeConfig) -> Names:
     """Each expert has tensors of its own."""
 
     def stacked(module: str) -> From:
         modules = (f"model.layers.{{}}.mlp.experts.{i}.{module}" for i in range(config.experts))
-        return From(tuple(modules), _stack, source_shape=lambda shape: shape[1:])
+        return From(tuple(modules), np.stack, source_shape=lambda shape: shape[1:])
 
     return {
         **HF_NAMES,
         "layers.{}.router": "model.layers.{}.mlp.gate",
         **{f"layers.{{}}.experts.{role}": stacked(f"{role}_proj") for role in ("gate", "up", "down")},
     }
-
-
-def _stack(arrays: list[np.ndarray]) -> Any:
-    return np.stack(arrays)
 
 
 ARCHITECTURE = Architecture(model_type="qwen3_moe", config=Qwen3MoeConfig, hf_names=names)

@@ -190,7 +190,7 @@ class TfliteFile:
 
 
 def is_tflite(path: Path) -> bool:
-    """Whether a file says that it is a TFLite flatbuffer."""
+    """Whether a file is a TFLite flatbuffer; one that cannot be read is left to others to complain about."""
     try:
         with open(path, "rb") as file:
             return file.read(8)[4:] == IDENTIFIER

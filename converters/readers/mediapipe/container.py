@@ -63,15 +63,6 @@ class Entry:
     nbytes: int
 
 
-def is_container(path: Path) -> bool:
-    """Whether a file is a TFLite flatbuffer; one that cannot be read is left to others to complain about."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(8)[4:] == IDENTIFIER
-    except OSError:
-        return False
-
-
 class BinFile:
     """Names, headers and bytes of one file, memory-mapped.
 
