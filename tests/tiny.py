@@ -1,6 +1,7 @@
 """A tiny Llama-type model with random weights, norms included: big enough for every path of the engine, and fast."""
 
 import json
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import jax
@@ -32,6 +33,11 @@ CONFIG = {
 def slow(*values):
     """A test's parameters that are left to ``--runslow``: as true as the others, and as costly."""
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def some(quick: Collection, of: Iterable) -> list:
+    """The cases of a test that compiles much: ``quick`` run by default, all with ``--runslow``."""
+    return [c if c in quick else slow(*c) if isinstance(c, tuple) else slow(c) for c in of]
 
 
 def random_model(profile: str = "reference", dtype: str = "float32", eos_ids=(), seed: int = 0, **changes) -> Model:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 import llmjax
+from tests import tiny
 from tests.parity import checkpoints
-from tests.tiny import slow
 
 FOLDER = Path(__file__).parents[1] / "golden"
 NAMES = sorted(p.stem for p in FOLDER.glob("*.npz"))
@@ -29,8 +29,8 @@ TOLERANCE = 3e-5
 
 
 def some(quick: Collection[str], of: Collection[str] = NAMES) -> list:
-    """Parameters of a test that compiles much: ``quick`` run by default, the others ``of`` these with --runslow."""
-    return [name if name in quick else slow(name) for name in sorted(of)]
+    """See ``tiny.some``; of all golden files, or of these."""
+    return tiny.some(quick, sorted(of))
 
 
 @functools.cache

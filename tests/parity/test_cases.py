@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import llmjax
+from tests.tiny import some
 
 FOLDER = Path(__file__).parents[1] / "data" / "cases"
 NAMES = sorted(folder.name for folder in FOLDER.iterdir())
 # Each with something that no other has; the rest run with --runslow.
 QUICK = {"gemma3n_cond", "gemma4_moe", "lfm2", "llama_dynamic_old", "phi35_mini_longrope", "qwen3_moe"}
-SOME = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
+SOME = some(QUICK, NAMES)
 # Texts longer than the configuration's context are among them.
 CONTEXT = 512
 
@@ -37,6 +38,16 @@ def test_logits(name, record_property):
     error = np.abs(model.logits([expected["ids"].tolist()])[0] - expected["logits"]).max()
     record_property("error", float(error))
     assert error <= expected["atol"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["int8", "mixed-8-4-8"])
+@pytest.mark.parametrize("name", NAMES)
+def test_quantized_weights_mean_their_dequantized_values(name, scheme, tmp_path):
+    llmjax.convert(FOLDER / name, tmp_path / "q", quantize=scheme)
+    packed, exact = llmjax.load(tmp_path / "q"), llmjax.load(tmp_path / "q", dtype="float32")
+    found, expected = (model.logits([list(range(3, 15))])[0] for model in (packed, exact))
+    assert np.abs(found - expected).max() <= 3e-5 * np.abs(expected).max()
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import llmjax
+from tests.tiny import slow
 
 torch = pytest.importorskip("torch", reason="parity extra not installed")
 transformers = pytest.importorskip("transformers", reason="parity extra not installed")
@@ -58,7 +59,7 @@ def test_log_probs_of_given_text(llm, theirs, prompts, capsys):
     assert score.top1[1:] == reference[:-1].argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [5, slow(1)])
 def test_greedy_tokens(llm, theirs, prompts, every):
     assert len(prompts) >= 20
     prompts = prompts[::every]

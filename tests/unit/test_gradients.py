@@ -22,7 +22,7 @@ from llmjax.quant.rounding import quantize
 from llmjax.quant.schemes import Scheme
 from llmjax.runtime.cache import make_cache
 from tests.parity import golden
-from tests.tiny import random_model, slow
+from tests.tiny import random_model, slow, some
 
 RNG = np.random.default_rng(11)
 KINDS = ("float32", "bfloat16", "float16", "int8", "int4", "int8-asym", "int4-g32-asym", "Q5_0", "Q5_1")
@@ -98,9 +98,7 @@ def numpy_derivatives(x, w, x_dot, leaves_dot, seed):
     return seed @ values, leaves_bar, x_dot @ values.T + x @ w_dot.reshape(values.shape).T
 
 
-@pytest.mark.parametrize(("profile", "kind"), [
-    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in itertools.product(PROFILES, KINDS)
-])  # fmt: skip
+@pytest.mark.parametrize(("profile", "kind"), some(QUICK, itertools.product(PROFILES, KINDS)))
 def test_products(several_tiles, profile, kind):
     """In x and in what is float of W, both modes."""
     w = weight(kind)

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.tiny import slow
+
 PROGRAM = """
 import dataclasses, json, sys
 import jax, numpy as np
@@ -52,7 +54,7 @@ for axes in ([], [None, None], ["x", "y"]):
     [
         ("none", "fast", "float32"),
         *(
-            pytest.param(kind, marks=pytest.mark.slow)
+            slow(kind)
             for kind in [
                 ("none", "reference", "float32"),
                 ("none", "fast", "bfloat16"),

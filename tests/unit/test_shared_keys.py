@@ -64,7 +64,7 @@ PARAMS = llmjax.SamplingParams(temperature=0.7, seed=3, max_tokens=14)
 
 # One that takes keys and values, and one with convolutions; the others compile for longer.
 QUICK = {"gemma4", "lfm2"}
-SOME = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in CONFIGS]
+SOME = tiny.some(QUICK, CONFIGS)
 
 
 def made(kind):
