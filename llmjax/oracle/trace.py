@@ -63,8 +63,10 @@ class Trace:
         """
         from safetensors.numpy import save_file
 
+        # safetensors writes a view's memory as if it were dense: another order, or bytes beyond it.
+        dense = {name: np.asarray(x, order="C") for name, x in self.activations.items()}
         with whole_folder(Path(directory), RequestError) as folder:
-            save_file(self.activations, folder / "activations.safetensors")
+            save_file(dense, folder / "activations.safetensors")
             (folder / "manifest.json").write_text(json.dumps(self.manifest, indent=2) + "\n", encoding="utf-8")
 
 

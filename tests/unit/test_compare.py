@@ -292,6 +292,9 @@ def test_the_command(model, traced, tmp_path, capsys):
     traced.save(tmp_path / "ref")
     bad = dataclasses.replace(traced, activations={**traced.activations, "logits": traced.activations["logits"][::-1]})
     bad.save(tmp_path / "bad")
+    assert np.array_equal(
+        dumps.open_dump(tmp_path / "bad").read("logits"), bad.activations["logits"]
+    )  # a view, saved as it reads
     args = ["--json", "--no-compile-cache", "--junit", str(tmp_path / "j.xml"), "--html", str(tmp_path / "h.html")]
     assert main(["compare", str(tmp_path / "ref"), str(tmp_path / "ref"), *args]) == 0
     found = json.loads(capsys.readouterr().out)
