@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from safetensors.numpy import save_file
 
-from llmjax import numerics
+from llmjax import LLM, numerics
 from llmjax.model import Model
 from llmjax.models.context import Context
 from llmjax.models.registry import read_config
@@ -50,6 +50,13 @@ def random_model(profile: str = "reference", dtype: str = "float32", eos_ids=(),
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.35, dtype), shapes)
     return Model(architecture, config, params, resolved, None, tuple(eos_ids), Path("tiny"))
+
+
+def roomy(llm: LLM, tokens: int = 200) -> LLM:
+    """With a cache for ``tokens`` of every row from the start: whatever a test asks, the same programs answer."""
+    store = llm.engine.store
+    store.ensure(tokens, llm.engine.slots * -(-tokens // store.tokens))
+    return llm
 
 
 def random_ids(rng: np.random.Generator, length: int) -> list[int]:

@@ -38,7 +38,7 @@ ROWS[6] = {"custom_id": "o", "method": "POST", "url": "/v1/completions", "body":
 def llm(tmp_path_factory):
     path = tiny.checkpoint(tmp_path_factory.mktemp("tiny"))
     (path / "chat_template.jinja").write_text("{{ strftime_now('%d %B %H:%M') }} {{ messages[0].content }}")
-    return LLM(path, max_batch=4, chunk=16, block=16)
+    return tiny.roomy(LLM(path, max_batch=4, chunk=16, block=16))
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}>"
 def llm(tmp_path_factory):
     folder = tiny.checkpoint(tmp_path_factory.mktemp("tiny"))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return LLM(folder, max_batch=4, chunk=16, block=16)
+    return tiny.roomy(LLM(folder, max_batch=4, chunk=16, block=16))
 
 
 def answers(llm, folder, rows, options=QUIET):

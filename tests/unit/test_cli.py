@@ -14,12 +14,12 @@ import safetensors
 import llmjax
 from llmjax.cli import loading
 from llmjax.cli.main import main
-from tests.tiny import checkpoint
+from tests.tiny import checkpoint, roomy
 
 
 @pytest.fixture(scope="module")
 def llm(short_smollm2):
-    return llmjax.LLM(short_smollm2)
+    return roomy(llmjax.LLM(short_smollm2))
 
 
 @pytest.fixture

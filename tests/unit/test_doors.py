@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(folder):
-    return LLM(folder, max_batch=2, chunk=16, block=16, chat_template=TEMPLATE)
+    return tiny.roomy(LLM(folder, max_batch=4, chunk=16, block=16, chat_template=TEMPLATE))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_closed_twice(folder):
 def test_what_things_look_like(llm, folder):
     model = f"Model('{folder}': llama, 97,776 weights in float32, 0.4 MB; numerics fast; a context of 200 tokens)"
     assert repr(llm.model) == model
-    assert repr(llm).startswith(f"LLM({model}; 2 slots; memory: weights 0.4 MB")
+    assert repr(llm).startswith(f"LLM({model}; 4 slots; memory: weights 0.4 MB")
     assert repr(llm.tokenizer) == f"Tokenizer('{folder / 'tokenizer.json'}': bpe, 257 tokens)"
     packed = llmjax.load(folder, quantize="int8")
     assert "97,776 weights in int8, float32" in repr(packed)

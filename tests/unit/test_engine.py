@@ -10,7 +10,7 @@ import pytest
 from llmjax import LLM, CheckpointError, RequestError, SamplingParams
 from llmjax.runtime.engine import Engine
 from tests.programs import engine_programs
-from tests.tiny import random_ids, random_model, slow
+from tests.tiny import random_ids, random_model, roomy, slow
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def llm(model):
-    return LLM(model, max_batch=4, chunk=16, block=16)
+    return roomy(LLM(model, max_batch=4, chunk=16, block=16))
 
 
 # Shorter than a chunk, at its border, across several, near the end of the context.
@@ -102,8 +102,7 @@ def test_forced_decode_equals_prefill(llm, model):
     np.testing.assert_allclose(score.logprobs[1:], dense[np.arange(59), ids[1:]], atol=1e-5, rtol=0)
 
 
-def test_stream_is_generate(model):
-    llm = LLM(model, max_batch=4)
+def test_stream_is_generate(llm):
     prompt = random_ids(np.random.default_rng(0), 9)
     params = SamplingParams(temperature=1.0, max_tokens=40, seed=7)
     whole = llm.generate(prompt, params)[0].outputs[0]
@@ -164,21 +163,19 @@ def test_different_rows_and_seeds_differ(llm):
     assert len(seeds) == 6
 
 
-def test_end_of_text_min_tokens_and_ignore_eos(model):
+def test_end_of_text_min_tokens_and_ignore_eos(llm, model):
     prompt = [5, 6, 7]
-    free = LLM(model, max_batch=4).generate(prompt, SamplingParams(temperature=0, max_tokens=12))[0].outputs[0]
+    free = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=12))[0].outputs[0]
     eos = free.token_ids[2]
     first = free.token_ids.index(eos)
-    llm = LLM(dataclasses.replace(model, eos_ids=(eos,)), max_batch=4)
-    out = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=12))[0].outputs[0]
+    ended = roomy(LLM(dataclasses.replace(model, eos_ids=(eos,)), max_batch=4, chunk=16, block=16))
+    out = ended.generate(prompt, SamplingParams(temperature=0, max_tokens=12))[0].outputs[0]
     assert (out.token_ids, out.finish_reason) == (free.token_ids[: first + 1], "stop")
-    later = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=12, min_tokens=8))[0].outputs[0]
+    later = ended.generate(prompt, SamplingParams(temperature=0, max_tokens=12, min_tokens=8))[0].outputs[0]
     assert eos not in later.token_ids[:8]
-    ignored = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))[0].outputs[0]
+    ignored = ended.generate(prompt, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))[0].outputs[0]
     assert ignored.token_ids == free.token_ids
-    stopped = (
-        LLM(model, max_batch=4).generate(prompt, SamplingParams(temperature=0, stop_token_ids=[eos]))[0].outputs[0]
-    )
+    stopped = llm.generate(prompt, SamplingParams(temperature=0, stop_token_ids=[eos]))[0].outputs[0]
     assert (stopped.token_ids, stopped.stop_reason) == (out.token_ids, eos)
 
 
@@ -220,7 +217,7 @@ def test_bad_prompts(llm, prompt, message):
 
 
 def test_truncated_prompt_keeps_its_end(model):
-    llm = LLM(model, max_batch=4, truncate_prompt=True)
+    llm = LLM(model, max_batch=4, chunk=16, block=16, truncate_prompt=True)
     request = llm.request(list(range(300)), SamplingParams(max_tokens=20))
     assert request.ids == list(range(120, 300))
 
@@ -261,7 +258,7 @@ def test_no_program_holds_a_second_copy_of_a_weight(slots):
 @pytest.mark.parametrize(
     ("profile", "dtype", "slots"),
     [
-        *(slow("reference", "float32", 4), ("fast", "bfloat16", 1), slow("reference", "float32", 1)),
+        *(slow("reference", "float32", 4), slow("fast", "bfloat16", 1), slow("reference", "float32", 1)),
         *(slow("fast", "bfloat16", 4), slow("fast", "float32", 1), slow("fast", "float32", 4)),
         *(slow("reference", "bfloat16", 1), slow("reference", "bfloat16", 4)),
     ],
@@ -289,8 +286,7 @@ def test_a_stream_left_open_is_told_not_waited_for(llm):
     assert [u.row.finish_reason for u in held] == ["length"]
 
 
-def test_the_engine_goes_on_after_an_interruption(model):
-    llm = LLM(model, max_batch=4, chunk=16, block=16)
+def test_the_engine_goes_on_after_an_interruption(llm):
     request = llm.request([1, 2, 3], SamplingParams(max_tokens=4, temperature=0))
 
     def interrupted():
@@ -305,7 +301,7 @@ def test_the_engine_goes_on_after_an_interruption(model):
 def test_nan_is_an_error_not_a_text(model):
     params = jax.tree.map(lambda x: x, model.params)
     params["layers_1"]["mlp"]["up"]["weight"] = params["layers_1"]["mlp"]["up"]["weight"].at[3, 3].set(np.nan)
-    llm = LLM(dataclasses.replace(model, params=params), max_batch=4)
+    llm = LLM(dataclasses.replace(model, params=params), max_batch=4, chunk=16, block=16)
     with pytest.raises(CheckpointError, match="the model computes NaN"):
         llm.generate([1, 2, 3])
     with pytest.raises(CheckpointError, match="the model computes NaN"):

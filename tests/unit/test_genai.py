@@ -267,6 +267,7 @@ def test_clones_go_their_own_ways_from_what_is_computed(task):
     assert clone.generate_response()
 
 
+@pytest.mark.slow
 def test_adapters_side_by_side(task, second):
     """Sessions in turn: each what its adapter alone gives to the one prompt, and the model without one the same."""
     chunks = ("the quick ", "brown fox")

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def llm(folder):
-    return LLM(folder, max_batch=4, chunk=16, block=16)
+    return tiny.roomy(LLM(folder, max_batch=4, chunk=16, block=16))
 
 
 def answers(llm, folder, rows, params=PARAMS, **options):
@@ -211,7 +211,7 @@ def test_the_models_own_sampling_settings(llm, folder, tmp_path):
         (output,) = llm.generate("ab", given)
         assert output.params == expected and len(output.outputs[0].token_ids) == 3
     assert llm.sampling_params(SamplingParams()) == SamplingParams()
-    plain = LLM(llm.model, max_batch=4, chunk=16, block=16, generation_config="none")
+    plain = tiny.roomy(LLM(llm.model, max_batch=4, chunk=16, block=16, generation_config="none"))
     assert plain.sampling_params() == SamplingParams()
     (row,) = answers(llm, tmp_path, [{"prompt": "ab", "top_p": 0.25}], {"max_tokens": 2})
     expected = SamplingParams(temperature=0.0, top_k=7, top_p=0.25, max_tokens=2).to_dict()

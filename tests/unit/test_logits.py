@@ -9,7 +9,7 @@ import pytest
 
 from llmjax import LLM, RequestError, SamplingParams
 from llmjax.runtime.logits import bad_word_ids
-from tests.tiny import random_ids, random_model
+from tests.tiny import random_ids, random_model, roomy
 
 PROMPT = random_ids(np.random.default_rng(3), 21)
 STEPS = 14
@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def llm(model):
-    return LLM(model, max_batch=4, chunk=16, block=16)
+    return roomy(LLM(model, max_batch=4, chunk=16, block=16))
 
 
 def adjusted(logits, prompt, generated, params, words):
@@ -152,7 +152,7 @@ def test_a_processor_comes_first_and_sees_the_tokens(model):
         logits[100 + len(ids) - len(PROMPT)] += 3
         return logits
 
-    llm = LLM(model, max_batch=4, chunk=16, block=16, logits_processor=processor)
+    llm = roomy(LLM(model, max_batch=4, chunk=16, block=16, logits_processor=processor))
     expected = replay(model, GREEDY, change=change)
     assert run(llm, GREEDY).token_ids == expected != replay(model, GREEDY)
     allowed = dataclasses.replace(GREEDY, allowed_token_ids=[1, 2, 104, 300, 301])

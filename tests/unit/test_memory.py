@@ -67,7 +67,7 @@ def put_off(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("pages", [7, slow(9)])
+@pytest.mark.parametrize("pages", [slow(7), slow(9)])
 def test_rows_that_were_put_off_keep_their_bits(ample, model, put_off, pages):
     """The longest needs six pages for itself, and three more while its prompt is scored."""
     expected = results(ample)
@@ -139,6 +139,7 @@ def test_a_row_that_does_not_fit_alone_fails_and_the_others_are_answered(ample, 
     assert full.outputs == ample.generate([1, 2, 3], SamplingParams(max_tokens=158, temperature=0))[0].outputs
 
 
+@pytest.mark.slow
 def test_growing_frees_each_buffer_before_the_next(model):
     llm = engine(model)
     llm.generate([1, 2, 3], SamplingParams(max_tokens=2))
@@ -271,6 +272,7 @@ def three_pages(path, slots):
     return m.weights + m.slots + 4 * m.page
 
 
+@pytest.mark.slow
 def test_a_job_states_its_memory_and_keeps_to_it(files, capsys):
     folder, path = files
     budget = three_pages(path, 2)

@@ -20,7 +20,7 @@ FLAGS = ["--model", "x", "--max-tokens", "4", "--temperature", "0"]
 def llm(tmp_path_factory):
     folder = tiny.checkpoint(tmp_path_factory.mktemp("tiny"))
     (folder / "generation_config.json").write_text('{"top_k": 7, "temperature": 0.6}')
-    return LLM(folder, max_batch=4, chunk=16, block=16, chat_template=TEMPLATE)
+    return tiny.roomy(LLM(folder, max_batch=4, chunk=16, block=16, chat_template=TEMPLATE))
 
 
 @pytest.fixture
