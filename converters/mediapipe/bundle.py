@@ -22,11 +22,17 @@ from converters.readers.litert import tflite
 from converters.readers.mediapipe.package import METADATA, MODEL, OPTIONAL, TOKENIZER
 from converters.readers.mediapipe.parameters import LlmParameters
 from llmjax.errors import ConfigError, LlmjaxError, TokenizerError, named, shown
+from llmjax.outside.values import FLAG, STRING, TEXT, Rule, each
 from llmjax.outside.whole import whole_file
 
 _ALIGNMENT = 4
 _HEADER_BYTES = 30  # of an entry, before its name
 _ROLES = ("user", "model", "system")
+_OPTIONAL = Rule("a string or None", lambda v: v is None or isinstance(v, str))
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("enable_bytes_to_unicode_mapping", "strict"), FLAG),
+    "stop_tokens": each(STRING, "a list of at least one string", least=1, kinds=(list,)),
+}
 _REQUIRED = ("tflite_model", "tokenizer_model", "start_token", "output_filename")
 
 
@@ -141,19 +147,11 @@ def _problems(config: BundleConfig) -> Iterator[str]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         texts = value if isinstance(value, list) else [value]
+        rule = _RULES.get(field.name, TEXT if field.name in _REQUIRED else _OPTIONAL)
         if not all(map(_is_text, texts)):
-            yield f"{field.name}: expected text, found {value!r:.80}"
-            continue
-        if field.name in ("enable_bytes_to_unicode_mapping", "strict"):
-            if not isinstance(value, bool):
-                yield f"{field.name}: expected True or False, found {shown(value)}"
-        elif field.name == "stop_tokens":
-            if not isinstance(value, list) or not value or not all(isinstance(text, str) for text in value):
-                yield f"stop_tokens: expected a list of at least one string, found {shown(value)}"
-        elif field.name in _REQUIRED and (not isinstance(value, str) or not value):
-            yield f"{field.name}: expected a string that is not empty, found {shown(value)}"
-        elif value is not None and not isinstance(value, str):
-            yield f"{field.name}: expected a string or None, found {shown(value)}"
+            yield f"{field.name}: expected text, found {shown(value)}"
+        elif problem := rule.problem(value):
+            yield f"{field.name}: {problem}"
     if config.system_prompt and (config.prompt_prefix_system or config.prompt_suffix_system):
         yield "system_prompt, prompt_prefix_system and prompt_suffix_system: expected the one or the others"
     if (config.prompt_prefix and config.prompt_prefix_user) or (config.prompt_suffix and config.prompt_suffix_user):

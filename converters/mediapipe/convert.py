@@ -36,6 +36,7 @@ from llmjax.lora.adapter import LoraSource, read_adapter
 from llmjax.models.config import DecoderConfig
 from llmjax.models.registry import architectures, read_config
 from llmjax.models.tree import parameter_shapes
+from llmjax.outside.values import FLAG, POSITIVE, Rule, one_of
 from llmjax.outside.whole import whole_file
 from llmjax.quant.schemes import parse
 
@@ -44,7 +45,21 @@ _FORMATS = {
     "safetensors": (("model.safetensors.index.json", "model.safetensors"), (".safetensors",)),
     "pytorch": (("pytorch_model.bin.index.json", "pytorch_model.bin"), (".bin", ".pt", ".pth")),
 }
+_PATH = Rule("a path", lambda v: isinstance(v, str | Path))
+_NO_PATH = Rule("a path or None", lambda v: v is None or isinstance(v, str | Path))
 _BITS = ("attention_quant_bits", "feedforward_quant_bits", "embedding_quant_bits")
+# What each option may be.
+_RULES: dict[str, Rule] = {
+    "ckpt_format": one_of(*_FORMATS),
+    "model_type": one_of(*job.MODEL_TYPES),
+    "backend": one_of(*writer.BACKENDS),
+    **dict.fromkeys(_BITS, one_of(4, 8)),
+    "is_symmetric": FLAG,
+    "combine_file_only": FLAG,
+    "lora_o_proj": one_of(*lora.O_PROJ),
+    **dict.fromkeys(("input_ckpt", "vocab_model_file", "output_dir"), _PATH),
+    **dict.fromkeys(("output_tflite_file", "lora_ckpt", "lora_output_tflite_file"), _NO_PATH),
+}
 _LORA_TYPES = ("GEMMA_2B", "GEMMA_7B", "GEMMA2_2B", "PHI_2")
 _OTHER_MODELS = "it belongs to model types that llmjax does not convert"
 # Options that must stay as they are, and why.
@@ -137,20 +152,12 @@ class ConversionConfig:
         for name, reason in _REFUSED.items():
             if getattr(self, name) not in (defaults[name], None):
                 yield f"{name}: {getattr(self, name)!r} is not supported: {reason}"
-        for name, known in (("ckpt_format", tuple(_FORMATS)), ("backend", writer.BACKENDS)):
-            if getattr(self, name) not in known:
-                yield f"{name}: unknown {getattr(self, name)!r}; expected one of {', '.join(known)}"
-        if self.model_type not in job.MODEL_TYPES:
-            yield f"model_type: unknown {self.model_type!r}; expected one of {', '.join(job.MODEL_TYPES)}"
-        for name in _BITS:
-            if type(getattr(self, name)) is not int or getattr(self, name) not in (4, 8):
-                yield f"{name}: expected 4 or 8, found {getattr(self, name)!r}"
-        for name in ("is_symmetric", "combine_file_only"):
-            if not isinstance(getattr(self, name), bool):
-                yield f"{name}: expected True or False, found {getattr(self, name)!r}"
-        if not self.output_dir or Path(self.output_dir).is_file():
+        for name, rule in _RULES.items():
+            if problem := rule.problem(getattr(self, name)):
+                yield f"{name}: {problem}"
+        if isinstance(self.output_dir, str | Path) and (not self.output_dir or Path(self.output_dir).is_file()):
             yield f"output_dir: expected a directory, found {'nothing' if not self.output_dir else 'a file'}"
-        if self.output_tflite_file is not None and Path(self.output_tflite_file).is_dir():
+        if isinstance(self.output_tflite_file, str | Path) and Path(self.output_tflite_file).is_dir():
             yield f"output_tflite_file: {self.output_tflite_file}: expected a file, found a directory"
         yield from self._lora_problems()
 
@@ -161,16 +168,14 @@ class ConversionConfig:
             if self.lora_output_tflite_file is not None:
                 yield "lora_output_tflite_file: goes with lora_ckpt and lora_rank"
             return
-        if type(self.lora_rank) is not int or self.lora_rank < 1:
-            yield f"lora_rank: expected a positive integer, found {self.lora_rank!r}"
+        if problem := POSITIVE.problem(self.lora_rank):
+            yield f"lora_rank: {problem}"
         if self.backend == "cpu":
             yield "lora_ckpt: MediaPipe's cpu backend has no LoRA; use gpu"
         if self.model_type not in _LORA_TYPES:
             yield f"lora_ckpt: MediaPipe has LoRA for {', '.join(_LORA_TYPES)}, not for {self.model_type}"
         if self.combine_file_only:
             yield "lora_ckpt: not with combine_file_only, which reads no checkpoint"
-        if self.lora_o_proj not in lora.O_PROJ:
-            yield f"lora_o_proj: expected {' or '.join(lora.O_PROJ)}, found {self.lora_o_proj!r}"
         if self.lora_output_tflite_file is None:
             yield "lora_output_tflite_file: missing, expected the file for the LoRA weights"
 

@@ -26,7 +26,7 @@ _CALIBRATION_TOKENS = 32
 
 
 @dataclasses.dataclass
-class Report:
+class Forecast:
     """What a job would meet.
 
     Attributes:
@@ -80,7 +80,7 @@ def run(
     params: Params = None,
     shard: Shard = WHOLE,
     date: Date | None = None,
-) -> Report:
+) -> Forecast:
     """Reads and checks every row as a job would, and writes nothing.
 
     Args:
@@ -94,7 +94,7 @@ def run(
     Raises:
       LlmjaxError: the input cannot be read, or from ``load``.
     """
-    report, index = Report(), Index()
+    report, index = Forecast(), Index()
     begun = _begun(output)
     date = manifests.job_date(date, begun)
     with open_lines(source) as lines, contextlib.closing(index):
@@ -138,7 +138,7 @@ def _begun(output: str) -> manifests.Manifest | None:
         return None
 
 
-def _from_manifest(manifest: manifests.Manifest, output: str, report: Report) -> str:
+def _from_manifest(manifest: manifests.Manifest, output: str, report: Forecast) -> str:
     """From what this job has done already; empty where it has done nothing."""
     done = sum(run["rows"] for run in manifest.runs)
     if not done:
@@ -151,7 +151,7 @@ def _from_manifest(manifest: manifests.Manifest, output: str, report: Report) ->
     )
 
 
-def _from_calibration(llm: LLM, report: Report) -> str:
+def _from_calibration(llm: LLM, report: Forecast) -> str:
     """From random prompts of the rows' mean length, run in all slots at once."""
     length = min(max(report.prompt_tokens // report.rows, 1), llm.model.context_length - _CALIBRATION_TOKENS - 1)
     random = np.random.default_rng(0)

@@ -19,9 +19,10 @@ something else.  As the ``seed`` of a row it draws the same again.
 import math
 from typing import Any
 
-from llmjax.batch.question import CHAT, PARAMS, Question, checked_id, checked_ids, checked_text
+from llmjax.batch.question import CHAT, ID, PARAMS, Question
 from llmjax.errors import RequestError
 from llmjax.llm import LLM
+from llmjax.outside.values import LIST, STRING, check
 from llmjax.runtime.outputs import CompletionOutput, RequestOutput
 
 _IDS = ("id", "custom_id")
@@ -38,7 +39,10 @@ def row_id(row: dict[str, Any], line: int) -> str | int:
     given = [name for name in _IDS if name in row]
     if len(given) > 1:
         raise RequestError("expected id or custom_id, found both")
-    return checked_id(row[given[0]], given[0]) if given else str(line)
+    if not given:
+        return str(line)
+    check(given[0], row[given[0]], ID)
+    return row[given[0]]
 
 
 def metadata(row: dict[str, Any]) -> Any:
@@ -64,12 +68,12 @@ def parse(row: dict[str, Any]) -> Question:
     kind = given[0]
     prompt = row[kind]
     if kind == "prompt":
-        checked_text(prompt, kind)
+        check(kind, prompt, STRING)
     elif kind == "prompt_token_ids":
-        checked_ids(prompt, kind)
+        check(kind, prompt, LIST)
     lora = row.get("lora")
     if lora is not None:
-        checked_text(lora, "lora")
+        check("lora", lora, STRING)
     chat: Any = {name: row[name] for name in CHAT if name in row}
     if chat and kind != "messages":
         raise RequestError(f"{', '.join(chat)}: goes with messages, found {kind}")

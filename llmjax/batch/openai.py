@@ -14,9 +14,10 @@ from typing import Any
 
 from llmjax.batch.native import finite, prompt_logprobs, seed_fields, token_texts, truncated
 from llmjax.batch.question import CHAT as CHAT_OPTIONS
-from llmjax.batch.question import PARAMS, Question, checked_id, checked_ids, checked_text
+from llmjax.batch.question import ID, PARAMS, Question
 from llmjax.errors import RequestError
 from llmjax.llm import LLM
+from llmjax.outside.values import LIST, STRING, check
 from llmjax.runtime.outputs import CompletionOutput, RequestOutput
 from llmjax.text.tokenizer import Tokenizer, token_text
 
@@ -42,7 +43,8 @@ def row_id(row: dict[str, Any], line: int) -> str | int:
     """
     if "custom_id" not in row:
         raise RequestError("custom_id: expected a string, found none")
-    return checked_id(row["custom_id"], "custom_id")
+    check("custom_id", row["custom_id"], ID)
+    return row["custom_id"]
 
 
 def metadata(row: dict[str, Any]) -> Any:
@@ -75,13 +77,14 @@ def parse(row: dict[str, Any]) -> Question:
     body = {name: value for name, value in body.items() if value is not None and name not in _NO_EFFECT}
     model = body.pop("model", None)
     if model is not None:
-        checked_text(model, "body.model")
+        check("body.model", model, STRING)
     name = "messages" if url == CHAT else "prompt"
     if name not in body:
         raise RequestError(f"body: expected {name}, found {', '.join(body) or 'nothing'}")
     prompt = body.pop(name)
     if url == COMPLETIONS and not isinstance(prompt, str):
-        if any(isinstance(part, str | list) for part in checked_ids(prompt, "body.prompt")):
+        check("body.prompt", prompt, LIST)
+        if any(isinstance(part, str | list) for part in prompt):
             raise RequestError("body.prompt: expected one prompt, a string or token ids, found a list of them")
     chat: Any = {name: body.pop(name) for name in CHAT_OPTIONS if name in body and url == CHAT}
     return Question(url, prompt, _params(body, chat=url == CHAT), model, chat=chat)

@@ -5,12 +5,14 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from llmjax.errors import RequestError
+from llmjax.outside.values import Rule
 from llmjax.runtime.asking import ChatOptions
 from llmjax.runtime.params import SamplingParams
 
 PARAMS: tuple[str, ...] = tuple(f.name for f in fields(SamplingParams))
 # How a row of messages may have them rendered.
 CHAT: tuple[str, ...] = ("chat_template", "chat_template_kwargs", "fold_system")
+ID = Rule("a string or an integer", lambda v: isinstance(v, str | int) and not isinstance(v, bool))
 
 
 class Question(NamedTuple):
@@ -38,35 +40,10 @@ class Question(NamedTuple):
         return self.kind in ("messages", "/v1/chat/completions")
 
 
-def checked_id(value: Any, name: str) -> str | int:
-    """An id, which keeps its type.
-
-    Raises:
-      RequestError: it is neither a string nor an integer.
-    """
-    if isinstance(value, bool) or not isinstance(value, str | int):
-        raise RequestError(f"{name}: expected a string or an integer, found {value!r:.80}")
-    return value
-
-
 def check_text_id(row_id: str) -> None:
     """Raises RequestError for an id that cannot be written as UTF-8."""
     if any("\ud800" <= char <= "\udfff" for char in row_id):
         raise RequestError("id: half a surrogate pair, which no UTF-8 text has")
-
-
-def checked_ids(value: Any, name: str) -> list[Any]:
-    """Raises RequestError for anything but a list."""
-    if not isinstance(value, list):
-        raise RequestError(f"{name}: expected a list, found {type(value).__name__}")
-    return value
-
-
-def checked_text(value: Any, name: str) -> str:
-    """Raises RequestError for anything but a string."""
-    if not isinstance(value, str):
-        raise RequestError(f"{name}: expected a string, found {type(value).__name__}")
-    return value
 
 
 def checked_json(value: Any, name: str) -> Any:

@@ -13,9 +13,10 @@ the manifest has), ``hash``, ``metadata`` where it was given.  A row that could 
 from typing import Any, NamedTuple
 
 from llmjax.batch import native
-from llmjax.batch.question import checked_id, checked_ids, checked_text
+from llmjax.batch.question import ID
 from llmjax.errors import RequestError
 from llmjax.llm import LLM
+from llmjax.outside.values import LIST, STRING, check
 from llmjax.runtime.outputs import ScoreOutput
 
 _PROMPTS = ("text", "token_ids")
@@ -33,7 +34,8 @@ class Text(NamedTuple):
 
 def row_id(row: dict[str, Any], line: int) -> str | int:
     """As ``native.row_id``."""
-    return checked_id(row["id"], "id") if "id" in row else line
+    check("id", row.get("id", line), ID)
+    return row.get("id", line)
 
 
 def parse(row: dict[str, Any]) -> Text:
@@ -47,7 +49,7 @@ def parse(row: dict[str, Any]) -> Text:
     if unknown or len(given) != 1:
         raise RequestError(f"expected id, metadata and one of text, token_ids; found {', '.join(row) or 'none'}")
     (kind,) = given
-    (checked_text if kind == "text" else checked_ids)(row[kind], kind)
+    check(kind, row[kind], STRING if kind == "text" else LIST)
     return Text(kind, row[kind])
 
 

@@ -19,6 +19,7 @@ from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.errors import RequestError
 from llmjax.litert.model import GraphModel
 from llmjax.model import Model
+from llmjax.outside.values import POSITIVE, check
 from llmjax.products.matmul import integer_digits
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine
@@ -55,8 +56,8 @@ class Options:
         numbers = {"prompt length": self.prompt_lengths, "context": self.contexts or (), "cache": self.caches or ()}
         numbers |= {"output length": (self.output_length,), "repeat": (self.repeat,), "slots in use": self.in_use}
         for name, values in numbers.items():
-            if any(v < 1 for v in values):
-                raise RequestError(f"{name}: expected positive integers, found {min(values)}")
+            for value in values:
+                check(name, value, POSITIVE)
         if max(self.in_use) > self.slots:
             raise RequestError(f"slots in use: expected at most the {self.slots} there are, found {max(self.in_use)}")
 

@@ -63,6 +63,8 @@ POSITIVE = integer(1, what="a positive integer")
 COUNT = integer(0, what="a whole number, 0 or more")
 POSITIVE_NUMBER = number(LEAST_FLOAT, MOST_FLOAT, "a positive number")
 FLAG = Rule("true or false", lambda v: isinstance(v, bool))
+STRING = Rule("a string", lambda v: isinstance(v, str))
+LIST = Rule("a list", lambda v: isinstance(v, list))
 TEXT = Rule("a non-empty string", lambda v: isinstance(v, str) and v != "")
 
 

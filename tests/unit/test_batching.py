@@ -8,7 +8,7 @@ import pytest
 
 from llmjax import LLM, SamplingParams
 from llmjax.runtime.prefixes import Prefixes
-from tests.tiny import random_ids, random_model
+from tests.tiny import random_ids, random_model, slow
 
 CHUNK = 16
 RNG = np.random.default_rng(7)
@@ -33,7 +33,7 @@ def family(llm):
         yield llm.request(prompt, params, request_id=str(i))
 
 
-@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("window", [slow(None), 24])
 def test_shared_beginnings_leave_every_bit(model, window):
     if window is not None:
         model = random_model(model_type="mistral", sliding_window=window)

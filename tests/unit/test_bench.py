@@ -95,7 +95,7 @@ def test_probes_are_positive():
     ("options", "message"),
     [
         ({"in_use": (9,)}, "at most the 8 there are"),
-        ({"prompt_lengths": (0,)}, "prompt length: expected positive"),
+        ({"prompt_lengths": (0,)}, "prompt length: expected a positive"),
         ({"contexts": (190,)}, "model's context of 200"),
         ({"contexts": (50,), "caches": (60,)}, "cache: 60 positions do not hold 50 tokens and 32"),
     ],

@@ -19,7 +19,7 @@ from tests.tiny import checkpoint, roomy
 
 @pytest.fixture(scope="module")
 def llm(short_smollm2):
-    return roomy(llmjax.LLM(short_smollm2))
+    return roomy(llmjax.LLM(short_smollm2, max_batch=2), 500)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_score(shared, capsys, tmp_path):
     assert first["logprobs"][0] is None and len(first["logprobs"]) == len(first["token_ids"]) == 7
     assert first["nll"] == pytest.approx(-sum(first["logprobs"][1:]) / 6)
     assert first["logprobs"][1:3] == pytest.approx(second["logprobs"][1:], abs=1e-5)
-    assert "line 3: text: expected a string, found int" in third["error"]
+    assert "line 3: text: expected a string, found 5" in third["error"]
     assert "8 tokens, NLL" in err
 
 

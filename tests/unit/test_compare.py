@@ -271,6 +271,7 @@ def test_logits_alone_say_what_to_dump_next(model):
     assert told(report) == [("logits", "unknown")]
 
 
+@pytest.mark.slow
 def test_few_bits_are_equivalent_unless_float32_is_declared(model):
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32) if x.ndim == 2 else x, model.params)
     trace = llmjax.trace(dataclasses.replace(model, params=rounded), IDS)

@@ -168,7 +168,7 @@ def test_texts_are_scored_resumed_and_never_overwritten(llm, tmp_path):
     found = answers(llm, tmp_path, rows, None, work=Scoring)
     assert [row["id"] for row in found] == ["t0", "t1", "t2", 4, "t3", "t4", "t5", "t6", "t7"]
     bad = found.pop(3)
-    assert bad["metadata"] == 1 and bad["error"] == "line 4: token_ids: expected a list, found str"
+    assert bad["metadata"] == 1 and bad["error"] == "line 4: token_ids: expected a list, found 'abc'"
     plain = llm.model.logits([llm.tokenizer.encode(text) for text in texts])
     for text, row, logits in zip(texts, found, plain, strict=True):
         ids = llm.tokenizer.encode(text)

@@ -217,13 +217,15 @@ def test_checkpoints_by_file_and_pattern(tmp_path):
 
 
 WRONG = {
-    "ckpt_format: unknown 'gguf'": {"ckpt_format": "gguf"},
-    "model_type: unknown 'GEMMA3_1B'; expected one of GEMMA_2B": {"model_type": "GEMMA3_1B"},
-    "backend: unknown 'tpu'": {"backend": "tpu"},
+    "ckpt_format: expected 'safetensors' or 'pytorch', found 'gguf'": {"ckpt_format": "gguf"},
+    "'GEMMA2_2B' or 'PHI_2' or 'FALCON_RW_1B' or 'STABLELM_4E1T_3B', found 'GEMMA3_1B'": {"model_type": "GEMMA3_1B"},
+    "backend: expected 'cpu' or 'gpu', found 'tpu'": {"backend": "tpu"},
     "attention_quant_bits: expected 4 or 8, found 5": {"attention_quant_bits": 5},
     "embedding_quant_bits: expected 4 or 8, found True": {"embedding_quant_bits": True},
-    "is_symmetric: expected True or False, found 1": {"is_symmetric": 1},
+    "is_symmetric: expected true or false, found 1": {"is_symmetric": 1},
     "output_dir: expected a directory, found nothing": {"output_dir": ""},
+    "output_dir: expected a path, found 5": {"output_dir": 5},
+    "output_tflite_file: expected a path or None, found 5": {"output_tflite_file": 5},
     "lora_ckpt and lora_rank: expected both or none": {"lora_rank": 4},
     "MediaPipe's cpu backend has no LoRA": {"lora_rank": 4, "lora_ckpt": "x", "lora_output_tflite_file": "y"},
     "fp16_scale: 0.5 is not supported: MediaPipe's converter ignores it": {"fp16_scale": 0.5},

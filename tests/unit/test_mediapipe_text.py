@@ -172,13 +172,13 @@ def test_stop_tokens_end_a_text_as_strings(monkeypatch):
 
     model = llmjax.load(DATA / "GEMMA_2B_gpu_int8_mp0.10.21.bin", numerics="reference")
     params = llmjax.SamplingParams(temperature=0, max_tokens=12)
-    assert llmjax.LLM(model).generate(["hello"], params)[0].outputs[0].text.startswith("llollo")
+    assert llmjax.LLM(model, max_batch=1).generate(["hello"], params)[0].outputs[0].text.startswith("llollo")
     # No piece of the vocabulary, but in the text.
     stopped = dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, stop=("oll",)))
-    output = llmjax.LLM(stopped).generate(["hello"], params)[0].outputs[0]
+    output = llmjax.LLM(stopped, max_batch=1).generate(["hello"], params)[0].outputs[0]
     assert (output.text, output.finish_reason) == ("ll", "stop")
     ignored = dataclasses.replace(params, ignore_eos=True)
-    assert llmjax.LLM(stopped).generate(["hello"], ignored)[0].outputs[0].finish_reason == "length"
+    assert llmjax.LLM(stopped, max_batch=1).generate(["hello"], ignored)[0].outputs[0].finish_reason == "length"
 
 
 def test_another_models_vocabulary_is_refused(monkeypatch, tmp_path):

@@ -100,6 +100,7 @@ def test_a_cache_that_grew_on_the_way_moves_no_bit(ample, model):
     assert grows.engine.traces["decode"] > traces == 1
 
 
+@pytest.mark.slow
 def test_the_cache_holds_the_tokens_in_use(model):
     """One long row among short ones, and an answer that may fill the context but ends early."""
     llm = engine(model)
