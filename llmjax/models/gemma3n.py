@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from llmjax.errors import shown
 from llmjax.models.architecture import Architecture
-from llmjax.models.attention import softcap
+from llmjax.models.attention import Scores, softcap
 from llmjax.models.config import FULL, MOST_LAYERS, SLIDING, check_rope_types, dimensions, layer_windows
 from llmjax.models.context import Context, tap
 from llmjax.models.gemma3 import LAYER_NAMES
@@ -195,7 +195,8 @@ class Block(nn.Module):
             c.num_attention_heads,
             c.num_key_value_heads,
             c.head_dim,
-            self.window,
+            FULL if self.window is None else SLIDING,
+            Scores(scale=1.0, window=self.window),
             c.global_rope if self.window is None else c.local_rope,
             c.rms_norm_eps,
             self.keys,

@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from llmjax.errors import shown
 from llmjax.models.architecture import Architecture
-from llmjax.models.attention import softcap
+from llmjax.models.attention import Scores, softcap
 from llmjax.models.config import FULL, SLIDING, check_rope_types, dimensions, layer_windows
 from llmjax.models.context import Context, tap
 from llmjax.models.experts import Experts, largest
@@ -197,7 +197,8 @@ class Block(nn.Module):
         attention = SharingAttention(
             c.num_attention_heads,
             *(c.global_heads if is_global else (c.num_key_value_heads, c.head_dim)),
-            self.window,
+            FULL if self.window is None else SLIDING,
+            Scores(scale=1.0, window=self.window),
             c.global_rope if is_global else c.local_rope,
             c.rms_norm_eps,
             self.keys,

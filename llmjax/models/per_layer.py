@@ -37,7 +37,7 @@ class PerLayerInputs(nn.Module):
     def __call__(self, ids: jax.Array, x: jax.Array, ctx: Context) -> jax.Array:
         table = Embedding(self.vocab_size, self.layers * self.width, scale=self.width**0.5, name="embed")
         shape = (*ids.shape, self.layers, self.width)
-        looked_up = table(jnp.where(ids < self.vocab_size, ids, 0), ctx).reshape(shape)
+        looked_up = tap(self, "embed", table(jnp.where(ids < self.vocab_size, ids, 0), ctx)).reshape(shape)
         y = Projection(self.layers * self.width, name="project")(x, ctx)
         y = scaled(y, x.shape[-1] ** -0.5, rounded=self.rounded).reshape(shape)
         y = WideRMSNorm(self.eps, name="norm")(y) + looked_up

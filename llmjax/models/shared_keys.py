@@ -11,7 +11,7 @@ import jax
 from flax import linen as nn
 
 from llmjax.models.attention import Scores
-from llmjax.models.config import FULL, SLIDING, DecoderConfig
+from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import Projection, WideRMSNorm, attended, kept, rms_normalised
@@ -92,14 +92,14 @@ def through_layers(
 
 
 class SharingAttention(nn.Module):
-    """Attention with scores that are not scaled: queries and keys are normed per head, and values, too, without a
-    weight.
+    """Attention whose queries and keys are normed per head, and values, too, without a weight.
 
     Attributes:
       num_heads: N.
       num_kv_heads: K.
       head_dim: H.
-      window: of a local layer; None for a global one.
+      kind: ``SLIDING`` or ``FULL``: keys and values are taken from a layer of the same kind.
+      scores: window and scale.
       rope: of queries and keys.
       eps: of the norms.
       keys: ``OWN``, ``GIVEN`` or ``TAKEN``.
@@ -110,7 +110,8 @@ class SharingAttention(nn.Module):
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    window: int | None
+    kind: str
+    scores: Scores
     rope: Rope
     eps: float
     keys: str
@@ -125,11 +126,10 @@ class SharingAttention(nn.Module):
             y = Projection(count * self.head_dim, self.bias, name=name)(x, ctx)
             return y.reshape(*y.shape[:2], count, self.head_dim)
 
-        kind = FULL if self.window is None else SLIDING
         q = WideRMSNorm(self.eps, name="q_norm")(heads("q", self.num_heads))
         q = tap(self, "q_rot", self.rope(q, ctx))
         if self.keys == TAKEN:
-            k, v = given[kind]
+            k, v = given[self.kind]
         else:
             k = heads("k", self.num_kv_heads)
             v = k if self.keys_are_values else heads("v", self.num_kv_heads)
@@ -138,6 +138,6 @@ class SharingAttention(nn.Module):
             v = tap(self, "v_norm", rms_normalised(v, self.eps).astype(v.dtype))
             k, v = kept(self, "k", k, ctx), kept(self, "v", v, ctx)
         if self.keys == GIVEN:
-            given = given | {kind: (k, v)}
-        out = attended(self, q, k, v, Scores(scale=1.0, window=self.window), ctx)
+            given = given | {self.kind: (k, v)}
+        out = attended(self, q, k, v, self.scores, ctx)
         return Projection(x.shape[-1], self.bias, name="o")(out, ctx), given

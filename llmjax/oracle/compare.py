@@ -11,7 +11,7 @@ import numpy as np
 
 from llmjax.checkpoint.identity import model_facts
 from llmjax.checkpoint.loading import find_model, load
-from llmjax.errors import ConfigError, LlmjaxError, RequestError
+from llmjax.errors import LlmjaxError, RequestError
 from llmjax.model import Model, check_ids
 from llmjax.oracle import dump as dumps
 from llmjax.oracle.comparison import Comparison
@@ -152,15 +152,11 @@ def _compare(
         _same_ids(ours.token_ids, theirs.token_ids, model)
     if model is not None:
         ids = _fed(theirs, model)
-        try:
-            stages = Stages(model, ids)
-        except ConfigError as error:
-            ours = ours or _dump(trace(model, ids.tolist()), "reference")
-            model, note = None, f"{error}: there are neither floors nor proofs"
-    if model is None:
+        stages = Stages(model, ids)
+    else:
         assert ours is not None
         return _two_dumps(ours, theirs, permitted, note, names, subject)
-    known = named(theirs, stages.shapes, model, names)
+    known = named(theirs, stages.shapes, model, names, stages.twice)
     reference = _reference(ours, theirs, model, stages)
     taps: list[Tap] = []
     value: np.ndarray | None = None
@@ -251,7 +247,7 @@ def _reference(ours: Dump | None, theirs: Dump, model: Model, stages: Stages) ->
     """The reference's values: of its dump; for a candidate of our own making what ``llmjax trace`` gives, in every
     bit; else what the stages compute."""
     if ours is not None:
-        known = named(ours, stages.shapes, model)
+        known = named(ours, stages.shapes, model, None, stages.twice)
         return lambda tap: fitted(known, tap, stages.shapes[tap], None) if tap in known.taps else None
     if theirs.manifest.get("runtime") == "llmjax" and theirs.manifest.get("numerics") == model.numerics.label:
         names = [name for name in theirs.arrays if name in stages.shapes]

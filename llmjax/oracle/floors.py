@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.errors import RequestError
+from llmjax.models.context import Context
+from llmjax.models.layers import Projection
 from llmjax.models.rope import Rope
 from llmjax.numerics import Numerics
 from llmjax.oracle.stages import Edit, Hook, Params
@@ -29,47 +31,62 @@ LEAST = 1.5e-6
 # The share of the steps moved by a way that must have moved for it to be the candidate's.
 TRACES = 0.5
 
-PROJECTIONS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down", "head")
-_WEIGHTS = ("q", "k", "v", "o", "gate", "up", "down", "head", "embed")
+Change = Callable[[jax.Array], jax.Array]
 
 
-def weights(change: Callable[[jax.Array], jax.Array]) -> Callable[[Params], Params]:
-    """Changes the matrices of a stage."""
-
-    def edit(params: Params, inside: str = "") -> Params:
-        found: dict[str, Any] = {}
-        for name, leaf in params.items():
-            if isinstance(leaf, Mapping):
-                found[name] = edit(dict(leaf), name)
-            else:
-                found[name] = change(leaf) if name == "weight" and inside in _WEIGHTS and leaf.ndim == 2 else leaf
-        return found
-
-    return edit
+def weights(change: Change) -> Callable[[Params], Params]:
+    """Changes the matrices of a stage, those of experts among them."""
+    return partial(_edited, {"weight": lambda w: change(w) if w.ndim > 1 else w})
 
 
-def rounded(dtype: Any) -> Callable[[jax.Array], jax.Array]:
+def _edited(changes: Mapping[str, Callable[[Any], Any]], params: Params) -> Params:
+    """Changes leaves by their names; no product has a convolution's kernel."""
+    found: dict[str, Any] = {}
+    for name, leaf in params.items():
+        if isinstance(leaf, Mapping):
+            found[name] = leaf if name == "kernel" else _edited(changes, dict(leaf))
+        else:
+            found[name] = changes[name](leaf) if name in changes else leaf
+    return found
+
+
+def rounded(dtype: Any) -> Change:
     """To a dtype and back."""
     return lambda x: x.astype(dtype).astype(x.dtype)
 
 
-def requantized(scheme: str) -> Callable[[jax.Array], jax.Array]:
+def requantized(scheme: str) -> Change:
     """What a weight is after it was quantized; as it is where the scheme does not fit it."""
 
     def change(weight: jax.Array) -> jax.Array:
         parsed, array = Scheme.parse(scheme), np.asarray(weight)
-        if array.shape[1] % (parsed.group or 2):
+        if array.shape[-1] % (parsed.group or 2):
             return weight
-        return jnp.asarray(dequantize(quantize(lambda a, b: array[a:b], array.shape, parsed)), jnp.float32)
+        rows = array.reshape(-1, array.shape[-1])  # of all experts
+        made = dequantize(quantize(lambda a, b: rows[a:b], rows.shape, parsed))
+        return jnp.asarray(made, jnp.float32).reshape(array.shape)
 
     return change
 
 
-class _Nudged(Rope):
+@dataclasses.dataclass(frozen=True)
+class _Nudged:
     """Angles one rounding off."""
 
-    def frequencies(self) -> np.ndarray:
-        return super().frequencies() * np.float32(1 + 2**-23)
+    rope: Rope
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        nudged = ctx.positions * jnp.float32(1 + 2**-23)
+        return self.rope(x, ctx.replace(positions=nudged, length=ctx.tokens))
+
+
+def _products(hook: Hook) -> dict[str, Hook]:
+    """A hook for each product with a weight."""
+
+    def projection(module: Any, run: Any, x: jax.Array) -> Any:
+        return hook(module, run, x) if isinstance(module, Projection) else run(module, x)
+
+    return {"head": hook, "*": projection}
 
 
 def _other_order() -> Edit:
@@ -78,13 +95,19 @@ def _other_order() -> Edit:
     def backwards(module: Any, run: Any, x: jax.Array) -> Any:
         return run(module, x[..., ::-1])
 
-    def nudged(module: Any, run: Any, x: jax.Array) -> Any:
-        rope = module.rope
-        return run(module.clone(rope=_Nudged(**vars(rope))) if type(rope) is Rope else module, x)
+    def looked_up(module: Any, run: Any, ids: jax.Array) -> Any:
+        return run(module, ids)[..., ::-1]
 
-    hooks: dict[str, Hook] = dict.fromkeys(PROJECTIONS, backwards)
-    hooks["embed"] = lambda module, run, ids: run(module, ids)[..., ::-1]
-    return Edit(hooks | {"attn": nudged}, weights(lambda w: w[:, ::-1]))
+    def nudged(module: Any, run: Any, x: jax.Array) -> Any:
+        rope = getattr(module, "rope", None)
+        return run(module if rope is None else module.clone(rope=_Nudged(rope)), x)
+
+    mirrored = {
+        "weight": lambda w: w[:, ::-1] if w.ndim == 2 else w,
+        "lora": lambda lora: lora.replace(a=lora.a[..., ::-1]),
+    }
+    lookups: dict[str, Hook] = {"embed": looked_up, "*.embed": looked_up}
+    return Edit(lookups | {"attn": nudged} | _products(backwards), partial(_edited, mirrored))
 
 
 def _narrow(dtype: Any) -> tuple[Edit, ...]:
@@ -103,7 +126,7 @@ def _narrow(dtype: Any) -> tuple[Edit, ...]:
 
 
 def _cache(dtype: Any) -> Edit:
-    names = ("attn.k_rot", "attn.v")
+    names = ("attn.k_rot", "attn.v", "attn.v_norm")
     return Edit(after=dict.fromkeys(names, rounded(dtype)))
 
 
@@ -126,7 +149,7 @@ CLASSES: dict[str, Callable[[], tuple[Edit, ...]]] = {
     "float16": partial(_narrow, jnp.float16),
     "bfloat16": partial(_narrow, jnp.bfloat16),
     "int8": lambda: tuple(Edit(params=weights(requantized(s))) for s in ("int8", "int8-g32")),
-    "dynamic_int8": lambda: (Edit(dict.fromkeys(PROJECTIONS, _rows8), weights(requantized("int8"))),),
+    "dynamic_int8": lambda: (Edit({"experts": _rows8} | _products(_rows8), weights(requantized("int8"))),),
     "int4": lambda: tuple(Edit(params=weights(requantized(s))) for s in ("int4", "int4-g32")),
 }
 _NARROW = ("gelu16", "cache16", "float16", "bfloat16")

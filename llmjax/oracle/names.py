@@ -9,7 +9,7 @@ data that says how to get there: ``reshape`` (after the token axis), ``transpose
 import dataclasses
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,13 @@ class Named:
         return source.make(self.dump.read(source.name))
 
 
-def named(dump: Dump, shapes: Mapping[str, Shape], model: Model | None, extra: str | Path | None = None) -> Named:
+def named(
+    dump: Dump,
+    shapes: Mapping[str, Shape],
+    model: Model | None,
+    extra: str | Path | None = None,
+    twice: Collection[str] = (),
+) -> Named:
     """Finds the tap of each array.
 
     Args:
@@ -66,6 +72,7 @@ def named(dump: Dump, shapes: Mapping[str, Shape], model: Model | None, extra: s
       shapes: of the model's taps; empty where no model is known.
       model: ours, whose architecture knows Hugging Face's names.
       extra: a TOML file of names.
+      twice: taps of modules that are called twice: of the second call, whose array's name ends in ``#2``.
 
     Raises:
       RequestError: two arrays for one tap, a map that leads nowhere, or no name that is known.
@@ -73,7 +80,7 @@ def named(dump: Dump, shapes: Mapping[str, Shape], model: Model | None, extra: s
     rules = _rules(dump, extra)
     known = set(shapes) | {f"{tap[: -len(inner)]}{outer}" for outer, inner in OUTER.items() for tap in shapes
                            if tap.endswith(f".{inner}")}  # fmt: skip
-    table = _hugging_face(model) if model else {}
+    table = _hugging_face(model, shapes) if model else {}
     found: dict[str, Source] = {}
     unknown = []
     for name in dump.arrays:
@@ -84,7 +91,7 @@ def named(dump: Dump, shapes: Mapping[str, Shape], model: Model | None, extra: s
         if not places and (name in known or not known):
             places = [(name, Source(name))]
         if not places:
-            places = [(tap, Source(name, make)) for tap, make in _from_module(name, table) if tap in known]
+            places = [(tap, Source(name, make)) for tap, make in _from_module(name, table, twice) if tap in known]
         if not places:
             unknown.append(name)
         for tap, source in places:
@@ -104,18 +111,38 @@ def named(dump: Dump, shapes: Mapping[str, Shape], model: Model | None, extra: s
 
 
 def layouts(array: np.ndarray, shape: Shape) -> list[np.ndarray]:
-    """The array in a tap's shape, in each way it may be meant: as it is, with a batch of one, heads joined, or heads
-    before tokens.  None where it does not fit."""
+    """The array in a tap's shape, in each way it may be meant: as it is, with a batch of one, heads joined, heads
+    before tokens, or each key/value head as often as query heads meet it.  None where it does not fit."""
     size = int(np.prod(shape))
-    if array.ndim > 1 and array.shape[0] == 1 and array.size == size and (shape[0] != 1 or array.ndim > len(shape)):
-        array = array[0]
     if array.size != size:
-        return []
+        return [own for x in _once_each(array, shape) for own in layouts(x, shape)]
+    if array.ndim > 1 and array.shape[0] == 1 and (shape[0] != 1 or array.ndim > len(shape)):
+        array = array[0]
     if array.shape == shape and (len(shape) != 3 or shape[0] != shape[1]):
         return [array]
     found = [array.reshape(shape)] if array.shape[0] == shape[0] else []
     if array.ndim == 3 and len(shape) > 1 and array.shape[1] == shape[0]:  # [N, T, H] for [T, N, H] or [T, N * H]
         found.append(np.swapaxes(array, 0, 1).reshape(shape))
+    return found
+
+
+def _once_each(array: np.ndarray, shape: Shape) -> list[np.ndarray]:
+    """Heads that stand there several times over, repeated or tiled, all copies equal in every bit, once each."""
+    while array.ndim > 3 and array.shape[0] == 1:
+        array = array[0]
+    times, over = divmod(array.size, int(np.prod(shape)))
+    if array.ndim != 3 or over or times < 2:
+        return []
+    found = []
+    for axis in (0, 1):
+        count = array.shape[axis] // times
+        if array.shape[1 - axis] == shape[0] and count * times == array.shape[axis] and count:
+            first = np.take(array, range(0, count * times, times), axis)
+            tiled = np.take(array, range(count), axis)
+            if np.array_equal(np.repeat(first, times, axis), array):
+                found.append(first)
+            elif np.array_equal(np.concatenate([tiled] * times, axis), array):
+                found.append(tiled)
     return found
 
 
@@ -182,9 +209,19 @@ def _maker(entry: Mapping[str, Any], start: int, size: int | None) -> Callable[[
     return make
 
 
-def _hugging_face(model: Model) -> dict[str, list[tuple[str, Callable[[np.ndarray], np.ndarray]]]]:
+Table = dict[str, list[tuple[str, Callable[[np.ndarray], np.ndarray]]]]
+# What stands in a layer beside the modules that have weights, by the end of its name.
+_BESIDE = {
+    "self_attn.v_norm": "attn.v_norm",
+    "act_fn": "per_layer.act",
+    "mlp.experts": "experts",
+    "experts": "experts",
+}
+
+
+def _hugging_face(model: Model, shapes: Collection[str]) -> Table:
     """By a module's stem with ``{}`` for the layer: the taps that its output holds."""
-    table: dict[str, list[tuple[str, Callable[[np.ndarray], np.ndarray]]]] = {"logits": [("logits", _whole)]}
+    table: Table = {"logits": [("logits", _whole)]}
     layer = ""
     for ours, entry in model.architecture.hf_names(model.config).items():
         if isinstance(entry, From):
@@ -194,32 +231,44 @@ def _hugging_face(model: Model) -> dict[str, list[tuple[str, Callable[[np.ndarra
                 modules, make = (re.sub(r"\.norms\.\d+$", "", modules[0]),), _whole
         else:
             modules, make = (entry,), _whole
-        table.setdefault(stem(modules[0]), []).append((ours, make))
-        if ours in ("layers.{}.attn.o", "layers.{}.mlp.down"):
-            parent = stem(modules[0]).rsplit(".", 1)[0]
-            table[parent] = [(ours.rsplit(".", 1)[0], _whole)]
-            table[f"{stem(modules[0])}.input"] = [("layers.{}.attn.out", _whole)] if ours.endswith(".o") else []
+        source = stem(modules[0])
+        table.setdefault(source, []).append((ours, make))
+        parent, role = source.rpartition(".")[0], ours.removeprefix("layers.{}.")
+        if role in OUTER.values():
             layer = parent.rsplit(".", 1)[0]
-            inner = {"attn.o": ("q_rot", "k_rot"), "mlp.down": ()}[ours.removeprefix("layers.{}.")]
-            for name in inner:
-                table[f"{parent}.{name}"] = [(f"layers.{{}}.attn.{name}", _whole)]
-            if ours.endswith(".o"):
-                table[f"{parent}.attn_weights"] = [("layers.{}.attn.probs", _whole)]
-            else:
-                for name in ("act_fn", "activation_fn", "act"):
-                    table[f"{parent}.{name}"] = [("layers.{}.mlp.act", _whole)]
-    table[layer] = [("layers.{}.resid", _whole)]
+            table[parent] = [(ours.rsplit(".", 1)[0], _whole)]
+            into = {"attn.o": "attn.out", "conv.leave": "conv.out"}.get(role)
+            table[f"{source}.input"] = [(f"layers.{{}}.{into}", _whole)] if into else []
+        if role == "attn.o":
+            for name, tap in {"q_rot": "q_rot", "k_rot": "k_rot", "attn_weights": "probs"}.items():
+                table[f"{parent}.{name}"] = [(f"layers.{{}}.attn.{tap}", _whole)]
+        if role == "mlp.down":
+            for name in ("act_fn", "activation_fn", "act"):
+                table[f"{parent}.{name}"] = [("layers.{}.mlp.act", _whole)]
+    several = "layers.0.streams" in shapes
+    table[layer] = [("layers.{}.streams", _streams) if several else ("layers.{}.resid", _whole)]
+    for name, tap in _BESIDE.items():
+        table[f"{layer}.{name}"] = [(f"layers.{{}}.{tap}", _whole)]
     return table
 
 
+def _streams(array: np.ndarray) -> np.ndarray:
+    """``[A, 1, T, D]``, as transformers has it, to ``[T, A, D]``."""
+    return np.moveaxis(array[:, 0], 0, 1) if array.ndim == 4 and array.shape[1] == 1 else array
+
+
 def _from_module(
-    name: str, table: Mapping[str, list[tuple[str, Callable[[np.ndarray], np.ndarray]]]]
+    name: str, table: Table, twice: Collection[str]
 ) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
-    found = stem(name)
+    found, call = re.fullmatch(r"(.*?)(#2)?", stem(name), re.DOTALL).groups()  # type: ignore[union-attr]
     layer = re.search(r"(?<=\.)\d+(?=\.|$)", found)
     key = found if layer is None else found[: layer.start()] + "{}" + found[layer.end() :]
-    for tap, make in table.get(key, ()):
-        yield tap.format(layer[0] if layer else ""), make
+    # A name without a layer has a number of its own: one of several entries.
+    places = table.get(key) or [(tap, make) for tap, make in table.get(found, ()) if "{}" not in tap]
+    for tap, make in places:
+        tap = tap.format(layer[0] if layer else "")
+        if (tap in twice) == (call is not None):
+            yield tap, make
 
 
 def _whole(array: np.ndarray) -> np.ndarray:

@@ -5,11 +5,9 @@ our module: one that is right takes the error away.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llmjax.oracle.causes.base import Cause, Scene
@@ -68,6 +66,7 @@ class _Bench:
         self.taps = {tap.name: tap for tap in taps}
         self.dumped = {inner(tap) for tap in named.taps}
         self._values: dict[int, dict[str, np.ndarray]] = {}
+        self._flows: list[Any] = [None]
 
     def segment(self, tap: str) -> list[str]:
         """The steps that may be at fault for a tap."""
@@ -80,22 +79,16 @@ class _Bench:
         if stage not in self._values:
             if len(self._values) > 4:
                 self._values.clear()
-            # Of two shapes that are possible, the one nearer to ours.
-            start, x = self.start(stage)
-            for s in range(start, stage):
-                x, _ = self.stages.run(s, x, patches(self.values(s)))
-            _, ours = self.stages.run(stage, x, {})
+            _, ours = self.stages.run(stage, self.flow(stage), {})  # tells of two possible shapes the nearer
             self._values[stage] = stage_values(self.stages, self.named, stage, ours)
         return self._values[stage]
 
-    def start(self, stage: int) -> tuple[int, jax.Array | None]:
-        """The first stage to run for one, and the candidate's value that goes into it."""
-        while stage > -1:
-            before = f"layers.{stage - 1}.resid" if stage else "embed"
-            if before in self.dumped:
-                return stage, jnp.asarray(patches(self.values(stage - 1))[before], jnp.float32)[None]
-            stage -= 1
-        return -1, None
+    def flow(self, stage: int) -> Any:
+        """The candidate's, into a stage: ours, with its values in the place of ours wherever it has some."""
+        while len(self._flows) < stage + 2:
+            last = len(self._flows) - 2
+            self._flows.append(self.stages.run(last, self._flows[-1], patches(self.values(last)))[0])
+        return self._flows[stage + 1]
 
     def run(self, first: int, last: int, x: Any, edit: Edit, at: int | None) -> dict[str, np.ndarray]:
         """Our values of these stages from the candidate's inputs, one stage edited, or all."""
@@ -111,9 +104,7 @@ class _Bench:
         steps = self.segment(tap.name)
         last = self.stages.stage_of(tap.name)
         first = min(self.stages.stage_of(step) for step in steps)
-        start, x = self.start(first) if first > -1 else (-1, None)
-        for stage in range(start, first):
-            x, _ = self.stages.run(stage, x, patches(self.values(stage)))
+        x = self.flow(first)
         plain = self.run(first, last, x, PLAIN, None)
         if inner(tap.name) != tap.name:
             return []
@@ -127,9 +118,9 @@ class _Bench:
             stage = last if at is None else at
             mine = {split(step)[1] for step in steps if at is None or self.stages.stage_of(step) == at}
             scene = Scene(self.stages, stage, split(tap.name)[1] if stage == last else "", plain[tap.name], theirs)
-            causes = catalogue(scene) if at is not None else self.everywhere(scene, first, last)
+            causes = catalogue(scene, mine) if at is not None else self.everywhere(scene, first, last, mine)
             for cause in sorted(causes, key=lambda c: (c.cause, c.detail) not in proven):
-                if mine & set(cause.steps) and (cause.cause != "layer_order" or self.several(tap, left, steps)):
+                if cause.cause != "layer_order" or self.several(tap, left, steps):
                     one = self.try_cause(tap, left, cause, (first, last, x, at), plain, theirs)
                     if one is not None and one.explains > _WORTH:
                         tried.append(one)
@@ -138,11 +129,11 @@ class _Bench:
         # What heals more taps is the better of two that explain as much.
         return sorted(tried, key=lambda t: (-round(t.explains, 4), -len(t.healed)))
 
-    def everywhere(self, scene: Scene, first: int, last: int) -> list[Cause]:
+    def everywhere(self, scene: Scene, first: int, last: int, steps: Collection[str]) -> list[Cause]:
         """Mistakes made in all of these stages, each once."""
         found: dict[tuple[str, str], Cause] = {}
         for stage in {first, (first + last) // 2, last}:
-            for cause in catalogue(dataclasses.replace(scene, stage=stage, step="")):
+            for cause in catalogue(dataclasses.replace(scene, stage=stage, step=""), steps):
                 if cause.cause in EVERYWHERE:
                     found.setdefault((cause.cause, cause.detail), cause)
         return list(found.values())
@@ -165,7 +156,10 @@ class _Bench:
         if cause.post is not None:
             ours = {**plain, tap.name: cause.post(plain[tap.name])}
         else:
-            ours = self.run(first, last, x, cause.edit, at)
+            try:
+                ours = self.run(first, last, x, cause.edit, at)
+            except (TypeError, ValueError):
+                return None  # a mistake that this model's shapes leave no room for
         if tap.name not in ours:
             return None
         errors = {}

@@ -6,6 +6,7 @@ it inherited; an ``Edit`` changes a step, to measure what an arithmetic or a mis
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -15,11 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from llmjax.errors import ConfigError
 from llmjax.model import Model
 from llmjax.models.config import DecoderConfig
-from llmjax.models.context import PATCHES, TAP, Context
-from llmjax.models.tree import path_of
+from llmjax.models.context import PATCHES, Context
 from llmjax.numerics import Numerics
 from llmjax.oracle.steps import order, split
 from llmjax.oracle.trace import named, to_numpy
@@ -64,14 +63,14 @@ PLAIN = Edit()
 
 
 class Stages:
-    """The stages of a model for one prompt: ``-1`` is the embedding, ``L`` what comes after the layers.
+    """The stages of a model for one prompt: ``-1`` is what comes before the layers, ``L`` what comes after them.
+
+    What goes into a stage (a *flow*) is whatever the layers hand on, a residual stream or several and what travels with
+    them, and with it each layer's own input.
 
     Args:
       model: ours.
       ids: int32 ``[T]``.
-
-    Raises:
-      ConfigError: its layers hand on more than ``[B, T, D]``.
     """
 
     def __init__(self, model: Model, ids: np.ndarray):
@@ -80,31 +79,41 @@ class Stages:
         # Each stage's parameters are floats here: quantized ones mean these, and nothing is converted twice.
         self.params = functools.lru_cache(maxsize=2)(self._params)
         self.blocks: list[nn.Module] = []
+        # What the model's own modules before the layers give, and the names of those behind them.
+        self._before: dict[tuple[str, str], Any] = {}
+        self._after: set[str] = set()
+        # Where the collection of taps has each, within its stage; modules called twice have but the last call there.
+        self._places: dict[str, tuple[str, ...]] = {}
+        self.twice: set[str] = set()
         self.shapes = self._shapes()
 
     def _params(self, stage: int) -> Params:
         if 0 <= stage < self.layers:
             return _floats(self.model.params[f"layers_{stage}"])
-        ends = {name: leaf for name, leaf in self.model.params.items() if not name.startswith("layers_")}
-        read = ("embed",) if stage < 0 else tuple(ends)  # what is passed by is not read
-        return {name: _floats(leaf) if name in read else leaf for name, leaf in ends.items()}
+        read = {name for name, _ in self._before} if stage < 0 else {*self._after, "embed"}
+        return {name: _floats(leaf) for name, leaf in self.model.params.items() if name in read}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all taps, in the order of computation; notes the layers' modules on the way.  The first layers are
-        repeated (``DecoderConfig.period``)."""
+        """Of all taps, in the order of computation; notes modules on the way.  The first layers are repeated
+        (``DecoderConfig.period``)."""
         config = self.model.config
-        found: dict[str, tuple[int, ...]] = {}
+        calls: Counter[tuple[str, ...]] = Counter()
 
         def note(next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            module = context.module
-            if len(module.path) == 1 and module.path[0].startswith("layers_") and context.method_name == "__call__":
-                if len(args) != 2 or not isinstance(args[0], jax.Array):
-                    raise ConfigError(
-                        f"{self.model.architecture.model_type}: its layers hand on more than one residual stream, so "
-                        "none can be computed alone"
-                    )
+            module, method = context.module, context.method_name
+            path = module.path
+            if method == "__call__":
+                calls[path] += 1
+            if len(path) != 1 or method not in ("__call__", "attend"):
+                return next_function(*args, **kwargs)
+            if path[0].startswith("layers_"):
                 self.blocks.append(module.clone(parent=None, name=None))
-            return next_function(*args, **kwargs)
+            elif self.blocks:
+                self._after.add(path[0])
+            made = next_function(*args, **kwargs)
+            if not self.blocks:
+                self._before[path[0], method] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made)
+            return made
 
         def taps(params: Any) -> Any:
             module = config.shortened(config.period).module()
@@ -112,11 +121,18 @@ class Stages:
 
         with nn.intercept_methods(note):
             _, made = jax.eval_shape(taps, self.model.params)
-        for name, leaf in named(made["taps"]):
+        found: dict[str, tuple[int, ...]] = {}
+        for (path, leaf), (name, _) in zip(
+            jax.tree_util.tree_leaves_with_path(made["taps"]), named(made["taps"]), strict=True
+        ):
+            keys = tuple(key.key for key in path)
             shape = leaf.shape[1:]
             layer, step = split(name)
             names = [name] if layer is None else _alike(step, range(layer, self.layers, config.period))
             found |= dict.fromkeys(names, (shape[0] * shape[1], *shape[2:]) if len(shape) == 4 else shape)
+            self._places |= dict.fromkeys(names, keys if layer is None else keys[1:])
+            if calls[keys[:-1]] > 1 and len(keys) > 1:
+                self.twice |= set(names)
         return {name: found[name] for name in sorted(found, key=order)}
 
     def _context(self, edit: "Edit") -> Context:
@@ -125,16 +141,17 @@ class Stages:
     def stage_of(self, tap: str) -> int:
         """Which stage computes it."""
         layer, name = split(tap)
-        return layer if layer is not None else -1 if name == "embed" else self.layers
+        before = (name.split(".")[0], "__call__") in self._before
+        return layer if layer is not None else -1 if before else self.layers
 
     def run(
-        self, stage: int, x: jax.Array | None, patches: Mapping[str, np.ndarray], edit: Edit = PLAIN
-    ) -> tuple[jax.Array | None, dict[str, np.ndarray]]:
+        self, stage: int, flow: Any, patches: Mapping[str, np.ndarray], edit: Edit = PLAIN
+    ) -> tuple[Any, dict[str, np.ndarray]]:
         """Computes one stage.
 
         Args:
           stage: which.
-          x: what goes into it, ``[1, T, D]``; None for the embedding.
+          flow: what goes into it; None for the first.
           patches: by tap, what is computed with instead of our value, from that tap on.
           edit: how.
 
@@ -142,12 +159,18 @@ class Stages:
           what goes into the next stage, and what was computed at each of its taps, before patches.
         """
         inner = 0 <= stage < self.layers
-        out: list[jax.Array | None] = [x]
+        entering: list[Any] = []  # what the layers are called with
         raw: dict[int, Any] = {}  # what a hook made of a module, kept so that no other takes its id
 
-        def passes(name: str, attends: bool) -> bool:
-            """Whether a module of the root is not of this stage; the table is a head at the end alone."""
-            return attends == (stage < 0) if name == "embed" else stage < 0 or name.startswith("layers_")
+        def passed(name: str, method: str, args: Any) -> tuple[bool, Any]:
+            """Whether a module of the root is not of this stage, and what stands for its result."""
+            if name.startswith("layers_"):
+                entering.append(args)
+                return True, flow[0] if stage >= 0 and len(entering) == self.layers else args[0]
+            if stage < 0:
+                return (name, method) not in self._before, args[0]
+            made = self._before.get((name, method))
+            return made is not None, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), made)
 
         def intercept(next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
             module, attends = context.module, context.method_name == "attend"
@@ -156,10 +179,10 @@ class Stages:
                 return next_function(*args, **kwargs)
             if not inner and not path:
                 return next_function(*args, **kwargs)
-            if not inner and len(path) == 1 and passes(path[0], attends):
-                if path[0] == "layers_0" and stage < 0:
-                    out[0] = args[0]
-                return x if path[0] == "embed" and not attends else args[0]
+            if not inner and len(path) == 1:
+                foreign, instead = passed(path[0], context.method_name, args)
+                if foreign:
+                    return instead
 
             def run(other: nn.Module, *given: Any) -> Any:
                 rest = args[len(given) :]
@@ -174,21 +197,30 @@ class Stages:
 
         module = self.blocks[stage % len(self.blocks)] if inner else edit.config(self.model.config).module()
         prefix = f"layers.{stage}." if inner else ""
-        patched = self._patches(stage, patches, edit)
-        variables = {"params": edit.params(self.params(stage)), PATCHES: _tree(patched)}
+        variables = {"params": edit.params(self.params(stage)), PATCHES: self._patches(stage, patches, edit)}
+        given = (flow[0], self._context(edit), *flow[1][stage]) if inner else (self.ids[None], self._context(edit))
         with nn.intercept_methods(intercept):
-            y, made = module.apply(variables, x if inner else self.ids[None], self._context(edit), mutable=["taps"])
+            y, made = module.apply(variables, *given, mutable=["taps"])
         taps = {prefix + n: to_numpy(leaf) for n, leaf in named(made["taps"])}
-        return y if inner else out[0], {n: value for n, value in taps.items() if self.stage_of(n) == stage}
+        if not inner:
+            y = entering[0][0] if stage < 0 else None
+        own = tuple(args[2:] for args in entering) if stage < 0 else flow[1]
+        return (y, own), {n: value for n, value in taps.items() if self.stage_of(n) == stage}
 
     def _patches(self, stage: int, patches: Mapping[str, np.ndarray], edit: Edit) -> dict[str, Any]:
-        """By name within the stage."""
-        here = {tap: split(tap)[1] for tap in self.shapes if self.stage_of(tap) == stage}
-        here = {tap: name for tap, name in here.items() if name not in edit.unpatched}
-        found: dict[str, Any] = {name: jnp.asarray(patches[tap]) for tap, name in here.items() if tap in patches}
-        for name in set(edit.after) & set(here.values()):
-            found[name] = functools.partial(_then, edit.after[name], found.get(name))
-        return found
+        """The collection that ``models.context.tap`` looks into."""
+        here = {tap: split(tap)[1] for tap in self.shapes if self.stage_of(tap) == stage and tap not in self.twice}
+        tree: dict[str, Any] = {}
+        for tap, name in here.items():
+            patch = jnp.asarray(patches[tap]) if tap in patches and name not in edit.unpatched else None
+            value: Any = functools.partial(_then, edit.after[name], patch) if name in edit.after else patch
+            if value is not None:
+                *scopes, last = self._places[tap]
+                at = tree
+                for scope in scopes:
+                    at = at.setdefault(scope, {})
+                at[last] = value
+        return tree
 
 
 def _alike(step: str, layers: range) -> list[str]:
@@ -197,30 +229,6 @@ def _alike(step: str, layers: range) -> list[str]:
 
 def _then(change: Callable[[jax.Array], jax.Array], given: jax.Array | None, value: jax.Array) -> jax.Array:
     return change(value if given is None else given.reshape(value.shape).astype(value.dtype))
-
-
-def _tree(patches: Mapping[str, Any]) -> dict[str, Any]:
-    """By tap's name to the collection that ``models.context.tap`` looks into."""
-    tree: dict[str, Any] = {}
-    for name, value in patches.items():
-        *scopes, last = path_of(name)
-        if last in _OWN_NAME or (scopes and scopes[-1] == "attn" and last in ("q_rot", "k_rot", "probs", "out")):
-            branch, key = scopes, TAP + last
-        elif name in ("embed", "logits"):
-            branch, key = [], TAP + name
-        else:
-            branch, key = [*scopes, last], TAP
-        at = tree
-        for scope in branch:
-            at = at.setdefault(scope, {})
-        at[key] = value
-    if "head" in tree:  # a tied head's tap is the root's
-        tree[TAP + "head"] = tree["head"][TAP]
-    return tree
-
-
-# Taps that are no module's output.
-_OWN_NAME = ("resid_attn", "resid", "act")
 
 
 def _floats(tree: Any) -> Any:

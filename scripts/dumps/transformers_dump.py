@@ -18,7 +18,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-_LAST = ("self_attn.o_proj", "self_attn.dense", "self_attention.dense")
+_LAST = ("self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "self_attention.dense", "conv.out_proj")
 
 
 def record(model: torch.nn.Module, ids: list[int]) -> dict[str, torch.Tensor]:
@@ -63,7 +63,9 @@ def record(model: torch.nn.Module, ids: list[int]) -> dict[str, torch.Tensor]:
     def rotated(q, k, *args, **kwargs):
         result = rotate(q, k, *args, **kwargs)
         width = getattr(model.get_submodule(attention[0]), "head_dim", None)
-        if result[0].shape[-1] == width:  # not the part of a partial rotation
+        if isinstance(result, torch.Tensor):  # queries, then keys, by a call each
+            keep(f"{attention[0]}.{'k' if f'{attention[0]}.q_rot' in seen else 'q'}_rot", result)
+        elif result[0].shape[-1] == width:  # not the part of a partial rotation
             keep(f"{attention[0]}.q_rot", result[0])
             keep(f"{attention[0]}.k_rot", result[1])
         return result

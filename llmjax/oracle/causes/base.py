@@ -98,6 +98,23 @@ def other_layers(scene: Scene) -> Iterable[int]:
     return sorted(set(range(scene.stages.layers)) - {scene.stage}, key=lambda j: abs(j - scene.stage))
 
 
+def modules(scene: Scene, norms: bool) -> list[str]:
+    """Those of the scene's stage that are norms, or products with a weight: first of all the usual ones."""
+    found: list[str] = []
+
+    def walk(node: Mapping[str, Any], path: tuple[str, ...]) -> None:
+        if "weight" in node and path and path[-1] not in ("embed", "kernel") and node["weight"].ndim < 3:
+            found.append(".".join(path))
+        for name, inner in node.items():
+            if isinstance(inner, Mapping):
+                walk(inner, (*path, name))
+
+    walk(scene.stages.params(scene.stage), ())
+    usual = NORMS if norms else PROJECTIONS
+    rest = [name for name in found if name not in usual and ("norm" in name.split(".")[-1]) == norms]
+    return [*usual, *rest]
+
+
 def always(value: Any) -> Callable[[Any], Any]:
     """A change of anything to ``value``."""
     return lambda _: value

@@ -4,19 +4,14 @@ Each is an ``Edit`` of one stage and the steps it acts on.  What does not apply 
 explains nothing.  To add one, write it beside its kin.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import partial
 
 import jax.numpy as jnp
 import numpy as np
 
 from llmjax.oracle.causes import blocks, weights
-from llmjax.oracle.causes.base import (
-    NORMS,
-    PROJECTIONS,
-    Cause,
-    Scene,
-)
+from llmjax.oracle.causes.base import Cause, Scene, modules
 
 # Mistakes that a runtime makes in all layers alike, where they are made in the code and not in a tensor.
 EVERYWHERE = (
@@ -26,12 +21,18 @@ EVERYWHERE = (
 )  # fmt: skip
 
 
-def catalogue(scene: Scene) -> Iterator[Cause]:
-    """All causes for a scene, the most specific first."""
-    for norm in NORMS:
-        yield from weights.norm(scene, norm)
-    for projection in PROJECTIONS:
-        yield from weights.projection(scene, projection)
+def catalogue(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
+    """The causes for a scene that act on one of these steps, the most specific first."""
+    return (cause for cause in _all(scene, steps) if not set(steps).isdisjoint(cause.steps))
+
+
+def _all(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
+    for norm in modules(scene, norms=True):
+        if norm in steps:
+            yield from weights.norm(scene, norm)
+    for projection in modules(scene, norms=False):
+        if projection in steps:
+            yield from weights.projection(scene, projection)
     yield from blocks.activation()
     yield from blocks.rotation(scene)
     yield from blocks.scores(scene)

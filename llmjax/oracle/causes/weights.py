@@ -11,16 +11,15 @@ import numpy as np
 from flax import linen as nn
 
 from llmjax.models.context import tap
-from llmjax.models.layers import LayerNorm, RMSNorm, UnitOffsetRMSNorm, parameter, rms_normalised
+from llmjax.models.layers import LayerNorm, RMSNorm, UnitOffsetRMSNorm, WideRMSNorm, parameter, rms_normalised
 from llmjax.oracle.causes.base import (
-    NORMS,
-    PROJECTIONS,
     SCHEMES,
     Cause,
     Scene,
     always,
     field,
     leaf,
+    modules,
     other_layers,
     put,
     scale_of,
@@ -53,7 +52,7 @@ class _NoMean(nn.Module):
 
 
 def _offset(module: Any, run: Any, x: Any) -> Any:
-    kind = {RMSNorm: UnitOffsetRMSNorm, UnitOffsetRMSNorm: RMSNorm}.get(type(module))
+    kind = {RMSNorm: UnitOffsetRMSNorm, WideRMSNorm: UnitOffsetRMSNorm, UnitOffsetRMSNorm: RMSNorm}.get(type(module))
     return run(kind(module.eps) if kind else module, x)
 
 
@@ -80,7 +79,7 @@ def norm(scene: Scene, step: str) -> Iterator[Cause]:
     own = weight_of(scene, step)
     if own is None:
         return
-    for other in (n for n in NORMS if n != step):
+    for other in (n for n in modules(scene, norms=True) if n != step):
         weight = weight_of(scene, other)
         if weight is not None and weight.shape == own.shape and scene.stage < scene.stages.layers:
             yield cause("weight_swapped", f"the weight is that of {other}", params=leaf(step, "weight", always(weight)))
@@ -114,7 +113,7 @@ def _narrow_norm(module: Any, run: Any, x: Any) -> Any:
 def projection(scene: Scene, step: str) -> Iterator[Cause]:
     """Of one product with a weight."""
     weight = weight_of(scene, step)
-    if weight is None or isinstance(weight, QTensor) or (step == "head") != (scene.stage == scene.stages.layers):
+    if weight is None or isinstance(weight, QTensor) or (step == "head" and scene.stage < scene.stages.layers):
         return
 
     def cause(word: str, detail: str, change: Any, name: str = "weight") -> Cause:
@@ -124,7 +123,7 @@ def projection(scene: Scene, step: str) -> Iterator[Cause]:
     yield cause("bias", "the bias is added twice", lambda b: 2 * b, "bias")
     if weight.shape[0] == weight.shape[1]:
         yield cause("weight_transposed", "the weight is transposed", lambda w: w.T)
-    for other in (p for p in PROJECTIONS if p != step and step != "head"):
+    for other in (p for p in modules(scene, norms=False) if p != step and step != "head"):
         theirs = weight_of(scene, other)
         if theirs is not None and theirs.shape == weight.shape and other != "head":
             found = {name: weight_of(scene, other, name) for name in ("weight", "bias")}

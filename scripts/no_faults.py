@@ -1,0 +1,203 @@
+"""Runs that have no fault, and whether `llmjax compare` says so: each other verdict is a false alarm.
+
+    python scripts/no_faults.py ours [--seeds 20]      # our float32 in other batch shapes, with a cache, and `fast`
+    python scripts/no_faults.py theirs                 # transformers in float32, bfloat16 and float16, int8 and int4
+
+The first takes every architecture of the registry with shuffled weights.  The second declares each dump's class, then
+nothing (both must be equivalent), then float32 (which must differ, but of float32).  Needs the parity extra.
+"""
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "dumps")]
+
+import transformers_dump  # noqa: E402
+
+import llmjax  # noqa: E402
+from llmjax.models.context import Context  # noqa: E402
+from llmjax.models.registry import architectures  # noqa: E402
+from llmjax.oracle.trace import named, to_numpy  # noqa: E402
+from llmjax.runtime.cache import make_cache  # noqa: E402
+from tests.parity import checkpoints, golden, reference  # noqa: E402
+
+TOKENS = 21
+CASES = Path(__file__).parents[1] / "tests" / "data" / "cases"
+
+
+def folders(work: Path) -> dict[str, Path]:
+    """A checkpoint of each kind of model: the cases, and the golden files' variants."""
+    found = {path.name: path for path in sorted(CASES.iterdir())}
+    for name in golden.NAMES:
+        if name in golden.ONE_EACH:
+            meta = golden.meta(name)
+            found[name] = checkpoints.write(work / name, meta["config"], meta["shapes"], meta["seed"])
+    return found
+
+
+def shuffled(model: llmjax.Model, seed: int) -> llmjax.Model:
+    """Other weights of the same distributions."""
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.permuted(np.asarray(x).reshape(-1)).reshape(x.shape)), model.params)
+    return dataclasses.replace(model, params=params, origin=None)
+
+
+def run(model: llmjax.Model, ids: np.ndarray, start: int = 0, cache: Any = None) -> tuple[dict[str, np.ndarray], Any]:
+    """Taps of the last of several rows."""
+    rows, tokens = ids.shape
+    positions = jnp.tile(jnp.arange(start, start + tokens), (rows, 1))
+    table = None if cache is None else jnp.arange(rows * PAGES).reshape(rows, PAGES)
+    made = _jitted(model)(model.params, ids, positions, cache, table)
+    return {name: to_numpy(leaf[-1:]) for name, leaf in named(made["taps"])}, made.get("cache")
+
+
+PAGE, PAGES = 8, 4
+
+
+def _jitted(model: llmjax.Model) -> Callable[..., Any]:
+    key = (model.module, model.numerics)
+    if key not in _programs:
+
+        def taps(params: Any, ids: Any, positions: Any, cache: Any, table: Any) -> Any:
+            variables = {"params": params} | ({} if cache is None else {"cache": cache})
+            length = jnp.full(len(ids), TOKENS)  # of the row's text, without what it is padded with
+            ctx = Context(positions, model.numerics, block=PAGE, table=table, length=length)
+            return key[0].apply(variables, ids, ctx, mutable=["taps", "cache"])[1]
+
+        _programs[key] = jax.jit(taps)
+    return _programs[key]
+
+
+_programs: dict[Any, Callable[..., Any]] = {}
+
+
+def batch(model: llmjax.Model, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """The last of three rows that are padded on the right."""
+    rows = np.random.default_rng(1).integers(3, 90, (3, TOKENS + 7)).astype(np.int32)
+    rows[-1, :TOKENS] = ids
+    found, _ = run(model, rows)
+    return {n: x[:, :TOKENS, :TOKENS] if n.endswith(".probs") else x[:TOKENS] for n, x in found.items()}
+
+
+def cached(model: llmjax.Model, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """In chunks of seven tokens, with a cache."""
+    cache = make_cache(model.config, model.numerics, 2 * PAGES, PAGE)
+    parts = []
+    for start in range(0, TOKENS, 7):
+        found, cache = run(model, np.tile(ids[start : start + 7], (2, 1)), start, cache)
+        parts.append(found)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def fast(model: llmjax.Model, ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Another profile."""
+    other = dataclasses.replace(model, numerics=llmjax.numerics.resolve("fast", jnp.dtype("float32")))
+    return llmjax.trace(other, ids.tolist()).activations
+
+
+def ours(name: str, folder: Path, seeds: int) -> Iterator[tuple[str, bool, Any]]:
+    loaded = llmjax.load(folder, context_length=512)
+    for seed in range(seeds):
+        model = shuffled(loaded, seed)
+        ids = np.random.default_rng(seed).integers(3, 90, TOKENS).astype(np.int32)
+        make = (batch, cached, fast)[seed % 3]
+        if make is cached and model.config.row_arrays is not None:
+            make = batch
+        trace = llmjax.Trace(make(model, ids), {"token_ids": ids.tolist(), "dtype": "float32"})
+        report = llmjax.compare(model, trace)
+        yield f"{name} {make.__name__} {seed}", report.verdict in ("identical", "equivalent"), report
+
+
+def rounded(bits: int, group: int) -> Callable[[torch.nn.Module], None]:
+    """All matrices of few bits, symmetric."""
+
+    def change(model: torch.nn.Module) -> None:
+        for key, tensor in model.named_parameters():
+            if tensor.ndim > 1 and not re.search(r"conv\.conv|router|mlp\.gate\.|altup", key):
+                rows = tensor.data.reshape(-1, group) if group and tensor.shape[-1] % group == 0 else tensor.data
+                most = 2 ** (bits - 1) - 1
+                scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-30) / most
+                tensor.data = (torch.clamp(torch.round(rows / scale), -most - 1, most) * scale).reshape(tensor.shape)
+
+    return change
+
+
+THEIRS: dict[str, tuple[str, str | None, Callable[[Any], None] | None]] = {
+    "float32": ("float32", None, None),
+    "bfloat16": ("bfloat16", None, None),
+    "float16": ("float16", None, None),
+    "int8": ("float32", "int8", rounded(8, 0)),
+    "int8 in groups": ("float32", "int8", rounded(8, 32)),
+    "int4": ("float32", "int4", rounded(4, 0)),
+    "int4 in groups": ("float32", "int4", rounded(4, 32)),
+    "int4 and bfloat16": ("bfloat16", "int4", rounded(4, 32)),
+}
+
+
+def theirs(name: str, folder: Path, work: Path, only: str) -> Iterator[tuple[str, bool, Any]]:
+    config = json.loads((folder / "config.json").read_text())
+    kind = config["model_type"]
+    model = llmjax.load(folder, context_length=512)
+    ids = np.random.default_rng(5).integers(3, 90, 40).tolist()
+    for variant, (dtype, quantization, change) in THEIRS.items():
+        if not re.search(only, variant):
+            continue
+        candidate = reference.load(folder, kind, dtype)
+        if change:
+            change(candidate)
+        dump = work / f"{name} {variant}"
+        with reference.float32_alibi() if dtype == "float32" else reference.as_it_is():
+            transformers_dump.write(dump, candidate, ids)
+        manifest = json.loads((dump / "manifest.json").read_text())
+        declarations = {"declared": (dtype, quantization), "nothing": (None, None), "as float32": ("float32", None)}
+        for how, (dtype_said, quantization_said) in declarations.items():
+            said = manifest | {"dtype": dtype_said, "quantization": quantization_said, "numerics": None}
+            (dump / "manifest.json").write_text(json.dumps(said))
+            report = llmjax.compare(model, dump)
+            wanted = "different" if how == "as float32" and variant != "float32" else "equivalent"
+            yield f"{name} {variant}, {how}", report.verdict == wanted, report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("which", choices=("ours", "theirs"))
+    parser.add_argument("--only", default="", help="models whose names match this regular expression")
+    parser.add_argument("--variant", default="", help="theirs: variants that match")
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--cache", help="keep compiled programs in this folder")
+    args = parser.parse_args()
+    if args.cache:
+        jax.config.update("jax_compilation_cache_dir", args.cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    right = total = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        found = {name: folder for name, folder in folders(work).items() if re.search(args.only, name)}
+        for name, folder in found.items():
+            began = time.monotonic()
+            rows = ours(name, folder, args.seeds) if args.which == "ours" else theirs(name, folder, work, args.variant)
+            for row, good, report in rows:
+                right, total = right + good, total + 1
+                if not good:
+                    faults = [(f["module"], f["causes"][0]["cause"]) for f in report.faults[:3]]
+                    print(f"NO  {row}: {report.verdict}, {report.explained_by}, {report.reason[:200]} {faults}")
+            print(f"{name:32} {time.monotonic() - began:.0f} s, so far {right} of {total} right", flush=True)
+        seen = {llmjax.load(folder, context_length=512).architecture.model_type for folder in found.values()}
+    print(f"{right} of {total} right; architectures without one: {sorted(set(architectures()) - seen)}")
+
+
+if __name__ == "__main__":
+    main()
