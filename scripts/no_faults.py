@@ -174,6 +174,7 @@ def theirs(name: str, folder: Path, work: Path, only: str) -> Iterator[tuple[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("which", choices=("ours", "theirs"))
+    parser.add_argument("--folder", type=Path, action="append", default=[], help="a checkpoint beside the project's own")
     parser.add_argument("--only", default="", help="models whose names match this regular expression")
     parser.add_argument("--variant", default="", help="theirs: variants that match")
     parser.add_argument("--seeds", type=int, default=20)
@@ -185,7 +186,7 @@ def main() -> None:
     right = total = 0
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        found = {name: folder for name, folder in folders(work).items() if re.search(args.only, name)}
+        found = {name: folder for name, folder in (folders(work) | {f.name: f for f in args.folder}).items() if re.search(args.only, name)}
         for name, folder in found.items():
             began = time.monotonic()
             rows = ours(name, folder, args.seeds) if args.which == "ours" else theirs(name, folder, work, args.variant)
@@ -194,6 +195,8 @@ def main() -> None:
                 if not good:
                     faults = [(f["module"], f["causes"][0]["cause"]) for f in report.faults[:3]]
                     print(f"NO  {row}: {report.verdict}, {report.explained_by}, {report.reason[:200]} {faults}")
+            _programs.clear()
+            jax.clear_caches()
             print(f"{name:32} {time.monotonic() - began:.0f} s, so far {right} of {total} right", flush=True)
         seen = {llmjax.load(folder, context_length=512).architecture.model_type for folder in found.values()}
     print(f"{right} of {total} right; architectures without one: {sorted(set(architectures()) - seen)}")

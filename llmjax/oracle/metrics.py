@@ -36,7 +36,9 @@ def gap(x: np.ndarray, y: np.ndarray, token_axis: int = 0) -> Gap:
     x, y = (_rows(a, token_axis) for a in (x, y))
     difference = x - y
     squares, sizes = _squares(difference), _squares(x) + _squares(y)
-    by_token = np.sqrt(squares / np.where(sizes > 0, sizes, 1))
+    # A token far smaller than most holds what cancellation left of them: its error counts beside a hundredth of theirs.
+    least = np.maximum(sizes, 1e-4 * np.median(sizes))
+    by_token = np.sqrt(squares / np.where(least > 0, least, 1))
     total = sizes.sum()
     np.abs(difference, out=difference)
     token, channel = np.unravel_index(int(difference.argmax()), difference.shape)
