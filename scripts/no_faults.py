@@ -174,7 +174,9 @@ def theirs(name: str, folder: Path, work: Path, only: str) -> Iterator[tuple[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("which", choices=("ours", "theirs"))
-    parser.add_argument("--folder", type=Path, action="append", default=[], help="a checkpoint beside the project's own")
+    parser.add_argument(
+        "--folder", type=Path, action="append", default=[], help="a checkpoint beside the project's own"
+    )
     parser.add_argument("--only", default="", help="models whose names match this regular expression")
     parser.add_argument("--variant", default="", help="theirs: variants that match")
     parser.add_argument("--seeds", type=int, default=20)
@@ -186,7 +188,11 @@ def main() -> None:
     right = total = 0
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
-        found = {name: folder for name, folder in (folders(work) | {f.name: f for f in args.folder}).items() if re.search(args.only, name)}
+        found = {
+            name: folder
+            for name, folder in (folders(work) | {f.name: f for f in args.folder}).items()
+            if re.search(args.only, name)
+        }
         for name, folder in found.items():
             began = time.monotonic()
             rows = ours(name, folder, args.seeds) if args.which == "ours" else theirs(name, folder, work, args.variant)

@@ -7,6 +7,7 @@ have no name for bfloat16 and hold it as ``V2``.
 
 import dataclasses
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,11 @@ from converters.readers.safetensors import SafetensorsFile
 from llmjax.errors import CheckpointError, LlmjaxError, RequestError, shown
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
+# What readers of damaged or hostile files raise.
+_DAMAGED = (
+    OSError, ValueError, TypeError, EOFError, MemoryError, OverflowError, RuntimeError, SyntaxError,
+    zipfile.BadZipFile, zlib.error, LlmjaxError,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +67,15 @@ class Dump:
         """
         try:
             value = self.arrays[name].read()
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, LlmjaxError) as error:
+        except _DAMAGED as error:
             raise RequestError(f"{self.path}: {name}: cannot be read, the file is damaged: {_line(error)}") from None
         if not np.isfinite(value).all():
             bad = tuple(int(i) for i in np.argwhere(~np.isfinite(value))[0])
             raise RequestError(
                 f"{self.path}: {name}: NaN or infinity at {list(bad)}; a step before it overflows or divides by zero"
             )
+        if np.abs(value).max() > np.finfo(np.float32).max:
+            raise RequestError(f"{self.path}: {name}: beyond float32's range, up to {np.abs(value).max():.1e}")
         return value
 
 
@@ -90,7 +98,7 @@ def open_dump(path: str | Path) -> Dump:
                 for name, stored in _READERS[file.suffix](file):
                     names[name] += 1
                     arrays[name] = stored
-            except (OSError, ValueError, EOFError, zipfile.BadZipFile, LlmjaxError) as error:
+            except _DAMAGED as error:
                 text = _line(error)
                 raise RequestError(
                     text if str(file) in text else f"{file}: not a readable array file: {text}"
@@ -198,4 +206,7 @@ def _kind(dtype: np.dtype) -> str:
 
 
 def _typed(array: np.ndarray) -> np.ndarray:
-    return array.view(ml_dtypes.bfloat16) if _kind(array.dtype) == "bfloat16" else array
+    """In this machine's byte order, bfloat16 by its name."""
+    if _kind(array.dtype) == "bfloat16":
+        return array.view(ml_dtypes.bfloat16)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)

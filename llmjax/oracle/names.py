@@ -186,7 +186,10 @@ def _mapped(name: str, rules: list[tuple[re.Pattern[str], Any]]) -> Iterator[tup
         if match or pattern.pattern == name:
             start = 0
             for i, to in enumerate(entry["to"]):
-                tap = match.expand(to) if match else to
+                try:
+                    tap = match.expand(to) if match else to
+                except (re.error, IndexError) as error:
+                    raise RequestError(f"names: {shown(to)}: {error}") from None
                 size = entry["sizes"][i] if "sizes" in entry else None
                 yield tap, Source(name, _maker(entry, start, size))
                 start += size or 0

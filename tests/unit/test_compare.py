@@ -74,6 +74,16 @@ def test_error_narrowed_sees_no_more_than_the_narrower_dtype():
     assert narrowed(x * np.float32(1 + 2**-5), x.astype(ml_dtypes.bfloat16)) > 0.01
 
 
+def test_a_tiny_token_counts_beside_the_others():
+    x = np.ones((5, 4), np.float32)
+    x[2] *= 1e-4
+    y = x.copy()
+    y[2] *= 1.01
+    assert gap(x, y).worst == pytest.approx(2e-6 / 8e-4**0.5, rel=1e-3)  # of itself it would be 0.007
+    x[2] *= 1e3
+    assert gap(x, 1.01 * x).by_token == pytest.approx(np.full(5, gap(x, 1.01 * x).error), rel=1e-4)
+
+
 def test_a_flip_within_the_drift_is_a_tie():
     ours = np.array([[1.0, 0.99, -3.0], [5.0, 1.0, 0.0]], np.float32)
     theirs = np.array([[0.99, 1.0, -3.0], [1.0, 5.0, 0.0]], np.float32)
@@ -106,7 +116,26 @@ def twice(folder: Path) -> None:
     np.save(folder / "logits.npy", np.zeros((2, 3), np.float32))
 
 
+def damaged(folder: Path) -> None:
+    """An archive whose index is right and whose compressed bytes are not."""
+    (folder / "a.safetensors").unlink()
+    np.savez_compressed(folder / "b.npz", logits=np.random.default_rng(0).normal(size=(2, 3)).astype(np.float32))
+    data = bytearray((folder / "b.npz").read_bytes())
+    start = data.index(b"logits.npy") + 30
+    data[start + 2 : start + 12] = b"\xff" * 10
+    (folder / "b.npz").write_bytes(data)
+
+
 MALFORMED = {
+    "damaged npz": (damaged, "b.npz"),
+    "a map to a group that is not there": (
+        lambda f: (f / "manifest.json").write_text('{"token_ids": [1, 2], "names": {"(logits)": "\\\\2"}}'),
+        "names: ",
+    ),
+    "beyond float32": (
+        lambda f: ((f / "a.safetensors").unlink(), np.save(f / "logits.npy", np.full((2, 3), 1e300))),
+        "logits: beyond float32",
+    ),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
     "no ids": (lambda f: (f / "manifest.json").write_text("{}"), "token_ids is missing"),
     "ids of text": (lambda f: (f / "manifest.json").write_text('{"token_ids": ["a"]}'), "expected a list of token ids"),
@@ -145,9 +174,13 @@ def test_arrays_of_sixteen_bits_are_taken_as_they_are(tmp_path):
     x = np.array([[1.5, 2.5, -3], [0, 1, 2]], np.float32)
     folder = write(tmp_path / "d", {"embed": x.astype(ml_dtypes.bfloat16)})
     np.savez(folder / "n.npz", **{"layers.0.resid": x.astype(np.float16), "final_norm": x.astype(ml_dtypes.bfloat16)})
+    np.save(folder / "logits.npy", x.astype(">f4"))
     found = dumps.open_dump(folder)
     kinds = {name: stored.dtype for name, stored in found.arrays.items()}
-    assert kinds == {"embed": "bfloat16", "layers.0.resid": "float16", "final_norm": "bfloat16"}
+    assert kinds == {
+        "embed": "bfloat16", "logits": "float32", "layers.0.resid": "float16", "final_norm": "bfloat16",
+    }  # fmt: skip
+    assert found.read("logits").dtype.isnative
     for name in kinds:
         assert np.array_equal(found.read(name).astype(np.float32), x), name
 
@@ -198,6 +231,15 @@ def test_layouts():
     assert np.array_equal(layouts(x, (3, 8))[0], x.swapaxes(0, 1).reshape(3, 8))
     assert np.array_equal(layouts(x[None], (2, 12))[0], x.reshape(2, 12))
     assert layouts(x, (2, 5)) == []
+
+
+def test_heads_that_a_dump_repeats_are_taken_once():
+    x = np.arange(30.0).reshape(5, 2, 3)  # [T, K, H]
+    repeated, tiled = np.repeat(x, 2, 1), np.concatenate([x, x], 1)
+    for wide in (repeated, tiled, repeated.swapaxes(0, 1)[None]):
+        assert np.array_equal(layouts(wide, (5, 2, 3))[0], x)
+    repeated[0, 1] += 1
+    assert layouts(repeated, (5, 2, 3)) == []
 
 
 # Classes, and what lies between dumped taps.
@@ -306,3 +348,19 @@ def test_the_command(model, traced, tmp_path, capsys):
     assert found["first_divergence"]["tap"] == "logits"
     assert (tmp_path / "h.html").read_text().startswith("<!doctype html>") and (tmp_path / "j.xml").exists()
     assert main(["compare", str(tmp_path / "ref"), "--no-compile-cache"]) == 2
+
+
+@pytest.mark.slow
+def test_a_fault_behind_several_streams_is_found_where_it_is():
+    """Gemma 3n: its streams, its layers' own inputs and the keys that layers share go on as the candidate has them."""
+    config = {
+        "model_type": "gemma3n_text", "vocab_size": 96, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 5, "vocab_size_per_layer_input": 96,
+        "hidden_size_per_layer_input": 8, "num_hidden_layers": 2, "num_kv_shared_layers": 1, "laurel_rank": 3,
+        "layer_types": ["full_attention"] * 2, "altup_num_inputs": 2, "activation_sparsity_pattern": [0, 0],
+    }  # fmt: skip
+    model = tiny.random_model(**config)
+    bad = broken(model, {"layers_0/altup/prediction/weight": lambda w: 1.1 * w})
+    report = llmjax.compare(model, llmjax.trace(bad, IDS))
+    assert told(report) == [("layers.0.altup.prediction", "weight")]
+    assert report.coverage["missing"] == [] and report.first_divergence["tap"] == "layers.0.altup.prediction"
