@@ -248,6 +248,9 @@ def _hugging_face(model: Model, shapes: Collection[str]) -> Table:
         if role == "mlp.down":
             for name in ("act_fn", "activation_fn", "act"):
                 table[f"{parent}.{name}"] = [("layers.{}.mlp.act", _whole)]
+    factor = getattr(model.config, "embedding_multiplier", 1.0)  # of what the table's module gives
+    if factor != 1.0:
+        table[stem(str(model.architecture.hf_names(model.config)["embed"]))] = [("embed", lambda array: array * factor)]
     several = "layers.0.streams" in shapes
     table[layer] = [("layers.{}.streams", _streams) if several else ("layers.{}.resid", _whole)]
     for name, tap in _BESIDE.items():

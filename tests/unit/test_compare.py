@@ -208,6 +208,27 @@ def test_hugging_face_names_and_fused_tensors_find_their_taps():
     assert np.array_equal(found.read("layers.1.attn.k"), fused[0][:, q : q + kv])
 
 
+def test_a_table_before_its_multiplier_is_the_embedding_behind_it():
+    model = tiny.random_model(model_type="granite", hidden_size=16, intermediate_size=24, num_attention_heads=4,
+                              num_hidden_layers=1, vocab_size=96, embedding_multiplier=12.0)  # fmt: skip
+    x = np.ones((3, 16), np.float32)
+    found = named(dumps.from_arrays("d", {}, np.arange(3), {"model.embed_tokens": x}), {"embed": x.shape}, model)
+    assert np.array_equal(found.read("embed"), 12 * x)
+
+
+def test_calls_of_one_module_are_told_apart():
+    from tests.unit.test_shared_keys import CONFIGS
+
+    model, tap = tiny.random_model(**CONFIGS["gemma3n"]), "layers.1.altup.router"
+    streams = np.arange(2 * 3 * 16, dtype=np.float32).reshape(2, 1, 3, 16)
+    arrays = {"model.layers.1.altup.modality_router": np.zeros((1, 3, 2), np.float32), "model.layers.1": streams,
+              "model.layers.1.altup.modality_router#2": np.ones((1, 3, 2), np.float32)}  # fmt: skip
+    shapes = {tap: (3, 2), "layers.0.streams": (3, 2, 16), "layers.1.streams": (3, 2, 16)}
+    found = named(dumps.from_arrays("d", {}, np.arange(3), arrays), shapes, model, None, {tap})
+    assert found.read(tap).all() and found.unknown == ("model.layers.1.altup.modality_router",)
+    assert np.array_equal(found.read("layers.1.streams")[2, 1], streams[1, 0, 2])
+
+
 def test_a_map_reshapes_transposes_and_splits(tmp_path, model):
     stages = Stages(model, np.array(IDS, np.int32))
     names = tmp_path / "names.toml"
