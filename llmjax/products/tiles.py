@@ -18,6 +18,8 @@ from llmjax.quant.bits import cut, from_storage, to_storage
 _TILE_BYTES = 4 << 20
 # Weights that are converted to less are converted whole: a loop costs more to compile than their copies to keep.
 _SMALL_BYTES = 4 << 20
+# The like where rows are many.
+_WHOLE_BYTES = 16 << 20
 
 
 def over_tiles(
@@ -54,6 +56,34 @@ def over_tiles(
     # Overwritten, so any value does.  One that waits for x: XLA would make the zeros of all layers before it begins.
     y = jnp.broadcast_to(x.reshape(-1)[0].astype(dtype), (out, x.shape[0]))
     return lax.fori_loop(0, -(-out // tile), step, y).T
+
+
+def rows_first(x: jax.Array, weight: Any, shape: tuple[int, ...], convert: Callable[[Any], jax.Array]) -> jax.Array:
+    """``x [rows, in] . convert(weight)^T -> float32 [rows, out]``, for many rows: converting is cheap beside the product,
+    and so is a place in memory for what is converted, but to turn x and the result about is not.
+
+    Args:
+      x: as it is multiplied.
+      weight: a pytree of arrays ``[out, ...]``.
+      shape: ``(out, in)`` of what the weight stands for.
+      convert: from some rows of the weight, ``[t, ...]`` a leaf, to ``[t, in]`` in x's dtype.
+    """
+    out, width = shape
+    tile = min(out, max(16, _WHOLE_BYTES // (x.dtype.itemsize * width) // 16 * 16))
+    if tile == out:
+        return _dot(x, convert(_after(x, weight)))
+
+    def step(i: jax.Array, y: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * tile, out - tile)
+        part = convert(jax.tree.map(lambda leaf: cut(leaf, start, tile), weight))
+        return lax.dynamic_update_slice(y, _dot(x, part), (0, start))
+
+    y = jnp.broadcast_to(x[:, :1].astype(jnp.float32), (x.shape[0], out))  # any value does, see over_tiles
+    return lax.fori_loop(0, -(-out // tile), step, y)
+
+
+def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
+    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), lax.Precision.HIGHEST, jnp.float32)
 
 
 def tile_rows(shape: tuple[int, ...], size: int) -> int:
