@@ -24,18 +24,22 @@ _FROZEN = "frozen weights"
 Apply = Callable[..., Any]
 
 
-def period(blocks: Sequence[nn.Module]) -> int:
-    """P where block ``i`` is computed like block ``i + P``, with the fewest layers outside of a loop over whole
-    periods; the number of blocks where none are alike."""
-    alike = [(block.clone(parent=None, name=None), _kind(block.variables)) for block in blocks]
-    count = len(blocks)
-    fits = [p for p in range(1, count // 2 + 1)
-            if all(alike[i] == alike[i - p] for i in range(p, count // p * p))]  # fmt: skip
-    return min(fits, key=lambda p: p + count % p, default=count)
+def periods(kinds: Sequence[Any]) -> tuple[int, int]:
+    """``(P, n)``: the first ``n * P`` layers are n times the same P, for the fewest layers that are traced by
+    themselves; n is 1 or 0 where none are alike."""
+    count = len(kinds)
+
+    def turns(size: int) -> int:
+        same = next((i for i in range(size, count) if kinds[i] != kinds[i - size]), count)
+        return same // size
+
+    return min(
+        ((p, turns(p)) for p in range(1, count + 1)), key=lambda at: at[0] + count - at[0] * at[1], default=(0, 0)
+    )
 
 
 def scanned(apply: Apply, blocks: Sequence[nn.Module], x: Any, ctx: Context, own: Sequence[tuple[Any, ...]]) -> Any:
-    """Applies blocks, one after the other, as many as there are whole periods: ``(x, how many)``.
+    """Applies as many of the first blocks as are alike in periods, one after the other: ``(x, how many)``.
 
     Args:
       apply: ``(block, variables, x, ctx, *own)`` to the next x.
@@ -44,11 +48,10 @@ def scanned(apply: Apply, blocks: Sequence[nn.Module], x: Any, ctx: Context, own
       ctx: ``recompute`` says what is kept of a turn.
       own: the arguments of each beside x.
     """
-    size = period(blocks)
-    turns = len(blocks) // size
+    plain = [block.clone(parent=None, name=None) for block in blocks]
+    size, turns = periods([(each, _kind(block.variables)) for each, block in zip(plain, blocks, strict=True)])
     if turns < 2:
         return x, 0
-    alike = [block.clone(parent=None, name=None) for block in blocks[:size]]
     split = [_split((block.variables, extra)) for block, extra in zip(blocks, own, strict=True)]
     learned = [jax.tree.map(lambda *leaves: jnp.stack(leaves), *(split[i][0] for i in range(place, turns * size, size)))
                for place in range(size)]  # fmt: skip
@@ -57,14 +60,17 @@ def scanned(apply: Apply, blocks: Sequence[nn.Module], x: Any, ctx: Context, own
     def turn(x: Any, at: tuple[jax.Array, Any]) -> tuple[Any, None]:
         i, learned = at
         frozen = jax.tree.map(lambda leaf: checkpoint_name(leaf, _FROZEN), lax.switch(i, branches))
-        for block, some, rest, (_, _, join) in zip(alike, learned, frozen, split, strict=False):
+        for block, some, rest, (_, _, join) in zip(plain, learned, frozen, split, strict=False):
             variables, extra = join(some, rest)
             x = apply(block, variables, x, ctx, *extra)
         return x, None
 
     policy = None if ctx.recompute else jax.checkpoint_policies.save_anything_except_these_names(_FROZEN)
     step = jax.checkpoint(turn, policy=policy, prevent_cse=False)
-    x, _ = lax.scan(step, x, (jnp.arange(turns), learned))
+    places = (jnp.arange(turns), learned)
+    if _kind(jax.eval_shape(step, x, jax.tree.map(lambda leaf: leaf[0], places))[0]) != _kind(x):
+        return x, 0  # what travels grows on its way
+    x, _ = lax.scan(step, x, places)
     return x, turns * size
 
 

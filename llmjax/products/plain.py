@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from llmjax.numerics import on_cpu
-from llmjax.products.tiles import tile_rows
+from llmjax.products.tiles import rows_dot, tile_rows
 from llmjax.quant.bits import cut
 from llmjax.quant.qtensor import QTensor, dequantize
 
 # Weights that are converted to less are converted whole: a loop takes as long to compile as ten products.
-_SMALL_BYTES = 1 << 24
+_SMALL_BYTES = 1 << 18
 
 
 def plain(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
@@ -30,13 +30,13 @@ def plain(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     if isinstance(weight, QTensor):
         floats = {"scales": weight.scales, "offsets": weight.offsets}
     elif weight.dtype == jnp.float32:
-        return _dot(x, weight)
+        return rows_dot(x, weight)
     out, width = weight.shape
     small = not on_cpu() or 4 * out * width < _SMALL_BYTES
     tile = out if small else tile_rows((out, width), 4)
 
     def multiply(start: Any, floats: dict[str, Any]) -> jax.Array:
-        return _dot(x, _converted(weight, start, tile, floats))
+        return rows_dot(x, _converted(weight, start, tile, floats))
 
     floats = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), floats)
     if small:
@@ -58,8 +58,3 @@ def _converted(weight: Any, start: Any, size: int, floats: dict[str, Any]) -> ja
         return cut(weight, start, size).astype(jnp.float32)
     integers = jax.tree.map(lambda leaf: cut(leaf, start, size), {"values": weight.values, "fifth": weight.fifth})
     return dequantize(weight.replace(**integers, **floats))
-
-
-def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """``[rows, out]``."""
-    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), lax.Precision.HIGHEST, jnp.float32)

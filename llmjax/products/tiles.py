@@ -13,6 +13,7 @@ from jax import lax
 
 from llmjax.numerics import on_cpu
 from llmjax.quant.bits import cut, from_storage, to_storage
+from llmjax.quant.qtensor import QTensor, dequantize
 
 # Of what a tile is converted to: what the caches keep, more or less; halving or doubling it costs up to a fifth.
 _TILE_BYTES = 4 << 20
@@ -58,31 +59,32 @@ def over_tiles(
     return lax.fori_loop(0, -(-out // tile), step, y).T
 
 
-def rows_first(x: jax.Array, weight: Any, shape: tuple[int, ...], convert: Callable[[Any], jax.Array]) -> jax.Array:
-    """``x [rows, in] . convert(weight)^T -> float32 [rows, out]``, for many rows: converting is cheap beside the product,
-    and so is a place in memory for what is converted, but to turn x and the result about is not.
-
-    Args:
-      x: as it is multiplied.
-      weight: a pytree of arrays ``[out, ...]``.
-      shape: ``(out, in)`` of what the weight stands for.
-      convert: from some rows of the weight, ``[t, ...]`` a leaf, to ``[t, in]`` in x's dtype.
-    """
-    out, width = shape
-    tile = min(out, max(16, _WHOLE_BYTES // (x.dtype.itemsize * width) // 16 * 16))
+def rows_first(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
+    """``x [rows, in] . weight [out, in] -> [rows, out]`` in float32, for many rows: beside the product a conversion is
+    cheap, and a place in memory for what is converted small; to turn x and the result about is not."""
+    out, width = weight.shape
+    tile = min(out, max(16, _WHOLE_BYTES // (4 * width) // 16 * 16))
+    if weight.dtype == x.dtype and not isinstance(weight, QTensor):
+        return rows_dot(x, weight)
     if tile == out:
-        return _dot(x, convert(_after(x, weight)))
+        return rows_dot(x, _floats(_after(x, weight)))
 
     def step(i: jax.Array, y: jax.Array) -> jax.Array:
         start = jnp.minimum(i * tile, out - tile)
-        part = convert(jax.tree.map(lambda leaf: cut(leaf, start, tile), weight))
-        return lax.dynamic_update_slice(y, _dot(x, part), (0, start))
+        part = jax.tree.map(lambda leaf: cut(leaf, start, tile), weight)
+        return lax.dynamic_update_slice(y, rows_dot(x, _floats(part)), (0, start))
 
-    y = jnp.broadcast_to(x[:, :1].astype(jnp.float32), (x.shape[0], out))  # any value does, see over_tiles
+    y = jnp.broadcast_to(x[:, :1], (x.shape[0], out))  # any value does, see over_tiles
     return lax.fori_loop(0, -(-out // tile), step, y)
 
 
-def _dot(x: jax.Array, weight: jax.Array) -> jax.Array:
+def _floats(weight: Any) -> jax.Array:
+    floats: jax.Array = dequantize(weight) if isinstance(weight, QTensor) else weight.astype(jnp.float32)
+    return floats
+
+
+def rows_dot(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """``x [rows, in] . weight [out, in] -> [rows, out]`` of float32, at the highest precision."""
     return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), lax.Precision.HIGHEST, jnp.float32)
 
 
