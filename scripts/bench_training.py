@@ -65,7 +65,7 @@ def ours(args: argparse.Namespace, kind: str) -> dict[str, Any]:
     )
     model = llmjax.load("smollm2")
     examples = make_examples(rows_of(args.rows, 0), model).examples
-    groups = list(batches(examples, config, 0))
+    groups = list(batches(examples, config, 0))[: args.steps]
     held_out = cut(make_examples(rows_of(24, 1), model).examples, args.batch)
     adapter = new_adapter(model, config.lora)
     programs = Programs(model, adapter.targets, config)
@@ -77,7 +77,7 @@ def ours(args: argparse.Namespace, kind: str) -> dict[str, Any]:
         step(state, group, args.rate)
     warm, began = time.monotonic() - began, time.monotonic()
     losses = []
-    for group in groups[: args.steps]:
+    for group in groups:
         state, outcome = step(state, group, args.rate)
         losses.append(outcome.loss)
     seconds = time.monotonic() - began

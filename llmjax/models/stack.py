@@ -18,6 +18,7 @@ from jax import lax
 
 from llmjax.models.context import Context
 from llmjax.models.recompute import recomputed
+from llmjax.models.scanned import scanned
 from llmjax.models.watched import watched
 from llmjax.numerics import Numerics, on_cpu
 from llmjax.products.matmul import summed_rows
@@ -73,7 +74,11 @@ def _traced_once(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Con
     def alike(block: nn.Module, variables: Any, *args: Any) -> Any:
         return block.apply(variables, *args, mutable=["cache"])
 
-    for i, block in enumerate(blocks):
+    done = 0
+    if ctx.recompute is not None:
+        own = [_own(each, i) for i in range(len(blocks))]
+        x, done = scanned(lambda *args: alike(*args)[0], blocks, x, ctx, own)
+    for i, block in enumerate(blocks[done:], done):
         apply = partial(alike, block.clone(parent=None, name=None))
         with jax.named_scope(str(block.name)):
             x, made = (recomputed(apply) if ctx.recompute else apply)(block.variables, x, ctx, *_own(each, i))

@@ -11,6 +11,7 @@ On the CPU, by weight, profile and rows of x; the reasons are a benchmark's line
 a few rows, all but 5 bits       ``fast``, ``dynamic_int8``           ``sums``: one row at the speed of memory
 one scale a channel, 4, 8 bits   ``fast`` with AMX                    ``digits.in_digits``: exact integers
                                  ``dynamic_int8``, ``mediapipe_cpu``  the same, one digit
+256 rows and more, in float32    all                                  ``tiles.rows_first``: converted whole
 floats of the product's dtype    all                                  ``dots``: the library's product
 whatever else                    all                                  ``tiles``: converted a tile at a time
 ===============================  ===================================  ==================================================
@@ -35,8 +36,11 @@ from llmjax.products.digits import in_digits, in_tiles, to_digits
 from llmjax.products.dots import dot
 from llmjax.products.plain import plain
 from llmjax.products.sums import by_weight, can_sum, sums_pay, total
-from llmjax.products.tiles import over_tiles
+from llmjax.products.tiles import over_tiles, rows_first
 from llmjax.quant.qtensor import QTensor
+
+# From here on a product costs more than its weight's conversion, and no prompt's chunk has so many.
+_MANY_ROWS = 256
 
 
 def matmul(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax.Array:
@@ -88,13 +92,19 @@ def _quantized_product(x: jax.Array, q: QTensor, numerics: Numerics) -> jax.Arra
     if numerics.digits == 1:
         scale, (rounded,) = to_digits(x, 1)
         x = rounded.astype(jnp.float32)
-    y = by_weight(x, q) if summed else in_tiles(x, q)
+    if len(x) >= _MANY_ROWS and on_cpu():
+        y = rows_first(x, q)
+    else:
+        y = by_weight(x, q) if summed else in_tiles(x, q)
     return y if scale is None else scale * y
 
 
 def _float_product(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.Array:
     if len(x) <= summed_rows(weight, numerics):
         return by_weight(x, weight)
+
+    if len(x) >= _MANY_ROWS and on_cpu() and x.dtype == jnp.float32:
+        return rows_first(x, weight)
 
     def multiply(part: jax.Array) -> jax.Array:
         return dot(part.astype(numerics.products), x, jnp.float32)

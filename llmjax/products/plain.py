@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from llmjax.numerics import on_cpu
-from llmjax.products.sums import total
-from llmjax.products.tiles import tile_rows
+from llmjax.products.tiles import rows_dot, tile_rows
 from llmjax.quant.bits import cut
-from llmjax.quant.qtensor import QTensor, columns, halves
+from llmjax.quant.qtensor import QTensor, dequantize
 
 # Weights that are converted to less are converted whole: a loop takes as long to compile as ten products.
 _SMALL_BYTES = 1 << 18
@@ -27,22 +26,21 @@ def plain(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     Linear, for JAX to transpose, in x; in a float32 weight; in a QTensor's scales and offsets.
     """
     x = x.astype(jnp.float32)
+    floats: dict[str, Any] = {}
     if isinstance(weight, QTensor):
-        parts, floats = columns(x, weight), {"scales": weight.scales, "offsets": weight.offsets}
+        floats = {"scales": weight.scales, "offsets": weight.offsets}
     elif weight.dtype == jnp.float32:
-        return _dot(weight, x).T
-    else:
-        parts, floats = [x], {}
+        return rows_dot(x, weight)
     out, width = weight.shape
     small = not on_cpu() or 4 * out * width < _SMALL_BYTES
     tile = out if small else tile_rows((out, width), 4)
 
     def multiply(start: Any, floats: dict[str, Any]) -> jax.Array:
-        return total(_dot(w, c) for w, c in zip(_converted(weight, start, tile, floats), parts, strict=True))
+        return rows_dot(x, _converted(weight, start, tile, floats))
 
     floats = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), floats)
     if small:
-        return jax.checkpoint(multiply)(0, floats).T
+        return jax.checkpoint(multiply)(0, floats)
     whole = (out - 1) // tile * tile  # the last tile repeats channels of the one before where it must
 
     def tiles(leaf: jax.Array) -> jax.Array:
@@ -51,18 +49,12 @@ def plain(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     starts = jnp.minimum(jnp.arange(0, out, tile), out - tile)
     step = jax.checkpoint(multiply, prevent_cse=False)
     y = lax.map(lambda part: step(*part), (starts, jax.tree.map(tiles, floats)))
-    return jnp.concatenate([y[:-1].reshape(whole, -1), y[-1, whole - out :]]).T
+    return jnp.concatenate([*y[:-1], y[-1, :, whole - out :]], -1)
 
 
-def _converted(weight: Any, start: Any, size: int, floats: dict[str, Any]) -> tuple[jax.Array, ...]:
-    """``size`` rows of a weight as float32, a packed one's in columns as ``integers`` has them, with these scales and
-    offsets of the same rows."""
+def _converted(weight: Any, start: Any, size: int, floats: dict[str, Any]) -> jax.Array:
+    """``size`` rows of a weight as float32, a packed one's with these scales and offsets of the same rows."""
     if not isinstance(weight, QTensor):
-        return (cut(weight, start, size).astype(jnp.float32),)
+        return cut(weight, start, size).astype(jnp.float32)
     integers = jax.tree.map(lambda leaf: cut(leaf, start, size), {"values": weight.values, "fifth": weight.fifth})
-    return halves(weight.replace(**integers, **floats))
-
-
-def _dot(weight: jax.Array, x: jax.Array) -> jax.Array:
-    """``[out, rows]``."""
-    return lax.dot_general(weight, x, (((1,), (1,)), ((), ())), lax.Precision.HIGHEST, jnp.float32)
+    return dequantize(weight.replace(**integers, **floats))

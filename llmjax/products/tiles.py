@@ -13,11 +13,14 @@ from jax import lax
 
 from llmjax.numerics import on_cpu
 from llmjax.quant.bits import cut, from_storage, to_storage
+from llmjax.quant.qtensor import QTensor, dequantize
 
 # Of what a tile is converted to: what the caches keep, more or less; halving or doubling it costs up to a fifth.
 _TILE_BYTES = 4 << 20
 # Weights that are converted to less are converted whole: a loop costs more to compile than their copies to keep.
 _SMALL_BYTES = 4 << 20
+# The like where rows are many.
+_WHOLE_BYTES = 16 << 20
 
 
 def over_tiles(
@@ -54,6 +57,35 @@ def over_tiles(
     # Overwritten, so any value does.  One that waits for x: XLA would make the zeros of all layers before it begins.
     y = jnp.broadcast_to(x.reshape(-1)[0].astype(dtype), (out, x.shape[0]))
     return lax.fori_loop(0, -(-out // tile), step, y).T
+
+
+def rows_first(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
+    """``x [rows, in] . weight [out, in] -> [rows, out]`` in float32, for many rows: beside the product a conversion is
+    cheap, and a place in memory for what is converted small; to turn x and the result about is not."""
+    out, width = weight.shape
+    tile = min(out, max(16, _WHOLE_BYTES // (4 * width) // 16 * 16))
+    if weight.dtype == x.dtype and not isinstance(weight, QTensor):
+        return rows_dot(x, weight)
+    if tile == out:
+        return rows_dot(x, _floats(_after(x, weight)))
+
+    def step(i: jax.Array, y: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * tile, out - tile)
+        part = jax.tree.map(lambda leaf: cut(leaf, start, tile), weight)
+        return lax.dynamic_update_slice(y, rows_dot(x, _floats(part)), (0, start))
+
+    y = jnp.broadcast_to(x[:, :1], (x.shape[0], out))  # any value does, see over_tiles
+    return lax.fori_loop(0, -(-out // tile), step, y)
+
+
+def _floats(weight: Any) -> jax.Array:
+    floats: jax.Array = dequantize(weight) if isinstance(weight, QTensor) else weight.astype(jnp.float32)
+    return floats
+
+
+def rows_dot(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """``x [rows, in] . weight [out, in] -> [rows, out]`` of float32, at the highest precision."""
+    return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), lax.Precision.HIGHEST, jnp.float32)
 
 
 def tile_rows(shape: tuple[int, ...], size: int) -> int:

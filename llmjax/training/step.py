@@ -60,7 +60,7 @@ def loss(
     batch: Batch,
     *,
     numerics: Numerics | None = None,
-    recompute: bool = False,
+    recompute: bool | None = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:
@@ -116,7 +116,8 @@ class Programs:
         options = self._numerics.compiler_options
         self._gradients = jax.jit(gradients, compiler_options=options)
         self._losses = jax.jit(
-            lambda params, factors, batch: plain(params, factors=factors, batch=batch), compiler_options=options
+            lambda params, factors, batch: plain(params, factors=factors, batch=batch, recompute=config.recompute),
+            compiler_options=options,
         )
         self._added = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         self._norm = jax.jit(optax.tree.norm)

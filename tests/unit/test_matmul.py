@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from llmjax.numerics import resolve
+from llmjax.products import tiles
 from llmjax.products.dots import dot
 from llmjax.products.matmul import matmul
+from llmjax.quant.qtensor import QTensor, pack
 
 RNG = np.random.default_rng(3)
 
@@ -31,3 +33,22 @@ def test_weights_of_16_bits(profile, stored, rows):
     y = jax.jit(matmul, static_argnums=2, compiler_options=numerics.compiler_options)(x, w, numerics)
     expected = np.asarray(x.astype(numerics.products), np.float64) @ np.asarray(w, np.float64).T
     np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("whole", [16 << 20, 4096])
+def test_many_rows(bits, whole, monkeypatch):
+    """Forth and back, converted at once or in tiles of which the last overlaps the one before."""
+    monkeypatch.setattr(tiles, "_WHOLE_BYTES", whole)
+    x, back = (jnp.asarray(RNG.standard_normal((260, n)), jnp.float32) for n in (96, 38))
+    if bits == 16:
+        weight = jnp.asarray(RNG.standard_normal((38, 96)), jnp.bfloat16)
+        w = np.asarray(weight, np.float64)
+    else:
+        n = RNG.integers(0, 16, (38, 96)) if bits == 4 else RNG.integers(-127, 128, (38, 96)).astype(np.int8)
+        scales, offsets = (RNG.standard_normal((38, 3)).astype(np.float32) for _ in range(2))
+        weight = QTensor(pack(n) if bits == 4 else n, scales, offsets, bits=bits).map(jnp.asarray)
+        w = n * np.repeat(scales, 32, 1).astype(np.float64) + np.repeat(offsets, 32, 1)
+    y, pull = jax.vjp(jax.jit(lambda x: matmul(x, weight, resolve("reference", jnp.dtype(jnp.float32)))), x)
+    for found, wanted in ((y, np.asarray(x, np.float64) @ w.T), (pull(back)[0], np.asarray(back, np.float64) @ w)):
+        np.testing.assert_allclose(found, wanted, atol=3e-6 * np.abs(wanted).max())

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import textwrap
 from functools import partial
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import numpy as np
 import pytest
 
 import llmjax
-from llmjax import ConfigError, LoraError, RequestError, ResumeError, TrainConfig, TrainingError
+from llmjax import ConfigError, LoraError, RequestError, ResumeError, TrainConfig, TrainingError, training
 from llmjax.cli.main import main
 from llmjax.lora.config import LoraConfig
 from llmjax.models.recompute import recomputed
+from llmjax.models.scanned import periods
 from llmjax.training.adapter import adapted, new_adapter
 from llmjax.training.batches import Example, batches, bucket, from_labels, make_batch
+from llmjax.training.files import read_trained
 from llmjax.training.optimizer import optimizer, schedule
 from llmjax.training.step import Programs, first_state, loss, train_step
 from tests.tiny import checkpoint, random_model
@@ -101,6 +104,49 @@ def test_recomputation_changes_no_gradient_and_keeps_less():
     assert recomputing < 0.3 * kept
     for a, b in zip(*(program(learned, frozen, x) for program in programs), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(a).max())
+
+
+GEMMA2 = {
+    "model_type": "gemma2", "vocab_size": 600, "hidden_size": 48, "intermediate_size": 96, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8,
+    "max_position_embeddings": 200,
+}  # fmt: skip
+
+
+def gradients(layers: int, recompute: bool | None):
+    """Of a model whose layers are alike in pairs, lowered, and its arguments."""
+    model = random_model(**GEMMA2, num_hidden_layers=layers)
+    adapter = new_adapter(model, LoraConfig(2, 4.0, target_modules="all-linear"))
+    rng = np.random.default_rng(3)
+    factors = jax.tree.map(lambda leaf: leaf + rng.normal(size=leaf.shape).astype(np.float32) / 5, adapter.factors)
+    batch = make_batch([Example(0, np.arange(14, dtype=np.int32), np.arange(14) > 4)]).arrays()
+
+    def mean(factors, params):
+        rows = loss(model, params, adapter.targets, factors, batch, recompute=recompute)
+        return jnp.sum(rows)
+
+    return jax.jit(jax.value_and_grad(mean)).lower(factors, model.params), (factors, model.params)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_layers_in_a_loop(recompute):
+    """Layers that are alike are compiled once, and the loss and every layer's gradients stay what they are; the fifth
+    has no other like it."""
+    plain, arguments = gradients(5, None)
+    looped, _ = gradients(5, recompute)
+    (value, wanted), (again, found) = plain.compile()(*arguments), looped.compile()(*arguments)
+    np.testing.assert_allclose(again, value, rtol=1e-6)
+    assert len({float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(wanted)}) == 5 * 14
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-4), found, wanted)
+    products = [gradients(n, recompute)[0].as_text().count("stablehlo.dot_general") for n in (4, 8)]
+    assert products[0] == products[1]
+
+
+@pytest.mark.parametrize(("kinds", "wanted"), [
+    ("aaaa", (1, 4)), ("ababa", (2, 2)), ("aabaab", (3, 2)), ("aaab", (1, 3)), ("abbabbxy", (3, 2)), ("abcd", (1, 1)),
+])  # fmt: skip
+def test_periods(kinds, wanted):
+    assert periods(kinds) == wanted
 
 
 def test_a_run_learns_and_keeps_its_best(whole):
@@ -306,6 +352,18 @@ def test_command_line(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text(json.dumps(bad[0]))
     assert main(command) == 2 and "no row to learn from" in capsys.readouterr().err
     assert main([*command, "--dora"]) == 2 and "dora" in capsys.readouterr().err
+
+
+def test_a_loop_of_ones_own(tmp_path, monkeypatch, capsys):
+    """As the documentation has it, word by word."""
+    base = llmjax.load(checkpoint(tmp_path / "model", num_hidden_layers=1))
+    monkeypatch.setattr(llmjax, "load", lambda path: base)
+    monkeypatch.chdir(tmp_path)
+    code = [line for line in str(training.__doc__).splitlines() if line.startswith("    ")]
+    exec(textwrap.dedent("\n".join(code)), {})
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 3 and losses[2] < losses[0]
+    assert read_trained("adapter", base).settings.rank == 8
 
 
 def test_no_adapter_is_written_over(model, whole, tmp_path):
