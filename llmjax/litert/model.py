@@ -13,6 +13,7 @@ from llmjax.errors import LoraError, RequestError
 from llmjax.litert.graph import numerics_for
 from llmjax.litert.module import MAIN, GraphModule, States
 from llmjax.litert.ports import Ports
+from llmjax.litert.roles import Roles
 from llmjax.model import Model, check_ids
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
@@ -95,6 +96,11 @@ class GraphModel(Model):
         """What the engine runs."""
         assert self.signatures is not None
         return self.signatures
+
+    @functools.cached_property
+    def roles(self) -> Roles:
+        """What the parts of ``decode`` are."""
+        return Roles(self.module.graphs[MAIN].file, self.module.decode_ports)
 
     def under(self, numerics: str) -> "GraphModel":
         """The same model under another profile, nothing read again."""
