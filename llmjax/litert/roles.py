@@ -1,13 +1,10 @@
 """What the parts of a language model's graph are: which tensor holds a module's weight, and which its output.
 
-litert-torch names a tensor by the PyTorch modules it was computed in, classes and attributes by turns:
-``...modeling_llama.LlamaDecoderLayer_3/...LlamaMLP_mlp/...Linear_up_proj;``.  Where operations were fused their names
-are joined by ``;``, whichever came first; constants are often nameless, and what uses them tells what they are.  What
-has no module (scores, queries that are rotated) is found by how it is computed.
+Tensors' names tell (``llmjax.litert.steps.leaves``); what has no module (scores, queries that are rotated) is found by
+how it is computed.
 """
 
 import dataclasses
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -16,73 +13,10 @@ import numpy as np
 from converters.readers.litert.options import COMPOSITE
 from converters.readers.litert.tflite import Operator, Subgraph, TfliteFile
 from llmjax.litert.ports import LOGITS, Ports
-from llmjax.models.names import stem
+from llmjax.litert.steps import Attention, Step, leaves
 
 _SAME = ("RESHAPE", "TRANSPOSE", "DEQUANTIZE")  # the same values in another form
 _RMS_NORM = "odml.rms_norm"
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A product with a weight, or a norm.
-
-    Attributes:
-      module: as Hugging Face calls it, without what stands before the layers: ``layers.3.mlp.up_proj``.
-      place: of its first operator.
-      input: tensor.
-      output: tensor.
-      weight: a constant's tensor; None for a norm without one.
-      bias: another's, or None.
-      eps: of a norm; None for a product.
-      factor: what was multiplied into the weight of a product: a scale of the queries, or one over a soft-cap.
-    """
-
-    module: str
-    place: int
-    input: int
-    output: int
-    weight: int | None
-    bias: int | None = None
-    eps: float | None = None
-    factor: float = 1.0
-
-    @property
-    def parent(self) -> str:
-        """The module it lies in."""
-        return self.module.rpartition(".")[0]
-
-    @property
-    def layer(self) -> int | None:
-        """The number of its layer."""
-        found = re.match(r"layers\.(\d+)\.", self.module)
-        return int(found[1]) if found else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Attention:
-    """How a layer mixes tokens; numbers of tensors.
-
-    Attributes:
-      out: what its last product takes.
-      probs: ``[1, K, G, C]``.
-      q_rot: rotated queries, before any scale.
-      k_rot: rotated keys, as they go into the cache; None where another layer's are taken.
-      scale: of the queries.
-      softcap: of the scores, or None.
-      window: tokens a query sees, or None for all.
-      frequencies: the constant of the rotation's angles, or None where there is none.
-      width: H.
-    """
-
-    out: int
-    probs: int
-    q_rot: int
-    k_rot: int | None
-    scale: float
-    softcap: float | None
-    window: int | None
-    frequencies: int | None
-    width: int
 
 
 class Roles:
@@ -93,18 +27,22 @@ class Roles:
       ports: of ``decode``.
 
     Attributes:
-      graph: the subgraph of ``decode``.
+      index, graph: the subgraph of ``decode``.
       steps: by module, in the order of computation.
       attentions: by the module they lie in, ``layers.3.self_attn``.
       acts: by module, the tensor of an MLP's activation.
+      kernels: by module, the constant ``[1, D, k]`` of a short convolution.
       table: the tensor of the embedding, None where the model has embedders of its own.
       head: the product that the logits come from; its module is ``lm_head``.
       softcap: of the logits, or None.
+      outputs: tensors by what they are: ours for the residual stream (``embed``, ``layers.3.resid``), else as Hugging
+        Face calls a module's output, and what ``llmjax.oracle.names`` knows beside (``layers.3.self_attn.q_rot``).
     """
 
     def __init__(self, file: TfliteFile, ports: Ports):
         self.file = file
-        self.graph: Subgraph = file.subgraphs[file.signatures[ports.name].subgraph]
+        self.index = file.signatures[ports.name].subgraph
+        self.graph: Subgraph = file.subgraphs[self.index]
         self._made = {i: (place, op) for place, op in enumerate(self.graph.operators) for i in op.outputs}
         self._users: dict[int, list[Operator]] = defaultdict(list)
         for op in self.graph.operators:
@@ -115,10 +53,12 @@ class Roles:
         products = self._products()
         self.attentions = {step.parent: found for step in products if (found := self._attention(step))}
         self.acts = {step.parent: act for step in products if (act := self._act(step)) is not None}
+        self.kernels = dict(self._convolutions())
         found = sorted([*map(self._unscaled, products), *self._norms()], key=lambda step: step.place)
         self.steps = {step.module: step for step in found}
         lookups = [op for op in self.graph.operators if op.name == "EMBEDDING_LOOKUP"]
         self.table = self.back(lookups[0].inputs[1]) if lookups else None
+        self.outputs = self._outputs()
 
     # How tensors hang together.
 
@@ -194,7 +134,7 @@ class Roles:
         for place, op in enumerate(self.graph.operators):
             if op.name == "FULLY_CONNECTED" and self.constant(self.back(op.inputs[1])):
                 names = (self.graph.tensors[i].name for i in (self.back(op.inputs[1]), op.outputs[0]))
-                left[place] = op, next((found for name in names if (found := _leaves(name))), [])
+                left[place] = op, next((found for name in names if (found := leaves(name))), [])
         if self.head is not None:
             left.pop(self.head.place, None)
         found = [self.head] if self.head else []
@@ -217,7 +157,7 @@ class Roles:
                 found = Step("", place, op.inputs[0], op.outputs[0], weight, eps=self._eps(op))
             elif op.name == "RSQRT" or (op.name == "POW" and self.number(op.inputs[1]) == -0.5):
                 found = self._spelled_out(op, place)
-            names = [m for m in _leaves(self.graph.tensors[found.output].name) if m not in taken] if found else []
+            names = [m for m in leaves(self.graph.tensors[found.output].name) if m not in taken] if found else []
             if found and names:
                 module = next((m for m in names if "norm" in m.rpartition(".")[2]), names[0])
                 taken.add(module)
@@ -309,7 +249,7 @@ class Roles:
     def _places(self, layer: int | None) -> Iterator[int]:
         for place, op in enumerate(self.graph.operators):
             if op.name == "FULLY_CONNECTED":
-                for module in _leaves(self.graph.tensors[self.back(op.inputs[1])].name)[:1]:
+                for module in leaves(self.graph.tensors[self.back(op.inputs[1])].name)[:1]:
                     if layer is not None and module.startswith(f"layers.{layer}."):
                         yield place
 
@@ -347,12 +287,16 @@ class Roles:
         op = self.op(i, "MUL")
         return op is not None and any(self.op(self.back(j), "LOGISTIC") for j in op.inputs)
 
+    def _convolutions(self) -> Iterator[tuple[str, int]]:
+        for op in self.graph.operators:
+            product = self.op(op.inputs[0], "MUL") if op.name == "SUM" else None
+            for i in product.inputs if product else ():
+                if self.constant(i) and (modules := leaves(self.graph.tensors[i].name)):
+                    yield f"{modules[0]}.conv", i
+
     # What is known of a model by them.
 
-    @property
-    def outputs(self) -> dict[str, int]:
-        """Tensors by what they are: ours for the residual stream (``embed``, ``layers.3.resid``), else as Hugging Face
-        calls a module's output, and what ``llmjax.oracle.names`` knows beside (``layers.3.self_attn.q_rot``)."""
+    def _outputs(self) -> dict[str, int]:
         steps = list(self.steps.values())
         found = {step.module: step.output for step in steps if step.factor == 1}
         starts = {n: next(step.input for step in steps if step.layer == n) for n in {s.layer for s in steps} - {None}}
@@ -376,18 +320,3 @@ class Roles:
     def layers(self) -> int:
         """L."""
         return max((step.layer for step in self.steps.values() if step.layer is not None), default=-1) + 1
-
-
-def _leaves(name: str) -> list[str]:
-    """The modules that a tensor's name may mean, without those that hold others of them."""
-    found: list[str] = []
-    for part in name.split(";"):
-        attributes = [
-            match[1] for c in part.split("/") if (match := re.fullmatch(r"[A-Za-z0-9]+_(\w+)", c.rpartition(".")[2]))
-        ]
-        number = next((k for k, a in enumerate(attributes) if a.isdigit()), None)
-        if number is not None:
-            attributes.insert(number, "layers")
-        if attributes and (module := stem(".".join(attributes))) not in found:
-            found.append(module)
-    return [m for m in found if not any(other.startswith(f"{m}.") for other in found)]
