@@ -17,6 +17,7 @@ from llmjax.litert.steps import Attention, Step, leaves
 
 _SAME = ("RESHAPE", "TRANSPOSE", "DEQUANTIZE")  # the same values in another form
 _RMS_NORM = "odml.rms_norm"
+_MOST_PRODUCTS = 1 << 12  # far above any model's
 
 
 class Roles:
@@ -51,7 +52,7 @@ class Roles:
         logits = file.signatures[ports.name].outputs[LOGITS]
         self.head, self.softcap = self._head(logits)
         products = self._products()
-        self.attentions = {step.parent: found for step in products if (found := self._attention(step))}
+        self.attentions = {step.parent: mixing for step in products if (mixing := self._attention(step))}
         self.acts = {step.parent: act for step in products if (act := self._act(step)) is not None}
         self.kernels = dict(self._convolutions())
         found = sorted([*map(self._unscaled, products), *self._norms()], key=lambda step: step.place)
@@ -133,20 +134,24 @@ class Roles:
         left: dict[int, tuple[Operator, list[str]]] = {}
         for place, op in enumerate(self.graph.operators):
             if op.name == "FULLY_CONNECTED" and self.constant(self.back(op.inputs[1])):
-                names = (self.graph.tensors[i].name for i in (self.back(op.inputs[1]), op.outputs[0]))
-                left[place] = op, next((found for name in names if (found := leaves(name))), [])
+                called = (self.graph.tensors[i].name for i in (self.back(op.inputs[1]), op.outputs[0]))
+                left[place] = op, next((found for name in called if (found := leaves(name))), [])
         if self.head is not None:
             left.pop(self.head.place, None)
-        found = [self.head] if self.head else []
+        if len(left) > _MOST_PRODUCTS:
+            raise ValueError(f"expected at most {_MOST_PRODUCTS} products, found {len(left)}")
+        steps = [self.head] if self.head else []
         taken: set[str] = set()
         while left:
             open_ = {place: [m for m in names if m not in taken] for place, (_, names) in left.items()}
-            place = min(open_, key=lambda p: (len(open_[p]) != 1, p))
-            op, _ = left.pop(place)
-            if open_[place]:
-                taken.add(open_[place][0])
-                found.append(self._product(op, open_[place][0]))
-        return found
+            clear = [place for place, names in open_.items() if len(names) < 2] or [min(left)]
+            for place in clear:
+                op, _ = left.pop(place)
+                module = next((m for m in open_[place] if m not in taken), None)
+                if module is not None:
+                    taken.add(module)
+                    steps.append(self._product(op, module))
+        return steps
 
     def _norms(self) -> Iterator[Step]:
         taken: set[str] = set()
