@@ -84,8 +84,8 @@ def convert(
         )
     check_dtype(dtype)
     recipe = None if quantize is None else parse(quantize)
-    found = find_model(source)
-    opened: Source = GraphSource(found) if is_graph(found) else open_source(found)
+    path = find_model(source)
+    opened: Source = GraphSource(path) if is_graph(path) else open_source(path)
     try:
         plan = fitting_plan(opened, recipe, override)
         if isinstance(opened, GraphSource):

@@ -181,13 +181,13 @@ def _smollm3(f: _Facts) -> dict[str, Any]:
 
 
 def _gemma(f: _Facts) -> dict[str, Any]:
-    common = {"rms_norm_eps": f.eps, "attention_bias": f.has_bias("q_proj"), **f.head_dim}
+    common: dict[str, Any] = {"rms_norm_eps": f.eps, "attention_bias": f.has_bias("q_proj"), **f.head_dim}
     return common | {"hidden_act": f.act(), "rope_parameters": f.rope()}
 
 
 def _gemma2(f: _Facts) -> dict[str, Any]:
     caps = {"attn_logit_softcapping": f.any.softcap, "final_logit_softcapping": f.roles.softcap}
-    common = {"rms_norm_eps": f.eps, "attention_bias": f.has_bias("q_proj"), **f.head_dim}
+    common: dict[str, Any] = {"rms_norm_eps": f.eps, "attention_bias": f.has_bias("q_proj"), **f.head_dim}
     common |= {"hidden_activation": f.act(), "rope_parameters": f.rope()}
     return common | caps | f.query_scalar() | f.sliding()
 
@@ -195,8 +195,9 @@ def _gemma2(f: _Facts) -> dict[str, Any]:
 def _gemma3(f: _Facts) -> dict[str, Any]:
     local = next((a for a in f.attentions.values() if a.window), f.any)
     wide = next((a for a in f.attentions.values() if not a.window), f.any)
-    ropes = {_SLIDING: f.rope(local), _FULL: f.rope(wide)}
-    return _gemma2(f) | {"attn_logit_softcapping": None, "rope_parameters": ropes}
+    own: dict[str, Any] = {"attn_logit_softcapping": None}
+    own["rope_parameters"] = {_SLIDING: f.rope(local), _FULL: f.rope(wide)}
+    return _gemma2(f) | own
 
 
 def _lfm2(f: _Facts) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def meanings(model: GraphModel, names: Collection[str]) -> dict[str, list[str]]:
     """By the file's name of a tensor, what it is: see ``Roles.outputs``."""
     tensors, found = model.module.graphs[MAIN].names(model.module.decode_ports.name), dict[str, list[str]]()
     for meaning, i in model.roles.outputs.items():
-        if (name := tensors.get(i)) in names:
+        if (name := tensors.get(i)) is not None and name in names:
             found.setdefault(name, []).append(meaning)
     return found
 

@@ -76,9 +76,12 @@ def compare(
     if isinstance(model, GraphModel) and isinstance(candidate, Model) and not isinstance(candidate, GraphModel):
         model, candidate = candidate, model  # a graph's steps are measured by those of the model it was made of
     if isinstance(candidate, Model):
-        if model is None and ours is None:
+        if ours is not None:
+            ids = ours.token_ids.tolist()
+        elif model is not None:
+            ids = pairs.text(model, candidate, token_ids)
+        else:
             raise RequestError("compare: two models need a reference model")
-        ids = ours.token_ids.tolist() if ours is not None else pairs.text(model, candidate, token_ids)
         candidate = pairs.traced(candidate, ids)
     theirs = _dump(candidate, "candidate")
     note = ""
