@@ -16,12 +16,14 @@ import numpy as np
 from converters.readers import digest
 from converters.readers.llmjax_directory import PARTS, VERSION, WEIGHTS, LlmjaxSource
 from converters.readers.mediapipe.source import MediapipeSource
-from converters.readers.opening import open_source
+from converters.readers.opening import is_graph, open_source
 from converters.readers.source import Source
 from llmjax.checkpoint.ends import end_tokens
+from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.checkpoint.loading import check_dtype, find_model, fitting_plan, read_override, read_tokenizer
 from llmjax.checkpoint.parameters import OnParameter, Parameter, read_all
 from llmjax.checkpoint.plan import Override, Plan, describe
+from llmjax.checkpoint.rescue import prove
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
 from llmjax.errors import ConfigError
 from llmjax.lora import merge as merging
@@ -52,7 +54,8 @@ def convert(
     """Writes a checkpoint in another form.
 
     Args:
-      source: anything ``llmjax.load`` reads.
+      source: anything ``llmjax.load`` reads; of an op graph the weights and the configuration that are found in it,
+        which must compute what it does.
       destination: a new directory, or an empty one.  It appears under its name when it is whole.
       to: ``llmjax`` keeps quantized weights packed (see ``converters.readers.llmjax_directory``); ``hf`` writes floats
         under Hugging Face's names.
@@ -81,9 +84,12 @@ def convert(
         )
     check_dtype(dtype)
     recipe = None if quantize is None else parse(quantize)
-    opened = open_source(find_model(source))
+    path = find_model(source)
+    opened: Source = GraphSource(path) if is_graph(path) else open_source(path)
     try:
         plan = fitting_plan(opened, recipe, override)
+        if isinstance(opened, GraphSource):
+            prove(opened, plan)
         facts, where = describe(opened, override)
         if read_config(facts, where)[1] != plan.config:
             found = ", ".join(spec.name for spec in plan.configuring)
@@ -195,9 +201,10 @@ def _joined(parts: dict[str, np.ndarray], files: tuple[str, ...], names: Any) ->
 
 
 def _write_tokenizer(source: Source, folder: Path, override: Override) -> None:
-    if isinstance(source, MediapipeSource) and source.vocabulary:
-        (folder / "tokenizer.model").write_bytes(source.vocabulary)
-    elif source.format != "gguf":
+    vocabulary = source.vocabulary if isinstance(source, MediapipeSource | GraphSource) else None
+    if vocabulary:
+        (folder / "tokenizer.model").write_bytes(vocabulary)
+    elif source.format not in ("gguf", "graph"):
         for name in export.FILES:
             if (source.directory / name).is_file():
                 shutil.copyfile(source.directory / name, folder / name)
@@ -207,10 +214,11 @@ def _write_tokenizer(source: Source, folder: Path, override: Override) -> None:
         return
     tokenizer = read_tokenizer(source, override)
     if tokenizer is not None:
-        if isinstance(tokenizer, MediapipeTokenizer) and isinstance(source, MediapipeSource) and source.vocabulary:
-            tokenizer = for_transformers(tokenizer, source.vocabulary)
+        if isinstance(tokenizer, MediapipeTokenizer) and vocabulary:
+            tokenizer = for_transformers(tokenizer, vocabulary)
         export.save(tokenizer, folder)
-        _write_json(folder / "generation_config.json", {"eos_token_id": list(tokenizer.eos_ids)})
+        ends = {"eos_token_id": list(tokenizer.eos_ids)}
+        _write_json(folder / "generation_config.json", (source.generation_config or {}) | ends)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from converters.readers.source import Source
 from llmjax import configs
 from llmjax import numerics as numerics_lib
 from llmjax.checkpoint.ends import end_tokens
+from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.checkpoint.mediapipe_config import emulated, find
 from llmjax.checkpoint.parameters import Parameter, is_packed, made, random_rows, read_all
 from llmjax.checkpoint.plan import Override, Plan, make_plan
@@ -154,7 +155,7 @@ def load(
         params: dict[str, Any] = {}
         apart = {}
         for name, value in read_all(source, plan, dtype, recipe, check_finite, merge):
-            _put(params, name, value)
+            put(params, name, value)
             if name in merge.deltas and merge.delta(name, isinstance(value, QTensor)) is None:
                 apart[name] = beside(merge.deltas[name])
     finally:
@@ -332,7 +333,7 @@ def _random_model(name: str, dtype: str, recipe: Recipe | None, numerics: str, r
     for parameter, shape in parameter_shapes(config).items():
         rows = random_rows(random, parameter, shape)
         scheme = recipe.scheme(parameter) if recipe else None
-        _put(params, parameter, made(rows, shape, jnp.dtype(dtype), scheme, parameter))
+        put(params, parameter, made(rows, shape, jnp.dtype(dtype), scheme, parameter))
     config = emulated(config, numerics, name)
     eos = (facts["special_tokens"]["eos"]["id"],)
     return Model(architecture, config, params, _numerics(numerics, params, Path(name)), None, eos, Path(name))
@@ -353,6 +354,8 @@ def _tokenizer(source: Source) -> Tokenizer | None:
         if source.metadata.get("tokenizer.ggml.model") in ("no_vocab", "none"):
             return None
         return reading.from_gguf(source.metadata, source.path)
+    if isinstance(source, GraphSource):
+        return source.model.tokenizer
     if isinstance(source, MediapipeSource):
         return _mediapipe_tokenizer(source)
     if not any((source.directory / f).exists() for f in ("tokenizer.json", "tokenizer.model")):
@@ -377,7 +380,8 @@ def _mediapipe_tokenizer(source: MediapipeSource) -> Tokenizer | None:
     )
 
 
-def _put(tree: dict[str, Any], name: str, leaf: Parameter) -> None:
+def put(tree: dict[str, Any], name: str, leaf: Parameter) -> None:
+    """Puts a parameter into its place in a tree, on the device."""
     *parents, last = path_of(name)
     for parent in parents:
         tree = tree.setdefault(parent, {})

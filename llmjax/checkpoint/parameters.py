@@ -10,6 +10,7 @@ from converters.readers.gguf import GgufSource
 from converters.readers.llmjax_directory import LlmjaxSource
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.source import Source, TensorSpec
+from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.checkpoint.plan import Assignment, Plan
 from llmjax.errors import CheckpointError, ConfigError, named
 from llmjax.lora.merge import Merge, merged_rows
@@ -96,6 +97,8 @@ def _read(source: Source, assignment: Assignment, dtype: str | None, recipe: Rec
 
 def packed_tensor(source: Source, name: str) -> QTensor | None:
     """A quantized tensor of a checkpoint as it is stored; None for one of floats, or of a type that is expanded."""
+    if isinstance(source, GraphSource):
+        return source.packed(name)
     if isinstance(source, LlmjaxSource | MediapipeSource):
         parts = source.parts(name)
         return None if parts is None else QTensor(**parts)
@@ -107,7 +110,7 @@ def packed_tensor(source: Source, name: str) -> QTensor | None:
 
 def is_packed(source: Source, spec: TensorSpec) -> bool:
     """Whether a tensor is quantized and stays so."""
-    if isinstance(source, LlmjaxSource | MediapipeSource):
+    if isinstance(source, LlmjaxSource | MediapipeSource | GraphSource):
         return spec.dtype.startswith("INT")
     return source.format == "gguf" and spec.dtype in gguf.TYPES and len(spec.shape) == 2
 

@@ -71,6 +71,8 @@ def _own_config(source: Source) -> tuple[Mapping[str, Any], str]:
     if source.format == "gguf":
         shapes = {n: source.spec(n).shape for n in source.names()}
         return gguf_config.hf_config(source.metadata, shapes, str(source.path)), str(source.path)
+    if source.format == "graph":
+        return source.config, f"{source.path}: the configuration found in its graph (--config gives another)"
     if isinstance(source, MediapipeSource):
         kind = mediapipe_config.find(source.model_type, str(source.path))
         return mediapipe_config.hf_config(source.parameters, kind, str(source.path)), str(source.path)
@@ -138,8 +140,8 @@ def _last_layer(names: Iterable[str]) -> int:
 
 
 def _stem(source: Source, name: str) -> str:
-    """What decides which parameter a tensor is of: only the names in Hugging Face's files come in several ways."""
-    return stem(name) if source.format == "huggingface" else name
+    """What decides which parameter a tensor is of: Hugging Face's names alone come in several ways."""
+    return stem(name) if source.format in ("huggingface", "graph") else name
 
 
 def _names(source: Source, architecture: Architecture, config: DecoderConfig, specs: Mapping[str, TensorSpec]) -> Names:

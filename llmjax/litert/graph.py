@@ -69,6 +69,8 @@ def _check(file: TfliteFile, number: int, name: str, problems: list[str], above:
             problems.append(f"{where} is not supported")
         if missing := [i for i in op.inputs if i >= 0 and i not in known]:
             problems.append(f"{where}: nothing gives its input, tensor {missing[0]}")
+        if again := known.intersection(op.outputs):
+            problems.append(f"{where}: tensor {min(again)} is given twice")
         known.update(op.outputs)
         for tensor in (graph.tensors[i] for i in op.outputs):
             if tensor.quantization is not None:
@@ -151,6 +153,11 @@ class Graph:
             known = ", ".join(map(named, self.signatures))
             raise RequestError(f"{self.file.where}: no signature {name!r}; there are {known}")
         return self.signatures[name]
+
+    def constant(self, subgraph: int, tensor: int) -> Value:
+        """The value of a constant of a subgraph."""
+        found = self._constants[subgraph, tensor]
+        return self.weights[found] if isinstance(found, str) else found
 
     def names(self, signature: str) -> dict[int, str]:
         """The tensors that a signature's inputs and operators give, by index; a name that others have too ends in its

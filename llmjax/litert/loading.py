@@ -1,6 +1,5 @@
 """From a ``.tflite``, ``.task`` or ``.litertlm`` file to a model that runs its graph."""
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from llmjax.text import bundle
 from llmjax.text.bundle import Ends
 from llmjax.text.tokenizer import Tokenizer
 
-_LOG = logging.getLogger(__name__)
 # A part by its name in a .task, or by the model_type of a section.
 _PARTS = {
     package.MODEL: MAIN,
@@ -61,6 +59,9 @@ def load_graph(path: Path, numerics: str | None = None) -> GraphModel:
     model.origin = Origin(model.params, (stamp,))
     model.tokenizer = None if found is None else read_tokenizer(found)
     model.eos_ids = model.tokenizer.eos_ids if model.tokenizer else ()
+    if found is not None and found.format != "task":
+        barred = [i for part in found.parts if part.kind == package.FACTS for i in _suppressed(found, part)]
+        model.generation_config = {"suppress_tokens": barred} if barred else {}
     return model
 
 
@@ -162,14 +163,17 @@ def _tokenizer(found: Package, part: Part, ends: Ends, bytes_to_unicode: bool) -
     return bundle.from_huggingface(found.unpacked(part), where, ends)
 
 
+def _suppressed(found: Package, part: Part) -> list[int]:
+    """Tokens that are never drawn."""
+    return list(found.metadata(part).suppress_tokens.ids)
+
+
 def _ends(found: Package, metadata: Any) -> tuple[Ends, bool]:
     """Of ``LlmMetadata``."""
 
     def token(union: Any) -> Any:
         return tuple(union.token_ids.ids) if union.HasField("token_ids") else union.token_str
 
-    if metadata.suppress_tokens.ids:
-        _LOG.warning(f"{found.path}: suppress_tokens are not barred; bar them with bad_words or logit_bias")
     if metadata.kv_cache_init_value:
         raise CheckpointError(f"{found.path}: kv_cache_init_value: expected 0, found {metadata.kv_cache_init_value}")
     template = metadata.jinja_prompt_template or None

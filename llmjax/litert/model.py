@@ -12,7 +12,9 @@ import numpy as np
 from llmjax.errors import LoraError, RequestError
 from llmjax.litert.graph import numerics_for
 from llmjax.litert.module import MAIN, GraphModule, States
-from llmjax.litert.ports import Ports
+from llmjax.litert.ports import Ports, holds_keys
+from llmjax.litert.roles import Roles
+from llmjax.litert.steps import DAMAGE
 from llmjax.model import Model, check_ids
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
@@ -54,7 +56,7 @@ class GraphConfig(DecoderConfig):
     @classmethod
     def of(cls, prefills: Sequence[Ports], decode: Ports) -> "GraphConfig":
         """From the signatures."""
-        keys = [shape for name, (shape, _) in decode.states.items() if len(shape) == 4 and "v_" not in name]
+        keys = [shape for name, (shape, _) in decode.states.items() if holds_keys(name, shape)]
         _, heads, _, width = keys[0] if keys else (1, 0, 0, 0)
         embeddings = decode.tensors[decode.embeddings].shape[-1] if decode.embeddings else 0
         return cls(
@@ -95,6 +97,19 @@ class GraphModel(Model):
         """What the engine runs."""
         assert self.signatures is not None
         return self.signatures
+
+    @functools.cached_property
+    def roles(self) -> Roles:
+        """What the parts of ``decode`` are.
+
+        Raises:
+          CheckpointError: the file is damaged.
+        """
+        file = self.module.graphs[MAIN].file
+        try:
+            return Roles(file, self.module.decode_ports)
+        except DAMAGE as error:
+            file.fail(f"damaged, or not supported: its steps cannot be told apart: {type(error).__name__} {error}")
 
     def under(self, numerics: str) -> "GraphModel":
         """The same model under another profile, nothing read again."""

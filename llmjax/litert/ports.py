@@ -1,6 +1,7 @@
 """What a language model's signatures take and give, by the names that LiteRT-LM's loader knows."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -149,4 +150,9 @@ def _context(tensors: dict[str, Tensor], mask: str | None, states: dict[str, Any
     """Positions that the caches hold."""
     if mask and len(tensors[mask].shape) == 4:
         return tensors[mask].shape[3]
-    return next((shape[2] for name, (shape, _) in states.items() if len(shape) == 4 and "v_" not in name), 0)
+    return next((shape[2] for name, (shape, _) in states.items() if holds_keys(name, shape)), 0)
+
+
+def holds_keys(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a state is a cache of keys, ``[1, K, C, H]``: ``kv_cache_k_3``, ``k_cache_3``."""
+    return len(shape) == 4 and re.search(r"(^|_)k_", name) is not None

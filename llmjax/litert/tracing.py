@@ -1,6 +1,6 @@
 """Every tensor of a graph's decode signature, for each token of a text."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +45,15 @@ def activations(model: GraphModel, ids: np.ndarray, taps: Sequence[str]) -> dict
         row, found = program(model.params, row, token, np.int32(position))
         steps.append({name: np.asarray(value) for name, value in found.items()})
     return {name: _joined([found[name] for found in steps]) for name in [*names, *logits]}
+
+
+def meanings(model: GraphModel, names: Collection[str]) -> dict[str, list[str]]:
+    """By the file's name of a tensor, what it is: see ``Roles.outputs``."""
+    tensors, found = model.module.graphs[MAIN].names(model.module.decode_ports.name), dict[str, list[str]]()
+    for meaning, i in model.roles.outputs.items():
+        if (name := tensors.get(i)) is not None and name in names:
+            found.setdefault(name, []).append(meaning)
+    return found
 
 
 def _joined(values: list[np.ndarray]) -> np.ndarray:

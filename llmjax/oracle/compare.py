@@ -12,8 +12,10 @@ import numpy as np
 from llmjax.checkpoint.identity import model_facts
 from llmjax.checkpoint.loading import find_model, load
 from llmjax.errors import LlmjaxError, RequestError
+from llmjax.litert.model import GraphModel
 from llmjax.model import Model, check_ids
 from llmjax.oracle import dump as dumps
+from llmjax.oracle import pairs
 from llmjax.oracle.comparison import Comparison
 from llmjax.oracle.dump import Dump, open_dump
 from llmjax.oracle.floors import CLASSES, MARGIN, Allowed, allowed
@@ -34,8 +36,6 @@ _WITHOUT_MODEL = {
     "dynamic_int8": 2e-1,
     "int4": 5e-1,
 }
-# For two models and no prompt.
-_PROMPT = "The quick brown fox jumps over the lazy dog. In 1905 she wrote: 3.14 is not 22/7, but it is near."
 
 AnyDump = Dump | Trace | str | Path
 AnyReference = Model | Dump | Trace | str | Path | None
@@ -73,15 +73,22 @@ def compare(
     if isinstance(model, (str, Path)):
         model = load(model)
     ours = None if reference is None else _dump(reference, "reference")
+    if isinstance(model, GraphModel) and isinstance(candidate, Model) and not isinstance(candidate, GraphModel):
+        model, candidate = candidate, model  # a graph's steps are measured by those of the model it was made of
     if isinstance(candidate, Model):
-        base = model
-        if base is None and ours is None:
+        if ours is not None:
+            ids = ours.token_ids.tolist()
+        elif model is not None:
+            ids = pairs.text(model, candidate, token_ids)
+        else:
             raise RequestError("compare: two models need a reference model")
-        ids = ours.token_ids.tolist() if ours is not None else _ids(base, token_ids)
-        candidate = trace(candidate, ids)
+        candidate = pairs.traced(candidate, ids)
     theirs = _dump(candidate, "candidate")
     note = ""
-    if model is None and ours is not None:
+    if isinstance(model, GraphModel):
+        ours, model = ours or _dump(pairs.beside(model, theirs), "reference"), None
+        note = "the reference is a graph's, so there are neither floors nor proofs"
+    elif model is None and ours is not None:
         model, note = _model_of(ours)
     try:
         return _compare(ours, theirs, model, note, names, arithmetic)
@@ -105,16 +112,6 @@ def _dump(what: AnyDump, role: str) -> Dump:
     return open_dump(what)
 
 
-def _ids(model: Model | None, given: Sequence[int] | None) -> list[int]:
-    assert model is not None
-    if given is not None:
-        return check_ids(given, model, "token_ids").tolist()
-    if model.tokenizer is not None:
-        return model.tokenizer.encode(_PROMPT)[: model.context_length]
-    count = min(32, model.context_length)
-    return np.random.default_rng(0).integers(0, model.config.vocab_size, count).tolist()
-
-
 def _model_of(reference: Dump) -> tuple[Model | None, str]:
     """The model a dump of ours was made by, or why it cannot be had."""
     path, sha = reference.manifest.get("model"), reference.manifest.get("weights_sha256")
@@ -125,6 +122,8 @@ def _model_of(reference: Dump) -> tuple[Model | None, str]:
         found = model_facts(model)["weights_sha256"]
     except (LlmjaxError, OSError) as error:
         return None, f"the reference's model cannot be loaded (--model): {' '.join(str(error).split())}"
+    if isinstance(model, GraphModel):
+        return None, "the reference is a graph's, so there are neither floors nor proofs"
     if found != sha:
         return None, f"{path}: its weights are not those the reference was made of (--model), so nothing is proven"
     return model, ""
@@ -150,12 +149,11 @@ def _compare(
     subject = _subject(ours, theirs, model)
     if ours is not None:
         _same_ids(ours.token_ids, theirs.token_ids, model)
-    if model is not None:
-        ids = _fed(theirs, model)
-        stages = Stages(model, ids)
-    else:
+    if model is None:
         assert ours is not None
         return _two_dumps(ours, theirs, permitted, note, names, subject)
+    ids = _fed(theirs, model)
+    stages = Stages(model, ids)
     known = named(theirs, stages.shapes, model, names, stages.twice)
     reference = _reference(ours, theirs, model, stages)
     taps: list[Tap] = []

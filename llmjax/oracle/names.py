@@ -81,6 +81,7 @@ def named(
     known = set(shapes) | {f"{tap[: -len(inner)]}{outer}" for outer, inner in OUTER.items() for tap in shapes
                            if tap.endswith(f".{inner}")}  # fmt: skip
     table = _hugging_face(model, shapes) if model else {}
+    meant = _meant(dump)
     found: dict[str, Source] = {}
     unknown = []
     for name in dump.arrays:
@@ -90,8 +91,9 @@ def named(
                 raise RequestError(f"{dump.path}: {name}: is mapped to {tap}, which is no activation of the model")
         if not places and (name in known or not known):
             places = [(name, Source(name))]
-        if not places:
-            places = [(tap, Source(name, make)) for tap, make in _from_module(name, table, twice) if tap in known]
+        for meaning in [] if places else meant.get(name, [name]):
+            ours = [(meaning, _whole)] if meaning in known else _from_module(meaning, table, twice)
+            places += [(tap, Source(name, make)) for tap, make in ours if tap in known]
         if not places:
             unknown.append(name)
         for tap, source in places:
@@ -108,6 +110,16 @@ def named(
         if shapes and inner not in found:
             found[inner] = found.pop(tap)
     return Named(dump, {tap: found[tap] for tap in sorted(found, key=order)}, tuple(sorted(unknown)))
+
+
+def _meant(dump: Dump) -> dict[str, list[str]]:
+    """What a dump says of its arrays' names: our names, or Hugging Face's, by its own (``modules`` of its manifest)."""
+    found = dump.manifest.get("modules") or {}
+    if not isinstance(found, dict) or not all(
+        isinstance(names, list) and all(isinstance(n, str) for n in names) for names in found.values()
+    ):
+        raise RequestError(f"{dump.path}/manifest.json: modules: expected lists of names by name, found {shown(found)}")
+    return found
 
 
 def layouts(array: np.ndarray, shape: Shape) -> list[np.ndarray]:

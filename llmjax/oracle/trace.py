@@ -91,7 +91,8 @@ def trace(model: Model, token_ids: Sequence[int], taps: str | Sequence[str] = "*
         if not isinstance(glob, str):
             raise RequestError(f"taps: expected a glob, or a list of them, found {shown(taps)}")
     if isinstance(model, GraphModel):
-        return Trace(tracing.activations(model, ids, globs), _manifest(model, ids, list(globs)))
+        tensors = tracing.activations(model, ids, globs)
+        return Trace(tensors, _manifest(model, ids, list(globs)) | {"modules": tracing.meanings(model, tensors)})
     program, static = _program(model.numerics), (model.module, model.numerics)
     program.forget()
     found = program(*static, globs, model.params, ids[None])

@@ -11,7 +11,7 @@ import numpy as np
 
 from llmjax.errors import RequestError, TokenizerError, TooLongError, shown
 from llmjax.model import Model, check_ids, outside, plain
-from llmjax.runtime.generation import sampling_defaults
+from llmjax.runtime.generation import sampling_defaults, suppressed
 from llmjax.runtime.logits import bad_word_ids, row_controls
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request, special_stops
@@ -70,7 +70,9 @@ class Asking:
         self.model, self.loras, self.truncate_prompt = model, tuple(loras), truncate_prompt
         self.seed = SamplingParams(seed=seed).seed or 0  # refused where it is none
         own = model.generation_config if generation_config == "auto" else {}
-        self.generation = sampling_defaults(own, f"{model.path}: generation_config.json")
+        where = f"{model.path}: generation_config.json"
+        self.generation = sampling_defaults(own, where)
+        self.suppressed = suppressed(own, model.config.vocab_size, where)
         self.chat_options = _checked_chat(chat)
         if "chat_template" in self.chat_options:  # a broken one fails before the first of many rows
             with contextlib.suppress(RequestError):
@@ -147,6 +149,7 @@ class Asking:
             named = special_stops(self.tokenizer, params.stop)
             params = dataclasses.replace(params, stop_token_ids=(*params.stop_token_ids, *named))
         bad_words = bad_word_ids(self.tokenizer, params.bad_words) if params.bad_words else ()
+        bad_words = (*bad_words, *((token,) for token in self.suppressed))
         used = {
             "stop_token_ids": params.stop_token_ids,
             "bad_words": itertools.chain(*bad_words),

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from llmjax.errors import ConfigError, RequestError
+from llmjax.errors import ConfigError, RequestError, shown
 from llmjax.runtime.params import SamplingParams
 
 FILE = "generation_config.json"
@@ -32,7 +32,6 @@ _NEUTRAL: dict[str, Any] = {
     "encoder_repetition_penalty": 1.0,
     "encoder_no_repeat_ngram_size": 0,
     "bad_words_ids": [],
-    "suppress_tokens": [],
     "begin_suppress_tokens": [],
     "sequence_bias": {},
     "exponential_decay_length_penalty": [],
@@ -72,6 +71,21 @@ def sampling_defaults(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     if left:
         warnings.warn(f"{where}: not heeded, for llmjax does not do it: {', '.join(left)}", stacklevel=4)
     return found
+
+
+def suppressed(config: Mapping[str, Any], vocab_size: int, where: str) -> tuple[int, ...]:
+    """``suppress_tokens``: ids that are never drawn.
+
+    Raises:
+      ConfigError: they are no ids of this vocabulary.
+    """
+    found = config.get("suppress_tokens") or []
+    if not isinstance(found, list | tuple) or not all(type(i) is int and 0 <= i < vocab_size for i in found):
+        raise ConfigError(
+            f"{where}: suppress_tokens: expected a list of token ids below {vocab_size}, found {shown(found)}; correct "
+            "it, or take the plain defaults (generation_config='none')"
+        )
+    return tuple(dict.fromkeys(found))
 
 
 def told(own: Mapping[str, Any], given: Mapping[str, Any]) -> str:

@@ -134,4 +134,12 @@ def for_transformers(tokenizer: MediapipeTokenizer, model: bytes) -> Tokenizer:
     # A start token beyond the vocabulary has no text.
     prefix = tuple(i for i in tokenizer.prefix_ids if plain.piece(i))
     bos = tokenizer.bos_id if prefix else None
-    return dataclasses.replace(plain, bos_id=bos, prefix_ids=prefix, eos_ids=tokenizer.eos_ids, stop=tokenizer.stop)
+    return dataclasses.replace(
+        plain,
+        bos_id=bos,
+        prefix_ids=prefix,
+        eos_ids=tokenizer.eos_ids,
+        stop=tokenizer.stop,
+        special={**plain.special, **tokenizer.special},
+        chat_template=tokenizer.chat_template,
+    )

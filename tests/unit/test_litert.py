@@ -1,8 +1,10 @@
 """Op graphs: their numbers are those of LiteRT's interpreter (``tests/data/litert``, made by ai-edge-litert 2.3.0 with
 its default delegate and by LiteRT-LM 0.18.1), and files that cannot be trusted cost one line."""
 
+import dataclasses
 import json
 import lzma
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,17 @@ import pytest
 
 import llmjax
 from converters.readers.litert import tflite
+from converters.readers.mediapipe.package import Package
 from llmjax.errors import CheckpointError, ConfigError, LlmjaxError, RequestError
 from llmjax.litert import loading, ports
 from llmjax.litert.graph import Graph, numerics_for, problems_of
 from llmjax.litert.model import cuts
+from llmjax.runtime.asking import Asking
 
-DATA = Path(__file__).parents[1] / "data" / "litert"
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests" / "data" / "litert"
+sys.path.insert(0, str(ROOT / "scripts"))
+from mutate_litert import mutations, outcome  # noqa: E402
 
 
 def unpacked(name: str, folder: Path) -> Path:
@@ -156,22 +163,6 @@ def test_a_graph_that_is_no_model_says_how_to_run_it(ops, tmp_path):
     assert np.abs(ours - theirs).max() <= 5e-7 * np.abs(theirs).max()
 
 
-def mutations(data: bytes, count: int, seed: int):
-    rng = np.random.default_rng(seed)
-    for _ in range(count):
-        changed = bytearray(data)
-        for _ in range(rng.integers(1, 8)):
-            at = int(rng.integers(len(changed)))
-            changed[at : at + 4] = (
-                rng.bytes(1),
-                rng.bytes(4),
-                b"\xff\xff\xff\x7f",
-                b"\xff\xff\xff\xff",
-                int(rng.integers(len(data))).to_bytes(4, "little"),
-            )[rng.integers(5)]
-        yield bytes(changed[: rng.integers(len(changed))] if rng.integers(4) == 0 else changed)
-
-
 def survives(data: bytes, check: bool) -> None:
     try:
         file = tflite.read(memoryview(data), "x")
@@ -200,6 +191,58 @@ def test_mutated_files_cost_one_line(ops, file):
 @pytest.mark.slow
 def test_many_mutated_files_cost_one_line_each(ops, file):
     fuzz(ops, file, 10_000)
+
+
+@pytest.mark.parametrize("name", ["qwen2_int4.tflite", "gemma4.litertlm"])
+def test_a_damaged_model_costs_one_line(name, tmp_path):
+    for number, data in enumerate(mutations(lzma.decompress((DATA / f"{name}.xz").read_bytes()), 6, 1)):
+        path = tmp_path / f"{number}.{name.split('.')[1]}"
+        path.write_bytes(data)
+        assert outcome(path) in ("error", "runs")
+
+
+def test_a_tensor_that_two_operators_give_is_refused(file):
+    graph = tflite.read_file(file)
+    decode = graph.subgraphs[graph.signatures["decode"].subgraph]
+    place = next(i for i, o in enumerate(decode.operators) if o.name == "RESHAPE")
+    first = decode.operators[place]
+    # Back to where it comes from: whoever walks up the graph would walk in a circle.
+    object.__setattr__(decode, "operators", (*decode.operators, dataclasses.replace(first, outputs=first.inputs[:1])))
+    assert "is given twice" in problems_of(graph, ["decode"])[0]
+
+
+def test_keys_are_told_from_values(model):
+    assert (model.config.num_hidden_layers, model.config.num_key_value_heads, model.config.head_dim) == (2, 2, 8)
+
+
+@pytest.mark.slow
+def test_suppressed_tokens_are_never_drawn(model, stored):
+    prompt, greedy = stored["ids/s0"][:6].tolist(), llmjax.SamplingParams(temperature=0, max_tokens=1)
+    best = np.argsort(model.logits([prompt])[0][-1])[::-1].tolist()
+    barring = dataclasses.replace(model, generation_config={"suppress_tokens": best[:2]})
+    (output,) = llmjax.LLM(barring, max_batch=1).generate(prompt, greedy)
+    assert output.outputs[0].token_ids == (best[2],)
+
+
+def test_suppressed_tokens_are_barred_in_every_request(model):
+    barring = dataclasses.replace(model, generation_config={"suppress_tokens": [5, 7]})
+    for config, barred in (("auto", ((5,), (7,))), ("none", ())):
+        asking = Asking(barring, 0, (), False, config, {})
+        assert asking.request([1, 2], llmjax.SamplingParams(temperature=0)).bad_words == barred
+    with pytest.raises(ConfigError, match=r"suppress_tokens: expected a list of token ids below 304, found \[304\]"):
+        Asking(dataclasses.replace(model, generation_config={"suppress_tokens": [304]}), 0, (), False, "auto", {})
+
+
+def test_a_bundle_says_which_tokens_are_suppressed(tmp_path, monkeypatch):
+    read = Package.metadata
+
+    def metadata(package, part):
+        found = read(package, part)
+        found.suppress_tokens.ids[:] = [7, 9]
+        return found
+
+    monkeypatch.setattr(Package, "metadata", metadata)
+    assert loading.load_graph(unpacked("gemma4.litertlm", tmp_path)).generation_config == {"suppress_tokens": [7, 9]}
 
 
 @pytest.mark.slow

@@ -1,0 +1,174 @@
+"""The weights in an op graph (``.tflite``, ``.task``, ``.litertlm``) as a ``Source``: under Hugging Face's names, with
+what the exporter folded into them taken out again, quantized ones as they are.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from converters.readers.digest import Stamp
+from converters.readers.mediapipe import package
+from converters.readers.source import TensorSpec
+from llmjax.checkpoint import graph_config
+from llmjax.errors import CheckpointError
+from llmjax.litert.loading import load_graph
+from llmjax.litert.model import GraphModel
+from llmjax.litert.module import EMBEDDER, MAIN
+from llmjax.litert.products import Filter
+from llmjax.litert.steps import DAMAGE
+from llmjax.quant.qtensor import QTensor, dequantize
+
+_TABLE, _HEAD = "embed_tokens.weight", "lm_head.weight"
+_DTYPES = {"float32": "F32", "float16": "F16"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """A constant, and what became of the weight it was made of: ``value = weight * factor + offset``."""
+
+    value: Any
+    factor: float = 1.0
+    offset: float = 0.0
+    axes: tuple[int, ...] | None = None
+
+    def packed(self) -> QTensor | None:
+        """None for floats."""
+        if not isinstance(self.value, QTensor):
+            return None
+        q = jax.tree.map(np.asarray, self.value)
+        if self.factor == 1:
+            return q
+        return q.replace(scales=(q.scales.astype(np.float32) / np.float32(self.factor)))
+
+    def read(self) -> np.ndarray:
+        """The weight; vectors without leading dimensions of one."""
+        q = self.packed()
+        if q is not None:
+            return np.asarray(dequantize(q))
+        found = self.value
+        array = np.asarray(found.values * found.scales if isinstance(found, Filter) else found)
+        if self.axes is not None:
+            array = array.transpose(self.axes)
+        elif array.ndim > 2 or (array.ndim == 2 and self.offset):
+            array = array.reshape(-1)
+        if self.factor == 1 and not self.offset:
+            return array
+        return (array.astype(np.float64) / self.factor - self.offset).astype(np.float32)
+
+
+class GraphSource:
+    """A bundle, or a graph alone, as a ``Source``.
+
+    Attributes:
+      model: that runs the graph.
+      vocabulary: the bundle's SentencePiece model; None where there is none.
+
+    Args:
+      path: of the file.
+
+    Raises:
+      CheckpointError: no language model's, damaged, or not of an exporter whose names are known.
+    """
+
+    format = "graph"
+
+    def __init__(self, path: Path):
+        self.path, self.directory = path, path.parent
+        self.model: GraphModel = load_graph(path)
+        self.metadata: dict[str, Any] = {}
+        self.generation_config: dict[str, Any] | None = {
+            "eos_token_id": list(self.model.eos_ids),
+            **self.model.generation_config,
+        }
+        assert self.model.origin is not None
+        bundle = None if package.kind_of(path) is None else package.Package(path)
+        vocabularies = [part for part in bundle.parts if part.kind == package.SENTENCEPIECE] if bundle else []
+        self.vocabulary = bytes(bundle.read(vocabularies[0])) if bundle and vocabularies else None
+        self.files: tuple[Stamp, ...] = self.model.origin.files
+        try:
+            self._held = self._find()
+            tied = _HEAD not in self._held
+            self.config: dict[str, Any] = graph_config.hf_config(self.model, tied, str(path))
+        except DAMAGE as error:
+            raise CheckpointError(
+                f"{path}: damaged, or not supported: its weights cannot be told apart: {type(error).__name__} {error}"
+            ) from None
+
+    def _find(self) -> dict[str, _Held]:
+        model, roles = self.model, self.model.roles
+        kind = graph_config.model_type(roles, str(self.path))
+        graph, number = model.module.graphs[MAIN], roles.index
+        offset = 1.0 if kind in graph_config.UNIT_OFFSET else 0.0
+
+        def value(i: int) -> Any:
+            return graph.constant(number, i)
+
+        found: dict[str, _Held] = {}
+        for step in roles.steps.values():
+            if step.weight is not None:
+                held = _Held(value(step.weight), step.factor, offset if step.eps is not None else 0.0)
+                found[f"{step.module}.weight"] = held
+            if step.bias is not None:
+                found[f"{step.module}.bias"] = _Held(value(step.bias), step.factor)
+        for module, i in roles.kernels.items():  # [1, D, k] for [D, 1, k]
+            found[f"{module}.weight"] = _Held(value(i), axes=(1, 0, 2))
+        if roles.table is not None:
+            found[_TABLE] = _Held(value(roles.table))
+        elif EMBEDDER in model.module.graphs:
+            other = model.module.graphs[EMBEDDER]
+            signature = next(iter(other.signatures.values()))
+            lookups = [op for op in other.file.subgraphs[signature.subgraph].operators if op.name == "EMBEDDING_LOOKUP"]
+            if lookups:
+                found[_TABLE] = _Held(other.constant(signature.subgraph, lookups[0].inputs[1]))
+        missing = [name for name in (_TABLE, _HEAD) if name not in found]
+        if missing or not roles.layers:
+            raise CheckpointError(
+                f"{self.path}: the weights of this graph cannot be told apart ({', '.join(missing) or 'no layers'}): "
+                "llmjax knows the names that litert-torch's export_hf gives them"
+            )
+        if _same(found[_TABLE], found[_HEAD]):
+            del found[_HEAD]
+        return found
+
+    def names(self) -> list[str]:
+        """See ``Source``."""
+        return list(self._held)
+
+    def spec(self, name: str) -> TensorSpec:
+        """See ``Source``."""
+        value = self._held[name].value
+        if isinstance(value, QTensor):
+            kind = "INT4" if value.bits == 4 else "INT8"
+            return TensorSpec(name, value.shape, kind, value.nbytes, self.path)
+        array = self._held[name].read()
+        return TensorSpec(name, array.shape, _DTYPES.get(array.dtype.name, array.dtype.name), array.nbytes, self.path)
+
+    def packed(self, name: str) -> QTensor | None:
+        """A quantized weight as it is stored; None for floats."""
+        return self._held[name].packed()
+
+    def read(self, name: str) -> np.ndarray:
+        """See ``Source``."""
+        return self._held[name].read()
+
+    def release(self, name: str) -> None:
+        """See ``Source``."""
+
+    def close(self) -> None:
+        """See ``Source``."""
+
+
+def _same(table: _Held, head: _Held) -> bool:
+    """Whether the head is the embedding: one constant, or a copy that a soft-cap was folded into."""
+    if table.value is head.value:
+        return True
+    a, b = table.packed(), head.packed()
+    if a is None or b is None:
+        both = [a, b] == [None, None]
+        return both and np.allclose(table.read(), head.read(), rtol=1e-6, atol=0)
+    if (a.scheme, a.shape) != (b.scheme, b.shape):
+        return False
+    return np.array_equal(a.values, b.values) and np.allclose(a.scales, b.scales, rtol=1e-6, atol=0)

@@ -1,0 +1,57 @@
+"""Models that ``compare`` runs itself: on what, and their activations; an op graph's (``.tflite``, ``.task``,
+``.litertlm``) are its tensors that are steps of a model."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from llmjax.litert.model import GraphModel
+from llmjax.litert.module import MAIN
+from llmjax.litert.ports import LOGITS
+from llmjax.model import Model, check_ids
+from llmjax.oracle.dump import Dump
+from llmjax.oracle.trace import Trace, trace
+
+# For two models and no prompt.
+_PROMPT = "The quick brown fox jumps over the lazy dog. In 1905 she wrote: 3.14 is not 22/7, but it is near."
+
+
+def text(model: Model, candidate: Model, given: Sequence[int] | None) -> list[int]:
+    """What two models are compared on, where it is not ``given``."""
+    if given is not None:
+        return check_ids(given, model, "token_ids").tolist()
+    most = min(model.context_length, candidate.context_length)
+    if model.tokenizer is not None:
+        return model.tokenizer.encode(_PROMPT)[:most]
+    return np.random.default_rng(0).integers(0, model.config.vocab_size, min(32, most)).tolist()
+
+
+def traced(model: Model, ids: Sequence[int]) -> Trace:
+    """All activations of a model; of a graph the tensors that are steps of a model, scores and folded ones among
+    them."""
+    if not isinstance(model, GraphModel):
+        return trace(model, ids)
+    roles, tensors = model.roles, model.module.graphs[MAIN].names(model.module.decode_ports.name)
+    probs = {f"{parent}.attn_weights": tensors[a.probs] for parent, a in roles.attentions.items()}
+    folded = {step.module: (tensors[step.output], step.factor) for step in roles.steps.values() if step.factor != 1}
+    names = {tensors[i] for i in roles.outputs.values() if i in tensors}
+    wanted = {*names, *probs.values(), *(name for name, _ in folded.values()), LOGITS}
+    found = trace(model, ids, sorted(wanted))
+    arrays = {name: found.activations[name] for name in [*names, LOGITS]}
+    count = len(ids)
+    for meaning, name in probs.items():
+        array = found.activations[name]
+        arrays[meaning] = np.ascontiguousarray(array.reshape(count, -1, array.shape[-1])[..., :count].swapaxes(0, 1))
+    for meaning, (name, factor) in folded.items():
+        arrays[meaning] = found.activations[name] / np.float32(factor)
+    if model.numerics.digits == 1:  # whose activations are rounded at run time
+        found.manifest["numerics"] += ", dynamic"
+    return Trace(arrays, found.manifest)
+
+
+def beside(model: GraphModel, theirs: Dump) -> Trace:
+    """A graph's tensors of another's token ids: those that the other has by the same names, else its steps."""
+    ids, graph = theirs.token_ids.tolist(), model.module.graphs[MAIN]
+    tensors = set(graph.names(model.module.decode_ports.name).values()) | {LOGITS}
+    same = sorted(name for name in theirs.arrays if name in tensors)
+    return trace(model, ids, same) if same else traced(model, ids)

@@ -1,0 +1,106 @@
+"""Checkpoints out of op graphs: ``qwen2.tflite`` was made of ``qwen2`` (``tests/data/litert``) by litert-torch 0.10.0,
+``gemma2_int4.tflite`` of a Gemma 2 whose configuration is known."""
+
+import json
+import lzma
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import llmjax
+from converters.readers.litert import tflite
+from llmjax.checkpoint.graph_config import _ropes
+from llmjax.errors import CheckpointError
+from llmjax.models.rope import Rope
+from llmjax.models.scalings import Llama3Scaling
+
+DATA = Path(__file__).parents[1] / "data" / "litert"
+IDS = [7, 290, 13, 101, 55, 4, 250, 18]
+
+
+def unpacked(name: str, folder: Path) -> Path:
+    path = folder / f"{name}.tflite"
+    path.write_bytes(lzma.decompress((DATA / f"{name}.tflite.xz").read_bytes()))
+    return path
+
+
+def test_a_float_graph_gives_its_checkpoint_back(tmp_path):
+    llmjax.convert(unpacked("qwen2", tmp_path), tmp_path / "out", to="hf")
+    ours, source = llmjax.load(tmp_path / "out"), llmjax.load(DATA / "qwen2")
+    assert jax.tree.structure(ours.params) == jax.tree.structure(source.params)
+    assert all(map(np.array_equal, jax.tree.leaves(ours.params), jax.tree.leaves(source.params)))
+    found, known = (json.loads((p / "config.json").read_text()) for p in (tmp_path / "out", DATA / "qwen2"))
+    # A cache is as long as the exporter was told; the rest is the model's own.
+    assert {k for k in found if found[k] != known.get(k)} == {"max_position_embeddings"}
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory):
+    """A graph whose norms hold 1 + w, and whose head is divided by a soft-cap; and the packed checkpoint of it."""
+    folder = tmp_path_factory.mktemp("gemma")
+    path = unpacked("gemma2_int4", folder)
+    llmjax.convert(path, folder / "out", to="llmjax")
+    return path, folder / "out"
+
+
+@pytest.mark.slow
+def test_what_was_folded_is_taken_out_again_and_integers_are_kept(gemma):
+    path, out = gemma
+    graph, ours = llmjax.load(path, numerics="reference"), llmjax.load(out)
+    (theirs,), (logits,) = graph.logits([IDS]), ours.logits([IDS])
+    assert np.abs(theirs - logits).max() < 2e-5
+    config = json.loads((out / "config.json").read_text())
+    assert (config["attn_logit_softcapping"], config["final_logit_softcapping"]) == (2.0, 3.0)
+    assert (config["query_pre_attn_scalar"], config["sliding_window"], config["rms_norm_eps"]) == (20, 8, 1e-6)
+    assert config["layer_types"] == ["sliding_attention", "full_attention"]
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    assert all(kind == "float32" or kind.startswith("int4") for kind in ours.stored())
+    step = graph.roles.steps["layers.1.mlp.up_proj"]
+    packed = graph.module.graphs["model"].constant(graph.roles.index, step.weight)
+    mine = ours.params["layers_1"]["mlp"]["up"]["weight"]
+    assert np.array_equal(packed.values, mine.values) and np.array_equal(packed.scales, mine.scales)
+
+
+def test_what_computes_something_else_is_not_written(tmp_path):
+    path = unpacked("qwen2", tmp_path)
+    data = bytearray(path.read_bytes())
+    file = tflite.read(memoryview(data), str(path))
+    graph = file.subgraphs[file.signatures["decode"].subgraph]
+    # The scale of the queries, which the architecture fixes.
+    scale = next(t for t in graph.tensors if t.shape == () and t.type == "FLOAT32" and is_scale(file, t))
+    file.data(scale).view("<f4")[0] *= 2
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"compute\s+logits .* from the graph's .*nothing is written"):
+        llmjax.convert(path, tmp_path / "out", to="hf")
+    assert not (tmp_path / "out").exists()
+
+
+def is_scale(file, tensor) -> bool:
+    return file.is_constant(tensor) and abs(file.data(tensor).view("<f4")[0] - 8**-0.5) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        Rope(10000.0, 16),
+        Rope(500000.0, 64),
+        Rope(1000000.0, 256, linear=8.0),
+        Rope(500000.0, 64, llama3=Llama3Scaling(32.0, 1.0, 4.0, 8192)),
+        Rope(5e6, 8),
+    ],
+)
+def test_a_base_is_found_by_its_angles(rope):
+    found = rope.frequencies()
+    first = next(p for p, r in _ropes(found, rope.dims) if np.allclose(r.frequencies(), found, rtol=3e-6, atol=0))
+    assert first["rope_theta"] == rope.theta
+    assert first.get("factor", 1.0) == (rope.llama3.factor if rope.llama3 else rope.linear)
+
+
+@pytest.mark.parametrize("name", ["gemma4.litertlm"])
+def test_families_whose_names_are_not_known_say_so(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(lzma.decompress((DATA / f"{name}.xz").read_bytes()))
+    with pytest.raises(llmjax.LlmjaxError, match="made of gemma4, whose weights llmjax cannot take out"):
+        llmjax.convert(path, tmp_path / "out", to="hf")
