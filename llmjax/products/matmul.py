@@ -92,10 +92,9 @@ def _quantized_product(x: jax.Array, q: QTensor, numerics: Numerics) -> jax.Arra
     if numerics.digits == 1:
         scale, (rounded,) = to_digits(x, 1)
         x = rounded.astype(jnp.float32)
-    if len(x) >= _MANY_ROWS and on_cpu():
-        y = rows_first(x, q)
-    else:
-        y = by_weight(x, q) if summed else in_tiles(x, q)
+    if len(x) >= _MANY_ROWS and on_cpu() and scale is None:  # one digit's sums are integers, whatever is beside them
+        return rows_first(x, q)
+    y = by_weight(x, q) if summed else in_tiles(x, q)
     return y if scale is None else scale * y
 
 
