@@ -168,6 +168,23 @@ def test_types_of_values(written, kind):
     assert kinds == {"F32", kind}
 
 
+@pytest.mark.parametrize(("name", "role"), [("gemma4_moe", "gate"), ("gemma4_moe", "up"), ("qwen3_moe", "up")])
+def test_experts_stay_packed(written, name, role):
+    folder, path = written(name, "Q4_1")
+    found = llmjax.load(path).params["layers_1"]["experts"][role]["weight"]
+    exact = np.asarray(llmjax.load(folder).params["layers_1"]["experts"][role]["weight"], np.float32)
+    assert isinstance(found, QTensor) and found.shape == exact.shape
+    np.testing.assert_array_equal(dequantize(found.map(np.asarray)), gguf_files.dequantized(exact, "Q4_1"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma3n_cond", "gemma4_moe", "qwen3_moe"])
+def test_packed_kinds_mean_their_values(written, name):
+    _, path = written(name, "Q8_0")
+    ours, exact = (llmjax.load(path, dtype=dtype).logits([list(range(3, 15))])[0] for dtype in (None, "float32"))
+    assert np.abs(ours - exact).max() <= 3e-5 * np.abs(exact).max()
+
+
 def fuse(tensors):
     """q, k and v in one tensor, as Phi-2's first files and llama.cpp's ``--fuse`` have them."""
     for i in range(3):
