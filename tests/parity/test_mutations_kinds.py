@@ -18,7 +18,7 @@ QUICK = {"gemma4: values not normed", "lfm2: the convolution runs backwards", "q
 
 def part(**changes):
     """Another value in the scaling of a rope."""
-    return rope(scaling=lambda s: dataclasses.replace(s, **changes))
+    return config(rope=lambda r: dataclasses.replace(r, scaling=dataclasses.replace(r.scaling, **changes)))
 
 
 def windows(by):
@@ -126,7 +126,7 @@ FAULTS = {
     "gemma4: experts' sum not normed": ("gemma4_moe", patch(WideRMSNorm, "__call__", no_norm_of("post_experts_norm"))),
     "smollm3: every layer rotates": ("smollm3", config(rotates=lambda r: (True,) * len(r))),
     "smollm3: other layers do not rotate": ("smollm3", config(rotates=lambda r: r[::-1])),
-    "olmo3: scaling on local layers, too": ("olmo3_yarn", lambda m, p: config(local_rope=m.config.rope)(m, p)),
+    "olmo3: scaling on local layers, too": ("olmo3_yarn", lambda m, p: config(local_rope=lambda _: m.config.rope)(m, p)),
     "olmo3: no scaling": ("olmo3_yarn", rope(scaling=None)),
     "olmo3: window + 1": ("olmo3_yarn", windows(1)),
     "olmo3: cosines not scaled": ("olmo3_yarn", part(attention=1.0)),
@@ -145,7 +145,7 @@ FAULTS = {
     "lfm2: gates swapped": ("lfm2", altered("conv", "enter", lambda w: jnp.concatenate([w[40:80], w[:40], w[80:]]))),
     "lfm2: a token less": ("lfm2", altered("conv", "kernel", lambda w: w.at[:, 0].set(0))),
     "lfm2: keys not normed": ("lfm2", patch(RMSNorm, "__call__", no_norm_of("k_norm"))),
-    "yarn: ramp without whole pairs": ("llama_yarn_mscale", part(truncate=lambda t: not t)),
+    "yarn: ramp without whole pairs": ("llama_yarn_mscale", part(truncate=False)),
     "yarn: cosines not scaled": ("llama_yarn_mscale", part(attention=1.0)),
     "dynamic: base as it is": ("llama_dynamic_old", rope(scaling=None)),
     "dynamic: another factor": ("llama_dynamic_old", part(factor=2.5)),
