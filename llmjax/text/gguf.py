@@ -78,9 +78,9 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
         else:
             kind = _pre_tokenizer(entries)
             backend, add_bos = _byte_level(tokens, merges, kind, str(path)), kind.add_bos
-        for wanted, special in ((CONTROL, UNKNOWN), True), ((USER_DEFINED,), False):
+        for wanted, hidden in ((CONTROL, UNKNOWN), True), ((USER_DEFINED,), False):
             found = [t for t, token_type in zip(tokens, types, strict=True) if token_type in wanted]
-            add_tokens(backend, [tokenizers.AddedToken(t, normalized=False) for t in found], special=special)
+            add_tokens(backend, [tokenizers.AddedToken(t, normalized=False) for t in found], special=hidden)
     named = {n: i for n, i in ids.items() if n in _IDS and i is not None}
     special = {_IDS[n]: tokens[i] for n, i in named.items()}
     # As transformers does: what the file names is special even where its type does not say so.
