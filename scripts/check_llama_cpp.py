@@ -6,7 +6,9 @@
 The wheel exports llama.cpp's C interface, called here with a float32 cache and without flash attention.  Its CPU
 backend still rounds: the tanh GELU comes from a table in float16, and inputs of float16 and quantized products are
 rounded to float16 and int8.  So plain F32 files of SiLU models agree to 2e-6 of the largest logit, of GELU models to
-2e-3.  llama.cpp runs Phi-3 and Mistral without their windows and Falcon with the tanh GELU: there this is no verdict.
+2e-3.  llama.cpp runs Phi-3 and Mistral without their windows and Falcon with the tanh GELU, takes Gemma 3n's cut from
+the deviation of a sample (over F - 1, transformers over F), and chooses longrope's factors by the size of its context:
+there this is no verdict.
 """
 
 import argparse

@@ -5,6 +5,7 @@ loader undoes must not come from the loader.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import gguf
 import numpy as np
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter, quants
 from safetensors.numpy import load_file
+
+from tests import gguf_kinds
 
 ARCHITECTURES = {
     "falcon": MODEL_ARCH.FALCON,
@@ -26,6 +29,7 @@ ARCHITECTURES = {
     "qwen2": MODEL_ARCH.QWEN2,
     "qwen3": MODEL_ARCH.QWEN3,
     "stablelm": MODEL_ARCH.STABLELM,
+    **gguf_kinds.ARCHITECTURES,
 }
 
 Tensors = dict[str, np.ndarray]
@@ -51,20 +55,30 @@ def write(
       add: writes further keys.
     """
     config = json.loads((folder / "config.json").read_text())
+    config = config.get("text_config", config)
     architecture = ARCHITECTURES[config["model_type"]]
     raw = {n: x.astype(np.float32) for n, x in load_file(folder / "model.safetensors").items()}
     mapping = gguf.get_tensor_name_map(architecture, config["num_hidden_layers"])
     tensors: Tensors = {}
+    raw = gguf_kinds.of_text_model(raw)
     for name, x in _modified(raw, config):
         module, _, ending = name.rpartition(".")
-        found = mapping.get_name(module)
+        found = module if module.startswith("blk.") else mapping.get_name(module)
         assert found, f"the gguf package has no name for {name}"
         tensors[f"{found}.{ending}"] = x
+    if (config.get("rope_scaling") or {}).get("type") == "longrope":
+        for length in ("short", "long"):
+            tensors[f"rope_factors_{length}.weight"] = np.array(config["rope_scaling"][f"{length}_factor"], np.float32)
+    if config["model_type"] == "gemma4_text":
+        tensors["rope_freqs.weight"] = gguf_kinds.rope_freqs(config)
     if (config.get("rope_scaling") or {}).get("rope_type") == "llama3":
         tensors["rope_freqs.weight"] = _llama3_factors(config)
     change(tensors)
     writer = GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
-    _parameters(writer, config)
+    if config["model_type"] in gguf_kinds.ARCHITECTURES:
+        gguf_kinds.parameters(writer, config)
+    else:
+        _parameters(writer, config)
     if tokenizer is None:
         writer.add_tokenizer_model("no_vocab")
         writer.add_vocab_size(len(tensors["token_embd.weight"]))
@@ -104,13 +118,13 @@ def _modified(tensors: Mapping[str, np.ndarray], c: Mapping[str, Any]) -> Iterat
     """``modify_tensors`` of each architecture."""
     model_type, heads = c["model_type"], c["num_attention_heads"]
     per_head: dict[str, list[np.ndarray]] = {}
-    for name, x in tensors.items():
-        if model_type in ("llama", "mistral"):
+    for name, x in gguf_kinds.modified(tensors, c):
+        if model_type in ("llama", "mistral", *gguf_kinds.PERMUTED):
             if ".q_proj." in name:
                 x = _permute(x, heads)
             if ".k_proj." in name:
                 x = _permute(x, c["num_key_value_heads"])
-        elif model_type.startswith("gemma"):
+        elif model_type in ("gemma", "gemma2", "gemma3_text"):
             if name == "lm_head.weight":
                 continue
             if name.endswith("norm.weight"):
@@ -205,6 +219,11 @@ def _parameters(w: GGUFWriter, c: Mapping[str, Any]) -> None:
         w.add_rope_scaling_orig_ctx_len(c["original_max_position_embeddings"])
         w.add_rope_dimension_count(int(c.get("partial_rotary_factor", 1.0) * width))
         w.add_sliding_window(c["sliding_window"] or 0)
+        if scaling.get("type") == "longrope":
+            growth = c["max_position_embeddings"] / c["original_max_position_embeddings"]
+            w.add_rope_scaling_attn_factors(
+                math.sqrt(1 + math.log(growth) / math.log(c["original_max_position_embeddings"]))
+            )
     if model_type == "gemma3_text":
         if c.get("final_logit_softcapping"):
             w.add_final_logit_softcapping(c["final_logit_softcapping"])

@@ -11,9 +11,13 @@ from typing import Any
 import numpy as np
 
 from llmjax.models.config import DecoderConfig
-from llmjax.models.names import From, Names, fused
+from llmjax.models.names import From, Names, fused, stacked_experts
+from llmjax.models.shared_keys import TAKEN
 
-_LAYER = {
+# Whose rotation pairs neighbours in llama.cpp.
+_PERMUTED = ("llama", "mistral", "ministral3", "granite", "smollm3")
+
+_LAYER: dict[str, str | From] = {
     "attn_norm": "attn_norm",
     "post_attn_norm": "post_attention_norm",
     "mlp_norm": "ffn_norm",
@@ -27,6 +31,31 @@ _LAYER = {
     "mlp.gate": "ffn_gate",
     "mlp.up": "ffn_up",
     "mlp.down": "ffn_down",
+    # LFM2
+    "conv.enter": "shortconv.in_proj",
+    "conv.kernel": "shortconv.conv",
+    "conv.leave": "shortconv.out_proj",
+    # Gemma 3n and 4
+    "per_layer.gate": "inp_gate",
+    "per_layer.project": "proj",
+    "per_layer.norm": "post_norm",
+    "laurel.left": "laurel_l",
+    "laurel.right": "laurel_r",
+    "laurel.norm": "laurel_post_norm",
+    "altup.router": "altup_router",
+    "altup.router_norm": "altup_router_norm",
+    "altup.prediction": "altup_predict_coef",
+    "altup.correction": "altup_correct_coef",
+    "altup": From(("altup_correct_scale",), endings={"scale": "weight"}),
+    "": From(("layer_output_scale",), endings={"scale": "weight"}),
+    # mixtures of experts
+    "experts.gate": "ffn_gate_exps",
+    "experts.up": "ffn_up_exps",
+    "experts.down": "ffn_down_exps",
+    "experts_norm": "pre_ffw_norm_2",
+    "post_dense_norm": "post_ffw_norm_1",
+    "post_experts_norm": "post_ffw_norm_2",
+    "router.project": "ffn_gate_inp",
 }
 
 
@@ -46,23 +75,58 @@ def names(config: DecoderConfig, model_type: str, tensors: Collection[str]) -> N
         layer |= fused("ffn_up", {"mlp.gate": config.intermediate_size, "mlp.up": config.intermediate_size})
     if getattr(config, "separate_norms", False):  # Falcon 40B
         layer |= {"attn_norm": "attn_norm_2", "mlp_norm": "attn_norm"}
-    if model_type in ("llama", "mistral"):
+    if model_type == "gemma4_text":
+        layer["router"] = From(
+            ("",), endings={"scale": "ffn_gate_inp.scale", "per_expert_scale": "ffn_down_exps.scale"}
+        )
+    else:
+        layer["router"] = "ffn_gate_inp"
+    if "blk.0.ffn_gate_up_exps.weight" in tensors:
+        both = stacked_experts("", config.expert_size, "ffn_gate_up_exps.weight", "ffn_down_exps.weight")
+        layer |= {role.removeprefix("layers.{}."): entry for role, entry in both.items()}
+    if model_type in _PERMUTED:
         layer["attn.q"] = _then(layer["attn.q"], _unpermuted(config.num_attention_heads))
         layer["attn.k"] = _then(layer["attn.k"], _unpermuted(config.num_key_value_heads))
-    table: dict[str, str | From] = {"embed": "token_embd", "final_norm": "output_norm", "head": "output"}
+    table: dict[str, str | From] = {
+        "embed": "token_embd",
+        "final_norm": "token_embd_norm" if model_type == "lfm2" else "output_norm",
+        "head": "output",
+        "per_layer.embed": "per_layer_token_embd",
+        "per_layer.project": "per_layer_model_proj",
+        "per_layer.norm": "per_layer_proj_norm",
+    }
+    for i in range(1, getattr(config, "streams", 1)):
+        table[f"enter_{i}"] = _one_of("altup_proj", i, config.streams)
+        table[f"leave_{i}"] = _one_of("altup_unembd_proj", i, config.streams)
     for role, entry in layer.items():
-        table[f"layers.{{}}.{role}"] = _in_layer(entry)
-    if model_type.startswith("gemma"):
+        table[f"layers.{{}}.{role}".removesuffix(".")] = _in_layer(entry)
+    if model_type in ("gemma", "gemma2", "gemma3_text"):
         for place in table:
             if place.endswith("norm"):
                 table[place] = _then(table[place], _minus_one)
     return table
 
 
+def unused(config: DecoderConfig) -> frozenset[str]:
+    """Tensors that files have all the same: those that would make the keys and values of layers which take others'."""
+    takers = [i for i, keys in enumerate(getattr(config, "keys", ())) if keys == TAKEN]
+    return frozenset(f"blk.{i}.attn_{part}.weight" for i in takers for part in ("k", "v", "k_norm"))
+
+
 def _in_layer(entry: str | From) -> str | From:
     if isinstance(entry, str):
         return f"blk.{{}}.{entry}"
-    return dataclasses.replace(entry, modules=tuple(f"blk.{{}}.{m}" for m in entry.modules))
+    return dataclasses.replace(entry, modules=tuple(f"blk.{{}}.{m}".removesuffix(".") for m in entry.modules))
+
+
+def _one_of(module: str, number: int, streams: int) -> From:
+    """A matrix of a stack that has one for every stream but the first."""
+
+    def make(arrays: list[np.ndarray]) -> np.ndarray:
+        (stack,) = arrays
+        return stack[number - 1]
+
+    return From((module,), make, source_shape=lambda shape: (streams - 1, *shape))
 
 
 def _then(entry: str | From, change: Callable[[np.ndarray], np.ndarray]) -> From:

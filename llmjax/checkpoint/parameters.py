@@ -1,5 +1,6 @@
 """From a plan to parameters: read, cast or quantized one tensor at a time, some rows at a time."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 
 import jax
@@ -104,7 +105,9 @@ def packed_tensor(source: Source, name: str) -> QTensor | None:
         return None if parts is None else QTensor(**parts)
     spec = source.spec(name)
     if isinstance(source, GgufSource) and is_packed(source, spec):
-        return gguf.unpack(source.raw(name), spec.dtype, (spec.shape[0], spec.shape[1]))
+        *stack, width = spec.shape  # rows, or experts and rows of each
+        rows = gguf.unpack(source.raw(name), spec.dtype, (math.prod(stack), width))
+        return jax.tree.map(lambda leaf: leaf.reshape(*stack, leaf.shape[-1]), rows)
     return None
 
 
@@ -112,7 +115,7 @@ def is_packed(source: Source, spec: TensorSpec) -> bool:
     """Whether a tensor is quantized and stays so."""
     if isinstance(source, LlmjaxSource | MediapipeSource | GraphSource):
         return spec.dtype.startswith("INT")
-    return source.format == "gguf" and spec.dtype in gguf.TYPES and len(spec.shape) == 2
+    return source.format == "gguf" and spec.dtype in gguf.TYPES and len(spec.shape) in (2, 3)
 
 
 def _packed(source: Source, assignment: Assignment) -> QTensor | None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.source import Source, TensorSpec
-from llmjax.checkpoint import gguf_config, gguf_names, mediapipe_config, mediapipe_names
+from llmjax.checkpoint import gguf_config, gguf_names, gguf_ropes, mediapipe_config, mediapipe_names
 from llmjax.errors import named
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
@@ -97,10 +97,13 @@ def make_plan(source: Source, override: Override = None) -> Plan:
     used: set[str] = set()
     configuring = []
     names = _names(source, architecture, config, specs)
-    if source.format == "gguf" and gguf_config.ROPE_FREQS in specs:
-        config = gguf_config.with_rope_freqs(config, source.read(gguf_config.ROPE_FREQS), where)
-        configuring.append(specs[gguf_config.ROPE_FREQS])
-        used.add(gguf_config.ROPE_FREQS)
+    ignored: frozenset[str] = frozenset()
+    if source.format == "gguf":
+        ropes = {name: source.read(name) for name in gguf_ropes.TENSORS if name in specs}
+        config = gguf_ropes.with_ropes(config, ropes, where)
+        configuring = [specs[name] for name in ropes]
+        used |= set(ropes)
+        ignored = gguf_names.unused(config)
     assignments = []
     known = min(config.num_hidden_layers, _last_layer(specs) + 2)  # one without tensors tells of all the others
     if known < config.num_hidden_layers:
@@ -126,7 +129,7 @@ def make_plan(source: Source, override: Override = None) -> Plan:
     for name in sorted(set(specs) - used):
         if config.tie_word_embeddings and _stem(source, name) == head:
             tied.append(specs[name])
-        elif architecture.drops(name, config):
+        elif name in ignored or architecture.drops(name, config):
             dropped.append(specs[name])
         else:
             what = f"tensor {named(name)} {list(specs[name].shape)}"

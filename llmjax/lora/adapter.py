@@ -227,12 +227,17 @@ def _check_positive(source: LoraSource) -> None:
             check(name, value, rule, LoraError)
 
 
+# Linear modules that are never quantized: they decide where a token goes.
+_DECIDES = re.compile(r"\.(altup\.(router|prediction|correction)|router|router\.project)\.weight$")
+
+
 def modules_of(architecture: Architecture, config: DecoderConfig) -> dict[str, list[Part]]:
     """What each linear module of the base model fills, by its stem."""
     names = architecture.hf_names(config)
     modules: dict[str, list[Part]] = {}
     for parameter, shape in parameter_shapes(config).items():
-        if role_of(parameter) in ("attention", "feed_forward", "head") and len(shape) == 2:  # no stacks of experts
+        linear = role_of(parameter) in ("attention", "feed_forward", "head") or _DECIDES.search(parameter)
+        if linear and len(shape) == 2:  # no stacks of experts
             entry, (tensor,) = sources_of(parameter, names)
             module = tensor.removesuffix(".weight")
             short = stem(module)

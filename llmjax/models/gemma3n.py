@@ -282,6 +282,7 @@ ARCHITECTURE = Architecture(
     model_type="gemma3n_text",
     config=Gemma3nConfig,
     hf_names=names,
+    gguf="gemma3n",
     unused=Gemma3nConfig.unused,
     needs_bos=True,
 )

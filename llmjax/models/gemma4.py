@@ -269,6 +269,7 @@ ARCHITECTURE = Architecture(
     model_type="gemma4_text",
     config=Gemma4Config,
     hf_names=names,
+    gguf="gemma4",
     unused=Gemma4Config.unused,
     needs_bos=True,
 )

@@ -83,4 +83,6 @@ class Granite(nn.Module):
         return tap(self, "logits", (logits / jnp.float32(c.logits_scaling)).astype(logits.dtype))
 
 
-ARCHITECTURE = Architecture(model_type="granite", config=GraniteConfig, hf_names=lambda config: HF_NAMES)
+ARCHITECTURE = Architecture(
+    model_type="granite", config=GraniteConfig, hf_names=lambda config: HF_NAMES, gguf="granite"
+)

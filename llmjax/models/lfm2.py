@@ -231,4 +231,4 @@ def names(config: Lfm2Config) -> Names:
     }
 
 
-ARCHITECTURE = Architecture(model_type="lfm2", config=Lfm2Config, hf_names=names)
+ARCHITECTURE = Architecture(model_type="lfm2", config=Lfm2Config, hf_names=names, gguf="lfm2")

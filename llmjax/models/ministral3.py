@@ -80,4 +80,6 @@ _ROPE = {
     "llama_4_scaling_beta": 0.1,
 }
 
-ARCHITECTURE = Architecture(model_type="ministral3", config=Ministral3Config, hf_names=lambda config: HF_NAMES)
+ARCHITECTURE = Architecture(
+    model_type="ministral3", config=Ministral3Config, hf_names=lambda config: HF_NAMES, gguf="mistral3"
+)

@@ -51,13 +51,17 @@ def fused(module: str, rows: Mapping[str, int]) -> dict[str, str | From]:
     return table
 
 
-def stacked_experts(module: str, width: int) -> dict[str, str | From]:
+def stacked_experts(
+    module: str, width: int, gate_up: str = "gate_up_proj", down: str = "down_proj"
+) -> dict[str, str | From]:
     """The table of experts that lie in two tensors: ``gate_up_proj [E, 2 F, D]``, gate first, and ``down_proj [E, D,
     F]``.
 
     Args:
       module: of both.
       width: F.
+      gate_up: the end of the first one's name.
+      down: and of the other's.
     """
 
     def part(start: int) -> From:
@@ -67,12 +71,12 @@ def stacked_experts(module: str, width: int) -> dict[str, str | From]:
         def whole(shape: Shape) -> Shape:
             return (shape[0], 2 * shape[1], *shape[2:])
 
-        return From((module,), make, source_shape=whole, endings={"weight": "gate_up_proj"})
+        return From((module,), make, source_shape=whole, endings={"weight": gate_up})
 
     return {
         "layers.{}.experts.gate": part(0),
         "layers.{}.experts.up": part(width),
-        "layers.{}.experts.down": From((module,), endings={"weight": "down_proj"}),
+        "layers.{}.experts.down": From((module,), endings={"weight": down}),
     }
 
 

@@ -116,4 +116,4 @@ HF_NAMES = hf_names(
     post_mlp_norm="post_feedforward_layernorm",
 )
 
-ARCHITECTURE = Architecture(model_type="olmo2", config=Olmo2Config, hf_names=lambda config: HF_NAMES)
+ARCHITECTURE = Architecture(model_type="olmo2", config=Olmo2Config, hf_names=lambda config: HF_NAMES, gguf="olmo2")

@@ -43,4 +43,4 @@ class Olmo3Config(Olmo2Config):
         )
 
 
-ARCHITECTURE = Architecture(model_type="olmo3", config=Olmo3Config, hf_names=lambda config: HF_NAMES)
+ARCHITECTURE = Architecture(model_type="olmo3", config=Olmo3Config, hf_names=lambda config: HF_NAMES, gguf="olmo2")

@@ -124,4 +124,4 @@ def names(config: Qwen3MoeConfig) -> Names:
     }
 
 
-ARCHITECTURE = Architecture(model_type="qwen3_moe", config=Qwen3MoeConfig, hf_names=names)
+ARCHITECTURE = Architecture(model_type="qwen3_moe", config=Qwen3MoeConfig, hf_names=names, gguf="qwen3moe")

@@ -52,4 +52,6 @@ class SmolLM3Config(LlamaConfig):
         )
 
 
-ARCHITECTURE = Architecture(model_type="smollm3", config=SmolLM3Config, hf_names=lambda config: HF_NAMES)
+ARCHITECTURE = Architecture(
+    model_type="smollm3", config=SmolLM3Config, hf_names=lambda config: HF_NAMES, gguf="smollm3"
+)

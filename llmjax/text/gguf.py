@@ -39,10 +39,10 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     """See ``llmjax.text.reading.from_gguf``."""
     entries = _Entries(metadata, str(path))
     model = entries.text("model")
-    if model not in ("gpt2", "llama"):
+    if model not in ("gpt2", "llama", "gemma4"):
         raise TokenizerError(
-            f"{path}: tokenizer.ggml.model {model!r} is not supported; expected 'gpt2' (byte-level BPE) or 'llama' "
-            "(SentencePiece BPE)"
+            f"{path}: tokenizer.ggml.model {model!r} is not supported; expected 'gpt2' (byte-level BPE), 'llama' "
+            "(SentencePiece BPE) or 'gemma4' (SentencePiece's spaces and bytes, with merges)"
         )
     tokens = entries.strings("tokens")
     types = entries.numbers("token_type", len(tokens), default=NORMAL)
@@ -71,10 +71,16 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     else:
         _refuse_twice(tokens, str(path))
         entries.expect_false("add_space_prefix")
-        kind = _pre_tokenizer(entries)
         merges = entries.strings("merges")
-        backend = _byte_level(tokens, merges, types, kind, str(path))
-        add_bos = kind.add_bos
+        if model == "gemma4":
+            unknown = None if ids["unknown"] is None else tokens[ids["unknown"]]
+            backend, add_bos = _with_byte_tokens(tokens, merges, unknown, str(path)), True
+        else:
+            kind = _pre_tokenizer(entries)
+            backend, add_bos = _byte_level(tokens, merges, kind, str(path)), kind.add_bos
+        for wanted, hidden in ((CONTROL, UNKNOWN), True), ((USER_DEFINED,), False):
+            found = [t for t, token_type in zip(tokens, types, strict=True) if token_type in wanted]
+            add_tokens(backend, [tokenizers.AddedToken(t, normalized=False) for t in found], special=hidden)
     named = {n: i for n, i in ids.items() if n in _IDS and i is not None}
     special = {_IDS[n]: tokens[i] for n, i in named.items()}
     # As transformers does: what the file names is special even where its type does not say so.
@@ -206,32 +212,35 @@ def _refuse_twice(tokens: Sequence[str], where: str) -> None:
         raise TokenizerError(f"{where}: tokenizer.ggml.tokens: {twice!r} appears twice: ids {i} and {ids[twice]}")
 
 
-def _byte_level(
-    tokens: list[str], merges: list[str], types: list[Any], kind: PreTokenizer, where: str
-) -> tokenizers.Tokenizer:
-    vocab = {token: i for i, token in enumerate(tokens)}
-    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
-    try:
-        model = models.BPE(vocab, pairs, ignore_merges=kind.ignore_merges)
-    except Exception as error:
-        _refuse_merges(merges, vocab, where)
-        raise TokenizerError(f"{where}: the tokenizer cannot be built: {error}") from None
+def _byte_level(tokens: list[str], merges: list[str], kind: PreTokenizer, where: str) -> tokenizers.Tokenizer:
+    backend = _merging(tokens, merges, where, ignore_merges=kind.ignore_merges)
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.patterns]
-    backend = load_backend(lambda: tokenizers.Tokenizer(model), where)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     if kind.nfc:
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
-    for wanted, special in ((CONTROL, UNKNOWN), True), ((USER_DEFINED,), False):
-        found = [
-            tokenizers.AddedToken(token, normalized=False)
-            for token, token_type in zip(tokens, types, strict=True)
-            if token_type in wanted
-        ]
-        add_tokens(backend, found, special=special)
     return backend
+
+
+def _with_byte_tokens(tokens: list[str], merges: list[str], unknown: str | None, where: str) -> tokenizers.Tokenizer:
+    """Gemma 4's: what no token spells is bytes, and a text is never split before merging."""
+    backend = _merging(tokens, merges, where, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return backend
+
+
+def _merging(tokens: list[str], merges: list[str], where: str, **options: Any) -> tokenizers.Tokenizer:
+    vocab = {token: i for i, token in enumerate(tokens)}
+    pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
+    try:
+        model = models.BPE(vocab, pairs, **options)
+    except Exception as error:
+        _refuse_merges(merges, vocab, where)
+        raise TokenizerError(f"{where}: the tokenizer cannot be built: {error}") from None
+    return load_backend(lambda: tokenizers.Tokenizer(model), where)
 
 
 def _refuse_merges(merges: Sequence[str], vocab: Mapping[str, int], where: str) -> None:

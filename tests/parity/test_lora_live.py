@@ -1,15 +1,37 @@
 """Adapters on every projection of every architecture, as peft computes them."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import llmjax
+from tests import gguf_kinds
 from tests.parity import checkpoints, golden
 from tests.parity.golden import TOLERANCE, error, meta
+from tests.parity.test_cases import FOLDER
 
 torch = pytest.importorskip("torch", reason="parity extra not installed")
 peft = pytest.importorskip("peft", reason="parity extra not installed")
 reference = pytest.importorskip("tests.parity.reference")
+
+# Stored cases, and modules that no older kind has.
+KINDS = {
+    "gemma3n_cond": {
+        *("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"),
+        *("linear_left", "linear_right", "modality_router", "prediction_coefs", "correction_coefs"),
+    },
+    "gemma4_cond": {"per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"},
+    "gemma4_moe": {"proj"},
+    "granite": {"o_proj"},
+    "lfm2": {"in_proj", "out_proj", "w1", "w2", "w3"},
+    "ministral3_cond": {"o_proj"},
+    "olmo3_yarn": {"o_proj"},
+    "qwen3_moe": {"o_proj"},
+    "smollm3": {"o_proj"},
+}
 
 
 @pytest.mark.parametrize("name", golden.some({"falcon_40b", "gemma3_multimodal", "phi3", "phi_gqa_qk_norm"}))
@@ -38,3 +60,35 @@ def test_all_projections(name, tmp_path):
         model = llmjax.load(base, lora=tmp_path / "adapter", lora_mode=mode)
         assert error(model.logits([ids])[0], wanted) <= TOLERANCE
     assert error(llmjax.load(base).logits([ids])[0], wanted) > 100 * TOLERANCE
+
+
+def text_model(name: str, folder: Path) -> Path:
+    """The text model of a stored case."""
+    case = FOLDER / name
+    config = json.loads((case / "config.json").read_text())
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config.get("text_config", config)))
+    save_file(gguf_kinds.of_text_model(load_file(case / "model.safetensors")), folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_all_projections_of_new_kinds(name, tmp_path):
+    """Per-layer gates, LAuReL, AltUp's coefficients, routers and convolutions' projections; experts' stacks are not
+    modules that peft's all-linear means."""
+    base = text_model(name, tmp_path / "base")
+    theirs = reference.load(base, json.loads((base / "config.json").read_text())["model_type"])
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=3, lora_alpha=1, target_modules="all-linear", init_lora_weights=False)
+    theirs = peft.get_peft_model(theirs, config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    with np.load(FOLDER / name / "expected.npz") as file:
+        ids, atol = file["short"].tolist(), float(file["atol"])
+    changed = {n.split(".lora_A")[0].rsplit(".", 1)[-1] for n, _ in theirs.named_parameters() if ".lora_A" in n}
+    assert changed >= KINDS[name], sorted(changed)
+    wanted = reference.logits(theirs, ids)
+    for mode in ("merged", "unmerged"):
+        found = llmjax.load(base, lora=tmp_path / "adapter", lora_mode=mode, dtype="float32").logits([ids])[0]
+        assert np.abs(found - wanted).max() <= 2 * atol
+    assert np.abs(llmjax.load(base, dtype="float32").logits([ids])[0] - wanted).max() > 100 * atol

@@ -1,9 +1,11 @@
 """Tokenizers of GGUF files: how each kind splits a text, defaults, and metadata that cannot be used."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from tokenizers import pre_tokenizers
 
 from converters.readers.gguf import GgufSource
@@ -269,3 +271,26 @@ def test_the_demo_model_splits_digits_and_keeps_any_text(smollm2_path):
     assert [tokenizer.piece(i) for i in tokenizer.encode("a 123 x²")] == ["a", "Ġ", "1", "2", "3", "Ġx", "Â²"]
     for text in HARD:
         assert tokenizer.decode(tokenizer.encode(text), skip_special_tokens=False) == text
+
+
+def test_gemma4_merges_with_spaces_and_bytes_as_tokens():
+    """The file's tokenizer.json has the same vocabulary, merges and added tokens; transformers runs it."""
+    found = json.loads((DATA / "gemma_2b" / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = found["model"]["vocab"] | {t["content"]: t["id"] for t in found["added_tokens"]}
+    types = dict.fromkeys(ids, 1) | {t["content"]: 3 if t["special"] else 4 for t in found["added_tokens"]}
+    tokens = sorted(ids, key=ids.__getitem__)
+    tokenizer = read(
+        {
+            "tokenizer.ggml.model": "gemma4",
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.token_type": [types[t] for t in tokens],
+            "tokenizer.ggml.merges": [m if isinstance(m, str) else " ".join(m) for m in found["model"]["merges"]],
+            "tokenizer.ggml.unknown_token_id": ids["<unk>"],
+            "tokenizer.ggml.bos_token_id": ids["<bos>"],
+        }
+    )
+    theirs = tokenizers.Tokenizer.from_file(str(DATA / "gemma_2b" / "tokenizer.json"))
+    for text in (*HARD, "The quick  brown fox\n\n\tjumps", "<start_of_turn>user\nhi<end_of_turn>", "   a  "):
+        wanted = theirs.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text) == [ids["<bos>"], *wanted]
+        assert tokenizer.decode(wanted) == theirs.decode(wanted)

@@ -1,0 +1,66 @@
+"""Ropes whose frequencies a GGUF file keeps as tensors."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from llmjax.errors import ConfigError, shown
+from llmjax.models.config import DecoderConfig
+from llmjax.models.rope import Rope
+from llmjax.models.scalings import LongRope
+
+FREQS = "rope_freqs.weight"
+SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
+TENSORS = (FREQS, SHORT_FACTORS, LONG_FACTORS)
+
+# What divides the frequencies of pairs that do not turn.
+_STILL = 1e30
+
+
+def with_ropes(config: DecoderConfig, tensors: Mapping[str, np.ndarray], where: str) -> DecoderConfig:
+    """Such tensors put into a config.
+
+    ``rope_freqs`` holds a divisor of each frequency: Llama 3's scaling, or in Gemma 4's global layers the pairs that do
+    not turn.  ``rope_factors_*`` are longrope's.
+
+    Args:
+      config: with a ``rope``, or a ``global_rope`` of which a part turns.
+      tensors: those of ``TENSORS`` that the file has, each ``[H / 2]``.
+      where: for messages.
+
+    Raises:
+      ConfigError: another shape, a value that is not a positive number, or a model that has no such rope.
+    """
+    for name, tensor in tensors.items():
+        place = _place(config, name)
+        if place is None:
+            raise ConfigError(f"{where}: tensor {name} is not supported in this architecture")
+        rope: Rope = getattr(config, place)
+        if tensor.shape != (rope.dims // 2,):
+            found = list(tensor.shape)
+            raise ConfigError(f"{where}: tensor {name}: expected shape {[rope.dims // 2]}, found {found}")
+        values = tuple(float(v) for v in tensor)
+        if not all(0 < v < float("inf") for v in values):
+            raise ConfigError(f"{where}: tensor {name}: expected positive numbers, found {shown(tensor)}")
+        config = dataclasses.replace(config, **{place: _with(rope, name, values)})  # type: ignore[arg-type]
+    return config
+
+
+def _place(config: DecoderConfig, name: str) -> str | None:
+    """The field of the rope that a tensor is about."""
+    if name == FREQS and getattr(getattr(config, "global_rope", None), "turning", None) is not None:
+        return "global_rope"
+    rope = getattr(config, "rope", None)
+    return "rope" if rope is not None and (name == FREQS or isinstance(rope.scaling, LongRope)) else None
+
+
+def _with(rope: Rope, name: str, values: tuple[float, ...]) -> Rope:
+    if isinstance(rope.scaling, LongRope):
+        scaling = dataclasses.replace(rope.scaling, **{"short" if name == SHORT_FACTORS else "long": values})
+        return dataclasses.replace(rope, scaling=scaling)
+    if rope.turning is not None:
+        turning = sum(v == 1 for v in values)
+        if values == (1.0,) * turning + (float(np.float32(_STILL)),) * (len(values) - turning):
+            return dataclasses.replace(rope, turning=turning)
+    return rope if set(values) == {1.0} else dataclasses.replace(rope, divisors=values)
