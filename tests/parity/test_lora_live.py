@@ -29,7 +29,6 @@ KINDS = {
     "lfm2": {"in_proj", "out_proj", "w1", "w2", "w3"},
     "ministral3_cond": {"o_proj"},
     "olmo3_yarn": {"o_proj"},
-    "qwen3_moe": {"o_proj"},
     "smollm3": {"o_proj"},
 }
 
