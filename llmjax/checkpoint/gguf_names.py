@@ -82,7 +82,8 @@ def names(config: DecoderConfig, model_type: str, tensors: Collection[str]) -> N
     else:
         layer["router"] = "ffn_gate_inp"
     if "blk.0.ffn_gate_up_exps.weight" in tensors:
-        both = stacked_experts("", config.expert_size, "ffn_gate_up_exps.weight", "ffn_down_exps.weight")
+        size: int = getattr(config, "expert_size", 0)
+        both = stacked_experts("", size, "ffn_gate_up_exps.weight", "ffn_down_exps.weight")
         layer |= {role.removeprefix("layers.{}."): entry for role, entry in both.items()}
     if model_type in _PERMUTED:
         layer["attn.q"] = _then(layer["attn.q"], _unpermuted(config.num_attention_heads))
@@ -95,9 +96,10 @@ def names(config: DecoderConfig, model_type: str, tensors: Collection[str]) -> N
         "per_layer.project": "per_layer_model_proj",
         "per_layer.norm": "per_layer_proj_norm",
     }
-    for i in range(1, getattr(config, "streams", 1)):
-        table[f"enter_{i}"] = _one_of("altup_proj", i, config.streams)
-        table[f"leave_{i}"] = _one_of("altup_unembd_proj", i, config.streams)
+    streams: int = getattr(config, "streams", 1)  # of Gemma 3n
+    for i in range(1, streams):
+        table[f"enter_{i}"] = _one_of("altup_proj", i, streams)
+        table[f"leave_{i}"] = _one_of("altup_unembd_proj", i, streams)
     for role, entry in layer.items():
         table[f"layers.{{}}.{role}".removesuffix(".")] = _in_layer(entry)
     if model_type in ("gemma", "gemma2", "gemma3_text"):

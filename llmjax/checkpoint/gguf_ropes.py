@@ -57,7 +57,10 @@ def _place(config: DecoderConfig, name: str) -> str | None:
 
 def _with(rope: Rope, name: str, values: tuple[float, ...]) -> Rope:
     if isinstance(rope.scaling, LongRope):
-        scaling = dataclasses.replace(rope.scaling, **{"short" if name == SHORT_FACTORS else "long": values})
+        old = rope.scaling
+        scaling = (
+            dataclasses.replace(old, short=values) if name == SHORT_FACTORS else dataclasses.replace(old, long=values)
+        )
         return dataclasses.replace(rope, scaling=scaling)
     if rope.turning is not None:
         turning = sum(v == 1 for v in values)
