@@ -46,6 +46,7 @@ def test_command(small_probes, tmp_path, capsys):
     assert compiled == [True, False, False, False, True, False, False, False]
 
 
+@pytest.mark.slow
 def test_table(small_probes):
     options = measure.Options(slots=4, prompt_lengths=(5,), output_length=3, repeat=1)
     lines = to_text(measure.run(random_model, options)).splitlines()

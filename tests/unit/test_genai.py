@@ -361,6 +361,7 @@ def test_what_sessions_refuse(task, second):
         open_session.generate_response()
 
 
+@pytest.mark.slow
 def test_an_adapters_scale_is_the_options(task):
     strong = session_of(task, "the quick brown fox", lora_path=LoraSource(LORA, alpha=40.0)).generate_response()
     assert strong != session_of(task, "the quick brown fox", lora_path=LORA).generate_response()

@@ -7,11 +7,13 @@ import pytest
 
 import llmjax
 from llmjax import LLM, LlmInference, LlmInferenceOptions, RequestError
+from tests.tiny import roomy
 
 
 @pytest.fixture(scope="module")
 def task(short_smollm2):
-    with LlmInference(LlmInferenceOptions("smollm2", max_tokens=24, temperature=0.0), LLM(short_smollm2)) as t:
+    llm = roomy(LLM(short_smollm2, max_batch=2), 500)
+    with LlmInference(LlmInferenceOptions("smollm2", max_tokens=24, temperature=0.0), llm) as t:
         yield t
 
 

@@ -23,7 +23,7 @@ from llmjax.training.batches import Example, batches, bucket, from_labels, make_
 from llmjax.training.files import read_trained
 from llmjax.training.optimizer import optimizer, schedule
 from llmjax.training.step import Programs, first_state, loss, train_step
-from tests.tiny import checkpoint, random_model
+from tests.tiny import checkpoint, random_model, slow
 
 RNG = np.random.default_rng(5)
 CONFIG = TrainConfig(rank=2, learning_rate=0.03, batch_size=2, accumulation=2, epochs=3, checkpoint_every=2, clip=0.5)
@@ -128,7 +128,7 @@ def gradients(layers: int, recompute: bool | None):
     return jax.jit(jax.value_and_grad(mean)).lower(factors, model.params), (factors, model.params)
 
 
-@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("recompute", [True, slow(False)])
 def test_layers_in_a_loop(recompute):
     """Layers that are alike are compiled once, and the loss and every layer's gradients stay what they are; the fifth
     has no other like it."""
