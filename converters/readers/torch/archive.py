@@ -20,6 +20,8 @@ from converters.readers.torch.tensors import RESAVE, STORAGES, Storage, Tensor, 
 from llmjax.errors import CheckpointError, shown
 
 _MAX_PICKLE = 64 << 20
+# Of an entry: each tensor's is built anew, and PyTorch's begin with a file's name.
+_MOST_NAME = 1024
 _LEGACY_MAGIC = b"\x8a\x0a" + (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 _LOCAL_HEADER = struct.Struct("<4s2xHH16xHH")
 
@@ -111,6 +113,8 @@ class TorchFile:
             name = info.orig_filename
             if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
                 self._fail(f"entry {shown(name)}: expected a relative path without '..'; do not trust this file")
+            if len(name) > _MOST_NAME:
+                self._fail(f"entry {shown(name)}: expected a name of at most {_MOST_NAME} characters; {RESAVE}")
             if name in entries:
                 self._fail(f"entry {shown(name)} is there twice; do not trust this file")
             entries[name] = info

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 from converters.readers.torch.tensors import RESAVE, STORAGES, Storage, Tensor, is_number, type_of
 from llmjax.errors import shown
 
-# Some 30 for each tensor, in a few seconds.
-_MAX_OPCODES = 4_000_000
+# Some 30 for each tensor, in a few seconds at most; large models come in several files.
+_MAX_OPCODES = 1_000_000
 # Of a storage, in the names of the zip's entries: PyTorch numbers them.
 _MOST_KEY = 64
 _ORDERED_DICT = "collections.OrderedDict"
