@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ class Model:
           RequestError: an empty row, an id outside the vocabulary, or a row longer than the context.
         """
         rows: list[np.ndarray] = []
-        if isinstance(batch, str | bytes | Mapping) or not isinstance(batch, Iterable):
+        if isinstance(batch, str | bytes | Mapping) or not np.iterable(batch):
             raise RequestError(f"batch: expected a list of token id lists, found {shown(batch)}")
         self._logits.forget()
         for index, ids in enumerate(batch):

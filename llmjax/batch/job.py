@@ -14,7 +14,7 @@ from llmjax.batch.index import Index, Totals, Written
 from llmjax.batch.interrupts import Interrupts
 from llmjax.batch.journal import SYNC_SECONDS, Journal
 from llmjax.batch.manifest import Manifest
-from llmjax.batch.progress import PLAIN_SECONDS, Count, Meter, Reporter, rate
+from llmjax.batch.progress import PLAIN_SECONDS, Count, Meter, Reporter, rates
 from llmjax.batch.reading import Lines, open_lines
 from llmjax.batch.rows import (
     WHOLE,
@@ -94,12 +94,15 @@ class Summary:
         run, (rows, failed, prompt, completion) = self.run, self.totals
         generate = max(run["seconds"] - run["compile_seconds"], 0.0)
         kept = f" ({self.kept} of them earlier)" if self.kept else ""
-        rates = [f"{rate(run, what):.0f} tok/s" for what in ("prefill", "decode")]
-        return (
-            f"{rows - failed} rows {what}, {failed} failed{kept}; {prompt} prompt and {completion} answer tokens; "
-            f"prefill {rates[0]}, decode {rates[1]} in {run['busy']:.0%} of the slots; "
+        tokens = f"{prompt} prompt tokens" if not completion else f"{prompt} prompt and {completion} answer tokens"
+        speeds = rates(run)
+        if run["decode_tokens"]:
+            speeds[-1] += f" in {run['busy']:.0%} of the slots"
+        parts = [f"{rows - failed} rows {what}, {failed} failed{kept}", tokens, ", ".join(speeds)]
+        parts.append(
             f"load {run['load_seconds']:.1f} s, compile {run['compile_seconds']:.1f} s, generate {generate:.1f} s"
         )
+        return "; ".join(filter(None, parts))
 
 
 def run(

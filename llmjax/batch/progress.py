@@ -134,8 +134,8 @@ class Reporter:
         """What there is to tell now."""
         count, run = self._count, self._meter.read()
         text = f"{count.done:,}{f'/{count.total:,}' if count.total is not None else ''} rows"
-        for what in ("prefill", "decode"):
-            text += f" · {what} {rate(run, what):,.0f} tok/s"
+        for told in rates(run):
+            text += f" · {told}"
         text += f" · {min(count.under_way, self._slots)}/{self._slots} slots"
         if count.total is not None and run["prefill_tokens"]:
             text += f" · {'' if run['decode_tokens'] else 'over '}{clock(count.seconds_left(run))} left"
@@ -163,6 +163,11 @@ def rate(run: dict[str, Any], what: str) -> float:
       what: of the two.
     """
     return run[f"{what}_tokens"] / max(run[f"{what}_seconds"], 1e-3)
+
+
+def rates(run: dict[str, Any]) -> list[str]:
+    """Both in words, where there were tokens of the kind."""
+    return [f"{what} {rate(run, what):,.0f} tok/s" for what in ("prefill", "decode") if run[f"{what}_tokens"]]
 
 
 def clock(seconds: float) -> str:

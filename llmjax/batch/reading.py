@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from llmjax.errors import RequestError, shown
+from llmjax.errors import RequestError, lfs_pointer, shown
 
 # Of the beginning, what is looked at to tell what an input is.
 _SAMPLE = 1 << 16
@@ -125,6 +125,10 @@ def _other_kind(begin: bytes) -> str:
     for magic, kind in _MAGIC.items():
         if begin.startswith(magic):
             return kind
+    if pointer := lfs_pointer(begin):
+        return pointer
+    if b"\0" in begin[:2]:
+        return "UTF-16 text without a byte order mark, or a binary file"
     text = begin.decode("utf-8", "replace").removeprefix("\ufeff")
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines or (len(lines) == 1 and len(begin) >= _SAMPLE):

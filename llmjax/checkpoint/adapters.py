@@ -95,7 +95,7 @@ def check(path: str | Path, lora: AnyLora, *, prompt: str | None = None, dtype: 
     without = base.logits([ids])[0]
     del base
     merged, unmerged = (
-        load(path, dtype=dtype, lora=lora, lora_mode=m).logits([ids])[0] for m in ("merged", "unmerged")
+        load(path, dtype=dtype, lora=adapter, lora_mode=m).logits([ids])[0] for m in ("merged", "unmerged")
     )
     return Check(
         adapter.path,

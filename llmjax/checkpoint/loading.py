@@ -154,7 +154,7 @@ def load(
         merge = merging.Merge(adapter.deltas if adapter else {}, lora_mode, numerics)
         params: dict[str, Any] = {}
         apart = {}
-        for name, value in read_all(source, plan, dtype, recipe, check_finite, merge):
+        for name, value in read_all(source, plan, dtype, recipe, check_finite, merge, narrowed=True):
             put(params, name, value)
             if name in merge.deltas and merge.delta(name, isinstance(value, QTensor)) is None:
                 apart[name] = beside(merge.deltas[name])

@@ -38,6 +38,8 @@ def read_all(
     recipe: Recipe | None,
     check_finite: bool = False,
     merge: Merge | None = None,
+    *,
+    narrowed: bool = False,
 ) -> Iterator[tuple[str, Parameter]]:
     """Every parameter by its canonical name, in memory of its own; the mapped pages it came from are given back.
 
@@ -48,6 +50,7 @@ def read_all(
       recipe: what to quantize; None for nothing.
       check_finite: refuse NaN and infinite values.
       merge: what is added to the weights on the way; None for nothing.
+      narrowed: float64 becomes float32, the widest that JAX computes with here.
 
     Raises:
       CheckpointError: NaN or infinite values (all of them named), or a tied head that differs from the embedding.
@@ -57,7 +60,7 @@ def read_all(
     for assignment in plan.assignments:
         where = f"{assignment.parameter} (from {', '.join(s.name for s in assignment.sources)})"
         try:
-            value = _read(source, assignment, dtype, recipe, merge or Merge({}, None, "reference"))
+            value = _read(source, assignment, dtype, recipe, merge or Merge({}, None, "reference"), narrowed)
         except _TooLargeError as error:
             too_large.append(f"{where}: {error}")
             continue
@@ -68,7 +71,7 @@ def read_all(
         raise ConfigError(
             "\n  ".join(
                 [
-                    f"{source.path}: values that their dtype would make infinite; store them as float32 or bfloat16 "
+                    f"{source.path}: values that their dtype would make infinite; float32 and bfloat16 hold the most "
                     "(dtype):",
                     *too_large,
                 ]
@@ -79,7 +82,9 @@ def read_all(
     _check_tied(source, plan)
 
 
-def _read(source: Source, assignment: Assignment, dtype: str | None, recipe: Recipe | None, merge: Merge) -> Parameter:
+def _read(
+    source: Source, assignment: Assignment, dtype: str | None, recipe: Recipe | None, merge: Merge, narrowed: bool
+) -> Parameter:
     name = assignment.parameter
     scheme = recipe.scheme(name) if recipe else None
     try:
@@ -88,6 +93,8 @@ def _read(source: Source, assignment: Assignment, dtype: str | None, recipe: Rec
             return packed if delta is None else merge.into_packed(packed, delta, name)
         value = assignment.make([source.read(s.name) for s in assignment.sources])
         rows, stored = _releasing(source, assignment, value), jnp.dtype(dtype) if dtype else value.dtype
+        if narrowed and stored == np.float64:
+            stored = np.dtype(np.float32)
         if (delta := merge.delta(name, quantized=scheme is not None)) is not None:
             rows, stored = merged_rows(rows, delta), stored if dtype else merge.dtype(stored)
         return made(rows, value.shape, stored, scheme, name)
@@ -172,7 +179,7 @@ def made(rows: Rows, shape: tuple[int, ...], dtype: np.dtype, scheme: Scheme | N
             value[part] = found
         if jnp.finfo(dtype).max < jnp.finfo(found.dtype).max:
             infinite = np.isinf(value[part]) & np.isfinite(found)
-            lost = max(lost, float(np.abs(found[infinite], dtype=np.float32).max(initial=0)))
+            lost = max(lost, float(np.abs(found[infinite].astype(np.float64)).max(initial=0)))
     if lost:
         raise _TooLargeError(f"expected at most {float(jnp.finfo(dtype).max):g} for {dtype}, found {lost:g}")
     return value

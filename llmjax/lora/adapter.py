@@ -55,9 +55,6 @@ class LoraSource:
         return {f.name: v for f in dataclasses.fields(self)[1:] if (v := getattr(self, f.name)) not in (None, False)}
 
 
-AnyLora = str | Path | LoraSource
-
-
 @dataclasses.dataclass(frozen=True)
 class Delta:
     """``scale * B . A``, added to one projection's weight ``[out, in]``.
@@ -126,8 +123,11 @@ class Part:
     entry: From
 
 
+AnyLora = str | Path | LoraSource | Adapter
+
+
 def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfig) -> Adapter:
-    """Reads an adapter whole and fits it to a model.
+    """Reads an adapter whole and fits it to a model; one that was read for the same model is taken as it is.
 
     Warns where modules would not be changed at all.
 
@@ -135,6 +135,8 @@ def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfi
       LoraError: it is missing, damaged, of a kind that is not supported, or made for another model; all such problems
         at once.
     """
+    if isinstance(lora, Adapter):
+        return lora
     source = lora if isinstance(lora, LoraSource) else LoraSource(lora)
     if not isinstance(source.path, str | os.PathLike):
         raise LoraError(f"lora: expected an adapter's path or a LoraSource, found {source.path!r:.80}")

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmjax.errors import LoraError, named, shown
-from llmjax.lora.patterns import Matcher, is_regex
 from llmjax.models.hf_config import Reader
+from llmjax.outside.patterns import Matcher, is_regex
 from llmjax.outside.values import INT32, POSITIVE_NUMBER, Rule, integer
 
 # Bookkeeping, training-only settings, and options of other options that are refused where they are on.

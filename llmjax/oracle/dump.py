@@ -6,6 +6,7 @@ have no name for bfloat16 and hold it as ``V2``.
 """
 
 import dataclasses
+import os
 import zipfile
 import zlib
 from collections import Counter
@@ -85,8 +86,10 @@ def open_dump(path: str | Path) -> Dump:
     Raises:
       RequestError: it is none, or is malformed; all problems of its arrays in one line.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise RequestError(f"compare: expected a dump's directory, a Dump, a Trace or a Model, found {shown(path)}")
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise RequestError(f"{folder}: no such directory; a dump is one, with arrays and manifest.json")
     manifest = _manifest(folder)
     ids = _token_ids(folder / "manifest.json", manifest)

@@ -14,14 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import regex  # type: ignore[import-untyped]
 
 from llmjax.errors import RequestError, shown
 from llmjax.model import Model
 from llmjax.models.names import From, stem
 from llmjax.oracle.dump import Dump
 from llmjax.oracle.steps import OUTER, order
+from llmjax.outside.patterns import Matcher, is_regex
+from llmjax.outside.values import check, each, integer
 
 Shape = tuple[int, ...]
+# Of an array, in any direction.
+_MOST = 2**40
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +82,7 @@ def named(
     Raises:
       RequestError: two arrays for one tap, a map that leads nowhere, or no name that is known.
     """
-    rules = _rules(dump, extra)
+    rules, matcher = _rules(dump, extra), Matcher(RequestError)
     known = set(shapes) | {f"{tap[: -len(inner)]}{outer}" for outer, inner in OUTER.items() for tap in shapes
                            if tap.endswith(f".{inner}")}  # fmt: skip
     table = _hugging_face(model, shapes) if model else {}
@@ -85,7 +90,7 @@ def named(
     found: dict[str, Source] = {}
     unknown = []
     for name in dump.arrays:
-        places = list(_mapped(name, rules))
+        places = list(_mapped(name, rules, matcher))
         for tap, _ in places:
             if known and tap not in known:
                 raise RequestError(f"{dump.path}: {name}: is mapped to {tap}, which is no activation of the model")
@@ -158,7 +163,7 @@ def _once_each(array: np.ndarray, shape: Shape) -> list[np.ndarray]:
     return found
 
 
-def _rules(dump: Dump, extra: str | Path | None) -> list[tuple[re.Pattern[str], Any]]:
+def _rules(dump: Dump, extra: str | Path | None) -> list[tuple[str, Any]]:
     tables = [(f"{dump.path}/manifest.json: names", dump.manifest.get("names") or {})]
     if extra is not None:
         try:
@@ -171,8 +176,10 @@ def _rules(dump: Dump, extra: str | Path | None) -> list[tuple[re.Pattern[str], 
     for where, table in tables:
         for key, value in table.items():
             try:
-                rules.append((re.compile(key), _entry(value)))
-            except (re.error, ValueError) as error:
+                if not is_regex(key):
+                    raise ValueError("expected a regular expression")
+                rules.append((key, _entry(value)))
+            except (ValueError, RequestError) as error:
                 raise RequestError(f"{where}: {shown(key)}: {error}") from None
     return rules
 
@@ -183,25 +190,26 @@ def _entry(value: Any) -> dict[str, Any]:
         raise ValueError(f"expected a name or a table with 'to', found {shown(value)}")
     if unknown := set(entry) - {"to", "reshape", "transpose", "sizes", "axis"}:
         raise ValueError(f"unknown key {', '.join(sorted(unknown))}; expected to, reshape, transpose, sizes, axis")
+    whole = integer(-_MOST, _MOST)
+    for key, rule in (("reshape", whole), ("transpose", whole), ("sizes", integer(1, _MOST))):
+        check(key, entry.get(key, []), each(rule, f"a list, each {rule.what}", kinds=(list,)), RequestError)
+    check("axis", entry.get("axis", -1), whole, RequestError)
     names = entry["to"] if isinstance(entry["to"], list) else [entry["to"]]
     if not all(isinstance(name, str) for name in names) or len(names) != len(entry.get("sizes", names)):
         raise ValueError("to: expected a name, or a list of names and as many sizes")
-    for key in ("reshape", "transpose", "sizes"):
-        if key in entry and not (isinstance(entry[key], list) and all(type(n) is int for n in entry[key])):
-            raise ValueError(f"{key}: expected a list of integers, found {shown(entry[key])}")
     return entry | {"to": names}
 
 
-def _mapped(name: str, rules: list[tuple[re.Pattern[str], Any]]) -> Iterator[tuple[str, Source]]:
+def _mapped(name: str, rules: list[tuple[str, Any]], matcher: Matcher) -> Iterator[tuple[str, Source]]:
     for pattern, entry in rules:
-        match = pattern.fullmatch(name)
-        if match or pattern.pattern == name:
+        match = matcher.match(pattern, name, whole=True)
+        if match or pattern == name:
             start = 0
             for i, to in enumerate(entry["to"]):
                 try:
                     tap = match.expand(to) if match else to
-                except (re.error, IndexError) as error:
-                    raise RequestError(f"names: {shown(to)}: {error}") from None
+                except (regex.error, IndexError) as error:
+                    raise RequestError(f"names: {shown(pattern)}: {shown(to)}: {error}") from None
                 size = entry["sizes"][i] if "sizes" in entry else None
                 yield tap, Source(name, _maker(entry, start, size))
                 start += size or 0
@@ -217,6 +225,8 @@ def _maker(entry: Mapping[str, Any], start: int, size: int | None) -> Callable[[
             if "transpose" in entry:
                 array = array.transpose(entry["transpose"])
             axis = entry.get("axis", -1)
+            if size is not None and start + size > array.shape[axis]:
+                raise ValueError(f"sizes: expected at most {array.shape[axis]} together, found {start + size} or more")
             return array if size is None else np.take(array, range(start, start + size), axis)
         except (ValueError, IndexError) as error:
             raise RequestError(f"names: {', '.join(entry['to'])}: shape {list(array.shape)}: {error}") from None

@@ -56,7 +56,8 @@ def quantize(rows: Rows, shape: tuple[int, int], scheme: Scheme, name: str = "we
     scales = aligned((out, width // group), np.dtype(np.float32))
     offsets = None if scheme.symmetric else aligned(scales.shape, scales.dtype)
     for part in row_chunks(shape):
-        w = rows(part.start, part.stop).astype(np.float32).reshape(-1, width // group, group)
+        with np.errstate(over="ignore"):  # it is looked for
+            w = rows(part.start, part.stop).astype(np.float32).reshape(-1, width // group, group)
         if not np.isfinite(w).all():
             raise CheckpointError(f"{name}: NaN or infinite weights cannot be quantized; the checkpoint is damaged")
         with np.errstate(over="ignore", invalid="ignore"):  # it is looked for below

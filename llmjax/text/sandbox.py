@@ -206,6 +206,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         length = len(value) if isinstance(value, Sized) else 1
         if name in _SIZED and numbers > _MOST_NUMBER:
             raise LimitError(f"{name}: a size above {_MOST_NUMBER:,}")
+        if name == "wordwrap" and length > _MOST_NUMBER:  # it copies a long word for each of its lines
+            raise LimitError(f"wordwrap: of more than {_MOST_NUMBER:,} characters")
         if name == "sum" and any(isinstance(x, Sized) for x in rest):
             raise LimitError("sum: of other things than numbers")
         if name in ("format", "format_map") and isinstance(value, str):

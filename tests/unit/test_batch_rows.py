@@ -214,11 +214,11 @@ def test_progress_says_what_is_left(llm):
     """Of 10 rows 2 are answered and 2 under way, their prompts 400 tokens: all have 1,000, and 500 of answers."""
     count = Count(total=10, begun=4, done=2, under_way=2, prompt_tokens=400, most_tokens=4000)
     reporter = Reporter(llm.engine, count, lambda: None, seconds=0)
-    assert reporter.line() == "2/10 rows · prefill 0 tok/s · decode 0 tok/s · 2/4 slots"
+    assert reporter.line() == "2/10 rows · 2/4 slots"
     counted = reporter._meter._counted
     counted["prefill_tokens"] -= 300
     counted["prefill_seconds"] -= 30
-    assert reporter.line() == "2/10 rows · prefill 10 tok/s · decode 0 tok/s · 2/4 slots · over 1:10 left"
+    assert reporter.line() == "2/10 rows · prefill 10 tok/s · 2/4 slots · over 1:10 left"
     counted["decode_tokens"] -= 120
     counted["decode_seconds"] -= 6
     count.answered, count.answer_tokens = 2, 100

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import jax
@@ -244,6 +245,35 @@ def test_a_map_reshapes_transposes_and_splits(tmp_path, model):
     assert np.array_equal(found.read("layers.1.attn.q").reshape(12, -1), arrays["blk.1.qkv"][:, :24])
     with pytest.raises(RequestError, match="no activation of the model"):
         named(dumps.from_arrays("d", {"names": {"out": "layers.7.resid"}}, np.array(IDS), arrays), stages.shapes, model)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({r"(?:a{1,5000}){1,5000}[^a]{5}": "b"}, "takes too long to match names"),
+        ({r"(\w|.)*(\w|\.)*(.|\w)*[^a-z0-9._]\d?": "b"}, "takes too long to match names"),
+        ({"(" * 200: "b"}, "names: '.*: expected a regular expression"),
+        ({"a" * 20_000: "b"}, "names: '.*: expected a regular expression"),
+        ({"(a+)": r"\2"}, r"names: '\(a\+\)': .*: "),
+        ({"a+": r"\g<x"}, r"names: 'a\+': .*: "),
+        ({"a+": {"to": "b", "sizes": 5}}, "sizes: expected a list, each an integer from 1 to"),
+        ({"a+": {"to": ["b"], "sizes": [-4]}}, "sizes: expected a list, each an integer from 1 to"),
+        ({"a+": {"to": ["b"], "sizes": [2**40]}}, "sizes: expected at most 3 together, found 1099511627776"),
+        ({"a+": {"to": ["b"], "sizes": [1], "axis": "x"}}, "axis: expected an integer from"),
+        ({"a+": {"to": ["b"], "sizes": [1], "axis": 7}}, "names: b: shape"),
+        ({"a+": {"to": "b", "reshape": [2**70]}}, "reshape: expected a list, each an integer from"),
+        ({"a+": {"to": "b", "reshape": [2**40, 2**40]}}, "names: b: shape"),
+        ({"a+": {"to": "b", "transpose": [7, 8]}}, "names: b: shape"),
+    ],
+)
+def test_a_hostile_map(names, message):
+    """It lies in a dump, which anyone may have made."""
+    arrays = {"a" * 2000: np.ones((2, 3), np.float32)}
+    began = time.process_time()
+    with pytest.raises(RequestError, match=message):
+        found = named(dumps.from_arrays("d", {"names": names}, np.arange(2), arrays), {}, None)
+        found.read(next(iter(found.taps)))
+    assert time.process_time() - began < 3
 
 
 def test_layouts():

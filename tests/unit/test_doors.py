@@ -174,3 +174,11 @@ def test_taps_that_are_none(llm):
     for taps in (None, [5], []):
         with pytest.raises(RequestError, match="^taps: expected a glob"):
             llmjax.trace(llm.model, [1], taps)
+
+
+@pytest.mark.parametrize("what", [5, None, ["x"], b"x", np.array(3)])
+def test_nothing_to_compare(llm, what):
+    with pytest.raises(RequestError, match="^compare: expected a dump's directory, a Dump, a Trace or a Model, found"):
+        llmjax.compare(llm.model, what)
+    with pytest.raises(RequestError, match="^batch: expected|^compare: expected"):
+        llm.model.logits(what) if isinstance(what, np.ndarray) else llmjax.compare(what or 5, llm.model)

@@ -10,6 +10,7 @@ import pytest
 
 from llmjax import LLM, SamplingParams
 from llmjax.batch import dryrun, job, openai
+from llmjax.batch.index import Totals
 from llmjax.batch.job import Options
 from llmjax.batch.reading import open_lines
 from llmjax.batch.scoring import Scoring
@@ -101,6 +102,9 @@ OTHER_KINDS = [
     (b'{\n  "prompt": "a"\n}\n', "this is one JSON object over several lines"),
     ('{"prompt": "a"}\n'.encode("utf-16"), "this is UTF-16 text"),
     (b"\x28\xb5\x2f\xfd\x04", "this is a zstd file"),
+    ('{"prompt": "a"}\n'.encode("utf-16-le"), "this is UTF-16 text without a byte order mark, or a binary file"),
+    ('{"prompt": "a"}\n'.encode("utf-16-be"), "this is UTF-16 text without a byte order mark, or a binary file"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:aa\nsize 3\n", "this is a git-lfs pointer, not the"),
 ]
 
 
@@ -114,6 +118,21 @@ def test_an_input_that_is_no_jsonl(tmp_path, data, message):
             work()
         assert str(found.value).startswith(f"{source}: {message}") and "expected JSONL: UTF-8" in str(found.value)
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_summary_tells_speeds_of_what_ran():
+    run = {"seconds": 3.0, "compile_seconds": 1.0, "load_seconds": 0.5, "busy": 0.25}
+    run |= {"prefill_tokens": 0, "prefill_seconds": 0.0, "decode_tokens": 0, "decode_seconds": 0.0}
+    rest = "load 0.5 s, compile 1.0 s, generate 2.0 s"
+    assert job.Summary(run=run).describe() == f"0 rows answered, 0 failed; 0 prompt tokens; {rest}"
+    run |= {"prefill_tokens": 40, "prefill_seconds": 2.0}
+    scored = job.Summary(totals=Totals(3, 1, 40, 0), run=run).describe("scored")
+    assert scored == f"2 rows scored, 1 failed; 40 prompt tokens; prefill 20 tok/s; {rest}"
+    run |= {"decode_tokens": 9, "decode_seconds": 1.0}
+    assert job.Summary(totals=Totals(3, 1, 40, 9), run=run).describe() == (
+        "2 rows answered, 1 failed; 40 prompt and 9 answer tokens; "
+        f"prefill 20 tok/s, decode 9 tok/s in 25% of the slots; {rest}"
+    )
 
 
 def test_a_byte_order_mark(tmp_path):

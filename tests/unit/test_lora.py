@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 import llmjax
 from llmjax import LLM, LoraError, RequestError, SamplingParams
 from llmjax.cli.main import main
+from llmjax.lora import adapter as lora_adapter
 from llmjax.lora.adapter import LoraSource
 from tests.tiny import CONFIG, checkpoint, random_ids
 
@@ -194,14 +195,17 @@ def test_weights_without_a_configuration(base, adapter, expected, tmp_path):
         llmjax.load(base, lora=LoraSource(file, alpha=5.0, rank=4))
 
 
-def test_merge_and_check(base, adapter, expected, tmp_path, capsys):
+def test_merge_and_check(base, adapter, expected, tmp_path, capsys, monkeypatch):
     """A normal checkpoint of the base's kind comes out."""
     merged = tmp_path / "merged"
     assert main(["lora", "merge", "--model", str(base), "--lora", str(adapter), "--output", str(merged)]) == 0
     assert close(llmjax.load(merged).logits([IDS])[0], expected)
     assert {n: w.dtype for n, w in weights(merged).items()} == {n: w.dtype for n, w in weights(base).items()}
     capsys.readouterr()
+    opened, read = [], lora_adapter.open_adapter
+    monkeypatch.setattr(lora_adapter, "open_adapter", lambda path: (opened.append(path), read(path))[1])
     assert main(["lora", "check", "--model", str(base), "--lora", str(adapter), "--json"]) == 0
+    assert opened == [adapter]  # what is told of it is told once
     report = json.loads(capsys.readouterr().out)
     assert len(report["modules"]) == 4 * CONFIG["num_hidden_layers"]
     assert report["difference"] < 1e-4 * report["size"] < report["effect"]

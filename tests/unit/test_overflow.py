@@ -17,7 +17,7 @@ from llmjax.quant.schemes import Scheme
 from tests import tiny
 
 EXPECTED = "expected at most 65504 for float16, found"
-MESSAGE = f"""values that their dtype would make infinite; store them as float32 or bfloat16 (dtype):
+MESSAGE = f"""values that their dtype would make infinite; float32 and bfloat16 hold the most (dtype):
   head.weight (from lm_head.weight): {EXPECTED} 65520
   layers.1.mlp.down.weight (from model.layers.1.mlp.down_proj.weight): {EXPECTED} 70000"""
 
@@ -71,6 +71,19 @@ def test_bfloat16_ends_before_float32(tmp_path):
     source = changed(tiny.checkpoint(tmp_path / "m"), lm_head__weight=3.4e38)
     with pytest.raises(ConfigError, match=r"expected at most 3.38953e\+38 for bfloat16, found 3.4e\+38"):
         llmjax.load(source, dtype="bfloat16")
+
+
+def test_float64_is_computed_with_as_float32(tmp_path):
+    source = changed(tiny.checkpoint(tmp_path / "m"), np.float64, model__norm__weight=0.1)
+    norm = llmjax.load(source).params["final_norm"]["weight"]
+    assert norm.dtype == np.float32 and norm[-1] == np.float32(0.1)
+    changed(source, np.float64, model__norm__weight=-1e39)
+    for scheme in (None, "int8"):
+        with pytest.raises(ConfigError, match=r"final_norm.weight .*at most 3.40282e\+38 for float32, found 1e\+39"):
+            llmjax.load(source, quantize=scheme)
+    changed(source, np.float64, model__norm__weight=1, lm_head__weight=1e39)
+    with pytest.raises(CheckpointError, match="head.weight: NaN or infinite weights cannot be quantized"):
+        llmjax.load(source, quantize="int8")
 
 
 def test_an_adapter_merged_into_float16(tmp_path):

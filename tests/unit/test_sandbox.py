@@ -66,6 +66,7 @@ ENDLESS = {
     "many terms": "{{ " + "1 + " * 50_000 + "1 }}"[:-3] + " }}",
     "nested loops": "{% for x in [1] %}" * 30 + "{% endfor %}" * 30,
     "nested conditions": "{% if 1 %}" * 500 + "{% endif %}" * 500,
+    "a long word": "{{ ('a' * 1000000)|wordwrap(1) }}",
     "a long template": "a" * 3_000_000,
 }
 

@@ -375,7 +375,15 @@ def test_deep_and_shared_nesting(load, refused, nested):
     assert time.perf_counter() - start < 60
 
 
+def test_names_of_any_length(refused, load):
+    """A name is made anew for each tensor of a file."""
+    long = "m" * 1100
+    refused(mapping({"a": tensor()}), r"entry 'mmm.*expected a name of at most 1024 char", {f"{long}/data/0": b""})
+    assert load(mapping({"a": tensor()}), ENTRIES | {long[:1000]: b""}).names() == ["a"]
+
+
 def test_limits(refused, monkeypatch):
+    assert pickled._MAX_OPCODES <= 1_000_000  # some seconds
     monkeypatch.setattr(pickled, "_MAX_OPCODES", 1000)
     refused(b"N" * 1000, "more than 1000 opcodes")
     monkeypatch.setattr(torch_archive, "_MAX_PICKLE", 100)

@@ -1,4 +1,4 @@
-"""Regular expressions that an adapter's file brings along: matched as ``re`` would, but not for ever."""
+"""Regular expressions that an adapter's or a dump's file brings along: matched as ``re`` would, but not for ever."""
 
 import re
 import time
@@ -6,9 +6,9 @@ import warnings
 
 import regex  # type: ignore[import-untyped]
 
-from llmjax.errors import LoraError, shown
+from llmjax.errors import LlmjaxError, LoraError, shown
 
-# For all modules together; honest ones take milliseconds.
+# For all names together; honest ones take milliseconds.
 _SECONDS = 1.0
 _MOST_CHARACTERS = 10_000
 
@@ -28,16 +28,20 @@ def is_regex(text: object) -> bool:
 
 
 class Matcher:
-    """Matches names, and gives up where an expression backtracks for ever."""
+    """Matches names, and gives up where an expression backtracks for ever.
 
-    def __init__(self) -> None:
-        self._left = _SECONDS
+    Args:
+      error: to raise.
+    """
+
+    def __init__(self, error: type[LlmjaxError] = LoraError) -> None:
+        self._left, self._error = _SECONDS, error
 
     def match(self, pattern: str, name: str, *, whole: bool = False) -> "regex.Match[str] | None":
         """See ``re.match`` and, for the ``whole`` name, ``re.fullmatch``.
 
         Raises:
-          LoraError: it takes too long, or means nothing where it stands.
+          LlmjaxError: as ``error`` says: it takes too long, or means nothing where it stands.
         """
         began = time.monotonic()
         try:
@@ -45,10 +49,10 @@ class Matcher:
                 raise TimeoutError
             return (regex.fullmatch if whole else regex.match)(pattern, name, timeout=self._left)
         except regex.error as error:
-            raise LoraError(f"the regular expression {shown(pattern)} cannot be used: {error}") from None
+            raise self._error(f"the regular expression {shown(pattern)} cannot be used: {error}") from None
         except TimeoutError:
-            raise LoraError(
-                f"the regular expression {shown(pattern)} takes too long to match module names; write it without "
+            raise self._error(
+                f"the regular expression {shown(pattern)} takes too long to match names; write it without "
                 "repetitions inside of repetitions"
             ) from None
         finally:
