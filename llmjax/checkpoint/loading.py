@@ -27,7 +27,7 @@ from llmjax.errors import CheckpointError, ConfigError, LoraError, RequestError,
 from llmjax.litert import loading as graphs
 from llmjax.litert.model import GraphModel
 from llmjax.lora import merge as merging
-from llmjax.lora.adapter import AnyLora, read_adapter
+from llmjax.lora.adapter import Adapter, AnyLora, read_adapter
 from llmjax.lora.apply import beside, with_loras
 from llmjax.model import AdapterOrigin, Model, Origin
 from llmjax.models.config import DecoderConfig
@@ -77,7 +77,7 @@ def load(
     dtype: str | None = None,
     quantize: str | Path | Mapping[str, Any] | None = None,
     numerics: str | None = None,
-    lora: AnyLora | None = None,
+    lora: AnyLora | Adapter | None = None,
     lora_mode: str | None = None,
     check_finite: bool = False,
     random_weights: bool = False,

@@ -123,10 +123,10 @@ class Part:
     entry: From
 
 
-AnyLora = str | Path | LoraSource | Adapter
+AnyLora = str | Path | LoraSource
 
 
-def read_adapter(lora: AnyLora, architecture: Architecture, config: DecoderConfig) -> Adapter:
+def read_adapter(lora: AnyLora | Adapter, architecture: Architecture, config: DecoderConfig) -> Adapter:
     """Reads an adapter whole and fits it to a model; one that was read for the same model is taken as it is.
 
     Warns where modules would not be changed at all.

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 import llmjax
-from llmjax import LLM, LlmInference, LlmInferenceOptions, SamplingParams
+from llmjax import (
+    LLM,
+    LlmInference,
+    LlmInferenceOptions,
+    LlmInferenceSession,
+    LlmInferenceSessionOptions,
+    SamplingParams,
+)
 from llmjax.errors import CheckpointError, ConfigError, LoraError, RequestError, TooLongError
 from llmjax.oracle import trace as tracing
 from tests import tiny
@@ -135,6 +142,10 @@ def test_closed_twice(folder):
     assert repr(task) == "LlmInference(closed)"
     with pytest.raises(RequestError, match="^options: expected LlmInferenceOptions, found None"):
         LlmInference.create_from_options(None)
+    with LlmInference.create_from_options(options) as task:
+        for wrong in (5, ["x"]):
+            with pytest.raises(LoraError, match="^lora: expected an adapter's path or a LoraSource, found"):
+                LlmInferenceSession.create_from_options(task, LlmInferenceSessionOptions(lora_path=wrong))
     with pytest.raises(RequestError, match="^supported_lora_ranks"):
         LlmInference.create_from_options(LlmInferenceOptions(str(folder), supported_lora_ranks=5))
 
