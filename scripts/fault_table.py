@@ -32,7 +32,7 @@ from transformers_faults import THEIRS, int8  # noqa: E402
 import llmjax  # noqa: E402
 from llmjax.models.attention import Scores  # noqa: E402
 from llmjax.models.rope import Rope  # noqa: E402
-from tests.parity import checkpoints, golden, reference  # noqa: E402
+from tests.parity import golden, reference  # noqa: E402
 
 CASES = Path(__file__).parents[1] / "tests" / "data" / "cases"
 IDS = np.random.RandomState(5).randint(0, 150, 40).tolist()
@@ -42,8 +42,7 @@ IDS = np.random.RandomState(5).randint(0, 150, 40).tolist()
 def folder(name: str) -> Path:
     if (CASES / name).exists():
         return CASES / name
-    meta = golden.meta(name)
-    return checkpoints.write(Path(tempfile.mkdtemp()) / name, meta["config"], meta["shapes"], meta["seed"])
+    return golden.write(name, Path(tempfile.mkdtemp()) / name)
 
 
 @functools.cache

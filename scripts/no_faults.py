@@ -32,7 +32,7 @@ from llmjax.models.context import Context  # noqa: E402
 from llmjax.models.registry import architectures  # noqa: E402
 from llmjax.oracle.trace import named, to_numpy  # noqa: E402
 from llmjax.runtime.cache import make_cache  # noqa: E402
-from tests.parity import checkpoints, golden, reference  # noqa: E402
+from tests.parity import golden, reference  # noqa: E402
 
 TOKENS = 21
 CASES = Path(__file__).parents[1] / "tests" / "data" / "cases"
@@ -43,8 +43,7 @@ def folders(work: Path) -> dict[str, Path]:
     found = {path.name: path for path in sorted(CASES.iterdir())}
     for name in golden.NAMES:
         if name in golden.ONE_EACH:
-            meta = golden.meta(name)
-            found[name] = checkpoints.write(work / name, meta["config"], meta["shapes"], meta["seed"])
+            found[name] = golden.write(name, work / name)
     return found
 
 

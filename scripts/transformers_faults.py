@@ -18,9 +18,6 @@ def attn(model: Any, i: int) -> Any:
     return block.self_attn if hasattr(block, "self_attn") else block.self_attention
 
 
-# Faults of transformers' modules: (variant, function that breaks a model, modules it may be told as, words it may have).
-
-
 def scaled(get: Callable[[Any], Any], by: float = 1.1) -> Callable[[Any], None]:
     def fault(model: Any) -> None:
         get(model).weight.data *= by
@@ -158,6 +155,7 @@ def swap_layers(i: int, j: int) -> Callable[[Any], None]:
     return fault
 
 
+# (variant, function that breaks a model, modules it may be told as, words it may have)
 THEIRS: dict[str, tuple[str, Callable[[Any], None], str, str]] = {
     "llama q scaled": ("llama", scaled(q(1)), "layers.1.attn.q", "weight"),
     "llama o transposed": ("llama_llama3", weight(sub(1, "self_attn.o_proj"), lambda w: w.T), "layers.1.attn.o", "weight_transposed"),

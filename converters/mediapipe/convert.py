@@ -46,7 +46,7 @@ _FORMATS = {
     "pytorch": (("pytorch_model.bin.index.json", "pytorch_model.bin"), (".bin", ".pt", ".pth")),
 }
 _PATH = Rule("a path", lambda v: isinstance(v, str | Path))
-_NO_PATH = Rule("a path or None", lambda v: v is None or isinstance(v, str | Path))
+_PATH_OR_NONE = Rule("a path or None", lambda v: v is None or isinstance(v, str | Path))
 _BITS = ("attention_quant_bits", "feedforward_quant_bits", "embedding_quant_bits")
 # What each option may be.
 _RULES: dict[str, Rule] = {
@@ -58,7 +58,7 @@ _RULES: dict[str, Rule] = {
     "combine_file_only": FLAG,
     "lora_o_proj": one_of(*lora.O_PROJ),
     **dict.fromkeys(("input_ckpt", "vocab_model_file", "output_dir"), _PATH),
-    **dict.fromkeys(("output_tflite_file", "lora_ckpt", "lora_output_tflite_file"), _NO_PATH),
+    **dict.fromkeys(("output_tflite_file", "lora_ckpt", "lora_output_tflite_file"), _PATH_OR_NONE),
 }
 _LORA_TYPES = ("GEMMA_2B", "GEMMA_7B", "GEMMA2_2B", "PHI_2")
 _OTHER_MODELS = "it belongs to model types that llmjax does not convert"
@@ -155,10 +155,11 @@ class ConversionConfig:
         for name, rule in _RULES.items():
             if problem := rule.problem(getattr(self, name)):
                 yield f"{name}: {problem}"
-        if isinstance(self.output_dir, str | Path) and (not self.output_dir or Path(self.output_dir).is_file()):
+        if _PATH.holds(self.output_dir) and (not self.output_dir or Path(self.output_dir).is_file()):
             yield f"output_dir: expected a directory, found {'nothing' if not self.output_dir else 'a file'}"
-        if isinstance(self.output_tflite_file, str | Path) and Path(self.output_tflite_file).is_dir():
-            yield f"output_tflite_file: {self.output_tflite_file}: expected a file, found a directory"
+        path = self.output_tflite_file
+        if path is not None and _PATH.holds(path) and Path(path).is_dir():
+            yield f"output_tflite_file: {path}: expected a file, found a directory"
         yield from self._lora_problems()
 
     def _lora_problems(self) -> Any:

@@ -45,8 +45,7 @@ def hf_config(metadata: Mapping[str, Any], tensors: Shapes, where: str) -> Confi
     entries = Keys(metadata, tensors, architecture)
     config = _common(entries, _BY_LAYER.get(architecture, ()))
     if architecture not in _MIXTURES:
-        for key in ("expert_count", "expert_used_count"):
-            entries.expect(key, 0)
+        entries.expect_no_experts()
     ARCHITECTURES[architecture](entries, config)
     if not entries.read("attention.scale"):
         _attention_scale(entries, config)
@@ -98,6 +97,14 @@ def _attention_scale(e: Keys, c: Config) -> None:
         e.problem("attention.scale", f"{found!r} is not supported, expected {expected!r}")
 
 
+def _attention_bias(e: Keys) -> Config:
+    return {"attention_bias": e.has("attn_q.bias", "attn_qkv.bias")}
+
+
+def _biases(e: Keys) -> Config:
+    return _attention_bias(e) | {"mlp_bias": e.has("ffn_gate.bias")}
+
+
 def _llama(e: Keys, c: Config) -> None:
     """Llama and Mistral share a name.  llama.cpp's converter leaves Mistral's window out, and llama.cpp runs without
     one; a file that has it is a Mistral."""
@@ -106,7 +113,7 @@ def _llama(e: Keys, c: Config) -> None:
     c |= {"model_type": "mistral", "sliding_window": window} if window else {"model_type": "llama"}
     c["rms_norm_eps"] = e.number("attention.layer_norm_rms_epsilon")
     if not window:
-        c |= {"attention_bias": e.has("attn_q.bias", "attn_qkv.bias"), "mlp_bias": e.has("ffn_gate.bias")}
+        c |= _biases(e)
     rope(e, c, also="yarn")
 
 
@@ -117,7 +124,7 @@ def _qwen2(e: Keys, c: Config) -> None:
 
 def _qwen3(e: Keys, c: Config) -> None:
     c |= {"model_type": "qwen3", "rms_norm_eps": e.number("attention.layer_norm_rms_epsilon")}
-    c["attention_bias"] = e.has("attn_q.bias", "attn_qkv.bias")
+    c |= _attention_bias(e)
     rope(e, c, also="yarn")
 
 
@@ -145,7 +152,7 @@ def _qwen3moe(e: Keys, c: Config) -> None:
     c |= {"model_type": "qwen3_moe", "rms_norm_eps": e.number("attention.layer_norm_rms_epsilon")}
     c |= {"num_experts": e.size("expert_count"), "num_experts_per_tok": used, "norm_topk_prob": True}
     c["moe_intermediate_size"] = e.size("expert_feed_forward_length", c["intermediate_size"] // used or 1)
-    c["attention_bias"] = e.has("attn_q.bias", "attn_qkv.bias")
+    c |= _attention_bias(e)
     e.expect("expert_weights_scale", 1.0, 0.0)
     rope(e, c, also="yarn")
 
@@ -153,13 +160,13 @@ def _qwen3moe(e: Keys, c: Config) -> None:
 def _smollm3(e: Keys, c: Config) -> None:
     """Every fourth layer does not rotate: no key says so."""
     c |= {"model_type": "smollm3", "rms_norm_eps": e.number("attention.layer_norm_rms_epsilon")}
-    c |= {"attention_bias": e.has("attn_q.bias", "attn_qkv.bias"), "mlp_bias": e.has("ffn_gate.bias")}
+    c |= _biases(e)
     rope(e, c, also="yarn")
 
 
 def _granite(e: Keys, c: Config) -> None:
     c |= {"model_type": "granite", "rms_norm_eps": e.number("attention.layer_norm_rms_epsilon")}
-    c |= {"attention_bias": e.has("attn_q.bias", "attn_qkv.bias"), "mlp_bias": e.has("ffn_gate.bias")}
+    c |= _biases(e)
     c["logits_scaling"] = e.number("logit_scale")
     c["attention_multiplier"] = e.optional("attention.scale") or c["head_dim"] ** -0.5
     c["residual_multiplier"] = e.optional("residual_scale") or 1.0
@@ -171,7 +178,7 @@ def _granite(e: Keys, c: Config) -> None:
 def _olmo2(e: Keys, c: Config) -> None:
     """OLMo 2, and OLMo 3 if there is a window; its local layers' rotation is never scaled."""
     c |= {"model_type": "olmo2", "rms_norm_eps": e.number("attention.layer_norm_rms_epsilon")}
-    c["attention_bias"] = e.has("attn_q.bias", "attn_qkv.bias")
+    c |= _attention_bias(e)
     rope(e, c, also="yarn")
     if window := e.count("attention.sliding_window"):
         c["model_type"] = "olmo3"

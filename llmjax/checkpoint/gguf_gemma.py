@@ -121,8 +121,7 @@ def gemma4(e: Keys, c: Config) -> None:
         c["top_k_experts"] = e.size("expert_used_count")
         c["moe_intermediate_size"] = e.size("expert_feed_forward_length")
     else:
-        for key in ("expert_count", "expert_used_count"):
-            e.expect(key, 0)
+        e.expect_no_experts()
     if not e.has(FREQS):
         e.problems.append(f"tensor {FREQS}: missing, expected the divisors of the global layers' frequencies")
     e.expect("rope.scaling.type", "none", "linear")

@@ -104,6 +104,11 @@ class Keys:
             wanted = " or ".join(repr(a) for a in dict.fromkeys(allowed))
             self.problem(key, f"{shown(value)} is not supported, expected {wanted}")
 
+    def expect_no_experts(self) -> None:
+        """What mixtures say, where a file that is none has it."""
+        for key in ("expert_count", "expert_used_count"):
+            self.expect(key, 0)
+
     def finish(self, where: str) -> None:
         """Raises for everything that was wrong or left over.
 

@@ -60,7 +60,8 @@ def load_graph(path: Path, numerics: str | None = None) -> GraphModel:
     model.tokenizer = None if found is None else read_tokenizer(found)
     model.eos_ids = model.tokenizer.eos_ids if model.tokenizer else ()
     if found is not None and found.format != "task":
-        barred = [i for part in found.parts if part.kind == package.FACTS for i in _suppressed(found, part)]
+        facts = [found.metadata(part) for part in found.parts if part.kind == package.FACTS]
+        barred = [i for metadata in facts for i in metadata.suppress_tokens.ids]
         model.generation_config = {"suppress_tokens": barred} if barred else {}
     return model
 
@@ -161,11 +162,6 @@ def _tokenizer(found: Package, part: Part, ends: Ends, bytes_to_unicode: bool) -
     if part.kind == package.SENTENCEPIECE:
         return bundle.from_sentencepiece(found.read(part), where, ends, bytes_to_unicode=bytes_to_unicode)
     return bundle.from_huggingface(found.unpacked(part), where, ends)
-
-
-def _suppressed(found: Package, part: Part) -> list[int]:
-    """Tokens that are never drawn."""
-    return list(found.metadata(part).suppress_tokens.ids)
 
 
 def _ends(found: Package, metadata: Any) -> tuple[Ends, bool]:

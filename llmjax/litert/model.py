@@ -99,6 +99,11 @@ class GraphModel(Model):
         return self.signatures
 
     @functools.cached_property
+    def decode_names(self) -> dict[int, str]:
+        """The tensors of ``decode`` by index: see ``Graph.names``."""
+        return self.module.graphs[MAIN].names(self.module.decode_ports.name)
+
+    @functools.cached_property
     def roles(self) -> Roles:
         """What the parts of ``decode`` are.
 

@@ -52,6 +52,9 @@ class Roles:
         logits = file.signatures[ports.name].outputs[LOGITS]
         self.head, self.softcap = self._head(logits)
         products = self._products()
+        self._first: dict[int | None, int] = {}
+        for step in products:
+            self._first[step.layer] = min(step.place, self._first.get(step.layer, step.place))
         self.attentions = {step.parent: mixing for step in products if (mixing := self._attention(step))}
         self.acts = {step.parent: act for step in products if (act := self._act(step)) is not None}
         self.kernels = dict(self._convolutions())
@@ -248,15 +251,7 @@ class Roles:
 
     def _own(self, keys: Operator, step: Step) -> bool:
         """Whether keys are of the layer of a product; others take those of a layer before."""
-        first = min((op_place for op_place in self._places(step.layer)), default=0)
-        return self._made[keys.outputs[0]][0] >= first
-
-    def _places(self, layer: int | None) -> Iterator[int]:
-        for place, op in enumerate(self.graph.operators):
-            if op.name == "FULLY_CONNECTED":
-                for module in leaves(self.graph.tensors[self.back(op.inputs[1])].name)[:1]:
-                    if layer is not None and module.startswith(f"layers.{layer}."):
-                        yield place
+        return self._made[keys.outputs[0]][0] >= self._first[step.layer]
 
     def _window(self, mask: int) -> int | None:
         """How far back a mask that the graph makes lets a query see."""

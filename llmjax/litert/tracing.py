@@ -29,7 +29,7 @@ def activations(model: GraphModel, ids: np.ndarray, taps: Sequence[str]) -> dict
     graph = module.graphs[MAIN]
     signature = graph.signatures[ports.name]
     states = {i for side in (signature.inputs, signature.outputs) for name, i in side.items() if name in ports.states}
-    names = [name for i, name in graph.names(ports.name).items() if i not in states and graph.matches(name, taps)]
+    names = [name for i, name in model.decode_names.items() if i not in states and graph.matches(name, taps)]
     logits = [LOGITS] if graph.matches(LOGITS, taps) else []
 
     if missing := [glob for glob in taps if not any(graph.matches(name, [glob]) for name in [*names, *logits])]:
@@ -49,9 +49,9 @@ def activations(model: GraphModel, ids: np.ndarray, taps: Sequence[str]) -> dict
 
 def meanings(model: GraphModel, names: Collection[str]) -> dict[str, list[str]]:
     """By the file's name of a tensor, what it is: see ``Roles.outputs``."""
-    tensors, found = model.module.graphs[MAIN].names(model.module.decode_ports.name), dict[str, list[str]]()
+    found: dict[str, list[str]] = {}
     for meaning, i in model.roles.outputs.items():
-        if (name := tensors.get(i)) is not None and name in names:
+        if (name := model.decode_names.get(i)) is not None and name in names:
             found.setdefault(name, []).append(meaning)
     return found
 

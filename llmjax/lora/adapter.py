@@ -55,6 +55,9 @@ class LoraSource:
         return {f.name: v for f in dataclasses.fields(self)[1:] if (v := getattr(self, f.name)) not in (None, False)}
 
 
+AnyLora = str | Path | LoraSource
+
+
 @dataclasses.dataclass(frozen=True)
 class Delta:
     """``scale * B . A``, added to one projection's weight ``[out, in]``.
@@ -121,9 +124,6 @@ class Part:
     parameter: str
     shape: tuple[int, ...]
     entry: From
-
-
-AnyLora = str | Path | LoraSource
 
 
 def read_adapter(lora: AnyLora | Adapter, architecture: Architecture, config: DecoderConfig) -> Adapter:

@@ -36,6 +36,7 @@ _WITHOUT_MODEL = {
     "dynamic_int8": 2e-1,
     "int4": 5e-1,
 }
+_GRAPH = "the reference is a graph's, so there are neither floors nor proofs"
 
 AnyDump = Dump | Trace | str | Path
 AnyReference = Model | Dump | Trace | str | Path | None
@@ -87,7 +88,7 @@ def compare(
     note = ""
     if isinstance(model, GraphModel):
         ours, model = ours or _dump(pairs.beside(model, theirs), "reference"), None
-        note = "the reference is a graph's, so there are neither floors nor proofs"
+        note = _GRAPH
     elif model is None and ours is not None:
         model, note = _model_of(ours)
     try:
@@ -123,7 +124,7 @@ def _model_of(reference: Dump) -> tuple[Model | None, str]:
     except (LlmjaxError, OSError) as error:
         return None, f"the reference's model cannot be loaded (--model): {' '.join(str(error).split())}"
     if isinstance(model, GraphModel):
-        return None, "the reference is a graph's, so there are neither floors nor proofs"
+        return None, _GRAPH
     if found != sha:
         return None, f"{path}: its weights are not those the reference was made of (--model), so nothing is proven"
     return model, ""

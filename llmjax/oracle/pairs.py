@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from llmjax.litert.model import GraphModel
-from llmjax.litert.module import MAIN
 from llmjax.litert.ports import LOGITS
 from llmjax.model import Model, check_ids
 from llmjax.oracle.dump import Dump
@@ -31,7 +30,7 @@ def traced(model: Model, ids: Sequence[int]) -> Trace:
     them."""
     if not isinstance(model, GraphModel):
         return trace(model, ids)
-    roles, tensors = model.roles, model.module.graphs[MAIN].names(model.module.decode_ports.name)
+    roles, tensors = model.roles, model.decode_names
     probs = {f"{parent}.attn_weights": tensors[a.probs] for parent, a in roles.attentions.items()}
     folded = {step.module: (tensors[step.output], step.factor) for step in roles.steps.values() if step.factor != 1}
     names = {tensors[i] for i in roles.outputs.values() if i in tensors}
@@ -51,7 +50,6 @@ def traced(model: Model, ids: Sequence[int]) -> Trace:
 
 def beside(model: GraphModel, theirs: Dump) -> Trace:
     """A graph's tensors of another's token ids: those that the other has by the same names, else its steps."""
-    ids, graph = theirs.token_ids.tolist(), model.module.graphs[MAIN]
-    tensors = set(graph.names(model.module.decode_ports.name).values()) | {LOGITS}
+    ids, tensors = theirs.token_ids.tolist(), {*model.decode_names.values(), LOGITS}
     same = sorted(name for name in theirs.arrays if name in tensors)
     return trace(model, ids, same) if same else traced(model, ids)

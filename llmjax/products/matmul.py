@@ -11,7 +11,7 @@ On the CPU, by weight, profile and rows of x; the reasons are a benchmark's line
 a few rows, all but 5 bits       ``fast``, ``dynamic_int8``           ``sums``: one row at the speed of memory
 one scale a channel, 4, 8 bits   ``fast`` with AMX                    ``digits.in_digits``: exact integers
                                  ``dynamic_int8``, ``mediapipe_cpu``  the same, one digit
-256 rows and more, in float32    all                                  ``tiles.rows_first``: converted whole
+256 rows and more, in float32    all but one digit's                  ``tiles.rows_first``: converted whole
 floats of the product's dtype    all                                  ``dots``: the library's product
 whatever else                    all                                  ``tiles``: converted a tile at a time
 ===============================  ===================================  ==================================================
@@ -92,17 +92,21 @@ def _quantized_product(x: jax.Array, q: QTensor, numerics: Numerics) -> jax.Arra
     if numerics.digits == 1:
         scale, (rounded,) = to_digits(x, 1)
         x = rounded.astype(jnp.float32)
-    if len(x) >= _MANY_ROWS and on_cpu() and scale is None:  # one digit's sums are integers, whatever is beside them
+    if _many(x) and scale is None:  # one digit's sums are integers, whatever is beside them
         return rows_first(x, q)
     y = by_weight(x, q) if summed else in_tiles(x, q)
     return y if scale is None else scale * y
+
+
+def _many(x: jax.Array) -> bool:
+    return len(x) >= _MANY_ROWS and on_cpu()
 
 
 def _float_product(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.Array:
     if len(x) <= summed_rows(weight, numerics):
         return by_weight(x, weight)
 
-    if len(x) >= _MANY_ROWS and on_cpu() and x.dtype == jnp.float32:
+    if _many(x) and x.dtype == jnp.float32:
         return rows_first(x, weight)
 
     def multiply(part: jax.Array) -> jax.Array:

@@ -4,7 +4,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from llmjax.errors import ConfigError, RequestError, shown
+from llmjax.errors import ConfigError, RequestError
+from llmjax.outside.values import each, integer
 from llmjax.runtime.params import SamplingParams
 
 FILE = "generation_config.json"
@@ -80,10 +81,10 @@ def suppressed(config: Mapping[str, Any], vocab_size: int, where: str) -> tuple[
       ConfigError: they are no ids of this vocabulary.
     """
     found = config.get("suppress_tokens") or []
-    if not isinstance(found, list | tuple) or not all(type(i) is int and 0 <= i < vocab_size for i in found):
+    ids = each(integer(0, vocab_size - 1), f"a list of token ids below {vocab_size}", kinds=(list, tuple))
+    if problem := ids.problem(found):
         raise ConfigError(
-            f"{where}: suppress_tokens: expected a list of token ids below {vocab_size}, found {shown(found)}; correct "
-            "it, or take the plain defaults (generation_config='none')"
+            f"{where}: suppress_tokens: {problem}; correct it, or take the plain defaults (generation_config='none')"
         )
     return tuple(dict.fromkeys(found))
 

@@ -97,7 +97,7 @@ class Programs:
     def __init__(self, model: Model, targets: tuple[Target, ...], config: "TrainConfig"):
         self._params = model.params
         self._numerics = model.numerics if config.compute is None else resolve("hf", jnp.dtype(config.compute))
-        plain = partial(loss, model, targets=targets, numerics=self._numerics)
+        plain = partial(loss, model, targets=targets, numerics=self._numerics, recompute=config.recompute)
 
         def gradients(params: Any, factors: Factors, batch: Batch, tokens: jax.Array, key: jax.Array) -> Any:
             def mean(factors: Factors) -> tuple[jax.Array, jax.Array]:
@@ -105,7 +105,6 @@ class Programs:
                     params,
                     factors=factors,
                     batch=batch,
-                    recompute=config.recompute,
                     dropout=config.dropout,
                     key=key if config.dropout else None,
                 )
@@ -116,8 +115,7 @@ class Programs:
         options = self._numerics.compiler_options
         self._gradients = jax.jit(gradients, compiler_options=options)
         self._losses = jax.jit(
-            lambda params, factors, batch: plain(params, factors=factors, batch=batch, recompute=config.recompute),
-            compiler_options=options,
+            lambda params, factors, batch: plain(params, factors=factors, batch=batch), compiler_options=options
         )
         self._added = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         self._norm = jax.jit(optax.tree.norm)

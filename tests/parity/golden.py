@@ -47,10 +47,14 @@ def meta(name: str) -> dict[str, Any]:
 
 def load(name: str, numerics: str = "reference", dtype: str = "float32") -> llmjax.Model:
     """The variant's model, through files on disk as a user's would be."""
-    m = meta(name)
     with tempfile.TemporaryDirectory() as folder:
-        path = checkpoints.write(Path(folder), m["config"], m["shapes"], m["seed"], dtype)
-        return llmjax.load(path, numerics=numerics)
+        return llmjax.load(write(name, Path(folder), dtype), numerics=numerics)
+
+
+def write(name: str, folder: Path, dtype: str = "float32") -> Path:
+    """The variant's checkpoint, with the weights its file was made of."""
+    m = meta(name)
+    return checkpoints.write(folder, m["config"], m["shapes"], m["seed"], dtype)
 
 
 def error(found: np.ndarray, expected: np.ndarray) -> float:

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 import llmjax
-from tests.parity import checkpoints
-from tests.parity.golden import meta
+from tests.parity import golden
 
 pytest.importorskip("torch", reason="parity extra not installed")
 pytest.importorskip("transformers", reason="parity extra not installed")
@@ -18,8 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "dumps" / "transformers_dump.py
 
 
 def test_a_dump_of_transformers_is_the_model(tmp_path, monkeypatch):
-    m = meta("mistral")
-    folder = checkpoints.write(tmp_path / "m", m["config"], m["shapes"], m["seed"])
+    folder = golden.write("mistral", tmp_path / "m")
     ids = np.random.default_rng(1).integers(3, 90, 12).tolist()
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(folder), str(tmp_path / "d"), "--ids", ",".join(map(str, ids))])
     runpy.run_path(str(SCRIPT), run_name="__main__")

@@ -13,13 +13,12 @@ from llmjax import CheckpointError, ConfigError
 from llmjax.checkpoint import weight_error as error
 from llmjax.cli.main import main
 from llmjax.quant.qtensor import QTensor
-from tests.parity import checkpoints, golden
-from tests.parity.golden import arrays, meta
+from tests.parity import golden
+from tests.parity.golden import arrays
 
 
 def folder(path, name="llama", dtype="float32"):
-    m = meta(name)
-    return checkpoints.write(path / name, m["config"], m["shapes"], m["seed"], dtype)
+    return golden.write(name, path / name, dtype)
 
 
 def ids(name):

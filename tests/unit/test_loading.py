@@ -37,8 +37,7 @@ MISSION = {
 
 @pytest.fixture
 def folder(tmp_path):
-    m = meta("llama")
-    return checkpoints.write(tmp_path / "m", m["config"], m["shapes"], m["seed"])
+    return golden.write("llama", tmp_path / "m")
 
 
 def edit(folder, change):
@@ -97,8 +96,7 @@ def test_fused_tensors_and_the_vision_tower():
 
 
 def test_a_tied_head_must_repeat_the_embedding(tmp_path):
-    m = meta("llama_biases_tied")
-    folder = checkpoints.write(tmp_path, m["config"], m["shapes"], m["seed"])
+    folder = golden.write("llama_biases_tied", tmp_path)
     edit(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
     ids = arrays("llama_biases_tied")["short"].tolist()
     found = llmjax.load(folder).logits([ids])[0]
@@ -127,8 +125,7 @@ def test_dtype_is_how_weights_are_stored(folder, dtype):
 
 def test_bfloat16_values_are_the_reference(tmp_path):
     """float32 arithmetic on bfloat16 weights equals the same weights stored as float32."""
-    m = meta("gemma_mqa")
-    folder = checkpoints.write(tmp_path, m["config"], m["shapes"], m["seed"], "bfloat16")
+    folder = golden.write("gemma_mqa", tmp_path, "bfloat16")
     ids = [[5, 9, 2, 77]]
     stored, widened = llmjax.load(folder), llmjax.load(folder, dtype="float32")
     assert stored.params["embed"]["weight"].dtype == ml_dtypes.bfloat16

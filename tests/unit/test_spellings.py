@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import llmjax
 from llmjax.errors import CheckpointError
-from tests.parity import checkpoints
+from tests.parity import golden
 from tests.parity.golden import meta
 
 # Of Gemma 3 with its vision tower, from the names of the published files: what transformers 5 saves without going back
@@ -28,11 +28,6 @@ MULTIMODAL = {
     "torch.compile": {r"language_model\.": "_orig_mod.language_model.", r"vision_tower\.": "_orig_mod.vision_tower."},
     "data parallel": {r"language_model\.model\.": "module.model.language_model."},
 }
-
-
-def write(folder, name):
-    m = meta(name)
-    return checkpoints.write(folder, m["config"], m["shapes"], m["seed"])
 
 
 def renamed(folder, patterns, extra=None):
@@ -54,8 +49,8 @@ def assert_same(a, b):
 
 @pytest.mark.parametrize("spelling", MULTIMODAL)
 def test_gemma3_with_its_vision_tower(spelling, tmp_path):
-    model = llmjax.load(write(tmp_path / "published", "gemma3_multimodal"))
-    folder = renamed(write(tmp_path / "other", "gemma3_multimodal"), MULTIMODAL[spelling])
+    model = llmjax.load(golden.write("gemma3_multimodal", tmp_path / "published"))
+    folder = renamed(golden.write("gemma3_multimodal", tmp_path / "other"), MULTIMODAL[spelling])
     assert_same(llmjax.load(folder), model)
     uses = [t["use"] for t in llmjax.inspect(folder).tensors if not t["fills"]]
     assert len(uses) == 23 and set(uses) == {"known, not needed"}
@@ -63,9 +58,9 @@ def test_gemma3_with_its_vision_tower(spelling, tmp_path):
 
 def test_a_tied_head_in_a_state_dict(tmp_path):
     embedding = "model.language_model.embed_tokens.weight"
-    model = llmjax.load(write(tmp_path / "published", "gemma3_multimodal"))
+    model = llmjax.load(golden.write("gemma3_multimodal", tmp_path / "published"))
     for change in (0, 1):
-        folder = write(tmp_path / str(change), "gemma3_multimodal")
+        folder = golden.write("gemma3_multimodal", tmp_path / str(change))
         renamed(folder, MULTIMODAL["state dict"], lambda t, c=change: {"lm_head.weight": t[embedding] + c})
         if not change:
             assert_same(llmjax.load(folder), model)
@@ -79,12 +74,12 @@ def test_a_tied_head_in_a_state_dict(tmp_path):
 )
 def test_a_base_model_alone(name, prefix, tmp_path):
     """As ``LlamaModel.save_pretrained`` writes it."""
-    model = llmjax.load(write(tmp_path / "whole", name))
-    assert_same(llmjax.load(renamed(write(tmp_path / "base", name), {rf"{prefix}\.": ""})), model)
+    model = llmjax.load(golden.write(name, tmp_path / "whole"))
+    assert_same(llmjax.load(renamed(golden.write(name, tmp_path / "base"), {rf"{prefix}\.": ""})), model)
 
 
 def test_a_name_twice_and_a_head_that_is_missing(tmp_path):
-    folder = write(tmp_path / "base", "phi")
+    folder = golden.write("phi", tmp_path / "base")
     renamed(folder, {r"lm_head\.": "score."}, lambda t: {"final_layernorm.bias": np.ones(1, np.float32)})
     with pytest.raises(CheckpointError) as refused:
         llmjax.load(folder)
@@ -94,7 +89,7 @@ def test_a_name_twice_and_a_head_that_is_missing(tmp_path):
 
 def test_an_adapter_of_the_whole_multimodal_model(tmp_path):
     """PEFT puts factors on the vision tower's ``q_proj``, too."""
-    base = write(tmp_path / "base", "gemma3_multimodal")
+    base = golden.write("gemma3_multimodal", tmp_path / "base")
     rng = np.random.default_rng(0)
 
     def adapter(folder, prefix, *further):
