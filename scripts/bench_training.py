@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-KINDS = ("llmjax", "llmjax bfloat16", "llmjax, nothing recomputed", "peft")
+KINDS = ("llmjax", "llmjax bfloat16", "llmjax, all recomputed", "llmjax, nothing recomputed", "peft")
 
 
 def rows_of(count: int, seed: int) -> list[dict[str, Any]]:
@@ -60,7 +60,7 @@ def ours(args: argparse.Namespace, kind: str) -> dict[str, Any]:
         targets="all-linear",
         batch_size=args.batch,
         learning_rate=args.rate,
-        recompute="nothing" not in kind,
+        recompute=kind.split()[1] if "recomputed" in kind else "cheap",
         compute="bfloat16" if "bfloat16" in kind else None,
     )
     model = llmjax.load("smollm2")

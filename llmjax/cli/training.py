@@ -71,7 +71,7 @@ _FLAGS: dict[str, tuple[Any, str, str]] = {
     "max_length": (int, "N", "rows of more tokens are left out (default: the model's context)"),
     "seed": (int, "S", "of the factors, the order of the rows and dropout (default 0)"),
     "compute": (str, "DTYPE", "float32 or bfloat16 for all but factors and loss (default: as --numerics says)"),
-    "recompute": (_switch, "on|off", "keep layers' inputs alone, compute what is in them again (default on)"),
+    "recompute": (str, "WHAT", "what of layers is computed again on the way back: all, cheap, nothing (default cheap)"),
     "eval_every": (int, "N", "steps between evaluations (default: the end alone)"),
     "patience": (int, "N", "stop after N evaluations without a better loss (default: never)"),
     "checkpoint_every": (int, "N", "steps between states to go on from (default 50)"),

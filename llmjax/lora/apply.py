@@ -48,8 +48,10 @@ class Lora(struct.PyTreeNode):
             kept = 1 - self.dropout
             x = jnp.where(jax.random.bernoulli(self.key, kept, x.shape), x / kept, 0)
         if self.a.ndim == 2:
-            h = jnp.einsum("bti,ri->btr", x, self.a, precision=lax.Precision.HIGHEST) * self.scale
-            return jnp.einsum("btr,or->bto", h, self.b, precision=lax.Precision.HIGHEST)
+            # Of all tokens at once: what is written with two axes, XLA:CPU turns about without a copy on the way back.
+            h = jnp.einsum("ni,ri->nr", x.reshape(-1, x.shape[-1]), self.a, precision=lax.Precision.HIGHEST)
+            y = jnp.einsum("nr,or->no", h * self.scale, self.b, precision=lax.Precision.HIGHEST)
+            return y.reshape(*x.shape[:-1], -1)
         if adapter is None:
             return None
         a, b, scale = (jnp.take(leaf, adapter, axis=0) for leaf in (self.a, self.b, self.scale))

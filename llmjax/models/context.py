@@ -9,6 +9,9 @@ from flax import struct
 
 from llmjax.numerics import Numerics
 
+# What a projection made, by name, for those who choose what to keep on the way to a gradient.
+PROJECTED = "projected"
+
 
 class Context(struct.PyTreeNode):
     """Where the tokens of this call stand, and how to compute.
@@ -24,9 +27,10 @@ class Context(struct.PyTreeNode):
       last: int32 ``[B]`` or ``[B, M]``; when given, the head runs on tokens ``last[b]`` of each row alone and logits
         are ``[B, 1, V]`` or ``[B, M, V]``.
       adapter: int32 ``[B]``, each row's LoRA adapter among the resident ones, 0 for none.  ``None`` means none.
-      recompute: on the way to a gradient, where layers that are alike run in a loop, whether a layer's inner values are
-        computed again on the way back, so that no more of it is kept than its input (static; Chen et al. 2016,
-        arXiv:1604.06174).  ``None`` where no gradient is wanted.
+      recompute: on the way to a gradient, where layers that are alike run in a loop, what of a layer's inner values is
+        computed again on the way back (static; Chen et al. 2016, arXiv:1604.06174): ``all``, so that no more of it is
+        kept than its input; ``cheap``, all but what projections made; ``nothing``.  ``None`` where no gradient is
+        wanted.
       length: int32 ``[B]``, tokens of each row's text, those beyond this call included and padding not: for ropes that
         follow it.  ``None`` means that it ends with this call.
     """
@@ -38,7 +42,7 @@ class Context(struct.PyTreeNode):
     active: jax.Array | None = None
     last: jax.Array | None = None
     adapter: jax.Array | None = None
-    recompute: bool | None = struct.field(pytree_node=False, default=None)
+    recompute: str | None = struct.field(pytree_node=False, default=None)
     length: jax.Array | None = None
 
     @property

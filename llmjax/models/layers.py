@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.models.attention import Scores, cached_attention, dense_attention
-from llmjax.models.context import Context, tap
+from llmjax.models.context import PROJECTED, Context, tap
 from llmjax.models.pages import written
 from llmjax.models.rope import Rope
 from llmjax.products.matmul import matmul
@@ -63,6 +64,8 @@ class Projection(nn.Module):
         if self.has_variable("params", "lora"):
             delta: jax.Array | None = self.get_variable("params", "lora")(x, ctx.adapter)
             y = y if delta is None else (y + delta).astype(y.dtype)
+        if ctx.recompute is not None:
+            y = checkpoint_name(y, PROJECTED)
         return tap(self, "", y)
 
 

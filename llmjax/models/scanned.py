@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from llmjax.models.context import Context
+from llmjax.models.context import PROJECTED, Context
 
 # The leaf beside a weight that is learned.
 _LEARNED = "lora"
@@ -65,13 +65,20 @@ def scanned(apply: Apply, blocks: Sequence[nn.Module], x: Any, ctx: Context, own
             x = apply(block, variables, x, ctx, *extra)
         return x, None
 
-    policy = None if ctx.recompute else jax.checkpoint_policies.save_anything_except_these_names(_FROZEN)
-    step = jax.checkpoint(turn, policy=policy, prevent_cse=False)
+    step = jax.checkpoint(turn, policy=_KEPT[ctx.recompute], prevent_cse=False)
     places = (jnp.arange(turns), learned)
     if _kind(jax.eval_shape(step, x, jax.tree.map(lambda leaf: leaf[0], places))[0]) != _kind(x):
         return x, 0  # what travels grows on its way
     x, _ = lax.scan(step, x, places)
     return x, turns * size
+
+
+# What is kept of a turn, by what is computed again.
+_KEPT = {
+    "all": None,
+    "cheap": jax.checkpoint_policies.save_only_these_names(PROJECTED),
+    "nothing": jax.checkpoint_policies.save_anything_except_these_names(_FROZEN),
+}
 
 
 def _split(tree: Any) -> tuple[list[Any], list[Any], Callable[[list[Any], list[Any]], Any]]:

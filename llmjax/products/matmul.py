@@ -36,11 +36,8 @@ from llmjax.products.digits import in_digits, in_tiles, to_digits
 from llmjax.products.dots import dot
 from llmjax.products.plain import plain
 from llmjax.products.sums import by_weight, can_sum, sums_pay, total
-from llmjax.products.tiles import over_tiles, rows_first
+from llmjax.products.tiles import MANY_ROWS, over_tiles, rows_first
 from llmjax.quant.qtensor import QTensor
-
-# From here on a product costs more than its weight's conversion, and no prompt's chunk has so many.
-_MANY_ROWS = 256
 
 
 def matmul(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax.Array:
@@ -99,7 +96,7 @@ def _quantized_product(x: jax.Array, q: QTensor, numerics: Numerics) -> jax.Arra
 
 
 def _many(x: jax.Array) -> bool:
-    return len(x) >= _MANY_ROWS and on_cpu()
+    return len(x) >= MANY_ROWS and on_cpu()
 
 
 def _float_product(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.Array:

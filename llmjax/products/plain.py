@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from llmjax.numerics import on_cpu
-from llmjax.products.tiles import rows_dot, tile_rows
+from llmjax.products.tiles import MANY_ROWS, TILE_BYTES, WHOLE_BYTES, rows_dot, tile_rows
 from llmjax.quant.bits import cut
 from llmjax.quant.qtensor import QTensor, dequantize
 
-# Weights that are converted to less are converted whole: a loop takes as long to compile as ten products.
+# Weights that are converted to less are converted whole: a loop takes as long to compile as ten products.  Where rows
+# are many it may be more, as on the way there.
 _SMALL_BYTES = 1 << 18
 
 
@@ -32,8 +33,9 @@ def plain(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     elif weight.dtype == jnp.float32:
         return rows_dot(x, weight)
     out, width = weight.shape
-    small = not on_cpu() or 4 * out * width < _SMALL_BYTES
-    tile = out if small else tile_rows((out, width), 4)
+    few = len(x) < MANY_ROWS
+    small = not on_cpu() or 4 * out * width < (_SMALL_BYTES if few else WHOLE_BYTES)
+    tile = out if small else tile_rows((out, width), 4, TILE_BYTES if few else WHOLE_BYTES)
 
     def multiply(start: Any, floats: dict[str, Any]) -> jax.Array:
         return rows_dot(x, _converted(weight, start, tile, floats))
@@ -49,7 +51,7 @@ def plain(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     starts = jnp.minimum(jnp.arange(0, out, tile), out - tile)
     step = jax.checkpoint(multiply, prevent_cse=False)
     y = lax.map(lambda part: step(*part), (starts, jax.tree.map(tiles, floats)))
-    return jnp.concatenate([*y[:-1], y[-1, :, whole - out :]], -1)
+    return jnp.concatenate([y[:-1].swapaxes(0, 1).reshape(len(x), whole), y[-1, :, whole - out :]], -1)
 
 
 def _converted(weight: Any, start: Any, size: int, floats: dict[str, Any]) -> jax.Array:

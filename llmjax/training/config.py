@@ -51,7 +51,8 @@ class TrainConfig:
       max_length: rows of more tokens are left out; None for the model's context.
       seed: of the factors, the order of the rows and dropout.
       compute: ``float32`` or ``bfloat16`` for everything but the factors and the loss; None for the model's numerics.
-      recompute: keep the inputs of the layers alone and compute what is in them again on the way back.
+      recompute: what is in a layer and computed again on the way back instead of kept: ``all`` (least memory),
+        ``cheap`` (all but what projections made) or ``nothing``.
       eval_every: steps between evaluations, where there are rows for them; 0 for none but before the first step and
         after the last.
       patience: evaluations in a row without a better loss after which training stops; 0 goes on to the end.
@@ -83,7 +84,7 @@ class TrainConfig:
     max_length: int | None = None
     seed: int = 0
     compute: str | None = None
-    recompute: bool = True
+    recompute: str = "cheap"
     eval_every: int = 0
     patience: int = 0
     checkpoint_every: int = 50
@@ -187,7 +188,7 @@ _LIMITS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
     ("max_length", "at least 2, or None", _optional(_whole(2))),
     ("seed", "a whole number, 0 or more", _whole(0)),
     ("compute", "float32, bfloat16 or None", lambda v: v in (None, "float32", "bfloat16")),
-    ("recompute", "True or False", _FLAG),
+    ("recompute", "all, cheap or nothing", lambda v: v in ("all", "cheap", "nothing")),
     ("eval_every", "a whole number, 0 or more", _whole(0)),
     ("patience", "a whole number, 0 or more", _whole(0)),
     ("checkpoint_every", "a positive integer", _whole(1)),

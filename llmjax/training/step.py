@@ -60,7 +60,7 @@ def loss(
     batch: Batch,
     *,
     numerics: Numerics | None = None,
-    recompute: bool | None = None,
+    recompute: str | None = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
 ) -> jax.Array:

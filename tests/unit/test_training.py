@@ -113,7 +113,7 @@ GEMMA2 = {
 }  # fmt: skip
 
 
-def gradients(layers: int, recompute: bool | None):
+def gradients(layers: int, recompute: str | None):
     """Of a model whose layers are alike in pairs, lowered, and its arguments."""
     model = random_model(**GEMMA2, num_hidden_layers=layers)
     adapter = new_adapter(model, LoraConfig(2, 4.0, target_modules="all-linear"))
@@ -128,7 +128,7 @@ def gradients(layers: int, recompute: bool | None):
     return jax.jit(jax.value_and_grad(mean)).lower(factors, model.params), (factors, model.params)
 
 
-@pytest.mark.parametrize("recompute", [True, slow(False)])
+@pytest.mark.parametrize("recompute", ["all", slow("cheap"), slow("nothing")])
 def test_layers_in_a_loop(recompute):
     """Layers that are alike are compiled once, and the loss and every layer's gradients stay what they are; the fifth
     has no other like it."""
