@@ -81,7 +81,9 @@ def _traced_once(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Con
     for i, block in enumerate(blocks[done:], done):
         apply = partial(alike, block.clone(parent=None, name=None))
         with jax.named_scope(str(block.name)):
-            x, made = (recomputed(apply) if ctx.recompute in ("all", "cheap") else apply)(block.variables, x, ctx, *_own(each, i))
+            x, made = (recomputed(apply) if ctx.recompute in ("all", "cheap") else apply)(
+                block.variables, x, ctx, *_own(each, i)
+            )
         for collection, leaves in made.items():
             if leaves:
                 model.put_variable(collection, str(block.name), leaves)

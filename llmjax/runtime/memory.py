@@ -1,5 +1,7 @@
 """What an engine may take of the machine's memory, and what becomes of it."""
 
+import contextlib
+import ctypes
 import dataclasses
 import os
 import re
@@ -98,6 +100,13 @@ def default_budget(weights: int) -> int:
         mapped = max(0, weights - _status("/proc/self/status").get("RssAnon", weights))
         free = max(available - mapped, available // 4)
     return weights + int(_SHARE * free)
+
+
+def give_back_free() -> None:
+    """Returns free memory to the system: after a compilation glibc keeps hundreds of MB of it, which count as the
+    process's.  Nothing where the C library has no such function."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _available() -> int:

@@ -16,6 +16,7 @@ from llmjax.errors import ConfigError, OutputError, ResumeError, TrainingError
 from llmjax.lora.apply import Lora
 from llmjax.model import Model
 from llmjax.outside.whole import locked
+from llmjax.runtime.memory import size, weight_bytes
 from llmjax.text.dates import Date
 from llmjax.training import checkpoints, curves
 from llmjax.training.adapter import Adapter, adapted, new_adapter
@@ -177,6 +178,7 @@ class _Run:
 
     def _finish(self, report: Callable[[Report], None], note: Callable[[str], None]) -> Training:
         identity = self._begin(note) if self.output else {}
+        note(self._memory())
         began, before, first_step = time.monotonic(), self.progress.seconds, self.state.step
         try:
             if self.held_out and self.progress.first_eval is None:
@@ -239,6 +241,15 @@ class _Run:
                 raise OutputError(f"{self.output}: holds an adapter that no run here made; name another directory")
             metrics.write_bytes(b"")
         return identity
+
+    def _memory(self) -> str:
+        """What the widest batch takes, before anything runs."""
+        epoch = batches(self.examples, self.config, self.progress.epoch)
+        widest = max((batch for group in epoch for batch in group), key=lambda batch: batch.ids.size)
+        found = self.programs.temporaries(self.state.factors, widest)
+        shape = " x ".join(map(str, widest.ids.shape))
+        beside = "" if found is None else f", and {size(found)} to compute with where rows are longest ({shape} tokens)"
+        return f"memory: weights {size(weight_bytes(self.model.params))}{beside}"
 
     def _groups(self) -> Iterator[list[Batch]]:
         """The effective batches that are left."""

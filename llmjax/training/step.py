@@ -14,6 +14,7 @@ from llmjax.errors import TrainingError
 from llmjax.model import Model
 from llmjax.models.context import Context
 from llmjax.numerics import Numerics, resolve
+from llmjax.runtime.memory import give_back_free
 from llmjax.training.adapter import Factors, Target, adapted
 from llmjax.training.batches import Batch
 from llmjax.training.optimizer import clipped, optimizer
@@ -114,6 +115,7 @@ class Programs:
 
         options = self._numerics.compiler_options
         self._gradients = jax.jit(gradients, compiler_options=options)
+        self._compiled: dict[Any, jax.stages.Compiled] = {}
         self._losses = jax.jit(
             lambda params, factors, batch: plain(params, factors=factors, batch=batch), compiler_options=options
         )
@@ -126,7 +128,24 @@ class Programs:
 
     def gradients(self, factors: Factors, batch: Batch, tokens: int, key: jax.Array) -> tuple[Factors, jax.Array]:
         """The gradient of the batch's sum over ``tokens``, and the rows' sums ``[B]``."""
-        return self._gradients(self._params, factors, batch.arrays(), jnp.float32(tokens), key)
+        arguments = self._params, factors, batch.arrays(), jnp.float32(tokens), key
+        found: tuple[Factors, jax.Array] = self._program(arguments)(*arguments)
+        return found
+
+    def temporaries(self, factors: Factors, batch: Batch) -> int | None:
+        """Bytes that the gradient of a batch of this shape takes beside what it is given; None where the device does
+        not say."""
+        analysis = self._program((self._params, factors, batch.arrays(), jnp.float32(1), jax.random.key(0)))
+        found = analysis.memory_analysis()
+        return None if found is None else int(found.temp_size_in_bytes)
+
+    def _program(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
+        batch = arguments[2]
+        shape = batch.ids.shape, batch.at.shape
+        if shape not in self._compiled:
+            self._compiled[shape] = self._gradients.lower(*arguments).compile()
+            give_back_free()
+        return self._compiled[shape]
 
     def mean_loss(self, factors: Factors, group: Sequence[Batch]) -> float:
         """Over all learned tokens of the batches."""
