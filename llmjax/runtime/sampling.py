@@ -152,7 +152,7 @@ def _kept(x: jax.Array, cumulative: jax.Array, mass: jax.Array, top_k: jax.Array
     before = cumulative - x
     in_p = (knobs.top_p >= 1) | (before < knobs.top_p * mass)
     keep = (index < top_k) & in_p & (x >= knobs.min_p) & (x > 0) | (index == 0)
-    return jnp.sum(jnp.cumsum(~keep) == 0)
+    return jnp.min(jnp.where(keep, x.shape[0], index))
 
 
 def _pick(cumulative: jax.Array, ids: jax.Array, kept: jax.Array, mass: jax.Array, u: jax.Array) -> jax.Array:
