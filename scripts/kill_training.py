@@ -3,7 +3,7 @@
     python scripts/kill_training.py --kills 20
 
 A tiny model of random weights is trained on some rows.  The run is killed with SIGKILL at a random time (in its start,
-among its steps, at its end) and started again, until it has been killed that often; then it runs to its end.  The
+after a random number of steps, at its end) and started again, until it has been killed that often; then it runs to its end.  The
 adapter must be the same in every byte.
 """
 
@@ -72,7 +72,13 @@ def kill_often(folder: Path, kills: int, steps: int, seed: int) -> dict[str, int
     for _ in range(kills):
         before = _lines(metrics)
         job = start(folder, "killed", steps)
-        time.sleep(rng.uniform(0.1, 1.05) * seconds)
+        if rng.random() < 0.25:
+            time.sleep(rng.uniform(0.1, 0.6) * seconds)  # most likely in its start
+        else:
+            further = min(steps, before + rng.randint(1, steps // 3))
+            while _lines(metrics) < further and job.poll() is None:
+                time.sleep(0.005)
+            time.sleep(rng.uniform(0, 0.1))
         job.send_signal(signal.SIGKILL)
         job.communicate()
         ended = job.returncode == 0

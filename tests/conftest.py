@@ -52,15 +52,10 @@ def smollm2_path() -> Path:
 @pytest.fixture(scope="session")
 def short_smollm2(smollm2_path: Path):
     """The demo model's first two layers under its own embedding and head: compiles in no time, speaks nonsense."""
-    import dataclasses
-
     import llmjax
+    from tests.tiny import shortened
 
-    model = llmjax.load(smollm2_path, numerics="fast")
-    config = dataclasses.replace(model.config, num_hidden_layers=2, windows=model.config.windows[:2])
-    dropped = {f"layers_{i}" for i in range(2, model.config.num_hidden_layers)}
-    params = {name: leaf for name, leaf in model.params.items() if name not in dropped}
-    return dataclasses.replace(model, config=config, params=params)
+    return shortened(llmjax.load(smollm2_path, numerics="fast"), 2)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A tiny Llama-type model with random weights, norms included: big enough for every path of the engine, and fast."""
 
+import dataclasses
 import json
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -50,6 +51,14 @@ def random_model(profile: str = "reference", dtype: str = "float32", eos_ids=(),
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.35, dtype), shapes)
     return Model(architecture, config, params, resolved, None, tuple(eos_ids), Path("tiny"))
+
+
+def shortened(model: Model, layers: int) -> Model:
+    """Its first layers, under its own embedding and head."""
+    config = dataclasses.replace(model.config, num_hidden_layers=layers, windows=model.config.windows[:layers])
+    dropped = {f"layers_{i}" for i in range(layers, model.config.num_hidden_layers)}
+    params = {name: leaf for name, leaf in model.params.items() if name not in dropped}
+    return dataclasses.replace(model, config=config, params=params)
 
 
 def roomy(llm: LLM, tokens: int = 200) -> LLM:

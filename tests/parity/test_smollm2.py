@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import llmjax
-from tests.tiny import slow
+from tests.tiny import shortened, slow
 
 torch = pytest.importorskip("torch", reason="parity extra not installed")
 transformers = pytest.importorskip("transformers", reason="parity extra not installed")
@@ -15,16 +15,24 @@ transformers = pytest.importorskip("transformers", reason="parity extra not inst
 PROMPTS = Path(__file__).parents[2] / "configs/prompts/mixed.jsonl"
 
 
+@pytest.fixture(scope="module", params=[3, slow(30)])
+def layers(request):
+    """Of the model's 30, from the first on."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def theirs(smollm2_path):
-    return transformers.AutoModelForCausalLM.from_pretrained(
+def theirs(smollm2_path, layers):
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         smollm2_path.parent, gguf_file=smollm2_path.name, dtype=torch.float32, attn_implementation="eager"
     ).eval()
+    model.model.layers = model.model.layers[:layers]
+    return model
 
 
 @pytest.fixture(scope="module")
-def llm(smollm2_path):
-    return llmjax.LLM(smollm2_path, numerics="reference", dtype="float32")
+def llm(smollm2_path, layers):
+    return llmjax.LLM(shortened(llmjax.load(smollm2_path, numerics="reference", dtype="float32"), layers))
 
 
 @pytest.fixture(scope="module")
