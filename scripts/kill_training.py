@@ -3,8 +3,8 @@
     python scripts/kill_training.py --kills 20
 
 A tiny model of random weights is trained on some rows.  The run is killed with SIGKILL at a random time (in its start,
-after a random number of steps, at its end) and started again, until it has been killed that often; then it runs to its end.  The
-adapter must be the same in every byte.
+after a random number of steps, at its end) and started again, until it has been killed that often; then it runs to its
+end.  The adapter must be the same in every byte.
 """
 
 import argparse

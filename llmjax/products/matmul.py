@@ -36,7 +36,7 @@ from llmjax.products.digits import in_digits, in_tiles, to_digits
 from llmjax.products.dots import dot
 from llmjax.products.plain import plain
 from llmjax.products.sums import by_weight, can_sum, sums_pay, total
-from llmjax.products.tiles import MANY_ROWS, over_tiles, rows_first
+from llmjax.products.tiles import many, over_tiles, rows_first
 from llmjax.quant.qtensor import QTensor
 
 
@@ -89,21 +89,17 @@ def _quantized_product(x: jax.Array, q: QTensor, numerics: Numerics) -> jax.Arra
     if numerics.digits == 1:
         scale, (rounded,) = to_digits(x, 1)
         x = rounded.astype(jnp.float32)
-    if _many(x) and scale is None:  # one digit's sums are integers, whatever is beside them
+    if many(x) and scale is None:  # one digit's sums are integers, whatever is beside them
         return rows_first(x, q)
     y = by_weight(x, q) if summed else in_tiles(x, q)
     return y if scale is None else scale * y
-
-
-def _many(x: jax.Array) -> bool:
-    return len(x) >= MANY_ROWS and on_cpu()
 
 
 def _float_product(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.Array:
     if len(x) <= summed_rows(weight, numerics):
         return by_weight(x, weight)
 
-    if _many(x) and x.dtype == jnp.float32:
+    if many(x) and x.dtype == jnp.float32:
         return rows_first(x, weight)
 
     def multiply(part: jax.Array) -> jax.Array:

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from llmjax.numerics import on_cpu
-from llmjax.products.tiles import MANY_ROWS, TILE_BYTES, WHOLE_BYTES, rows_dot, tile_rows
+from llmjax.products.tiles import many, rows_dot, tile_of_many, tile_rows
 from llmjax.quant.bits import cut
 from llmjax.quant.qtensor import QTensor, dequantize
 
-# Weights that are converted to less are converted whole: a loop takes as long to compile as ten products.  Where rows
-# are many it may be more, as on the way there.
+# Weights that are converted to less are converted whole: a loop takes as long to compile as ten products.
 _SMALL_BYTES = 1 << 18
 
 
@@ -33,15 +32,14 @@ def plain(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     elif weight.dtype == jnp.float32:
         return rows_dot(x, weight)
     out, width = weight.shape
-    few = len(x) < MANY_ROWS
-    small = not on_cpu() or 4 * out * width < (_SMALL_BYTES if few else WHOLE_BYTES)
-    tile = out if small else tile_rows((out, width), 4, TILE_BYTES if few else WHOLE_BYTES)
+    small = not on_cpu() or 4 * out * width < _SMALL_BYTES
+    tile = out if small else tile_of_many(weight.shape) if many(x) else tile_rows((out, width), 4)
 
     def multiply(start: Any, floats: dict[str, Any]) -> jax.Array:
         return rows_dot(x, _converted(weight, start, tile, floats))
 
     floats = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), floats)
-    if small:
+    if tile == out:
         return jax.checkpoint(multiply)(0, floats)
     whole = (out - 1) // tile * tile  # the last tile repeats channels of the one before where it must
 

@@ -16,13 +16,13 @@ from llmjax.quant.bits import cut, from_storage, to_storage
 from llmjax.quant.qtensor import QTensor, dequantize
 
 # Of what a tile is converted to: what the caches keep, more or less; halving or doubling it costs up to a fifth.
-TILE_BYTES = 4 << 20
+_TILE_BYTES = 4 << 20
 # Weights that are converted to less are converted whole: a loop costs more to compile than their copies to keep.
 _SMALL_BYTES = 4 << 20
 # The like where rows are many.
-WHOLE_BYTES = 16 << 20
+_WHOLE_BYTES = 16 << 20
 # From here on a product costs more than its weight's conversion, and no prompt's chunk has so many.
-MANY_ROWS = 256
+_MANY_ROWS = 256
 
 
 def over_tiles(
@@ -65,9 +65,9 @@ def rows_first(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     """``x [rows, in] . weight [out, in] -> [rows, out]`` in float32, for many rows: beside the product a conversion is
     cheap, and a place in memory for what is converted small; to turn x and the result about is not."""
     out, width = weight.shape
-    tile = min(out, max(16, WHOLE_BYTES // (4 * width) // 16 * 16))
     if weight.dtype == x.dtype and not isinstance(weight, QTensor):
         return rows_dot(x, weight)
+    tile = tile_of_many(weight.shape)
     if tile == out:
         return rows_dot(x, _floats(_after(x, weight)))
 
@@ -90,11 +90,22 @@ def rows_dot(x: jax.Array, weight: jax.Array) -> jax.Array:
     return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), lax.Precision.HIGHEST, jnp.float32)
 
 
-def tile_rows(shape: tuple[int, ...], size: int, tile_bytes: int = TILE_BYTES) -> int:
+def many(x: jax.Array) -> bool:
+    """Whether ``x [rows, in]`` has so many rows that ``rows_first`` pays."""
+    return len(x) >= _MANY_ROWS and on_cpu()
+
+
+def tile_of_many(shape: tuple[int, ...]) -> int:
+    """Channels of a tile of a weight ``(out, in)`` that is converted to float32 for many rows; all of them, often."""
+    out, width = shape
+    return min(out, max(16, _WHOLE_BYTES // (4 * width) // 16 * 16))
+
+
+def tile_rows(shape: tuple[int, ...], size: int) -> int:
     """Channels of a tile of a weight ``(out, in)`` that is converted to elements of ``size`` bytes; two tiles at least:
     a loop of one turn is no loop to XLA."""
     out, width = shape
-    return min((out + 1) // 2, max(16, tile_bytes // (size * width) // 16 * 16))
+    return min((out + 1) // 2, max(16, _TILE_BYTES // (size * width) // 16 * 16))
 
 
 def converted_whole(shape: tuple[int, ...], size: int) -> bool:

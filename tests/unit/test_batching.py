@@ -8,7 +8,7 @@ import pytest
 
 from llmjax import LLM, SamplingParams
 from llmjax.runtime.prefixes import Prefixes
-from tests.tiny import random_ids, random_model, slow
+from tests.tiny import random_ids, random_model, roomy, slow
 
 CHUNK = 16
 RNG = np.random.default_rng(7)
@@ -16,7 +16,7 @@ SYSTEM = random_ids(RNG, 40)
 
 
 def engine(model, **options):
-    return LLM(model, max_batch=4, chunk=CHUNK, block=16, **options)
+    return roomy(LLM(model, max_batch=4, chunk=CHUNK, block=16, **options))
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +95,12 @@ def test_rows_decode_while_a_long_prompt_comes_in(model):
 
 def test_slots_stay_busy_and_nothing_is_compiled_on_the_way(model):
     llm = engine(model)
-    longest = 60 + 40
 
     def requests():
         for i in range(60):
             yield llm.request(random_ids(RNG, 1 + 17 * i % 60), SamplingParams(max_tokens=10 + 7 * i % 31))
 
-    outputs = list(llm.outputs(requests(), reserve=[longest] * 4))
+    outputs = list(llm.outputs(requests()))
     progress = llm.engine.progress
     assert progress.rows == len(outputs) == 60
     assert progress.decode_tokens == sum(len(o.outputs[0].token_ids) for o in outputs)
@@ -109,6 +108,7 @@ def test_slots_stay_busy_and_nothing_is_compiled_on_the_way(model):
     assert dict(llm.engine.traces) == {"prefill": 1, "decode": 1, "admit": 1}
 
 
+@pytest.mark.slow
 def test_a_row_that_ends_makes_room_at_once(model):
     """One row ends after 2 steps, the others after 30; the fifth must not wait for them."""
     llm, calls = engine(model), []

@@ -21,6 +21,7 @@ def small_probes(monkeypatch):
     monkeypatch.setattr(probes, "_MATMUL_SIZE", {"cpu": 64, "gpu": 64})
 
 
+@pytest.mark.slow
 def test_command(small_probes, tmp_path, capsys):
     path = str(checkpoint(tmp_path / "m", max_position_embeddings=1000, num_hidden_layers=1))
     command = ["bench", "--model", path, "--quantize", "int8", "--max-batch", "4", "--in-use", "1,4", "--repeat", "2"]

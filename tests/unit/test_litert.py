@@ -107,6 +107,7 @@ def test_prompts_are_cut_as_litert_lm_cuts_them():
     assert cuts([], 5, 64) == []
 
 
+@pytest.mark.slow
 def test_rows_side_by_side_generate_what_each_does_alone(model, stored):
     llm = llmjax.LLM(model, max_batch=2)
     prompts = [stored["ids/s0"][:17].tolist(), stored["ids/s1"][:6].tolist()]

@@ -40,6 +40,7 @@ def test_weights_of_16_bits(profile, stored, rows):
 def test_many_rows(bits, whole, monkeypatch):
     """Forth and back, converted at once or in tiles of which the last overlaps the one before."""
     monkeypatch.setattr(tiles, "_WHOLE_BYTES", whole)
+    monkeypatch.setattr("llmjax.products.plain._SMALL_BYTES", 0)
     x, back = (jnp.asarray(RNG.standard_normal((260, n)), jnp.float32) for n in (96, 38))
     if bits == 16:
         weight = jnp.asarray(RNG.standard_normal((38, 96)), jnp.bfloat16)

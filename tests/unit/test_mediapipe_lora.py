@@ -90,6 +90,7 @@ def test_an_adapter_that_was_trained_here(tmp_path):
         assert np.abs(whole - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
+@pytest.mark.slow
 def test_gemma_7b_beside_its_own_bin(tmp_path):
     """MediaPipe's converter has no LoRA for it; here the adapter goes with the quantized ``.bin`` as well."""
     source, adapter, rng = tmp_path / "source", tmp_path / "adapter.safetensors", np.random.default_rng(0)

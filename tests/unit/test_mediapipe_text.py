@@ -167,6 +167,7 @@ def test_ids_and_texts_of_the_web_runtime(name):
             assert tokenizer.decode(known) == case["text"]
 
 
+@pytest.mark.slow
 def test_stop_tokens_end_a_text_as_strings(monkeypatch):
     import dataclasses
 

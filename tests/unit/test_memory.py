@@ -83,6 +83,7 @@ def test_rows_that_were_put_off_keep_their_bits(ample, model, put_off, pages):
     assert tight.engine.progress.decode_tokens == sum(len(o.outputs[0].token_ids) for o in expected.values())
 
 
+@pytest.mark.slow
 def test_a_stream_that_was_put_off_shows_each_token_once(ample, model, put_off):
     tight = engine(model, 7)
     updates = tight.run(requests(tight), burst=3, reserve=(400,) * 4)

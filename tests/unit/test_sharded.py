@@ -52,7 +52,7 @@ for axes in ([], [None, None], ["x", "y"]):
 @pytest.mark.parametrize(
     "kind",
     [
-        ("none", "fast", "float32"),
+        slow(("none", "fast", "float32")),
         *(
             slow(kind)
             for kind in [

@@ -121,7 +121,7 @@ def test_no_program_copies_a_cache(slots, scheme, tokens):
     ("slots", "scheme"),
     [
         *(slow(*case) for case in ((4, "int4-g32"), (1, "int8"), (4, None), (2, "int4"), (2, None))),
-        (1, None),
+        slow(1, None),
     ],
 )
 def test_the_length_of_a_cache_moves_no_bit(slots, scheme):

@@ -23,7 +23,7 @@ from llmjax.training.batches import Example, batches, bucket, from_labels, make_
 from llmjax.training.files import read_trained
 from llmjax.training.optimizer import optimizer, schedule
 from llmjax.training.step import Programs, first_state, loss, train_step
-from tests.tiny import checkpoint, random_model, slow
+from tests.tiny import checkpoint, random_model
 
 RNG = np.random.default_rng(5)
 CONFIG = TrainConfig(rank=2, learning_rate=0.03, batch_size=2, accumulation=2, epochs=3, checkpoint_every=2, clip=0.5)
@@ -128,18 +128,22 @@ def gradients(layers: int, recompute: str | None):
     return jax.jit(jax.value_and_grad(mean)).lower(factors, model.params), (factors, model.params)
 
 
-@pytest.mark.parametrize("recompute", ["all", slow("cheap"), slow("nothing")])
-def test_layers_in_a_loop(recompute):
-    """Layers that are alike are compiled once, and the loss and every layer's gradients stay what they are; the fifth
-    has no other like it."""
+@pytest.mark.parametrize("recompute", ["all", "cheap", "nothing"])
+def test_layers_that_are_alike_are_compiled_once(recompute):
+    products = [gradients(n, recompute)[0].as_text().count("stablehlo.dot_general") for n in (4, 8)]
+    assert products[0] == products[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", ["all", "cheap", "nothing"])
+def test_layers_in_a_loop_are_the_layers(recompute):
+    """The loss and every layer's gradients; the fifth has no other like it."""
     plain, arguments = gradients(5, None)
     looped, _ = gradients(5, recompute)
     (value, wanted), (again, found) = plain.compile()(*arguments), looped.compile()(*arguments)
     np.testing.assert_allclose(again, value, rtol=1e-6)
     assert len({float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(wanted)}) == 5 * 14
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-4), found, wanted)
-    products = [gradients(n, recompute)[0].as_text().count("stablehlo.dot_general") for n in (4, 8)]
-    assert products[0] == products[1]
 
 
 @pytest.mark.parametrize(("kinds", "wanted"), [
