@@ -437,6 +437,7 @@ def test_a_job_keeps_its_date(llm, folder, monkeypatch):
 
 def test_the_first_interrupt_is_heard_at_once(capsys):
     """While a program runs, that is, in which Python handles no signal."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     heard = []
     with Interrupts(lambda: heard.append(time.monotonic())) as interrupts:
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()

@@ -244,6 +244,7 @@ def test_an_interceptor_that_changes_its_mind_is_heard():
             same(model.logits([[5, 9]])[0], factor * once)
 
 
+@pytest.mark.slow
 def test_stacked_layers_are_seen_one_by_one():
     """What Flax captures, and the cache that comes about, is that of the layers apart."""
     model = packed_model(windows=(8, None) * 2)

@@ -221,6 +221,7 @@ def test_merge_and_check(base, adapter, expected, tmp_path, capsys, monkeypatch)
     assert "no adapter here" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rows_of_a_job_name_theirs(base, adapter, tmp_path):
     lines = [{"id": "a", "prompt_token_ids": IDS, "lora": "one"}, {"id": "b", "prompt_token_ids": IDS}]
     lines += [{"id": "c", "prompt_token_ids": IDS, "lora": "two"}]

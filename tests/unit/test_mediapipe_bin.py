@@ -75,6 +75,7 @@ def test_logits_and_tokens_of_the_web_runtime(name):
         assert found.argmax(-1).tolist() == tokens
 
 
+@pytest.mark.slow
 def test_profiles_are_formulas_of_their_own():
     """At these sizes 2e-5 would not tell the two forms of GELU apart: the web runtime's own source says erf."""
     reference = llmjax.load(GEMMA)

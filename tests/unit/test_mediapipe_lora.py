@@ -143,6 +143,7 @@ def test_a_file_alone_is_what_its_runtime_computes(caplog, tmp_path):
         assert np.abs(other - found).max() > 0.05 * np.abs(found).max()
 
 
+@pytest.mark.slow
 def test_flags_give_alpha(tmp_path, capsys):
     path = DATA / "GEMMA_2B_gpu_lora_r4_mp0.10.21.bin"
     texts = tmp_path / "texts.jsonl"

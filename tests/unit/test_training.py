@@ -49,6 +49,7 @@ def whole(model, tmp_path_factory):
     return llmjax.finetune(model, rows(10), config, eval_rows=rows(4, seed=1), output=folder), folder
 
 
+@pytest.mark.slow
 def test_a_step_by_hand(model):
     """The gradient is that of the mean over all learned tokens of both batches, and AdamW's step is torch's."""
     config = TrainConfig(
