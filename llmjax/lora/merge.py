@@ -71,9 +71,25 @@ class Merge:
         return merged
 
 
-def merged_rows(rows: Rows, delta: Delta) -> Rows:
-    """``W + scale * B . A``, float32, a few rows at a time."""
-    return lambda start, stop: rows(start, stop).astype(np.float32) + delta.rows(slice(start, stop))
+def merged_rows(rows: Rows, delta: Delta, parameter: str) -> Rows:
+    """``W + scale * B . A``, float32, a few rows at a time.
+
+    Raises:
+      LoraError: from the rows: the sum is beyond what float32 holds.
+    """
+
+    def merged(start: int, stop: int) -> np.ndarray:
+        base = rows(start, stop).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # it is looked for
+            found = base + delta.rows(slice(start, stop))
+        if not np.isfinite(found).all() and np.isfinite(base).all():
+            raise LoraError(
+                f"{parameter}: the weight with scale * B . A goes beyond float32's range (scale {delta.scale:.3g}); is "
+                "the adapter damaged?"
+            )
+        return found
+
+    return merged
 
 
 def requantized(q: QTensor, delta: Delta, parameter: str) -> tuple[QTensor, Survival]:
@@ -90,7 +106,9 @@ def requantized(q: QTensor, delta: Delta, parameter: str) -> tuple[QTensor, Surv
     group = None if q.scales.shape[1] == 1 else q.group
     scheme = Scheme(q.bits, group, symmetric=q.offsets is None)
     out, width = q.shape
-    merged = quantize(merged_rows(lambda start, stop: _rows(q, start, stop), delta), (out, width), scheme, parameter)
+    merged = quantize(
+        merged_rows(lambda start, stop: _rows(q, start, stop), delta, parameter), (out, width), scheme, parameter
+    )
     changed, dot, power, noise = 0, 0.0, 0.0, 0.0
     for rows in row_chunks(q.shape):
         wanted = delta.rows(rows).astype(np.float64)

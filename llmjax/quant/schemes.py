@@ -10,6 +10,7 @@ from typing import Any
 
 from llmjax import configs
 from llmjax.errors import ConfigError
+from llmjax.outside.paths import checked_path
 
 ROLES: tuple[str, ...] = ("attention", "feed_forward", "embedding", "head", "per_layer_embedding")
 GROUPS: tuple[int, ...] = (32, 64, 128)
@@ -134,7 +135,7 @@ def parse(quantize: str | Path | Mapping[str, Any]) -> Recipe:
     text = str(quantize)
     if _NAME.fullmatch(text):
         return Recipe(dict.fromkeys(ROLES, Scheme.parse(text)))
-    file: Traversable | Path = Path(text)
+    file: Traversable | Path
     if text in recipe_names():
         file = configs.folder() / "quantization" / f"{text}.toml"
     elif not text.endswith(".toml"):
@@ -142,6 +143,8 @@ def parse(quantize: str | Path | Mapping[str, Any]) -> Recipe:
             f"quantize: unknown {text!r}; expected a scheme ({_EXPECTED}), a recipe ({', '.join(recipe_names())}) or a "
             "*.toml file"
         )
+    else:
+        file = checked_path("quantize", quantize, ConfigError)
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,11 @@ class Tokenizer:
         text can be shown while it grows.
 
         Raises:
-          RequestError: an id is negative.
+          RequestError: what are no token ids, or an id is negative.
         """
         try:
-            known = [int(i) for i in ids if i < self.vocab_size]
-        except (TypeError, ValueError):
+            known = [i for i in map(_token_id, _sequence(ids)) if i < self.vocab_size]
+        except TypeError:
             raise RequestError(f"ids: expected a list of token ids, found {shown(ids)}") from None
         if min(known, default=0) < 0:
             raise RequestError(f"ids: expected token ids from 0 on, found {min(known)}")
@@ -212,6 +213,18 @@ class Tokenizer:
     def _any_part(self, token: int) -> str | bytes | None:
         piece = self.piece(token)
         return detokenize.sentencepiece_piece(piece) if piece else None
+
+
+def _sequence(ids: Any) -> Any:
+    if isinstance(ids, bytes | bytearray | Mapping | Set):  # which would give numbers
+        raise TypeError
+    return ids
+
+
+def _token_id(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
 
 
 def _not_text(text: Any) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 
 from llmjax.errors import LlmjaxError, RequestError, named, shown
 from llmjax.model import Model, check_ids
+from llmjax.outside.paths import checked_path
 from llmjax.text.dates import Date, settled
 from llmjax.text.tokenizer import Tokenizer
 from llmjax.training.batches import Example
@@ -95,7 +96,7 @@ def read_rows(path: str | Path) -> list[Any]:
     Raises:
       RequestError: the file cannot be read.
     """
-    path = Path(path)
+    path = checked_path("rows", path, RequestError)
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
@@ -128,6 +129,8 @@ def make_examples(
     Raises:
       RequestError: no row is any good.
     """
+    if not isinstance(rows, Iterable) or isinstance(rows, bytes | Mapping):
+        raise RequestError(f"{where}: expected a JSONL file's path or objects, found {shown(rows)}")
     longest = min(max_length or model.context_length, model.context_length)
     date = settled(date)
     examples, bad = [], []
