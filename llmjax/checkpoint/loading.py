@@ -151,7 +151,9 @@ def load(
         tokenizer = read_tokenizer(source, override)
         eos_ids = tokenizer.eos_ids if tokenizer else end_tokens(source, None, override)
         adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
-        merge = merging.Merge(adapter.deltas if adapter else {}, lora_mode, numerics)
+        merge = merging.Merge(
+            adapter.deltas if adapter else {}, lora_mode, numerics, str(adapter.path) if adapter else ""
+        )
         params: dict[str, Any] = {}
         apart = {}
         for name, value in read_all(source, plan, dtype, recipe, check_finite, merge, narrowed=True):

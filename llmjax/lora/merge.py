@@ -43,12 +43,14 @@ class Merge:
       mode: ``merged``, ``unmerged``; None merges into floats and leaves quantized weights as they are, which merging
         would round a second time.
       numerics: the profile the weights are for; None for files, whose floats keep the dtype they have.
+      where: the adapter's path, for messages.
       survivals: by parameter, of packed weights that were rounded again.
     """
 
     deltas: Mapping[str, Delta]
     mode: str | None
     numerics: str | None
+    where: str = "lora"
     survivals: dict[str, Survival] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,7 +69,7 @@ class Merge:
 
     def into_packed(self, q: QTensor, delta: Delta, parameter: str) -> QTensor:
         """A quantized weight with its delta, rounded again under the scheme it has."""
-        merged, self.survivals[parameter] = requantized(q, delta, parameter)
+        merged, self.survivals[parameter] = requantized(q, delta, f"{self.where}: {parameter}")
         return merged
 
 

@@ -173,7 +173,10 @@ def _rules(dump: Dump, extra: str | Path | None) -> list[tuple[str, Any]]:
             )
         except OSError as error:
             raise RequestError(f"{extra}: cannot read the names: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # TOML that is none, no UTF-8, too many digits
             raise RequestError(f"{extra}: not a TOML file: {error}") from None
     rules = []
     for where, table in tables:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmjax.errors import RequestError, shown
+from llmjax.errors import RequestError, named, shown
 from llmjax.outside.values import FLAG, INT32, TEXT, Rule, check, each, integer, number, plain, settle
 
 MAX_LOGPROBS = 20
@@ -107,7 +107,7 @@ class SamplingParams:
         """From parsed JSON; a key that is no field is refused by name."""
         if not isinstance(values, Mapping):
             raise RequestError(f"sampling parameters: expected an object, found {shown(values)}")
-        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        unknown = sorted(named(str(key)) for key in set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             known = ", ".join(f.name for f in dataclasses.fields(cls))
             raise RequestError(f"unknown sampling parameter {', '.join(unknown)}; expected {known}")

@@ -16,6 +16,9 @@ from llmjax.text import detokenize
 from llmjax.text.dates import Date
 from llmjax.text.detokenize import IncrementalDetokenizer
 
+# Ids that a vocabulary may leave out, however small it is.
+_MOST_HOLES = 1 << 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
@@ -64,8 +67,18 @@ class Tokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """Ids the tokenizer knows, added tokens included: one more than the highest."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        """Ids the tokenizer knows, added tokens included: one more than the highest.
+
+        Raises:
+          TokenizerError: ids far beyond their number, which would cost time and memory for each that is left out.
+        """
+        ids = self.backend.get_vocab(with_added_tokens=True).values()
+        size = max(ids, default=-1) + 1
+        if size > 2 * len(ids) + _MOST_HOLES:
+            raise TokenizerError(
+                f"{self.where}: {len(ids):,} tokens, of which one has the id {size - 1:,}; the vocabulary is damaged"
+            )
+        return size
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         """Token ids; special-token strings in the text become their ids, as in transformers.

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from llmjax.errors import ConfigError
+from llmjax.errors import ConfigError, named, shown
 from llmjax.lora.config import LoraConfig
 from llmjax.outside.values import (
     FLAG,
@@ -117,11 +117,13 @@ class TrainConfig:
         Raises:
           ConfigError: an unknown name, or a value that is none of its.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{where}: expected an object, found {shown(values)}")
         known = {field.name for field in dataclasses.fields(cls)}
         for name, why in _LATER.items():
             if values.get(name) not in (None, False):
                 raise ConfigError(f"{where}: {name}: {why}")
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(named(str(key)) for key in set(values) - known):
             raise ConfigError(f"{where}: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
         return cls(**values)
 
