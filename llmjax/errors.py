@@ -8,6 +8,8 @@ from typing import Any
 
 # Of a message, whatever names and values of a file are in it.
 _MOST_LINES, _MOST_CHARACTERS = 100, 2000
+# What is left of a longer line: what it is about, and what is wrong.
+_BEGIN, _END = 1500, 500
 
 
 def shown(value: Any) -> str:
@@ -57,7 +59,7 @@ class LlmjaxError(Exception):
 
     def __init__(self, message: str = ""):
         lines = message.split("\n")
-        short = [line if len(line) <= _MOST_CHARACTERS else f"{line[:_MOST_CHARACTERS]}..." for line in lines]
+        short = [line if len(line) <= _MOST_CHARACTERS else f"{line[:_BEGIN]} ... {line[-_END:]}" for line in lines]
         more = [f"  ... and {len(lines) - _MOST_LINES} lines more"] if len(lines) > _MOST_LINES else []
         super().__init__(printable("\n".join(short[:_MOST_LINES] + more)))
 

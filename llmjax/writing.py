@@ -61,7 +61,7 @@ def convert(
             raise ConfigError("dtype: floats are float32 in MediaPipe's files; leave it out")
         if lora is not None:
             raise ConfigError("lora: write the merged checkpoint first (llmjax lora merge), then convert that")
-        convert_source(source, Path(destination), quantize, override, check_finite, report, **mediapipe)
+        convert_source(source, destination, quantize, override, check_finite, report, **mediapipe)
         return Path(destination)
     if mediapipe:
         raise ConfigError(f"{', '.join(mediapipe)}: only for to='mediapipe'")

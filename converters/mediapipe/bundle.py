@@ -22,6 +22,7 @@ from converters.readers.litert import tflite
 from converters.readers.mediapipe.package import METADATA, MODEL, OPTIONAL, TOKENIZER
 from converters.readers.mediapipe.parameters import LlmParameters
 from llmjax.errors import ConfigError, LlmjaxError, TokenizerError, named, shown
+from llmjax.outside.paths import checked_path
 from llmjax.outside.values import FLAG, STRING, TEXT, Rule, each
 from llmjax.outside.whole import whole_file
 
@@ -97,7 +98,9 @@ def create_bundle(config: BundleConfig) -> Path:
     problems = list(_problems(config))
     if problems:
         raise ConfigError("BundleConfig: " + "\n  ".join(problems))
-    output = Path(config.output_filename)
+    output = checked_path("output_filename", config.output_filename, ConfigError)
+    if not output.name:
+        raise ConfigError(f"output_filename: {output}: expected a file, found a directory")
     if not output.name.endswith(".task"):
         output = output.with_name(output.name + ".task")
     files = {"tflite_model": MODEL, "tokenizer_model": TOKENIZER}

@@ -36,6 +36,7 @@ from llmjax.lora.adapter import LoraSource, read_adapter
 from llmjax.models.config import DecoderConfig
 from llmjax.models.registry import architectures, read_config
 from llmjax.models.tree import parameter_shapes
+from llmjax.outside.paths import checked_path, path_problem
 from llmjax.outside.values import FLAG, POSITIVE, Rule, one_of
 from llmjax.outside.whole import whole_file
 from llmjax.quant.schemes import parse
@@ -45,8 +46,8 @@ _FORMATS = {
     "safetensors": (("model.safetensors.index.json", "model.safetensors"), (".safetensors",)),
     "pytorch": (("pytorch_model.bin.index.json", "pytorch_model.bin"), (".bin", ".pt", ".pth")),
 }
-_PATH = Rule("a path", lambda v: isinstance(v, str | Path))
-_PATH_OR_NONE = Rule("a path or None", lambda v: v is None or isinstance(v, str | Path))
+_PATH = Rule("a path that a file can have", lambda v: isinstance(v, str | Path) and not (str(v) and path_problem(v)))
+_PATH_OR_NONE = Rule("a path that a file can have, or None", lambda v: v is None or _PATH.holds(v))
 _BITS = ("attention_quant_bits", "feedforward_quant_bits", "embedding_quant_bits")
 # What each option may be.
 _RULES: dict[str, Rule] = {
@@ -270,7 +271,7 @@ def _write_lora(
 
 def convert_source(
     source: str | Path,
-    destination: Path,
+    destination: str | Path,
     quantize: str | Path | Mapping[str, Any] | None,
     override: Override,
     check_finite: bool,
@@ -300,6 +301,7 @@ def convert_source(
     """
     backend = job.known_backend(backend)
     kind = None if model_type is None else job.model_type(model_type)
+    destination = checked_path("destination", destination, CheckpointError)
     if destination.exists():
         raise CheckpointError(f"{destination}: exists; expected a new file")
     opened = open_source(find_model(source))
@@ -374,7 +376,7 @@ def read_vocabulary(path: str | Path, *, given: bool) -> tuple[bytes, str]:
       ConfigError: there is none.
       TokenizerError: it is damaged.
     """
-    path = Path(path)
+    path = checked_path("vocab_model_file", path, ConfigError)
     if path.is_dir():
         model = path / "tokenizer.model"
         if not model.is_file() and (path / "tokenizer.json").is_file():

@@ -1,12 +1,15 @@
 """JSON objects from files that nobody vouches for."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from llmjax.errors import CheckpointError, lfs_pointer, named
 
+# Half a pair, or the escape of one.
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 # Far above any model's: a hostile file must not cost minutes, or many times its size in memory.
 _MOST_BYTES, _MOST_VALUES = 1 << 25, 1 << 21
 
@@ -19,14 +22,21 @@ def parse_json(data: str | bytes, constant: Callable[[str], Any] | None = None) 
       constant: what to make of NaN and Infinity, which are no JSON; None for floats.
 
     Raises:
-      ValueError: it is none, holds more values than any model's files, or an object names a key twice.
+      ValueError: it is none, holds more values than any model's files or half a surrogate pair, or an object names a
+        key twice.
       RecursionError: it is nested too deeply.
     """
-    text = data if isinstance(data, str) else data.decode("latin-1")
+    text = data if isinstance(data, str) else data.decode(json.detect_encoding(data), "surrogatepass")
     count = sum(map(text.count, ",{["))
     if count > _MOST_VALUES:
         raise ValueError(f"expected at most {_MOST_VALUES:,} values, found {count:,}")
-    return json.loads(data, object_pairs_hook=unique_keys, parse_constant=constant)
+    value = json.loads(text, object_pairs_hook=unique_keys, parse_constant=constant)
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a string holds half a surrogate pair, which no UTF-8 text has") from None
+    return value
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -13,8 +13,9 @@ from llmjax.batch.index import Index
 from llmjax.batch.progress import clock
 from llmjax.batch.reading import open_lines
 from llmjax.batch.rows import WHOLE, Generating, Shard, read_rows
-from llmjax.errors import LlmjaxError, NoRoomError, TooLongError
+from llmjax.errors import LlmjaxError, NoRoomError, RequestError, TooLongError
 from llmjax.llm import LLM
+from llmjax.outside.paths import checked_path
 from llmjax.runtime.asking import Params
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.schedule import no_room
@@ -95,7 +96,7 @@ def run(
       LlmjaxError: the input cannot be read, or from ``load``.
     """
     report, index = Forecast(), Index()
-    begun = _begun(output)
+    begun = None if output == "-" else _begun(checked_path("output", output, RequestError))
     date = manifests.job_date(date, begun)
     with open_lines(source) as lines, contextlib.closing(index):
         llm = load()
@@ -130,10 +131,12 @@ def run(
     return report
 
 
-def _begun(output: str) -> manifests.Manifest | None:
+def _begun(output: Path) -> manifests.Manifest | None:
     """What there is of a manifest beside an output."""
+    if output.is_dir():
+        raise RequestError(f"{output}: cannot write the output: it is a directory")
     try:
-        return None if output == "-" else manifests.read(Path(output))
+        return manifests.read(output)
     except LlmjaxError:
         return None
 

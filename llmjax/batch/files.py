@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from llmjax.errors import RequestError
+from llmjax.outside.paths import checked_path
 from llmjax.outside.whole import locked, workspace
 
 
@@ -28,7 +29,7 @@ def claimed(output: str, source: str) -> Iterator[tuple[Path, IO[bytes] | None]]
       RequestError: it cannot be written to.
       ResumeError: another job does.
     """
-    path = Path(output)
+    path = checked_path("output", output, RequestError)
     with contextlib.ExitStack() as stack:
         try:
             if output == "-" or (path.exists() and not path.is_file() and not path.is_dir()):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -137,7 +138,11 @@ def run(
         llm = load()
         job = _Job(work(llm, params), path, stream, options, time.monotonic() - began)
         with contextlib.closing(job.index):
-            return job.run(lines, output, about or {})
+            summary = job.run(lines, output, about or {})
+        if summary.status == "complete" and not job.count.done:
+            where = "" if options.shard == WHOLE else " of this shard"
+            warnings.warn(f"{source}: no rows{where} in it, so there was nothing to do", stacklevel=2)
+        return summary
 
 
 class _RunEnded(Exception):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from llmjax.errors import RequestError, lfs_pointer, shown
+from llmjax.outside.paths import checked_path
 
 # Of the beginning, what is looked at to tell what an input is.
 _SAMPLE = 1 << 16
@@ -167,7 +168,7 @@ def open_lines(path: str) -> Iterator[Lines]:
         yield Lines(sys.stdin.buffer, path)  # type: ignore[arg-type]
         return
     try:
-        file = open(path, "rb")
+        file = open(checked_path("input", path, RequestError), "rb")
     except OSError as error:
         raise RequestError(f"{path}: cannot read the input: {error.strerror}") from None
     with file:

@@ -35,7 +35,8 @@ class Shard:
           RequestError: it is no such thing.
         """
         part, slash, parts = text.partition("/")
-        if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        numbers = len(text) < 40 and slash and part.isdecimal() and parts.isdecimal()
+        if not (numbers and 1 <= int(part) <= int(parts)):
             raise RequestError(f"shard: expected i/n with i from 1 to n, such as 1/4, found {text!r}")
         return cls(int(part), int(parts))
 

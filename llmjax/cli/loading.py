@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmjax.errors import RequestError
+from llmjax.outside.paths import checked_path
 
 if TYPE_CHECKING:
     from llmjax.llm import LLM
@@ -86,7 +87,7 @@ def _template(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return checked_path("--chat-template", path, RequestError).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise RequestError(f"--chat-template: {path}: cannot read the file: {error.strerror}") from None
     except UnicodeDecodeError as error:

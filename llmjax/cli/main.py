@@ -5,12 +5,15 @@ wrong usage or bad input, 130 interrupted.
 """
 
 import argparse
+import contextlib
 import io
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import llmjax
 from llmjax.cli import batch, bench, checkpoints, generate, loading, lora, oracle
@@ -25,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors=errors)
     args = _parser().parse_args(argv)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _no_interrupt_lost():
             warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
             _tell_log()
             loading.keep_compiled(args)
@@ -48,6 +51,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         _tell(str(error))
         _drop_stdout()
         return 1
+
+
+@contextlib.contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Python drops a Ctrl-C that comes in the middle of a destructor, or of JAX's part in the collection of garbage: it
+    is sent once more."""
+    before = sys.unraisablehook
+
+    def hook(ignored: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(ignored.exc_type, KeyboardInterrupt):
+            return before(ignored)
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()  # when that is over
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _tell(message: str) -> None:

@@ -2,11 +2,11 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from llmjax.cli import loading
 from llmjax.cli.flags import Verbs, add_verb, cache_flags, id_list, load_flags, prompt_text
 from llmjax.errors import RequestError
+from llmjax.outside.whole import write_text
 
 
 def add(verbs: Verbs) -> None:
@@ -90,13 +90,10 @@ def _compare(args: argparse.Namespace) -> int:
         arithmetic=args.arithmetic,
         token_ids=ids,
     )
-    if args.html:
+    if args.html is not None:
         report.to_html(args.html)
-    if args.junit:
-        try:
-            Path(args.junit).write_text(report.to_junit(), encoding="utf-8")
-        except OSError as error:
-            raise RequestError(f"{args.junit}: cannot write the report: {error.strerror}") from None
+    if args.junit is not None:
+        write_text(args.junit, report.to_junit(), RequestError)
     print(report.to_json() if args.json else report.to_text())
     if report.verdict == "not_comparable":
         print(f"llmjax: not comparable: {report.reason}", file=sys.stderr)

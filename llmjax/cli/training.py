@@ -23,9 +23,11 @@ def _names(text: str) -> str | tuple[str, ...]:
 
 def _pattern(kind: type) -> Any:
     def parse(text: str) -> tuple[str, Any]:
-        key, equals, value = text.rpartition("=")
+        key, _, value = text.rpartition("=")
         try:
-            return key, kind(value) if equals and key else None
+            if not key:
+                raise ValueError
+            return key, kind(value)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected PATTERN=NUMBER, found {text!r}") from None
 
@@ -33,7 +35,10 @@ def _pattern(kind: type) -> Any:
 
 
 def _pair(text: str) -> tuple[float, ...]:
-    return tuple(map(float, text.split(",")))
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected two numbers with a comma between, found {text!r}") from None
 
 
 def _switch(text: str) -> bool:
@@ -43,7 +48,10 @@ def _switch(text: str) -> bool:
 
 
 def _limit(text: str) -> float | str:
-    return text if text == "none" else float(text)
+    try:
+        return text if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or none, found {text!r}") from None
 
 
 # By ``TrainConfig``'s name: how a flag's text is read, what it is called, and what it says.

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.names import From, sources_of, stem
 from llmjax.models.tree import parameter_shapes
+from llmjax.outside.paths import checked_path
 from llmjax.outside.values import POSITIVE, POSITIVE_NUMBER, check
 from llmjax.quant.schemes import role_of
 
@@ -138,12 +138,11 @@ def read_adapter(lora: AnyLora | Adapter, architecture: Architecture, config: De
     if isinstance(lora, Adapter):
         return lora
     source = lora if isinstance(lora, LoraSource) else LoraSource(lora)
-    if not isinstance(source.path, str | os.PathLike):
-        raise LoraError(f"lora: expected an adapter's path or a LoraSource, found {source.path!r:.80}")
-    if is_tflite(Path(source.path)):
+    path = checked_path("lora", source.path, LoraError)
+    if is_tflite(path):
         return _from_mediapipe(source, config)
     try:
-        file = open_adapter(Path(source.path))
+        file = open_adapter(path)
     except CheckpointError as error:
         raise LoraError(str(error)) from None
     settings = _settings(source, file)

@@ -43,12 +43,14 @@ class Merge:
       mode: ``merged``, ``unmerged``; None merges into floats and leaves quantized weights as they are, which merging
         would round a second time.
       numerics: the profile the weights are for; None for files, whose floats keep the dtype they have.
+      where: the adapter's path, for messages.
       survivals: by parameter, of packed weights that were rounded again.
     """
 
     deltas: Mapping[str, Delta]
     mode: str | None
     numerics: str | None
+    where: str = "lora"
     survivals: dict[str, Survival] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,13 +69,29 @@ class Merge:
 
     def into_packed(self, q: QTensor, delta: Delta, parameter: str) -> QTensor:
         """A quantized weight with its delta, rounded again under the scheme it has."""
-        merged, self.survivals[parameter] = requantized(q, delta, parameter)
+        merged, self.survivals[parameter] = requantized(q, delta, f"{self.where}: {parameter}")
         return merged
 
 
-def merged_rows(rows: Rows, delta: Delta) -> Rows:
-    """``W + scale * B . A``, float32, a few rows at a time."""
-    return lambda start, stop: rows(start, stop).astype(np.float32) + delta.rows(slice(start, stop))
+def merged_rows(rows: Rows, delta: Delta, parameter: str) -> Rows:
+    """``W + scale * B . A``, float32, a few rows at a time.
+
+    Raises:
+      LoraError: from the rows: the sum is beyond what float32 holds.
+    """
+
+    def merged(start: int, stop: int) -> np.ndarray:
+        base = rows(start, stop).astype(np.float32)
+        with np.errstate(over="ignore", invalid="ignore"):  # it is looked for
+            found = base + delta.rows(slice(start, stop))
+        if not np.isfinite(found).all() and np.isfinite(base).all():
+            raise LoraError(
+                f"{parameter}: the weight with scale * B . A goes beyond float32's range (scale {delta.scale:.3g}); is "
+                "the adapter damaged?"
+            )
+        return found
+
+    return merged
 
 
 def requantized(q: QTensor, delta: Delta, parameter: str) -> tuple[QTensor, Survival]:
@@ -90,7 +108,9 @@ def requantized(q: QTensor, delta: Delta, parameter: str) -> tuple[QTensor, Surv
     group = None if q.scales.shape[1] == 1 else q.group
     scheme = Scheme(q.bits, group, symmetric=q.offsets is None)
     out, width = q.shape
-    merged = quantize(merged_rows(lambda start, stop: _rows(q, start, stop), delta), (out, width), scheme, parameter)
+    merged = quantize(
+        merged_rows(lambda start, stop: _rows(q, start, stop), delta, parameter), (out, width), scheme, parameter
+    )
     changed, dot, power, noise = 0, 0.0, 0.0, 0.0
     for rows in row_chunks(q.shape):
         wanted = delta.rows(rows).astype(np.float64)

@@ -26,6 +26,7 @@ from llmjax.oracle.patching import faults
 from llmjax.oracle.stages import Stages
 from llmjax.oracle.trace import Trace, trace
 from llmjax.oracle.verdict import Explained, explain
+from llmjax.outside.paths import checked_path
 
 # The largest error of a pair that a class may leave where no model measures floors: rough, and said to be so.
 _WITHOUT_MODEL = {
@@ -66,12 +67,15 @@ def compare(
     Raises:
       RequestError: a dump is malformed.
     """
-    if isinstance(reference, (str, Path)) and not (Path(reference) / "manifest.json").exists():
+    if (
+        isinstance(reference, (str, Path))
+        and not (checked_path("compare", reference, RequestError) / "manifest.json").exists()
+    ):
         if model is None and (Path(reference).exists() or str(reference) == "smollm2") and not _is_dump(reference):
             reference = load(reference)
     if isinstance(reference, Model):
         model, reference = reference, None
-    if isinstance(model, (str, Path)):
+    if model is not None and not isinstance(model, Model):
         model = load(model)
     ours = None if reference is None else _dump(reference, "reference")
     if isinstance(model, GraphModel) and isinstance(candidate, Model) and not isinstance(candidate, GraphModel):

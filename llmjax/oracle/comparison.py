@@ -9,6 +9,7 @@ from typing import Any
 from llmjax.errors import RequestError
 from llmjax.oracle.html import page
 from llmjax.oracle.report import junit, text
+from llmjax.outside.whole import write_text
 
 SCHEMA = 1
 
@@ -72,8 +73,5 @@ class Comparison:
         """
         found = page(self)
         if path is not None:
-            try:
-                Path(path).write_text(found, encoding="utf-8")
-            except OSError as error:
-                raise RequestError(f"{path}: cannot write the report: {error.strerror}") from None
+            write_text(path, found, RequestError)
         return found

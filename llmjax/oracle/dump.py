@@ -20,6 +20,7 @@ import numpy as np
 from converters.readers.jsonfile import read_json
 from converters.readers.safetensors import SafetensorsFile
 from llmjax.errors import CheckpointError, LlmjaxError, RequestError, shown
+from llmjax.outside.paths import checked_path
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 # What readers of damaged or hostile files raise.
@@ -88,7 +89,7 @@ def open_dump(path: str | Path) -> Dump:
     """
     if not isinstance(path, str | os.PathLike):
         raise RequestError(f"compare: expected a dump's directory, a Dump, a Trace or a Model, found {shown(path)}")
-    folder = Path(path)
+    folder = checked_path("compare", path, RequestError)
     if not os.path.isdir(folder):
         raise RequestError(f"{folder}: no such directory; a dump is one, with arrays and manifest.json")
     manifest = _manifest(folder)

@@ -21,6 +21,7 @@ from llmjax.model import Model
 from llmjax.models.names import From, stem
 from llmjax.oracle.dump import Dump
 from llmjax.oracle.steps import OUTER, order
+from llmjax.outside.paths import checked_path
 from llmjax.outside.patterns import Matcher, is_regex
 from llmjax.outside.values import check, each, integer
 
@@ -167,10 +168,15 @@ def _rules(dump: Dump, extra: str | Path | None) -> list[tuple[str, Any]]:
     tables = [(f"{dump.path}/manifest.json: names", dump.manifest.get("names") or {})]
     if extra is not None:
         try:
-            tables.append((str(extra), tomllib.loads(Path(extra).read_text(encoding="utf-8"))))
+            tables.append(
+                (str(extra), tomllib.loads(checked_path("names", extra, RequestError).read_text(encoding="utf-8-sig")))
+            )
         except OSError as error:
             raise RequestError(f"{extra}: cannot read the names: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (
+            ValueError,
+            RecursionError,
+        ) as error:  # TOML that is none, no UTF-8, too many digits
             raise RequestError(f"{extra}: not a TOML file: {error}") from None
     rules = []
     for where, table in tables:

@@ -30,6 +30,17 @@ class Rule:
         return "" if self.holds(value) else f"expected {self.what}, found {shown(value)}"
 
 
+def plain(value: Any) -> Any:
+    """A value as Python has it: numbers of NumPy and JAX, and arrays as lists, which no rule of one value takes."""
+    return value.tolist() if hasattr(value, "tolist") and hasattr(value, "dtype") else value
+
+
+def settle(options: Any) -> None:
+    """Makes every field of a dataclass ``plain``, whether or not it is frozen."""
+    for field in dataclasses.fields(options):
+        object.__setattr__(options, field.name, plain(getattr(options, field.name)))
+
+
 def check(name: str, value: Any, rule: Rule, error: type[LlmjaxError] = RequestError) -> None:
     """Raises ``error`` where a value is not as its rule says."""
     if problem := rule.problem(value):

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from llmjax.errors import CheckpointError, LlmjaxError, ResumeError
+from llmjax.outside.paths import checked_path
 
 try:
     import fcntl
@@ -187,8 +188,24 @@ def write_whole(path: Path, parts: Iterable[bytes]) -> None:
             file.write(part)
 
 
+def write_text(path: str | Path, text: str, error: type[LlmjaxError]) -> None:
+    """Writes a text to a file, which appears when it is whole, or to a device or a pipe.
+
+    Raises:
+      LlmjaxError: as ``error`` says: it cannot be written.
+    """
+    place = checked_path("output", path, error)
+    if place.exists() and not place.is_file() and not place.is_dir():
+        with _told(place, error):
+            place.write_text(text, encoding="utf-8")
+        return
+    with whole_file(place, error) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
 @contextlib.contextmanager
 def _told(path: Path, error: type[LlmjaxError]) -> Iterator[None]:
+    checked_path("output", path, error)
     try:
         yield
     except OSError as raised:
@@ -198,7 +215,7 @@ def _told(path: Path, error: type[LlmjaxError]) -> Iterator[None]:
 
 def _absolute(path: Path) -> Path:
     found = Path(os.path.abspath(path))
-    if not found.name or "\0" in found.name:
+    if not found.name:
         raise OSError(f"expected a path that ends in a name, found {str(path)!r}")
     return found
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from llmjax import configs
-from llmjax.errors import ConfigError
+from llmjax.errors import ConfigError, named
+from llmjax.outside.paths import checked_path
 
 ROLES: tuple[str, ...] = ("attention", "feed_forward", "embedding", "head", "per_layer_embedding")
 GROUPS: tuple[int, ...] = (32, 64, 128)
-_NAME = re.compile(r"int(?P<bits>4|8)(-g(?P<group>\d+))?(?P<asym>-asym)?(?P<mse>-mse)?")
+_NAME = re.compile(r"int(?P<bits>4|8)(-g(?P<group>\d{1,9}))?(?P<asym>-asym)?(?P<mse>-mse)?")
 _EXPECTED = "int8 or int4, then -g32, -g64 or -g128 for a scale per group, -asym, -mse"
 
 
@@ -134,7 +135,7 @@ def parse(quantize: str | Path | Mapping[str, Any]) -> Recipe:
     text = str(quantize)
     if _NAME.fullmatch(text):
         return Recipe(dict.fromkeys(ROLES, Scheme.parse(text)))
-    file: Traversable | Path = Path(text)
+    file: Traversable | Path
     if text in recipe_names():
         file = configs.folder() / "quantization" / f"{text}.toml"
     elif not text.endswith(".toml"):
@@ -142,11 +143,13 @@ def parse(quantize: str | Path | Mapping[str, Any]) -> Recipe:
             f"quantize: unknown {text!r}; expected a scheme ({_EXPECTED}), a recipe ({', '.join(recipe_names())}) or a "
             "*.toml file"
         )
+    else:
+        file = checked_path("quantize", quantize, ConfigError)
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{text}: cannot read the recipe: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # TOML that is none, no UTF-8, too many digits
         raise ConfigError(f"{text}: not a TOML file: {error}") from None
     return _from_mapping(values, text)
 
@@ -167,7 +170,7 @@ def _from_mapping(values: Mapping[str, Any], where: str) -> Recipe:
         raise ConfigError(f"{where}: layers: expected a table of ranges such as '0-3', found {layers!r}")
     exceptions = []
     for span, entry in layers.items():
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", str(span))
+        found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", str(span))
         if not found or int(found[2] or found[1]) < int(found[1]):
             raise ConfigError(f"{where}: layers: expected a layer or a range such as '0-3', found {span!r}")
         if not isinstance(entry, Mapping):
@@ -178,7 +181,7 @@ def _from_mapping(values: Mapping[str, Any], where: str) -> Recipe:
 
 
 def _roles(values: Mapping[str, Any], where: str, known: tuple[str, ...] = ROLES) -> dict[str, Scheme | None]:
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(named(str(key)) for key in set(values) - set(known))
     if unknown:
         raise ConfigError(f"{where}: unknown role {', '.join(unknown)}; expected {', '.join(known)}")
     for role, name in values.items():

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llmjax.errors import RequestError, shown
-from llmjax.outside.values import FLAG, INT32, TEXT, Rule, check, each, integer, number
+from llmjax.errors import RequestError, named, shown
+from llmjax.outside.values import FLAG, INT32, TEXT, Rule, check, each, integer, number, plain, settle
 
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 16384  # vLLM's
@@ -74,19 +74,20 @@ class SamplingParams:
     bad_words: str | Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        settle(self)
         for field in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
             value = getattr(self, field)
             if isinstance(value, str):
                 value = (value,)
             if value is None and field not in _OPTIONAL:
                 value = ()
-            if isinstance(value, list):
-                value = tuple(value)
+            if isinstance(value, list | tuple):
+                value = tuple(map(plain, value))
             object.__setattr__(self, field, value)
         object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
         object.__setattr__(self, "seed", _number(self.seed))
         if isinstance(self.logit_bias, Mapping):
-            biases = {_number(token): bias for token, bias in self.logit_bias.items()}
+            biases = {_number(plain(token)): plain(bias) for token, bias in self.logit_bias.items()}
             if len(biases) < len(self.logit_bias):
                 raise RequestError(
                     f"logit_bias: a token is there twice, as a number and as text: {shown(self.logit_bias)}"
@@ -106,7 +107,7 @@ class SamplingParams:
         """From parsed JSON; a key that is no field is refused by name."""
         if not isinstance(values, Mapping):
             raise RequestError(f"sampling parameters: expected an object, found {shown(values)}")
-        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        unknown = sorted(named(str(key)) for key in set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
             known = ", ".join(f.name for f in dataclasses.fields(cls))
             raise RequestError(f"unknown sampling parameter {', '.join(unknown)}; expected {known}")

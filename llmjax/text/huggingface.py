@@ -107,6 +107,7 @@ def _object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(_text(read_file(path), path))
+        json.dumps(value, ensure_ascii=False).encode()  # which half a surrogate pair cannot be
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):

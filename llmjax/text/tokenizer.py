@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from llmjax.errors import RequestError, TokenizerError, lfs_pointer, shown
 from llmjax.text import detokenize
 from llmjax.text.dates import Date
 from llmjax.text.detokenize import IncrementalDetokenizer
+
+# Ids that a vocabulary may leave out, however small it is.
+_MOST_HOLES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +67,18 @@ class Tokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """Ids the tokenizer knows, added tokens included: one more than the highest."""
-        return max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        """Ids the tokenizer knows, added tokens included: one more than the highest.
+
+        Raises:
+          TokenizerError: ids far beyond their number, which would cost time and memory for each that is left out.
+        """
+        ids = self.backend.get_vocab(with_added_tokens=True).values()
+        size = max(ids, default=-1) + 1
+        if size > 2 * len(ids) + _MOST_HOLES:
+            raise TokenizerError(
+                f"{self.where}: {len(ids):,} tokens, of which one has the id {size - 1:,}; the vocabulary is damaged"
+            )
+        return size
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
         """Token ids; special-token strings in the text become their ids, as in transformers.
@@ -96,11 +110,11 @@ class Tokenizer:
         text can be shown while it grows.
 
         Raises:
-          RequestError: an id is negative.
+          RequestError: what are no token ids, or an id is negative.
         """
         try:
-            known = [int(i) for i in ids if i < self.vocab_size]
-        except (TypeError, ValueError):
+            known = [i for i in map(_token_id, _sequence(ids)) if i < self.vocab_size]
+        except TypeError:
             raise RequestError(f"ids: expected a list of token ids, found {shown(ids)}") from None
         if min(known, default=0) < 0:
             raise RequestError(f"ids: expected token ids from 0 on, found {min(known)}")
@@ -212,6 +226,18 @@ class Tokenizer:
     def _any_part(self, token: int) -> str | bytes | None:
         piece = self.piece(token)
         return detokenize.sentencepiece_piece(piece) if piece else None
+
+
+def _sequence(ids: Any) -> Any:
+    if isinstance(ids, bytes | bytearray | Mapping | Set):  # which would give numbers
+        raise TypeError
+    return ids
+
+
+def _token_id(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
 
 
 def _not_text(text: Any) -> str:

@@ -1,12 +1,22 @@
 """What a training run does, as one value: every field, its default and its limits."""
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from llmjax.errors import ConfigError
+from llmjax.errors import ConfigError, named, shown
 from llmjax.lora.config import LoraConfig
+from llmjax.outside.values import (
+    FLAG,
+    INT32,
+    MOST_FLOAT,
+    POSITIVE_NUMBER,
+    Rule,
+    integer,
+    number,
+    one_of,
+    settle,
+)
 from llmjax.training.adapter import MEDIAPIPE
 from llmjax.training.optimizer import OPTIMIZERS, SCHEDULES
 
@@ -90,12 +100,13 @@ class TrainConfig:
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
+        settle(self)
         for name in ("targets", "exclude", "betas"):  # JSON has lists
             if isinstance(value := getattr(self, name), list):
                 object.__setattr__(self, name, tuple(value))
-        found = [(name, what, ok, getattr(self, name)) for name, what, ok in _LIMITS]
-        problems = [f"{name}: expected {what}, found {value!r}" for name, what, ok, value in found if not ok(value)]
-        if self.momentum and self.optimizer != "sgd":
+        found = {name: rule.problem(getattr(self, name)) for name, rule in _RULES.items()}
+        problems = [f"{name}: {problem}" for name, problem in found.items() if problem]
+        if not problems and self.momentum and self.optimizer != "sgd":
             problems.append(f"momentum: goes with the optimizer sgd, not with {self.optimizer}")
         if problems:
             raise ConfigError("\n  ".join(["training:", *problems]) if len(problems) > 1 else problems[0])
@@ -107,11 +118,13 @@ class TrainConfig:
         Raises:
           ConfigError: an unknown name, or a value that is none of its.
         """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{where}: expected an object, found {shown(values)}")
         known = {field.name for field in dataclasses.fields(cls)}
         for name, why in _LATER.items():
             if values.get(name) not in (None, False):
                 raise ConfigError(f"{where}: {name}: {why}")
-        if unknown := sorted(set(values) - known):
+        if unknown := sorted(named(str(key)) for key in set(values) - known):
             raise ConfigError(f"{where}: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
         return cls(**values)
 
@@ -143,53 +156,47 @@ def _listed(names: str | tuple[str, ...]) -> str | list[str]:
     return names if isinstance(names, str) else list(names)
 
 
-def _whole(least: int) -> Callable[[Any], bool]:
-    return lambda v: type(v) is int and v >= least
-
-
-def _number(least: float, most: float = math.inf, *, above: bool = False) -> Callable[[Any], bool]:
-    def ok(v: Any) -> bool:
-        return type(v) in (int, float) and (v > least if above else v >= least) and v < most
-
-    return ok
-
-
 def _names(v: Any) -> bool:
     return isinstance(v, str) or (isinstance(v, tuple) and all(isinstance(name, str) and name for name in v))
 
 
-def _optional(ok: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda v: v is None or ok(v)
+def _optional(rule: Rule, what: str) -> Rule:
+    return Rule(what, lambda v: v is None or rule.holds(v))
 
 
-_POSITIVE, _FLAG = _number(0, above=True), (lambda v: type(v) is bool)
-_LIMITS: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
-    ("targets", "names of modules, or one regular expression", lambda v: bool(v) and _names(v)),
-    ("exclude", "names of modules, or one regular expression", _names),
-    ("rank", "a positive integer", _whole(1)),
-    ("alpha", "a positive number", _POSITIVE),
-    ("rslora", "True or False", _FLAG),
-    ("dropout", "a number from 0 to below 1", _number(0, 1)),
-    ("optimizer", f"one of {', '.join(OPTIMIZERS)}", lambda v: v in OPTIMIZERS),
-    ("learning_rate", "a positive number", _POSITIVE),
-    ("betas", "two numbers from 0 to below 1", lambda v: isinstance(v, tuple) and len(v) == 2
-     and all(map(_number(0, 1), v))),
-    ("eps", "a positive number", _POSITIVE),
-    ("momentum", "a number from 0 to below 1", _number(0, 1)),
-    ("weight_decay", "a number, 0 or more", _number(0)),
-    ("schedule", f"one of {', '.join(SCHEDULES)}", lambda v: v in SCHEDULES),
-    ("warmup", "a whole number, 0 or more", _whole(0)),
-    ("clip", "a positive number, or None", _optional(_POSITIVE)),
-    ("batch_size", "a positive integer", _whole(1)),
-    ("accumulation", "a positive integer", _whole(1)),
-    ("epochs", "a positive integer", _whole(1)),
-    ("steps", "a positive integer, or None", _optional(_whole(1))),
-    ("shuffle", "True or False", _FLAG),
-    ("max_length", "at least 2, or None", _optional(_whole(2))),
-    ("seed", "a whole number, 0 or more", _whole(0)),
-    ("compute", "float32, bfloat16 or None", lambda v: v in (None, "float32", "bfloat16")),
-    ("recompute", "all, cheap or nothing", lambda v: v in ("all", "cheap", "nothing")),
-    ("eval_every", "a whole number, 0 or more", _whole(0)),
-    ("patience", "a whole number, 0 or more", _whole(0)),
-    ("checkpoint_every", "a positive integer", _whole(1)),
-)  # fmt: skip
+_SHARE = Rule("a number from 0 to below 1", lambda v: number(0, 1).holds(v) and v < 1)
+_COUNT = integer(0, INT32, "a whole number, 0 or more")
+_SIZE = integer(1, INT32, "a positive integer")
+_RULES: dict[str, Rule] = {
+    "targets": Rule("names of modules, or one regular expression", lambda v: bool(v) and _names(v)),
+    "exclude": Rule("names of modules, or one regular expression", _names),
+    "rank": _SIZE,
+    "alpha": POSITIVE_NUMBER,
+    "rslora": FLAG,
+    "rank_pattern": Rule("ranks by regular expression", lambda v: isinstance(v, Mapping)),
+    "alpha_pattern": Rule("numbers by regular expression", lambda v: isinstance(v, Mapping)),
+    "dropout": _SHARE,
+    "optimizer": one_of(*OPTIMIZERS),
+    "learning_rate": POSITIVE_NUMBER,
+    "betas": Rule(
+        "two numbers from 0 to below 1", lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_SHARE.holds, v))
+    ),
+    "eps": POSITIVE_NUMBER,
+    "momentum": _SHARE,
+    "weight_decay": number(0, MOST_FLOAT, "a number, 0 or more"),
+    "schedule": one_of(*SCHEDULES),
+    "warmup": _COUNT,
+    "clip": _optional(POSITIVE_NUMBER, "a positive number, or None"),
+    "batch_size": _SIZE,
+    "accumulation": _SIZE,
+    "epochs": _SIZE,
+    "steps": _optional(_SIZE, "a positive integer, or None"),
+    "shuffle": FLAG,
+    "max_length": _optional(integer(2, INT32), "at least 2, or None"),
+    "seed": integer(0, 2**63 - 1, "a whole number, 0 or more, below 2**63"),
+    "compute": one_of("float32", "bfloat16", None),
+    "recompute": one_of("all", "cheap", "nothing"),
+    "eval_every": _COUNT,
+    "patience": _COUNT,
+    "checkpoint_every": _SIZE,
+}

@@ -13,6 +13,7 @@ from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
 from llmjax.errors import CheckpointError, LoraError, OutputError, named
 from llmjax.lora.config import LoraConfig
 from llmjax.model import Model
+from llmjax.outside.paths import checked_path
 from llmjax.outside.whole import whole_files
 from llmjax.training.adapter import Adapter, Factors, new_adapter
 
@@ -51,7 +52,7 @@ def read_trained(path: str | Path, model: Model) -> Adapter:
       LoraError: it is missing, damaged, of a kind that is not supported, or made for another model.
     """
     try:
-        file = open_adapter(Path(path))
+        file = open_adapter(checked_path("start", path, LoraError))
     except CheckpointError as error:
         raise LoraError(str(error)) from None
     if file.problems:

@@ -15,6 +15,7 @@ from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.errors import ConfigError, OutputError, ResumeError, TrainingError
 from llmjax.lora.apply import Lora
 from llmjax.model import Model
+from llmjax.outside.paths import checked_path
 from llmjax.outside.whole import locked
 from llmjax.runtime.memory import size, weight_bytes
 from llmjax.text.dates import Date
@@ -116,10 +117,10 @@ def finetune(
         raise ConfigError(f"{model.path}: it has an adapter beside its weights; load it without, and give it as start")
     if config.patience and not (eval_rows is not None and config.eval_every):
         raise ConfigError("patience: goes with rows for evaluation, and eval_every")
-    adapter = read_trained(start, model) if start else _new(model, config)
+    adapter = _new(model, config) if start is None else read_trained(start, model)
     run = _Run(model, adapter, config, _data(model, rows, config, "rows", date),
                None if eval_rows is None else _data(model, eval_rows, config, "eval", date),
-               None if output is None else Path(output))  # fmt: skip
+               None if output is None else checked_path("output", output, OutputError))  # fmt: skip
     for data in run.data:
         for line in data.notes():
             note(line)

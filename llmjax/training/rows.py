@@ -12,7 +12,7 @@ A row has one of these forms; the first whose fields it has is taken, and fields
 
 import dataclasses
 import gzip
-import json
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.errors import LlmjaxError, RequestError, named, shown
+from converters.readers.jsonfile import parse_json
+from llmjax.errors import LlmjaxError, RequestError, lfs_pointer, named, shown
 from llmjax.model import Model, check_ids
+from llmjax.outside.paths import checked_path
 from llmjax.text.dates import Date, settled
 from llmjax.text.tokenizer import Tokenizer
 from llmjax.training.batches import Example
@@ -95,20 +97,22 @@ def read_rows(path: str | Path) -> list[Any]:
     Raises:
       RequestError: the file cannot be read.
     """
-    path = Path(path)
+    path = checked_path("rows", path, RequestError)
     try:
         data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise RequestError(f"{path}: not UTF-8: {error}") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise RequestError(f"{path}: cannot read the file: {getattr(error, 'strerror', None) or error}") from None
+    if pointer := lfs_pointer(data):
+        raise RequestError(f"{path}: {pointer}")
     return [_parsed(line) if line.strip() else BLANK for line in text.split("\n")]
 
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except (ValueError, RecursionError) as error:
         return RequestError(f"not valid JSON: {error}")
 
@@ -128,6 +132,8 @@ def make_examples(
     Raises:
       RequestError: no row is any good.
     """
+    if not isinstance(rows, Iterable) or isinstance(rows, bytes | Mapping):
+        raise RequestError(f"{where}: expected a JSONL file's path or objects, found {shown(rows)}")
     longest = min(max_length or model.context_length, model.context_length)
     date = settled(date)
     examples, bad = [], []

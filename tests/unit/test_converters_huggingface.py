@@ -153,6 +153,7 @@ def test_no_weights(model):
         ("{}", "config.json: expected model_type, a string"),
         ('{"model_type": ["llama"]}', "config.json: expected model_type, a string"),
         ('{"model_type": "a", "model_type": "b"}', "not valid JSON: model_type is there twice"),
+        ('{"model_type": "\\ud800"}', "not valid JSON: a string holds half a surrogate pair"),
         ("\xff", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
         ('{"a":' + "9" * 5000 + "}", "not valid JSON"),

@@ -13,6 +13,7 @@ from llmjax.batch import dryrun, job, openai
 from llmjax.batch.index import Totals
 from llmjax.batch.job import Options
 from llmjax.batch.reading import open_lines
+from llmjax.batch.rows import Shard
 from llmjax.batch.scoring import Scoring
 from llmjax.errors import ConfigError, RequestError, ResumeError
 from llmjax.runtime.generation import sampling_defaults
@@ -118,6 +119,17 @@ def test_an_input_that_is_no_jsonl(tmp_path, data, message):
             work()
         assert str(found.value).startswith(f"{source}: {message}") and "expected JSONL: UTF-8" in str(found.value)
     assert [p.name for p in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("data", ["", "\n \n", "\ufeff"])
+def test_an_input_without_rows_is_told(llm, tmp_path, data):
+    (tmp_path / "in.jsonl").write_text(data)
+    for work in (job.Generating, Scoring):
+        with pytest.warns(UserWarning, match=f"^{tmp_path}/in.jsonl: no rows in it, so there was nothing to do$"):
+            summary = job.run(lambda: llm, f"{tmp_path}/in.jsonl", f"{tmp_path}/{work.__name__}", work=work)
+        assert summary.status == "complete" and summary.totals == Totals(0, 0, 0, 0)
+    with pytest.warns(UserWarning, match="no rows of this shard in it"):
+        job.run(lambda: llm, f"{tmp_path}/in.jsonl", f"{tmp_path}/s", None, Options(shard=Shard(1, 2)))
 
 
 def test_a_summary_tells_speeds_of_what_ran():

@@ -105,6 +105,27 @@ def test_an_adapter_merged_into_float16(tmp_path):
     assert llmjax.load(base, lora=tmp_path / "a").params["layers_0"]["attn"]["q"]["weight"][-1, -1] == 7e4
 
 
+def test_an_adapter_beyond_float32(tmp_path):
+    base = tiny.checkpoint(tmp_path / "m")
+    (tmp_path / "a").mkdir()
+    module = "base_model.model.model.layers.1.mlp.up_proj"
+    factors = {f"{module}.lora_A.weight": np.ones((1, 48), np.float32)}
+    factors[f"{module}.lora_B.weight"] = np.full((96, 1), 3e38, np.float32)
+    save_file(factors, tmp_path / "a" / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["layers.1.mlp.up_proj"]}
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings))
+    refused = r"^.*/a/adapter_model.safetensors: layers.1.mlp.up.weight: the weight with scale .* beyond float32"
+    for options in ({}, {"dtype": "bfloat16"}, {"quantize": "int8", "lora_mode": "merged"}):
+        with pytest.raises(LoraError, match=refused):
+            llmjax.load(base, lora=tmp_path / "a", **options)
+    with pytest.raises(LoraError, match=refused):
+        llmjax.convert(base, tmp_path / "out", to="hf", lora=tmp_path / "a")
+    llmjax.convert(base, tmp_path / "packed", quantize="int8")
+    with pytest.raises(LoraError, match=refused):
+        llmjax.load(tmp_path / "packed", lora=tmp_path / "a", lora_mode="merged")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "m", "packed"]
+
+
 def test_mediapipes_lora_files_are_float16():
     one = np.ones((2, 8), np.float32)
     factors = {(0, module): Factors(one, one.T) for module in PLACES} | {(0, "k"): Factors(one * 7e4, one.T)}

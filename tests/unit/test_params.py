@@ -1,12 +1,17 @@
 """SamplingParams: what is refused, and that the message names field, value and range."""
 
 import functools
+import json
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import llmjax
 from llmjax import RequestError, SamplingParams
-from llmjax.errors import shown
+from llmjax.errors import ConfigError, shown
+from llmjax.quant.schemes import parse
+from llmjax.training.config import TrainConfig
 
 NESTED = functools.reduce(lambda inner, _: [inner], range(5000), [])
 
@@ -106,3 +111,42 @@ def test_forms_are_settled():
 def test_every_public_name_exists():
     for name in llmjax.__all__:
         assert getattr(llmjax, name) is not None
+
+
+def test_numbers_of_numpy_and_jax():
+    given = {
+        "temperature": np.float32(0.5),
+        "top_k": np.int64(3),
+        "ignore_eos": np.bool_(True),
+        "seed": np.uint64(2**63),
+    }
+    lists = {"stop_token_ids": np.array([1, 2]), "allowed_token_ids": [np.int32(3)], "stop": (np.str_("x"),)}
+    params = SamplingParams(**given, **lists, top_p=jnp.float32(0.25), logit_bias={np.int64(4): np.float32(1.5)})
+    expected = {"temperature": 0.5, "top_k": 3, "ignore_eos": True, "seed": 2**63, "top_p": 0.25}
+    expected |= {"stop_token_ids": (1, 2), "allowed_token_ids": (3,), "stop": ("x",), "logit_bias": {4: 1.5}}
+    found = {name: getattr(params, name) for name in expected}
+    assert found == expected and json.dumps(found, default=None)
+    config = TrainConfig(rank=np.int64(4), learning_rate=np.float64(0.5), betas=np.array([0.5, 0.75]))
+    assert (config.rank, config.learning_rate, config.betas) == (4, 0.5, (0.5, 0.75))
+
+
+@pytest.mark.parametrize(
+    "value", [np.array([1, 2]), np.zeros(0), np.full((1, 1), 0.5), np.float32("nan"), np.array("x")]
+)
+def test_an_array_is_no_number(value):
+    for field in ("temperature", "top_k", "n", "seed", "logprobs"):
+        with pytest.raises(RequestError, match=f"^{field}: expected an? (number|integer)"):
+            SamplingParams(**{field: value})
+    with pytest.raises(ConfigError, match="^rank: expected a positive integer, found"):
+        TrainConfig(rank=value)
+
+
+def test_keys_of_any_type_are_named():
+    with pytest.raises(RequestError, match="unknown sampling parameter 5, x"):
+        SamplingParams.from_dict({5: 1, "x": 2})
+    with pytest.raises(ConfigError, match="unknown 5, x"):
+        TrainConfig.from_dict({5: 1, "x": 2})
+    with pytest.raises(ConfigError, match="training: expected an object, found 5"):
+        TrainConfig.from_dict(5)
+    with pytest.raises(ConfigError, match="unknown role 5, x"):
+        parse({5: "int8", "x": "int8"})

@@ -211,3 +211,37 @@ def test_the_demo_model(smollm2_path):
     assert rendered.startswith("<|im_start|>system\nYou are a helpful AI") and rendered.endswith(
         "<|im_start|>assistant\n"
     )
+
+
+@pytest.mark.parametrize(
+    "ids", [[1.5], [True], ["a"], [None], None, 5, "ab", b"ab", {1: 2}, {1}, [[1]], np.array([1.0])]
+)
+def test_no_ids(ids):
+    with pytest.raises(RequestError, match="^ids: expected a list of token ids, found"):
+        from_huggingface(DATA / "llama").decode(ids)
+
+
+def test_every_kind_of_integers_is_decoded():
+    tokenizer = from_huggingface(DATA / "llama")
+    for ids in (np.array([40, 41]), iter([np.int64(40), 41]), (40, 41), range(40, 42)):
+        assert tokenizer.decode(ids) == tokenizer.decode([40, 41]) != ""
+
+
+def test_an_id_far_beyond_the_others(tmp_path):
+    state = json.loads((DATA / "llama" / "tokenizer.json").read_text())
+    for beyond, told in ((2**31, True), (60_000, False)):
+        state["model"]["vocab"][next(iter(state["model"]["vocab"]))] = beyond
+        (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+        tokenizer = from_huggingface(tmp_path)
+        if told:
+            with pytest.raises(TokenizerError, match=f"^{tmp_path}/tokenizer.json: .* tokens, of which one has the id"):
+                tokenizer.encode("a") and tokenizer.decode([40])
+        else:
+            assert tokenizer.vocab_size == beyond + 1
+
+
+def test_half_a_surrogate_pair_in_a_file(tmp_path):
+    shutil.copy(DATA / "llama" / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"additional_special_tokens": ["\\ud800"]}')
+    with pytest.raises(TokenizerError, match=f"^{tmp_path}/tokenizer_config.json: not valid JSON: .*surrogates"):
+        from_huggingface(tmp_path)

@@ -1,12 +1,14 @@
 """Rows of training data: which tokens are learned, and why some rows are left out."""
 
 import dataclasses
+import gzip
 
 import numpy as np
 import pytest
 
 import llmjax
-from llmjax.training.rows import continuation, make_examples
+from llmjax.errors import RequestError
+from llmjax.training.rows import BLANK, continuation, make_examples, read_rows
 from tests.tiny import checkpoint, random_model
 
 CHATML = (
@@ -110,3 +112,27 @@ def test_a_text_goes_on(model):
     spaced = dataclasses.replace(model.tokenizer, dummy_prefix=True)
     assert spaced.decode(spaced.encode("ab")) == " ab"
     assert spaced.decode(continuation(spaced, "ab", "cd")) == "cd"
+
+
+def test_files_of_rows(tmp_path):
+    rows, file = b'{"text": "a"}\n\n{"text": "b", "text": "c"}\n[1', tmp_path / "rows.jsonl"
+    for data in (rows, b"\xef\xbb\xbf" + rows, gzip.compress(rows)):
+        file.write_bytes(data)
+        found = read_rows(file)
+        assert found[:2] == [{"text": "a"}, BLANK]
+        assert "text is there twice" in str(found[2]) and "not valid JSON" in str(found[3])
+    for data, message in (
+        (gzip.compress(rows * 99)[:-60], "cannot read the file"),
+        (gzip.compress(rows)[:12] + b"xxxxxxxxxxxxxxx", "cannot read the file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid x", "a git-lfs pointer"),
+        ("text".encode("utf-16"), "not UTF-8"),
+    ):
+        file.write_bytes(data)
+        with pytest.raises(RequestError, match=f"^{file}: {message}"):
+            read_rows(file)
+
+
+@pytest.mark.parametrize("rows", [5, None, b"text", {"text": "a"}])
+def test_no_rows(model, rows):
+    with pytest.raises(RequestError, match="^rows: expected a JSONL file's path or objects, found"):
+        make_examples(rows, model)
