@@ -17,6 +17,7 @@ from llmjax.models.tree import parameter_shapes
 from llmjax.quant.qtensor import QTensor
 from tests import tiny
 
+
 def in_file(leaf: jax.Array, path: Path) -> bool:
     """Whether a buffer's memory is that of a file."""
     address = leaf.unsafe_buffer_pointer()

@@ -1,6 +1,5 @@
 """Thoughts before an answer: marks stay in texts, and what takes a text apart takes them out."""
 
-
 import pytest
 import tokenizers
 
