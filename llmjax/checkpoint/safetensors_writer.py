@@ -11,7 +11,6 @@ import numpy as np
 
 from converters.readers.safetensors import CODES
 
-
 # Bytes of a tensor that may wait for the others.
 _SMALL = 1 << 20
 

@@ -1,9 +1,9 @@
 """What a model thinks before it answers, and how a text shows which is which.
 
 Some models think between two tokens of their own, then answer: Gemma 4 between ``<|channel>`` and ``<channel|>`` under
-the heading ``thought``, others between ``<think>`` and ``</think>``.  A text keeps these marks, whatever else of special
-tokens it leaves out: without them nobody could tell a thought from the answer, not even the chat template that takes
-earlier thoughts out of a conversation.
+the heading ``thought``, others between ``<think>`` and ``</think>``.  A text keeps these marks, whatever special tokens
+it leaves out: without them nobody could tell a thought from the answer, not even the chat template that takes earlier
+thoughts out of a conversation.
 """
 
 from collections.abc import Iterable

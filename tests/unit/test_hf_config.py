@@ -479,16 +479,16 @@ ALTUP = {"altup_num_inputs": 3}
         ("gemma3n_text", ALTUP | {"altup_active_idx": 3}, "altup_active_idx: expected one of 3 streams, found 3"),
         ("gemma3n_text", {"num_kv_shared_layers": 4}, "num_kv_shared_layers: 4 of 4 layers take keys and values"),
         ("gemma3n_text", {"num_kv_shared_layers": 9}, "num_kv_shared_layers: 9 of 4 layers take keys and values"),
-        ("gemma3n_text", {"intermediate_size": [96, 96]}, "intermediate_size: expected a number for each of 4 layers"),
-        ("gemma3n_text", {"intermediate_size": 10**30}, "intermediate_size: expected a number for each of 4 layers"),
-        ("gemma3n_text", {"activation_sparsity_pattern": 1.0}, "activation_sparsity_pattern: expected a number for"),
+        ("gemma3n_text", {"intermediate_size": [96, 96]}, "intermediate_size: expected a number for each of 4"),
+        ("gemma3n_text", {"intermediate_size": 10**30}, "intermediate_size: expected a number for each of 4"),
+        ("gemma3n_text", {"activation_sparsity_pattern": 1.0}, "sparsity_pattern: expected a number for"),
         ("gemma3n_text", {"sliding_window": 0}, "sliding_window: expected a positive integer, found 0"),
         ("gemma3n_text", {"layer_types": ["full_attention"]}, "layer_types: expected 4 of 'sliding_attention' or"),
         ("gemma4_text", {"num_kv_shared_layers": 3}, "num_kv_shared_layers: 3 of 4 layers take keys and values"),
         (
             "gemma4_text",
             {"rope_parameters": {"full_attention": {"rope_theta": "x"}}},
-            "rope_theta: expected a positive",
+            "rope_theta: expected a",
         ),
         (
             "gemma4_text",
@@ -503,9 +503,9 @@ ALTUP = {"altup_num_inputs": 3}
         (
             "ministral3",
             {"rope_parameters": MINISTRAL | {"llama_4_scaling_beta": math.nan}},
-            "_beta: expected a number, 0",
+            "_beta: expected a number",
         ),
-        ("ministral3", {"rope_parameters": MINISTRAL | {"llama_4_scaling_beta": True}}, "_beta: expected a number, 0"),
+        ("ministral3", {"rope_parameters": MINISTRAL | {"llama_4_scaling_beta": True}}, "_beta: expected a number"),
         (
             "ministral3",
             {"rope_parameters": MINISTRAL | {"original_max_position_embeddings": 1.5}},
