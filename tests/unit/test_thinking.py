@@ -1,5 +1,7 @@
 """Thoughts before an answer: marks stay in texts, and what takes a text apart takes them out."""
 
+from typing import Any
+
 import pytest
 import tokenizers
 
@@ -21,6 +23,7 @@ TEMPLATE = """
 {%- endfor -%}
 {{- '<|turn>model\n' if add_generation_prompt -}}
 """
+NO_LOGPROBS: Any = None  # an answer without them is looked at for nothing else
 MARKS = ["<|channel>", "<channel|>", "<|turn>", "<turn|>", "<|think|>"]
 
 
@@ -96,12 +99,12 @@ def test_answers_come_in_parts_at_every_door(folder):
     assert done.text == "<|channel>thought\nhm\n<channel|>Yes."
     row = native._completion(done)
     assert (row["text"], row["reasoning"], row["answer"]) == (done.text, "hm", "Yes.")
-    message = openai._chat_choice(done, None, None)["message"]
+    message = openai._chat_choice(done, NO_LOGPROBS, None)["message"]
     assert message == {"role": "assistant", "content": "Yes.", "reasoning_content": "hm", "refusal": None}
     plain = answered(folder, "Yes.", "<|turn>model\n")
     assert (plain.reasoning, plain.answer) == (None, "Yes.")
     assert "reasoning" not in native._completion(plain)
-    message = openai._chat_choice(plain, None, None)["message"]
+    message = openai._chat_choice(plain, NO_LOGPROBS, None)["message"]
     assert message == {"role": "assistant", "content": "Yes.", "refusal": None}
 
 
