@@ -8,9 +8,10 @@ whatever is to be in the answer as well.  What is null, but for the id, is as if
 Out: ``id``, as it came; ``model``, its name; ``text``, ``token_ids``, ``finish_reason``, ``stop_reason``, ``usage``,
 ``seed``, ``seed_text``, ``params``, ``numerics``, ``hash``, ``metadata`` where it was given, and where they are asked
 for ``token_logprobs``, ``logprobs``, ``prompt_logprobs`` and ``token_texts``: the text of every token named in those,
-by its id; of a prompt that was cut short, ``truncated_prompt_tokens``: how many of its first tokens were dropped.  With
-n above 1, ``outputs`` is a list of what belongs to each sample, ``index``, ``seed`` and ``seed_text`` among it.  A row
-that could not run: ``id``, ``line``, ``error``, ``hash``; without ``line`` if it failed when it ran.
+by its id; of a text in which the model thinks first, ``reasoning`` and ``answer`` (``llmjax.text.thinking``); of a
+prompt that was cut short, ``truncated_prompt_tokens``: how many of its first tokens were dropped.  With n above 1,
+``outputs`` is a list of what belongs to each sample, ``index``, ``seed`` and ``seed_text`` among it.  A row that could
+not run: ``id``, ``line``, ``error``, ``hash``; without ``line`` if it failed when it ran.
 
 ``seed_text`` is ``seed`` in digits: pandas, jq and JavaScript round a number of 64 bits, and a rounded seed draws
 something else.  As the ``seed`` of a row it draws the same again.
@@ -129,6 +130,8 @@ def _completion(completion: CompletionOutput) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         "stop_reason": completion.stop_reason,
     }
+    if completion.reasoning is not None:
+        fields |= {"reasoning": completion.reasoning, "answer": completion.answer}
     if completion.logprobs is not None:
         fields["token_logprobs"] = [finite(p) for p in completion.token_logprobs]
         fields["logprobs"] = [_step(step) for step in completion.logprobs]

@@ -5,8 +5,8 @@ In: ``custom_id``, ``method``, ``url``, ``body``.  A body may also hold any fiel
 (``ChatOptions``).  ``model`` is repeated in the answer; the model is the job's.  ``metadata`` is in the answer, too.
 
 Out: ``id``, ``custom_id``, ``response`` (``status_code``, ``request_id``, ``body``), ``error``, and under ``llmjax``
-what OpenAI's form has no place for.  ``created`` is 0 and ids follow from the row's content: the same job gives the
-same bytes.
+what OpenAI's form has no place for.  What a model thought before it answered in a chat is ``reasoning_content`` beside
+``content``, as vLLM has it.  ``created`` is 0 and ids follow from the row's content: the same job gives the same bytes.
 """
 
 import itertools
@@ -164,9 +164,10 @@ def _chat_choice(completion: CompletionOutput, output: RequestOutput, tokenizer:
                 {**_token(token, logprob, tokenizer), "top_logprobs": [_token(t, p, tokenizer) for t, p in best]}
             )
         logprobs = {"content": steps, "refusal": None}
+    thought = {} if completion.reasoning is None else {"reasoning_content": completion.reasoning}
     return {
         "index": completion.index,
-        "message": {"role": "assistant", "content": completion.text, "refusal": None},
+        "message": {"role": "assistant", "content": completion.answer, **thought, "refusal": None},
         "logprobs": logprobs,
         "finish_reason": completion.finish_reason,
     }

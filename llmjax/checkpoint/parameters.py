@@ -15,6 +15,7 @@ from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.checkpoint.plan import Assignment, Plan
 from llmjax.errors import CheckpointError, ConfigError, named
 from llmjax.lora.merge import Merge, merged_rows
+from llmjax.models.config import DecoderConfig
 from llmjax.quant import gguf
 from llmjax.quant.arrays import aligned, row_chunks
 from llmjax.quant.qtensor import QTensor
@@ -22,6 +23,9 @@ from llmjax.quant.rounding import Rows, quantize
 from llmjax.quant.schemes import Recipe, Scheme
 
 Parameter = np.ndarray | QTensor
+
+# Tables of so many bytes are worth leaving in their file.
+_IN_PLACE = 1 << 24
 
 # Told after each parameter: how many are done, and how many there are.
 OnParameter = Callable[[int, int], None]
@@ -43,6 +47,10 @@ def read_all(
 ) -> Iterator[tuple[str, Parameter]]:
     """Every parameter by its canonical name, in memory of its own; the mapped pages it came from are given back.
 
+    A large table that tokens are only looked up in stays in its mapped file, where it begins at a multiple of 64 bytes
+    and is used as it is stored: JAX on the CPU takes it as it lies there, and reads of its pages those alone that hold
+    a token in use.  In what ``convert`` writes it begins so.
+
     Args:
       source: the open checkpoint.
       plan: without problems.
@@ -60,7 +68,8 @@ def read_all(
     for assignment in plan.assignments:
         where = f"{assignment.parameter} (from {', '.join(s.name for s in assignment.sources)})"
         try:
-            value = _read(source, assignment, dtype, recipe, merge or Merge({}, None, "reference"), narrowed)
+            table = _is_table(assignment.parameter, plan.config)
+            value = _read(source, assignment, dtype, recipe, merge or Merge({}, None, "reference"), narrowed, table)
         except _TooLargeError as error:
             too_large.append(f"{where}: {error}")
             continue
@@ -82,13 +91,24 @@ def read_all(
     _check_tied(source, plan)
 
 
+def _is_table(parameter: str, config: DecoderConfig) -> bool:
+    """Whether it is never multiplied with."""
+    return parameter == "per_layer.embed.weight" or (parameter == "embed.weight" and not config.tie_word_embeddings)
+
+
 def _read(
-    source: Source, assignment: Assignment, dtype: str | None, recipe: Recipe | None, merge: Merge, narrowed: bool
+    source: Source,
+    assignment: Assignment,
+    dtype: str | None,
+    recipe: Recipe | None,
+    merge: Merge,
+    narrowed: bool,
+    table: bool,
 ) -> Parameter:
     name = assignment.parameter
     scheme = recipe.scheme(name) if recipe else None
     try:
-        if scheme is None and dtype is None and (packed := _packed(source, assignment)) is not None:
+        if scheme is None and dtype is None and (packed := _packed(source, assignment, table)) is not None:
             delta = merge.delta(name, quantized=True)
             return packed if delta is None else merge.into_packed(packed, delta, name)
         value = assignment.make([source.read(s.name) for s in assignment.sources])
@@ -97,6 +117,8 @@ def _read(
             stored = np.dtype(np.float32)
         if (delta := merge.delta(name, quantized=scheme is not None)) is not None:
             rows, stored = merged_rows(rows, delta, f"{merge.where}: {name}"), stored if dtype else merge.dtype(stored)
+        elif table and scheme is None and stored == value.dtype and _serves_in_place(value):
+            return value
         return made(rows, value.shape, stored, scheme, name)
     finally:
         for spec in assignment.sources:
@@ -125,7 +147,7 @@ def is_packed(source: Source, spec: TensorSpec) -> bool:
     return source.format == "gguf" and spec.dtype in gguf.TYPES and len(spec.shape) in (2, 3)
 
 
-def _packed(source: Source, assignment: Assignment) -> QTensor | None:
+def _packed(source: Source, assignment: Assignment, table: bool) -> QTensor | None:
     """The parameter of a source that has it packed.  What ``make`` does to the rows of a weight it does to those of
     each leaf: a row's integers, scales and offsets move together."""
     found = [packed_tensor(source, spec.name) for spec in assignment.sources]
@@ -134,16 +156,22 @@ def _packed(source: Source, assignment: Assignment) -> QTensor | None:
     if len(packed) < len(found) or len(set(kinds)) > 1:
         return None
     leaves = zip(*map(jax.tree.leaves, packed), strict=True)
-    return jax.tree.unflatten(kinds[0], [_owned(assignment.make(list(same)), same) for same in leaves])
+    return jax.tree.unflatten(kinds[0], [_owned(assignment.make(list(same)), same, table) for same in leaves])
 
 
-def _owned(value: np.ndarray, parts: tuple[np.ndarray, ...]) -> np.ndarray:
-    """``value`` in aligned memory that is neither the file's nor shared with another parameter."""
+def _owned(value: np.ndarray, parts: tuple[np.ndarray, ...], table: bool) -> np.ndarray:
+    """``value`` in aligned memory that is neither the file's, but for tables, nor shared with another parameter."""
     if value is parts[0] and value.flags.writeable and value.ctypes.data % 64 == 0:
         return value  # unpacked into memory of its own, and taken as it is
+    if table and _serves_in_place(value):
+        return value
     own = aligned(value.shape, value.dtype)
     own[...] = value
     return own
+
+
+def _serves_in_place(value: np.ndarray) -> bool:
+    return value.nbytes >= _IN_PLACE and value.ctypes.data % 64 == 0 and value.flags.c_contiguous
 
 
 def _releasing(source: Source, assignment: Assignment, value: np.ndarray) -> Rows:

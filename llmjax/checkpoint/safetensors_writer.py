@@ -11,12 +11,16 @@ import numpy as np
 
 from converters.readers.safetensors import CODES
 
+# Bytes of a tensor that may wait for the others.
+_SMALL = 1 << 20
+
 
 class SafetensorsWriter:
     """Writes a file tensor by tensor, so that no more than one is in memory.
 
     The header comes first in the format and is known last here: room is left for it and filled up with spaces, which
-    the format allows.
+    the format allows.  Tensors begin at a multiple of 64 bytes, so that JAX can take it as it lies in the file;
+    as holes are not allowed, small ones whose size is none come last and begin anywhere.
 
     Args:
       path: a new file.
@@ -31,11 +35,18 @@ class SafetensorsWriter:
         self._room = -(-(2048 + 512 * tensors) // 64) * 64 - 8
         self._entries: dict[str, dict[str, Any]] = {}
         self._at = 0
+        self._last: list[tuple[str, np.ndarray]] = []
         self._file = open(path, "xb")
         self._file.seek(8 + self._room)
 
     def write(self, name: str, array: np.ndarray) -> None:
         """Appends a tensor, which may be of any strides."""
+        if array.nbytes % 64 and array.nbytes <= _SMALL:
+            self._last.append((name, np.array(array)))
+        else:
+            self._append(name, array)
+
+    def _append(self, name: str, array: np.ndarray) -> None:
         array = np.ascontiguousarray(array)
         self._file.write(array.reshape(-1).view(np.uint8).data)
         stop = self._at + array.nbytes
@@ -45,6 +56,8 @@ class SafetensorsWriter:
 
     def close(self, metadata: dict[str, str]) -> None:
         """Writes the header."""
+        for name, array in self._last:
+            self._append(name, array)
         header = json.dumps({"__metadata__": metadata, **self._entries}, separators=(",", ":")).encode()
         if len(header) > self._room:
             raise ValueError(f"a header of {len(header)} bytes, room for {self._room}")

@@ -21,7 +21,7 @@ from flax import linen as nn
 from llmjax.errors import shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.attention import Scores, softcap
-from llmjax.models.config import FULL, MOST_LAYERS, SLIDING, check_rope_types, dimensions, layer_windows
+from llmjax.models.config import FULL, MOST_LAYERS, MOST_WIDTH, SLIDING, check_rope_types, dimensions, layer_windows
 from llmjax.models.context import Context, tap
 from llmjax.models.gemma3 import LAYER_NAMES
 from llmjax.models.hf_config import Reader
@@ -69,7 +69,7 @@ class Gemma3nConfig(SharingConfig):
     def from_hf(cls, r: Reader) -> Self:
         """See ``DecoderConfig.from_hf``."""
         layers = r.size("num_hidden_layers", most=MOST_LAYERS)
-        widths = _each(r, "intermediate_size", [16384] * layers, int, lambda v: v > 0)
+        widths = _each(r, "intermediate_size", [16384] * layers, int, lambda v: 0 < v <= 4 * MOST_WIDTH)
         shared = dimensions(r, tied=True, context=32768, kv_heads=2, head_dim=256, intermediate=max(widths))
         # No version of transformers applies these when it infers; hidden_act stands in hidden_activation.
         r.ignore("query_pre_attn_scalar", "attn_logit_softcapping", "altup_coef_clip", "altup_lr_multiplier")

@@ -17,7 +17,7 @@ from flax import linen as nn
 from llmjax.errors import shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.attention import Scores
-from llmjax.models.config import FULL, DecoderConfig, dimensions
+from llmjax.models.config import FULL, MOST_LAYERS, DecoderConfig, dimensions
 from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import (
@@ -99,8 +99,9 @@ class Lfm2Config(DecoderConfig):
 
 def _kinds(r: Reader, layers: int) -> tuple[str, ...]:
     attends = r.get("full_attn_idxs", list(range(layers)))
-    if not isinstance(attends, list) or not all(type(i) is int for i in attends):
-        r.problem(f"full_attn_idxs: expected numbers of layers, found {shown(attends)}")
+    listed = layers if r.get("layer_types") is None else MOST_LAYERS  # which wins
+    if not isinstance(attends, list) or not all(type(i) is int and 0 <= i < listed for i in attends):
+        r.problem(f"full_attn_idxs: expected numbers of layers from 0 to {listed - 1}, found {shown(attends)}")
         attends = []
     kinds = r.get("layer_types", [FULL if i in attends else CONVOLUTION for i in range(layers)])
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (FULL, CONVOLUTION) for kind in kinds):

@@ -7,13 +7,16 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from llmjax.errors import shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.attention import Scores
 from llmjax.models.config import dimensions
 from llmjax.models.context import Context
 from llmjax.models.hf_config import Reader
 from llmjax.models.llama import HF_NAMES, LlamaConfig
+from llmjax.outside.values import INT32, MOST_FLOAT, integer, number
+
+_BETA = number(0, MOST_FLOAT, "a number, 0 or more")
+_TOKENS = integer(1, INT32, "a number of tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +53,11 @@ class Ministral3Config(LlamaConfig):
         ropes: Any = r.get("rope_parameters")
         ropes = ropes if isinstance(ropes, dict) else _ROPE
         beta, original = ropes.get("llama_4_scaling_beta"), ropes.get("original_max_position_embeddings")
-        if not isinstance(beta, int | float) or beta < 0:
-            r.problem(f"rope parameter llama_4_scaling_beta: expected a number, 0 or more, found {shown(beta)}")
+        if problem := _BETA.problem(beta):
+            r.problem(f"rope parameter llama_4_scaling_beta: {problem}")
             beta = 0.0
-        if type(original) is not int or original < 1:
-            r.problem(f"rope parameter original_max_position_embeddings: expected tokens, found {shown(original)}")
+        if problem := _TOKENS.problem(original):
+            r.problem(f"rope parameter original_max_position_embeddings: {problem}")
             original = 1
         window = None if r.get("sliding_window") is None else r.size("sliding_window")
         return cls(

@@ -45,8 +45,8 @@ class Qwen3MoeConfig(LlamaConfig):
         if not r.flag("use_sliding_window", False):
             window = None
         step, dense = r.size("decoder_sparse_step", 1), r.get("mlp_only_layers", [])
-        if not isinstance(dense, list) or not all(type(i) is int for i in dense):
-            r.problem(f"mlp_only_layers: expected numbers of layers, found {shown(dense)}")
+        if not isinstance(dense, list) or not all(type(i) is int and 0 <= i < layers for i in dense):
+            r.problem(f"mlp_only_layers: expected numbers of layers from 0 to {layers - 1}, found {shown(dense)}")
             dense = []
         experts = r.size("num_experts", r.get("num_local_experts", 128))  # transformers 5 renames it
         used = r.size("num_experts_per_tok", 8)

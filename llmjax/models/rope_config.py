@@ -7,7 +7,7 @@ from typing import Any
 from llmjax.errors import named, shown
 from llmjax.models.rope import Rope
 from llmjax.models.scalings import Dynamic, Llama3Scaling, LongRope, Yarn
-from llmjax.outside.values import POSITIVE_NUMBER, number
+from llmjax.outside.values import INT32, POSITIVE_NUMBER, number
 
 NUMBER = number(-1e6, 1e6)
 _KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
@@ -67,7 +67,13 @@ class RopeSpec:
         return float(value)
 
     def _original(self) -> float:
-        return self._number("original_max_position_embeddings", self._context)
+        found = self._number("original_max_position_embeddings", self._context)
+        if found > INT32:
+            self._problem(
+                f"rope parameter original_max_position_embeddings: expected at most {INT32:,}, found {found:g}"
+            )
+            return 1.0
+        return found
 
     def _drop(self, *keys: str) -> None:
         """What transformers keeps there and does not use."""
@@ -108,8 +114,8 @@ class RopeSpec:
         if any(s is not None and NUMBER.problem(s) for s in scales):
             self._problem(f"rope parameters mscale, mscale_all_dim: expected numbers, found {shown(scales)}")
             scales = None, None
-        betas = {key: self.entries.pop(key, None) or default for key, default in (("beta_fast", 32), ("beta_slow", 1))}
-        self.entries |= betas
+        for key, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):  # 0 is the default, too
+            self.entries[key] = default if (found := self.entries.pop(key, None)) in (None, 0) else found
         if theta == 1:
             self._problem("rope_theta: 1.0, expected another base for rope_type 'yarn'")
             theta = 2.0

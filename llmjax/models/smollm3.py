@@ -30,7 +30,11 @@ class SmolLM3Config(LlamaConfig):
         layers = shared["num_hidden_layers"]
         interval = r.size("no_rope_layer_interval", 4)
         rotates = r.get("no_rope_layers", [int((i + 1) % interval != 0) for i in range(layers)])  # 1 rotates
-        if not isinstance(rotates, list) or len(rotates) != layers or any(x not in (0, 1) for x in rotates):
+        if (
+            not isinstance(rotates, list)
+            or len(rotates) != layers
+            or any(type(x) is not int or x not in (0, 1) for x in rotates)
+        ):
             r.problem(f"no_rope_layers: expected {layers} of 0 or 1, found {shown(rotates)}")
             rotates = [1] * layers
         r.ignore("max_window_layers")  # a remainder of Qwen's config

@@ -15,7 +15,7 @@ class CompletionOutput:
 
     Attributes:
       index: which of the request's samples.
-      text: without the stop string or end-of-text token.
+      text: without the stop string or end-of-text token; with what the model thought first, between its marks.
       token_ids: all generated tokens, the one that ended the text included.
       cumulative_logprob: sum of the tokens' log-probabilities.
       token_logprobs: natural log of each token's probability under the model (before temperature and filters).
@@ -25,6 +25,9 @@ class CompletionOutput:
       stop_reason: the stop string or token id that ended the text; None for the model's own end-of-text token or
         ``length``.
       seed: what this sample drew with: as the seed of a prompt with ``n`` 1 it draws the same tokens again.
+      reasoning: what the model thought before its answer; None where nothing in the text marks a thought, see
+        ``llmjax.text.thinking``.
+      answer: the text without that.
     """
 
     index: int
@@ -36,6 +39,8 @@ class CompletionOutput:
     finish_reason: str
     stop_reason: str | int | None
     seed: int
+    reasoning: str | None
+    answer: str
 
 
 @dataclasses.dataclass(frozen=True)

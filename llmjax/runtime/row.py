@@ -214,6 +214,7 @@ class Row:
         """The finished row as the caller gets it."""
         assert self.finish_reason is not None
         request = self.request
+        parted = self._tokenizer.parted(self._text, request.prompt or "") if self._tokenizer else (None, self._text)
         return CompletionOutput(
             index=request.index,
             text=self._text,
@@ -224,6 +225,8 @@ class Row:
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
             seed=request.seed,
+            reasoning=parted[0],
+            answer=parted[1],
         )
 
 

@@ -91,7 +91,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
         if not isinstance(role, str) or not role:
             raise RequestError(f"messages[{i}].role: expected a string, found {shown(role)}")
         content = message.get("content")
-        if content is None and "tool_calls" in message:
+        if content is None and ("tool_calls" in message or "tool_responses" in message):
             continue
         parts = content if isinstance(content, list | tuple) else None
         if not isinstance(content, str) and (not parts or not all(isinstance(part, Mapping) for part in parts)):

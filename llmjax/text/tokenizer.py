@@ -15,6 +15,7 @@ from llmjax.errors import RequestError, TokenizerError, lfs_pointer, shown
 from llmjax.text import detokenize
 from llmjax.text.dates import Date
 from llmjax.text.detokenize import IncrementalDetokenizer
+from llmjax.text.thinking import KINDS, MARKS, parted
 
 # Ids that a vocabulary may leave out, however small it is.
 _MOST_HOLES = 1 << 16
@@ -103,7 +104,8 @@ class Tokenizer:
         return [self.bos_id, *ids] if add_bos and self.bos_id is not None else ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of ``ids``, as transformers gives it without ``clean_up_tokenization_spaces``.
+        """Text of ``ids``, as transformers gives it without ``clean_up_tokenization_spaces``; of special tokens, those
+        around a thought stay (``llmjax.text.thinking``).
 
         Ids from ``vocab_size`` on (embeddings of real models have padding rows) decode to nothing.  Of byte tokens that
         are not valid UTF-8 more is kept than transformers keeps (``llmjax.text.detokenize.PieceStream``), so that a
@@ -119,9 +121,13 @@ class Tokenizer:
         if min(known, default=0) < 0:
             raise RequestError(f"ids: expected token ids from 0 on, found {min(known)}")
         form, strip = self._decoder
-        if form != "pieces":
+        stream: IncrementalDetokenizer
+        if form == "bytes" and skip_special_tokens and self._special_ids < self._skipped_ids:
+            stream = detokenize.ByteStream(self.token_bytes)
+        elif form != "pieces":
             return self.backend.decode(known, skip_special_tokens=skip_special_tokens)
-        stream = detokenize.PieceStream(self._part if skip_special_tokens else self._any_part, strip)
+        else:
+            stream = detokenize.PieceStream(self._part if skip_special_tokens else self._any_part, strip)
         return "".join(map(stream.push, known)) + stream.flush()
 
     def piece(self, token: int) -> str:
@@ -148,6 +154,14 @@ class Tokenizer:
         if form == "whole":
             return detokenize.WholeText(self.decode)
         return detokenize.PieceStream(self._part, strip)
+
+    def parted(self, text: str, prompt: str = "") -> tuple[str | None, str]:
+        """Thoughts and answer of what the model wrote after a prompt, see ``llmjax.text.thinking``."""
+        return parted(text, prompt, self._thinking)
+
+    @functools.cached_property
+    def _thinking(self) -> tuple[tuple[str, str, str], ...]:
+        return tuple(kind for kind in KINDS if None not in map(self.backend.token_to_id, kind[:2]))
 
     def render_chat(
         self,
@@ -209,6 +223,10 @@ class Tokenizer:
 
     @functools.cached_property
     def _special_ids(self) -> frozenset[int]:
+        return frozenset(i for i in self._skipped_ids if self.piece(i) not in MARKS)
+
+    @functools.cached_property
+    def _skipped_ids(self) -> frozenset[int]:
         # By what decoding leaves out: the flag of an added token is not updated when the token is named special later
         # on, and one that is normalized to another text is not left out for all its flag.
         added, decode = self.backend.get_added_tokens_decoder(), self.backend.decode

@@ -17,6 +17,9 @@ torch = pytest.importorskip("torch", reason="parity extra not installed")
 peft = pytest.importorskip("peft", reason="parity extra not installed")
 reference = pytest.importorskip("tests.parity.reference")
 
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+# Peft's all-linear means stacks of experts, too, where adapters here do not go.
+_TARGETS = {"qwen3_moe": sorted(_ATTENTION)}
 # Stored cases, and modules that no older kind has.
 KINDS = {
     "gemma3n_cond": {
@@ -29,6 +32,7 @@ KINDS = {
     "lfm2": {"in_proj", "out_proj", "w1", "w2", "w3"},
     "ministral3_cond": {"o_proj"},
     "olmo3_yarn": {"o_proj"},
+    "qwen3_moe": _ATTENTION,
     "smollm3": {"o_proj"},
 }
 
@@ -79,7 +83,9 @@ def test_all_projections_of_new_kinds(name, tmp_path):
     base = text_model(name, tmp_path / "base")
     theirs = reference.load(base, json.loads((base / "config.json").read_text())["model_type"])
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=3, lora_alpha=1, target_modules="all-linear", init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=1, target_modules=_TARGETS.get(name, "all-linear"), init_lora_weights=False
+    )
     theirs = peft.get_peft_model(theirs, config).eval()
     theirs.save_pretrained(tmp_path / "adapter")
     with np.load(FOLDER / name / "expected.npz") as file:

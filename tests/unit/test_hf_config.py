@@ -465,3 +465,63 @@ class TestStableLm:
         assert getattr(read("stablelm"), key) is False
         assert getattr(read("stablelm", **{key: True}), key) is True
         assert f"{key}: expected true or false, found 'yes'" in refusal("stablelm", **{key: "yes"})
+
+
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+LONG = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+MINISTRAL = YARN | {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1}
+ALTUP = {"altup_num_inputs": 3}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("gemma3n_text", ALTUP | {"altup_active_idx": 3}, "altup_active_idx: expected one of 3 streams, found 3"),
+        ("gemma3n_text", {"num_kv_shared_layers": 4}, "num_kv_shared_layers: 4 of 4 layers take keys and values"),
+        ("gemma3n_text", {"num_kv_shared_layers": 9}, "num_kv_shared_layers: 9 of 4 layers take keys and values"),
+        ("gemma3n_text", {"intermediate_size": [96, 96]}, "intermediate_size: expected a number for each of 4"),
+        ("gemma3n_text", {"intermediate_size": 10**30}, "intermediate_size: expected a number for each of 4"),
+        ("gemma3n_text", {"activation_sparsity_pattern": 1.0}, "sparsity_pattern: expected a number for"),
+        ("gemma3n_text", {"sliding_window": 0}, "sliding_window: expected a positive integer, found 0"),
+        ("gemma3n_text", {"layer_types": ["full_attention"]}, "layer_types: expected 4 of 'sliding_attention' or"),
+        ("gemma4_text", {"num_kv_shared_layers": 3}, "num_kv_shared_layers: 3 of 4 layers take keys and values"),
+        (
+            "gemma4_text",
+            {"rope_parameters": {"full_attention": {"rope_theta": "x"}}},
+            "rope_theta: expected a",
+        ),
+        (
+            "gemma4_text",
+            {"enable_moe_block": True, "num_experts": 2, "top_k_experts": 3, "moe_intermediate_size": 8},
+            "top_k_experts: 3 of 2 experts",
+        ),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok: 5 of 4 experts"),
+        ("qwen3_moe", {"mlp_only_layers": [4]}, "mlp_only_layers: expected numbers of layers from 0 to 3, found [4]"),
+        ("lfm2", {"full_attn_idxs": [-1]}, "full_attn_idxs: expected numbers of layers from 0 to 3, found [-1]"),
+        ("lfm2", {"conv_L_cache": 0}, "conv_L_cache: expected a positive integer, found 0"),
+        ("smollm3", {"no_rope_layers": [True, 1, 1, 1]}, "no_rope_layers: expected 4 of 0 or 1, found [True, 1"),
+        (
+            "ministral3",
+            {"rope_parameters": MINISTRAL | {"llama_4_scaling_beta": math.nan}},
+            "_beta: expected a number",
+        ),
+        ("ministral3", {"rope_parameters": MINISTRAL | {"llama_4_scaling_beta": True}}, "_beta: expected a number"),
+        (
+            "ministral3",
+            {"rope_parameters": MINISTRAL | {"original_max_position_embeddings": 1.5}},
+            "original_max_position_embeddings: expected a number of tokens",
+        ),
+        ("llama", {"rope_scaling": YARN | {"beta_fast": []}}, "beta_fast: expected a positive number, found []"),
+        ("llama", {"rope_scaling": YARN | {"factor": math.nan}}, "factor: expected a positive number, found nan"),
+        ("llama", {"rope_scaling": {"rope_type": "linear"}}, "factor: expected a positive number, found None"),
+        (
+            "phi3",
+            {"rope_scaling": LONG, "original_max_position_embeddings": 10**30},
+            "original_max_position_embeddings: expected at most 2,147,483,647, found 1e+30",
+        ),
+    ],
+)
+def test_values_that_no_model_has(kind, changes, message):
+    """In one line, whatever else they would have meant."""
+    found = refusal(kind, **changes)
+    assert message in found and "\n" not in found, found
