@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from converters.readers.litert.tflite import Operator, Tensor
-from llmjax.litert import products
+from llmjax.litert import approximations, products
 from llmjax.litert.products import Dequantized, Filter, Value, as_array
 from llmjax.numerics import Numerics
 from llmjax.quant.qtensor import QTensor, take
@@ -70,6 +70,11 @@ def _elementwise(function: Callable[..., Any]) -> Kernel:
     return lambda op, x, out, numerics: activated(op, function(*map(as_array, x)))
 
 
+def _approximated(exact: Callable[[Any], Any], theirs: Callable[[Any], Any]) -> Kernel:
+    """The runtime's own approximation where activations are rounded behind it."""
+    return lambda op, x, out, numerics: (theirs if numerics.digits == 1 else exact)(as_array(x[0]))
+
+
 def _axes(value: Value, rank: int) -> tuple[int, ...]:
     return tuple(sorted({int(a) % max(1, rank) for a in constant(value, "an axis").reshape(-1)}))
 
@@ -123,7 +128,10 @@ def _softmax(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics
 
 
 def _gelu(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
-    return jax.nn.gelu(as_array(x[0]), approximate=op.options["approximate"])
+    array, by_tanh = as_array(x[0]), op.options["approximate"]
+    if by_tanh and numerics.digits == 1:
+        return approximations.gelu(array)
+    return jax.nn.gelu(array, approximate=by_tanh)
 
 
 def _reshape(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
@@ -236,7 +244,6 @@ def _divide(x: jax.Array, y: jax.Array) -> jax.Array:
 _UNARY: dict[str, Callable[..., Any]] = {
     "ABS": jnp.abs,
     "CEIL": jnp.ceil,
-    "COS": jnp.cos,
     "EXP": jnp.exp,
     "FLOOR": jnp.floor,
     "LOG": jnp.log,
@@ -248,10 +255,8 @@ _UNARY: dict[str, Callable[..., Any]] = {
     "ROUND": jnp.round,
     "RSQRT": lax.rsqrt,
     "SIGN": jnp.sign,
-    "SIN": jnp.sin,
     "SQRT": jnp.sqrt,
     "SQUARE": jnp.square,
-    "TANH": jnp.tanh,
     "ZEROS_LIKE": jnp.zeros_like,
 }
 _BINARY: dict[str, Callable[..., Any]] = {
@@ -282,6 +287,7 @@ KERNELS: dict[str, Kernel] = {
     "BROADCAST_TO": _broadcast,
     "CAST": _cast,
     "CONCATENATION": _concatenation,
+    "COS": _approximated(jnp.cos, approximations.cos),
     "CUMSUM": _cumsum,
     "DEPTHWISE_CONV_2D": _depthwise,
     "DEQUANTIZE": _dequantize,
@@ -305,6 +311,7 @@ KERNELS: dict[str, Kernel] = {
     "RESHAPE": _reshape,
     "SELECT": _select,
     "SELECT_V2": _select,
+    "SIN": _approximated(jnp.sin, approximations.sin),
     "SLICE": _slice,
     "SOFTMAX": _softmax,
     "SPLIT": _split,
@@ -312,6 +319,7 @@ KERNELS: dict[str, Kernel] = {
     "SQUEEZE": _reshape,
     "STRIDED_SLICE": _strided_slice,
     "SUM": _reducer(jnp.sum),
+    "TANH": _approximated(jnp.tanh, approximations.tanh),
     "TILE": _tile,
     "TRANSPOSE": _transpose,
     "UNPACK": _unpack,
