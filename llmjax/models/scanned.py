@@ -74,7 +74,7 @@ def scanned(apply: Apply, blocks: Sequence[nn.Module], x: Any, ctx: Context, own
 
 
 # What is kept of a turn, by what is computed again.
-_KEPT = {
+_KEPT: dict[str | None, Any] = {
     "all": None,
     "cheap": jax.checkpoint_policies.save_only_these_names(PROJECTED),
     "nothing": jax.checkpoint_policies.save_anything_except_these_names(_FROZEN),
