@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from llmjax.batch.index import Index
 from llmjax.batch.progress import clock
 from llmjax.batch.reading import open_lines
 from llmjax.batch.rows import WHOLE, Generating, Shard, read_rows
+from llmjax.batch.tables import rows_path
 from llmjax.errors import LlmjaxError, NoRoomError, RequestError, TooLongError
 from llmjax.llm import LLM
 from llmjax.outside.paths import checked_path
@@ -81,6 +83,7 @@ def run(
     params: Params = None,
     shard: Shard = WHOLE,
     date: Date | None = None,
+    columns: Mapping[str, str] = MappingProxyType({}),
 ) -> Forecast:
     """Reads and checks every row as a job would, and writes nothing.
 
@@ -91,14 +94,15 @@ def run(
       params: what rows do not set, see ``LLM.sampling_params``.
       shard: which rows.
       date: see ``job.Options``.
+      columns: see ``job.Options``.
 
     Raises:
       LlmjaxError: the input cannot be read, or from ``load``.
     """
     report, index = Forecast(), Index()
-    begun = None if output == "-" else _begun(checked_path("output", output, RequestError))
+    begun = None if output == "-" else _begun(checked_path("output", rows_path(output), RequestError))
     date = manifests.job_date(date, begun)
-    with open_lines(source) as lines, contextlib.closing(index):
+    with open_lines(source, columns, Generating.keys) as lines, contextlib.closing(index):
         llm = load()
         work = Generating(llm, params)
         store = llm.engine.store

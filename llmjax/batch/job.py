@@ -5,11 +5,12 @@ import dataclasses
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from llmjax.batch import manifest as manifests
+from llmjax.batch import tables
 from llmjax.batch.files import claimed, send
 from llmjax.batch.index import Index, Totals, Written
 from llmjax.batch.interrupts import Interrupts
@@ -29,6 +30,7 @@ from llmjax.batch.rows import (
     read_rows,
     row_error,
 )
+from llmjax.batch.tables import TableLines
 from llmjax.errors import RequestError, ResumeError
 from llmjax.llm import LLM
 from llmjax.runtime.asking import Params
@@ -51,6 +53,7 @@ class Options:
       force: start over, whatever the output holds.
       progress_seconds: between lines of progress where stderr is no terminal; 0 for none.
       date: what chat templates take for the present; None for the time the job began, which the manifest keeps.
+      columns: of an input that is a table, by key of a row the column it is in, where that has another name.
     """
 
     ordered: bool = False
@@ -59,6 +62,7 @@ class Options:
     force: bool = False
     progress_seconds: float = PLAIN_SECONDS
     date: Date | None = None
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         settled(self.date)
@@ -113,14 +117,15 @@ def run(
     params: Params = None,
     options: Options = Options(),
     about: dict[str, Any] | None = None,
-    work: Callable[[LLM, Params], Work] = Generating,
+    work: type[Work] = Generating,
 ) -> Summary:
     """Runs every row that the output does not answer yet; a row that fails is reported in its own output row.
 
     Args:
       load: makes the LLM; called when the files are known to be in order.
       source: path of the input, ``-`` for stdin.
-      output: path of the output, ``-`` for stdout; what is no regular file cannot be resumed.
+      output: path of the output, ``-`` for stdout; what is no regular file cannot be resumed.  A table
+        (``llmjax.batch.tables``) is written when all rows are done, in the order of the input.
       params: what rows do not set, see ``LLM.sampling_params``.
       options: see there.
       about: noted in the manifest.
@@ -132,7 +137,11 @@ def run(
       LlmjaxError: from ``load``.
     """
     with contextlib.ExitStack() as stack:
-        lines = stack.enter_context(open_lines(source))
+        lines = stack.enter_context(open_lines(source, options.columns, work.keys))
+        table = output if tables.is_table(output) else None
+        if table is not None:
+            tables.check_output(output, source)
+            output, options = tables.rows_path(output), dataclasses.replace(options, ordered=True)
         path, stream = stack.enter_context(claimed(output, source))
         began = time.monotonic()
         llm = load()
@@ -142,6 +151,8 @@ def run(
         if summary.status == "complete" and not job.count.done:
             where = "" if options.shard == WHOLE else " of this shard"
             warnings.warn(f"{source}: no rows{where} in it, so there was nothing to do", stacklevel=2)
+        elif table is not None and summary.status == "complete":
+            tables.write(path, table)
         return summary
 
 
@@ -169,7 +180,7 @@ class _Job:
         self.waiting: dict[str, InputRow] = {}  # rows that the engine has
         self.ended: Exception | None = None  # why the input was not read to its end
 
-    def run(self, lines: Lines, output: str, about: dict[str, Any]) -> Summary:
+    def run(self, lines: Lines | TableLines, output: str, about: dict[str, Any]) -> Summary:
         fresh = self.options.force or self.stream is not None
         found = None if fresh else manifests.read(self.path)
         self.date = manifests.job_date(self.options.date, found)
@@ -226,7 +237,7 @@ class _Job:
         if self.stream is None:
             manifest.write(self.path)
 
-    def _answer(self, lines: Lines, journal: Journal) -> None:
+    def _answer(self, lines: Lines | TableLines, journal: Journal) -> None:
         with (
             Interrupts(self.llm.engine.stop) as interrupts,
             Reporter(
@@ -302,7 +313,9 @@ class _Job:
         except Exception:
             return False
 
-    def _requests(self, lines: Lines, journal: Journal, interrupts: Interrupts) -> Iterator[Request | None]:
+    def _requests(
+        self, lines: Lines | TableLines, journal: Journal, interrupts: Interrupts
+    ) -> Iterator[Request | None]:
         """The rows that are to be run; on the way, those that need not or cannot be are done with.
 
         What goes wrong in between is no fault of the engine that asks for them: ``ended`` keeps it.
@@ -315,7 +328,9 @@ class _Job:
             self.ended = error
             self.llm.engine.stop()
 
-    def _rows_to_run(self, lines: Lines, journal: Journal, interrupts: Interrupts) -> Iterator[Request | None]:
+    def _rows_to_run(
+        self, lines: Lines | TableLines, journal: Journal, interrupts: Interrupts
+    ) -> Iterator[Request | None]:
         arriving = lines.arriving(lambda: not self.waiting and not interrupts.asked)
         for row in read_rows(arriving, self.work, self.index, self.options.shard, self.date):
             if interrupts.asked:

@@ -29,6 +29,8 @@ from llmjax.runtime.outputs import CompletionOutput, RequestOutput
 _IDS = ("id", "custom_id")
 _PROMPTS = ("prompt", "messages", "prompt_token_ids")
 _MORE = ("lora", "metadata")
+# What a row may hold.
+KEYS = (*_IDS, *_PROMPTS, *_MORE, *CHAT, *PARAMS)
 
 
 def row_id(row: dict[str, Any], line: int) -> str | int:
@@ -57,7 +59,7 @@ def parse(row: dict[str, Any]) -> Question:
     Raises:
       RequestError: no prompt or several, a key that is not known, or a prompt of the wrong type.
     """
-    unknown = sorted(set(row) - {*_IDS, *_PROMPTS, *_MORE, *CHAT, *PARAMS})
+    unknown = sorted(set(row) - set(KEYS))
     if unknown:
         raise RequestError(
             f"unknown key {', '.join(unknown)}; expected id, {', '.join((*_PROMPTS, *_MORE, *CHAT, *PARAMS))}"

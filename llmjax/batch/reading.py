@@ -7,9 +7,11 @@ import json
 import select
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
+from llmjax.batch.tables import SUFFIXES, TableLines, is_table
 from llmjax.errors import RequestError, lfs_pointer, shown
 from llmjax.outside.paths import checked_path
 
@@ -30,6 +32,7 @@ _MAGIC = {
     b"\xfe\xff": "UTF-16 text",
 }
 _EXPECTED = 'expected JSONL: UTF-8, an object such as {"prompt": "..."} on each line'
+_TABLES = f" (the name of a table ends in {' or '.join(SUFFIXES)})"
 
 
 class Lines:
@@ -55,7 +58,7 @@ class Lines:
             with contextlib.suppress(zlib.error):  # told where it is read
                 begin = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(begin, _SAMPLE)
         if kind := _other_kind(begin):
-            raise RequestError(f"{path}: this is {kind}; {_EXPECTED}")
+            raise RequestError(f"{path}: this is {kind}; {_EXPECTED}{_TABLES}")
 
     def __iter__(self) -> Iterator[str]:
         """Raises RequestError where it cannot be read, or is damaged on the way."""
@@ -156,12 +159,27 @@ def _json(line: str) -> Any:
 
 
 @contextlib.contextmanager
-def open_lines(path: str) -> Iterator[Lines]:
+def open_lines(
+    path: str, columns: Mapping[str, str] = MappingProxyType({}), keys: tuple[str, ...] = ()
+) -> Iterator[Lines | TableLines]:
     """The lines of a text file, a gzip one, a pipe, or stdin for ``-``; opened once: what was read of a pipe is gone.
+    Of a table, the lines that it stands for.
+
+    Args:
+      path: of the input.
+      columns: see ``TableLines``.
+      keys: see ``TableLines``.
 
     Raises:
       RequestError: it cannot be read, or is no JSONL.
     """
+    if is_table(path):
+        yield TableLines(path, columns, keys)
+        return
+    if columns:
+        raise RequestError(
+            f"{path}: columns are named, and it is no table: its name would end in {' or '.join(SUFFIXES)}"
+        )
     if path == "-":
         if sys.stdin is None:
             raise RequestError("-: cannot read the input: stdin is closed")

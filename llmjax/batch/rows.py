@@ -12,6 +12,7 @@ from llmjax.batch.identity import identity
 from llmjax.batch.index import Index, Written, digest
 from llmjax.batch.question import Question, check_text_id, checked_json
 from llmjax.batch.reading import Lines
+from llmjax.batch.tables import TableLines
 from llmjax.errors import LlmjaxError, RequestError, ResumeError
 from llmjax.llm import LLM
 from llmjax.runtime.asking import ChatOptions, Params
@@ -104,10 +105,18 @@ class Work(Protocol):
     Attributes:
       llm: which it does it with.
       in_order: answers come in the order of the rows.
+      keys: what a row may hold.
+
+    Args:
+      llm: which it does it with.
+      params: what rows do not set.
     """
 
     llm: LLM
     in_order: bool
+    keys: tuple[str, ...]
+
+    def __init__(self, llm: LLM, params: Params): ...
 
     def identity(self, shard: Shard, date: str) -> dict[str, Any]:
         """Everything that fixes the answers, by name, as JSON would hold it."""
@@ -134,6 +143,7 @@ class Generating:
     """
 
     in_order = False
+    keys: tuple[str, ...] = native.KEYS
 
     def __init__(self, llm: LLM, params: Params):
         self.llm, self.params = llm, llm.sampling_params(params)
@@ -192,7 +202,7 @@ def read_rows(
                 yield row
 
 
-def count_rows(lines: Lines, work: Work, shard: Shard = WHOLE) -> int | None:
+def count_rows(lines: Lines | TableLines, work: Work, shard: Shard = WHOLE) -> int | None:
     """Rows of an input; None for a pipe, which can be read but once."""
     if not lines.repeatable:
         return None

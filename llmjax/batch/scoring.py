@@ -39,6 +39,7 @@ class Scoring:
     """
 
     in_order = True
+    keys: tuple[str, ...] = texts.KEYS
 
     def __init__(self, llm: LLM, params: Params = None):
         self.llm = llm

@@ -20,7 +20,7 @@ from llmjax.outside.values import LIST, STRING, check
 from llmjax.runtime.outputs import ScoreOutput
 
 _PROMPTS = ("text", "token_ids")
-_KEYS = ("id", *_PROMPTS, "metadata")
+KEYS = ("id", *_PROMPTS, "metadata")
 metadata, with_metadata, failure = native.metadata, native.with_metadata, native.failure
 
 
@@ -44,7 +44,7 @@ def parse(row: dict[str, Any]) -> Text:
     Raises:
       RequestError: no text or two, a key that is not known, or a text of the wrong type.
     """
-    unknown = sorted(set(row) - set(_KEYS))
+    unknown = sorted(set(row) - set(KEYS))
     given = [name for name in _PROMPTS if row.get(name) is not None]
     if unknown or len(given) != 1:
         raise RequestError(f"expected id, metadata and one of text, token_ids; found {', '.join(row) or 'none'}")

@@ -50,8 +50,19 @@ def add(verbs: Verbs) -> None:
 
 
 def _job_flags(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--input", required=True, help="JSONL file, *.gz or not, or - for stdin")
-    verb.add_argument("--output", required=True, help="JSONL file, *.gz or not, or - for stdout")
+    verb.add_argument(
+        "--input", required=True, help="JSONL file, *.gz or not, - for stdin, or a table: *.parquet, *.csv"
+    )
+    verb.add_argument(
+        "--output", required=True, help="JSONL file, *.gz or not, - for stdout, or a table, made at the end"
+    )
+    verb.add_argument(
+        "--column",
+        action=_Named,
+        nargs="+",
+        metavar="KEY=COLUMN",
+        help="of a table: the column that holds a key of the rows, such as prompt=question",
+    )
     verb.add_argument("--ordered", action="store_true", help="leave the answers in the order of the rows")
     verb.add_argument("--shard", metavar="I/N", help="do part I of N of the rows, chosen by their ids")
     verb.add_argument("--force", action="store_true", help="start over, whatever the output holds")
@@ -62,17 +73,17 @@ def _job_flags(verb: argparse.ArgumentParser) -> None:
 
 
 class _Named(argparse.Action):
-    """Collects ``NAME=PATH``, over all times the flag is given; a name may come but once."""
+    """Collects ``NAME=VALUE``, over all times the flag is given; a name may come but once."""
 
     def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
         found = dict(getattr(namespace, self.dest) or {})
         for text in values:
-            name, equals, path = text.partition("=")
-            if not (name and equals and path):
-                raise argparse.ArgumentError(self, f"expected NAME=PATH, found {text!r}")
+            name, equals, value = text.partition("=")
+            if not (name and equals and value):
+                raise argparse.ArgumentError(self, f"expected {self.metavar}, found {text!r}")
             if name in found:
-                raise argparse.ArgumentError(self, f"two adapters are named {name!r}; give each a name of its own")
-            found[name] = path
+                raise argparse.ArgumentError(self, f"{name!r} is there twice: each is to have a name of its own")
+            found[name] = value
         setattr(namespace, self.dest, found)
 
 
@@ -89,7 +100,7 @@ def _batch(args: argparse.Namespace) -> int:
 
     if args.dry_run:
         shard = Shard.parse(args.shard) if args.shard else WHOLE
-        report = dryrun.run(load, args.input, args.output, given, shard, args.date)
+        report = dryrun.run(load, args.input, args.output, given, shard, args.date, args.column or {})
         print(report.describe())
         return 1 if report.bad else 0
     about = {"truncate_prompt": args.truncate_prompt}
@@ -114,7 +125,8 @@ def _options(args: argparse.Namespace) -> "job.Options":
 
     shard = Shard.parse(args.shard) if args.shard else WHOLE
     date = getattr(args, "date", None)
-    return job.Options(args.ordered, shard, args.retry_errors, args.force, args.progress_seconds, date)
+    columns = args.column or {}
+    return job.Options(args.ordered, shard, args.retry_errors, args.force, args.progress_seconds, date, columns)
 
 
 def _about(args: argparse.Namespace) -> dict[str, Any]:

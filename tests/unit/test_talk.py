@@ -133,8 +133,8 @@ def test_a_broken_template_is_told_before_anything_runs(llm, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["batch", "--lora-modules", "a=x", "a=y"], "two adapters are named 'a'"),
-        (["batch", "--lora-modules", "a=x", "--lora-modules", "a=y"], "two adapters are named 'a'"),
+        (["batch", "--lora-modules", "a=x", "a=y"], "'a' is there twice"),
+        (["batch", "--lora-modules", "a=x", "--lora-modules", "a=y"], "'a' is there twice"),
         (["batch", "--lora-modules", "a"], "expected NAME=PATH, found 'a'"),
         (["generate", "--logit-bias", "1:2,1:3"], "a token is there twice in '1:2,1:3'"),
         (["generate", "--chat-template-kwargs", "[1]"], "expected a JSON object, found '[1]'"),

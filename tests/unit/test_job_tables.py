@@ -1,0 +1,169 @@
+"""Tables in and out of jobs: what JSONL says of the same rows, they say."""
+
+import csv
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from llmjax import LLM
+from llmjax.batch import job, scoring, tables
+from llmjax.cli.main import main
+from llmjax.errors import RequestError
+from tests import tiny
+
+ROWS = [
+    {
+        "id": f"r{i}",
+        "question": "ab" * (i + 1),
+        "max_tokens": 3 + i % 2,
+        "year": 2000 + i,
+        "note": None if i else "x, y",
+    }
+    for i in range(6)
+]
+PARAMS = {"temperature": 0, "max_tokens": 4}
+NAMED = job.Options(columns={"prompt": "question"})
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory):
+    return tiny.roomy(LLM(tiny.checkpoint(tmp_path_factory.mktemp("tiny")), max_batch=4, chunk=16, block=16))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "in.parquet", row_group_size=2)
+    with open(tmp_path / "in.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ROWS[0])
+        writer.writeheader()
+        writer.writerows(ROWS)
+    lines = []
+    for row in ROWS:
+        along = {name: row[name] for name in ("year", "note") if row[name] is not None}
+        lines.append(json.dumps({"id": row["id"], "prompt": row["question"], "max_tokens": row["max_tokens"],
+                                 "metadata": along}))  # fmt: skip
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def run(llm, source, output, options=NAMED, **more):
+    return job.run(lambda: llm, str(source), str(output), PARAMS, options, **more)
+
+
+def test_a_table_is_the_jsonl_that_it_stands_for(llm, folder):
+    run(llm, folder / "in.jsonl", folder / "out.jsonl", job.Options(ordered=True))
+    expected = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    run(llm, folder / "in.parquet", folder / "out.parquet")
+    assert (folder / "out.parquet.jsonl").read_bytes() == (folder / "out.jsonl").read_bytes()
+    found = pyarrow.parquet.read_table(folder / "out.parquet")
+    assert found.schema.field("token_ids").type == pyarrow.list_(pyarrow.int64())
+    assert found["id"].to_pylist() == [row["id"] for row in ROWS]
+    for name in ("text", "token_ids", "finish_reason", "seed_text"):
+        assert found[name].to_pylist() == [row[name] for row in expected]
+    assert found["seed"].to_pylist() == [row["seed"] for row in expected]
+    assert found["prompt_tokens"].to_pylist() == [row["usage"]["prompt_tokens"] for row in expected]
+    assert (found["year"].to_pylist(), found["note"].to_pylist()) == ([r["year"] for r in ROWS], ["x, y"] + [None] * 5)
+    assert json.loads(found["params"][0].as_py()) == expected[0]["params"]
+
+
+def test_csv_in_and_out(llm, folder):
+    run(llm, folder / "in.jsonl", folder / "out.jsonl", job.Options(ordered=True))
+    expected = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    run(llm, folder / "in.csv", folder / "out.csv")
+    with open(folder / "out.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["text"] for row in found] == [row["text"] for row in expected]
+    assert [json.loads(row["token_ids"]) for row in found] == [row["token_ids"] for row in expected]
+    assert [(row["year"], row["note"]) for row in found] == [(str(r["year"]), r["note"] or "") for r in ROWS]
+
+
+def test_an_interrupted_job_goes_on_and_has_its_table_at_the_end(llm, folder, monkeypatch):
+    run(llm, folder / "in.parquet", folder / "whole.parquet")
+    answered = llm.outputs
+
+    def few(*args, **kwargs):
+        outputs = answered(*args, **kwargs)
+        yield from (next(outputs) for _ in range(2))
+        outputs.close()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm, "outputs", few)
+        with pytest.raises(KeyboardInterrupt):
+            run(llm, folder / "in.parquet", folder / "out.parquet")
+    assert not (folder / "out.parquet").exists()
+    assert run(llm, folder / "in.parquet", folder / "out.parquet").kept == 2
+    same = [pyarrow.parquet.read_table(folder / f"{name}.parquet") for name in ("whole", "out")]
+    assert same[0].equals(same[1])
+
+
+def test_texts_are_scored(llm, folder):
+    options = job.Options(columns={"text": "question"})
+    job.run(lambda: llm, str(folder / "in.csv"), str(folder / "s.parquet"), None, options, work=scoring.Scoring)
+    found = pyarrow.parquet.read_table(folder / "s.parquet")
+    for text, logprobs in zip((row["question"] for row in ROWS), found["logprobs"].to_pylist(), strict=True):
+        (score,) = llm.score([text])
+        assert logprobs == [None if p is None else pytest.approx(p) for p in score.to_dict()["logprobs"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "no column holds what to read; its columns are 'id', 'question', .* say which one does: --column prompt="),
+        ({"prompt": "Question"}, "no column 'Question'; it has 'id', 'question'"),
+        ({"promt": "question"}, "a row has no key 'promt'; its keys: id, custom_id, prompt"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_what_a_column_is_must_be_clear(folder, options, message, kind):
+    with pytest.raises(RequestError, match=message):
+        job.run(None, str(folder / f"in.{kind}"), str(folder / "out.parquet"), options=job.Options(columns=options))
+    assert sorted(p.name for p in folder.iterdir()) == ["in.csv", "in.jsonl", "in.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.parquet", b"PAR1 no more", "cannot be read as parquet"),
+        ("x.csv", b"", "it is empty; expected a line with the names of its columns"),
+        ("x.csv", b"prompt,prompt\na,b\n", "two columns are named 'prompt'"),
+        ("x.csv", b"prompt,id\na,1\nb\n", "line 3: expected 2 cells, as there are columns, found 1"),
+        ("x.csv", b'prompt\n"a\n', "cannot be read as csv"),
+        ("y.csv", None, "cannot read the input: No such file"),
+        ("y.parquet", None, "cannot read the input: No such file"),
+    ],
+)
+def test_what_is_no_such_table(llm, tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(RequestError, match=message):
+        run(llm, tmp_path / name, tmp_path / "out.jsonl", job.Options())
+
+
+def test_a_file_that_no_job_made_stays(folder, capsys):
+    (folder / "out.csv").write_text("mine")
+    with pytest.raises(RequestError, match="it is there, without the out.csv.jsonl of a job that made it"):
+        run(None, folder / "in.csv", folder / "out.csv")
+    with pytest.raises(RequestError, match="the output is the input file"):
+        run(None, folder / "in.csv", folder / "in.csv")
+    assert (folder / "out.csv").read_text() == "mine"
+    flags = ["--model", "m", "--input", str(folder / "in.jsonl"), "--output", "x.jsonl", "--column", "prompt=question"]
+    assert main(["batch", *flags]) == 2
+    assert "columns are named, and it is no table" in capsys.readouterr().err
+
+
+def test_types_of_columns(tmp_path):
+    rows = [
+        {"a": 1, "b": [1, 2], "c": True, "d": 2**63, "e": {"x": 1}, "metadata": {"a": "kept", "f": 1}},
+        {"a": 1.5, "b": [1.5, None], "c": None, "d": 1, "e": "y", "metadata": 7},
+    ]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tables.write(tmp_path / "x.jsonl", str(tmp_path / "x.parquet"))
+    found = pyarrow.parquet.read_table(tmp_path / "x.parquet")
+    assert {f.name: str(f.type) for f in found.schema} == {
+        "a": "double", "b": "list<element: double>", "c": "bool", "d": "uint64", "e": "string",
+        "metadata.a": "string", "f": "int64", "metadata": "int64",
+    }  # fmt: skip
+    assert found["e"].to_pylist() == ['{"x": 1}', '"y"'] and found["d"].to_pylist() == [2**63, 1]
