@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmjax.errors import LoraError, RequestError, shown
 from llmjax.llm import LLM
-from llmjax.lora.adapter import AnyLora, read_adapter
+from llmjax.lora.adapter import AnyLora, checked_lora, read_adapter
 from llmjax.lora.apply import beside, with_loras
 from llmjax.numerics import FAST, platform
 from llmjax.outside.values import POSITIVE, check, each, integer, one_of
@@ -90,7 +90,7 @@ class LlmInference:
         base = self._open()
         if lora is None:
             return ""
-        key = str(Path(lora) if isinstance(lora, str) else lora)
+        key = str(Path(lora)) if isinstance(lora, str | Path) else repr(checked_lora(lora))
         if key not in self._llms:
             adapter = read_adapter(lora, base.model.architecture, base.model.config)
             supported = self._options.supported_lora_ranks

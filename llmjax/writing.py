@@ -8,7 +8,7 @@ from converters.mediapipe.convert import convert_source
 from llmjax.checkpoint import conversion
 from llmjax.checkpoint.loading import read_override
 from llmjax.checkpoint.parameters import OnParameter
-from llmjax.errors import ConfigError
+from llmjax.errors import ConfigError, shown
 from llmjax.lora.adapter import AnyLora
 
 FORMATS: tuple[str, ...] = (*conversion.FORMATS, "mediapipe")
@@ -53,8 +53,8 @@ def convert(
       ConfigError: the scheme or dtype does not fit.
       LoraError: the adapter is damaged, of a kind that is not supported, or does not fit.
     """
-    if to not in FORMATS:
-        raise ConfigError(f"to: unknown {to!r}; expected one of {', '.join(FORMATS)}")
+    if not isinstance(to, str) or to not in FORMATS:
+        raise ConfigError(f"to: unknown {shown(to)}; expected one of {', '.join(FORMATS)}")
     if to == "mediapipe":
         override = read_override(config)
         if dtype is not None:

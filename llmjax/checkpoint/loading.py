@@ -35,6 +35,7 @@ from llmjax.models.registry import read_config
 from llmjax.models.tree import parameter_shapes, path_of
 from llmjax.numerics import FAST
 from llmjax.outside.paths import checked_path
+from llmjax.outside.values import FLAG, POSITIVE, STRING, check, plain
 from llmjax.quant.qtensor import QTensor
 from llmjax.quant.schemes import Recipe, parse
 from llmjax.text.tokenizer import Tokenizer
@@ -114,8 +115,12 @@ def load(
       TokenizerError: the tokenizer files are damaged or of an unknown kind.
     """
     check_dtype(dtype)
-    if context_length is not None and (type(context_length) is not int or context_length < 1):
-        raise ConfigError(f"context_length: expected a positive integer, found {context_length!r}")
+    if (context_length := plain(context_length)) is not None:
+        check("context_length", context_length, POSITIVE, ConfigError)
+    for option, value in {"check_finite": check_finite, "random_weights": random_weights}.items():
+        check(option, plain(value), FLAG, ConfigError)
+    if numerics is not None:
+        check("numerics", numerics, STRING, ConfigError)
     recipe = None if quantize is None else parse(quantize)
     chosen = numerics is not None
     numerics = numerics_lib.REFERENCE if numerics is None else numerics
@@ -193,6 +198,7 @@ def with_numerics(model: Model, numerics: str) -> Model:
     Raises:
       ConfigError: there is no such profile, or what was read depends on the one it was loaded for.
     """
+    check("numerics", numerics, STRING, ConfigError)
     if isinstance(model, GraphModel):
         return model.under(numerics)
     found = _numerics(numerics, model.params, model.path)
@@ -237,8 +243,8 @@ def as_asked(model: Model | str | Path, numerics: str | None, loading: LoadOptio
 
 def check_dtype(dtype: str | None) -> None:
     """Raises ConfigError for a dtype that weights cannot be stored in."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype: unknown {dtype!r}; expected one of {', '.join(DTYPES)}")
+    if dtype is not None and not (isinstance(dtype, str) and dtype in DTYPES):
+        raise ConfigError(f"dtype: unknown {shown(dtype)}; expected one of {', '.join(DTYPES)}")
 
 
 def read_override(config: str | Path | Mapping[str, Any] | None) -> Override:
@@ -249,12 +255,12 @@ def read_override(config: str | Path | Mapping[str, Any] | None) -> Override:
     """
     if config is None or isinstance(config, Mapping):
         return config
-    if str(config).startswith(configs.PREFIX):
-        return configs.read(str(config))["config"]
     if not isinstance(config, str | os.PathLike):
         raise ConfigError(
             f"config: expected an object of keys, a JSON file or {configs.PREFIX}NAME, found {shown(config)}"
         )
+    if str(config).startswith(configs.PREFIX):
+        return configs.read(str(config))["config"]
     try:
         found = read_json(checked_path("config", config, ConfigError))
     except CheckpointError as error:

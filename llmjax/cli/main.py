@@ -14,6 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from types import FrameType
 
 import llmjax
 from llmjax.cli import batch, bench, checkpoints, generate, loading, lora, oracle
@@ -55,20 +56,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _no_interrupt_lost() -> Iterator[None]:
-    """Python drops a Ctrl-C that comes in the middle of a destructor, or of JAX's part in the collection of garbage: it
-    is sent once more."""
-    before = sys.unraisablehook
+    """A Ctrl-C that Python drops, in the middle of a destructor or of JAX's part in the collection of garbage, is sent
+    once more; one that a module under way takes for a fault of its own is a Ctrl-C."""
+    heard: list[int] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        signal.default_int_handler(number, frame)
 
     def hook(ignored: "sys.UnraisableHookArgs") -> None:
         if not issubclass(ignored.exc_type, KeyboardInterrupt):
-            return before(ignored)
+            return unraisable(ignored)
         threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()  # when that is over
 
-    sys.unraisablehook = hook
+    unraisable, sys.unraisablehook = sys.unraisablehook, hook
+    # Handlers are the main thread's, and a process that runs in the background may hear none.
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, handle)
     try:
         yield
+    except ImportError:
+        if heard:
+            raise KeyboardInterrupt from None
+        raise
     finally:
-        sys.unraisablehook = before
+        sys.unraisablehook = unraisable
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _tell(message: str) -> None:

@@ -126,6 +126,17 @@ class Part:
     entry: From
 
 
+def checked_lora(lora: AnyLora) -> LoraSource:
+    """What a user gives for an adapter, as its source.
+
+    Raises:
+      LoraError: it is none, or its path is none that a file can have.
+    """
+    source = lora if isinstance(lora, LoraSource) else LoraSource(lora)
+    checked_path("lora", source.path, LoraError)
+    return source
+
+
 def read_adapter(lora: AnyLora | Adapter, architecture: Architecture, config: DecoderConfig) -> Adapter:
     """Reads an adapter whole and fits it to a model; one that was read for the same model is taken as it is.
 
@@ -137,8 +148,8 @@ def read_adapter(lora: AnyLora | Adapter, architecture: Architecture, config: De
     """
     if isinstance(lora, Adapter):
         return lora
-    source = lora if isinstance(lora, LoraSource) else LoraSource(lora)
-    path = checked_path("lora", source.path, LoraError)
+    source = checked_lora(lora)
+    path = Path(source.path)
     if is_tflite(path):
         return _from_mediapipe(source, config)
     try:

@@ -165,7 +165,10 @@ def _once_each(array: np.ndarray, shape: Shape) -> list[np.ndarray]:
 
 
 def _rules(dump: Dump, extra: str | Path | None) -> list[tuple[str, Any]]:
-    tables = [(f"{dump.path}/manifest.json: names", dump.manifest.get("names") or {})]
+    own = dump.manifest.get("names")
+    if own is not None and not isinstance(own, Mapping):
+        raise RequestError(f"{dump.path}/manifest.json: names: expected a map, found {shown(own)}")
+    tables = [(f"{dump.path}/manifest.json: names", own or {})]
     if extra is not None:
         try:
             tables.append(
@@ -173,10 +176,7 @@ def _rules(dump: Dump, extra: str | Path | None) -> list[tuple[str, Any]]:
             )
         except OSError as error:
             raise RequestError(f"{extra}: cannot read the names: {error.strerror}") from None
-        except (
-            ValueError,
-            RecursionError,
-        ) as error:  # TOML that is none, no UTF-8, too many digits
+        except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, too many digits
             raise RequestError(f"{extra}: not a TOML file: {error}") from None
     rules = []
     for where, table in tables:

@@ -1,6 +1,7 @@
 """Which weights get how many bits: schemes by name, and recipes that give roles their schemes."""
 
 import dataclasses
+import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmjax import configs
-from llmjax.errors import ConfigError, named
+from llmjax.errors import ConfigError, named, shown
 from llmjax.outside.paths import checked_path
 
 ROLES: tuple[str, ...] = ("attention", "feed_forward", "embedding", "head", "per_layer_embedding")
@@ -35,20 +36,20 @@ class Scheme:
     mse: bool = False
 
     @classmethod
-    def parse(cls, name: str) -> "Scheme":
-        """From a name such as ``int8``, ``int4-g32`` or ``int4-g128-asym``.
+    def parse(cls, name: str, where: str = "quantize") -> "Scheme":
+        """From a name such as ``int8``, ``int4-g32`` or ``int4-g128-asym``; ``where`` is for messages.
 
         Raises:
           ConfigError: no such scheme.
         """
         found = _NAME.fullmatch(name)
         if not found:
-            raise ConfigError(f"quantize: unknown scheme {name!r}; expected {_EXPECTED}")
+            raise ConfigError(f"{where}: unknown scheme {shown(name)}; expected {_EXPECTED}")
         group = int(found["group"]) if found["group"] else None
         if group is not None and group not in GROUPS:
-            raise ConfigError(f"quantize: {name!r}: expected a group of 32, 64 or 128, found {group}")
+            raise ConfigError(f"{where}: {name!r}: expected a group of 32, 64 or 128, found {group}")
         if found["mse"] and found["asym"]:
-            raise ConfigError(f"quantize: {name!r}: the search for scales knows symmetric schemes alone")
+            raise ConfigError(f"{where}: {name!r}: the search for scales knows symmetric schemes alone")
         return cls(int(found["bits"]), group, not found["asym"], bool(found["mse"]))
 
     def __str__(self) -> str:
@@ -132,6 +133,8 @@ def parse(quantize: str | Path | Mapping[str, Any]) -> Recipe:
     """
     if isinstance(quantize, Mapping):
         return _from_mapping(quantize, "quantize")
+    if not isinstance(quantize, str | os.PathLike):
+        raise ConfigError(f"quantize: expected a scheme, a recipe or a mapping, found {shown(quantize)}")
     text = str(quantize)
     if _NAME.fullmatch(text):
         return Recipe(dict.fromkeys(ROLES, Scheme.parse(text)))
@@ -167,14 +170,14 @@ def _from_mapping(values: Mapping[str, Any], where: str) -> Recipe:
         if role not in roles and "embedding" in roles:
             roles[role] = roles["embedding"]
     if not isinstance(layers, Mapping):
-        raise ConfigError(f"{where}: layers: expected a table of ranges such as '0-3', found {layers!r}")
+        raise ConfigError(f"{where}: layers: expected a table of ranges such as '0-3', found {shown(layers)}")
     exceptions = []
     for span, entry in layers.items():
         found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", str(span))
         if not found or int(found[2] or found[1]) < int(found[1]):
-            raise ConfigError(f"{where}: layers: expected a layer or a range such as '0-3', found {span!r}")
+            raise ConfigError(f"{where}: layers: expected a layer or a range such as '0-3', found {shown(span)}")
         if not isinstance(entry, Mapping):
-            raise ConfigError(f"{where}: layers {span}: expected schemes by role, found {entry!r}")
+            raise ConfigError(f"{where}: layers {span}: expected schemes by role, found {shown(entry)}")
         own = _roles(entry, f"{where}: layers {span}", ("attention", "feed_forward"))
         exceptions.append((int(found[1]), int(found[2] or found[1]), own))
     return Recipe(roles, tuple(exceptions))
@@ -186,8 +189,8 @@ def _roles(values: Mapping[str, Any], where: str, known: tuple[str, ...] = ROLES
         raise ConfigError(f"{where}: unknown role {', '.join(unknown)}; expected {', '.join(known)}")
     for role, name in values.items():
         if not isinstance(name, str):
-            raise ConfigError(f"{where}: {role}: expected a scheme's name or 'float', found {name!r}")
-    return {role: None if name == "float" else Scheme.parse(name) for role, name in values.items()}
+            raise ConfigError(f"{where}: {role}: expected a scheme's name or 'float', found {shown(name)}")
+    return {role: None if name == "float" else Scheme.parse(name, f"{where}: {role}") for role, name in values.items()}
 
 
 def _text(scheme: Scheme | None) -> str:

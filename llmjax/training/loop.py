@@ -12,7 +12,7 @@ from typing import Any, cast
 import jax
 
 from llmjax.checkpoint.identity import model_facts, runtime_facts
-from llmjax.errors import ConfigError, OutputError, ResumeError, TrainingError
+from llmjax.errors import ConfigError, OutputError, RequestError, ResumeError, TrainingError, shown
 from llmjax.lora.apply import Lora
 from llmjax.model import Model
 from llmjax.outside.paths import checked_path
@@ -112,7 +112,11 @@ def finetune(
       TrainingError: a loss or a gradient is not finite; the step and the rows are named.
       ResumeError: ``output`` holds another run.
     """
-    config = config or TrainConfig()
+    if not isinstance(model, Model):
+        raise RequestError(f"model: expected what llmjax.load returns, found {shown(model)}")
+    config = TrainConfig() if config is None else config
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"config: expected a TrainConfig, found {shown(config)}")
     if any(isinstance(leaf, Lora) for leaf in jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, Lora))):
         raise ConfigError(f"{model.path}: it has an adapter beside its weights; load it without, and give it as start")
     if config.patience and not (eval_rows is not None and config.eval_every):

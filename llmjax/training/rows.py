@@ -24,6 +24,7 @@ from converters.readers.jsonfile import parse_json
 from llmjax.errors import LlmjaxError, RequestError, lfs_pointer, named, shown
 from llmjax.model import Model, check_ids
 from llmjax.outside.paths import checked_path
+from llmjax.outside.values import plain
 from llmjax.text.dates import Date, settled
 from llmjax.text.tokenizer import Tokenizer
 from llmjax.training.batches import Example
@@ -267,9 +268,10 @@ def _example(number: int, segments: Segments, model: Model, longest: int) -> Exa
 
 
 def _list(row: Mapping[str, Any], name: str) -> list[Any]:
-    if not isinstance(row[name], Sequence | np.ndarray) or isinstance(row[name], str):
+    found = plain(row[name])
+    if not isinstance(found, Sequence) or isinstance(found, str | bytes):
         raise RequestError(f"{name}: expected a list, found {shown(row[name])}")
-    return list(row[name])
+    return list(found)
 
 
 def _text(row: Mapping[str, Any], name: str) -> str:
