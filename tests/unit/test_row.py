@@ -23,6 +23,9 @@ class Letters:
 
         return Plain()
 
+    def parted(self, text, prompt):
+        return None, text
+
 
 def run(text: str | Sequence[int], **params):
     ids = [ord(c) for c in text] if isinstance(text, str) else text
