@@ -20,20 +20,27 @@ def activations(model: GraphModel, ids: np.ndarray, taps: Sequence[str]) -> dict
     Args:
       model: the model.
       ids: int32 ``[T]``, fed one after the other.
-      taps: globs.
+      taps: globs of these names, or of what the tensors are (``Roles.outputs``: ``layers.0.resid``).
 
     Raises:
       RequestError: one matches nothing.
+      CheckpointError: the file is damaged.
     """
     module, ports = model.module, model.module.decode_ports
     graph = module.graphs[MAIN]
     signature = graph.signatures[ports.name]
     states = {i for side in (signature.inputs, signature.outputs) for name, i in side.items() if name in ports.states}
-    names = [name for i, name in model.decode_names.items() if i not in states and graph.matches(name, taps)]
-    logits = [LOGITS] if graph.matches(LOGITS, taps) else []
+    known = [name for i, name in model.decode_names.items() if i not in states]
+    meant = meanings(model, known)
+    words = {name: [name, *meant.get(name, [])] for name in [*known, LOGITS]}
 
-    if missing := [glob for glob in taps if not any(graph.matches(name, [glob]) for name in [*names, *logits])]:
+    def named(globs: Sequence[str]) -> list[str]:
+        return [name for name in words if any(graph.matches(word, globs) for word in words[name])]
+
+    if missing := [glob for glob in taps if not named([glob])]:
         raise RequestError(f"taps: {missing[0]!r} matches no tensor; llmjax inspect and a trace of '*' show the names")
+    names = [name for name in named(taps) if name != LOGITS]
+    logits = [LOGITS] if LOGITS in named(taps) else []
 
     def step(params: Any, row: States, token: Any, position: Any) -> tuple[States, dict[str, jax.Array]]:
         outputs, row, found = module.run(params, ports, row, token[None], position, jnp.int32(1), names)
