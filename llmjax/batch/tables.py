@@ -17,7 +17,7 @@ import datetime
 import decimal
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +106,11 @@ class TableLines:
             row["metadata"] = {**along, **(given if isinstance(given, dict) else {"metadata": given})}
         return f"{json.dumps(row)}\n"
 
-    def _rows(self) -> Iterator[list[Any]]:
+    def _rows(self) -> Generator[list[Any], None, None]:
         """The names of the columns, then the cells of each row."""
         return self._csv_rows() if self._is_csv else self._parquet_rows()
 
-    def _csv_rows(self) -> Iterator[list[Any]]:
+    def _csv_rows(self) -> Generator[list[Any], None, None]:
         csv.field_size_limit(_LONGEST)
         with open(self._path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, strict=True)
@@ -126,7 +126,7 @@ class TableLines:
                     )
                 yield [cell or None for cell in cells] or [None] * len(names)
 
-    def _parquet_rows(self) -> Iterator[list[Any]]:
+    def _parquet_rows(self) -> Generator[list[Any], None, None]:
         with open(self._path, "rb") as data, _arrow("parquet").ParquetFile(data) as file:
             names = file.schema_arrow.names
             yield names

@@ -161,9 +161,9 @@ def load(
         )
         params: dict[str, Any] = {}
         apart = {}
-        for name, value in read_all(source, plan, dtype, recipe, check_finite, merge, narrowed=True):
-            put(params, name, value)
-            if name in merge.deltas and merge.delta(name, isinstance(value, QTensor)) is None:
+        for name, parameter in read_all(source, plan, dtype, recipe, check_finite, merge, narrowed=True):
+            put(params, name, parameter)
+            if name in merge.deltas and merge.delta(name, isinstance(parameter, QTensor)) is None:
                 apart[name] = beside(merge.deltas[name])
     finally:
         source.close()
