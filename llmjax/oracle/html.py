@@ -27,8 +27,8 @@ pre { background: var(--card); padding: 10px 12px; border-radius: 8px; overflow-
   border-left: 5px solid var(--dim); }
 .good { border-color: var(--good); } .bad { border-color: var(--bad); } .warn { border-color: var(--warn); }
 .good h1 { color: var(--good); } .bad h1 { color: var(--bad); } .warn h1 { color: var(--warn); }
-.dim { color: var(--dim); } .scroll { overflow-x: auto; }
-.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 8px; }
+.dim { color: var(--dim); } .scroll { overflow-x: auto; overflow-wrap: normal; }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(180px, 1fr)); gap: 8px; }
 .facts div { background: var(--card); border-radius: 8px; padding: 8px 12px; }
 .facts b { display: block; font-size: 1.05em; font-family: ui-monospace, monospace; }
 table { border-collapse: collapse; min-width: 100%; } th { text-align: left; font-weight: 600; }
