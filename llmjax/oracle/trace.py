@@ -61,12 +61,16 @@ class Trace:
         Raises:
           RequestError: the directory exists and is not empty, or cannot be written.
         """
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         # safetensors writes a view's memory as if it were dense: another order, or bytes beyond it.
         dense = {name: np.asarray(x, order="C") for name, x in self.activations.items()}
         with whole_folder(Path(directory), RequestError) as folder:
-            save_file(dense, folder / "activations.safetensors")
+            try:
+                save_file(dense, folder / "activations.safetensors")
+            except SafetensorError as error:  # a full disk
+                raise OSError(str(error)) from None
             (folder / "manifest.json").write_text(json.dumps(self.manifest, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,6 +1,7 @@
 """Paths that no file can have: one clear line from every door that takes one, and nothing left behind."""
 
 import os
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from converters import BundleConfig, ConversionConfig, create_bundle
 from llmjax.batch.files import claimed
 from llmjax.batch.reading import open_lines
 from llmjax.cli.main import main
-from llmjax.errors import CheckpointError, LlmjaxError
+from llmjax.errors import CheckpointError, LlmjaxError, RequestError
 from llmjax.lora.adapter import LoraSource
 from llmjax.oracle.comparison import Comparison
 from llmjax.oracle.dump import from_arrays
@@ -116,6 +117,17 @@ def test_the_command_line_says_it_in_one_line(capsys, flags):
     assert main([flag.replace("@", "x" * 5000) for flag in flags]) == 2
     told = capsys.readouterr().err
     assert told.startswith("llmjax: ") and told.count("\n") == 1 and len(told) < 2600
+
+
+def test_a_disk_without_room_for_a_trace(tmp_path):
+    whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, whole[1]))
+    try:
+        with pytest.raises(RequestError, match=f"^{tmp_path}/t: cannot write it: .*File too large.*nothing is left"):
+            Trace({"embed": np.ones(5000)}, {"token_ids": [1]}).save(tmp_path / "t")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, whole)
+    assert not os.listdir(tmp_path)
 
 
 def test_a_line_that_is_too_long_keeps_its_end():
