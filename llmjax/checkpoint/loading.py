@@ -117,8 +117,8 @@ def load(
     check_dtype(dtype)
     if (context_length := plain(context_length)) is not None:
         check("context_length", context_length, POSITIVE, ConfigError)
-    for option, value in {"check_finite": check_finite, "random_weights": random_weights}.items():
-        check(option, plain(value), FLAG, ConfigError)
+    for option, switch in {"check_finite": check_finite, "random_weights": random_weights}.items():
+        check(option, plain(switch), FLAG, ConfigError)
     if numerics is not None:
         check("numerics", numerics, STRING, ConfigError)
     recipe = None if quantize is None else parse(quantize)

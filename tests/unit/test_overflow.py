@@ -138,3 +138,15 @@ def test_a_range_that_float32_does_not_hold():
     w = np.array([[3e38, -3e38]], np.float32)
     with pytest.raises(CheckpointError, match="x: int8-asym: weights of a range"):
         quantize(lambda a, b: w[a:b], (1, 2), Scheme(8, symmetric=False), "x")
+
+
+@pytest.mark.parametrize(("dtype", "told"), [("i4", "I32"), ("u1", "U8"), ("?", "BOOL"), ("i8", "I64")])
+def test_whole_numbers_are_no_weights(tmp_path, dtype, told):
+    source = tiny.checkpoint(tmp_path / "m")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(dtype)
+    save_file(tensors, source / "model.safetensors")
+    for options in ({}, {"dtype": "float32"}, {"quantize": "int8"}):
+        with pytest.raises(CheckpointError, match=rf"norm.weight: expected floats, found whole numbers \({told}\)"):
+            llmjax.load(source, **options)
+    assert not llmjax.inspect(source).supported
