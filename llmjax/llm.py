@@ -4,6 +4,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Unpack
 
 from llmjax.checkpoint.loading import LoadOptions, as_asked
@@ -11,6 +12,7 @@ from llmjax.errors import NoRoomError, RequestError
 from llmjax.lora.adapter import AnyLora
 from llmjax.lora.resident import with_adapters
 from llmjax.model import Model
+from llmjax.models.interventions import Interventions
 from llmjax.runtime.asking import Asking, ChatOptions, Message, Params, Prompt, for_each, listed, prompt_list
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine, Update
@@ -47,6 +49,8 @@ class LLM(Asking):
         ``[B, V]``, a row per slot) and ``llmjax.runtime.logits.Tokens`` (the rows' tokens ``ids [B, S]``,
         ``prompt_length [B]``, ``length [B]``, ``active [B]``); returns the logits, before bars, biases, penalties and
         the draw.  A row's result must depend on that row alone, or it will depend on its neighbours.
+      interventions: for research: functions or arrays that take the place of activations in every program, see
+        ``Model.intervened``.
       enable_prefix_caching: compute a beginning that prompts share once (whole chunks, or all of a prompt); results are
         the same in every bit.
       generation_config: ``auto``: what the checkpoint's ``generation_config.json`` says of sampling holds where nobody
@@ -75,6 +79,7 @@ class LLM(Asking):
         truncate_prompt: bool = False,
         memory: float | str | None = None,
         logits_processor: LogitsProcessor | None = None,
+        interventions: Interventions = MappingProxyType({}),
         enable_prefix_caching: bool = True,
         generation_config: str = "auto",
         chat_template: str | None = None,
@@ -82,7 +87,7 @@ class LLM(Asking):
         fold_system: bool = False,
         **loading: Unpack[LoadOptions],
     ):
-        model = as_asked(model, numerics, loading)
+        model = as_asked(model, numerics, loading).intervened(interventions)
         if loras:
             model = with_adapters(model, loras)
         super().__init__(

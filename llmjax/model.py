@@ -6,6 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from llmjax.errors import RequestError, shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
+from llmjax.models.interventions import Interventions, checked, intervened
 from llmjax.models.watched import Program
 from llmjax.numerics import Numerics
 from llmjax.quant.qtensor import QTensor
@@ -90,6 +92,7 @@ class Model:
       lora: the adapter it was loaded with, merged or beside the weights.
       origin: what the parameters were made from; None where nobody knows.
       generation_config: the checkpoint's ``generation_config.json``, which ``LLM`` heeds.
+      interventions: by tap, what takes its value's place wherever this model runs: see ``intervened``.
     """
 
     architecture: Architecture
@@ -103,6 +106,7 @@ class Model:
     origin: Origin | None = None
     numerics_chosen: bool = True
     generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    interventions: Interventions = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         stored = self.stored()
@@ -128,20 +132,59 @@ class Model:
     @functools.cached_property
     def module(self) -> Any:
         """The Flax module, for ``module.apply({"params": params}, ids [B, T], Context)``."""
-        return self.config.module()
+        module = self.config.module()
+        return intervened(module, self.config, self.interventions) if self.interventions else module
 
-    def apply(self, params: dict[str, Any], ids: jax.Array, length: jax.Array | None = None) -> jax.Array:
+    def intervened(self, interventions: Interventions) -> "Model":
+        """The same model, its weights shared, with interventions: in ``apply``, ``logits``, ``llmjax.trace`` and every
+        program of an ``LLM`` made of it, and nowhere else.
+
+        Args:
+          interventions: by tap (``layers.3.resid``; ``llmjax.trace`` has the names): a pure function of the value
+            ``[B, T, ...]``, or of that and ``models.interventions.At`` where it needs to know the tokens, which returns
+            as much; or an array, spread over the value's shape.  See ``models.interventions`` for what a function sees
+            where.
+
+        Raises:
+          RequestError: no tap of the model, one that has an intervention, or neither function nor array.
+        """
+        if twice := [str(name) for name in checked(interventions) if name in self.interventions]:
+            raise RequestError(f"interventions: {', '.join(twice)}: the model has one there")
+        if not interventions:
+            return self
+        model = dataclasses.replace(self, interventions={**self.interventions, **interventions})
+        assert model.module  # raises what is wrong with them
+        return model
+
+    def apply(
+        self,
+        params: dict[str, Any],
+        ids: jax.Array,
+        length: jax.Array | None = None,
+        *,
+        interventions: Interventions = MappingProxyType({}),
+    ) -> jax.Array:
         """Logits float32 ``[B, T, V]`` of ``ids`` int32 ``[B, T]``, no cache: a pure function of its arguments, to
-        trace or differentiate.  Rows that are padded on the right have ``length`` int32 ``[B]`` tokens."""
+        trace or differentiate.
+
+        Args:
+          params: the model's.
+          ids: token ids.
+          length: int32 ``[B]``, tokens of rows that are padded on the right.
+          interventions: see ``intervened``; arrays, and what functions close over, may be traced or differentiated.
+        """
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
         ctx = Context(positions, self.numerics, length=length)
-        return self.module.apply({"params": params}, ids, ctx).astype(jnp.float32)
+        module = self.intervened(interventions).module
+        return module.apply({"params": params}, ids, ctx).astype(jnp.float32)
 
     @functools.cached_property
     def _logits(self) -> Program:
         return Program(self.apply, compiler_options=self.numerics.compiler_options)
 
-    def logits(self, batch: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def logits(
+        self, batch: Sequence[Sequence[int]], *, interventions: Interventions = MappingProxyType({})
+    ) -> list[np.ndarray]:
         """Teacher-forced logits of token id lists of any lengths, without a cache.
 
         Rows are computed one at a time, padded on the right to a power of two: a row's logits do not depend on the
@@ -149,13 +192,17 @@ class Model:
 
         Args:
           batch: non-empty lists of token ids.
+          interventions: see ``intervened``; compiled for this call alone.
 
         Returns:
           for each row float32 ``[T_i, V]``.
 
         Raises:
-          RequestError: an empty row, an id outside the vocabulary, or a row longer than the context.
+          RequestError: an empty row, an id outside the vocabulary, a row longer than the context, or an intervention
+            that cannot be.
         """
+        if interventions or not isinstance(interventions, Mapping):
+            return self.intervened(interventions).logits(batch)
         rows: list[np.ndarray] = []
         if isinstance(batch, str | bytes | Mapping) or not np.iterable(batch):
             raise RequestError(f"batch: expected a list of token id lists, found {shown(batch)}")

@@ -48,6 +48,8 @@ def model_facts(model: Model) -> dict[str, Any]:
         of weights of each kind.
     ``numerics``
         the profile.
+    ``interventions``
+        the taps that have one, where any has; what it does there, nobody can say.
     ``tokenizer_sha256``, ``chat_template_sha256``
         None where there is none.
     """
@@ -73,6 +75,7 @@ def model_facts(model: Model) -> dict[str, Any]:
         "quantization": _quantization(model, origin.quantize if origin else None),
         "stored": kinds,
         "numerics": model.numerics.label,
+        **({"interventions": sorted(model.interventions)} if model.interventions else {}),
         "tokenizer_sha256": tokenizer and _sha256([tokenizer.fingerprint(), tokenizer.stop]),
         "chat_template_sha256": tokenizer
         and tokenizer.chat_template

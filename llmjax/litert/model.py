@@ -19,6 +19,7 @@ from llmjax.model import Model, check_ids
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
+from llmjax.models.interventions import Interventions, checked
 
 # Tokens of a text that is scored that one call of its program takes.
 _SCORED = 32
@@ -122,6 +123,16 @@ class GraphModel(Model):
         graphs = {part: graph.under(profile) for part, graph in self.module.graphs.items()}
         module = GraphModule(graphs, self.module.prefills, self.module.decode_ports)
         return dataclasses.replace(self, numerics=graphs[MAIN].numerics, signatures=module, numerics_chosen=True)
+
+    def intervened(self, interventions: Interventions) -> "GraphModel":
+        """None can be.
+
+        Raises:
+          RequestError: there are some.
+        """
+        if checked(interventions):
+            raise RequestError("interventions: a graph (.tflite, .task, .litertlm) runs as its file says; it takes none")
+        return self
 
     def apply(self, params: dict[str, Any], ids: jax.Array) -> jax.Array:  # type: ignore[override]
         """Logits float32 ``[B, T, V]`` of ``ids`` int32 ``[B, T]``, a pure function: the tokens of a row one after the

@@ -1,5 +1,6 @@
 """What travels beside the activations through a model: one explicit argument instead of attributes on every module."""
 
+import abc
 from typing import Any
 
 import jax
@@ -65,22 +66,33 @@ class Context(struct.PyTreeNode):
         return self.replace(positions=jnp.take_along_axis(self.positions, last, axis=1), last=None, length=self.tokens)
 
 
+class Patch(abc.ABC):
+    """A function of a tap's value, in the collection ``patches``, whose result is what the tap names."""
+
+    @abc.abstractmethod
+    def __call__(self, value: jax.Array) -> jax.Array:
+        """What the model goes on with."""
+
+
 def tap(module: nn.Module, name: str, value: jax.Array) -> jax.Array:
     """Names an activation for ``llmjax.trace``: the module's path and ``name`` (the path alone when empty), joined by
     dots.
 
     What the collection ``patches`` has under that name takes the value's place from here on: an array, or a function of
-    the value.  Costs nothing unless the ``taps`` collection is being collected; ``init`` makes parameters alone.
+    the value.  Named is the value before, with a ``Patch`` the one after.  Costs nothing unless the ``taps`` collection
+    is being collected; ``init`` makes parameters alone.
     """
+    patch: Any = module.get_variable(PATCHES, TAP + name)
+    if isinstance(patch, Patch):
+        value, patch = patch(value), None
     if not module.is_initializing():
         module.sow("taps", TAP + name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
-    if module.has_variable(PATCHES, TAP + name):
-        patch: Any = module.get_variable(PATCHES, TAP + name)
+    if patch is not None:
         return patch(value) if callable(patch) else patch.reshape(value.shape).astype(value.dtype)
     return value
 
 
 # Keeps a tap's name apart from a submodule's of the same name, which Linen would refuse.
 TAP = "tap:"
-# The collection of what other runtimes computed, see ``tap``.
+# The collection of what takes the place of our values, see ``tap``.
 PATCHES = "patches"

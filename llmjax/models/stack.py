@@ -6,7 +6,7 @@ loop cuts out of a stack before it multiplies with it, unless the weight is conv
 product is a sum (``products.sums``) anyway.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from llmjax.models.context import Context
+from llmjax.models.context import PATCHES, Context
 from llmjax.models.recompute import recomputed
 from llmjax.models.scanned import scanned
 from llmjax.models.watched import watched
@@ -47,7 +47,8 @@ def in_turn(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Context,
       each: arrays ``[L, ...]``, a third argument for each block; None for none.
     """
     pattern = model.get_variable("params", STACKED, ())
-    if not watched(model):
+    patched = PATCHES in model.variables
+    if not watched(model) and not (patched and ctx.recompute is not None):
         return (_looped if pattern else _traced_once)(model, blocks, x, ctx, each)
     if not pattern:
         return _each(blocks, x, ctx, each)
@@ -79,7 +80,9 @@ def _traced_once(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Con
         own = [_own(each, i) for i in range(len(blocks))]
         x, done = scanned(lambda *args: alike(*args)[0], blocks, x, ctx, own)
     for i, block in enumerate(blocks[done:], done):
-        apply = partial(alike, block.clone(parent=None, name=None))
+        plain = block.clone(parent=None, name=None)
+        patched = PATCHES in block.variables  # functions are no arguments of a jitted one, which others would share
+        apply = partial(plain.apply, mutable=["cache"]) if patched else partial(alike, plain)
         with jax.named_scope(str(block.name)):
             x, made = (recomputed(apply) if ctx.recompute in ("all", "cheap") else apply)(
                 block.variables, x, ctx, *_own(each, i)
@@ -94,6 +97,7 @@ def _looped(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Context,
     pattern: tuple[Any, ...] = model.get_variable("params", STACKED)
     count = len(blocks) // len(pattern)
     alike = [block.clone(parent=None, name=None) for block in blocks[: len(pattern)]]
+    patches = [block.variables.get(PATCHES, {}) for block in blocks]
 
     def step(i: jax.Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
         x, caches = carry
@@ -101,6 +105,7 @@ def _looped(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Context,
         for place, (block, params, cache) in enumerate(zip(alike, pattern, caches, strict=True)):
             placed = ctx if ctx.table is None else ctx.replace(table=ctx.table + i * _rows(cache, count))
             variables = {"params": jax.tree.map(partial(_pick, i), params), "cache": cache}
+            variables[PATCHES] = _in_turn(i, patches[place :: len(pattern)])
             own = _own(each, i * len(pattern) + place)
             x, changed = block.apply(variables, x, placed, *own, mutable=["cache"])
             new.append(changed["cache"])
@@ -111,6 +116,31 @@ def _looped(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Context,
     if model.has_variable("cache", STACKED):
         model.put_variable("cache", STACKED, caches)
     return x
+
+
+def _in_turn(i: jax.Array, each: Sequence[Any]) -> dict[str, Any]:
+    """The patches of one of several layers, ``i``, that run in a loop.
+
+    Args:
+      i: int32 ``[]``.
+      each: the layers' own.
+    """
+    found: dict[str, Any] = {}
+    for key in {key: None for own in each for key in own}:
+        inner = {turn: own[key] for turn, own in enumerate(each) if key in own}
+        is_scope = isinstance(next(iter(inner.values())), Mapping)
+        found[key] = (
+            _in_turn(i, [inner.get(turn, {}) for turn in range(len(each))]) if is_scope else partial(_chosen, i, inner)
+        )
+    return found
+
+
+def _chosen(i: jax.Array, patches: Mapping[int, Callable[[jax.Array], jax.Array]], value: jax.Array) -> jax.Array:
+    """What the patch of turn ``i`` makes of a value, or the value; nothing is chosen where no patch changes a thing."""
+    if all(patch(value) is value for patch in patches.values()):
+        return value
+    which = jnp.select([i == turn for turn in patches], list(range(1, len(patches) + 1)), 0)
+    return lax.switch(which, [lambda x: x, *patches.values()], value)
 
 
 def _rows(cache: Any, count: int) -> int:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from llmjax import numerics
 from llmjax.models.config import DecoderConfig
-from llmjax.models.context import Context
+from llmjax.models.context import TAP, Context
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -24,6 +24,11 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
 def canonical(path: tuple[Any, ...]) -> str:
     """``layers_3 / attn / q / weight`` in the tree is ``layers.3.attn.q.weight`` by name."""
     return re.sub(r"\blayers_(\d+)", r"layers.\1", ".".join(str(key.key) for key in path))
+
+
+def tap_name(path: tuple[Any, ...]) -> str:
+    """A tap's name from its place in the collection ``taps``."""
+    return canonical(path).replace(f".{TAP}", ".").removeprefix(TAP).rstrip(".")
 
 
 def path_of(name: str) -> list[str]:

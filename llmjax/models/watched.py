@@ -13,8 +13,10 @@ from flax import linen as nn
 from flax.core.scope import is_filter_empty, subtract_filters
 from flax.linen import module as linen
 
+from llmjax.models.context import PATCHES
+
 # What models themselves read and write.
-_OWN = ("params", "cache")
+_OWN = ("params", "cache", PATCHES)
 
 
 def interceptors() -> tuple[Any, ...]:
@@ -24,7 +26,7 @@ def interceptors() -> tuple[Any, ...]:
 
 def watched(module: nn.Module) -> bool:
     """Whether a bound module's layers must run in their own places, under their own names: where something intercepts
-    them, or they may make, read or write anything but their parameters and the cache."""
+    them, or they may make, read or write anything but their parameters, the cache and patches."""
     scope = module.scope
     assert scope is not None
     return bool(
@@ -32,7 +34,7 @@ def watched(module: nn.Module) -> bool:
         or interceptors()
         or scope.rngs
         or set(module.variables) - set(_OWN)
-        or not is_filter_empty(subtract_filters(scope.mutable, _OWN[1]))
+        or not is_filter_empty(subtract_filters(scope.mutable, "cache"))
     )
 
 

@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -29,8 +30,9 @@ from llmjax.errors import RequestError, shown
 from llmjax.litert import tracing
 from llmjax.litert.model import GraphModel
 from llmjax.model import Model, check_ids
-from llmjax.models.context import TAP, Context
-from llmjax.models.tree import canonical
+from llmjax.models.context import Context
+from llmjax.models.interventions import Interventions
+from llmjax.models.tree import tap_name
 from llmjax.models.watched import Program
 from llmjax.numerics import Numerics
 from llmjax.oracle.steps import order
@@ -74,7 +76,13 @@ class Trace:
             (folder / "manifest.json").write_text(json.dumps(self.manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def trace(model: Model, token_ids: Sequence[int], taps: str | Sequence[str] = "*") -> Trace:
+def trace(
+    model: Model,
+    token_ids: Sequence[int],
+    taps: str | Sequence[str] = "*",
+    *,
+    interventions: Interventions = MappingProxyType({}),
+) -> Trace:
     """Runs ``token_ids`` through the model without a cache and returns the activations whose names match.
 
     What is not asked for is not computed beyond what the logits need.
@@ -83,12 +91,14 @@ def trace(model: Model, token_ids: Sequence[int], taps: str | Sequence[str] = "*
       model: the model; its profile decides the numbers.
       token_ids: as fed, BOS included.
       taps: a glob (``*`` matches dots too) or several.
+      interventions: see ``Model.intervened``; of a tap that has one, the trace holds what the model went on with.
 
     Raises:
-      RequestError: bad ids, or a glob that matches nothing.
+      RequestError: bad ids, a glob that matches nothing, or an intervention that cannot be.
     """
     if not isinstance(model, Model):
         raise RequestError(f"model: expected what llmjax.load returns, found {shown(model)}")
+    model = model.intervened(interventions)
     ids = check_ids(token_ids, model, "token_ids")
     globs = (taps,) if isinstance(taps, str) else tuple(taps) if isinstance(taps, Sequence) else (taps,)
     for glob in globs or (None,):
@@ -97,7 +107,7 @@ def trace(model: Model, token_ids: Sequence[int], taps: str | Sequence[str] = "*
     if isinstance(model, GraphModel):
         tensors = tracing.activations(model, ids, globs)
         return Trace(tensors, _manifest(model, ids, list(globs)) | {"modules": tracing.meanings(model, tensors)})
-    program, static = _program(model.numerics), (model.module, model.numerics)
+    program, static = _program_of(model), (model.module, model.numerics)
     program.forget()
     found = program(*static, globs, model.params, ids[None])
     for glob in globs:
@@ -117,6 +127,14 @@ def _matching(
     return {name: x for name, x in named(collected["taps"]) if any(fnmatchcase(name, glob) for glob in globs)}
 
 
+def _program_of(model: Model) -> Program:
+    """What is compiled with interventions is kept as long as the model that has them."""
+    if not model.interventions:
+        return _program(model.numerics)
+    programs: dict[str, Program] = model.module.programs
+    return programs.setdefault("trace", _program.__wrapped__(model.numerics))
+
+
 @functools.cache
 def _program(numerics: Numerics) -> Program:
     """One for all models, so that a shape is compiled but once."""
@@ -131,8 +149,7 @@ def _listed(names: Iterable[str]) -> str:
 def named(tree: Any) -> Iterator[tuple[str, jax.Array]]:
     """The activations in a collection ``taps``, by name."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = canonical(path)
-        yield name.replace(f".{TAP}", ".").removeprefix(TAP).rstrip("."), leaf
+        yield tap_name(path), leaf
 
 
 def to_numpy(x: jax.Array) -> np.ndarray:
