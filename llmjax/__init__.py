@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from llmjax.llm import LLM
     from llmjax.llm_inference import LlmInference, LlmInferenceOptions
     from llmjax.model import Model
+    from llmjax.models.architecture import Architecture
+    from llmjax.models.registry import register
     from llmjax.oracle.compare import compare
     from llmjax.oracle.comparison import Comparison
+    from llmjax.oracle.hidden_states import HiddenStates, hidden_states
     from llmjax.oracle.trace import Trace, trace
     from llmjax.runtime.outputs import CompletionOutput, RequestOutput, Score
     from llmjax.runtime.params import SamplingParams
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from llmjax.writing import convert
 
 _HOME = {
+    "Architecture": "models.architecture",
+    "register": "models.registry",
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "LlmjaxError": "errors",
@@ -48,6 +53,8 @@ _HOME = {
     "finetune": "training.loop",
     "TrainConfig": "training.config",
     "Training": "training.loop",
+    "HiddenStates": "oracle.hidden_states",
+    "hidden_states": "oracle.hidden_states",
     "inspect": "checkpoint.inspection",
     "LLM": "llm",
     "LlmInference": "llm_inference",
@@ -67,10 +74,12 @@ _HOME = {
 __version__ = "0.1.0"
 __all__ = [
     "LLM",
+    "Architecture",
     "CheckpointError",
     "Comparison",
     "CompletionOutput",
     "ConfigError",
+    "HiddenStates",
     "LlmInference",
     "LlmInferenceOptions",
     "LlmInferenceSession",
@@ -91,8 +100,10 @@ __all__ = [
     "compare",
     "convert",
     "finetune",
+    "hidden_states",
     "inspect",
     "load",
+    "register",
     "trace",
 ]
 

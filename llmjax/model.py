@@ -209,7 +209,9 @@ class Model:
         self._logits.forget()
         for index, ids in enumerate(batch):
             checked = check_ids(ids, self, f"row {index}")
-            padded = np.zeros((1, max(16, 1 << (len(ids) - 1).bit_length())), np.int32)
+            # An intervention sees the text as it is.
+            width = len(ids) if self.interventions else max(16, 1 << (len(ids) - 1).bit_length())
+            padded = np.zeros((1, width), np.int32)
             padded[0, : len(ids)] = checked
             length = np.array([len(ids)], np.int32)
             rows.append(np.asarray(self._logits(self.params, padded, length)[0, : len(ids)]))

@@ -30,7 +30,8 @@ import transformers_dump  # noqa: E402
 import llmjax  # noqa: E402
 from llmjax.models.context import Context  # noqa: E402
 from llmjax.models.registry import architectures  # noqa: E402
-from llmjax.oracle.trace import named, to_numpy  # noqa: E402
+from llmjax.models.tree import named  # noqa: E402
+from llmjax.oracle.trace import to_numpy  # noqa: E402
 from llmjax.runtime.cache import make_cache  # noqa: E402
 from tests.parity import golden, reference  # noqa: E402
 

@@ -43,7 +43,7 @@ def some(quick: Collection, of: Iterable) -> list:
 
 def random_model(profile: str = "reference", dtype: str = "float32", eos_ids=(), seed: int = 0, **changes) -> Model:
     """The model; ``changes`` go into its config, or are another kind's whole one."""
-    whole = {"model_type", "hidden_size"} <= set(changes)
+    whole = "model_type" in changes and bool({"hidden_size", "text_config"} & set(changes))
     architecture, config = read_config(changes if whole else CONFIG | changes, "tiny")
     resolved = numerics.resolve(profile, jnp.dtype(dtype))
     ids = jnp.zeros((1, 1), jnp.int32)

@@ -131,7 +131,7 @@ class GraphModel(Model):
           RequestError: there are some.
         """
         if checked(interventions):
-            raise RequestError("interventions: a graph (.tflite, .task, .litertlm) runs as its file says; it takes none")
+            raise RequestError("interventions: a graph (.tflite, .task, .litertlm) takes none")
         return self
 
     def apply(self, params: dict[str, Any], ids: jax.Array) -> jax.Array:  # type: ignore[override]

@@ -1,7 +1,7 @@
 """What a person puts in an activation's place, by its tap's name, wherever the model runs.
 
-An intervention is a pure function of the tap's value, or an array that takes its place.  It is traced with the model and
-compiled into its programs, and into those of no other model: ``Model.intervened`` gives one of its own.
+An intervention is a pure function of the tap's value, or an array that takes its place.  It is traced with the model
+and compiled into its programs, and into those of no other: ``Model.intervened`` gives a model of its own.
 
 A value is ``[B, T, ...]``; ``probs`` are ``[B, K, G, T, S]``.  Without a cache (``apply``, ``logits``, ``trace``) it is
 that of the whole text.  With one (``LLM``) the value holds a part: of a prompt a chunk of one row, padded on its right,
@@ -53,10 +53,11 @@ class Intervention(Patch):
       change: a function or an array.
       ids: int32 ``[B, T]``, of the call.
       ctx: of the call.
+      added: to what takes the value's place; None for nothing.
     """
 
-    def __init__(self, name: str, change: Any, ids: jax.Array, ctx: Context):
-        self.name, self.change, self.ids, self.ctx = name, change, ids, ctx
+    def __init__(self, name: str, change: Any, ids: jax.Array, ctx: Context, added: jax.Array | None = None):
+        self.name, self.change, self.ids, self.ctx, self.added = name, change, ids, ctx, added
         self.used = False
 
     def __call__(self, value: jax.Array) -> jax.Array:
@@ -66,6 +67,10 @@ class Intervention(Patch):
           RequestError: the function fails to give that, or the array does not fit.
         """
         self.used = True
+        changed = self._changed(value)
+        return changed if self.added is None else changed + self.added.astype(value.dtype)
+
+    def _changed(self, value: jax.Array) -> jax.Array:
         if not callable(self.change):
             return _fitted(jnp.asarray(self.change), value, self.name)
         found = self.change(value, self._at(value)) if _wants_tokens(self.change) else self.change(value)
@@ -95,12 +100,14 @@ class Intervened:
       module: theirs without them.
       interventions: by tap.
       places: of the taps, see ``tap_places``.
+      added: by tap, what is added to its value at last, for who wants the derivatives.
       programs: compiled with them, by purpose, for whoever keeps some.
     """
 
     module: nn.Module
     interventions: Interventions
     places: Mapping[str, tuple[str, ...]]
+    added: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
     programs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def apply(self, variables: Mapping[str, Any], ids: jax.Array, ctx: Context, **options: Any) -> Any:
@@ -109,7 +116,8 @@ class Intervened:
         Raises:
           RequestError: a tap that this call does not come by.
         """
-        made = [Intervention(name, change, ids, ctx) for name, change in self.interventions.items()]
+        changes = dict.fromkeys(self.added, _same) | dict(self.interventions)
+        made = [Intervention(name, change, ids, ctx, self.added.get(name)) for name, change in changes.items()]
         tree: dict[str, Any] = {}
         for intervention in made:
             *scopes, last = self.places[intervention.name]
@@ -177,10 +185,14 @@ def checked(interventions: Any) -> Interventions:
     return interventions
 
 
+def _same(value: jax.Array) -> jax.Array:
+    return value
+
+
 def _is_numeric(change: Any) -> bool:
     try:
         return bool(jnp.issubdtype(jnp.result_type(change), jnp.number)) and not isinstance(change, str)
-    except TypeError:
+    except (TypeError, ValueError):
         return False
 
 

@@ -12,10 +12,47 @@ from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.hf_config import Reader
 
+# What others registered, by model_type.
+_registered: dict[str, Architecture] = {}
+
+
+def architectures() -> dict[str, Architecture]:
+    """All of them, by model_type."""
+    return {**_own(), **_registered}
+
+
+def register(architecture: Architecture) -> Architecture:
+    """Makes an architecture known for as long as the process lives: checkpoints whose ``config.json`` has its
+    ``model_type`` are loaded, run, quantized and adapted as those of llmjax's own are.
+
+    Args:
+      architecture: as every file of ``llmjax/models`` ends with one.
+
+    Returns:
+      the same.
+
+    Raises:
+      ConfigError: it is none, or another has its name.
+    """
+    if not isinstance(architecture, Architecture):
+        raise ConfigError(f"register: expected an llmjax.Architecture, found {shown(architecture)}")
+    if not (isinstance(architecture.config, type) and issubclass(architecture.config, DecoderConfig)):
+        raise ConfigError(
+            f"{architecture.model_type}: config: expected a subclass of DecoderConfig, "
+            f"found {shown(architecture.config)}"
+        )
+    if architectures().get(architecture.model_type, architecture) is not architecture:
+        raise ConfigError(
+            f"model_type {shown(architecture.model_type)}: there is another architecture of this name; give yours "
+            "a name of its own, and its config.json the same"
+        )
+    _registered[architecture.model_type] = architecture
+    return architecture
+
 
 @functools.cache
-def architectures() -> dict[str, Architecture]:
-    """All of them, by model_type: what the files of this folder call ``ARCHITECTURE``."""
+def _own() -> dict[str, Architecture]:
+    """What the files of this folder call ``ARCHITECTURE``."""
     modules = [importlib.import_module(f"{models.__name__}.{m.name}") for m in pkgutil.iter_modules(models.__path__)]
     found = [m.ARCHITECTURE for m in modules if hasattr(m, "ARCHITECTURE")]
     return {architecture.model_type: architecture for architecture in found}

@@ -1,6 +1,7 @@
 """The parameter tree of a model: every parameter's canonical name, place and shape."""
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,6 +30,12 @@ def canonical(path: tuple[Any, ...]) -> str:
 def tap_name(path: tuple[Any, ...]) -> str:
     """A tap's name from its place in the collection ``taps``."""
     return canonical(path).replace(f".{TAP}", ".").removeprefix(TAP).rstrip(".")
+
+
+def named(taps: Any) -> Iterator[tuple[str, jax.Array]]:
+    """The activations in a collection ``taps``, by name."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(taps):
+        yield tap_name(path), leaf
 
 
 def path_of(name: str) -> list[str]:

@@ -77,6 +77,8 @@ def compare(
         model, reference = reference, None
     if model is not None and not isinstance(model, Model):
         model = load(model)
+    if model is not None and model.interventions:
+        raise RequestError("compare: the reference is a model as it is; interventions go with the candidate")
     ours = None if reference is None else _dump(reference, "reference")
     if isinstance(model, GraphModel) and isinstance(candidate, Model) and not isinstance(candidate, GraphModel):
         model, candidate = candidate, model  # a graph's steps are measured by those of the model it was made of
@@ -122,6 +124,8 @@ def _model_of(reference: Dump) -> tuple[Model | None, str]:
     path, sha = reference.manifest.get("model"), reference.manifest.get("weights_sha256")
     if not isinstance(path, str) or not isinstance(sha, str):
         return None, "the reference names no model (--model), so there are neither floors nor proofs"
+    if reference.manifest.get("interventions"):
+        return None, "the reference was traced with interventions, so nothing is proven"
     try:
         model = load(find_model(path))
         found = model_facts(model)["weights_sha256"]

@@ -19,9 +19,10 @@ from flax import linen as nn
 from llmjax.model import Model
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import PATCHES, Context
+from llmjax.models.tree import named
 from llmjax.numerics import Numerics
 from llmjax.oracle.steps import order, split
-from llmjax.oracle.trace import named, to_numpy
+from llmjax.oracle.trace import to_numpy
 from llmjax.quant.qtensor import QTensor, dequantize
 
 Run = Callable[..., Any]

@@ -14,11 +14,11 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +31,15 @@ from llmjax.litert import tracing
 from llmjax.litert.model import GraphModel
 from llmjax.model import Model, check_ids
 from llmjax.models.context import Context
-from llmjax.models.interventions import Interventions
-from llmjax.models.tree import tap_name
+from llmjax.models.interventions import Intervened, Interventions, intervened
+from llmjax.models.tree import named
 from llmjax.models.watched import Program
 from llmjax.numerics import Numerics
 from llmjax.oracle.steps import order
 from llmjax.outside.whole import whole_folder
+
+# Of logits float32 [T, V], a number.
+Scalar = Callable[[jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,10 +50,12 @@ class Trace:
       activations: float32 arrays without the batch dimension: ``[T, D]``, heads ``[T, N, H]``, ``probs`` ``[N, T, T]``,
         ``logits`` ``[T, V]``.
       manifest: what was traced and on what (``llmjax.checkpoint.identity``), token ids and taps.
+      gradients: where ``gradients_of`` asked for them, the derivatives by each activation, of its shape.
     """
 
     activations: dict[str, np.ndarray]
     manifest: dict[str, Any]
+    gradients: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         names = list(self.activations)
@@ -58,7 +63,8 @@ class Trace:
         return f"Trace({len(names)} activations of {tokens} tokens: {names[0]} to {names[-1]})"
 
     def save(self, directory: str | Path) -> None:
-        """Writes ``activations.safetensors`` and ``manifest.json`` into a new directory that appears only when whole.
+        """Writes ``activations.safetensors`` and ``manifest.json`` into a new directory that appears only when whole;
+        gradients, where there are any, into ``gradients/gradients.safetensors``.
 
         Raises:
           RequestError: the directory exists and is not empty, or cannot be written.
@@ -67,64 +73,159 @@ class Trace:
         from safetensors.numpy import save_file
 
         # safetensors writes a view's memory as if it were dense: another order, or bytes beyond it.
-        dense = {name: np.asarray(x, order="C") for name, x in self.activations.items()}
+        dense, slopes = (
+            {name: np.asarray(x, order="C") for name, x in arrays.items()}
+            for arrays in (self.activations, self.gradients)
+        )
         with whole_folder(Path(directory), RequestError) as folder:
             try:
                 save_file(dense, folder / "activations.safetensors")
+                if slopes:  # apart: a dump's own arrays are activations
+                    (folder / "gradients").mkdir()
+                    save_file(slopes, folder / "gradients/gradients.safetensors")
             except SafetensorError as error:  # a full disk
                 raise OSError(str(error)) from None
             (folder / "manifest.json").write_text(json.dumps(self.manifest, indent=2) + "\n", encoding="utf-8")
 
 
+@overload
 def trace(
     model: Model,
     token_ids: Sequence[int],
     taps: str | Sequence[str] = "*",
     *,
     interventions: Interventions = MappingProxyType({}),
-) -> Trace:
+    gradients_of: Scalar | None = None,
+) -> Trace: ...
+
+
+@overload
+def trace(
+    model: Model,
+    token_ids: Sequence[Sequence[int]],
+    taps: str | Sequence[str] = "*",
+    *,
+    interventions: Interventions = MappingProxyType({}),
+    gradients_of: Scalar | None = None,
+) -> list[Trace]: ...
+
+
+def trace(
+    model: Model,
+    token_ids: Sequence[int] | Sequence[Sequence[int]],
+    taps: str | Sequence[str] = "*",
+    *,
+    interventions: Interventions = MappingProxyType({}),
+    gradients_of: Scalar | None = None,
+) -> Trace | list[Trace]:
     """Runs ``token_ids`` through the model without a cache and returns the activations whose names match.
 
-    What is not asked for is not computed beyond what the logits need.
+    What is not asked for is not computed beyond what the logits need.  Texts of one length share a compiled program.
 
     Args:
       model: the model; its profile decides the numbers.
-      token_ids: as fed, BOS included.
+      token_ids: as fed, BOS included; or a list of such, computed one by one.
       taps: a glob (``*`` matches dots too) or several.
       interventions: see ``Model.intervened``; of a tap that has one, the trace holds what the model went on with.
+      gradients_of: a pure function of the logits, float32 ``[T, V]``, that returns a number: the trace then has its
+        derivatives by all of these activations, too.
 
     Raises:
-      RequestError: bad ids, a glob that matches nothing, or an intervention that cannot be.
+      RequestError: bad ids, a glob that matches nothing, an intervention that cannot be, or a function whose result is
+        no number.
     """
     if not isinstance(model, Model):
         raise RequestError(f"model: expected what llmjax.load returns, found {shown(model)}")
-    model = model.intervened(interventions)
-    ids = check_ids(token_ids, model, "token_ids")
     globs = (taps,) if isinstance(taps, str) else tuple(taps) if isinstance(taps, Sequence) else (taps,)
     for glob in globs or (None,):
         if not isinstance(glob, str):
             raise RequestError(f"taps: expected a glob, or a list of them, found {shown(taps)}")
+    model = model.intervened(interventions)
+    many = isinstance(token_ids, Sequence) and any(np.iterable(row) for row in token_ids[:1])
+    if many:
+        rows = [check_ids(ids, model, f"row {i}") for i, ids in enumerate(token_ids)]
+    else:
+        rows = [check_ids(token_ids, model, "token_ids")]  # type: ignore[arg-type]
     if isinstance(model, GraphModel):
-        tensors = tracing.activations(model, ids, globs)
-        return Trace(tensors, _manifest(model, ids, list(globs)) | {"modules": tracing.meanings(model, tensors)})
-    program, static = _program_of(model), (model.module, model.numerics)
-    program.forget()
-    found = program(*static, globs, model.params, ids[None])
+        traces = [_graph_trace(model, ids, globs, gradients_of) for ids in rows]
+    else:
+        run = _plainly(model, globs) if gradients_of is None else _with_gradients(model, globs, gradients_of)
+        traces = [_trace(model, ids, globs, *run(model.params, ids[None])) for ids in rows]
+    return traces if many else traces[0]
+
+
+def _trace(
+    model: Model, ids: np.ndarray, globs: tuple[str, ...], found: dict[str, jax.Array], slopes: dict[str, jax.Array]
+) -> Trace:
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in found):
-            every = jax.eval_shape(functools.partial(_matching, *static, ("*",)), model.params, ids[None])
+            shape = functools.partial(_matching, model.module, model.numerics, ("*",))
+            every = jax.eval_shape(shape, model.params, ids[None])
             raise RequestError(f"taps: {glob!r} matches no activation; there are {_listed(every)}")
-    activations = {name: to_numpy(x) for name, x in sorted(found.items(), key=lambda item: order(item[0]))}
-    return Trace(activations, _manifest(model, ids, list(globs)))
+    arrays, gradients = (
+        {name: to_numpy(x) for name, x in sorted(some.items(), key=lambda item: order(item[0]))}
+        for some in (found, slopes)
+    )
+    return Trace(arrays, _manifest(model, ids, list(globs)), gradients)
+
+
+def _graph_trace(model: GraphModel, ids: np.ndarray, globs: tuple[str, ...], gradients_of: Any) -> Trace:
+    if gradients_of is not None:
+        raise RequestError("gradients_of: a graph (.tflite, .task, .litertlm) has no derivatives")
+    tensors = tracing.activations(model, ids, globs)
+    return Trace(tensors, _manifest(model, ids, list(globs)) | {"modules": tracing.meanings(model, tensors)})
 
 
 def _matching(
-    module: nn.Module, numerics: Numerics, globs: tuple[str, ...], params: Any, ids: jax.Array
+    module: nn.Module | Intervened, numerics: Numerics, globs: tuple[str, ...], params: Any, ids: jax.Array
 ) -> dict[str, jax.Array]:
     """Activations by name of ``ids [1, T]``."""
+    return _run(module, numerics, globs, params, ids)[1]
+
+
+def _run(
+    module: nn.Module | Intervened, numerics: Numerics, globs: tuple[str, ...], params: Any, ids: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Logits, and activations by name."""
     ctx = Context(jnp.arange(ids.shape[1])[None], numerics)
-    _, collected = module.apply({"params": params}, ids, ctx, mutable=["taps"])
-    return {name: x for name, x in named(collected["taps"]) if any(fnmatchcase(name, glob) for glob in globs)}
+    logits, collected = module.apply({"params": params}, ids, ctx, mutable=["taps"])
+    return logits, {n: x for n, x in named(collected["taps"]) if any(fnmatchcase(n, glob) for glob in globs)}
+
+
+# Of params and ids [1, T]: activations by name, and derivatives by them.
+_Runner = Callable[[Any, Any], tuple[dict[str, jax.Array], dict[str, jax.Array]]]
+
+
+def _plainly(model: Model, globs: tuple[str, ...]) -> _Runner:
+    program = _program_of(model)
+    program.forget()
+    return lambda params, ids: (program(model.module, model.numerics, globs, params, ids), {})
+
+
+def _with_gradients(model: Model, globs: tuple[str, ...], scalar: Scalar) -> _Runner:
+    def derived(params: Any, ids: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        return _derived(model, globs, scalar, params, ids)
+
+    return Program(derived, compiler_options=model.numerics.compiler_options)
+
+
+def _derived(
+    model: Model, globs: tuple[str, ...], scalar: Scalar, params: Any, ids: jax.Array
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Activations by name, and by each the derivatives of a scalar of the logits: by nothing that is added to them."""
+    shapes = jax.eval_shape(functools.partial(_matching, model.module, model.numerics, globs), params, ids)
+    zeros = {name: jnp.zeros(x.shape, x.dtype) for name, x in shapes.items()}
+    module = intervened(model.config.module(), model.config, model.interventions)
+
+    def value(added: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits, found = _run(dataclasses.replace(module, added=added), model.numerics, globs, params, ids)
+        result = scalar(logits[0].astype(jnp.float32))
+        if not hasattr(result, "shape") or result.shape or not jnp.issubdtype(result.dtype, jnp.floating):
+            raise RequestError(f"gradients_of: expected a function that returns a float, found {shown(result)}")
+        return result, found
+
+    slopes, found = jax.grad(value, has_aux=True)(zeros)
+    return found, slopes
 
 
 def _program_of(model: Model) -> Program:
@@ -144,12 +245,6 @@ def _program(numerics: Numerics) -> Program:
 def _listed(names: Iterable[str]) -> str:
     """The names, those of all layers as one."""
     return ", ".join(dict.fromkeys(re.sub(r"^layers\.\d+", "layers.N", name) for name in sorted(names, key=order)))
-
-
-def named(tree: Any) -> Iterator[tuple[str, jax.Array]]:
-    """The activations in a collection ``taps``, by name."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        yield tap_name(path), leaf
 
 
 def to_numpy(x: jax.Array) -> np.ndarray:

@@ -1,0 +1,257 @@
+"""What takes the place of an activation does so everywhere the model runs, and nowhere else."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.interpreters import partial_eval
+
+import llmjax
+from llmjax import LLM, RequestError, SamplingParams
+from llmjax.models.interventions import tap_places
+from tests.parity.test_cases import NAMES, loaded
+from tests.parity.variants import VARIANTS
+from tests.tiny import checkpoint, random_model, slow, some
+from tests.unit.test_stack import packed_model
+
+MODEL = random_model()
+IDS = [5, 9, 2, 77, 31, 8]
+GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=2)
+PROMPTS = [[5, 9, 2], list(range(1, 20))]
+STEER = np.linspace(-2, 2, 48, dtype=np.float32)
+# A variant of each architecture that has some; the others have cases.
+ONE_EACH = {config["model_type"]: name for name, config in reversed(VARIANTS.items())}.values()
+QUICK = {"falcon_rw", "gemma3n_cond", "gemma4_moe", "lfm2"}
+
+
+def same(value):
+    return value
+
+
+def steered(value):
+    return value + STEER
+
+
+def after_the_second(value, at):
+    return jnp.where((at.positions >= 2)[..., None], value + STEER, value)
+
+
+@pytest.mark.parametrize("name", some(QUICK, [*ONE_EACH, *NAMES]))
+def test_every_tap_of_every_architecture_is_what_the_model_goes_on_with(name):
+    """The logits hang on what is added at each of them."""
+    model = loaded(name)[0] if name in NAMES else random_model(**VARIANTS[name])
+    names = list(tap_places(model.config))
+
+    def logits(added):
+        add = {name: lambda x, d=d: x + d.astype(x.dtype) for name, d in zip(names, added, strict=True)}
+        return model.apply(model.params, jnp.arange(1, 7)[None], interventions=add)
+
+    jaxpr = jax.make_jaxpr(logits)([jnp.float32(0)] * len(names)).jaxpr
+    _, used = partial_eval.dce_jaxpr(jaxpr, [True])
+    assert [n for n, is_used in zip(names, used, strict=True) if not is_used] == []
+    assert len(names) > 10 * model.config.num_hidden_layers
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A model of four layers, by transformers and by us."""
+    transformers = pytest.importorskip("transformers", reason="parity extra not installed")
+    folder = checkpoint(tmp_path_factory.mktemp("hooked"), num_hidden_layers=4)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager"), llmjax.load(folder)
+
+
+def close(found, expected, tolerance=1e-5):
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+def test_steering_is_a_hook_of_transformers(theirs):
+    torch = pytest.importorskip("torch")
+    model, ours = theirs
+    handle = model.model.layers[3].register_forward_hook(lambda module, args, out: out + torch.tensor(STEER))
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS])).logits[0].numpy()
+        handle.remove()
+        plain = model(torch.tensor([IDS])).logits[0].numpy()
+    name = "layers.3.resid"
+    assert np.abs(expected - plain).max() > 0.05 * np.abs(expected).max()
+    close(ours.logits([IDS], interventions={name: steered})[0], expected)
+    close(ours.logits([IDS])[0], plain)
+    close(ours.apply(ours.params, jnp.array([IDS]), interventions={name: steered})[0], expected)
+    trace = llmjax.trace(ours, IDS, ["logits", name], interventions={name: steered})
+    close(trace.activations["logits"], expected)
+    close(trace.activations[name], llmjax.trace(ours, IDS, name).activations[name] + STEER)
+    assert trace.manifest["interventions"] == [name]
+
+
+def test_a_derivative_by_a_tap_is_torchs(theirs):
+    torch = pytest.importorskip("torch")
+    model, ours = theirs
+    kept = {}
+
+    def keep(module, args, out):
+        out.retain_grad()
+        kept["resid"] = out
+
+    handle = model.model.layers[1].register_forward_hook(keep)
+    torch.log_softmax(model(torch.tensor([IDS])).logits[0, -1], -1)[7].backward()
+    handle.remove()
+
+    def loss(added):
+        logits = ours.apply(ours.params, jnp.array([IDS]), interventions={"layers.1.resid": lambda x: x + added})
+        return jax.nn.log_softmax(logits[0, -1])[7]
+
+    close(jax.grad(loss)(jnp.zeros((1, len(IDS), 48))), kept["resid"].grad.numpy(), 2e-5)
+
+
+def test_an_array_takes_a_values_place():
+    """That of a trace as it is, probabilities too; a number everywhere; and nothing that does not fit."""
+    other = llmjax.trace(MODEL, IDS[::-1])
+    for name in ("layers.1.resid", "layers.1.attn.q_rot", "layers.1.attn.probs"):
+        found = llmjax.trace(MODEL, IDS, [name], interventions={name: other.activations[name]})
+        np.testing.assert_array_equal(found.activations[name], other.activations[name])
+    patched = MODEL.logits([IDS], interventions={"layers.1.resid": other.activations["layers.1.resid"]})[0]
+    close(patched, other.activations["logits"])
+    assert (
+        not llmjax.trace(MODEL, IDS, "layers.0.mlp.act", interventions={"layers.0.mlp.act": 0})
+        .activations["layers.0.mlp.act"]
+        .any()
+    )
+    with pytest.raises(RequestError, match=r"layers.1.resid: an array of shape \[3, 48\] does not fit \[1, 6, 48\]"):
+        llmjax.trace(MODEL, IDS, interventions={"layers.1.resid": np.zeros((3, 48))})
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"layers.1.atn.q": same}, r"'layers.1.atn.q' is no tap of this model; near it are layers.1.attn.q"),
+        ({"layers.2.resid": same}, r"'layers.2.resid' is no tap of this model; near it are layers.1.resid"),
+        ({"embed": "zero"}, "embed: expected a function or an array, found 'zero'"),
+        ({"embed": None}, "embed: expected a function or an array, found None"),
+        ({"embed": lambda x: x[..., :1]}, r"must return an array of the value's shape \[1, 6, 48\], found .*1, 6, 1"),
+        ({"embed": lambda x: None}, "must return an array of the value's shape .* found None"),
+        ([same], "expected functions or arrays by tap"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_error(wrong, message):
+    for call in (
+        lambda: MODEL.apply(MODEL.params, jnp.array([IDS]), interventions=wrong),
+        lambda: llmjax.trace(MODEL, IDS, interventions=wrong),
+    ):
+        with pytest.raises(RequestError, match=message):
+            call()
+
+
+def test_one_tap_has_one_intervention():
+    with pytest.raises(RequestError, match="embed: the model has one there"):
+        MODEL.intervened({"embed": same}).intervened({"embed": same})
+
+
+def test_a_function_that_changes_its_mind_is_heard():
+    """What is compiled for one call is kept for none."""
+    factor = 1.0
+
+    def times(value):
+        return value * factor
+
+    once = MODEL.logits([IDS])[0]
+    for factor in (2.0, 3.0):
+        found = MODEL.logits([IDS], interventions={"logits": times})[0]
+        np.testing.assert_allclose(found, factor * once, rtol=1e-6)
+    np.testing.assert_array_equal(MODEL.logits([IDS])[0], once)
+
+
+def test_the_layers_without_one_share_a_trace(monkeypatch):
+    from llmjax.models import layers
+
+    model = random_model(num_hidden_layers=8)
+    traced, dense = [], layers.dense_attention
+    monkeypatch.setattr(layers, "dense_attention", lambda *a: traced.append(1) or dense(*a))
+    at_three = {"layers.3.resid": steered}
+    jax.make_jaxpr(lambda p: model.apply(p, jnp.ones((1, 5), jnp.int32), interventions=at_three))(model.params)
+    assert len(traced) <= 4  # two for the names, one for seven layers, one for the fourth
+
+
+def made(model, interventions=None):
+    return LLM(model, max_batch=2, chunk=16, block=16, **({"interventions": interventions} if interventions else {}))
+
+
+def answers(llm):
+    """Tokens and log-probabilities of all that an engine does, to the bit."""
+    rows = [r.outputs[0] for r in llm.generate(PROMPTS, GREEDY)]
+    scores = [s.logprobs for s in llm.score([[5, 9, 2, 77], list(range(1, 30))])]
+    return [(row.token_ids, row.token_logprobs, row.logprobs) for row in rows], scores
+
+
+def agrees_with_logits(found, model):
+    """Decode and prefill do what the model does without a cache."""
+    rows, scores = found
+    for prompt, (tokens, logprobs, _) in zip(PROMPTS, rows, strict=True):
+        every = jax.nn.log_softmax(model.logits([prompt + tokens])[0], -1)
+        expected = every[jnp.arange(len(prompt) - 1, len(prompt) + len(tokens) - 1), jnp.array(tokens)]
+        np.testing.assert_allclose(logprobs, expected, atol=2e-4)
+    expected = jax.nn.log_softmax(model.logits([[5, 9, 2, 77]])[0], -1)[jnp.arange(3), jnp.array([9, 2, 77])]
+    np.testing.assert_allclose(scores[0][1:], expected, atol=2e-4)
+
+
+@pytest.fixture(scope="module", params=["float", slow("stacked")])
+def model(request):
+    return random_model("fast") if request.param == "float" else packed_model()
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    return answers(made(model))
+
+
+@pytest.mark.slow
+def test_the_identity_changes_no_bit(model, plain):
+    """At every tap that a program with a cache has, in whole and in single layers, generated, scored and streamed."""
+    llm = made(model, {name: same for name in tap_places(model.config) if not name.endswith("probs")})
+    assert answers(llm) == plain
+
+
+def change(model):
+    steer = np.resize(STEER, model.config.hidden_size)
+    return {
+        f"layers.{model.config.num_hidden_layers - 1}.resid": lambda x, at: jnp.where(
+            (at.positions >= 2)[..., None], x + steer, x
+        ),
+        "layers.0.attn.o": lambda x: x * 0.5,
+    }
+
+
+def test_an_engine_is_steered(model):
+    """In a layer's own place, whether or not layers run in a loop; prompts of one chunk and of several."""
+    llm = made(model, change(model))
+    agrees_with_logits(answers(llm), model.intervened(change(model)))
+    assert not any(
+        np.allclose(a, b, rtol=1e-2) for a, b in zip(model.logits(PROMPTS), llm.model.logits(PROMPTS), strict=True)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changed_first", [False, True])
+def test_no_other_engine_is_steered(model, plain, changed_first):
+    """Two engines of one model in either order, and streams."""
+    engines = [made(model), made(model, change(model))]
+    for llm in engines[:: -1 if changed_first else 1]:
+        found = answers(llm)
+        assert (found == plain) == (llm is engines[0])
+    assert answers(engines[0]) == plain
+
+
+def test_probabilities_are_whole_only_without_a_cache():
+    llm = made(random_model("fast"), {"layers.0.attn.probs": same})
+    with pytest.raises(RequestError, match="layers.0.attn.probs: not computed here: attention folds a cache"):
+        llm.generate([PROMPTS[0]], GREEDY)
+
+
+def test_a_graph_takes_none():
+    from llmjax.litert.model import GraphModel
+
+    graph = GraphModel(**{f.name: None for f in dataclasses.fields(GraphModel)})
+    with pytest.raises(RequestError, match="a graph .* takes none"):
+        graph.intervened({"embed": same})
