@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -134,9 +135,12 @@ class GraphModel(Model):
             raise RequestError("interventions: a graph (.tflite, .task, .litertlm) takes none")
         return self
 
-    def apply(self, params: dict[str, Any], ids: jax.Array) -> jax.Array:  # type: ignore[override]
+    def apply(  # type: ignore[override]
+        self, params: dict[str, Any], ids: jax.Array, *, interventions: Interventions = MappingProxyType({})
+    ) -> jax.Array:
         """Logits float32 ``[B, T, V]`` of ``ids`` int32 ``[B, T]``, a pure function: the tokens of a row one after the
         other through ``decode``."""
+        self.intervened(interventions)
         return self.module.apply({"params": params}, ids, Context(jnp.arange(ids.shape[1])[None], self.numerics))
 
     @functools.cached_property
@@ -151,21 +155,29 @@ class GraphModel(Model):
         prefills = {p.length: jax.jit(functools.partial(prefill, p), **options) for p in module.prefills}
         return jax.jit(module.decode, **options), prefills
 
-    def logits(self, batch: Sequence[Sequence[int]], prefill: int = 0) -> list[np.ndarray]:
+    def logits(
+        self,
+        batch: Sequence[Sequence[int]],
+        prefill: int = 0,
+        *,
+        interventions: Interventions = MappingProxyType({}),
+    ) -> list[np.ndarray]:
         """Teacher-forced logits of token id lists of any lengths.
 
         Args:
           batch: non-empty lists of token ids.
           prefill: of each row so many tokens go through the prefill signatures: the longest that fits first and so on
             where that comes out even, else as LiteRT-LM cuts and pads (``cuts``).  The others go through ``decode``.
+          interventions: none can be.
 
         Returns:
           for each row float32 ``[T_i - prefill, V]``.
 
         Raises:
-          RequestError: an empty row, an id outside the vocabulary, a row longer than the context, or one shorter than
-            ``prefill``.
+          RequestError: an empty row, an id outside the vocabulary, a row longer than the context, one shorter than
+            ``prefill``, or an intervention.
         """
+        self.intervened(interventions)
         return [self.follow(ids, prefill, f"row {index}")[0] for index, ids in enumerate(batch)]
 
     def follow(self, ids: Sequence[int], prefill: int = 0, what: str = "row") -> tuple[np.ndarray, States]:

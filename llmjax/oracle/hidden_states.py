@@ -153,9 +153,8 @@ def _chosen(model: Model, taps: str | Sequence[str]) -> list[str]:
     there = sorted((name for name in tap_places(model.config) if not name.endswith(".probs")), key=order)
     for glob in globs:
         if not isinstance(glob, str) or not any(fnmatchcase(name, glob) for name in there):
-            raise RequestError(
-                f"taps: {shown(glob)} matches none of {', '.join(there[:8])}, ...; probs cannot be written"
-            )
+            some = ", ".join(there[:8])
+            raise RequestError(f"taps: {shown(glob)} matches none of {some}, ...; probabilities are not written")
     return [name for name in there if any(fnmatchcase(name, glob) for glob in globs)]
 
 

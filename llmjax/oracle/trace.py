@@ -141,11 +141,10 @@ def trace(
         if not isinstance(glob, str):
             raise RequestError(f"taps: expected a glob, or a list of them, found {shown(taps)}")
     model = model.intervened(interventions)
-    many = isinstance(token_ids, Sequence) and any(np.iterable(row) for row in token_ids[:1])
-    if many:
-        rows = [check_ids(ids, model, f"row {i}") for i, ids in enumerate(token_ids)]
-    else:
-        rows = [check_ids(token_ids, model, "token_ids")]  # type: ignore[arg-type]
+    given: Any = token_ids
+    many = isinstance(given, Sequence) and not isinstance(given, str) and any(np.iterable(row) for row in given[:1])
+    each = given if many else [given]
+    rows = [check_ids(ids, model, f"row {i}" if many else "token_ids") for i, ids in enumerate(each)]
     if isinstance(model, GraphModel):
         traces = [_graph_trace(model, ids, globs, gradients_of) for ids in rows]
     else:
@@ -221,7 +220,8 @@ def _derived(
         logits, found = _run(dataclasses.replace(module, added=added), model.numerics, globs, params, ids)
         result = scalar(logits[0].astype(jnp.float32))
         if not hasattr(result, "shape") or result.shape or not jnp.issubdtype(result.dtype, jnp.floating):
-            raise RequestError(f"gradients_of: expected a function that returns a float, found {shown(result)}")
+            what = f"{result.dtype} {list(result.shape)}" if hasattr(result, "shape") else shown(result)
+            raise RequestError(f"gradients_of: expected a function that returns a float, found {what}")
         return result, found
 
     slopes, found = jax.grad(value, has_aux=True)(zeros)

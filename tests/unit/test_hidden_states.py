@@ -54,7 +54,7 @@ def test_groups_that_fill_on_the_way_and_half_the_bytes(states, tmp_path, monkey
         ([[1]], {"taps": "layers.9.*"}, "'layers.9.\\*' matches none of embed, "),
         ([[1]], {"taps": "*.probs"}, "probabilities are not written"),
         ([[1]], {"dtype": "int8"}, "dtype: expected float32 or float16, found 'int8'"),
-        ([[1]], {"dtype": "float16", "interventions": {"layers.0.resid": lambda x: x * 1e6}}, "text 0: values that"),
+        ([[1]], {"dtype": "float16", "interventions": {"embed": lambda x: x * 1e6}, "taps": "embed"}, "0: values that"),
         ([], {}, "batch: empty"),
         ("text", {}, "batch: expected token id lists"),
     ],
@@ -110,5 +110,7 @@ def test_gradients_are_those_of_what_is_added(tmp_path):
 
 
 def test_what_is_no_number_has_no_gradients():
-    with pytest.raises(RequestError, match="gradients_of: expected a function that returns a float, found"):
+    with pytest.raises(
+        RequestError, match="gradients_of: expected a function that returns a float, found float32 .600."
+    ):
         llmjax.trace(MODEL, TEXTS[0], "embed", gradients_of=lambda logits: logits[-1])

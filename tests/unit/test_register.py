@@ -64,7 +64,7 @@ def test_it_is_quantized_and_adapted(folder, tmp_path):
     (tmp_path / "lora").mkdir()
     names = {f"base_model.model.{module}.lora_{x}.weight": v for x, v in (("A", a), ("B", b))}
     save_file(names, tmp_path / "lora/adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [module]}
     (tmp_path / "lora/adapter_config.json").write_text(json.dumps(settings))
     tensors = load_file(folder / "model.safetensors")
     tensors[f"{module}.weight"] = tensors[f"{module}.weight"] + 2 * b @ a
