@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from llmjax import numerics
@@ -190,10 +191,8 @@ def _same(value: jax.Array) -> jax.Array:
 
 
 def _is_numeric(change: Any) -> bool:
-    try:
-        return bool(jnp.issubdtype(jnp.result_type(change), jnp.number)) and not isinstance(change, str)
-    except (TypeError, ValueError):
-        return False
+    is_array = isinstance(change, int | float | np.generic | np.ndarray | jax.Array)
+    return is_array and bool(jnp.issubdtype(jnp.result_type(change), jnp.number))
 
 
 def _wants_tokens(function: Any) -> bool:

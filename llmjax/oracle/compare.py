@@ -77,8 +77,7 @@ def compare(
         model, reference = reference, None
     if model is not None and not isinstance(model, Model):
         model = load(model)
-    if model is not None and model.interventions:
-        raise RequestError("compare: the reference is a model as it is; interventions go with the candidate")
+    pairs.check_reference(model)
     ours = None if reference is None else _dump(reference, "reference")
     if isinstance(model, GraphModel) and isinstance(candidate, Model) and not isinstance(candidate, GraphModel):
         model, candidate = candidate, model  # a graph's steps are measured by those of the model it was made of

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llmjax.errors import RequestError
 from llmjax.litert.model import GraphModel
 from llmjax.litert.ports import LOGITS
 from llmjax.model import Model, check_ids
@@ -13,6 +14,16 @@ from llmjax.oracle.trace import Trace, trace
 
 # For two models and no prompt.
 _PROMPT = "The quick brown fox jumps over the lazy dog. In 1905 she wrote: 3.14 is not 22/7, but it is near."
+
+
+def check_reference(model: Model | None) -> None:
+    """A reference is computed step by step, without interventions.
+
+    Raises:
+      RequestError: it has some.
+    """
+    if model is not None and model.interventions:
+        raise RequestError("compare: the reference is a model as it is; interventions go with the candidate")
 
 
 def text(model: Model, candidate: Model, given: Sequence[int] | None) -> list[int]:

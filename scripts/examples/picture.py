@@ -52,7 +52,8 @@ def table(
             x, fill = LEFT + j * cell, colour(float(value) / most)
             parts.append(f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{CELL - 1}" fill="{fill}"/>')
             if texts:
-                parts.append(f'<text class="m" x="{x + cell / 2}" y="{y + 17}">{escape(texts[i][j].strip()[:10] or "␣")}</text>')
+                shown = texts[i][j].strip()[:10] or "␣"
+                parts.append(f'<text class="m" x="{x + cell / 2}" y="{y + 17}">{escape(shown)}</text>')
     end = TOP + len(rows) * CELL
     parts.append(f'<text x="16" y="{end + 24}">the strongest colour is {most:.3g}; red above 0, blue below</text>')
     save(path, title, max(LEFT + len(columns) * cell + 16, 640), end + 40, parts)

@@ -159,7 +159,7 @@ def test_a_function_that_changes_its_mind_is_heard():
     once = MODEL.logits([IDS])[0]
     for factor in (2.0, 3.0):
         found = MODEL.logits([IDS], interventions={"logits": times})[0]
-        np.testing.assert_allclose(found, factor * once, rtol=1e-6)
+        close(found, factor * once)
     np.testing.assert_array_equal(MODEL.logits([IDS])[0], once)
 
 
