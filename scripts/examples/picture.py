@@ -27,6 +27,7 @@ def colour(share: float) -> str:
 
 def save(path: str | Path, title: str, width: int, height: int, parts: Sequence[str]) -> None:
     """Writes the file."""
+    width = max(width, 32 + 8 * len(title))
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">'
     body = f'<rect width="100%" height="100%" fill="#fff"/><text class="t" x="16" y="26">{escape(title)}</text>'
     Path(path).write_text(f"{head}<style>{STYLE}</style>{body}{''.join(parts)}</svg>\n", encoding="utf-8")

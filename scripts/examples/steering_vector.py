@@ -41,12 +41,5 @@ def main(argv: list[str] | None = None) -> list[float]:
     return found
 
 
-def continued(model: llmjax.Model, tap: str, vector: jax.Array, strength: float, prompt: str) -> str:
-    """The same in the engine's decode loop: a text that is steered token by token."""
-    llm = llmjax.LLM(model, max_batch=1, interventions={tap: lambda x: x + (strength * vector).astype(x.dtype)})
-    greedy = llmjax.SamplingParams(temperature=0, max_tokens=20)
-    return "".join(llm.stream(prompt, greedy))
-
-
 if __name__ == "__main__":
     main()
