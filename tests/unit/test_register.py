@@ -51,6 +51,7 @@ def test_it_generates(folder):
     assert out[0].outputs[0].token_ids == expected["greedy"].tolist()
 
 
+@pytest.mark.slow
 def test_it_is_quantized_and_adapted(folder, tmp_path):
     """int8 means its dequantized values; an adapter merged into the weights is the one beside them, and by hand."""
     ids = [5, 9, 2, 77]
