@@ -100,6 +100,6 @@ def test_the_readmes_snippets(tmp_path, monkeypatch, capsys, smollm2_path):
     model, states, trace, tap = (names[n] for n in ("model", "states", "trace", "tap"))
     np.testing.assert_allclose(states.row(1)[tap], trace.activations[tap], rtol=1e-4, atol=1e-4)
     steered = names["llm"].model.logits([names["ids"]])[0]
-    np.testing.assert_allclose(names["logits"](model.params, 4.0)[0], steered, rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(names["logits"](model.params, 4.0)[0], steered, rtol=1e-3, atol=1e-2)
     text = names["llm"].generate("The film was", {"max_tokens": 12, "temperature": 0})[0].outputs[0].text
     assert text in capsys.readouterr().out and text != ""
