@@ -124,28 +124,29 @@ class Programs:
 
     def losses(self, factors: Factors, batch: Batch) -> np.ndarray:
         """Sums of each row's cross-entropies, float32 ``[B]``, nothing dropped."""
-        return np.asarray(self._losses(self._params, factors, batch.arrays()))
+        arguments = self._params, factors, batch.arrays()
+        return np.asarray(self._program(self._losses, arguments)(*arguments))
 
     def gradients(self, factors: Factors, batch: Batch, tokens: int, key: jax.Array) -> tuple[Factors, jax.Array]:
         """The gradient of the batch's sum over ``tokens``, and the rows' sums ``[B]``."""
         arguments = self._params, factors, batch.arrays(), jnp.float32(tokens), key
-        found: tuple[Factors, jax.Array] = self._program(arguments)(*arguments)
+        found: tuple[Factors, jax.Array] = self._program(self._gradients, arguments)(*arguments)
         return found
 
     def temporaries(self, factors: Factors, batch: Batch) -> int | None:
         """Bytes that the gradient of a batch of this shape takes beside what it is given; None where the device does
         not say."""
-        analysis = self._program((self._params, factors, batch.arrays(), jnp.float32(1), jax.random.key(0)))
-        found = analysis.memory_analysis()
+        arguments = self._params, factors, batch.arrays(), jnp.float32(1), jax.random.key(0)
+        found = self._program(self._gradients, arguments).memory_analysis()
         return None if found is None else int(found.temp_size_in_bytes)
 
-    def _program(self, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
+    def _program(self, function: Any, arguments: tuple[Any, ...]) -> jax.stages.Compiled:
         batch = arguments[2]
-        shape = batch.ids.shape, batch.at.shape
-        if shape not in self._compiled:
-            self._compiled[shape] = self._gradients.lower(*arguments).compile()
+        key = function, batch.ids.shape, batch.at.shape
+        if key not in self._compiled:
+            self._compiled[key] = function.lower(*arguments).compile()
             give_back_free()
-        return self._compiled[shape]
+        return self._compiled[key]
 
     def mean_loss(self, factors: Factors, group: Sequence[Batch]) -> float:
         """Over all learned tokens of the batches."""

@@ -315,8 +315,8 @@ def test_targets(model):
 
 @pytest.mark.parametrize(("values", "message"), [
     ({"rank": 0}, "rank: expected a positive integer, found 0"),
-    ({"optimizer": "adam"}, "optimizer: expected one of adamw"),
-    ({"schedule": "step"}, "schedule: expected one of constant"),
+    ({"optimizer": "adam"}, "optimizer: expected 'adamw' or 'lion'"),
+    ({"schedule": "step"}, "schedule: expected 'constant' or"),
     ({"dropout": 1.0}, "dropout: expected a number"),
     ({"momentum": 0.5}, "momentum: goes with the optimizer sgd"),
     ({"dora": True}, "dora: .*not supported yet"),
