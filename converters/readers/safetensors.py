@@ -97,8 +97,6 @@ class SafetensorsFile:
     def _add_tensor(self, name: str, entry: Any) -> str:
         """Remembers a tensor; returns what is wrong with its entry, if anything is."""
         label = f"tensor {named(name)}"
-        if not _is_text(name):
-            return f"{label}: the name is not valid Unicode"
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
             return f"{label}: expected an object with dtype, shape and data_offsets"
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -160,13 +158,6 @@ class SafetensorsFile:
     def release(self, name: str) -> None:
         """See ``Source``."""
         self._file.release(self._base + self._starts[name], self._specs[name].nbytes)
-
-
-def _is_text(name: str) -> bool:
-    try:
-        return bool(name.encode()) or not name
-    except UnicodeEncodeError:
-        return False
 
 
 def _are_sizes(value: Any) -> bool:

@@ -34,7 +34,14 @@ def example(monkeypatch, tmp_path):
 
 
 def test_each_is_short_and_tested():
-    assert NAMES == ["activation_patching", "head_ablation", "logit_lens", "own_attention", "steering_vector"]
+    assert NAMES == [
+        "activation_patching",
+        "head_ablation",
+        "logit_lens",
+        "own_attention",
+        "steering_vector",
+        "train_lora",
+    ]
     assert all(len((FOLDER / f"{name}.py").read_text().splitlines()) < 80 for name in NAMES)
 
 
@@ -47,6 +54,12 @@ def test_logit_lens(example, tiny):
     np.testing.assert_allclose(probs[-1], expected, rtol=1e-4)  # after the last layer it is what the model says
     assert tokens[-1] == [model.tokenizer.decode([int(i)]) for i in logits.argmax(-1)]
     assert not np.allclose(probs[0], probs[-1], rtol=1e-2) and "layers.0.resid" in texts
+
+
+@pytest.mark.slow
+def test_train_lora(example, tiny):
+    losses, texts = example("train_lora", "--model", tiny, "--steps", "12")
+    assert losses[-1] < 0.7 * losses[0] and len(losses) == 7 and "step 12" in texts
 
 
 @pytest.mark.slow

@@ -246,6 +246,16 @@ def test_no_other_engine_is_steered(model, plain, changed_first):
     assert answers(engines[0]) == plain
 
 
+@pytest.mark.slow
+def test_an_intervention_in_one_row_leaves_the_others_bits(model):
+    """At a token that the first prompt alone has, and so in all that follows it there."""
+    steer = np.resize(STEER, model.config.hidden_size)
+    prompts = [[5, 500, 2], PROMPTS[1]]
+    marked = {"layers.0.resid": lambda x, at: jnp.where((at.ids == 500)[..., None], x + steer, x)}
+    before, after = (generated(made(model, change), prompts) for change in (None, marked))
+    assert 500 not in before[1][0] and before[1] == after[1] and before[0] != after[0]
+
+
 def test_probabilities_are_whole_only_without_a_cache():
     llm = made(random_model("fast"), {"layers.0.attn.probs": same})
     with pytest.raises(RequestError, match="layers.0.attn.probs: not computed here: attention folds a cache"):
