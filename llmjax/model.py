@@ -173,8 +173,7 @@ class Model:
           length: int32 ``[B]``, tokens of rows that are padded on the right.
           interventions: see ``intervened``; arrays, and what functions close over, may be traced or differentiated.
         """
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        ctx = Context(positions, self.numerics, length=length)
+        ctx = Context.whole(ids, self.numerics, length=length)
         module = self.intervened(interventions).module
         return module.apply({"params": params}, ids, ctx).astype(jnp.float32)
 
@@ -210,12 +209,17 @@ class Model:
         for index, ids in enumerate(batch):
             checked = check_ids(ids, self, f"row {index}")
             # An intervention sees the text as it is.
-            width = len(ids) if self.interventions else max(16, 1 << (len(ids) - 1).bit_length())
+            width = len(ids) if self.interventions else padded_width(len(ids))
             padded = np.zeros((1, width), np.int32)
             padded[0, : len(ids)] = checked
             length = np.array([len(ids)], np.int32)
             rows.append(np.asarray(self._logits(self.params, padded, length)[0, : len(ids)]))
         return rows
+
+
+def padded_width(tokens: int) -> int:
+    """What a text of so many tokens is padded to, so that few programs serve all lengths."""
+    return max(16, 1 << (tokens - 1).bit_length())
 
 
 def check_ids(ids: Sequence[int], model: Model, what: str) -> np.ndarray:

@@ -21,6 +21,12 @@ def send(stream: IO[bytes], data: bytes) -> None:
     stream.flush()
 
 
+def check_apart(path: Path, source: str) -> None:
+    """Raises RequestError where the output's path is the input's file."""
+    if source != "-" and path.exists() and os.path.samefile(path, source):
+        raise RequestError(f"{path}: the output is the input file")
+
+
 @contextlib.contextmanager
 def claimed(output: str, source: str) -> Iterator[tuple[Path, IO[bytes] | None]]:
     """The path rows are written to, this job's alone, and the stream they are passed on to if the output is one.
@@ -38,8 +44,7 @@ def claimed(output: str, source: str) -> Iterator[tuple[Path, IO[bytes] | None]]
                 path = Path(folder, "rows.jsonl")
             else:
                 stream = None
-                if source != "-" and path.exists() and os.path.samefile(path, source):
-                    raise RequestError(f"{path}: the output is the input file")
+                check_apart(path, source)
                 if path.exists():
                     open(path, "ab").close()  # a directory, or no permission
                 stack.enter_context(locked(path))

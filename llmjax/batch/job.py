@@ -17,7 +17,7 @@ from llmjax.batch.interrupts import Interrupts
 from llmjax.batch.journal import SYNC_SECONDS, Journal
 from llmjax.batch.manifest import Manifest
 from llmjax.batch.progress import PLAIN_SECONDS, Count, Meter, Reporter, rates
-from llmjax.batch.reading import Lines, open_lines
+from llmjax.batch.reading import AnyLines, open_lines
 from llmjax.batch.rows import (
     WHOLE,
     Generating,
@@ -30,7 +30,6 @@ from llmjax.batch.rows import (
     read_rows,
     row_error,
 )
-from llmjax.batch.tables import TableLines
 from llmjax.errors import RequestError, ResumeError
 from llmjax.llm import LLM
 from llmjax.runtime.asking import Params
@@ -180,7 +179,7 @@ class _Job:
         self.waiting: dict[str, InputRow] = {}  # rows that the engine has
         self.ended: Exception | None = None  # why the input was not read to its end
 
-    def run(self, lines: Lines | TableLines, output: str, about: dict[str, Any]) -> Summary:
+    def run(self, lines: AnyLines, output: str, about: dict[str, Any]) -> Summary:
         fresh = self.options.force or self.stream is not None
         found = None if fresh else manifests.read(self.path)
         self.date = manifests.job_date(self.options.date, found)
@@ -237,7 +236,7 @@ class _Job:
         if self.stream is None:
             manifest.write(self.path)
 
-    def _answer(self, lines: Lines | TableLines, journal: Journal) -> None:
+    def _answer(self, lines: AnyLines, journal: Journal) -> None:
         with (
             Interrupts(self.llm.engine.stop) as interrupts,
             Reporter(
@@ -313,9 +312,7 @@ class _Job:
         except Exception:
             return False
 
-    def _requests(
-        self, lines: Lines | TableLines, journal: Journal, interrupts: Interrupts
-    ) -> Iterator[Request | None]:
+    def _requests(self, lines: AnyLines, journal: Journal, interrupts: Interrupts) -> Iterator[Request | None]:
         """The rows that are to be run; on the way, those that need not or cannot be are done with.
 
         What goes wrong in between is no fault of the engine that asks for them: ``ended`` keeps it.
@@ -328,9 +325,7 @@ class _Job:
             self.ended = error
             self.llm.engine.stop()
 
-    def _rows_to_run(
-        self, lines: Lines | TableLines, journal: Journal, interrupts: Interrupts
-    ) -> Iterator[Request | None]:
+    def _rows_to_run(self, lines: AnyLines, journal: Journal, interrupts: Interrupts) -> Iterator[Request | None]:
         arriving = lines.arriving(lambda: not self.waiting and not interrupts.asked)
         for row in read_rows(arriving, self.work, self.index, self.options.shard, self.date):
             if interrupts.asked:

@@ -158,10 +158,13 @@ def _json(line: str) -> Any:
         return None
 
 
+AnyLines = Lines | TableLines
+
+
 @contextlib.contextmanager
 def open_lines(
     path: str, columns: Mapping[str, str] = MappingProxyType({}), keys: tuple[str, ...] = ()
-) -> Iterator[Lines | TableLines]:
+) -> Iterator[AnyLines]:
     """The lines of a text file, a gzip one, a pipe, or stdin for ``-``; opened once: what was read of a pipe is gone.
     Of a table, the lines that it stands for.
 

@@ -11,8 +11,7 @@ from llmjax.batch import native, openai
 from llmjax.batch.identity import identity
 from llmjax.batch.index import Index, Written, digest
 from llmjax.batch.question import Question, check_text_id, checked_json
-from llmjax.batch.reading import Lines
-from llmjax.batch.tables import TableLines
+from llmjax.batch.reading import AnyLines
 from llmjax.errors import LlmjaxError, RequestError, ResumeError
 from llmjax.llm import LLM
 from llmjax.runtime.asking import ChatOptions, Params
@@ -202,7 +201,7 @@ def read_rows(
                 yield row
 
 
-def count_rows(lines: Lines | TableLines, work: Work, shard: Shard = WHOLE) -> int | None:
+def count_rows(lines: AnyLines, work: Work, shard: Shard = WHOLE) -> int | None:
     """Rows of an input; None for a pipe, which can be read but once."""
     if not lines.repeatable:
         return None

@@ -15,12 +15,14 @@ import contextlib
 import csv
 import datetime
 import decimal
+import itertools
 import json
-import math
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llmjax.batch.files import check_apart
+from llmjax.batch.native import finite
 from llmjax.errors import RequestError, shown
 from llmjax.outside.paths import checked_path
 from llmjax.outside.whole import whole_file
@@ -127,7 +129,7 @@ class TableLines:
                 yield [cell or None for cell in cells] or [None] * len(names)
 
     def _parquet_rows(self) -> Generator[list[Any], None, None]:
-        with open(self._path, "rb") as data, _arrow("parquet").ParquetFile(data) as file:
+        with open(self._path, "rb") as data, _arrow().parquet.ParquetFile(data) as file:
             names = file.schema_arrow.names
             yield names
             for batch in file.iter_batches(batch_size=_ROWS):
@@ -160,7 +162,7 @@ def _parsed(key: str, cell: str) -> Any:
 def _plain(value: Any) -> Any:
     """A value of Arrow's as JSON has it."""
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return finite(value)
     if isinstance(value, dict):
         return {name: _plain(v) for name, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
@@ -172,13 +174,13 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, decimal.Decimal | datetime.timedelta) else value
 
 
-def _arrow(module: str) -> Any:
+def _arrow() -> Any:
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise RequestError("Parquet is read and written with pyarrow: pip install 'llmjax[tables]'") from None
-    return pyarrow.parquet if module == "parquet" else pyarrow
+    return pyarrow
 
 
 def check_output(output: str, source: str) -> None:
@@ -188,10 +190,9 @@ def check_output(output: str, source: str) -> None:
       RequestError: pyarrow is missing, or a file stands there that no job made.
     """
     path = checked_path("output", output, RequestError)
-    if source != "-" and path.exists() and path.samefile(source):
-        raise RequestError(f"{output}: the output is the input file")
+    check_apart(path, source)
     if output.lower().endswith(".parquet"):
-        _arrow("parquet")
+        _arrow()
     if path.exists() and not Path(rows_path(output)).exists():
         raise RequestError(
             f"{output}: it is there, without the {Path(rows_path(output)).name} of a job that made it; name another "
@@ -265,27 +266,17 @@ def _write_csv(path: Path, source: Path, kinds: dict[str, str]) -> None:
     with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(kinds)
-        for row in _answers(source):
-            text = {name: "json" if kind in ("ints", "floats", "bool") else kind for name, kind in kinds.items()}
-            writer.writerow([_cell(row.get(name), kind) for name, kind in text.items()])
+        kinds = {name: "json" if kind in ("ints", "floats", "bool") else kind for name, kind in kinds.items()}
+        writer.writerows([_cell(row.get(name), kind) for name, kind in kinds.items()] for row in _answers(source))
 
 
 def _write_parquet(path: Path, source: Path, kinds: dict[str, str]) -> None:
-    arrow = _arrow("arrow")
+    arrow = _arrow()
     types = {"int": arrow.int64(), "whole": arrow.uint64(), "float": arrow.float64(), "bool": arrow.bool_(),
              "ints": arrow.list_(arrow.int64()), "floats": arrow.list_(arrow.float64())}  # fmt: skip
     schema = arrow.schema([(name, types.get(kind, arrow.string())) for name, kind in kinds.items()])
-    with _arrow("parquet").ParquetWriter(path, schema) as writer:
-        rows: list[Row] = []
-
-        def send() -> None:
+    with arrow.parquet.ParquetWriter(path, schema) as writer:
+        answers = _answers(source)
+        while rows := list(itertools.islice(answers, _ROWS)):
             cells = {name: [_cell(row.get(name), kind) for row in rows] for name, kind in kinds.items()}
             writer.write_table(arrow.table(cells, schema))
-            rows.clear()
-
-        for row in _answers(source):
-            rows.append(row)
-            if len(rows) == _ROWS:
-                send()
-        if rows:
-            send()

@@ -10,7 +10,9 @@ from flax import struct
 
 from llmjax.numerics import Numerics
 
-# What a projection made, by name, for those who choose what to keep on the way to a gradient.
+# What may be computed again on the way to a gradient, see ``Context.recompute``.
+RECOMPUTE = ("all", "cheap", "nothing")
+# What a projection made, by name, for those who choose what to keep on that way.
 PROJECTED = "projected"
 
 
@@ -45,6 +47,11 @@ class Context(struct.PyTreeNode):
     adapter: jax.Array | None = None
     recompute: str | None = struct.field(pytree_node=False, default=None)
     length: jax.Array | None = None
+
+    @classmethod
+    def whole(cls, ids: jax.Array, numerics: Numerics, **rest: Any) -> "Context":
+        """Of whole texts ``ids [B, T]``, from their first tokens on; ``rest`` are other attributes."""
+        return cls(jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), numerics, **rest)
 
     @property
     def tokens(self) -> jax.Array:

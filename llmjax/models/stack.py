@@ -84,7 +84,7 @@ def _traced_once(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Con
         patched = PATCHES in block.variables  # functions are no arguments of a jitted one, which others would share
         apply = partial(plain.apply, mutable=["cache"]) if patched else partial(alike, plain)
         with jax.named_scope(str(block.name)):
-            x, made = (recomputed(apply) if ctx.recompute in ("all", "cheap") else apply)(
+            x, made = (recomputed(apply) if ctx.recompute not in (None, "nothing") else apply)(
                 block.variables, x, ctx, *_own(each, i)
             )
         for collection, leaves in made.items():

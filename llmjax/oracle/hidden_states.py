@@ -12,13 +12,12 @@ from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.errors import RequestError, shown
 from llmjax.litert.model import GraphModel
-from llmjax.model import Model, check_ids
+from llmjax.model import Model, check_ids, padded_width
 from llmjax.models.context import Context
 from llmjax.models.interventions import Interventions, tap_places
 from llmjax.models.tree import named
@@ -128,7 +127,7 @@ def hidden_states(
 
         for i, row in enumerate(batch):
             ids = check_ids(row, model, f"text {i}")
-            width = max(16, 1 << (len(ids) - 1).bit_length())
+            width = padded_width(len(ids))
             groups[width].append((rows[-1], ids))
             ids_file.write(rows[-1], ids)
             rows.append(rows[-1] + len(ids))
@@ -161,8 +160,7 @@ def _chosen(model: Model, taps: str | Sequence[str]) -> list[str]:
 def _collector(model: Model, names: Sequence[str], dtype: str) -> Callable[..., dict[str, jax.Array]]:
     def collected(params: Any, ids: jax.Array, length: jax.Array) -> dict[str, jax.Array]:
         """Activations ``[B, T, ...]`` by name, of ids ``[B, T]`` of so many tokens ``[B]`` each."""
-        positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        ctx = Context(positions, model.numerics, length=length)
+        ctx = Context.whole(ids, model.numerics, length=length)
         _, made = model.module.apply({"params": params}, ids, ctx, mutable=["taps"])
         found = dict(named(made["taps"]))
         return {name: found[name].astype(dtype) for name in names}

@@ -186,7 +186,7 @@ def _run(
     module: nn.Module | Intervened, numerics: Numerics, globs: tuple[str, ...], params: Any, ids: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Logits, and activations by name."""
-    ctx = Context(jnp.arange(ids.shape[1])[None], numerics)
+    ctx = Context.whole(ids, numerics)
     logits, collected = module.apply({"params": params}, ids, ctx, mutable=["taps"])
     return logits, {n: x for n, x in named(collected["taps"]) if any(fnmatchcase(n, glob) for glob in globs)}
 

@@ -49,8 +49,7 @@ def score_texts(
     Returns:
       log-probabilities float32 ``[B, T]`` of the targets, and the most likely tokens int32 ``[B, T]``.
     """
-    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    ctx = Context(positions, numerics, adapter=adapter, length=length)
+    ctx = Context.whole(ids, numerics, adapter=adapter, length=length)
     logits: jax.Array = module.apply({"params": params}, ids, ctx)  # type: ignore[assignment]
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]

@@ -6,6 +6,7 @@ from typing import Any
 
 from llmjax.errors import ConfigError, named, shown
 from llmjax.lora.config import LoraConfig
+from llmjax.models.context import RECOMPUTE
 from llmjax.outside.values import (
     FLAG,
     INT32,
@@ -195,7 +196,7 @@ _RULES: dict[str, Rule] = {
     "max_length": _optional(integer(2, INT32), "at least 2, or None"),
     "seed": integer(0, 2**63 - 1, "a whole number, 0 or more, below 2**63"),
     "compute": one_of("float32", "bfloat16", None),
-    "recompute": one_of("all", "cheap", "nothing"),
+    "recompute": one_of(*RECOMPUTE),
     "eval_every": _COUNT,
     "patience": _COUNT,
     "checkpoint_every": _SIZE,

@@ -1,6 +1,7 @@
 """``finetune``: a whole run, from rows to an adapter, that may be killed at any time and goes on where it was."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -183,7 +184,8 @@ class _Run:
 
     def _finish(self, report: Callable[[Report], None], note: Callable[[str], None]) -> Training:
         identity = self._begin(note) if self.output else {}
-        note(self._memory())
+        if widest := self._widest():
+            note(self._memory(widest))
         began, before, first_step = time.monotonic(), self.progress.seconds, self.state.step
         try:
             if self.held_out and self.progress.first_eval is None:
@@ -247,10 +249,16 @@ class _Run:
             metrics.write_bytes(b"")
         return identity
 
-    def _memory(self) -> str:
+    def _widest(self) -> Batch | None:
+        """Of what the next epoch has left; None where nothing is left of the run."""
+        left = 0 if self.progress.finished else self.steps - self.state.step
+        epochs, done = divmod(self.progress.group, self.per_epoch)
+        epoch = batches(self.examples, self.config, self.progress.epoch + epochs)
+        groups = itertools.islice(epoch, done, done + left)
+        return max((batch for group in groups for batch in group), key=lambda batch: batch.ids.size, default=None)
+
+    def _memory(self, widest: Batch) -> str:
         """What the widest batch takes, before anything runs."""
-        epoch = batches(self.examples, self.config, self.progress.epoch)
-        widest = max((batch for group in epoch for batch in group), key=lambda batch: batch.ids.size)
         found = self.programs.temporaries(self.state.factors, widest)
         shape = " x ".join(map(str, widest.ids.shape))
         beside = "" if found is None else f", and {size(found)} to compute with where rows are longest ({shape} tokens)"

@@ -78,8 +78,8 @@ def loss(
       dropout: see ``adapted``.
       key: see ``adapted``.
     """
-    positions = jnp.broadcast_to(jnp.arange(batch.ids.shape[1]), batch.ids.shape)
-    ctx = Context(positions, numerics or model.numerics, last=batch.at, recompute=recompute, length=batch.lengths)
+    how = numerics or model.numerics
+    ctx = Context.whole(batch.ids, how, last=batch.at, recompute=recompute, length=batch.lengths)
     tree = adapted(params, targets, factors, dropout=dropout, key=key)
     logits = model.module.apply({"params": tree}, batch.ids, ctx).astype(jnp.float32)
     picked = jnp.take_along_axis(logits, batch.targets[..., None], -1)[..., 0]

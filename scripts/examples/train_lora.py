@@ -3,7 +3,6 @@
 Run: python scripts/examples/train_lora.py --output lora.svg
 """
 
-import numpy as np
 from picture import bars, options
 
 import llmjax
@@ -33,7 +32,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         llm = llmjax.LLM(tuned, numerics="fast", max_batch=1)
         answer = llm.generate(rows[-1]["prompt"], {"temperature": 0, "max_tokens": 12})[0].outputs[0].text
         print(f"{name}: {rows[-1]['prompt']}{answer!r}")
-    return [float(np.float64(loss)) for loss in losses]
+    return losses
 
 
 if __name__ == "__main__":

@@ -86,15 +86,19 @@ def test_float64_is_computed_with_as_float32(tmp_path):
         llmjax.load(source, quantize="int8")
 
 
+def rank_one(folder, module, out, value, alpha=1):
+    """An adapter whose B . A is ``value`` everywhere."""
+    folder.mkdir()
+    factors = {"A": np.ones((1, 48), np.float32), "B": np.full((out, 1), value, np.float32)}
+    names = {f"base_model.model.model.{module}.lora_{side}.weight": factor for side, factor in factors.items()}
+    save_file(names, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": alpha, "target_modules": [module]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
 def test_an_adapter_merged_into_float16(tmp_path):
     base = changed(tiny.checkpoint(tmp_path / "m"), np.float16, model__layers__0__self_attn__q_proj__weight=6e4)
-    (tmp_path / "a").mkdir()
-    module = "base_model.model.model.layers.0.self_attn.q_proj"
-    factors = {f"{module}.lora_A.weight": np.ones((1, 48), np.float32)}
-    factors[f"{module}.lora_B.weight"] = np.full((48, 1), 1e4, np.float32)
-    save_file(factors, tmp_path / "a" / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["layers.0.self_attn.q_proj"]}
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings))
+    rank_one(tmp_path / "a", "layers.0.self_attn.q_proj", 48, 1e4)
     refused = r"layers.0.attn.q.weight \(from .*\): expected at most 65504 for float16, found 70000"
     for call in (
         lambda: llmjax.load(base, lora=tmp_path / "a", numerics="hf"),
@@ -107,13 +111,7 @@ def test_an_adapter_merged_into_float16(tmp_path):
 
 def test_an_adapter_beyond_float32(tmp_path):
     base = tiny.checkpoint(tmp_path / "m")
-    (tmp_path / "a").mkdir()
-    module = "base_model.model.model.layers.1.mlp.up_proj"
-    factors = {f"{module}.lora_A.weight": np.ones((1, 48), np.float32)}
-    factors[f"{module}.lora_B.weight"] = np.full((96, 1), 3e38, np.float32)
-    save_file(factors, tmp_path / "a" / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["layers.1.mlp.up_proj"]}
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(settings))
+    rank_one(tmp_path / "a", "layers.1.mlp.up_proj", 96, 3e38, alpha=2)
     refused = r"^.*/a/adapter_model.safetensors: layers.1.mlp.up.weight: the weight with scale .* beyond float32"
     for options in ({}, {"dtype": "bfloat16"}, {"quantize": "int8", "lora_mode": "merged"}):
         with pytest.raises(LoraError, match=refused):
