@@ -14,6 +14,7 @@ from jax import lax
 
 from llmjax.models.context import Context
 from llmjax.models.pages import block as cut
+from llmjax.models.pages import whole
 from llmjax.products.sums import by_cache, sums_pay
 from llmjax.quant.bits import from_storage
 
@@ -156,7 +157,14 @@ def dense_attention(
     return _ungrouped(out), probs
 
 
-def cached_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, scores: Scores, ctx: Context) -> jax.Array:
+def cached_attention(
+    q: jax.Array,
+    cache_k: jax.Array,
+    cache_v: jax.Array,
+    scores: Scores,
+    ctx: Context,
+    seen: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
     """Attention over a cache, folding blocks of fixed size with a running softmax (Milakov & Gimelshein 2018,
     arXiv:1805.02867).
 
@@ -171,6 +179,7 @@ def cached_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, score
       cache_v: ``[P, K, H, page]``, else as cache_k.
       scores: the layer's rule.
       ctx: positions, table, block.
+      seen: is shown the probabilities ``[B, K, G, T, S]`` and may give others; None if nobody wants to.
 
     Returns:
       ``[B, T, N, H]`` in q's dtype.
@@ -201,8 +210,46 @@ def cached_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, score
 
     stats = jnp.zeros((*qg.shape[:-1], 1), jnp.float32)
     zero = (stats + MASKED, stats, jnp.zeros(qg.shape, jnp.float32))
-    _, total, acc = lax.fori_loop(0, turns, fold, zero)
-    return _ungrouped(acc / total).astype(q.dtype)
+    top, total, acc = lax.fori_loop(0, turns, fold, zero)
+    out = acc / total
+    if seen is not None:
+        out = out + _by_others(qg, cache_k, cache_v, top, total, scores, ctx, seen)
+    return _ungrouped(out).astype(q.dtype)
+
+
+def _by_others(
+    qg: jax.Array,
+    cache_k: jax.Array,
+    cache_v: jax.Array,
+    top: jax.Array,
+    total: jax.Array,
+    scores: Scores,
+    ctx: Context,
+    seen: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """What other probabilities than its own add to the output of attention over a cache: zero where ``seen`` gives back
+    what it is shown, so that it then moves no bit of what was folded.
+
+    Args:
+      qg: ``[B, K, G, T, H]``.
+      cache_k: see ``cached_attention``, as the others.
+      cache_v: likewise.
+      top: ``[B, K, G, T, 1]``, the largest score of each query.
+      total: ``[B, K, G, T, 1]``, the sum that its exponentials are divided by.
+      scores: likewise.
+      ctx: likewise.
+      seen: likewise.
+
+    Returns:
+      float32 ``[B, K, G, T, H]``.
+    """
+    keys, values = (from_storage(whole(cache, name, ctx), qg.dtype) for cache, name in ((cache_k, "k"), (cache_v, "v")))
+    products = _einsum("BKGTH,BKSH->BKGTS", qg, keys)
+    s, mask = scores(products, ctx.positions, jnp.arange(keys.shape[2])[None], ctx)
+    probs = jnp.where(mask, jnp.exp(s - top) / total, 0.0).astype(ctx.numerics.activations)
+    # What a token does not see may be nobody's: a page that no row has yet, or has no more.
+    change = jnp.where(mask, seen(probs) - probs, 0)
+    return _einsum("BKGTS,BKHS->BKGTH", change.astype(qg.dtype), values)
 
 
 def block_range(positions: jax.Array, block: int, window: int | None) -> tuple[jax.Array, jax.Array]:

@@ -81,6 +81,11 @@ class Patch(abc.ABC):
         """What the model goes on with."""
 
 
+def patched(module: nn.Module, name: str) -> bool:
+    """Whether the tap of this name has a patch."""
+    return bool(module.has_variable(PATCHES, TAP + name))
+
+
 def tap(module: nn.Module, name: str, value: jax.Array) -> jax.Array:
     """Names an activation for ``llmjax.trace``: the module's path and ``name`` (the path alone when empty), joined by
     dots.

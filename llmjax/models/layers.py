@@ -15,7 +15,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.models.attention import Scores, cached_attention, dense_attention
-from llmjax.models.context import PROJECTED, Context, tap
+from llmjax.models.context import PROJECTED, Context, patched, tap
 from llmjax.models.pages import written
 from llmjax.models.rope import Rope
 from llmjax.products.matmul import matmul
@@ -231,10 +231,11 @@ def kept(module: nn.Module, name: str, new: jax.Array, ctx: Context) -> jax.Arra
 def attended(module: nn.Module, q: jax.Array, k: jax.Array, v: jax.Array, scores: Scores, ctx: Context) -> jax.Array:
     """``[B, T, N * H]``: queries ``[B, T, N, H]`` attend to keys and values that were ``kept``, by this module or by
     another."""
+    probs = partial(tap, module, "probs")
     if ctx.table is None:
-        out, _ = dense_attention(q, k, v, scores, ctx, partial(tap, module, "probs"))
+        out, _ = dense_attention(q, k, v, scores, ctx, probs)
     else:
-        out = cached_attention(q, k, v, scores, ctx)
+        out = cached_attention(q, k, v, scores, ctx, probs if patched(module, "probs") else None)
     return tap(module, "out", out.reshape(*out.shape[:2], -1))
 
 

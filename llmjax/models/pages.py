@@ -64,6 +64,13 @@ def block(cache: jax.Array, name: str, start: jax.Array, size: int, ctx: Context
     return jax.vmap(one, (0, None))(numbers, 0) if size == page else jax.vmap(one)(numbers, start % page)
 
 
+def whole(cache: jax.Array, name: str, ctx: Context) -> jax.Array:
+    """All that the rows' tables have room for, as ``block`` gives a part of it."""
+    assert ctx.table is not None
+    pages = jnp.moveaxis(cache[ctx.table], 1, position_axis(name))  # [B, K, pages, page, H], [B, K, H, pages, page]
+    return pages.reshape(*pages.shape[: position_axis(name)], -1, *pages.shape[position_axis(name) + 2 :])
+
+
 def tokens(cache: jax.Array, positions: jax.Array, ctx: Context) -> jax.Array:
     """What a buffer that lies as keys do holds of some tokens: ``[B, n, K, H]`` for positions int32 ``[B, n]``, none of
     them negative."""

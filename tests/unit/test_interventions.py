@@ -203,8 +203,8 @@ def plain(model):
 
 @pytest.mark.slow
 def test_the_identity_changes_no_bit(model, plain):
-    """At every tap that a program with a cache has, in whole and in single layers, generated, scored and streamed."""
-    llm = made(model, {name: same for name in tap_places(model.config) if not name.endswith("probs")})
+    """At every tap, in whole and in single layers, generated, scored and streamed."""
+    llm = made(model, dict.fromkeys(tap_places(model.config), same))
     assert answers(llm) == plain
 
 
@@ -215,7 +215,14 @@ def change(model):
             (at.positions >= 2)[..., None], x + steer, x
         ),
         "layers.0.attn.o": lambda x: x * 0.5,
+        "layers.1.attn.probs": without_the_first,
     }
+
+
+def without_the_first(probs):
+    """The first head does not look at the text's first token, unless it is alone."""
+    kept = probs.at[:, 0, 0, :, 0].set(0)
+    return kept / jnp.maximum(jnp.sum(kept, -1, keepdims=True), 1e-9)
 
 
 def follows(rows, prompts, model):
@@ -256,10 +263,19 @@ def test_an_intervention_in_one_row_leaves_the_others_bits(model):
     assert 500 not in before[1][0] and before[1] == after[1] and before[0] != after[0]
 
 
-def test_probabilities_are_whole_only_without_a_cache():
-    llm = made(random_model("fast"), {"layers.0.attn.probs": same})
-    with pytest.raises(RequestError, match="layers.0.attn.probs: not computed here: attention folds a cache"):
-        llm.generate([PROMPTS[0]], GREEDY)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma2_window_1", "falcon_7b_alibi_bias", "gemma3", "phi"])
+def test_what_a_token_looks_at_is_changed_with_a_cache_too(name):
+    """Under windows, soft-caps and biases of position; what a function puts out of sight counts for nothing."""
+    model = random_model("fast", **VARIANTS[name])
+    last = f"layers.{model.config.num_hidden_layers - 1}.attn.probs"
+    changes = {"layers.0.attn.probs": without_the_first, last: without_the_first}
+    llm = made(model, changes)
+    rows = generated(llm, PROMPTS[1:])
+    follows(rows, PROMPTS[1:], llm.model)
+    assert rows != generated(made(model), PROMPTS[1:])
+    changes[last] = lambda probs: without_the_first(probs) + jnp.where(probs == 0, 7, 0)
+    assert rows == generated(made(model, changes), PROMPTS[1:])
 
 
 def test_a_graph_takes_none():
