@@ -164,8 +164,12 @@ class Model:
         *,
         interventions: Interventions = MappingProxyType({}),
     ) -> jax.Array:
-        """Logits float32 ``[B, T, V]`` of ``ids`` int32 ``[B, T]``, no cache: a pure function of its arguments, to
-        trace or differentiate.
+        """Logits float32 ``[B, T, V]`` of ``ids`` int32 ``[B, T]``, no cache: a pure function of its arguments.
+
+        ``jit``, ``vmap``, ``jvp`` and ``grad`` work under every profile.  Beside packed weights the derivatives are
+        those of scales and offsets (``allow_int=True``: integers have none), and what a profile rounds to 8 bits is
+        passed straight through.  Compile with ``compiler_options=model.numerics.compiler_options`` where the bits of
+        ``Model.logits`` are wanted.
 
         Args:
           params: the model's.

@@ -139,9 +139,14 @@ class GraphModel(Model):
         self, params: dict[str, Any], ids: jax.Array, *, interventions: Interventions = MappingProxyType({})
     ) -> jax.Array:
         """Logits float32 ``[B, T, V]`` of ``ids`` int32 ``[B, T]``, a pure function: the tokens of a row one after the
-        other through ``decode``."""
+        other through ``decode``.
+
+        Raises:
+          RequestError: there are interventions, or it is differentiated.
+        """
         self.intervened(interventions)
-        return self.module.apply({"params": params}, ids, Context(jnp.arange(ids.shape[1])[None], self.numerics))
+        ctx = Context(jnp.arange(ids.shape[1])[None], self.numerics)
+        return self.module.apply({"params": _constant(params)}, ids, ctx)
 
     @functools.cached_property
     def _steps(self) -> tuple[Any, dict[int, Any]]:
@@ -197,6 +202,19 @@ class GraphModel(Model):
             if position >= prefill:
                 rows.append(np.asarray(logits))
         return np.stack(rows) if rows else np.zeros((0, self.config.vocab_size), np.float32), states
+
+
+@jax.custom_jvp
+def _constant(params: dict[str, Any]) -> dict[str, Any]:
+    return params
+
+
+@_constant.defjvp
+def _constant_jvp(primals: Any, tangents: Any) -> Any:
+    raise RequestError(
+        "derivative: a graph (.tflite, .task, .litertlm) has none, it may round where the slope is then zero; write "
+        "its checkpoint (llmjax convert FILE DIRECTORY --to llmjax) and differentiate that"
+    )
 
 
 def cuts(lengths: Sequence[int], count: int, context: int) -> list[tuple[int, int]]:

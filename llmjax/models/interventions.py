@@ -6,10 +6,10 @@ and compiled into its programs, and into those of no other: ``Model.intervened``
 A value is ``[B, T, ...]``; ``probs`` are ``[B, K, G, T, S]``.  Without a cache (``apply``, ``logits``, ``trace``) it is
 that of the whole text.  With one (``LLM``) the value holds a part: of a prompt a chunk of one row, padded on its right,
 and in decode the next token of every slot, ``T = 1``, slots at rest among them.  ``S`` is then what the cache has room
-for, the text's positions in their order, and what is put where a token does not see counts for nothing.  Where only the last token's logits are
-wanted, ``final_norm``, ``head`` and ``logits`` are those of that token alone.  So a function should treat each token by
-itself: what it makes of one is then the same however the text is cut, and no row depends on its neighbours.  Which
-token that is, a second parameter says (``At``).
+for, the text's positions in their order; what is put where a token does not see counts for nothing.  Where only the
+last token's logits are wanted, ``final_norm``, ``head`` and ``logits`` are those of that token alone.  So a function
+should treat each token by itself: what it makes of one is then the same however the text is cut, and no row depends on
+its neighbours.  Which token that is, a second parameter says (``At``).
 """
 
 import dataclasses

@@ -23,6 +23,7 @@ from llmjax.quant.schemes import Scheme
 from llmjax.runtime.cache import make_cache
 from tests.parity import golden
 from tests.tiny import random_model, slow, some
+from tests.unit.test_stack import packed_model
 
 RNG = np.random.default_rng(11)
 KINDS = ("float32", "bfloat16", "float16", "int8", "int4", "int8-asym", "int4-g32-asym", "Q5_0", "Q5_1")
@@ -252,6 +253,20 @@ def test_an_adapter_beside_packed_weights(profile, scheme):
             loras[f"{layer.replace('_', '.')}.{role}.{name}.weight"] = Lora(*factors)
     ids = jnp.asarray(RNG.integers(0, 600, (1, 9)))
     assert_same_gradients(*gradients(model, with_loras(model.params, loras), ids))
+
+
+@pytest.mark.parametrize("profile", some({"dynamic_int8"}, PROFILES))
+def test_transforms_from_outside(profile):
+    """Row by row under ``vmap``, whole, and compiled: one model, and one gradient beside packed weights."""
+    model = dataclasses.replace(packed_model("int8"), numerics=resolve(profile, jnp.float32))
+    ids = jnp.asarray(RNG.integers(0, 600, (3, 9)))
+    plain = model.apply(model.params, ids)
+    for same in (jax.jit(model.apply), jax.vmap(lambda params, row: model.apply(params, row[None])[0], (None, 0))):
+        assert_close(same(model.params, ids), plain, 1e-5)
+    by_row = jax.vmap(jax.grad(lambda p, row: loss(model, p, row[None]), allow_int=True), (None, 0))
+    found = jax.jit(by_row)(model.params, ids)
+    means = jax.tree.map(lambda leaf: leaf if leaf.dtype == jax.dtypes.float0 else leaf.mean(0), found)
+    assert_same_gradients(means, jax.grad(functools.partial(loss, model), allow_int=True)(model.params, ids))
 
 
 @pytest.mark.slow

@@ -239,6 +239,13 @@ def test_a_tensor_that_two_operators_give_is_refused(file):
     assert "is given twice" in problems_of(graph, ["decode"])[0]
 
 
+def test_a_graph_says_that_it_has_no_derivative(model):
+    ids = jax.numpy.array([[5, 9]])
+    for transform in (jax.grad, lambda f, **kinds: jax.jit(jax.grad(f, **kinds))):
+        with pytest.raises(LlmjaxError, match="differentiate that"):
+            transform(lambda params: model.apply(params, ids).sum(), allow_int=True)(model.params)
+
+
 def test_keys_are_told_from_values(model):
     assert (model.config.num_hidden_layers, model.config.num_key_value_heads, model.config.head_dim) == (2, 2, 8)
 
