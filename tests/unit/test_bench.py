@@ -55,6 +55,7 @@ def test_table(small_probes):
     assert [line.split()[0] for line in lines[-3:]] == ["phase", "prefill", "decode"]
 
 
+@pytest.mark.slow
 def test_decoding_begins_with_a_context_and_makes_all_tokens():
     engine = Engine(random_model(eos_ids=(0, 1, 2)), slots=4)
     bench = measure.Runner(engine)

@@ -246,6 +246,7 @@ def test_chunks_and_turns_are_one_prompt(task):
     assert session.size_in_tokens("the quick") == task.size_in_tokens("the quick")
 
 
+@pytest.mark.slow
 def test_clones_go_their_own_ways_from_what_is_computed(task):
     progress = task._llm.engine.progress
     session = session_of(task, "my sphinx of black quartz, judge the vow of the lazy dog")

@@ -21,6 +21,7 @@ from llmjax.models.registry import architectures, read_config
 from llmjax.models.tree import parameter_shapes
 from tests.parity import checkpoints, golden
 from tests.parity.golden import arrays, meta
+from tests.tiny import slow
 
 MISSION = {
     "gemma-2b": 2_506_172_416,
@@ -254,7 +255,7 @@ def test_a_supported_architecture_with_an_unsupported_option(folder):
 NOT_PUBLISHED = {"gemma3n_text", "gemma4_text", "ministral3"} | {"granite", "mistral3", "olmo3"}
 
 
-@pytest.mark.parametrize("name", configs.names())
+@pytest.mark.parametrize("name", [slow(n) if n.startswith("gemma-3n") else n for n in configs.names()])
 def test_published_checkpoints(name):
     facts = configs.read(name)
     _, config = read_config(facts["config"], name)

@@ -137,6 +137,7 @@ def test_prompt_logprobs(llm, model, length):
     assert without.outputs == output.outputs and without.prompt_logprobs is None
 
 
+@pytest.mark.slow
 def test_a_processor_comes_first_and_sees_the_tokens(model):
     def processor(logits, tokens):
         """Away from the last token's neighbour id, and towards an id that tells the lengths."""

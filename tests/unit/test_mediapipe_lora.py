@@ -21,6 +21,7 @@ from llmjax.lora.adapter import LoraSource, read_adapter
 from llmjax.training.adapter import new_adapter
 from llmjax.training.files import save_adapter
 from tests.mediapipe_files import DATA, GEMMA, config
+from tests.tiny import slow
 
 REAL = sorted(DATA.glob("*_lora_*.bin"))
 IDS = [2, 27, 26, 50, 59, 56, 21, 19]
@@ -51,7 +52,7 @@ def test_equal_to_the_real_converters(real, tmp_path):
 
 
 @pytest.mark.usefixtures("any_vocabulary")
-@pytest.mark.parametrize("kind", ["GEMMA_2B", "GEMMA2_2B", "PHI_2"])
+@pytest.mark.parametrize("kind", ["GEMMA_2B", slow("GEMMA2_2B"), slow("PHI_2")])
 def test_round_trip(kind, tmp_path):
     """o in order, or scrambled and restored, is the adapter itself, to the rounding of the file."""
     file = next(DATA.joinpath(f"{kind}_lora").iterdir())

@@ -8,6 +8,7 @@ import pytest
 
 from llmjax.errors import TokenizerError
 from llmjax.text.chat import render
+from tests.tiny import some
 
 MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a\nb"}]
 LOOPS = "".join(f"{{% for i{n} in range(100000) %}}" for n in range(3)) + "{% endfor %}" * 3
@@ -71,7 +72,7 @@ ENDLESS = {
 }
 
 
-@pytest.mark.parametrize("name", ENDLESS)
+@pytest.mark.parametrize("name", some(set(list(ENDLESS)[::4]), ENDLESS))
 def test_a_template_ends(name):
     began = time.process_time()
     with pytest.raises(TokenizerError) as caught:

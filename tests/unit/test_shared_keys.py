@@ -77,7 +77,7 @@ PARAMS = llmjax.SamplingParams(temperature=0.7, seed=3, max_tokens=14)
 
 
 # One that takes keys and values, and one with convolutions; the others compile for longer.
-QUICK = {"gemma4", "lfm2"}
+QUICK = {"gemma4"}
 SOME = tiny.some(QUICK, CONFIGS | FOLLOWING)
 
 

@@ -23,7 +23,7 @@ from llmjax.training.batches import Example, batches, bucket, from_labels, make_
 from llmjax.training.files import read_trained
 from llmjax.training.optimizer import optimizer, schedule
 from llmjax.training.step import Programs, first_state, loss, train_step
-from tests.tiny import checkpoint, random_model
+from tests.tiny import checkpoint, random_model, slow
 
 RNG = np.random.default_rng(5)
 CONFIG = TrainConfig(rank=2, learning_rate=0.03, batch_size=2, accumulation=2, epochs=3, checkpoint_every=2, clip=0.5)
@@ -129,7 +129,7 @@ def gradients(layers: int, recompute: str | None):
     return jax.jit(jax.value_and_grad(mean)).lower(factors, model.params), (factors, model.params)
 
 
-@pytest.mark.parametrize("recompute", ["all", "cheap", "nothing"])
+@pytest.mark.parametrize("recompute", [slow("all"), "cheap", slow("nothing")])
 def test_layers_that_are_alike_are_compiled_once(recompute):
     products = [gradients(n, recompute)[0].as_text().count("stablehlo.dot_general") for n in (4, 8)]
     assert products[0] == products[1]
@@ -183,7 +183,7 @@ def test_what_is_saved_is_what_was_trained(whole, model, tmp_path):
     )
 
 
-@pytest.mark.parametrize("at", [1, 4, 5])
+@pytest.mark.parametrize("at", [slow(1), 4, slow(5)])
 def test_a_run_that_was_cut_short_ends_in_the_same_bits(whole, model, tmp_path, at):
     def stop(report):
         if report.step == at:
