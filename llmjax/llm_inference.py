@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
+from llmjax.device import platform_of
 from llmjax.errors import LoraError, RequestError, shown
 from llmjax.llm import LLM
 from llmjax.lora.adapter import AnyLora, checked_lora, read_adapter
 from llmjax.lora.apply import beside, with_loras
-from llmjax.numerics import FAST, platform
+from llmjax.numerics import FAST
 from llmjax.outside.values import POSITIVE, check, each, integer, one_of
 from llmjax.runtime.params import SamplingParams
 
@@ -215,8 +216,8 @@ def _check(options: LlmInferenceOptions) -> None:
     check("supported_lora_ranks", options.supported_lora_ranks, ranks)
     backend = options.preferred_backend
     check("preferred_backend", backend, one_of(*BACKENDS, None))
-    if backend not in (None, platform()):
+    if backend not in (None, platform_of()):
         raise RequestError(
-            f"preferred_backend: {backend}, but JAX runs on {platform()} here; install JAX for it, or set "
+            f"preferred_backend: {backend}, but JAX runs on {platform_of()} here; install JAX for it, or set "
             "JAX_PLATFORMS before Python starts"
         )

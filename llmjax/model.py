@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.readers.digest import Stamp
+from llmjax.device import platform_of
 from llmjax.errors import RequestError, shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
@@ -129,6 +130,11 @@ class Model:
         """Tokens of prompt and output together that the model was made for."""
         return self.config.max_position_embeddings
 
+    @property
+    def compiler_options(self) -> dict[str, bool | int]:
+        """For ``jax.jit``, where the parameters are."""
+        return self.numerics.compiler_options(platform_of(self.params))
+
     @functools.cached_property
     def module(self) -> Any:
         """The Flax module, for ``module.apply({"params": params}, ids [B, T], Context)``."""
@@ -183,7 +189,7 @@ class Model:
 
     @functools.cached_property
     def _logits(self) -> Program:
-        return Program(self.apply, compiler_options=self.numerics.compiler_options)
+        return Program(self.apply, compiler_options=self.compiler_options)
 
     def logits(
         self, batch: Sequence[Sequence[int]], *, interventions: Interventions = MappingProxyType({})

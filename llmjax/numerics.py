@@ -25,9 +25,7 @@ Quantized weights mean their dequantized values in all of them; ``llmjax.product
 """
 
 import dataclasses
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from llmjax.errors import ConfigError
@@ -35,16 +33,9 @@ from llmjax.errors import ConfigError
 REFERENCE, FAST = "reference", "fast"
 
 
-def platform() -> str:
-    """``cpu``, ``gpu``, ...: where JAX puts what it is not told where to put."""
-    device = jax.config.jax_default_device  # type: ignore[attr-defined]
-    return jax.default_backend() if device is None else getattr(device, "platform", device)
-
-
-def on_cpu(*arrays: Any) -> bool:
-    """Whether the CPU computes, and holds these arrays if there are any.  What is a trick for it alone asks here."""
-    devices = (device for array in arrays if isinstance(array, jax.Array) for device in array.devices())
-    return platform() == "cpu" and all(device.platform == "cpu" for device in devices)
+# What a GPU's compiler decides by a race between kernels, or leaves to the order in which threads come, would give a
+# job that goes on other bits than it had.
+GPU_OPTIONS: dict[str, bool | int] = {"xla_gpu_deterministic_ops": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,22 +66,19 @@ class Numerics:
         """The name as a result records it."""
         return f"{self.name} (not validated against the runtime)" if self.name == "mediapipe_cpu" else self.name
 
-    @property
-    def compiler_options(self) -> dict[str, bool | int]:
-        """For ``jax.jit``.
+    def compiler_options(self, platform: str) -> dict[str, bool | int]:
+        """For ``jax.jit``, where a platform's device computes (``llmjax.device.platform_of``).
 
         XLA may leave out a rounding to bfloat16 between two operations; ``hf`` is made of such roundings.  Of what
         "fast math" lets LLVM do, only ``reassociates`` is wanted: NaN, infinity, division and functions keep their
         meaning.
         """
-        if self.name == "hf":
-            return {"xla_allow_excess_precision": False}
-        if self.reassociates and on_cpu():
-            kept = ("nans", "infs", "division", "functions")
-            options: dict[str, bool | int] = {f"xla_cpu_fast_math_honor_{what}": True for what in kept}
+        options: dict[str, bool | int] = {"xla_allow_excess_precision": False} if self.name == "hf" else {}
+        if platform == "cpu" and self.reassociates:
+            options |= {f"xla_cpu_fast_math_honor_{what}": True for what in ("nans", "infs", "division", "functions")}
             # Sums of four bits are short of arithmetic: half as fast again in whole registers of AVX-512.
-            return options | {"xla_cpu_enable_fast_math": True, "xla_cpu_prefer_vector_width": 512}
-        return {}
+            options |= {"xla_cpu_enable_fast_math": True, "xla_cpu_prefer_vector_width": 512}
+        return options | GPU_OPTIONS if platform == "gpu" else options
 
 
 PROFILES: tuple[str, ...] = ("reference", "hf", "fast", "dynamic_int8", "mediapipe_gpu", "mediapipe_cpu")

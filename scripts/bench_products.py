@@ -62,7 +62,7 @@ def ways(kind: str, rows: int) -> dict[str, Product]:
 def speed(multiply: Product, x: jax.Array, weights: list[Any], repeats: int) -> float:
     """Weights a second."""
 
-    @partial(jax.jit, compiler_options=resolve("fast", jnp.float32).compiler_options)
+    @partial(jax.jit, compiler_options=resolve("fast", jnp.float32).compiler_options("cpu"))
     def run(x: jax.Array, weights: list[Any]) -> jax.Array:
         for w in weights:
             y = lax.optimization_barrier(multiply(x, w))  # all of it, though one element is read

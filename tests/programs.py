@@ -23,7 +23,7 @@ def compiled_programs(
     step = (table, np.full((slots, BURST), -1, np.int32), np.ones(slots, np.bool_), np.int32(1), np.False_)
     fill = (ids, zero, table[0], zero, zero, zero, zero)
     for program, args in ((partial(decode, *static, None), step), (partial(prefill, *static), fill)):
-        jitted = jax.jit(program, donate_argnums=1, compiler_options=model.numerics.compiler_options)
+        jitted = jax.jit(program, donate_argnums=1, compiler_options=model.compiler_options)
         yield jitted.lower(params, state, *args).compile()
 
 

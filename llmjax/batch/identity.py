@@ -21,7 +21,7 @@ def identity(llm: LLM, params: SamplingParams, shard: str = "1/1", date: str = "
 
     The model's path does not, nor does the processor where another device computes.
     """
-    model, runtime = model_facts(llm.model), runtime_facts()
+    model, runtime = model_facts(llm.model), runtime_facts(llm.model.params)
     del model["model"]
     if runtime["platform"] != "cpu":
         del runtime["cpu"]

@@ -24,7 +24,7 @@ def identity(llm: LLM, shard: Shard = WHOLE) -> dict[str, Any]:
     of the rows is done, and what every row names."""
     engine = llm.engine
     facts = {"slots": engine.slots, "chunk": engine.chunk, "block": engine.block}
-    facts |= {**model_facts(llm.model), **runtime_facts()}
+    facts |= {**model_facts(llm.model), **runtime_facts(llm.model.params)}
     text = json.dumps({**facts, "model": None}, sort_keys=True)
     part = {} if shard == WHOLE else {"shard": str(shard)}
     return {"sha256": hashlib.sha256(text.encode()).hexdigest(), **facts, **part}

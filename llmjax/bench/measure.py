@@ -349,10 +349,10 @@ def _product_dtypes(model: Model) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _peak_bytes() -> int | None:
+def _peak_bytes(device: jax.Device) -> int | None:
     """Of the GPU's memory, or of the process's (not ``ru_maxrss``, which begins with what the parent had); None where
     neither is known."""
-    stats = jax.devices()[0].memory_stats()
+    stats = device.memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]
     try:

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.readers import digest
+from llmjax.device import device_of, platform_of
 from llmjax.lora.apply import Lora
 from llmjax.model import Model
 from llmjax.models.tree import canonical
-from llmjax.numerics import on_cpu
 from llmjax.quant.qtensor import QTensor
 from llmjax.quant.schemes import Recipe, role_of
 
@@ -84,9 +84,10 @@ def model_facts(model: Model) -> dict[str, Any]:
     return json.loads(json.dumps(facts, default=str))
 
 
-def runtime_facts() -> dict[str, Any]:
-    """What computes: llmjax under what, and on which machine; compiled programs differ with the processor."""
-    device = jax.devices()[0]
+def runtime_facts(params: Any = None) -> dict[str, Any]:
+    """What computes with these parameters: llmjax under what, and on which machine; compiled programs differ with the
+    processor."""
+    device = device_of(params)
     versions = {name: importlib.metadata.version(name) for name in ("llmjax", "jax", "jaxlib")}
     return {
         "runtime": "llmjax",
@@ -158,7 +159,7 @@ def _array_sha256(array: Any) -> str:
     if (known := _known.get(key)) and known[0]() is array:
         return known[1]
     # On the CPU nothing is copied; an array of another device keeps what NumPy was given of it.
-    shown = array if on_cpu(array) else jnp.copy(array)
+    shown = array if platform_of(array) == "cpu" else jnp.copy(array)
     sha = hashlib.sha256(np.ascontiguousarray(shown).reshape(-1).view(np.uint8).data).hexdigest()
     if isinstance(array, jax.Array):
         _known[key] = weakref.ref(array, lambda _: _known.pop(key, None)), sha

@@ -15,6 +15,7 @@ import numpy as np
 from converters.readers.litert.options import COMPOSITE
 from converters.readers.litert.tflite import Operator, Signature, Subgraph, Tensor, TfliteFile
 from converters.readers.source import problems_error
+from llmjax.device import platform_of
 from llmjax.errors import CheckpointError, ConfigError, RequestError, named
 from llmjax.litert.constants import Constants
 from llmjax.litert.kernels import KERNELS, TYPES
@@ -278,6 +279,6 @@ class Graph:
             arrays[name] = array.astype(TYPES[tensor.type])
         key = signature, tuple(taps)
         if key not in self._compiled:
-            options = self.numerics.compiler_options
+            options = self.numerics.compiler_options(platform_of(self.weights))
             self._compiled[key] = jax.jit(self.function(signature, taps), compiler_options=options)
         return jax.tree.map(np.asarray, self._compiled[key](self.weights, arrays))

@@ -152,7 +152,7 @@ class GraphModel(Model):
     def _steps(self) -> tuple[Any, dict[int, Any]]:
         """Compiled: decode, and the prefill signatures by length."""
         module = self.module
-        options: dict[str, Any] = {"compiler_options": self.numerics.compiler_options, "donate_argnums": 1}
+        options: dict[str, Any] = {"compiler_options": self.compiler_options, "donate_argnums": 1}
 
         def prefill(ports: Ports, params: Any, states: States, ids: Any, start: Any, length: Any) -> States:
             return module.run(params, ports, states, ids, start, length)[1]

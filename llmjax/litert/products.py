@@ -18,11 +18,9 @@ from jax import lax
 from jax.custom_batching import custom_vmap
 
 from llmjax.numerics import REFERENCE, Numerics, resolve
-from llmjax.products.dots import dot
+from llmjax.products.digits import integer_product
 from llmjax.products.matmul import matmul
-from llmjax.products.sums import total
-from llmjax.products.tiles import over_tiles
-from llmjax.quant.qtensor import QTensor, columns, dequantize, integers
+from llmjax.quant.qtensor import QTensor, dequantize
 
 _FLOAT32 = resolve(REFERENCE, jnp.dtype(jnp.float32))
 _TINY = np.finfo(np.float32).tiny
@@ -110,12 +108,7 @@ def _float_product(x: jax.Array, weight: Any) -> jax.Array:
 def _integer_product(q: jax.Array, weight: QTensor, zero: jax.Array) -> jax.Array:
     """``(q - zero) . n^T`` of int8 ``q [rows, in]`` and the weight's integers n: exact, then rounded to float32."""
     rows = jnp.concatenate([q, jnp.ones_like(q[:1])])  # the last gives the sums of n, which zero multiplies
-    parts = columns(rows, weight)
-
-    def multiply(part: QTensor) -> jax.Array:
-        return total(dot(n, c, jnp.int32) for c, n in zip(parts, integers(part), strict=True))
-
-    sums = multiply(weight).T if weight.bits == 8 else over_tiles(multiply, weight, weight.shape, parts[0], jnp.int32)
+    sums = integer_product(rows, weight)
     return (sums[:-1] - zero.astype(jnp.int32) * sums[-1:]).astype(jnp.float32)
 
 

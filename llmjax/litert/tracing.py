@@ -46,7 +46,7 @@ def activations(model: GraphModel, ids: np.ndarray, taps: Sequence[str]) -> dict
         outputs, row, found = module.run(params, ports, row, token[None], position, jnp.int32(1), names)
         return row, {**found, **{name: outputs[name] for name in logits}}
 
-    program = jax.jit(step, donate_argnums=1, compiler_options=model.numerics.compiler_options)
+    program = jax.jit(step, donate_argnums=1, compiler_options=model.compiler_options)
     row, steps = jax.jit(module.empty)(), list[dict[str, np.ndarray]]()
     for position, token in enumerate(ids):
         row, found = program(model.params, row, token, np.int32(position))

@@ -15,7 +15,7 @@ from jax import lax
 from llmjax.models.context import Context
 from llmjax.models.pages import block as cut
 from llmjax.models.pages import whole
-from llmjax.products.sums import by_cache, sums_pay
+from llmjax.products.sums import by_cache
 from llmjax.quant.bits import from_storage
 
 # Not -inf: the running maximum of a block that is masked for some row must stay finite, or exp(-inf - -inf) makes NaN.
@@ -189,7 +189,7 @@ def cached_attention(
     dtype = ctx.numerics.products
     step = count == 1
     block = page if step else ctx.block
-    product = by_cache if step and sums_pay(ctx.numerics) else _row_products
+    product = by_cache if step and ctx.numerics.reassociates else _row_products
     qg = _grouped(q, num_kv).astype(dtype)
     rows = qg.reshape(batch, num_kv, -1, width)
     first, turns = block_range(ctx.positions, block, scores.window)

@@ -2,7 +2,8 @@
 arXiv:1604.06174).
 
 ``jax.checkpoint`` says the same, but XLA:CPU drops the barriers that it relies on: it then computes everything again
-as early as it can, and keeps it (jaxlib 0.10: not a byte is saved).  What is inside a branch it leaves there.
+as early as it can, and keeps it (jaxlib 0.10: not a byte is saved).  What is inside a branch it leaves there.  On other
+devices a barrier does.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from flax import struct
 from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from llmjax.numerics import on_cpu
+from llmjax.device import by_device
 
 _Function = Callable[..., Any]
 
@@ -31,8 +32,6 @@ def recomputed(function: _Function) -> _Function:
 
     Only what is asked for is differentiated: of frozen weights nothing is computed.
     """
-    if not on_cpu():
-        return jax.checkpoint(function)
 
     @jax.custom_vjp
     def run(*args: Any) -> Any:
@@ -49,24 +48,32 @@ def recomputed(function: _Function) -> _Function:
         seeds, form = jax.tree.flatten(jax.tree.map(_instantiated, seed, is_leaf=_is_zero))
         floats = [s for s in seeds if s.dtype != jax.dtypes.float0]  # of integers there is no derivative
         leaves, tree = jax.tree.flatten(args)
-        chosen = [leaf for leaf, w in zip(leaves, wanted.leaves, strict=True) if w]
 
-        def again(chosen: list[jax.Array]) -> Any:
-            those = iter(chosen)
-            mixed = [next(those) if w else leaf for leaf, w in zip(leaves, wanted.leaves, strict=True)]
-            return function(*jax.tree.unflatten(tree, mixed))
+        def derivatives(leaves: list[jax.Array], floats: list[jax.Array]) -> list[jax.Array]:
+            def again(chosen: list[jax.Array]) -> Any:
+                those = iter(chosen)
+                mixed = [next(those) if w else leaf for leaf, w in zip(leaves, wanted.leaves, strict=True)]
+                return function(*jax.tree.unflatten(tree, mixed))
 
-        def zeros(chosen: list[jax.Array], floats: list[jax.Array]) -> list[jax.Array]:
-            return [jnp.zeros_like(leaf) for leaf in chosen]
-
-        def derivatives(chosen: list[jax.Array], floats: list[jax.Array]) -> list[jax.Array]:
             those = iter(floats)
             mixed = [s if s.dtype == jax.dtypes.float0 else next(those) for s in seeds]
-            return jax.vjp(again, chosen)[1](jax.tree.unflatten(form, mixed))[0]
+            return jax.vjp(again, chosen(leaves))[1](jax.tree.unflatten(form, mixed))[0]
 
-        first = lax.bitcast_convert_type(floats[0].reshape(-1)[0].astype(jnp.float32), jnp.uint32)
-        never = first == 0x7FC1_2345  # a NaN no arithmetic makes; XLA does not know
-        found = iter(lax.cond(never, zeros, derivatives, chosen, floats))
+        def chosen(leaves: list[jax.Array]) -> list[jax.Array]:
+            return [leaf for leaf, w in zip(leaves, wanted.leaves, strict=True) if w]
+
+        def zeros(leaves: list[jax.Array], floats: list[jax.Array]) -> list[jax.Array]:
+            return [jnp.zeros_like(leaf) for leaf in chosen(leaves)]
+
+        def after_a_barrier(leaves: list[jax.Array], floats: list[jax.Array]) -> list[jax.Array]:
+            return derivatives(*lax.optimization_barrier((leaves, floats)))
+
+        def in_a_branch(leaves: list[jax.Array], floats: list[jax.Array]) -> list[jax.Array]:
+            first = lax.bitcast_convert_type(floats[0].reshape(-1)[0].astype(jnp.float32), jnp.uint32)
+            never = first == 0x7FC1_2345  # a NaN no arithmetic makes; XLA does not know
+            return lax.cond(never, zeros, derivatives, leaves, floats)
+
+        found = iter(by_device(after_a_barrier, cpu=in_a_branch)(leaves, floats))
         return jax.tree.unflatten(tree, [next(found) if w else None for w in wanted.leaves])
 
     run.defvjp(forward, backward, symbolic_zeros=True)

@@ -16,11 +16,12 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from llmjax.device import platform_of
 from llmjax.models.context import PATCHES, Context
 from llmjax.models.recompute import recomputed
 from llmjax.models.scanned import scanned
 from llmjax.models.watched import watched
-from llmjax.numerics import Numerics, on_cpu
+from llmjax.numerics import Numerics
 from llmjax.products.matmul import summed_rows
 from llmjax.products.tiles import converted_whole
 from llmjax.quant.arrays import aligned
@@ -197,7 +198,7 @@ def stacked(params: dict[str, Any], period: int, slots: int, numerics: Numerics)
     leaves = jax.tree.leaves(layers)
     if not leaves:
         return None
-    if not on_cpu(*leaves) or any(isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in leaves):
+    if platform_of(leaves) != "cpu" or any(isinstance(leaf, jax.Array) and len(leaf.devices()) > 1 for leaf in leaves):
         return None
     if (
         len(layers) % period

@@ -108,7 +108,7 @@ def hidden_states(
         raise RequestError(f"batch: expected token id lists, found {shown(batch)}")
     names = _chosen(model, taps)
     model = model.intervened(interventions)
-    program = Program(_collector(model, names, dtype), compiler_options=model.numerics.compiler_options)
+    program = Program(_collector(model, names, dtype), compiler_options=model.compiler_options)
     with whole_folder(Path(output), RequestError) as folder, contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(_Array(folder / f"{name}.npy", dtype)) for name in names}
         ids_file = stack.enter_context(_Array(folder / "token_ids.npy", "int32"))
@@ -138,7 +138,13 @@ def hidden_states(
         if len(rows) == 1:
             raise RequestError("batch: empty, expected at least one text")
         np.save(folder / "rows.npy", np.array(rows, np.int64))
-        facts = {**model_facts(model), **runtime_facts(), "taps": names, "texts": len(rows) - 1, "tokens": rows[-1]}
+        facts = {
+            **model_facts(model),
+            **runtime_facts(model.params),
+            "taps": names,
+            "texts": len(rows) - 1,
+            "tokens": rows[-1],
+        }
         (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return HiddenStates(Path(output))
 

@@ -26,6 +26,7 @@ import numpy as np
 from flax import linen as nn
 
 from llmjax.checkpoint.identity import model_facts, runtime_facts
+from llmjax.device import platform_of
 from llmjax.errors import RequestError, shown
 from llmjax.litert import tracing
 from llmjax.litert.model import GraphModel
@@ -205,7 +206,7 @@ def _with_gradients(model: Model, globs: tuple[str, ...], scalar: Scalar) -> _Ru
     def derived(params: Any, ids: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         return _derived(model, globs, scalar, params, ids)
 
-    return Program(derived, compiler_options=model.numerics.compiler_options)
+    return Program(derived, compiler_options=model.compiler_options)
 
 
 def _derived(
@@ -231,15 +232,15 @@ def _derived(
 def _program_of(model: Model) -> Program:
     """What is compiled with interventions is kept as long as the model that has them."""
     if not model.interventions:
-        return _program(model.numerics)
+        return _program(model.numerics, platform_of(model.params))
     programs: dict[str, Program] = model.module.programs
-    return programs.setdefault("trace", _program.__wrapped__(model.numerics))
+    return programs.setdefault("trace", _program.__wrapped__(model.numerics, platform_of(model.params)))
 
 
 @functools.cache
-def _program(numerics: Numerics) -> Program:
+def _program(numerics: Numerics, platform: str) -> Program:
     """One for all models, so that a shape is compiled but once."""
-    return Program(_matching, static_argnums=(0, 1, 2), compiler_options=numerics.compiler_options)
+    return Program(_matching, static_argnums=(0, 1, 2), compiler_options=numerics.compiler_options(platform))
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -256,7 +257,7 @@ def to_numpy(x: jax.Array) -> np.ndarray:
 def _manifest(model: Model, ids: np.ndarray, globs: list[str]) -> dict[str, Any]:
     return {
         **model_facts(model),
-        **runtime_facts(),
+        **runtime_facts(model.params),
         "token_ids": ids.tolist(),
         "token_ids_sha256": hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest(),
         "taps": globs,

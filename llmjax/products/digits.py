@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from llmjax.device import by_device
 from llmjax.products.dots import dot
 from llmjax.products.sums import total
 from llmjax.products.tiles import over_tiles
@@ -71,13 +72,30 @@ def in_digits(x: jax.Array, q: QTensor, count: int) -> jax.Array:
     scale, digits = to_digits(x, count)
     rows = jnp.concatenate(digits)
     parts, q = _columns(rows, q)
+    return scale * _scaled(_integer_product(parts, q), rows, q, count)
+
+
+def integer_product(x: jax.Array, q: QTensor) -> jax.Array:
+    """``x . n^T`` of int8 ``x [rows, in]`` and a weight's integers, exact: int32 ``[rows, out]``."""
+
+    def plainly(parts: list[jax.Array], q: QTensor) -> jax.Array:
+        contract = (((1,), (1,)), ((), ()))
+        return total(
+            lax.dot_general(c, n, contract, preferred_element_type=jnp.int32)
+            for c, n in zip(parts, integers(q), strict=True)
+        )
+
+    return by_device(plainly, cpu=_integer_product)(columns(x, q), q)
+
+
+def _integer_product(parts: list[jax.Array], q: QTensor) -> jax.Array:
+    """``integer_product`` on the CPU, of x's ``columns``."""
 
     def multiply(part: QTensor) -> jax.Array:
         return total(dot(n, c, jnp.int32) for c, n in zip(parts, integers(part), strict=True))
 
     # Eight bits are multiplied as they stand.
-    sums = multiply(q).T if q.bits == 8 else over_tiles(multiply, q, q.shape, parts[0], jnp.int32)
-    return scale * _scaled(sums, rows, q, count)
+    return multiply(q).T if q.bits == 8 else over_tiles(multiply, q, q.shape, parts[0], jnp.int32)
 
 
 def _scaled(sums: jax.Array, digits: jax.Array, q: QTensor, count: int) -> jax.Array:

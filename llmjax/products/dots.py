@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from llmjax.numerics import on_cpu
 from llmjax.products.cpu import has_bfloat16_dot, has_integer_dot
 
 # One row of 8 or 16 bits takes a path twenty times slower than memory; a row of zeros is nearly free.
@@ -22,8 +21,6 @@ _ROWS_FIRST = {1: 4, 2: 16, 4: 0}
 def dot(weight: jax.Array, x: jax.Array, dtype: jnp.dtype | type) -> jax.Array:
     """``weight [out, in] . x^T [in, rows] -> [out, rows]`` with sums of ``dtype``, at the highest precision."""
     rows, size = x.shape[0], x.dtype.itemsize
-    if not on_cpu():
-        return _dot(weight, x, dtype)
     if rows < _MIN_ROWS and size < 4:
         x = jnp.pad(x, ((0, _MIN_ROWS - rows), (0, 0)))
     has_dot = {jnp.dtype(jnp.int8): has_integer_dot, jnp.dtype(jnp.bfloat16): has_bfloat16_dot}

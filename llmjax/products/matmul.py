@@ -16,7 +16,7 @@ floats of the product's dtype    all                                  ``dots``: 
 whatever else                    all                                  ``tiles``: converted a tile at a time
 ===============================  ===================================  ==================================================
 
-Elsewhere a product is written as it is defined, and the compiler knows best.
+Elsewhere a product is written as it is defined (``defined``), and the compiler knows best.
 
 The derivative is that of the float32 product of the same x and W (``plain``), whatever ran: in x, in float weights, in
 a packed weight's scales and offsets.  Activations that are rounded, to the product's dtype or to 8 bits, are passed
@@ -30,12 +30,14 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from llmjax.numerics import Numerics, on_cpu
+from llmjax.device import by_device
+from llmjax.numerics import Numerics
 from llmjax.products.cpu import has_integer_tiles
+from llmjax.products.defined import as_defined
 from llmjax.products.digits import in_digits, in_tiles, to_digits
 from llmjax.products.dots import dot
 from llmjax.products.plain import plain
-from llmjax.products.sums import by_weight, can_sum, sums_pay, total
+from llmjax.products.sums import by_weight, can_sum, total
 from llmjax.products.tiles import many, over_tiles, rows_first
 from llmjax.quant.qtensor import QTensor
 
@@ -50,9 +52,7 @@ def matmul(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _product(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax.Array:
-    if isinstance(weight, QTensor):
-        return _quantized_product(x.astype(jnp.float32), weight, numerics)
-    return _float_product(x.astype(numerics.products), weight, numerics)
+    return by_device(partial(as_defined, numerics), cpu=partial(_on_cpu, numerics))(x, weight)
 
 
 @partial(_product.defjvp, symbolic_zeros=True)
@@ -78,6 +78,12 @@ def _tangent_weight(weight: Any, tangent: Any) -> Any:
         return jnp.zeros(leaf.shape) if _is_zero(leaf_dot) else leaf_dot.astype(jnp.float32)
 
     return jax.tree.map(floats, weight, tangent)
+
+
+def _on_cpu(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
+    if isinstance(weight, QTensor):
+        return _quantized_product(x.astype(jnp.float32), weight, numerics)
+    return _float_product(x.astype(numerics.products), weight, numerics)
 
 
 def _quantized_product(x: jax.Array, q: QTensor, numerics: Numerics) -> jax.Array:
@@ -110,12 +116,12 @@ def _float_product(x: jax.Array, weight: jax.Array, numerics: Numerics) -> jax.A
 
 
 def summed_rows(weight: jax.Array | QTensor, numerics: Numerics) -> int:
-    """Up to how many rows meet a weight in a sum; 0 for none.
+    """Up to how many rows meet a weight in a sum on the CPU; 0 for none.
 
     Sums of one row are the fastest there is for every kind.  More rows are worth it until the alternative is as fast:
     a library product of bfloat16 or of one digit soon, tiles and three digits not before sixteen.
     """
-    if not (sums_pay(numerics) and can_sum(weight)):
+    if not (numerics.reassociates and can_sum(weight)):
         return 0
     if not isinstance(weight, QTensor):
         return 4 if weight.dtype.itemsize < 4 else 1
@@ -125,7 +131,6 @@ def summed_rows(weight: jax.Array | QTensor, numerics: Numerics) -> int:
 
 
 def integer_digits(numerics: Numerics) -> int | None:
-    """Digits in which several rows meet quantized weights; None where they do as floats.  One pays on any CPU, three
-    with AMX alone, for they are three times the rows of a float32 product."""
-    pays = on_cpu() and (numerics.digits == 1 or has_integer_tiles())
-    return numerics.digits if pays else None
+    """Digits in which several rows meet quantized weights on the CPU; None where they do as floats.  One pays on any,
+    three with AMX alone, for they are three times the rows of a float32 product."""
+    return numerics.digits if numerics.digits == 1 or has_integer_tiles() else None

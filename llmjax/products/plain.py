@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from llmjax.numerics import on_cpu
 from llmjax.products.tiles import many, rows_dot, tile_of_many, tile_rows
 from llmjax.quant.bits import cut
 from llmjax.quant.qtensor import QTensor, dequantize
@@ -32,7 +31,7 @@ def plain(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     elif weight.dtype == jnp.float32:
         return rows_dot(x, weight)
     out, width = weight.shape
-    small = not on_cpu() or 4 * out * width < _SMALL_BYTES
+    small = 4 * out * width < _SMALL_BYTES
     tile = out if small else tile_of_many(weight.shape) if many(x) else tile_rows((out, width), 4)
 
     def multiply(start: Any, floats: dict[str, Any]) -> jax.Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from llmjax.numerics import Numerics, on_cpu
+from llmjax.device import by_device
 from llmjax.quant.qtensor import QTensor, columns, integers
 
 # As many sums at once as the CPU has registers for: rows share the weights they read, channels the activations.
@@ -27,11 +27,6 @@ _CHANNELS = (4, 2)
 _SUMS = 16
 # Rows at once in attention.
 _CACHE_ROWS = 8
-
-
-def sums_pay(numerics: Numerics) -> bool:
-    """Whether sums run as fast as this module needs them to."""
-    return numerics.reassociates and on_cpu()
 
 
 def can_sum(weight: jax.Array | QTensor) -> bool:
@@ -116,10 +111,16 @@ def _sum_of_products(
 
 @jax.custom_jvp
 def by_cache(x: jax.Array, w: jax.Array) -> jax.Array:
-    """``x [..., M, in] . w [..., out, in] -> float32 [..., M, out]``, M rows with the same w: attention.
+    """``x [..., M, in] . w [..., out, in] -> float32 [..., M, out]``, M rows with the same w: attention."""
+    return by_device(_rows_product, cpu=_by_cache_in_sums)(x, w)
 
-    Unlike a library product it reads w where it stands, a slice of a cache say, without copying it first.
-    """
+
+def _rows_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.einsum("...MI,...OI->...MO", x, w, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def _by_cache_in_sums(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Unlike a library product it reads w where it stands, a slice of a cache say, without copying it first."""
     rows, out = x.shape[-2], w.shape[-2]
     x = _stored(x.astype(jnp.float32))
     # A reduction of one operand would not be left in one piece.
@@ -138,13 +139,8 @@ def by_cache(x: jax.Array, w: jax.Array) -> jax.Array:
 
 @by_cache.defjvp
 def _by_cache_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> Any:
-    def multiply(x: jax.Array, w: jax.Array) -> jax.Array:
-        return jnp.einsum(
-            "...MI,...OI->...MO", x, w, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-        )
-
     (x, w), (x_dot, w_dot) = primals, tangents
-    return by_cache(x, w), multiply(x_dot, w) + multiply(x, w_dot)
+    return by_cache(x, w), _rows_product(x_dot, w) + _rows_product(x, w_dot)
 
 
 def _stored(x: jax.Array) -> jax.Array:

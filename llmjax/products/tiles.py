@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from llmjax.numerics import on_cpu
 from llmjax.quant.bits import cut, from_storage, to_storage
 from llmjax.quant.qtensor import QTensor, dequantize
 
@@ -32,7 +31,7 @@ def over_tiles(
     x: jax.Array,
     dtype: Any = jnp.float32,
 ) -> jax.Array:
-    """``[rows, out]``, some output channels at a time where the weight is large and on the CPU, else all at once.
+    """``[rows, out]``, some output channels at a time where the weight is large, else all at once.
 
     Args:
       multiply: from some rows of the weight, ``[t, ...]`` a leaf, to ``[t, rows]``.
@@ -44,8 +43,6 @@ def over_tiles(
     out, width = shape
     size = x.dtype.itemsize
     tile = tile_rows(shape, size)
-    if not on_cpu():
-        return multiply(weight).T
     if converted_whole(shape, size):
         return multiply(_after(x, weight)).T
 
@@ -86,13 +83,13 @@ def _floats(weight: Any) -> jax.Array:
 
 
 def rows_dot(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """``x [rows, in] . weight [out, in] -> [rows, out]`` of float32, at the highest precision."""
+    """``x [rows, in] . weight [out, in] -> float32 [rows, out]``, at the highest precision."""
     return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), lax.Precision.HIGHEST, jnp.float32)
 
 
 def many(x: jax.Array) -> bool:
     """Whether ``x [rows, in]`` has so many rows that ``rows_first`` pays."""
-    return len(x) >= _MANY_ROWS and on_cpu()
+    return len(x) >= _MANY_ROWS
 
 
 def tile_of_many(shape: tuple[int, ...]) -> int:

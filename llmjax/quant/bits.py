@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from llmjax.device import by_device
 from llmjax.errors import RequestError
 
 
@@ -61,9 +62,12 @@ def cut(table: jax.Array, start: jax.Array, size: int) -> jax.Array:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _moved(move: Callable[..., jax.Array], table: jax.Array, where: jax.Array) -> jax.Array:
-    # The barrier keeps the reinterpreted table from becoming a loop invariant, that is a copy.
-    table, where = lax.optimization_barrier((table, where))
-    return from_storage(move(to_storage(table), where), table.dtype)
+    def as_integers(table: jax.Array, where: jax.Array) -> jax.Array:
+        # The barrier keeps the reinterpreted table from becoming a loop invariant, that is a copy.
+        table, where = lax.optimization_barrier((table, where))
+        return from_storage(move(to_storage(table), where), table.dtype)
+
+    return by_device(move, cpu=as_integers)(table, where)
 
 
 @_moved.defjvp

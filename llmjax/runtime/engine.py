@@ -123,7 +123,7 @@ class Engine:
             return function(*static, *args)
 
         traced.__name__ = function.__name__  # what profiles and the compilation cache know the program by
-        program = Program(traced, donate_argnums=donate, compiler_options=self.model.numerics.compiler_options)
+        program = Program(traced, donate_argnums=donate, compiler_options=self.model.compiler_options)
         self._programs.append(program)
 
         def call(*args: Any) -> Any:

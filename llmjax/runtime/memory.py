@@ -89,9 +89,9 @@ def parse(value: float | str) -> int:
     return found
 
 
-def default_budget(weights: int) -> int:
-    """The weights, which are there already, and three quarters of what is free beside them."""
-    stats = jax.devices()[0].memory_stats()
+def default_budget(weights: int, device: jax.Device) -> int:
+    """The weights, which are on the device already, and three quarters of what is free beside them."""
+    stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     else:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from llmjax.device import by_device
 from llmjax.runtime.params import MAX_LOGPROBS
 
 # Candidates looked at before the whole vocabulary is sorted: a sort of 256,000 logits takes as long as a decode step.
@@ -94,16 +95,29 @@ def draw(logits: jax.Array, knobs: Knobs, step: jax.Array) -> jax.Array:
     def sampled() -> jax.Array:
         best, ids = best_candidates(logits, min(HEAD, logits.shape[-1]))
         tokens, settled = jax.vmap(_from_head)(logits, best, ids, knobs, u)
-
-        def resort(row: tuple[jax.Array, ...]) -> jax.Array:
-            row_logits, row_u, token, done, *rest = row
-            return lax.cond(done, lambda: token, lambda: _from_all(row_logits, Knobs(*rest), row_u))
-
-        return lax.map(resort, (logits, u, tokens, settled | (knobs.temperature == 0), *knobs))
+        settled |= knobs.temperature == 0
+        return by_device(_resorted, cpu=_resorted_one_by_one)(logits, knobs, u, tokens, settled)
 
     likeliest = most_likely(logits)
     tokens = lax.cond(jnp.any(knobs.temperature > 0), sampled, lambda: likeliest)
     return jnp.where(knobs.temperature > 0, tokens, likeliest)
+
+
+def _resorted(logits: jax.Array, knobs: Knobs, u: jax.Array, tokens: jax.Array, settled: jax.Array) -> jax.Array:
+    """``tokens``, those of rows that are not settled drawn from the whole vocabulary: all rows at once where there is
+    any, for what a GPU does next its host must know."""
+    found = lax.cond(jnp.all(settled), lambda: tokens, lambda: jax.vmap(_from_all)(logits, knobs, u))
+    return jnp.where(settled, tokens, found)
+
+
+def _resorted_one_by_one(
+    logits: jax.Array, knobs: Knobs, u: jax.Array, tokens: jax.Array, settled: jax.Array
+) -> jax.Array:
+    def resort(row: tuple[jax.Array, ...]) -> jax.Array:
+        row_logits, row_u, token, done, *rest = row
+        return lax.cond(done, lambda: token, lambda: _from_all(row_logits, Knobs(*rest), row_u))
+
+    return lax.map(resort, (logits, u, tokens, settled, *knobs))
 
 
 def most_likely(logits: jax.Array) -> jax.Array:

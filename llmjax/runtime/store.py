@@ -5,6 +5,7 @@ from collections.abc import Collection
 import jax
 import numpy as np
 
+from llmjax.device import device_of
 from llmjax.model import Model
 from llmjax.models.attention import PAGE_BLOCKS
 from llmjax.runtime import state as states
@@ -53,11 +54,12 @@ class Store:
         sharing: bool,
     ):
         self._model, self._slots, self._chunk, self._sharing = model, slots, chunk, sharing
+        self._device = device_of(model.params)
         self.aside = slots
         self.tokens, self._stacked = PAGE_BLOCKS * block, stacked
         page = [x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: self._cache(1)))]
         own = nbytes(lambda: states.empty_state(None, slots, self.bucket(1), model.config.vocab_size))
-        total = default_budget(weights) if budget is None else budget
+        total = default_budget(weights, self._device) if budget is None else budget
         self.memory = Memory(total, weights, own, sum(page), max(page), self.tokens)
         self.length = self._total = 0
         self.state: State | None = None
@@ -118,7 +120,8 @@ class Store:
                 cache, vocab = self._cache(self._total), self._model.config.vocab_size
                 return states.empty_state(cache, self._slots, length, vocab)
 
-            self.state = jax.jit(empty)()  # one program instead of one for each kind of buffer
+            with jax.default_device(self._device):
+                self.state = jax.jit(empty)()  # one program instead of one for each kind of buffer
         elif length > self.length:
             self.state = states.lengthened(self.state, length - self.length)
         self.length = length

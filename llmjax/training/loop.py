@@ -232,7 +232,7 @@ class _Run:
             "rows": checkpoints.data_sha256(self.examples),
             "eval_rows": checkpoints.data_sha256(self.data[1].examples) if self.held_out else None,
             "model": {name: value for name, value in facts.items() if name != "model"},
-            "runtime": runtime_facts(),
+            "runtime": runtime_facts(self.model.params),
         }
         found = checkpoints.restore(self.output, self.state, identity)
         metrics = self.output / METRICS

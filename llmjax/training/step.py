@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from llmjax.device import platform_of
 from llmjax.errors import TrainingError
 from llmjax.model import Model
 from llmjax.models.context import Context
@@ -113,7 +114,7 @@ class Programs:
 
             return jax.grad(mean, has_aux=True)(factors)
 
-        options = self._numerics.compiler_options
+        options = self._numerics.compiler_options(platform_of(model.params))
         self._gradients = jax.jit(gradients, compiler_options=options)
         self._compiled: dict[Any, jax.stages.Compiled] = {}
         self._losses = jax.jit(

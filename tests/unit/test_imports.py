@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 # From the ground up.  A file imports from its own room and from lower floors.
 FLOORS = (
     "llmjax.errors",
-    "llmjax.configs llmjax.numerics llmjax.outside",
+    "llmjax.configs llmjax.device llmjax.numerics llmjax.outside",
     "llmjax.quant llmjax.text",
     "converters.readers llmjax.products",
     "llmjax.models",

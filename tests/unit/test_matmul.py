@@ -30,7 +30,7 @@ def test_weights_of_16_bits(profile, stored, rows):
     numerics = resolve(profile, stored)
     w = jnp.asarray(RNG.standard_normal((70, 96)), stored)
     x = jnp.asarray(RNG.standard_normal((rows, 96)), jnp.float32)
-    y = jax.jit(matmul, static_argnums=2, compiler_options=numerics.compiler_options)(x, w, numerics)
+    y = jax.jit(matmul, static_argnums=2, compiler_options=numerics.compiler_options("cpu"))(x, w, numerics)
     expected = np.asarray(x.astype(numerics.products), np.float64) @ np.asarray(w, np.float64).T
     np.testing.assert_allclose(y, expected, atol=1e-5)
 

@@ -13,7 +13,7 @@ from llmjax.models.rope import Rope
 from llmjax.numerics import PROFILES, resolve
 
 RNG = np.random.default_rng(11)
-FAST = resolve("fast", jnp.float32).compiler_options
+FAST = resolve("fast", jnp.float32).compiler_options("cpu")
 
 # Function, its definition in float64, arguments, error allowed: absolute, or relative to a value above 1.
 FUNCTIONS = {
@@ -69,4 +69,4 @@ def test_nan_and_infinity_keep_their_meaning():
 
 def test_which_profiles_reorder_sums():
     assert [name for name in PROFILES if resolve(name, jnp.float32).reassociates] == ["fast", "dynamic_int8"]
-    assert FAST and not resolve("reference", jnp.float32).compiler_options
+    assert FAST and not resolve("reference", jnp.float32).compiler_options("cpu")

@@ -51,7 +51,7 @@ def on_device(q: QTensor) -> QTensor:
 def multiplied(x: np.ndarray | jax.Array, w: QTensor | jax.Array, profile: str) -> np.ndarray:
     """``x . W^T`` as a model of that profile runs it."""
     numerics = resolve(profile, w.dtype)
-    run = jax.jit(matmul, static_argnums=2, compiler_options=numerics.compiler_options)
+    run = jax.jit(matmul, static_argnums=2, compiler_options=numerics.compiler_options("cpu"))
     return np.asarray(run(x, jax.tree.map(jnp.asarray, w), numerics))
 
 
@@ -270,7 +270,7 @@ def test_a_row_has_the_same_bits_in_any_place(kind, rows, shape):
     exact = np.asarray(q if "float" in kind else dequantize(q)).astype(np.float64)
     weights = q if "float" in kind else on_device(q)
     x = rng.standard_normal((rows, shape[1])).astype(np.float32)
-    run = jax.jit(by_weight, compiler_options=resolve("fast", jnp.float32).compiler_options)
+    run = jax.jit(by_weight, compiler_options=resolve("fast", jnp.float32).compiler_options("cpu"))
     y = np.asarray(run(x, weights))
     truth = x.astype(np.float64) @ exact.T
     assert np.abs(y - truth).max() <= 3e-6 * np.abs(truth).max()
@@ -285,7 +285,7 @@ def test_a_row_has_the_same_bits_in_any_place(kind, rows, shape):
 def test_by_cache(rows, out, width, dtype):
     """Batched, as attention has it."""
     x, w = (jnp.asarray(RNG.standard_normal((2, 3, n, width)), dtype) for n in (rows, out))
-    y = jax.jit(by_cache, compiler_options=resolve("fast", jnp.float32).compiler_options)(x, w)
+    y = jax.jit(by_cache, compiler_options=resolve("fast", jnp.float32).compiler_options("cpu"))(x, w)
     truth = np.asarray(x, np.float64) @ np.asarray(w, np.float64).swapaxes(-1, -2)
     np.testing.assert_allclose(y, truth, atol=2e-6 * np.abs(truth).max())
 
@@ -301,7 +301,7 @@ def test_a_sum_does_not_make_its_activations_again(kind, before, name):
     else:
         weights = jnp.asarray(w, kind) if "float" in kind else on_device(quantized(w, kind))
         multiply = functools.partial(matmul, numerics=resolve("fast", weights.dtype))
-    options = resolve("fast", jnp.float32).compiler_options
+    options = resolve("fast", jnp.float32).compiler_options("cpu")
     program = jax.jit(lambda x, w: multiply(before(x), w), compiler_options=options).lower(x, weights).compile()
     parts = program.as_text().split("\n}\n")
     sums = [part for part in parts if " reduce(" in part and "[256," in part]

@@ -167,7 +167,7 @@ def test_a_gpu_takes_no_trick_of_the_cpus(monkeypatch):
         return [
             stacked(model.params, 1, 1, model.numerics) is not None,
             program.count("optimization_barrier") > 1,  # the embedding's look-up has one on any device
-            bool(model.numerics.compiler_options),
+            bool(model.compiler_options),
         ]
 
     assert tricks() == [True] * 3

@@ -1,0 +1,46 @@
+"""Which device computes.  It is asked here and nowhere else, and the answer follows the arrays.
+
+While a function is traced nobody knows: it is lowered later, for the device that holds its arguments.  So what runs
+differently there is written twice, plainly and with the CPU's trick, and ``by_device`` leaves the choice to the
+lowering: one trace serves every device.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax import lax
+
+Result = TypeVar("Result")
+
+
+def device_of(*trees: Any) -> jax.Device:
+    """The device, or the first of those, that hold the trees' arrays; with none of JAX's among them, where JAX puts
+    what it is not told where to put."""
+    for leaf in jax.tree.leaves(trees):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+            return min(leaf.devices(), key=lambda device: device.id)
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if isinstance(default, jax.Device):
+        return default
+    return jax.local_devices(backend=default)[0]
+
+
+def platform_of(*trees: Any) -> str:
+    """``cpu``, ``gpu``, ...: of ``device_of``."""
+    return device_of(*trees).platform
+
+
+def by_device(plain: Callable[..., Result], *, cpu: Callable[..., Result]) -> Callable[..., Result]:
+    """A function of arrays that is ``plain``, its definition, everywhere but on the CPU, where it is ``cpu``.
+
+    Both are traced, one is lowered.  To be differentiated under a rule of its own alone, if both are not alike in that.
+    """
+
+    def chosen(*args: Any) -> Result:
+        leaves = jax.tree.leaves(args)
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return lax.platform_dependent(*args, cpu=cpu, default=plain)
+        return (cpu if platform_of(args) == "cpu" else plain)(*args)
+
+    return chosen

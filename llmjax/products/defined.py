@@ -1,0 +1,76 @@
+"""``x . W^T`` as it is defined: what every device but the CPU is given to compile.
+
+A weight of another dtype than its product's is converted where it is multiplied, for the compiler to take the
+conversion into the product.  Where it does not, there is a copy of that one weight: behind the barrier no conversion
+begins before its x is known, nor is it moved out of a loop over tokens.
+
+Float32 products are of the highest precision, on a GPU without TF32.  ``fast`` and ``dynamic_int8`` multiply with
+quantized weights in bfloat16, which tensor cores do at many times the speed, and lose nothing by it: a float32 value is
+the sum of three bfloat16 ones to the last bit, and an integer of eight bits is one.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from llmjax.numerics import Numerics
+from llmjax.products.digits import to_digits
+from llmjax.products.sums import total
+from llmjax.products.tiles import rows_dot
+from llmjax.quant.qtensor import QTensor, columns, halves, integers
+
+
+def as_defined(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
+    """``x [rows, in] . weight [out, in] -> float32 [rows, out]``; see ``matmul`` for what it means."""
+    if not isinstance(weight, QTensor):
+        return _of_floats(x.astype(numerics.products), weight)
+    x = x.astype(jnp.float32)
+    if numerics.digits is None:
+        parts, weight = _together(columns(x, weight), weight)
+        return total(rows_dot(c, w) for c, w in zip(parts, halves(weight), strict=True))
+    if numerics.digits == 1:
+        scale, (rounded,) = to_digits(x, 1)
+        return scale * _in_bfloat16([rounded.astype(jnp.bfloat16)], weight)
+    return _in_bfloat16(pieces(x, 3), weight)
+
+
+def _of_floats(x: jax.Array, weight: jax.Array) -> jax.Array:
+    if weight.dtype != x.dtype:
+        x, weight = _together(x, weight)
+    return rows_dot(x, weight.astype(x.dtype))
+
+
+def _in_bfloat16(x: list[jax.Array], q: QTensor) -> jax.Array:
+    """Of ``pieces`` of x.
+
+    Where a channel has one scale, it is multiplied with afterwards, and the integers are exact.  Other weights are two
+    pieces, all but 4e-6 of the float32 value; the product of two that small is left out.
+    """
+    x, q = _together(x, q)
+
+    def product(x: list[jax.Array], parts: Iterable[jax.Array]) -> jax.Array:
+        rows = jnp.concatenate(x)  # the weight is read once for all pieces of x
+        y = total(rows_dot(c, w) for c, w in zip(columns(rows, q), parts, strict=True))
+        return total(jnp.split(y, len(x))[::-1])  # the small ones first
+
+    if q.scales.shape[1] == 1 and q.offsets is None:
+        return product(x, [n.astype(jnp.bfloat16) for n in integers(q)]) * q.scales.astype(jnp.float32)[:, 0]
+    large, small = zip(*(pieces(w, 2) for w in halves(q)), strict=True)
+    return product(x[:1], small) + product(x[:2], large)
+
+
+def pieces(x: jax.Array, count: int) -> list[jax.Array]:
+    """bfloat16 arrays that add up to float32 x, to the last bit if they are three, the largest first."""
+    found = []
+    for _ in range(count):
+        piece = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)  # a pair of casts XLA may drop
+        found.append(piece.astype(jnp.bfloat16))
+        x = x - piece
+    return found
+
+
+def _together(x: Any, weight: Any) -> Any:
+    return lax.optimization_barrier((x, weight))
