@@ -5,11 +5,15 @@ differently there is written twice, plainly and with the CPU's trick, and ``by_d
 lowering: one trace serves every device.
 """
 
-from collections.abc import Callable
+import contextlib
+import re
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 from jax import lax
+
+from llmjax.errors import NoRoomError
 
 Result = TypeVar("Result")
 
@@ -44,3 +48,24 @@ def by_device(plain: Callable[..., Result], *, cpu: Callable[..., Result]) -> Ca
         return (cpu if platform_of(args) == "cpu" else plain)(*args)
 
     return chosen
+
+
+@contextlib.contextmanager
+def in_memory(what: str, lower: str) -> Iterator[None]:
+    """Says where a device's memory ends, and what to lower, in a line.
+
+    Args:
+      what: is done within.
+      lower: what would take less, and how to say so.
+
+    Raises:
+      NoRoomError: the device has not enough for it.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        asked = re.search(r"allocat\w+ ([\d.]+ ?[KMGT]?i?B|\d+ bytes)", str(error))
+        size = f" (it asked for {asked[1]})" if asked else ""
+        raise NoRoomError(f"memory: the device has none left for {what}{size}; {lower}") from error

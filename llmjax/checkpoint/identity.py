@@ -9,26 +9,21 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-import weakref
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from converters.readers import digest
-from llmjax.device import device_of, platform_of
+from llmjax.checkpoint.hashes import array_sha256
+from llmjax.device import device_of
 from llmjax.lora.apply import Lora
 from llmjax.model import Model
 from llmjax.models.tree import canonical
 from llmjax.quant.qtensor import QTensor
 from llmjax.quant.schemes import Recipe, role_of
-
-# The hashes of arrays, by id, while they live: JAX's arrays never change.
-_known: dict[int, tuple[weakref.ref[jax.Array], str]] = {}
 
 
 def model_facts(model: Model) -> dict[str, Any]:
@@ -143,7 +138,7 @@ def _arrays_sha256(params: Any) -> str:
     """Over the name, shape, dtype and SHA-256 of every array, and how quantized ones are to be read."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     with ThreadPoolExecutor(4) as pool:
-        hashes = pool.map(lambda item: _array_sha256(item[1]), leaves)
+        hashes = pool.map(lambda item: array_sha256(item[1]), leaves)
     lines = [
         f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {sha}"
         for (path, leaf), sha in zip(leaves, hashes, strict=True)
@@ -152,18 +147,6 @@ def _arrays_sha256(params: Any) -> str:
         if isinstance(leaf, QTensor):
             lines.append(f"{jax.tree_util.keystr(path)} {leaf.bits} {leaf.zero}")
     return _sha256(lines)
-
-
-def _array_sha256(array: Any) -> str:
-    key = id(array)
-    if (known := _known.get(key)) and known[0]() is array:
-        return known[1]
-    # On the CPU nothing is copied; an array of another device keeps what NumPy was given of it.
-    shown = array if platform_of(array) == "cpu" else jnp.copy(array)
-    sha = hashlib.sha256(np.ascontiguousarray(shown).reshape(-1).view(np.uint8).data).hexdigest()
-    if isinstance(array, jax.Array):
-        _known[key] = weakref.ref(array, lambda _: _known.pop(key, None)), sha
-    return sha
 
 
 def _processor() -> str:

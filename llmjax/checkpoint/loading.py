@@ -21,7 +21,8 @@ from llmjax import numerics as numerics_lib
 from llmjax.checkpoint.ends import end_tokens
 from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.checkpoint.mediapipe_config import emulated, find
-from llmjax.checkpoint.parameters import Parameter, is_packed, made, random_rows, read_all
+from llmjax.checkpoint.parameters import is_packed, made, random_rows, read_all
+from llmjax.checkpoint.placing import put
 from llmjax.checkpoint.plan import Override, Plan, make_plan
 from llmjax.errors import CheckpointError, ConfigError, LoraError, RequestError, shown
 from llmjax.litert import loading as graphs
@@ -32,7 +33,7 @@ from llmjax.lora.apply import beside, with_loras
 from llmjax.model import AdapterOrigin, Model, Origin
 from llmjax.models.config import DecoderConfig
 from llmjax.models.registry import read_config
-from llmjax.models.tree import parameter_shapes, path_of
+from llmjax.models.tree import parameter_shapes
 from llmjax.numerics import FAST
 from llmjax.outside.paths import checked_path
 from llmjax.outside.values import FLAG, POSITIVE, STRING, check, plain
@@ -341,7 +342,8 @@ def _random_model(name: str, dtype: str, recipe: Recipe | None, numerics: str, r
     for parameter, shape in parameter_shapes(config).items():
         rows = random_rows(random, parameter, shape)
         scheme = recipe.scheme(parameter) if recipe else None
-        put(params, parameter, made(rows, shape, jnp.dtype(dtype), scheme, parameter))
+        leaf = made(rows, shape, jnp.dtype(dtype), scheme, parameter)
+        put(params, parameter, leaf, is_named_by_hash=True)
     config = emulated(config, numerics, name)
     eos = (facts["special_tokens"]["eos"]["id"],)
     return Model(architecture, config, params, _numerics(numerics, params, Path(name)), None, eos, Path(name))
@@ -386,11 +388,3 @@ def _mediapipe_tokenizer(source: MediapipeSource) -> Tokenizer | None:
         stop=tokens.stop_tokens,
         bytes_to_unicode=kind.bytes_to_unicode,
     )
-
-
-def put(tree: dict[str, Any], name: str, leaf: Parameter) -> None:
-    """Puts a parameter into its place in a tree, on the device."""
-    *parents, last = path_of(name)
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[last] = jax.device_put(leaf)

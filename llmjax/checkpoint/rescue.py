@@ -3,8 +3,8 @@
 import numpy as np
 
 from llmjax.checkpoint.graph_source import GraphSource
-from llmjax.checkpoint.loading import put
 from llmjax.checkpoint.parameters import read_all
+from llmjax.checkpoint.placing import put
 from llmjax.checkpoint.plan import Plan
 from llmjax.errors import CheckpointError
 from llmjax.model import Model

@@ -13,8 +13,11 @@ from flax import linen as nn
 from flax.core.scope import is_filter_empty, subtract_filters
 from flax.linen import module as linen
 
+from llmjax.device import in_memory
 from llmjax.models.context import PATCHES
 
+# Where the device's memory does not do.
+LOWER = "give shorter texts or fewer taps at a time, or store the weights in fewer bits (quantize, dtype)"
 # What models themselves read and write.
 _OWN = ("params", "cache", PATCHES)
 
@@ -43,10 +46,11 @@ class Program:
 
     Args:
       function: pure, but for what Flax's interceptors do.
+      lower: what takes memory in it, where that ends.
       options: of ``jax.jit``.
     """
 
-    def __init__(self, function: Callable[..., Any], **options: Any):
+    def __init__(self, function: Callable[..., Any], *, lower: str = LOWER, **options: Any):
         def made() -> Callable[..., Any]:
             def program(*args: Any) -> Any:  # a function of its own: JAX keeps traces by it
                 return function(*args)
@@ -54,16 +58,20 @@ class Program:
             program.__name__ = function.__name__
             return jax.jit(program, **options)
 
-        self._made, self._plain = made, made()
+        self._made, self._plain, self._lower = made, made(), lower
         self._watched: dict[tuple[int, ...], tuple[Callable[..., Any], tuple[Any, ...]]] = {}
 
     def __call__(self, *args: Any) -> Any:
-        """What the function returns."""
+        """What the function returns.
+
+        Raises:
+          NoRoomError: the device has no memory for it.
+        """
         found = interceptors()
-        if not found:
-            return self._plain(*args)
         key = tuple(map(id, found))  # kept beside the program, so that none of them takes another's id
-        return self._watched.setdefault(key, (self._made(), found))[0](*args)
+        program = self._watched.setdefault(key, (self._made(), found))[0] if found else self._plain
+        with in_memory("a run of the model", self._lower):
+            return program(*args)
 
     def forget(self) -> bool:
         """Drops what was compiled under interceptors; whether there was anything."""

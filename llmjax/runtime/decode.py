@@ -133,7 +133,7 @@ def _advance(
     return state.replace(
         cache=out["cache"],
         logits=jnp.where(active[:, None], logits[:, 0].astype(jnp.float32), state.logits),
-        ids=state.ids.at[jnp.arange(token.shape[0]), place].set(token, mode="drop"),
+        ids=state.ids.at[jnp.arange(token.shape[0]), place].set(token, mode="drop", unique_indices=True),
         position=jnp.where(active, state.position + 1, state.position),
         step=step,
         active=active,

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmjax.device import in_memory
 from llmjax.errors import CheckpointError, NoRoomError
 from llmjax.model import Model
 from llmjax.models.stack import stacked
@@ -21,7 +22,7 @@ from llmjax.outside.values import check, integer
 from llmjax.runtime import state as states
 from llmjax.runtime.decode import BURST, Produced, decode
 from llmjax.runtime.logits import Controls, LogitsProcessor, no_controls, row_controls
-from llmjax.runtime.memory import size, weight_bytes
+from llmjax.runtime.memory import LOWER, size, weight_bytes
 from llmjax.runtime.prefill import Scored, prefill, score_chunk
 from llmjax.runtime.prefixes import Place
 from llmjax.runtime.progress import Progress
@@ -123,7 +124,8 @@ class Engine:
             return function(*static, *args)
 
         traced.__name__ = function.__name__  # what profiles and the compilation cache know the program by
-        program = Program(traced, donate_argnums=donate, compiler_options=self.model.compiler_options)
+        options = self.model.compiler_options
+        program = Program(traced, lower=LOWER, donate_argnums=donate, compiler_options=options)
         self._programs.append(program)
 
         def call(*args: Any) -> Any:
@@ -195,17 +197,13 @@ class Engine:
           NoRoomError: the device has less memory than the budget says.
         """
         try:
-            yield
+            with in_memory(f"a budget of {size(self.store.memory.budget)}", LOWER):
+                yield
         except GeneratorExit:
             raise
-        except BaseException as error:
+        except BaseException:
             self.store.clear()
             self._pending = None
-            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-                budget = size(self.store.memory.budget)
-                raise NoRoomError(
-                    f"memory: there is less of it than the budget of {budget}; give a smaller one (memory, --memory)"
-                ) from error
             raise
 
     def _forget_watched(self) -> None:

@@ -170,7 +170,7 @@ def _completes_bad_word(bad_words: jax.Array, tokens: Tokens, shape: tuple[int, 
     recent = jnp.where(places >= tokens.prompt_length[:, None], tokens.ids[rows, places], -2)  # [B, M - 1]
     before, last = bad_words[..., :-1], bad_words[..., -1]
     found = jnp.all((before == recent[:, None]) | (before < 0), -1) & (last >= 0)
-    return jnp.zeros(shape, jnp.bool_).at[rows, jnp.where(found, last, shape[1])].set(True, mode="drop")
+    return jnp.zeros(shape, jnp.bool_).at[rows, jnp.where(found, last, shape[1])].max(True, mode="drop")
 
 
 def _penalised(x: jax.Array, controls: Controls, tokens: Tokens) -> jax.Array:

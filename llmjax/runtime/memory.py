@@ -15,6 +15,11 @@ from llmjax.errors import RequestError
 # Of what is free beside the weights: compiled programs, their temporaries and Python want some, too.
 _SHARE = 3 / 4
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+# Where there is less than a device says, or a program takes more.
+LOWER = (
+    "give a smaller budget (memory, --memory), have fewer slots (max_batch, --max-batch), or store the weights in "
+    "fewer bits (quantize, --quantize)"
+)
 # Of a cache: what is nobody's, and two.
 FEWEST_PAGES = 3
 

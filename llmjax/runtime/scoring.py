@@ -87,7 +87,7 @@ def _together(engine: "Engine", requests: list[Request]) -> Iterator[tuple[Reque
     for i, request in enumerate(requests):
         ids[i, : len(request.ids) - 1], targets[i, : len(request.ids) - 1] = request.ids[:-1], request.ids[1:]
         lengths[i], adapters[i] = len(request.ids), engine.adapter(request.lora)
-    with engine.timed("prefill_seconds"):
+    with engine.cleared_by_errors(), engine.timed("prefill_seconds"):
         logprobs, best = jax.device_get(engine.score_texts(ids, targets, lengths, adapters))
     for i, request in enumerate(requests):
         count = len(request.ids) - 1

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llmjax.device import platform_of
+from llmjax.device import in_memory, platform_of
 from llmjax.errors import TrainingError
 from llmjax.model import Model
 from llmjax.models.context import Context
@@ -22,6 +22,13 @@ from llmjax.training.optimizer import clipped, optimizer
 
 if TYPE_CHECKING:
     from llmjax.training.config import TrainConfig
+
+
+# Where the device's memory does not do.
+LOWER = (
+    "have fewer or shorter rows in a batch (batch_size, max_length; accumulation keeps the step the same), or compute "
+    'more again (recompute="all")'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +133,14 @@ class Programs:
     def losses(self, factors: Factors, batch: Batch) -> np.ndarray:
         """Sums of each row's cross-entropies, float32 ``[B]``, nothing dropped."""
         arguments = self._params, factors, batch.arrays()
-        return np.asarray(self._program(self._losses, arguments)(*arguments))
+        with in_memory("the loss of a batch", LOWER):
+            return np.asarray(self._program(self._losses, arguments)(*arguments))
 
     def gradients(self, factors: Factors, batch: Batch, tokens: int, key: jax.Array) -> tuple[Factors, jax.Array]:
         """The gradient of the batch's sum over ``tokens``, and the rows' sums ``[B]``."""
         arguments = self._params, factors, batch.arrays(), jnp.float32(tokens), key
-        found: tuple[Factors, jax.Array] = self._program(self._gradients, arguments)(*arguments)
+        with in_memory("the gradient of a batch", LOWER):
+            found: tuple[Factors, jax.Array] = self._program(self._gradients, arguments)(*arguments)
         return found
 
     def temporaries(self, factors: Factors, batch: Batch) -> int | None:
