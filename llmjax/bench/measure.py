@@ -16,6 +16,7 @@ import numpy as np
 from llmjax.bench.cost import Cost, Costs, is_quantized
 from llmjax.bench.probes import matmul_probe, read_probe
 from llmjax.checkpoint.identity import model_facts, runtime_facts
+from llmjax.device import device_of, platform_of
 from llmjax.errors import RequestError
 from llmjax.litert.model import GraphModel
 from llmjax.model import Model
@@ -37,6 +38,7 @@ class Options:
     Attributes:
       slots: of the engine.
       in_use: how many of them decode; each is measured.
+      chunk: prompt tokens a prefill call takes.
       prompt_lengths: tokens, for prefill and the time to the first token.
       output_length: tokens each row decodes.
       contexts: tokens in the cache when decoding begins; None for the prompt lengths.
@@ -46,6 +48,7 @@ class Options:
 
     slots: int = 8
     in_use: Sequence[int] = (1,)
+    chunk: int = 128
     prompt_lengths: Sequence[int] = (128, 512)
     output_length: int = 32
     contexts: Sequence[int] | None = None
@@ -180,7 +183,7 @@ def run(load: Callable[[], Model], options: Options, report: Callable[[str], Non
     model = load()
     jax.block_until_ready(model.params)
     loaded = time.perf_counter() - began
-    engine = Engine(model, slots=options.slots, enable_prefix_caching=False)
+    engine = Engine(model, slots=options.slots, chunk=options.chunk, enable_prefix_caching=False)
     if isinstance(model, GraphModel):
         raise RequestError(f"{model.path}: bench measures checkpoints, not op graphs")
     costs = Costs(model)
@@ -192,9 +195,11 @@ def run(load: Callable[[], Model], options: Options, report: Callable[[str], Non
         setting.compile_seconds = engine.compile_seconds - before
         setting.seconds.clear()
         setting.first_token_seconds.clear()
-    peak = _peak_bytes()  # before the probes take theirs
+    device = device_of(model.params)
+    peak = _peak_bytes(device)  # before the probes take theirs
 
-    probes = {"read": read_probe()} | {dtype: matmul_probe(dtype) for dtype in _product_dtypes(model)}
+    with jax.default_device(device):
+        probes = {"read": read_probe()} | {dtype: matmul_probe(dtype) for dtype in _product_dtypes(model)}
     rates: dict[str, list[float]] = {name: [] for name in probes}
     for probe in probes.values():
         probe()
@@ -214,7 +219,7 @@ def run(load: Callable[[], Model], options: Options, report: Callable[[str], Non
             "parameters": costs.parameters,
             "weight_bytes": costs.weight_bytes,
         },
-        runtime=runtime_facts(),
+        runtime=runtime_facts(model.params),
         slots=engine.slots,
         chunk=engine.chunk,
         load_seconds=loaded,
@@ -341,11 +346,15 @@ def _measured(setting: _Setting, read: float, flops: float) -> Measured:
 
 
 def _product_dtypes(model: Model) -> list[str]:
-    """What the model's products may run in; int8 where quantized weights are multiplied in integers."""
+    """What the model's products may run in; quantized weights are multiplied in integers on some CPUs, elsewhere in
+    bfloat16 (``products.defined``)."""
     found = ["float32", str(model.numerics.products)]
-    leaves = jax.tree.leaves(model.params, is_leaf=is_quantized)
-    if integer_digits(model.numerics) and any(map(is_quantized, leaves)):
-        found.append("int8")
+    if any(map(is_quantized, jax.tree.leaves(model.params, is_leaf=is_quantized))):
+        on_cpu = platform_of(model.params) == "cpu"
+        if model.numerics.digits and not on_cpu:
+            found.append("bfloat16")
+        elif integer_digits(model.numerics) and on_cpu:
+            found.append("int8")
     return list(dict.fromkeys(found))
 
 

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from llmjax.numerics import platform, resolve
-from llmjax.products.sums import by_weight, sums_pay
+from llmjax.device import device_of
+from llmjax.numerics import resolve
+from llmjax.products.sums import by_weight
 
 # Far above any processor's caches; a GPU reads more in the time one call takes to start.
-_READ_BYTES = {"cpu": 1 << 30, "gpu": 8 << 30}
+_READ_BYTES = {"cpu": 1 << 30, "gpu": 4 << 30}
+# Of what is free of a device's memory, the probe's part at most, the copy included.
+_SHARE = 1 / 4
 _READ_ARRAYS = 16
 _WIDTH = 4096
 # Rows, inputs and outputs of the product: large enough for full speed, small enough for a second at most.
@@ -20,36 +23,43 @@ _MATMUL_SIZE = {"cpu": 1536, "gpu": 8192}
 
 
 def read_probe(size: int | None = None) -> Callable[[], float]:
-    """A function that returns bytes read a second: products of one float32 row with large ``[out, in]`` arrays, as sums
-    on the CPU (``llmjax.products.sums``), which read at memory speed on all cores.
+    """A function that returns bytes a second of the default device's memory.
+
+    On the CPU they are read: products of one float32 row with large ``[out, in]`` arrays, as sums
+    (``llmjax.products.sums``), which read at memory speed on all cores.  Elsewhere they are copied, and those written
+    count as well.
 
     Args:
       size: bytes to read, rounded down to a few whole rows of each array; None takes what suits the device.
     """
-    size = size or _READ_BYTES.get(platform(), _READ_BYTES["gpu"])
+    device = device_of()
+    size = size or _READ_BYTES.get(device.platform, _READ_BYTES["gpu"])
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        size = min(size, int(_SHARE * (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) / 2))
     rows = max(2, size // (_READ_ARRAYS * _WIDTH * 4) // 4 * 4)
     weights = [jnp.full((rows, _WIDTH), 0.5 + i, jnp.float32) for i in range(_READ_ARRAYS)]
+    if device.platform != "cpu":
+        copy = jax.jit(lambda weights: [w + 1 for w in weights])
+        return functools.partial(_rate, functools.partial(copy, weights), 2 * sum(w.nbytes for w in weights))
     x = jnp.ones((1, _WIDTH), jnp.float32)
 
-    numerics = resolve("fast", jnp.dtype(jnp.float32))
-    multiply = by_weight if sums_pay(numerics) else functools.partial(_product, sums=jnp.float32)
-
-    @functools.partial(jax.jit, compiler_options=numerics.compiler_options)
+    @functools.partial(jax.jit, compiler_options=resolve("fast", x.dtype).compiler_options("cpu"))
     def read(x: jax.Array, weights: list[jax.Array]) -> list[jax.Array]:
-        return [multiply(x, w) for w in weights]
+        return [by_weight(x, w) for w in weights]
 
     return functools.partial(_rate, functools.partial(read, x, weights), sum(w.nbytes for w in weights))
 
 
 def matmul_probe(dtype: str, size: int | None = None) -> Callable[[], float]:
-    """A function that returns operations a second (two for each multiply-add) of a square product.
+    """A function that returns operations a second (two for each multiply-add) of a square product on the default device.
 
     Args:
       dtype: of both operands: ``float32`` (at the highest precision), ``bfloat16``, ``float16`` or ``int8`` (summed in
         int32).
       size: of each side; None takes what suits the device.
     """
-    size = size or _MATMUL_SIZE.get(platform(), _MATMUL_SIZE["gpu"])
+    size = size or _MATMUL_SIZE.get(device_of().platform, _MATMUL_SIZE["gpu"])
     a, b = (jnp.full((size, size), value, dtype) for value in (1, 2))
     sums = jnp.int32 if dtype == "int8" else jnp.float32
     multiply = jax.jit(functools.partial(_product, sums=sums))

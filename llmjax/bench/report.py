@@ -14,6 +14,7 @@ def to_text(report: BenchReport) -> str:
     """What was measured on, the machine's peaks, and a line for each setting."""
     model, runtime = report.model, report.runtime
     device = runtime["cpu"] if runtime["platform"] == "cpu" else runtime["device"]
+    memory = "reads" if runtime["platform"] == "cpu" else "copies"
     peak = "unknown" if report.peak_bytes is None else _gb(report.peak_bytes)
     facts = [
         ("model", f"{model['model']}, {model['parameters'] / 1e6:,.1f} million parameters"),
@@ -21,7 +22,7 @@ def to_text(report: BenchReport) -> str:
         ("device", f"{device} ({runtime['platform']}); jax {runtime['versions']['jax']}"),
         ("engine", f"{report.slots} slots, prefill in chunks of {report.chunk}"),
         ("load", f"{report.load_seconds:.2f} s; compile {report.compile_seconds:.2f} s; peak memory {peak}"),
-        ("reads", f"{_spread(report.read_bytes_per_second, 1e9)} GB/s"),
+        (memory, f"{_spread(report.read_bytes_per_second, 1e9)} GB/s"),
     ]
     for dtype, rate in report.matmul_flops_per_second.items():
         facts.append((f"{dtype} products", f"{_spread(rate, 1e9)} GFLOP/s"))

@@ -14,6 +14,7 @@ def add(verbs: Verbs) -> None:
     bench = add_verb(verbs, "bench", _bench, "Measure speed beside what the machine can do.", load_flags())
     bench.add_argument("--max-batch", type=int, default=1, metavar="N", help="decode slots (default 1)")
     bench.add_argument("--in-use", type=id_list, default=[1], metavar="N,N", help="slots that decode (default 1)")
+    bench.add_argument("--chunk", type=int, default=128, metavar="N", help="prompt tokens a call takes (default 128)")
     bench.add_argument(
         "--prompt-lengths", type=id_list, default=[128, 512], metavar="N,N", help="tokens (default 128,512)"
     )
@@ -33,6 +34,7 @@ def _bench(args: argparse.Namespace) -> int:
     options = measure.Options(
         slots=args.max_batch,
         in_use=args.in_use,
+        chunk=args.chunk,
         prompt_lengths=args.prompt_lengths,
         output_length=args.output_length,
         contexts=args.context,

@@ -32,7 +32,7 @@ from tests.unit.test_stack import packed_model
 SLOTS, CHUNK, BLOCK, PAGES = 3, 16, 16, 9
 # Of what the CPU's library or compiler alone knows there is nothing; a GPU's own are these.
 CALLS = {"cu_threefry2x32_ffi"}
-PROFILES = ("reference", "hf", "fast", "dynamic_int8", "mediapipe_gpu")
+PROFILES = ("reference", "hf", "fast", "dynamic_int8")
 KINDS = ("float32", "bfloat16", "int8", "int8-asym", "int4", "int4-g32")
 QUICK = {
     ("decode", "int8", "fast"),
@@ -131,7 +131,7 @@ def test_a_program_for_a_gpu(name, kind, profile):
     # Every buffer of the state is written where it stands.
     assert text.count("tf.aliasing_output") == len(jax.tree.leaves(state))
     in_bfloat16 = [line for line in dots if "xbf16>" in line]
-    if profile in ("reference", "mediapipe_gpu"):
+    if profile == "reference":
         assert not in_bfloat16
     elif profile in ("fast", "dynamic_int8") and kind.startswith("int"):
         assert len(in_bfloat16) >= 7  # the layers' products, all of them

@@ -1,0 +1,219 @@
+"""What must be true of a device, each asked of it and of the CPU's own path beside it in one process.
+
+``scripts/gpu_check.py`` prints them as a table, ``test_gpu.py`` runs them where there is a GPU.
+"""
+
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+import llmjax
+from llmjax import LLM, SamplingParams, TrainConfig
+from llmjax.batch import job
+from llmjax.lora.config import LoraConfig
+from llmjax.training.adapter import new_adapter
+from llmjax.training.batches import from_labels
+from llmjax.training.step import Programs
+from tests import tiny
+from tests.mediapipe_files import GEMMA
+from tests.parity import golden
+
+# Of the largest logit: sums in another order, or roundings that go the other way for one.
+EXACT, NARROW, ROUNDED = 3e-5, 2e-2, 5e-2
+MARGIN = 1e-3  # between the two best logits, below which greedy is a matter of rounding
+
+
+class Found(NamedTuple):
+    """What a check found: its verdict, the largest difference, the one allowed, and a word."""
+
+    fine: bool
+    error: float = 0.0
+    allowed: float = 0.0
+    note: str = ""
+
+
+Devices = tuple[jax.Device, jax.Device]  # the CPU, and the one that is asked about
+Check = Callable[[jax.Device, jax.Device], Found]
+
+
+def both(function: Callable[[], object], devices: Devices) -> Iterator[object]:
+    """What a function gives on each device: everything within is made there."""
+    for device in devices:
+        with jax.default_device(device):
+            yield function()
+
+
+def compared(arrays: Iterator[object], allowed: float) -> Found:
+    ours, theirs = (np.asarray(a, np.float64) for a in arrays)
+    error = golden.error(theirs, ours)
+    return Found(error <= allowed, error, allowed)
+
+
+def model_of(name: str, profile: str, dtype: str = "float32", quantize: str | None = None) -> llmjax.Model:
+    with tempfile.TemporaryDirectory() as folder:
+        return llmjax.load(golden.write(name, Path(folder), dtype), numerics=profile, quantize=quantize)
+
+
+def logits(name: str, profile: str, dtype: str, quantize: str | None, allowed: float, *devices: jax.Device) -> Found:
+    """A model's logits; in ``reference`` those that transformers computed, too."""
+    expected = golden.arrays(name)
+
+    def run() -> np.ndarray:
+        return model_of(name, profile, dtype, quantize).logits([expected["short"].tolist()])[0]
+
+    ours, theirs = both(run, devices)
+    found = compared(iter((ours, theirs)), allowed)
+    if profile == "reference" and quantize is None and not found.error > allowed:
+        found = compared(iter((expected["logits_short"], theirs)), allowed)
+    return found
+
+
+def mediapipe(*devices: jax.Device) -> Found:
+    ids = [2, 5, 9, 30, 7]
+    return compared(both(lambda: llmjax.load(GEMMA, numerics="mediapipe_gpu").logits([ids])[0], devices), EXACT)
+
+
+def greedy(name: str, profile: str, quantize: str | None, *devices: jax.Device) -> Found:
+    """Tokens of the engine, equal but where two are as likely."""
+    prompt = golden.arrays(name)["short"].tolist()
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=2)
+
+    def run() -> tuple[list[int], list[float]]:
+        llm = LLM(model_of(name, profile, quantize=quantize), max_batch=4, chunk=16, block=32)
+        (row,) = llm.generate([prompt], params)[0].outputs
+        return row.token_ids, [max(p.values()) - min(p.values()) for p in row.logprobs or []]
+
+    (ours, margins), (theirs, _) = both(run, devices)  # type: ignore[misc]
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), None)
+    if at is None:
+        return Found(True, note=f"{len(ours)} tokens equal")
+    return Found(margins[at] <= MARGIN, margins[at], MARGIN, f"differ at {at}, with this margin")
+
+
+def determinism(*devices: jax.Device) -> Found:
+    """A row has the same bits alone, among others, in another slot and in an engine of its own."""
+    params = SamplingParams(temperature=1, top_k=40, max_tokens=16, seed=3, ignore_eos=True)
+    prompts = [[1, 2, 3], [5] * 40, [7, 8], [9] * 20]
+
+    def rows(llm: LLM, order: list[int]) -> dict[int, tuple[object, ...]]:
+        out = llm.generate([prompts[i] for i in order], params)
+        return {i: (o.outputs[0].token_ids, o.outputs[0].cumulative_logprob) for i, o in zip(order, out, strict=True)}
+
+    with jax.default_device(devices[-1]):
+        model = tiny.random_model("fast")
+        llm = LLM(model, max_batch=4, chunk=16, block=16)
+        first = rows(llm, [0, 1, 2, 3])
+        same = [rows(llm, [0]), rows(llm, [3, 2, 1, 0]), rows(LLM(model, max_batch=4, chunk=16, block=16), [2, 0])]
+    wrong = [i for found in same for i, row in found.items() if row != first[i]]
+    return Found(not wrong, note=f"rows with other bits: {wrong}" if wrong else "all bits equal")
+
+
+def lora(*devices: jax.Device) -> Found:
+    """An adapter beside quantized weights."""
+    from tests.unit.test_identity import adapter
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, own = tiny.checkpoint(Path(folder) / "m"), adapter(Path(folder) / "a")
+
+        def run() -> np.ndarray:
+            return llmjax.load(path, quantize="int8", lora=own, lora_mode="unmerged").logits([[1, 2, 3, 4]])[0]
+
+        return compared(both(run, devices), EXACT)
+
+
+def gradients(*devices: jax.Device) -> Found:
+    """Of an adapter's factors, by quantized weights."""
+
+    def run() -> np.ndarray:
+        with tempfile.TemporaryDirectory() as folder:
+            model = llmjax.load(tiny.checkpoint(Path(folder) / "m"), quantize="int8")
+        adapter = new_adapter(model, LoraConfig(rank=2, alpha=4, target_modules=("q_proj", "down_proj")), seed=0)
+        factors = jax.tree.map(lambda leaf: leaf + 0.1, adapter.factors)
+        batch = from_labels(*(np.arange(12, dtype=np.int32).reshape(2, 6),) * 2)
+        found, _ = Programs(model, adapter.targets, TrainConfig(rank=2)).gradients(
+            factors, batch, 10, jax.random.key(0)
+        )
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found)])
+
+    return compared(both(run, devices), 10 * EXACT)
+
+
+def resume(*devices: jax.Device) -> Found:
+    """A batch that lost its end writes the same bytes again."""
+    rows = [{"id": f"r{i}", "prompt": "abcdefgh"[: 1 + i % 7], "max_tokens": 3 + i % 5} for i in range(10)]
+    with tempfile.TemporaryDirectory() as name, jax.default_device(devices[-1]):
+        folder = Path(name)
+        path = tiny.checkpoint(folder / "m")
+        (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        out, params = folder / "out.jsonl", SamplingParams(temperature=1, seed=1)
+
+        def run() -> list[str]:
+            llm = LLM(path, max_batch=4, chunk=16, block=16)
+            job.run(lambda: llm, str(folder / "in.jsonl"), str(out), params, job.Options(progress_seconds=0))
+            return sorted(out.read_text().splitlines())
+
+        whole = run()
+        text = out.read_text()
+        out.write_text(text[: len(text) * 2 // 5])
+        again = run()
+    return Found(whole == again and len(whole) == len(rows), note=f"{len(rows)} rows")
+
+
+def comparison(profile: str, quantize: str | None, *devices: jax.Device) -> Found:
+    """What ``llmjax compare`` says of the two."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def run() -> llmjax.Trace:
+            return llmjax.trace(
+                model_of("gemma2", profile, quantize=quantize), golden.arrays("gemma2")["short"].tolist()
+            )
+
+        dumps = []
+        for i, trace in enumerate(both(run, devices)):
+            trace.save(Path(folder) / str(i))  # type: ignore[attr-defined]
+            dumps.append(Path(folder) / str(i))
+        report = llmjax.compare(*dumps)
+    return Found(report.verdict in ("identical", "equivalent"), note=f"{report.verdict}: {report.reason}"[:100])
+
+
+def demo(path: Path, profile: str, allowed: float, *devices: jax.Device) -> Found:
+    """The demo model."""
+    ids = list(range(1000, 1100))
+    return compared(both(lambda: llmjax.load(path, numerics=profile).logits([ids])[0], devices), allowed)
+
+
+def checks(path: Path | None = None) -> dict[str, Check]:
+    """All, by name, the quickest and most telling first; those of the demo model where ``path`` says where it is."""
+    one = "llama_llama3"
+    found: dict[str, Check] = {
+        "logits reference llama": functools.partial(logits, one, "reference", "float32", None, EXACT),
+        "logits fast int8": functools.partial(logits, one, "fast", "float32", "int8", EXACT),
+        "logits fast int4": functools.partial(logits, one, "fast", "float32", "int4", EXACT),
+        "logits dynamic_int8": functools.partial(logits, one, "dynamic_int8", "float32", "int8", ROUNDED),
+        "logits reference int8": functools.partial(logits, one, "reference", "float32", "int8", EXACT),
+        "logits mediapipe_gpu": mediapipe,
+        "determinism": determinism,
+        "greedy fast int8": functools.partial(greedy, one, "fast", "int8"),
+        "batch resume": resume,
+        "lora int8": lora,
+        "gradients int8": gradients,
+        "compare reference": functools.partial(comparison, "reference", None),
+        "compare fast int8": functools.partial(comparison, "fast", "int8"),
+        "greedy reference gemma2": functools.partial(greedy, "gemma2", "reference", None),
+    }
+    if path is not None:
+        found |= {f"smollm2 {p}": functools.partial(demo, path, p, EXACT) for p in ("reference", "fast")}
+    for name in sorted(golden.ONE_EACH):
+        for profile in ("reference", "hf", "fast"):
+            dtype, allowed = ("float32", EXACT) if profile == "reference" else ("bfloat16", NARROW)
+            found[f"logits {profile} {name}"] = functools.partial(logits, name, profile, dtype, None, allowed)
+    for name in golden.NAMES:
+        if name not in golden.ONE_EACH:
+            found[f"logits reference {name}"] = functools.partial(logits, name, "reference", "float32", None, EXACT)
+    return found

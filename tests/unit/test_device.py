@@ -1,0 +1,119 @@
+"""Which device computes, and what is said where its memory ends."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import llmjax
+from llmjax.cli.main import main
+from llmjax.device import by_device, device_of, platform_of
+from llmjax.errors import NoRoomError
+from llmjax.models.watched import Program
+from llmjax.numerics import GPU_OPTIONS
+from tests.tiny import checkpoint, random_model
+
+FULL = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes."
+
+
+def test_one_trace_is_lowered_for_each_device():
+    """Under ``jit``, ``vmap`` and in a loop."""
+
+    def function(x):
+        double = by_device(lambda x: x * 3, cpu=lambda x: x + x)
+        return jax.lax.fori_loop(0, 2, lambda _, x: jax.vmap(double)(x), x)
+
+    traced = jax.jit(function).trace(jnp.ones(3))
+    texts = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("cpu", "cuda")}
+    assert ["stablehlo.multiply" in texts[p] for p in ("cpu", "cuda")] == [False, True]
+    np.testing.assert_array_equal(traced.lower().compile()(jnp.ones(3)), 4)
+    np.testing.assert_array_equal(by_device(lambda x: x * 3, cpu=lambda x: x + x)(jnp.ones(3)), 2)
+
+
+def test_where_nothing_says_it_the_default_device_computes():
+    assert platform_of() == platform_of(np.ones(3), {"a": 1}) == platform_of(jnp.ones(3)) == "cpu"
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert device_of() is jax.devices("cpu")[0]
+    with jax.default_device("cpu"):
+        assert device_of() is jax.devices("cpu")[0]
+
+
+def test_a_gpus_compiler_knows_the_options():
+    """The CPU's parses them, too, and refuses a name that there is not."""
+    assert jax.jit(lambda x: x + 1, compiler_options=GPU_OPTIONS)(1) == 2
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_deterministic_op"):
+        jax.jit(lambda x: x + 2, compiler_options={"xla_gpu_deterministic_op": True})(1)
+
+
+PROGRAM = """
+import dataclasses, json
+import jax, numpy as np
+from llmjax import LLM, SamplingParams
+from llmjax.checkpoint.identity import runtime_facts
+from llmjax.device import device_of
+from llmjax.products.matmul import matmul
+from tests.tiny import random_model
+from tests.unit.test_stack import packed_model
+
+model = packed_model("int4")
+other = jax.devices()[1]
+moved = dataclasses.replace(model, params=jax.device_put(model.params, other))
+assert device_of(moved.params) is other and device_of(model.params) is jax.devices()[0]
+x = jax.device_put(np.ones((3, 64), np.float32), other)
+w = moved.params["layers_0"]["attn"]["q"]["weight"]
+for multiply in (matmul, jax.jit(matmul, static_argnums=2)):
+    assert multiply(x, w, model.numerics).devices() == {other}
+found = []
+for m in (model, moved):
+    llm = LLM(m, max_batch=2, chunk=16, block=16)
+    row = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=8, temperature=1, seed=5, ignore_eos=True))[0].outputs[0]
+    state = llm.engine.store.state
+    found.append([row.token_ids, row.cumulative_logprob, m.logits([[4, 5, 6]])[0].tolist()])
+    assert {d for leaf in jax.tree.leaves(state) for d in leaf.devices()} == {device_of(m.params)}
+print(json.dumps(found[0] == found[1]))
+"""
+
+
+@pytest.mark.slow
+def test_everything_is_where_the_parameters_are():
+    """On a device that is not the default: the state, too, and the same bits."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout)
+
+
+def full(*_, **__):
+    raise jax.errors.JaxRuntimeError(FULL)
+
+
+def test_weights_that_a_device_has_no_room_for(tmp_path, monkeypatch, capsys):
+    path = checkpoint(tmp_path / "model")
+    monkeypatch.setattr(jax, "device_put", full)
+    said = r"^memory: the device has none left for the weights, at embed.weight .*17179869184 bytes.*quantize"
+    with pytest.raises(NoRoomError, match=said):
+        llmjax.load(path)
+    assert main(["score", "--model", str(path), "--input", os.devnull, "--output", str(tmp_path / "out.jsonl")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "memory" in line]
+    assert line.startswith("llmjax: memory: the device has none left")
+
+
+def test_a_run_that_a_device_has_no_room_for():
+    model = random_model(num_hidden_layers=1)
+    model._logits._plain = full
+    with pytest.raises(NoRoomError, match="none left for a run of the model .*shorter texts"):
+        model.logits([[1, 2]])
+    engine = llmjax.LLM(model, max_batch=1).engine
+    with pytest.raises(NoRoomError, match="none left for a budget of .*fewer slots"), engine.cleared_by_errors():
+        full()
+    assert engine.store.state is None
+    program = Program(lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        program(1)
