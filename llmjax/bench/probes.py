@@ -52,7 +52,8 @@ def read_probe(size: int | None = None) -> Callable[[], float]:
 
 
 def matmul_probe(dtype: str, size: int | None = None) -> Callable[[], float]:
-    """A function that returns operations a second (two for each multiply-add) of a square product on the default device.
+    """A function that returns operations a second (two for each multiply-add) of a square product, on the default
+    device.
 
     Args:
       dtype: of both operands: ``float32`` (at the highest precision), ``bfloat16``, ``float16`` or ``int8`` (summed in

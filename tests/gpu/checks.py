@@ -57,7 +57,10 @@ def compared(arrays: Iterator[object], allowed: float) -> Found:
 
 def model_of(name: str, profile: str, dtype: str = "float32", quantize: str | None = None) -> llmjax.Model:
     with tempfile.TemporaryDirectory() as folder:
-        return llmjax.load(golden.write(name, Path(folder), dtype), numerics=profile, quantize=quantize)
+        path = golden.write(name, Path(folder), dtype)
+        roles = {"attention": quantize, "feed_forward": quantize, "embedding": "int8", "head": "int8"}
+        recipe = None if quantize is None else roles
+        return llmjax.load(path, numerics=profile, quantize=recipe)
 
 
 def logits(name: str, profile: str, dtype: str, quantize: str | None, allowed: float, *devices: jax.Device) -> Found:
