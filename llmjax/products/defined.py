@@ -29,8 +29,8 @@ def as_defined(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) ->
         return _of_floats(x.astype(numerics.products), weight)
     x = x.astype(jnp.float32)
     if numerics.digits is None:
-        parts, weight = _together(columns(x, weight), weight)
-        return total(rows_dot(c, w) for c, w in zip(parts, halves(weight), strict=True))
+        parts, q = _together(columns(x, weight), weight)
+        return total(rows_dot(c, w) for c, w in zip(parts, halves(q), strict=True))
     if numerics.digits == 1:
         scale, (rounded,) = to_digits(x, 1)
         return scale * _in_bfloat16([rounded.astype(jnp.bfloat16)], weight)
