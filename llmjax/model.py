@@ -174,7 +174,7 @@ class Model:
 
         ``jit``, ``vmap``, ``jvp`` and ``grad`` work under every profile.  Beside packed weights the derivatives are
         those of scales and offsets (``allow_int=True``: integers have none), and what a profile rounds to 8 bits is
-        passed straight through.  Compile with ``compiler_options=model.numerics.compiler_options`` where the bits of
+        passed straight through.  Compile with ``compiler_options=model.compiler_options`` where the bits of
         ``Model.logits`` are wanted.
 
         Args:

@@ -5,8 +5,8 @@ conversion into the product.  Where it does not, there is a copy of that one wei
 begins before its x is known, nor is it moved out of a loop over tokens.
 
 Float32 products are of the highest precision, on a GPU without TF32.  ``fast`` and ``dynamic_int8`` multiply with
-quantized weights in bfloat16, which tensor cores do at many times the speed, and lose nothing by it: a float32 value is
-the sum of three bfloat16 ones to the last bit, and an integer of eight bits is one.
+quantized weights in bfloat16, which tensor cores do at many times the speed, and keep float32's accuracy: a float32
+value is the sum of three bfloat16 ones to the last bit, and an integer of eight bits is one.
 """
 
 from collections.abc import Iterable
@@ -47,7 +47,8 @@ def _in_bfloat16(x: list[jax.Array], q: QTensor) -> jax.Array:
     """Of ``pieces`` of x.
 
     Where a channel has one scale, it is multiplied with afterwards, and the integers are exact.  Other weights are two
-    pieces, all but 4e-6 of the float32 value; the product of two that small is left out.
+    pieces, all but 4e-6 of the float32 value; the product of two that small is left out.  That is a few times what a
+    float32 product loses.
     """
     x, q = _together(x, q)
 
