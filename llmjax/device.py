@@ -19,10 +19,10 @@ Result = TypeVar("Result")
 
 
 def device_of(*trees: Any) -> jax.Device:
-    """The device, or the first of those, that hold the trees' arrays; with none of JAX's among them, where JAX puts
-    what it is not told where to put."""
+    """The device, or the first of those, that computes with the trees' arrays: the one they were put on (committed, as
+    JAX has it), else JAX's default, wherever they happen to lie."""
     for leaf in jax.tree.leaves(trees):
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.committed:
             return min(leaf.devices(), key=lambda device: device.id)
     default = jax.config.jax_default_device  # type: ignore[attr-defined]
     if isinstance(default, jax.Device):

@@ -65,6 +65,10 @@ model = packed_model("int4")
 other = jax.devices()[1]
 moved = dataclasses.replace(model, params=jax.device_put(model.params, other))
 assert device_of(moved.params) is other and device_of(model.params) is jax.devices()[0]
+with jax.default_device(other):
+    loose = jax.device_put(np.ones(3))
+    assert device_of(loose) is other
+assert device_of(loose) is jax.devices()[0] and jax.jit(lambda x: x + 1)(loose).devices() == {jax.devices()[0]}
 x = jax.device_put(np.ones((3, 64), np.float32), other)
 w = moved.params["layers_0"]["attn"]["q"]["weight"]
 for multiply in (matmul, jax.jit(matmul, static_argnums=2)):
