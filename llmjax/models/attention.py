@@ -252,6 +252,48 @@ def _by_others(
     return _einsum("BKGTS,BKHS->BKGTH", change.astype(qg.dtype), values)
 
 
+def masked_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, scores: Scores, ctx: Context) -> jax.Array:
+    """Attention over the whole cache of one row under ``ctx.mask``, in float32.
+
+    What stands beyond a window gets -1e4, not less: a token that sees nothing, as padding does, must not make NaN.
+
+    Args:
+      q: ``[1, T, N, H]``.
+      cache_k: ``[1, K, S, H]``, this call's tokens already written.
+      cache_v: ``[1, K, H, S]``.
+      scores: the layer's rule.
+      ctx: positions, mask.
+
+    Returns:
+      ``[1, T, N, H]``.
+    """
+    _, count, heads, width = q.shape
+    num_kv, size = cache_k.shape[1:3]
+    rows = (q * jnp.float32(scores.scale)).transpose(0, 2, 1, 3).reshape(1, num_kv, -1, width)
+    s = _row_products(rows, cache_k)
+    keys = jnp.arange(size)[None]
+    if scores.alibi:
+        grouped = (1, num_kv, heads // num_kv, count, size)
+        bias = _alibi_bias(grouped, keys, ctx.numerics.round_alibi) * jnp.float32(scores.scale)
+        s = (s.reshape(grouped) + bias).reshape(s.shape)
+    if scores.softcap is not None:
+        s = softcap(s, scores.softcap)
+    mask = ctx.mask
+    assert mask is not None
+    if scores.window is not None:
+        mask = mask + jnp.where(ctx.positions[0][:, None] - keys < scores.window, 0.0, -1e4)
+    if count > 1:  # each group of heads
+        mask = jnp.concatenate([mask] * (heads // num_kv), axis=2)
+    out = _row_products(softmax(s + mask), cache_v)
+    return out.reshape(1, heads, count, width).transpose(0, 2, 1, 3)
+
+
+@jax.jit
+def softmax(x: jax.Array) -> jax.Array:
+    """Over the last axis; known by its name to what writes op graphs."""
+    return jax.nn.softmax(x, axis=-1)
+
+
 def block_range(positions: jax.Array, block: int, window: int | None) -> tuple[jax.Array, jax.Array]:
     """Which blocks the rows attend to: each row's first, int32 ``[B]``, and how many the row with the most has.
 

@@ -32,9 +32,12 @@ def written(cache: jax.Array, name: str, new: jax.Array, ctx: Context) -> jax.Ar
     """
     axis = position_axis(name)
     page = cache.shape[axis]
+    part = new.transpose(0, 2, 1, 3) if axis == 2 else new.transpose(0, 2, 3, 1)
+    if ctx.mask is not None:
+        start = [ctx.positions[0, 0] if i == axis else 0 for i in range(4)]
+        return lax.dynamic_update_slice(cache, part, start, allow_negative_indices=False)
     if ctx.active is None and new.shape[0] == 1 and new.shape[1] > 1:
         # In as few pieces as lie in a page each: XLA:CPU scatters one by one.
-        part = new.transpose(0, 2, 1, 3) if axis == 2 else new.transpose(0, 2, 3, 1)
         size = math.gcd(page, new.shape[1])
         for start in range(0, new.shape[1], size):
             position = ctx.positions[0, start]
@@ -75,6 +78,8 @@ def tokens(cache: jax.Array, positions: jax.Array, ctx: Context) -> jax.Array:
     """What a buffer that lies as keys do holds of some tokens: ``[B, n, K, H]`` for positions int32 ``[B, n]``, none of
     them negative."""
     page = cache.shape[2]
+    if ctx.mask is not None:
+        return jnp.take(cache, positions[0], axis=2).transpose(0, 2, 1, 3)
     found = cache[_pages(ctx, positions // page), :, positions % page]
     return from_storage(found, ctx.numerics.products)
 
