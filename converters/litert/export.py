@@ -133,8 +133,8 @@ def _checked(config: DecoderConfig, context: Any, lengths: Any) -> tuple[int, tu
         raise ConfigError(f"context: expected 1 to {most} tokens, the model's own, found {shown(context)}")
     if config.renewal is not None and context > config.renewal or config.length_kind(context) != config.length_kind(1):
         raise ConfigError(
-            f"context: {context}: the model's rope changes with the length of a text beyond its original context, which "
-            "no graph can follow; expected no more than that"
+            f"context: {context}: the model's rope changes with the length of a text beyond the context it was first "
+            "trained for, which no graph can follow; expected no more than that"
         )
     found = (
         sorted({plain(n) for n in lengths}) if isinstance(lengths, Sequence) and not isinstance(lengths, str) else []

@@ -20,8 +20,8 @@ ALIGNMENT = 64
 # The schema's names of options, where they are not the operator's in another spelling.
 _OPTIONS = {"BATCH_MATMUL": "BatchMatMulOptions", "GELU": "GeluOptions", "SUM": "ReducerOptions"}
 _OPTIONS |= {"MEAN": "ReducerOptions", "REDUCE_MAX": "ReducerOptions", "REDUCE_MIN": "ReducerOptions"}
-# The first versions that take few bits; all else is of version 1.
-_VERSIONS = {"FULLY_CONNECTED": 12, "EMBEDDING_LOOKUP": 4, "DEQUANTIZE": 6}
+# The first versions that take few bits, or that there are; all else is of version 1.
+_VERSIONS = {"BROADCAST_TO": 2, "FULLY_CONNECTED": 12, "EMBEDDING_LOOKUP": 4, "DEQUANTIZE": 6}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
@@ -72,9 +71,10 @@ class Lowering:
             return [np.asarray(x) for x in (found if equation.primitive.multiple_results else [found])]
         if name not in RULES:
             raise ConfigError(
-                f"a model that needs {name}, for which LiteRT's graphs have no operator, cannot be written"
+                f"this model cannot be written for LiteRT, whose graphs have no operator for what it computes ({name})"
             )
-        return [RULES[name](self, equation, *inputs)]
+        found = RULES[name](self, equation, *inputs)
+        return found if equation.primitive.multiple_results else [found]
 
     # What rules are made of.
 
@@ -125,15 +125,52 @@ class Lowering:
     def elementwise(self, name: str, equation: Any, *inputs: Value) -> Node:
         """An operator of each element."""
         operands = [self.operand(x) for x in inputs]
-        shape = tuple(np.broadcast_shapes(*(self.shape(i) for i in operands)))
         aval = equation.outvars[0].aval
         options = {"activation": 0} if name in ("ADD", "SUB", "MUL", "DIV") else {}
-        return Node(self.graph.op(name, operands, shape, TYPES[aval.dtype.name], **options), aval.shape)
 
-    def fully_connected(self, x: int, weight: Weight, bias: int = -1) -> int:
+        def made(operands: list[int]) -> int:
+            shape = tuple(np.broadcast_shapes(*(self.shape(i) for i in operands)))
+            return self.graph.op(name, operands, shape, TYPES[aval.dtype.name], **options)
+
+        for index in operands:  # a reshape of the largest goes behind the operator, where it may meet its inverse
+            inner, outer = self.shape(self.plain(index)), self.shape(index)
+            if inner != outer == aval.shape:
+                before = [self.plain(i) if i == index else self._regrouped(i, outer, inner) for i in operands]
+                if None not in before:
+                    return Node(self.reshaped(made([i for i in before if i is not None]), outer), aval.shape)
+        return Node(made(operands), aval.shape)
+
+    def _regrouped(self, index: int, outer: Shape, inner: Shape) -> int | None:
+        """What broadcasts to ``inner`` as a tensor does to ``outer``, some of whose neighbouring dimensions are one
+        there; None where that is not so, or would take much."""
+        tensor = self.graph.tensors[index]
+        shape = (1,) * (len(outer) - len(tensor.shape)) + tensor.shape
+        if math.prod(shape) == 1:
+            return index if not tensor.shape else self.reshaped(index, (1,) * len(inner))
+        if math.prod(shape) == math.prod(outer):
+            return self.plain(index) if self.shape(self.plain(index)) == inner else None
+        at, after, wide = 0, [], list(shape)
+        for size in inner:
+            first, reached = at, 1
+            while reached < size and at < len(outer):
+                reached, at = reached * outer[at], at + 1
+            if reached != size:
+                return None
+            repeats = math.prod(shape[first:at]) > 1
+            wide[first:at] = outer[first:at] if repeats else shape[first:at]
+            after.append(size if repeats else 1)
+        if tuple(wide) != shape:
+            if tensor.data is not None:
+                return None
+            size = self.graph.constant(np.array(wide, np.int32))
+            index = self.graph.op("BROADCAST_TO", [index, size], tuple(wide), tensor.type)
+        return self.reshaped(index, tuple(after))
+
+    def fully_connected(self, x: int, weight: Value, bias: int = -1) -> int:
         """``x [..., in] . weight^T [..., out] + bias [out]``."""
         x = self.plain(x) if self.shape(self.plain(x))[-1:] == weight.shape[1:] else x
-        operand = self.graph.weight(weight) if self._in_place else self.operand(weight)
+        in_place = self._in_place and isinstance(weight, Weight)
+        operand = self.graph.weight(weight) if in_place else self.operand(weight, whole=True)
         options = {"activation": 0, "weights_format": 0, "keep_num_dims": True}
         shape = (*self.shape(x)[:-1], weight.shape[0])
         return self.graph.op("FULLY_CONNECTED", [x, operand, bias], shape, **options)
@@ -168,17 +205,26 @@ def _take(low: Lowering, jaxpr: Any, inputs: list[Value]) -> Node:
 
 
 def _unary(name: str, **options: Any) -> Callable[[Lowering, Any, list[Value]], Node]:
+    """An operator of the last dimension, or of each element."""
+
     def rule(low: Lowering, jaxpr: Any, inputs: list[Value]) -> Node:
         index = low.operand(inputs[0], whole=True)
-        return Node(low.graph.op(name, [index], low.shape(index), **options), inputs[0].shape)
+        inner, outer = low.plain(index), low.shape(index)
+        inner = inner if low.shape(inner)[-1:] == outer[-1:] else index
+        return Node(low.reshaped(low.graph.op(name, [inner], low.shape(inner), **options), outer), outer)
 
     return rule
+
+
+def _floor_divide(low: Lowering, jaxpr: Any, inputs: list[Value]) -> Node:
+    return low.elementwise("FLOOR_DIV", jaxpr, *inputs)
 
 
 # By the names of functions.
 NAMED: Mapping[str | None, Callable[[Lowering, Any, list[Value]], Node]] = {
     "_product": _product,
     "_take": _take,
+    "floor_divide": _floor_divide,
     "softmax": _unary("SOFTMAX", beta=1.0),
     "_gelu_tanh": _unary("GELU", approximate=True),
     "gelu_new": _unary("GELU", approximate=True),
@@ -213,10 +259,20 @@ def _add(low: Lowering, equation: Any, x: Value, y: Value) -> Node:
 
 
 def _multiply(low: Lowering, equation: Any, x: Value, y: Value) -> Value:
-    """By 1 is nothing."""
-    for one, other in ((x, y), (y, x)):
-        if isinstance(one, np.ndarray) and (one == 1).all() and other.shape == equation.outvars[0].aval.shape:
+    """By 1 is nothing; a product of two activations by a number is that of the smaller one, the first."""
+    shape = equation.outvars[0].aval.shape
+    for factor, other in ((x, y), (y, x)):
+        if not isinstance(factor, np.ndarray) or other.shape != shape:
+            continue
+        if (factor == 1).all():
             return other
+        product = low.graph.maker(low.plain(other.index))
+        if product and product.name == "BATCH_MATMUL" and _narrowed(factor).shape == ():
+            first, second = product.inputs
+            number = low.graph.constant(_narrowed(factor))
+            first = low.graph.op("MUL", [first, number], low.shape(first), activation=0)
+            found = low.graph.op(product.name, [first, second], low.shape(product.output), **dict(product.options))
+            return Node(low.reshaped(found, low.shape(other.index)), shape)
     return low.elementwise("MUL", equation, x, y)
 
 
@@ -228,6 +284,10 @@ def _divide(low: Lowering, equation: Any, x: Value, y: Value) -> Node:
             found = low.graph.op("MEAN", total.inputs, low.shape(total.output), **dict(total.options))
             return Node(low.reshaped(found, low.shape(x.index)), x.shape)
     return low.elementwise("DIV", equation, x, y)
+
+
+def _log1p(low: Lowering, equation: Any, x: Value) -> Node:
+    return low.elementwise("LOG", equation, low.elementwise("ADD", equation, x, np.ones((), np.float32)))
 
 
 def _power(low: Lowering, equation: Any, x: Value) -> Node:
@@ -295,6 +355,18 @@ def _slice(low: Lowering, equation: Any, x: Value) -> Node:
     return Node(low.graph.op("SLICE", [index, *bounds], shape, low.graph.tensors[index].type), shape)
 
 
+def _split(low: Lowering, equation: Any, x: Value) -> list[Node]:
+    """In slices."""
+    index, axis = low.operand(x, whole=True), equation.params["axis"]
+    found, at = [], 0
+    for out in equation.outvars:
+        begin, shape = [0] * len(x.shape), out.aval.shape
+        begin[axis], at = at, at + shape[axis]
+        bounds = [low.graph.constant(np.array(n, np.int32)) for n in (begin, shape)]
+        found.append(Node(low.graph.op("SLICE", [index, *bounds], shape, low.graph.tensors[index].type), shape))
+    return found
+
+
 def _concatenate(low: Lowering, equation: Any, *inputs: Value) -> Node:
     parts = [low.operand(x, whole=True) for x in inputs if 0 not in x.shape]
     aval, axis = equation.outvars[0].aval, equation.params["dimension"]
@@ -302,6 +374,30 @@ def _concatenate(low: Lowering, equation: Any, *inputs: Value) -> Node:
         return Node(parts[0], aval.shape)
     options = {"axis": axis, "activation": 0}
     return Node(low.graph.op("CONCATENATION", parts, aval.shape, TYPES[aval.dtype.name], **options), aval.shape)
+
+
+def _stack(low: Lowering, equation: Any, *inputs: Value) -> Node:
+    aval = equation.outvars[0].aval
+    options = {"count": len(inputs), "axis": equation.params["axis"]}
+    parts = [low.operand(x, whole=True) for x in inputs]
+    return Node(low.graph.op("PACK", parts, aval.shape, TYPES[aval.dtype.name], **options), aval.shape)
+
+
+def _scatter(low: Lowering, equation: Any, array: Value, place: Value, update: Value) -> Node:
+    """``array.at[number].set(update)`` of the first dimension."""
+    numbers, shape = equation.params["dimension_numbers"], array.shape
+    if not isinstance(place, np.ndarray) or place.size != 1 or numbers.scatter_dims_to_operand_dims != (0,):
+        raise ConfigError("a scatter cannot be written for LiteRT")
+    index, at = low.operand(array, whole=True), int(place.reshape(()))
+    parts = [low.reshaped(low.operand(update, whole=True), (1, *shape[1:]))]
+    for first, last, where in ((0, at, 0), (at + 1, shape[0], len(parts) + 1)):
+        if first < last:
+            size = (last - first, *shape[1:])
+            bounds = [low.graph.constant(np.array(n, np.int32)) for n in ((first, *[0] * (len(shape) - 1)), size)]
+            parts.insert(where, low.graph.op("SLICE", [index, *bounds], size, low.graph.tensors[index].type))
+    if len(parts) == 1:
+        return Node(parts[0], shape)
+    return Node(low.graph.op("CONCATENATION", parts, shape, axis=0, activation=0), shape)
 
 
 def _update(low: Lowering, equation: Any, array: Value, update: Value, *start: Value) -> Node:
@@ -366,14 +462,18 @@ RULES: Mapping[str, Callable[..., Value]] = {
     "dynamic_update_slice": _update,
     "expand_dims": _reshape,
     "integer_pow": _power,
+    "log1p": _log1p,
     "mul": _multiply,
     "reduce_max": _reducer("REDUCE_MAX"),
     "reduce_min": _reducer("REDUCE_MIN"),
     "reduce_sum": _reducer("SUM"),
     "reshape": _reshape,
+    "scatter": _scatter,
     "select_n": _select,
     "slice": _slice,
+    "split": _split,
     "square": _square,
     "squeeze": _reshape,
+    "stack": _stack,
     "transpose": _transpose,
 }

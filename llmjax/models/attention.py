@@ -255,7 +255,7 @@ def _by_others(
 def masked_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, scores: Scores, ctx: Context) -> jax.Array:
     """Attention over the whole cache of one row under ``ctx.mask``, in float32.
 
-    What stands beyond a window gets -1e4, not less: a token that sees nothing, as padding does, must not make NaN.
+    What the layer's rule hides gets -1e4, not less: a token that sees nothing, as padding does, must not make NaN.
 
     Args:
       q: ``[1, T, N, H]``.
@@ -269,22 +269,12 @@ def masked_attention(q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, score
     """
     _, count, heads, width = q.shape
     num_kv, size = cache_k.shape[1:3]
-    rows = (q * jnp.float32(scores.scale)).transpose(0, 2, 1, 3).reshape(1, num_kv, -1, width)
-    s = _row_products(rows, cache_k)
-    keys = jnp.arange(size)[None]
-    if scores.alibi:
-        grouped = (1, num_kv, heads // num_kv, count, size)
-        bias = _alibi_bias(grouped, keys, ctx.numerics.round_alibi) * jnp.float32(scores.scale)
-        s = (s.reshape(grouped) + bias).reshape(s.shape)
-    if scores.softcap is not None:
-        s = softcap(s, scores.softcap)
-    mask = ctx.mask
-    assert mask is not None
-    if scores.window is not None:
-        mask = mask + jnp.where(ctx.positions[0][:, None] - keys < scores.window, 0.0, -1e4)
-    if count > 1:  # each group of heads
-        mask = jnp.concatenate([mask] * (heads // num_kv), axis=2)
-    out = _row_products(softmax(s + mask), cache_v)
+    rows = q.transpose(0, 2, 1, 3).reshape(1, num_kv, -1, width)
+    products = _row_products(rows, cache_k).reshape(1, num_kv, heads // num_kv, count, size)
+    s, seen = scores(products, ctx.positions, jnp.arange(size)[None], ctx)
+    assert ctx.mask is not None
+    probs = softmax(s + (ctx.mask[:, :, None] + jnp.where(seen, 0.0, -1e4)))
+    out = _row_products(probs.reshape(1, num_kv, -1, size), cache_v)
     return out.reshape(1, heads, count, width).transpose(0, 2, 1, 3)
 
 
