@@ -77,8 +77,8 @@ def export_graph(
     Args:
       source: anything ``llmjax.load`` reads.
       destination: a new file; it appears under its name when it is whole.
-      quantize: see ``llmjax.load``; symmetric schemes of 8 bits, or of 4 with groups of 32, 64 or none.  None keeps what
-        the source has in a form that the file can hold, and writes float32 otherwise.
+      quantize: see ``llmjax.load``; of the schemes int8, int4, int4-g32 and int4-g64.  None keeps what the source has
+        in a form that the file can hold, and writes float32 otherwise.
       activations: ``dynamic-int8`` has the runtime round activations where they meet weights of few bits, ``float``
         expands those weights.
       context: tokens that the caches hold.
@@ -95,6 +95,8 @@ def export_graph(
     if activations not in ACTIVATIONS:
         raise ConfigError(f"activations: unknown {shown(activations)}; expected one of {', '.join(ACTIVATIONS)}")
     override, recipe = read_override(config), None if quantize is None else parse(quantize)
+    if recipe is not None:
+        weights_lib.check(recipe)
     path = find_model(source)
     opened: Source = GraphSource(path) if is_graph(path) else open_source(path)
     try:
@@ -191,7 +193,7 @@ def _signature(
 
 
 def cache_shapes(config: DecoderConfig, context: int) -> dict[str, tuple[list[str], tuple[int, ...]]]:
-    """What the signatures keep of each token: by LiteRT-LM's names the place in the ``cache`` collection, and the shape."""
+    """What the signatures keep of each token: by LiteRT-LM's names its place in the ``cache`` collection, and shape."""
     found = {}
     for layer in range(config.num_hidden_layers):
         for module, buffers in config.cache(layer).items():

@@ -21,7 +21,8 @@ from llmjax.quant.arrays import row_chunks
 from llmjax.quant.qtensor import QTensor
 from llmjax.quant.schemes import Recipe, Scheme, role_of
 
-BLOCKS = (32, 64)
+SCHEMES = ("int8", "int4", "int4-g32", "int4-g64")
+BLOCKS = ((4, 32), (4, 64))  # bits, and inputs that share a scale
 
 
 def split(
@@ -44,15 +45,19 @@ def split(
     return small, weights
 
 
+def check(recipe: Recipe) -> None:
+    """Raises ConfigError for a scheme that LiteRT does not have."""
+    for scheme in (s for roles in (recipe.roles, *(own for *_, own in recipe.layers)) for s in roles.values() if s):
+        if not scheme.symmetric or scheme.mse or (scheme.group and (scheme.bits, scheme.group) not in BLOCKS):
+            raise ConfigError(f"quantize: {scheme}: LiteRT has {', '.join(SCHEMES)}")
+
+
 def _form(scheme: Scheme | None, name: str, shape: tuple[int, ...]) -> Form:
     if scheme is None:
         return FLOAT32
-    if not scheme.symmetric or scheme.mse or (scheme.group and (scheme.bits != 4 or scheme.group not in BLOCKS)):
-        raise ConfigError(
-            f"quantize: {scheme}: LiteRT has int8 and int4 with one scale a channel, int4-g32 and int4-g64"
-        )
-    if shape[1] % (scheme.group or 2) and scheme.bits == 4:
-        raise ConfigError(f"{name}: {scheme}: {shape[1]} inputs are not a multiple of {scheme.group or 2}")
+    unit = scheme.group or (2 if scheme.bits == 4 else 1)
+    if shape[1] % unit:
+        raise ConfigError(f"quantize: {name}: {scheme}: {shape[1]} inputs are not a multiple of {unit}")
     return Form(f"INT{scheme.bits}", scheme.group or 0)
 
 
@@ -69,7 +74,7 @@ def _held(packed: QTensor | None) -> Form:
         return Form(f"INT{packed.bits}")
     scales = packed.scales.astype(np.float32)
     exact = (scales == _block_scales(scales).astype(np.float32)).all()
-    return Form("INT4", packed.group) if packed.bits == 4 and packed.group in BLOCKS and exact else FLOAT32
+    return Form("INT4", packed.group) if (packed.bits, packed.group) in BLOCKS and exact else FLOAT32
 
 
 def _block_scales(scales: np.ndarray) -> np.ndarray:
