@@ -5,7 +5,7 @@ signature.  So an architecture is written as soon as it is run.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,7 @@ def export_graph(
     lora: AnyLora | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
     report: OnParameter = lambda done, total: None,
+    announce: Callable[[ExportedGraph], None] = lambda graph: None,
 ) -> ExportedGraph:
     """Writes the graph of a checkpoint.
 
@@ -86,6 +87,7 @@ def export_graph(
       lora: an adapter to merge into the weights.
       config: see ``llmjax.load``.
       report: called after each parameter: how many are done, and how many there are.
+      announce: told what is written, before it is.
 
     Raises:
       CheckpointError: the source is damaged, or the destination exists or cannot be written.
@@ -112,19 +114,21 @@ def export_graph(
             for length, decode in (*((n, False) for n in lengths), (1, True))
         ]
         file = File(graphs, weights)
+        found = ExportedGraph(
+            Path(destination),
+            plan.config,
+            tuple(graph.name for graph in graphs),
+            context,
+            {name: graphs[-1].tensors[i].shape for name, i in graphs[-1].outputs.items() if name != "logits"},
+            file.size,
+            sum(weight.nbytes + weight.scale_bytes for weight in weights.values()),
+        )
+        announce(found)
         with whole_file(Path(destination)) as place:
             weights_lib.write(place, file, opened, plan, weights, merge, report)
     finally:
         opened.close()
-    return ExportedGraph(
-        Path(destination),
-        plan.config,
-        tuple(graph.name for graph in graphs),
-        context,
-        {name: graphs[-1].tensors[i].shape for name, i in graphs[-1].outputs.items() if name != "logits"},
-        file.size,
-        sum(weight.nbytes + weight.scale_bytes for weight in weights.values()),
-    )
+    return found
 
 
 def _checked(config: DecoderConfig, context: Any, lengths: Any) -> tuple[int, tuple[int, ...]]:
