@@ -126,6 +126,12 @@ class Lite:
             self._constants[number, index] = value
         return self._constants[number, index]
 
+    def weights(self) -> list[np.ndarray]:
+        """All constants of decode that have two dimensions and a name."""
+        number = self.file.signatures["decode"].subgraph
+        tensors = self.file.subgraphs[number].tensors
+        return [self.constant(number, i) for i, t in enumerate(tensors) if t.name and self.file.is_constant(t)]
+
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Outputs by name."""
         found = self.file.signatures[signature]

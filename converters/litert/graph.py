@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from tflite.BuiltinOperator import BuiltinOperator
+from tflite.BuiltinOptions import BuiltinOptions
+from tflite.TensorType import TensorType
 
 from converters.litert.tables import Field, Tables
 from converters.readers.litert.options import FIELDS
@@ -258,7 +261,7 @@ class File:
         for tensor in graph.tensors:
             fields = {
                 0: tables.array(np.array(tensor.shape, np.int32)),
-                1: ("b", _number("TensorType", tensor.type)),
+                1: ("b", getattr(TensorType, tensor.type)),
                 2: ("I", buffer(tensor)),
                 3: tables.text(tensor.name),
                 8: ("?", True),
@@ -274,7 +277,7 @@ class File:
                 2: tables.array(np.array([op.output], np.int32)),
             }
             if op.name in FIELDS:
-                fields[3] = ("B", _number("BuiltinOptions", _options(op.name)))
+                fields[3] = ("B", getattr(BuiltinOptions, _options(op.name)))
                 known = FIELDS[op.name]
                 fields[4] = tables.table({known[name][0]: (known[name][1], value) for name, value in op.options})
             operators.append(tables.table(fields))
@@ -298,7 +301,7 @@ def _quantization(tables: Tables, weight: Weight, scales: int) -> Field:
 
 
 def _code(tables: Tables, name: str) -> Field:
-    number = _number("BuiltinOperator", name)
+    number = getattr(BuiltinOperator, name)
     return tables.table({0: ("b", min(number, 127)), 2: ("i", _VERSIONS.get(name, 1)), 3: ("i", number)})
 
 
@@ -308,9 +311,3 @@ def _ports(tables: Tables, ports: Mapping[str, int]) -> Field:
 
 def _options(operator: str) -> str:
     return _OPTIONS.get(operator, "".join(map(str.title, operator.split("_"))) + "Options")
-
-
-def _number(enumeration: str, name: str) -> int:
-    import importlib
-
-    return getattr(getattr(importlib.import_module(f"tflite.{enumeration}"), enumeration), name)

@@ -4,6 +4,7 @@ The rule is ai-edge-quantizer's, bit for bit: a scale is the largest value over 
 a value is rounded half to even and is never -128 or -8.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from llmjax.quant.qtensor import QTensor
 from llmjax.quant.schemes import Recipe, Scheme, role_of
 
 SCHEMES = ("int8", "int4", "int4-g32", "int4-g64")
+# Values of what stands in the flatbuffer and may be computed with before it does.
+_SMALL = 1 << 20
 BLOCKS = ((4, 32), (4, 64))  # bits, and inputs that share a scale
 
 
@@ -36,7 +39,12 @@ def split(
     small, weights = {}, {}
     for parameter in stored(source, plan, merge):
         shape = parameter.shape
-        if role_of(parameter.name) is None or len(shape) != 2:
+        if len(shape) > 2:
+            raise ConfigError(
+                f"{parameter.name}: a mixture of experts cannot be written for LiteRT, whose graphs have no operator "
+                "that chooses among weights"
+            )
+        if role_of(parameter.name) is None and (len(shape) < 2 or math.prod(shape) < _SMALL):
             small[parameter.name] = parameter.rows(0, shape[0]).astype(np.float32)
             continue
         scheme = None if recipe is None else recipe.scheme(parameter.name)

@@ -19,6 +19,7 @@ from tests.lite import HIDDEN, Lite
 from tests.parity import golden
 from tests.parity.test_cases import FOLDER as CASES
 from tests.unit.test_litert import DATA, unpacked
+from tests.unit.test_lora import by_hand, write_adapter
 
 SIZES = {"context": 24, "prefill_lengths": (8,)}
 MIXTURES = {"gemma4_moe", "qwen3_moe"}
@@ -125,6 +126,18 @@ def attn(params) -> QTensor:
     return params["layers_0"]["attn"]["k"]["weight"]
 
 
+def test_an_adapter_is_merged(llama, tmp_path):
+    """Into floats, and into what is then quantized."""
+    adapter = write_adapter(llama, tmp_path / "adapter")
+    by_hand(llama, adapter, tmp_path / "merged", 5.0 / 3)
+    for quantize in ("int8", None):
+        for path, lora, name in ((llama, adapter, "a"), (tmp_path / "merged", None, "b")):
+            export_graph(path, tmp_path / name, quantize=quantize, lora=lora, **SIZES)
+        ours, wanted = (Lite(tmp_path / name) for name in ("a", "b"))
+        far = [np.abs(a - b).max() for a, b in zip(ours.weights(), wanted.weights(), strict=True)]
+        assert max(far) <= (2e-2 if quantize else 1e-6)  # a step of rounding, or float32's
+
+
 def test_activations_that_are_not_rounded_meet_expanded_weights(llama, tmp_path):
     export_graph(llama, tmp_path / "x.tflite", quantize="int8", activations="float", **SIZES)
     graph = tflite.read_file(tmp_path / "x.tflite").subgraphs[1]
@@ -155,7 +168,7 @@ def test_what_cannot_be_is_one_line_and_no_file(message, llama, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(MIXTURES))
 def test_mixtures_of_experts_are_refused_in_a_line(name, tmp_path):
-    with pytest.raises(ConfigError, match="cannot be written for LiteRT"):
+    with pytest.raises(ConfigError, match="a mixture of experts cannot be written for LiteRT"):
         export_graph(CASES / name, tmp_path / "x.tflite", **SIZES)
 
 
