@@ -58,6 +58,24 @@ def test_logits_are_those_of_transformers(name, tmp_path):
         assert np.abs(lite.feed(ids[at : at + 1], at, 1) - wanted[at]).max() <= far
 
 
+def test_what_the_callers_mask_hides_is_not_seen(llama, tmp_path):
+    """Though it stands before the token; and a row that sees nothing, as of padding, is no NaN."""
+    export_graph(llama, tmp_path / "x.tflite", **SIZES)
+    lite, found = Lite(tmp_path / "x.tflite"), []
+    lite.feed([5, 6, 7, 8], 0, 8)
+    assert all(np.isfinite(cache).all() for cache in lite.caches.values())
+    for hidden, noise in ((True, 1.0), (True, 9.0), (False, 9.0)):
+        mask = np.where(np.arange(24) <= 4, np.float32(0), np.float32(HIDDEN)).reshape(1, 1, 1, 24)
+        mask[..., 2] = HIDDEN if hidden else 0
+        caches = {name: cache.copy() for name, cache in lite.caches.items()}
+        for name, cache in caches.items():
+            cache[..., 2, :] += noise if "_k_" in name else 0
+            cache[..., 2] += noise if "_v_" in name else 0
+        ids, place = np.array([[9]], np.int32), np.array([4], np.int32)
+        found.append(lite.run("decode", tokens=ids, input_pos=place, mask=mask, **caches)["logits"])
+    assert np.array_equal(found[0], found[1]) and np.abs(found[2] - found[1]).max() > 0.1
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return tiny.checkpoint(
