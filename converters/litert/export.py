@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.litert import weights as weights_lib
+from converters.litert.builder import Builder, Node
 from converters.litert.graph import File, Graph, Weight
-from converters.litert.lowering import Lowering, Node
+from converters.litert.lowering import lower
 from converters.readers.opening import is_graph, open_source
 from converters.readers.source import Source
 from llmjax.checkpoint.graph_source import GraphSource
@@ -188,9 +189,9 @@ def _signature(
     order = sorted(shapes)
     nodes = {name: Node(graph.input(name, size, kind.upper()), size) for name, (size, kind) in shapes.items()}
     with jax.default_device("cpu"):
-        results = Lowering(graph, activations == ACTIVATIONS[0]).run(
-            traced.jaxpr, traced.consts, [*parameters.values(), *(nodes[name] for name in order)]
-        )
+        build = Builder(graph, activations == ACTIVATIONS[0])
+        arguments = [*parameters.values(), *(nodes[name] for name in order)]
+        results = lower(build, traced.jaxpr, traced.consts, arguments)
     for name, result in zip(sorted(outputs), results, strict=True):
         graph.outputs[name] = result.index
     return graph.pruned()
@@ -198,7 +199,7 @@ def _signature(
 
 def cache_shapes(config: DecoderConfig, context: int) -> dict[str, tuple[list[str], tuple[int, ...]]]:
     """What the signatures keep of each token: by LiteRT-LM's names its place in the ``cache`` collection, and shape."""
-    found = {}
+    found: dict[str, tuple[list[str], tuple[int, ...]]] = {}
     for layer in range(config.num_hidden_layers):
         for module, buffers in config.cache(layer).items():
             for name, (heads, width) in buffers.items():

@@ -5,6 +5,7 @@ a value is rounded half to even and is never -128 or -8.
 """
 
 import math
+import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -133,7 +134,7 @@ def _rows(parameter: Stored, weight: Weight) -> Iterator[tuple[bytes, np.ndarray
     for part in row_chunks(weight.shape):
         if keep:
             assert packed is not None
-            rows = packed.map(lambda leaf, part=part: leaf[part])
+            rows = packed.map(operator.itemgetter(part))
             scales = rows.scales.astype(np.float16 if form.block else np.float32)
             yield (rows.values ^ np.uint8(0x88) if form.bits == 4 else rows.values).tobytes(), scales
             continue

@@ -34,8 +34,8 @@ def written(cache: jax.Array, name: str, new: jax.Array, ctx: Context) -> jax.Ar
     page = cache.shape[axis]
     part = new.transpose(0, 2, 1, 3) if axis == 2 else new.transpose(0, 2, 3, 1)
     if ctx.mask is not None:
-        start = [ctx.positions[0, 0] if i == axis else 0 for i in range(4)]
-        return lax.dynamic_update_slice(cache, part, start, allow_negative_indices=False)
+        place: list[jax.Array | int] = [ctx.positions[0, 0] if i == axis else 0 for i in range(4)]
+        return lax.dynamic_update_slice(cache, part, place, allow_negative_indices=False)
     if ctx.active is None and new.shape[0] == 1 and new.shape[1] > 1:
         # In as few pieces as lie in a page each: XLA:CPU scatters one by one.
         size = math.gcd(page, new.shape[1])
@@ -48,8 +48,8 @@ def written(cache: jax.Array, name: str, new: jax.Array, ctx: Context) -> jax.Ar
     pages, places = _pages(ctx, ctx.positions // page), ctx.positions % page
     if ctx.active is not None:
         places = jnp.where(ctx.active[:, None], places, page)  # out of range: dropped
-    place = cache.at[pages, :, places] if axis == 2 else cache.at[pages, :, :, places]
-    return place.set(new, mode="drop", unique_indices=True)
+    at = cache.at[pages, :, places] if axis == 2 else cache.at[pages, :, :, places]
+    return at.set(new, mode="drop", unique_indices=True)
 
 
 def block(cache: jax.Array, name: str, start: jax.Array, size: int, ctx: Context) -> jax.Array:
