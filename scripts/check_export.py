@@ -7,8 +7,9 @@
 Without a CHECKPOINT, the tests' own: every architecture but mixtures of experts.  For each and each recipe a line says
 how far the interpreter's logits are
 
-- from the model's (``none``), or from llmjax's own evaluation of the same file: up to 5e-5, or 5e-6 of the largest; of
-  rounded activations two rows may be farther, where a rounding went the other way;
+- from the model's (``none``), or from llmjax's own evaluation of the same file: up to 5e-5, or what the tests
+  allow (sums in another order reach a third of it); of rounded activations two rows may be farther, where a rounding
+  went the other way;
 - with ``--real``, from what ``TFLITE_DIR/NAME/RECIPE.npz`` has of the same checkpoint's official export;
 
 and how many of LiteRT-LM's greedy ids are the interpreter's.
@@ -129,7 +130,9 @@ def check(name: str, path: Path, recipe: str, real: Path | None) -> bool:
         else:
             (wanted,) = llmjax.load(file).logits([ids], prefill=cut)
         far = np.abs(found - wanted).max(1)
-        limit = max(5e-5, 5e-6 * float(np.abs(wanted).max()))
+        limit = max(5e-5, golden.TOLERANCE * float(np.abs(wanted).max()))
+        if (stored := CASES / name / "expected.npz").exists():  # its own sums in another order reach a third
+            limit = max(limit, float(np.load(stored)["atol"]))
         flips = 0 if quantize is None or activations == "float" else 2
         right = int((far > limit).sum()) <= flips
         line = f"{name} {recipe}: {far.max():.1e} (rows beyond {limit:.0e}: {(far > limit).sum()}/{len(far)})"
