@@ -1,7 +1,9 @@
 """From a plan to parameters: read, cast or quantized one tensor at a time, some rows at a time."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from converters.readers.source import Source, TensorSpec
 from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.checkpoint.plan import Assignment, Plan
 from llmjax.errors import CheckpointError, ConfigError, named
+from llmjax.lora.adapter import Delta
 from llmjax.lora.merge import Merge, merged_rows
 from llmjax.models.config import DecoderConfig
 from llmjax.quant import gguf
@@ -88,7 +91,7 @@ def read_all(
         )
     if bad:
         raise CheckpointError(f"{source.path}: " + "\n  ".join(["NaN or infinite values in:", *bad]))
-    _check_tied(source, plan)
+    check_tied(source, plan)
 
 
 def _is_table(parameter: str, config: DecoderConfig) -> bool:
@@ -121,6 +124,45 @@ def _read(
             return value
         return made(rows, value.shape, stored, scheme, name)
     finally:
+        for spec in assignment.sources:
+            source.release(spec.name)
+
+
+@dataclasses.dataclass
+class Stored:
+    """A parameter that is read as far as it is asked for.
+
+    Attributes:
+      name: canonical.
+      shape: of it.
+      rows: some of its rows, as floats.
+      packed: of one that the checkpoint has in few bits, it as it is stored; None for floats.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: Rows
+    packed: Callable[[], QTensor | None]
+
+
+def stored(source: Source, plan: Plan, merge: Merge) -> Iterator[Stored]:
+    """Every parameter in turn, one after the other, with ``merge``'s deltas; what it took of the mapped file is given
+    back before the next."""
+    for assignment in plan.assignments:
+        name, delta = assignment.parameter, merge.delta(assignment.parameter, quantized=True)
+        values: list[np.ndarray] = []
+
+        def rows(start: int, stop: int, assignment: Assignment = assignment, values: Any = values) -> np.ndarray:
+            if not values:
+                values.append(assignment.make([source.read(s.name) for s in assignment.sources]))
+            return _releasing(source, assignment, values[0])(start, stop)
+
+        def packed(assignment: Assignment = assignment, delta: Delta | None = delta) -> QTensor | None:
+            found = _packed(source, assignment, table=True)
+            return merge.into_packed(found, delta, assignment.parameter) if found is not None and delta else found
+
+        whole = rows if delta is None else merged_rows(rows, delta, f"{merge.where}: {name}")
+        yield Stored(name, assignment.shape, whole, packed)
         for spec in assignment.sources:
             source.release(spec.name)
 
@@ -239,10 +281,12 @@ def _finite(value: Parameter) -> bool:
     return all(bool(np.isfinite(x[rows].astype(np.float32)).all()) for x in floats for rows in row_chunks(x.shape))
 
 
-def _check_tied(source: Source, plan: Plan) -> None:
+def check_tied(source: Source, plan: Plan) -> None:
+    """Raises CheckpointError where a head of its own differs from the embedding that it is tied to."""
     for spec in plan.tied:
         embedding = next(a for a in plan.assignments if a.parameter == "embed.weight").sources[0]
-        if not np.array_equal(source.read(spec.name), source.read(embedding.name)):
+        head, table = source.read(spec.name), source.read(embedding.name)
+        if head.shape != table.shape or not all(np.array_equal(head[p], table[p]) for p in row_chunks(head.shape)):
             raise CheckpointError(
                 f"{spec.file}: tensor {named(spec.name)} differs from {named(embedding.name)}, but the "
                 "configuration ties them; "

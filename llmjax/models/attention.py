@@ -252,6 +252,46 @@ def _by_others(
     return _einsum("BKGTS,BKHS->BKGTH", change.astype(qg.dtype), values)
 
 
+def masked_attention(
+    q: jax.Array,
+    cache_k: jax.Array,
+    cache_v: jax.Array,
+    scores: Scores,
+    ctx: Context,
+    seen: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Attention over the whole cache of one row under ``ctx.mask``, in float32.
+
+    What the layer's rule hides gets -1e4, not less: a token that sees nothing, as padding does, must not make NaN.
+
+    Args:
+      q: ``[1, T, N, H]``.
+      cache_k: ``[1, K, S, H]``, this call's tokens already written.
+      cache_v: ``[1, K, H, S]``.
+      scores: the layer's rule.
+      ctx: positions, mask.
+      seen: is shown the probabilities ``[1, K, G, T, S]`` and may give others.
+
+    Returns:
+      ``[1, T, N, H]``.
+    """
+    _, count, heads, width = q.shape
+    num_kv, size = cache_k.shape[1:3]
+    rows = q.transpose(0, 2, 1, 3).reshape(1, num_kv, -1, width)
+    products = _row_products(rows, cache_k).reshape(1, num_kv, heads // num_kv, count, size)
+    s, mask = scores(products, ctx.positions, jnp.arange(size)[None], ctx)
+    assert ctx.mask is not None
+    probs = seen(softmax(s + (ctx.mask[:, :, None] + jnp.where(mask, 0.0, -1e4))))
+    out = _row_products(probs.reshape(1, num_kv, -1, size), cache_v)
+    return out.reshape(1, heads, count, width).transpose(0, 2, 1, 3)
+
+
+@jax.jit
+def softmax(x: jax.Array) -> jax.Array:
+    """Over the last axis; known by its name to what writes op graphs."""
+    return jax.nn.softmax(x, axis=-1)
+
+
 def block_range(positions: jax.Array, block: int, window: int | None) -> tuple[jax.Array, jax.Array]:
     """Which blocks the rows attend to: each row's first, int32 ``[B]``, and how many the row with the most has.
 

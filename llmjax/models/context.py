@@ -36,6 +36,9 @@ class Context(struct.PyTreeNode):
         wanted.
       length: int32 ``[B]``, tokens of each row's text, those beyond this call included and padding not: for ropes that
         follow it.  ``None`` means that it ends with this call.
+      mask: float32 ``[1, 1, T, S]``, added to scores, of a caller that says itself what each token sees, as op graphs'
+        callers do.  The cache has then one row and one page, whose place is a token's position, and this call's tokens
+        follow each other from the first one's.  ``None`` means that each token sees all before it.
     """
 
     positions: jax.Array
@@ -47,6 +50,7 @@ class Context(struct.PyTreeNode):
     adapter: jax.Array | None = None
     recompute: str | None = struct.field(pytree_node=False, default=None)
     length: jax.Array | None = None
+    mask: jax.Array | None = None
 
     @classmethod
     def whole(cls, ids: jax.Array, numerics: Numerics, **rest: Any) -> "Context":

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
-from llmjax.models.attention import Scores, cached_attention, dense_attention
+from llmjax.models.attention import Scores, cached_attention, dense_attention, masked_attention
 from llmjax.models.context import PROJECTED, Context, patched, tap
 from llmjax.models.pages import written
 from llmjax.models.rope import Rope
@@ -232,7 +232,9 @@ def attended(module: nn.Module, q: jax.Array, k: jax.Array, v: jax.Array, scores
     """``[B, T, N * H]``: queries ``[B, T, N, H]`` attend to keys and values that were ``kept``, by this module or by
     another."""
     probs = partial(tap, module, "probs")
-    if ctx.table is None:
+    if ctx.mask is not None:
+        out = masked_attention(q, k, v, scores, ctx, probs)
+    elif ctx.table is None:
         out, _ = dense_attention(q, k, v, scores, ctx, probs)
     else:
         out = cached_attention(q, k, v, scores, ctx, probs if patched(module, "probs") else None)
@@ -277,12 +279,24 @@ def _in_float32(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Arr
     return activation
 
 
-gelu_tanh = _in_float32(partial(jax.nn.gelu, approximate=True))
-gelu_erf = _in_float32(partial(jax.nn.gelu, approximate=False))
+# What is jitted here is known by its name to what writes op graphs.
+@jax.jit
+def _gelu_tanh(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+@jax.jit
+def _gelu_erf(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+gelu_tanh = _in_float32(_gelu_tanh)
+gelu_erf = _in_float32(_gelu_erf)
 silu = _in_float32(jax.nn.silu)
 relu = _in_float32(jax.nn.relu)
 
 
+@jax.jit
 def gelu_new(x: jax.Array) -> jax.Array:
     """GELU's tanh form with every step rounded to x's dtype, as transformers writes it out under this name."""
 

@@ -133,7 +133,7 @@ class ShortConvolution(nn.Module):
         """``[B, T, D]`` to ``[B, k - 1 + T, D]``: zero before a text's first token."""
         count = self.kernel - 1
         cache = kept(self, "x", x[:, :, None], ctx)
-        if ctx.table is None:
+        if ctx.table is None and ctx.mask is None:
             return jnp.pad(x, ((0, 0), (count, 0), (0, 0)))
         places = ctx.positions[:, :1] - count + jnp.arange(count)
         before = tokens(cache, jnp.maximum(places, 0), ctx)[:, :, 0].astype(x.dtype)

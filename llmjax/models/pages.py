@@ -32,9 +32,12 @@ def written(cache: jax.Array, name: str, new: jax.Array, ctx: Context) -> jax.Ar
     """
     axis = position_axis(name)
     page = cache.shape[axis]
+    part = new.transpose(0, 2, 1, 3) if axis == 2 else new.transpose(0, 2, 3, 1)
+    if ctx.mask is not None:
+        place: list[jax.Array | int] = [ctx.positions[0, 0] if i == axis else 0 for i in range(4)]
+        return lax.dynamic_update_slice(cache, part, place, allow_negative_indices=False)
     if ctx.active is None and new.shape[0] == 1 and new.shape[1] > 1:
         # In as few pieces as lie in a page each: XLA:CPU scatters one by one.
-        part = new.transpose(0, 2, 1, 3) if axis == 2 else new.transpose(0, 2, 3, 1)
         size = math.gcd(page, new.shape[1])
         for start in range(0, new.shape[1], size):
             position = ctx.positions[0, start]
@@ -45,8 +48,8 @@ def written(cache: jax.Array, name: str, new: jax.Array, ctx: Context) -> jax.Ar
     pages, places = _pages(ctx, ctx.positions // page), ctx.positions % page
     if ctx.active is not None:
         places = jnp.where(ctx.active[:, None], places, page)  # out of range: dropped
-    place = cache.at[pages, :, places] if axis == 2 else cache.at[pages, :, :, places]
-    return place.set(new, mode="drop", unique_indices=True)
+    at = cache.at[pages, :, places] if axis == 2 else cache.at[pages, :, :, places]
+    return at.set(new, mode="drop", unique_indices=True)
 
 
 def block(cache: jax.Array, name: str, start: jax.Array, size: int, ctx: Context) -> jax.Array:
@@ -75,6 +78,8 @@ def tokens(cache: jax.Array, positions: jax.Array, ctx: Context) -> jax.Array:
     """What a buffer that lies as keys do holds of some tokens: ``[B, n, K, H]`` for positions int32 ``[B, n]``, none of
     them negative."""
     page = cache.shape[2]
+    if ctx.mask is not None:
+        return jnp.take(cache, positions[0], axis=2).transpose(0, 2, 1, 3)
     found = cache[_pages(ctx, positions // page), :, positions % page]
     return from_storage(found, ctx.numerics.products)
 

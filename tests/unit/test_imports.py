@@ -18,7 +18,7 @@ FLOORS = (
     "llmjax.lora llmjax.litert",
     "llmjax.checkpoint llmjax.runtime",
     "llmjax.llm",
-    "llmjax.llm_inference llmjax.batch llmjax.oracle llmjax.training converters.mediapipe",
+    "llmjax.llm_inference llmjax.batch llmjax.oracle llmjax.training converters.mediapipe converters.litert",
     "llmjax.bench llmjax.genai llmjax.writing",
     "llmjax.cli",
     "llmjax.__main__",

@@ -11,7 +11,7 @@ _NUMBER = tuple[int, str, float]
 _ACTIVATION: dict[str, _NUMBER] = {"activation": (0, "b", 0)}
 _REDUCER: dict[str, _NUMBER] = {"keep_dims": (0, "?", 0)}
 # By operator: what a field is called here, and its number, type and default.
-_FIELDS: dict[str, dict[str, _NUMBER]] = {
+FIELDS: dict[str, dict[str, _NUMBER]] = {
     **dict.fromkeys(("ADD", "SUB", "MUL", "DIV"), _ACTIVATION),
     **dict.fromkeys(("MEAN", "SUM", "REDUCE_MAX", "REDUCE_MIN", "REDUCE_PROD", "REDUCE_ANY", "REDUCE_ALL"), _REDUCER),
     "BATCH_MATMUL": {"adj_x": (0, "?", 0), "adj_y": (1, "?", 0)},
@@ -49,7 +49,7 @@ def read(operator: Table, name: str) -> dict[str, Any]:
         if options is None:
             raise ValueError("a composite without a body")
         return {"name": options.text(0), "body": options.number(1, "i")}
-    fields, options = _FIELDS.get(name, {}), operator.table(4)
+    fields, options = FIELDS.get(name, {}), operator.table(4)
     return {
         key: default if options is None else options.number(number, code, default)
         for key, (number, code, default) in fields.items()

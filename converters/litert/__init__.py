@@ -1,0 +1,1 @@
+"""Writes LiteRT's files: a model's graph as ``.tflite``, traced from the model's own Flax modules."""

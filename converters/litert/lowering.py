@@ -1,0 +1,61 @@
+"""From a traced function to a graph.
+
+What is computed of constants alone is a constant.  What stands in a named function that LiteRT has an operator for
+(``NAMED``) becomes that one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from converters.litert.builder import Builder, Value
+from converters.litert.operators import NAMED, RULES
+from llmjax.errors import ConfigError
+
+_THROUGH = ("copy", "copy_p", "optimization_barrier", "stop_gradient")
+
+
+def lower(build: Builder, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Value]) -> list[Value]:
+    """What a jaxpr gives, written into a graph.
+
+    Raises:
+      ConfigError: LiteRT has no operator for something in it.
+    """
+    known: dict[Any, Value] = dict(zip(jaxpr.constvars, map(np.asarray, consts), strict=True))
+    known.update(zip(jaxpr.invars, arguments, strict=True))
+
+    def value(atom: Any) -> Value:
+        if not isinstance(atom, core.Literal):
+            return known[atom]
+        aval: Any = atom.aval
+        return np.asarray(atom.val, aval.dtype)
+
+    for equation in jaxpr.eqns:
+        results = _equation(build, equation, [value(atom) for atom in equation.invars])
+        known.update(zip(equation.outvars, results, strict=True))
+    return [value(atom) for atom in jaxpr.outvars]
+
+
+def _equation(build: Builder, equation: Any, inputs: list[Value]) -> list[Value]:
+    name, params = equation.primitive.name, equation.params
+    inner = params.get("jaxpr", params.get("call_jaxpr"))
+    if inner is not None and name not in ("scan", "while", "cond"):
+        jaxpr, consts = (inner.jaxpr, inner.consts) if hasattr(inner, "consts") else (inner, ())
+        named = NAMED.get(params.get("name") or jaxpr.debug_info.func_name)
+        if named and not all(isinstance(x, np.ndarray) for x in inputs):
+            return [named(build, jaxpr, inputs)]
+        return lower(build, jaxpr, consts, inputs)
+    if name in _THROUGH:
+        return inputs
+    if all(isinstance(x, np.ndarray) for x in inputs):
+        found = equation.primitive.bind(*map(jnp.asarray, inputs), **params)
+        return [np.asarray(x) for x in (found if equation.primitive.multiple_results else [found])]
+    if name not in RULES:
+        raise ConfigError(
+            f"this model cannot be written for LiteRT, whose graphs have no operator for what it computes ({name})"
+        )
+    found = RULES[name](build, equation, *inputs)
+    return found if equation.primitive.multiple_results else [found]

@@ -1,0 +1,168 @@
+"""A checkpoint's weights as a graph holds them: which form each has, and its bytes, some rows at a time.
+
+The rule is ai-edge-quantizer's, bit for bit: a scale is the largest value over 127 or 7, of blocks rounded to bfloat16;
+a value is rounded half to even and is never -128 or -8.
+"""
+
+import math
+import operator
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from converters.litert.graph import FLOAT32, File, Form, Weight
+from converters.readers.source import Source
+from llmjax.checkpoint.parameters import OnParameter, Stored, check_tied, stored
+from llmjax.checkpoint.plan import Plan
+from llmjax.errors import CheckpointError, ConfigError
+from llmjax.lora import merge as merging
+from llmjax.quant.arrays import row_chunks
+from llmjax.quant.qtensor import QTensor
+from llmjax.quant.schemes import Recipe, Scheme, role_of
+
+SCHEMES = ("int8", "int4", "int4-g32", "int4-g64")
+# Values of what stands in the flatbuffer and may be computed with before it does.
+_SMALL = 1 << 20
+BLOCKS = ((4, 32), (4, 64))  # bits, and inputs that share a scale
+
+
+def split(
+    source: Source, plan: Plan, recipe: Recipe | None, merge: merging.Merge
+) -> tuple[dict[str, np.ndarray], dict[str, Weight]]:
+    """The small parameters, float32, and what is to become of each weight.
+
+    Raises:
+      ConfigError: a scheme that LiteRT lacks, or that does not fit a weight.
+    """
+    small, weights = {}, {}
+    for parameter in stored(source, plan, merge):
+        shape = parameter.shape
+        if len(shape) > 2:
+            raise ConfigError(
+                f"{parameter.name}: a mixture of experts cannot be written for LiteRT, whose graphs have no operator "
+                "that chooses among weights"
+            )
+        if role_of(parameter.name) is None and (len(shape) < 2 or math.prod(shape) < _SMALL):
+            small[parameter.name] = parameter.rows(0, shape[0]).astype(np.float32)
+            continue
+        scheme = None if recipe is None else recipe.scheme(parameter.name)
+        form = _held(parameter.packed()) if recipe is None else _form(scheme, parameter.name, shape)
+        weights[parameter.name] = Weight(parameter.name, (shape[0], shape[1]), form)
+    return small, weights
+
+
+def check(recipe: Recipe) -> None:
+    """Raises ConfigError for a scheme that LiteRT does not have."""
+    for scheme in (s for roles in (recipe.roles, *(own for *_, own in recipe.layers)) for s in roles.values() if s):
+        if not scheme.symmetric or scheme.mse or (scheme.group and (scheme.bits, scheme.group) not in BLOCKS):
+            raise ConfigError(f"quantize: {scheme}: LiteRT has {', '.join(SCHEMES)}")
+
+
+def _form(scheme: Scheme | None, name: str, shape: tuple[int, ...]) -> Form:
+    if scheme is None:
+        return FLOAT32
+    unit = scheme.group or (2 if scheme.bits == 4 else 1)
+    if shape[1] % unit:
+        raise ConfigError(f"quantize: {name}: {scheme}: {shape[1]} inputs are not a multiple of {unit}")
+    return Form(f"INT{scheme.bits}", scheme.group or 0)
+
+
+def _held(packed: QTensor | None) -> Form:
+    """The form that holds the values of a packed weight as they are; float32 where none does."""
+    if (
+        packed is None
+        or packed.offsets is not None
+        or packed.bits == 5
+        or packed.zero != (8 if packed.bits == 4 else 0)
+    ):
+        return FLOAT32
+    if packed.scales.shape[1] == 1:
+        return Form(f"INT{packed.bits}")
+    scales = packed.scales.astype(np.float32)
+    exact = (scales == _block_scales(scales).astype(np.float32)).all()
+    return Form("INT4", packed.group) if (packed.bits, packed.group) in BLOCKS and exact else FLOAT32
+
+
+def _block_scales(scales: np.ndarray) -> np.ndarray:
+    """As XNNPACK takes them and the file has them: bfloat16's digits in float16."""
+    return scales.astype(ml_dtypes.bfloat16).astype(np.float16)
+
+
+def write(
+    path: Path,
+    file: File,
+    source: Source,
+    plan: Plan,
+    weights: Mapping[str, Weight],
+    merge: merging.Merge,
+    report: OnParameter,
+) -> None:
+    """Writes the file: the weights first, for their scales stand before them."""
+    done = 0
+    with open(path, "wb") as out:
+        for parameter in stored(source, plan, merge):
+            weight = weights.get(parameter.name)
+            if weight is not None:
+                values, scales = file.places[weight.name]
+                found = []
+                out.seek(values)
+                for rows, their in _rows(parameter, weight):
+                    out.write(rows)
+                    found.append(their)
+                if weight.blocks:
+                    out.seek(scales)
+                    out.write(np.concatenate(found).tobytes())
+                elif weight.form != FLOAT32:
+                    weight.scales = np.concatenate(found)[:, 0]
+            done += 1
+            report(done, len(plan.assignments))
+        out.seek(0)
+        out.write(file.header())
+        out.truncate(file.size)
+    check_tied(source, plan)
+    if merge.survivals:
+        warnings.warn(merging.describe(merge.survivals), stacklevel=3)
+
+
+def _rows(parameter: Stored, weight: Weight) -> Iterator[tuple[bytes, np.ndarray]]:
+    """The bytes of some rows after the other, and their scales ``[rows, G]`` as the file has them."""
+    form, packed = weight.form, parameter.packed()
+    keep = packed is not None and _held(packed) == form != FLOAT32
+    for part in row_chunks(weight.shape):
+        if keep:
+            assert packed is not None
+            rows = packed.map(operator.itemgetter(part))
+            scales = rows.scales.astype(np.float16 if form.block else np.float32)
+            yield (rows.values ^ np.uint8(0x88) if form.bits == 4 else rows.values).tobytes(), scales
+            continue
+        w = parameter.rows(part.start, part.stop).astype(np.float32)
+        if form == FLOAT32:
+            yield w.tobytes(), np.zeros((len(w), 0))
+            continue
+        if not np.isfinite(w).all():
+            raise CheckpointError(
+                f"{weight.name}: NaN or infinite weights cannot be quantized; the checkpoint is damaged"
+            )
+        n, scales = quantized(w, form)
+        yield (_packed(n) if form.bits == 4 else n).tobytes(), scales
+
+
+def quantized(w: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray]:
+    """int8 ``[rows, in]`` of a few bits, and their scales ``[rows, G]``, float32 or of blocks float16."""
+    most = (1 << (form.bits - 1)) - 1
+    groups = w.reshape(len(w), -1, form.block or w.shape[1])
+    scales = np.abs(groups).max(-1) / np.float32(most)
+    scales[scales == 0] = 1
+    if form.block:
+        scales = _block_scales(scales)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        n = np.clip(np.rint(groups / scales.astype(np.float32)[..., None]), -most, most)
+    return np.nan_to_num(n).astype(np.int8).reshape(w.shape), scales
+
+
+def _packed(n: np.ndarray) -> np.ndarray:
+    """Two to a byte, the first in the low half."""
+    return (n[:, 0::2] & 15).astype(np.uint8) | ((n[:, 1::2] & 15).astype(np.uint8) << 4)
