@@ -50,6 +50,11 @@ def _equation(build: Builder, equation: Any, inputs: list[Value]) -> list[Value]
         return lower(build, jaxpr, consts, inputs)
     if name in _THROUGH:
         return inputs
+    if name == "platform_index":  # of what is written for several devices the plain form, their definition
+        return [np.int32(params["platforms"].index(None))]
+    if name == "cond" and isinstance(inputs[0], np.integer):
+        branch = params["branches"][int(inputs[0])]
+        return lower(build, branch.jaxpr, branch.consts, inputs[1:])
     if all(isinstance(x, np.ndarray) for x in inputs):
         found = equation.primitive.bind(*map(jnp.asarray, inputs), **params)
         return [np.asarray(x) for x in (found if equation.primitive.multiple_results else [found])]
