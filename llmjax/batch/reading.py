@@ -76,6 +76,10 @@ class Lines:
             message = f"{self._path}: cannot read on, the file is damaged or was cut short: {error}"
             raise RequestError(message) from None
 
+    def count(self) -> int:
+        """Those that are not blank."""
+        return sum(1 for line in self if line.strip())
+
     def arriving(self, wait: Callable[[], bool]) -> Iterator[str | None]:
         """The lines as they come; None where a pipe has none at the moment and ``wait`` says that there is other work.
 
