@@ -18,6 +18,7 @@ from llmjax.batch.tables import rows_path
 from llmjax.errors import LlmjaxError, NoRoomError, RequestError, TooLongError
 from llmjax.llm import LLM
 from llmjax.outside.paths import checked_path
+from llmjax.outside.urls import local
 from llmjax.runtime.asking import Params
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.schedule import no_room
@@ -100,6 +101,7 @@ def run(
       LlmjaxError: the input cannot be read, or from ``load``.
     """
     report, index = Forecast(), Index()
+    source, output = local(source), local(output)
     begun = None if output == "-" else _begun(checked_path("output", rows_path(output), RequestError))
     date = manifests.job_date(date, begun)
     with open_lines(source, columns, Generating.keys) as lines, contextlib.closing(index):

@@ -22,6 +22,7 @@ from llmjax.batch.reading import AnyLines, open_lines
 from llmjax.batch.rows import WHOLE, Generating, Shard, Work, count_rows, describe, named
 from llmjax.errors import RequestError, ResumeError
 from llmjax.llm import LLM
+from llmjax.outside.urls import local, shown_url
 from llmjax.runtime.asking import Params
 from llmjax.text.dates import Date, settled
 
@@ -110,9 +111,9 @@ def run(
 
     Args:
       load: makes the LLM; called when the files are known to be in order.
-      source: path of the input, ``-`` for stdin.
-      output: path of the output, ``-`` for stdout; what is no regular file cannot be resumed.  A table
-        (``llmjax.batch.tables``) is written when all rows are done, in the order of the input.
+      source: path or URL of the input, ``-`` for stdin.
+      output: path or URL of the output, ``-`` for stdout; what is no regular file cannot be resumed.  A table
+        (``llmjax.batch.tables``) is written when all rows are done, in the order of the input; a URL is, too.
       params: what rows do not set, see ``LLM.sampling_params``.
       options: see there.
       about: noted in the manifest.
@@ -147,12 +148,14 @@ def run_by(
     Raises:
       LlmjaxError: see ``run``.
     """
+    source, output = local(source), local(output)
     with contextlib.ExitStack() as stack:
         lines = stack.enter_context(open_lines(source, options.columns, keys))
-        table = output if tables.is_table(output) else None
-        if table is not None:
+        made = output if tables.is_made(output) else None
+        if made is not None:
             tables.check_output(output, source)
-            output, options = tables.rows_path(output), dataclasses.replace(options, ordered=True)
+            output = tables.rows_path(output)
+            options = dataclasses.replace(options, ordered=options.ordered or tables.is_table(made))
         path, stream = stack.enter_context(claimed(output, source))
         began = time.monotonic()
         runner = start(stack)
@@ -161,9 +164,9 @@ def run_by(
             summary = job.run(lines, output, about or {})
         if summary.status == "complete" and not job.count.done:
             where = "" if options.shard == WHOLE else " of this shard"
-            warnings.warn(f"{source}: no rows{where} in it, so there was nothing to do", stacklevel=2)
-        elif table is not None and summary.status == "complete":
-            tables.write(path, table)
+            warnings.warn(f"{shown_url(source)}: no rows{where} in it, so there was nothing to do", stacklevel=2)
+        elif made is not None and summary.status == "complete":
+            tables.write(path, made)
         return summary
 
 

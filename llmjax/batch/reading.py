@@ -14,6 +14,7 @@ from typing import Any
 from llmjax.batch.tables import SUFFIXES, TableLines, is_table
 from llmjax.errors import RequestError, lfs_pointer, shown
 from llmjax.outside.paths import checked_path
+from llmjax.outside.urls import file_name, is_url, opened, shown_url
 
 # Of the beginning, what is looked at to tell what an input is.
 _SAMPLE = 1 << 16
@@ -53,7 +54,7 @@ class Lines:
         self._begin = file.tell() if self.repeatable else 0
         begin = self._peek()
         # A pipe's name tells nothing, but no JSON begins with gzip's first byte.
-        self._zipped = begin[:1] == b"\x1f" or path.endswith(".gz")
+        self._zipped = begin[:1] == b"\x1f" or file_name(path).endswith(".gz")
         if self._zipped:
             with contextlib.suppress(zlib.error):  # told where it is read
                 begin = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(begin, _SAMPLE)
@@ -169,8 +170,8 @@ AnyLines = Lines | TableLines
 def open_lines(
     path: str, columns: Mapping[str, str] = MappingProxyType({}), keys: tuple[str, ...] = ()
 ) -> Iterator[AnyLines]:
-    """The lines of a text file, a gzip one, a pipe, or stdin for ``-``; opened once: what was read of a pipe is gone.
-    Of a table, the lines that it stands for.
+    """The lines of a text file, a gzip one, a pipe, a URL, or stdin for ``-``; opened once: what was read of a pipe is
+    gone.  Of a table, the lines that it stands for.
 
     Args:
       path: of the input.
@@ -185,16 +186,16 @@ def open_lines(
         return
     if columns:
         raise RequestError(
-            f"{path}: columns are named, and it is no table: its name would end in {' or '.join(SUFFIXES)}"
+            f"{shown_url(path)}: columns are named, and it is no table: its name would end in {' or '.join(SUFFIXES)}"
         )
     if path == "-":
         if sys.stdin is None:
             raise RequestError("-: cannot read the input: stdin is closed")
         yield Lines(sys.stdin.buffer, path)  # type: ignore[arg-type]
         return
-    try:
-        file = open(checked_path("input", path, RequestError), "rb")
-    except OSError as error:
-        raise RequestError(f"{path}: cannot read the input: {error.strerror}") from None
-    with file:
-        yield Lines(file, path)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(opened(path if is_url(path) else checked_path("input", path, RequestError)))
+        except OSError as error:
+            raise RequestError(f"{shown_url(path)}: cannot read the input: {error.strerror or error}") from None
+        yield Lines(file, shown_url(path))

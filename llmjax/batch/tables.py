@@ -15,17 +15,20 @@ import contextlib
 import csv
 import datetime
 import decimal
+import io
 import itertools
 import json
+import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from llmjax.batch.files import check_apart
 from llmjax.batch.native import finite
-from llmjax.errors import RequestError, shown
+from llmjax.errors import OutputError, RequestError, shown
 from llmjax.outside.paths import checked_path
-from llmjax.outside.whole import whole_file
+from llmjax.outside.urls import exists, file_name, is_url, opened, put, shown_url
+from llmjax.outside.whole import whole_file, workspace
 
 SUFFIXES = (".parquet", ".csv")
 # Rows in memory at a time, in and out.
@@ -42,12 +45,18 @@ Row = dict[str, Any]
 
 def is_table(path: str) -> bool:
     """Whether a file's name says that it is one."""
-    return path.lower().endswith(SUFFIXES)
+    return file_name(path).lower().endswith(SUFFIXES)
+
+
+def is_made(output: str) -> bool:
+    """Whether an output is made at the end, of answers that a job keeps elsewhere until then."""
+    return is_table(output) or is_url(output)
 
 
 def rows_path(output: str) -> str:
-    """Where a job keeps the answers that ``output`` is made of."""
-    return f"{output}.jsonl" if is_table(output) else output
+    """Where a job keeps the answers that ``output`` is made of: beside it; of a URL, in the current folder."""
+    name = file_name(output) if is_url(output) else output
+    return f"{name}.jsonl" if is_table(output) else name
 
 
 class TableLines:
@@ -65,8 +74,9 @@ class TableLines:
     repeatable = True
 
     def __init__(self, path: str, columns: Mapping[str, str], keys: tuple[str, ...]):
-        self._path = str(checked_path("input", path, RequestError))
-        self._is_csv = path.lower().endswith(".csv")
+        self._path = path if is_url(path) else str(checked_path("input", path, RequestError))
+        self._name = path = shown_url(path)
+        self._is_csv = file_name(path).lower().endswith(".csv")
         with self._told(), contextlib.closing(self._rows()) as rows:
             found = next(rows)
         if twice := sorted({name for name in found if found.count(name) > 1}):
@@ -95,7 +105,7 @@ class TableLines:
         """Rows, none of them made into JSON: Parquet knows their number, lines of CSV are told apart."""
         with self._told():
             if not self._is_csv:
-                with open(self._path, "rb") as data, _arrow().parquet.ParquetFile(data) as file:
+                with opened(self._path) as data, _arrow().parquet.ParquetFile(data) as file:
                     return file.metadata.num_rows
             with contextlib.closing(self._rows()) as rows:
                 return sum(1 for _ in rows) - 1
@@ -123,22 +133,23 @@ class TableLines:
 
     def _csv_rows(self) -> Generator[list[Any], None, None]:
         csv.field_size_limit(_LONGEST)
-        with open(self._path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file, strict=True)
+        with opened(self._path) as data:
+            text = io.TextIOWrapper(data, encoding="utf-8-sig", errors="surrogateescape", newline="")
+            reader = csv.reader(text, strict=True)
             names = next(reader, None)
             if not names:
-                raise RequestError(f"{self._path}: it is empty; expected a line with the names of its columns")
+                raise RequestError(f"{self._name}: it is empty; expected a line with the names of its columns")
             yield names
             for cells in reader:
                 if cells and len(cells) != len(names):
                     raise RequestError(
-                        f"{self._path}: line {reader.line_num}: expected {len(names)} cells, as there are columns, "
+                        f"{self._name}: line {reader.line_num}: expected {len(names)} cells, as there are columns, "
                         f"found {len(cells)}"
                     )
                 yield [cell or None for cell in cells] or [None] * len(names)
 
     def _parquet_rows(self) -> Generator[list[Any], None, None]:
-        with open(self._path, "rb") as data, _arrow().parquet.ParquetFile(data) as file:
+        with opened(self._path) as data, _arrow().parquet.ParquetFile(data) as file:
             names = file.schema_arrow.names
             yield names
             for batch in file.iter_batches(batch_size=_ROWS):
@@ -153,9 +164,10 @@ class TableLines:
         except RequestError:
             raise
         except OSError as error:
-            raise RequestError(f"{self._path}: cannot read the input: {error.strerror or error}") from None
+            raise RequestError(f"{self._name}: cannot read the input: {error.strerror or error}") from None
         except (csv.Error, ValueError) as error:  # pyarrow's are ValueErrors
-            raise RequestError(f"{self._path}: cannot be read as {Path(self._path).suffix[1:]}: {error}") from None
+            kind = "csv" if self._is_csv else "parquet"
+            raise RequestError(f"{self._name}: cannot be read as {kind}: {error}") from None
 
 
 def _parsed(key: str, cell: str) -> Any:
@@ -193,32 +205,59 @@ def _arrow() -> Any:
 
 
 def check_output(output: str, source: str) -> None:
-    """Before anything runs, that a table can be written.
+    """Before anything runs, that an output that is made at the end can be.
 
     Raises:
       RequestError: pyarrow is missing, or a file stands there that no job made.
     """
-    path = checked_path("output", output, RequestError)
-    check_apart(path, source)
-    if output.lower().endswith(".parquet"):
+    name, rows = shown_url(output), rows_path(output)
+    if not rows or rows == ".jsonl":
+        raise RequestError(f"{name}: expected a URL that ends in the name of a file")
+    if is_url(output):
+        try:
+            found = exists(output)
+        except OSError as error:
+            raise RequestError(f"{name}: cannot write the output: {error.strerror or error}") from None
+        if output == source:
+            raise RequestError(f"{name}: the output is the input file")
+    else:
+        path = checked_path("output", output, RequestError)
+        check_apart(path, source)
+        found = path.exists()
+    if file_name(output).lower().endswith(".parquet"):
         _arrow()
-    if path.exists() and not Path(rows_path(output)).exists():
+    if found and not Path(rows).exists():
         raise RequestError(
-            f"{output}: it is there, without the {Path(rows_path(output)).name} of a job that made it; name another "
-            "output, or delete it"
+            f"{name}: it is there, without the {Path(rows).name} of a job that made it; name another output, or delete "
+            "it"
         )
 
 
 def write(source: Path, output: str) -> None:
-    """Writes the table of a finished job's answers, whole or not at all.
+    """Writes what is made of a finished job's answers, whole or not at all.
 
     Args:
       source: the answers as JSONL.
-      output: the table.
+      output: the table, or a URL.
 
     Raises:
       RequestError: it cannot be written.
+      OutputError: it cannot be copied to where it belongs.
     """
+    if is_url(output):
+        with workspace(Path(tempfile.gettempdir())) as folder:
+            made = source
+            if is_table(output):
+                made = folder / file_name(output)
+                write(source, str(made))
+            try:
+                put(made, output)
+            except OSError as error:
+                raise OutputError(
+                    f"{shown_url(output)}: cannot write the output: {error.strerror or error}; all rows are in "
+                    f"{source}, and the same command tries again"
+                ) from None
+        return
     kinds: dict[str, str] = {}
     for row in _answers(source):
         for name, value in row.items():

@@ -57,10 +57,12 @@ def add(verbs: Verbs) -> None:
 
 def _job_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
-        "--input", required=True, help="JSONL file, *.gz or not, - for stdin, or a table: *.parquet, *.csv"
+        "--input",
+        required=True,
+        help="JSONL file, *.gz or not, - for stdin, or a table: *.parquet, *.csv; or its URL (s3://...)",
     )
     verb.add_argument(
-        "--output", required=True, help="JSONL file, *.gz or not, - for stdout, or a table, made at the end"
+        "--output", required=True, help="JSONL file, *.gz or not, - for stdout, or a table, made at the end; or its URL"
     )
     verb.add_argument(
         "--column",
@@ -167,16 +169,19 @@ def _options(args: argparse.Namespace) -> "job.Options":
 
 
 def _about(args: argparse.Namespace) -> dict[str, Any]:
-    return {"model": args.model, "input": args.input, "ordered": args.ordered}
+    from llmjax.outside.urls import shown_url
+
+    return {"model": args.model, "input": shown_url(args.input), "ordered": args.ordered}
 
 
 def _ended(args: argparse.Namespace, summary: "job.Summary", what: str) -> int:
     """Tells how a job ended; returns the exit code."""
+    rows = _rows_file(args)
     if summary.problem:
         print(f"llmjax: {summary.problem}; {_how_to_go_on(args)}", file=sys.stderr)
     print(summary.describe(what), file=sys.stderr)
     if summary.failures:
-        output = "the output" if args.output == "-" else args.output
+        output = "the output" if args.output == "-" else rows
         print(
             "\n  ".join(["llmjax: the first rows that failed:", *summary.failures])
             + f"\n  all of them are in {output}, with their error (jq -c 'select(.error)')",
@@ -184,7 +189,7 @@ def _ended(args: argparse.Namespace, summary: "job.Summary", what: str) -> int:
         )
     if summary.removed:
         print(
-            f"llmjax: answers to rows that have changed or gone were removed; they are in {args.output}.previous",
+            f"llmjax: answers to rows that have changed or gone were removed; they are in {rows}.previous",
             file=sys.stderr,
         )
     if summary.status == "interrupted":
@@ -193,8 +198,17 @@ def _ended(args: argparse.Namespace, summary: "job.Summary", what: str) -> int:
     return 1 if summary.problem or summary.totals.failed else 0
 
 
+def _rows_file(args: argparse.Namespace) -> str:
+    """Where the rows are, whatever is made of them at the end."""
+    from llmjax.batch.tables import rows_path
+    from llmjax.outside.urls import local
+
+    return rows_path(local(args.output))
+
+
 def _how_to_go_on(args: argparse.Namespace) -> str:
-    if not Path(args.output).is_file() and not args.output.endswith(".gz"):
+    output = _rows_file(args)
+    if not Path(output).is_file() and not output.endswith(".gz"):
         return "to go on later, a job needs a file for its output"
     same = "the same command" + (", without --force," if args.force else "")
     return f"{same} goes on from the rows that are done"
