@@ -117,10 +117,10 @@ def kill_often(
     return found
 
 
-def one_process(folder: Path, rows: int) -> bytes:
+def one_process(folder: Path, rows: int, tokens_below: int) -> bytes:
     """The model, the rows, and what one process makes of them."""
     tiny.checkpoint(folder / "model")
-    write_rows(folder / "in.jsonl", rows)
+    write_rows(folder / "in.jsonl", rows, tokens_below)
     finish(start(folder, folder / "one.jsonl"), folder)
     return (folder / "one.jsonl").read_bytes()
 
@@ -129,6 +129,7 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--tokens-below", type=int, default=16, metavar="N", help="tokens of each answer")
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--drivers", type=int, default=3)
     parser.add_argument("--actors", type=int, default=2)
@@ -137,7 +138,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="llmjax-kill-ray-") as name:
         folder, began = Path(name), time.monotonic()
-        expected = one_process(folder, args.rows)
+        expected = one_process(folder, args.rows, args.tokens_below)
         print(f"one process: {time.monotonic() - began:.0f} s", flush=True)
         for actors in args.same:
             began, output = time.monotonic(), folder / f"{actors}.jsonl"
