@@ -81,25 +81,15 @@ class TableLines:
             found = next(rows)
         if twice := sorted({name for name in found if found.count(name) > 1}):
             raise RequestError(f"{path}: two columns are named {shown(twice[0])}")
-        for key, column in columns.items():
-            if key not in keys:
-                raise RequestError(f"--column {key}={column}: a row has no key {key!r}; its keys: {', '.join(keys)}")
-            if column not in found:
-                raise RequestError(f"{path}: no column {shown(column)}; it has {', '.join(map(shown, found))}")
-        taken = {column: key for key, column in columns.items()}
-        self._keys = {name: taken.get(name, name if name in keys and name not in columns else "") for name in found}
-        if not set(self._keys.values()) & {"prompt", "messages", "prompt_token_ids", "text", "token_ids"}:
-            raise RequestError(
-                f"{path}: no column holds what to read; its columns are {', '.join(map(shown, found))}; say which one "
-                f"does: --column {'text' if 'text' in keys else 'prompt'}=COLUMN"
-            )
+        self._keys = keys_of(path, found, columns, keys)
 
     def __iter__(self) -> Iterator[str]:
         """Raises RequestError where it cannot be read on."""
         with self._told(), contextlib.closing(self._rows()) as rows:
             names = next(rows)
+            value = _parsed if self._is_csv else plain
             for values in rows:
-                yield self._line(names, values)
+                yield f"{json.dumps(row_of(names, values, self._keys, value))}\n"
 
     def count(self) -> int:
         """Rows, none of them made into JSON: Parquet knows their number, lines of CSV are told apart."""
@@ -113,19 +103,6 @@ class TableLines:
     def arriving(self, wait: Callable[[], bool]) -> Iterator[str | None]:
         """The same: nothing of a table is still to come."""
         return iter(self)
-
-    def _line(self, names: list[str], values: list[Any]) -> str:
-        row: Row = {}
-        along: Row = {}
-        for name, value in zip(names, values, strict=True):
-            if value is None:
-                continue
-            key = self._keys[name]
-            (row if key else along)[key or name] = _parsed(key, value) if self._is_csv else _plain(value)
-        if along:
-            given = row.get("metadata", {})
-            row["metadata"] = {**along, **(given if isinstance(given, dict) else {"metadata": given})}
-        return f"{json.dumps(row)}\n"
 
     def _rows(self) -> Generator[list[Any], None, None]:
         """The names of the columns, then the cells of each row."""
@@ -170,6 +147,54 @@ class TableLines:
             raise RequestError(f"{self._name}: cannot be read as {kind}: {error}") from None
 
 
+def keys_of(path: str, found: list[str], columns: Mapping[str, str], keys: tuple[str, ...]) -> dict[str, str]:
+    """Of each column the key that it is; empty where it is none.
+
+    Args:
+      path: of the table, for messages.
+      found: the names of its columns.
+      columns: see ``TableLines``.
+      keys: see ``TableLines``.
+
+    Raises:
+      RequestError: a column that is named is not there, or none holds what to read.
+    """
+    for key, column in columns.items():
+        if key not in keys:
+            raise RequestError(f"--column {key}={column}: a row has no key {key!r}; its keys: {', '.join(keys)}")
+        if column not in found:
+            raise RequestError(f"{path}: no column {shown(column)}; it has {', '.join(map(shown, found))}")
+    taken = {column: key for key, column in columns.items()}
+    result = {name: taken.get(name, name if name in keys and name not in columns else "") for name in found}
+    if not set(result.values()) & {"prompt", "messages", "prompt_token_ids", "text", "token_ids"}:
+        raise RequestError(
+            f"{path}: no column holds what to read; its columns are {', '.join(map(shown, found))}; say which one "
+            f"does: --column {'text' if 'text' in keys else 'prompt'}=COLUMN"
+        )
+    return result
+
+
+def row_of(names: list[str], values: list[Any], keys: Mapping[str, str], value_of: Callable[[str, Any], Any]) -> Row:
+    """A row of a table as a job takes it, cells without a value left out.
+
+    Args:
+      names: of the columns.
+      values: of the cells.
+      keys: see ``keys_of``.
+      value_of: for a key and a cell, what it is in JSON.
+    """
+    row: Row = {}
+    along: Row = {}
+    for name, value in zip(names, values, strict=True):
+        if value is not None:
+            key = keys[name]
+            (row if key else along)[key or name] = value_of(key, value)
+    if along:
+        given = row.get("metadata", {})
+        row["metadata"] = {**along, **(given if isinstance(given, dict) else {"metadata": given})}
+    return row
+
+
 def _parsed(key: str, cell: str) -> Any:
     """What a cell of CSV stands for, of a key that is no text: JSON, or else the text."""
     if not key or key in _TEXTS:
@@ -180,8 +205,12 @@ def _parsed(key: str, cell: str) -> Any:
         return cell
 
 
+def plain(key: str, value: Any) -> Any:
+    """A value of Arrow's, of whatever key, as JSON has it."""
+    return _plain(value)
+
+
 def _plain(value: Any) -> Any:
-    """A value of Arrow's as JSON has it."""
     if isinstance(value, float):
         return finite(value)
     if isinstance(value, dict):

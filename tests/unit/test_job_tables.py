@@ -8,7 +8,8 @@ import pyarrow.parquet
 import pytest
 
 from llmjax import LLM
-from llmjax.batch import job, scoring, tables
+from llmjax.batch import job, reading, rows, scoring, tables
+from llmjax.batch.datasets import Answers
 from llmjax.cli.main import main
 from llmjax.errors import RequestError
 from tests import tiny
@@ -167,3 +168,37 @@ def test_types_of_columns(tmp_path):
         "metadata.a": "string", "f": "int64", "metadata": "int64",
     }  # fmt: skip
     assert found["e"].to_pylist() == ['{"x": 1}', '"y"'] and found["d"].to_pylist() == [2**63, 1]
+
+
+def test_a_dataset_is_answered_as_a_job_answers(llm, folder):
+    run(llm, folder / "in.jsonl", folder / "out.jsonl", job.Options(ordered=True))
+    expected = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    answers = Answers(lambda: llm, PARAMS, {"prompt": "question"}, "2026-01-31")
+    table = pyarrow.parquet.read_table(folder / "in.parquet")
+    parts = [answers(table.slice(at, size)).to_pylist() for at, size in ((2, 3), (0, 2), (5, 1))]
+    found = [*parts[1], *parts[0], *parts[2]]
+    for row, answer, before in zip(found, expected, ROWS, strict=True):
+        del answer["metadata"], answer["hash"]  # other columns stay columns
+        assert {n: v for n, v in json.loads(row["row"]).items() if n != "hash"} == answer
+        assert (row["generated_text"], row["generated_tokens"]) == (answer["text"], answer["token_ids"])
+        assert row["finish_reason"] == answer["finish_reason"] and row["error"] is None
+        assert {name: row[name] for name in before} == before
+    bad = [{"id": "a", "question": "x"}, {"id": "a", "question": "y"}, {"id": None, "question": "x"}]
+    errors = [row["error"] for row in answers(pyarrow.Table.from_pylist(bad)).to_pylist()]
+    assert (
+        errors[0] is None and errors[1].startswith("id 'a' was used") and errors[2].startswith("id: expected a string")
+    )
+    for names, message in (
+        (("no", "question"), "no column holds ids"),
+        (("id", "text"), "no column 'question'; it has 'id', 'text'"),
+        (("id", "question", "row"), "has a column 'row' already"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            answers(pyarrow.table({name: ["x"] for name in names}))
+
+
+def test_what_a_table_holds_is_counted_without_reading_its_cells(folder, monkeypatch):
+    monkeypatch.setattr(tables, "row_of", None)
+    for name in ("in.csv", "in.parquet"):
+        with reading.open_lines(str(folder / name), {"prompt": "question"}, ("prompt",)) as lines:
+            assert rows.count_rows(lines, rows.Generating) == 6
