@@ -82,10 +82,12 @@ def connected(cluster: Cluster) -> Iterator[Any]:
     if late or problem:
         reason = last_line(problem[0]) if problem else f"no answer in {_JOIN_SECONDS:.0f} s"
         raise OutputError(f"--ray {address}: no cluster that can be joined: {reason}; nothing was run")
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
+    # On stdout Ray tells, in many words, what a fleet tells in few; rows may go there.
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        try:
+            yield ray
+        finally:
+            ray.shutdown()
 
 
 def _reach(address: str) -> None:
@@ -121,6 +123,6 @@ def last_line(error: BaseException) -> str:
     """What went wrong, of Ray's long accounts of it."""
     cause = getattr(error, "cause", None)
     text = str(cause if isinstance(cause, BaseException) else error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip().partition(" Some common causes")[0] for line in text.splitlines() if line.strip()]
     reasons = [line for line in lines if line.startswith(("The actor is dead because", "Task was killed", "Memory on"))]
     return (reasons or lines or [type(error).__name__])[-1]
