@@ -13,8 +13,8 @@ from llmjax.batch import manifest as manifests
 from llmjax.batch.index import Index
 from llmjax.batch.progress import clock
 from llmjax.batch.reading import open_lines
+from llmjax.batch.results import rows_path
 from llmjax.batch.rows import WHOLE, Generating, Shard, read_rows
-from llmjax.batch.tables import rows_path
 from llmjax.errors import LlmjaxError, NoRoomError, RequestError, TooLongError
 from llmjax.llm import LLM
 from llmjax.outside.paths import checked_path

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmjax.batch import manifest as manifests
-from llmjax.batch import tables
+from llmjax.batch import results
 from llmjax.batch.answering import Here, Runner, Task
 from llmjax.batch.files import claimed, send
 from llmjax.batch.index import Index, Totals, Written
@@ -20,6 +20,7 @@ from llmjax.batch.manifest import Manifest
 from llmjax.batch.progress import PLAIN_SECONDS, Count, Meter, Reporter, rates
 from llmjax.batch.reading import AnyLines, open_lines
 from llmjax.batch.rows import WHOLE, Generating, Shard, Work, count_rows, describe, named
+from llmjax.batch.tables import is_table
 from llmjax.errors import RequestError, ResumeError
 from llmjax.llm import LLM
 from llmjax.outside.urls import local, shown_url
@@ -151,11 +152,11 @@ def run_by(
     source, output = local(source), local(output)
     with contextlib.ExitStack() as stack:
         lines = stack.enter_context(open_lines(source, options.columns, keys))
-        made = output if tables.is_made(output) else None
+        made = output if results.is_made(output) else None
         if made is not None:
-            tables.check_output(output, source)
-            output = tables.rows_path(output)
-            options = dataclasses.replace(options, ordered=options.ordered or tables.is_table(made))
+            results.check_output(output, source)
+            output = results.rows_path(output)
+            options = dataclasses.replace(options, ordered=options.ordered or is_table(made))
         path, stream = stack.enter_context(claimed(output, source))
         began = time.monotonic()
         runner = start(stack)
@@ -165,8 +166,8 @@ def run_by(
         if summary.status == "complete" and not job.count.done:
             where = "" if options.shard == WHOLE else " of this shard"
             warnings.warn(f"{shown_url(source)}: no rows{where} in it, so there was nothing to do", stacklevel=2)
-        elif made is not None and summary.status == "complete":
-            tables.write(path, made)
+        if made is not None and summary.status == "complete":
+            results.write(path, made)
         return summary
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from llmjax.batch.magic import binary_kind
 from llmjax.batch.tables import SUFFIXES, TableLines, is_table
 from llmjax.errors import RequestError, lfs_pointer, shown
 from llmjax.outside.paths import checked_path
@@ -20,18 +21,6 @@ from llmjax.outside.urls import file_name, is_url, opened, shown_url
 _SAMPLE = 1 << 16
 # How long a quiet pipe is left alone before the job looks whether it was told to stop.
 _SECONDS = 0.2
-_MAGIC = {
-    b"PAR1": "a Parquet file",
-    b"ARROW1": "an Arrow file",
-    b"Obj\x01": "an Avro file",
-    b"PK\x03\x04": "a zip archive or a spreadsheet",
-    b"SQLite format 3": "an SQLite database",
-    b"\x28\xb5\x2f\xfd": "a zstd file",
-    b"BZh": "a bzip2 file",
-    b"\xfd7zXZ\x00": "an xz file",
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
-}
 _EXPECTED = 'expected JSONL: UTF-8, an object such as {"prompt": "..."} on each line'
 _TABLES = f" (the name of a table ends in {' or '.join(SUFFIXES)})"
 
@@ -131,13 +120,8 @@ def _without_mark(lines: Iterator[Any]) -> Iterator[Any]:
 
 def _other_kind(begin: bytes) -> str:
     """What a file is that does not begin as JSONL does; empty where it may be JSONL, if not in every line."""
-    for magic, kind in _MAGIC.items():
-        if begin.startswith(magic):
-            return kind
-    if pointer := lfs_pointer(begin):
-        return pointer
-    if b"\0" in begin[:2]:
-        return "UTF-16 text without a byte order mark, or a binary file"
+    if kind := binary_kind(begin) or lfs_pointer(begin):
+        return kind
     text = begin.decode("utf-8", "replace").removeprefix("\ufeff")
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines or (len(lines) == 1 and len(begin) >= _SAMPLE):

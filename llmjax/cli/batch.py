@@ -200,7 +200,7 @@ def _ended(args: argparse.Namespace, summary: "job.Summary", what: str) -> int:
 
 def _rows_file(args: argparse.Namespace) -> str:
     """Where the rows are, whatever is made of them at the end."""
-    from llmjax.batch.tables import rows_path
+    from llmjax.batch.results import rows_path
     from llmjax.outside.urls import local
 
     return rows_path(local(args.output))

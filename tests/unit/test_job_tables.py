@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from llmjax import LLM
-from llmjax.batch import job, reading, rows, scoring, tables
+from llmjax.batch import job, reading, results, rows, scoring, tables
 from llmjax.batch.datasets import Answers
 from llmjax.cli.main import main
 from llmjax.errors import RequestError
@@ -114,6 +114,7 @@ def test_texts_are_scored(llm, folder):
     [
         ({}, "no column holds what to read; its columns are 'id', 'question', .* say which one does: --column prompt="),
         ({"prompt": "Question"}, "no column 'Question'; it has 'id', 'question'"),
+        ({"prompt": "question", "id": "question"}, "'question' is named for two keys; a column can be one"),
         ({"promt": "question"}, "a row has no key 'promt'; its keys: id, custom_id, prompt"),
     ],
 )
@@ -132,6 +133,9 @@ def test_what_a_column_is_must_be_clear(folder, options, message, kind):
         ("x.csv", b"prompt,prompt\na,b\n", "two columns are named 'prompt'"),
         ("x.csv", b"prompt,id\na,1\nb\n", "line 3: expected 2 cells, as there are columns, found 1"),
         ("x.csv", b'prompt\n"a\n', "cannot be read as csv"),
+        ("x.csv", "prompt\na\n".encode("utf-16"), "this is UTF-16 text; expected CSV in UTF-8"),
+        ("x.csv", b"PAR1 no more", "this is a Parquet file; expected CSV"),
+        ("x.csv", b"id;prompt\n1;a\n", "no column holds what to read; .*cells of CSV have commas between them"),
         ("y.csv", None, "cannot read the input: No such file"),
         ("y.parquet", None, "cannot read the input: No such file"),
     ],
@@ -161,7 +165,7 @@ def test_types_of_columns(tmp_path):
         {"a": 1.5, "b": [1.5, None], "c": None, "d": 1, "e": "y", "metadata": 7},
     ]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    tables.write(tmp_path / "x.jsonl", str(tmp_path / "x.parquet"))
+    results.write(tmp_path / "x.jsonl", str(tmp_path / "x.parquet"))
     found = pyarrow.parquet.read_table(tmp_path / "x.parquet")
     assert {f.name: str(f.type) for f in found.schema} == {
         "a": "double", "b": "list<element: double>", "c": "bool", "d": "uint64", "e": "string",
@@ -202,3 +206,59 @@ def test_what_a_table_holds_is_counted_without_reading_its_cells(folder, monkeyp
     for name in ("in.csv", "in.parquet"):
         with reading.open_lines(str(folder / name), {"prompt": "question"}, ("prompt",)) as lines:
             assert rows.count_rows(lines, rows.Generating) == 6
+
+
+def answers_of(llm, folder, table, name="x.parquet"):
+    """A table's answers, by a job."""
+    for old in folder.glob("o.*"):
+        old.unlink()
+    if isinstance(table, str):
+        (folder / name).write_text(table)
+    else:
+        pyarrow.parquet.write_table(table, folder / name)
+    run(llm, folder / name, folder / "o.parquet", job.Options())
+    return pyarrow.parquet.read_table(folder / "o.parquet")
+
+
+def test_columns_of_the_input_never_pass_for_answers(llm, tmp_path):
+    brought = {"error": ["e"] * 2, "model": ["m"] * 2, "metadata.model": ["n"] * 2, "prompt_tokens": [9, 9]}
+    found = answers_of(llm, tmp_path, pyarrow.table({"prompt": ["a", None], **brought}))
+    assert found["error"].to_pylist()[0] is None and "expected exactly one of" in found["error"][1].as_py()
+    assert found["prompt_tokens"].to_pylist() == [1, None]
+    for name, values in brought.items():
+        there = "metadata.metadata.model" if name == "metadata.model" else f"metadata.{name}"
+        assert found[there].to_pylist() == values
+    assert "error" not in answers_of(llm, tmp_path, pyarrow.table({"prompt": ["a"], "error": ["e"]})).column_names
+
+
+def test_values_of_every_type(llm, tmp_path):
+    nanoseconds = pyarrow.array([1, None, 10**9 * 60], pyarrow.timestamp("ns"))
+    columns = {
+        "id": pyarrow.array(["a", "b", "c"]).dictionary_encode(),
+        "prompt": pyarrow.array(["x", "yy", "x"], pyarrow.large_string()).dictionary_encode(),
+        "at": nanoseconds,
+        "for": pyarrow.array([3_000_000_000] * 3, pyarrow.duration("ns")),
+        "big": pyarrow.array([2**63 + 1] * 3, pyarrow.uint64()),
+    }
+    found = answers_of(llm, tmp_path, pyarrow.table(columns))
+    assert found["prompt_tokens"].to_pylist() == [1, 2, 1] and found["id"].to_pylist() == ["a", "b", "c"]
+    assert found["at"].to_pylist() == ["1970-01-01T00:00:00.000000001", None, "1970-01-01T00:01:00"]
+    assert found["for"].to_pylist() == ["0:00:03"] * 3 and found["big"].to_pylist() == [2**63 + 1] * 3
+    # Bytes that are no text are no prompt, but go along.
+    raw = pyarrow.array([b"x", b"\xff"])
+    found = answers_of(llm, tmp_path, pyarrow.table({"prompt": raw, "raw": raw}))
+    assert "half a surrogate pair" in found["error"][1].as_py() and found["raw"].to_pylist() == ["x", "\\xff"]
+
+
+def test_blank_lines_and_tables_without_rows(llm, tmp_path):
+    found = answers_of(llm, tmp_path, "prompt,id\nabc,2\n\nab,1\n\n", "x.csv")
+    assert (found["id"].to_pylist(), found["prompt_tokens"].to_pylist()) == (["2", "1"], [3, 2])
+    with reading.open_lines(str(tmp_path / "x.csv"), {}, ("id", "prompt")) as lines:
+        assert lines.count() == 2
+    for table, name in (
+        ("prompt\n", "x.csv"),
+        (pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), "x.parquet"),
+    ):
+        with pytest.warns(match="no rows in it"):
+            found = answers_of(llm, tmp_path, table, name)
+        assert (found.num_rows, found.column_names) == (0, ["id"])
