@@ -38,7 +38,6 @@ def command(folder: Path, output: Path, *more: str) -> list[str]:
 def start(folder: Path, output: Path, *more: str) -> subprocess.Popen:
     """The job."""
     env = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache"), "JAX_PLATFORMS": "cpu"}
-    env["RAY_worker_niceness"] = "0"  # on a busy machine they would hardly come to anything
     with open(folder / "log", "ab") as log:
         return subprocess.Popen(command(folder, output, *more), env=env, stdout=log, stderr=log)
 

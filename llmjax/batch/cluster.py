@@ -63,6 +63,8 @@ def connected(cluster: Cluster) -> Iterator[Any]:
     if address not in ("local", "auto"):
         _reach(address)
     mine = {"include_dashboard": False, "object_store_memory": _STORE_BYTES} if address == "local" else {}
+    if mine:  # whose workers are what this process is for: they do not stand back behind others
+        os.environ.setdefault("RAY_worker_niceness", "0")
     problem: list[BaseException] = []
 
     def join() -> None:
