@@ -75,9 +75,7 @@ def _read(process: int, name: str) -> bytes:
         return b""
 
 
-def kill_often(
-    folder: Path, rows: int, kills: int, drivers: int, actors: int, seed: int, expected: bytes
-) -> dict[str, int]:
+def kill_often(folder: Path, kills: int, drivers: int, actors: int, seed: int, expected: bytes) -> dict[str, int]:
     """Does it: one kill for each part of the rows that is done.
 
     Returns:
@@ -148,7 +146,7 @@ def main() -> None:
                 raise SystemExit(f"the rows of {actors} workers differ")
             print(f"{actors} workers: equal in every byte, {time.monotonic() - began:.0f} s", flush=True)
         began = time.monotonic()
-        found = kill_often(folder, args.rows, args.kills, args.drivers, args.actors, args.seed, expected)
+        found = kill_often(folder, args.kills, args.drivers, args.actors, args.seed, expected)
         told = ", ".join(f"{count} at {what}" for what, count in sorted(found.items()))
         print(f"{sum(found.values())} kills ({told}): equal in every byte, {time.monotonic() - began:.0f} s")
 
