@@ -84,6 +84,7 @@ class Fleet:
         self._make = load, work, params
         self._retry: collections.deque[_Row] = collections.deque()
         self._deaths = 0  # since a row was done
+        self._ended: RequestError | None = None  # why the input was not read to its end
         self._first: Greeting | None = None
         self._members = [self._hired() for _ in range(count)]
         while self._first is None:
@@ -117,7 +118,8 @@ class Fleet:
     def answer(self, task: Task) -> None:
         """See ``Runner``."""
         self._task, self._more, self._ended = task, True, None
-        later, arriving = _Later(self.work), task.lines.arriving(lambda: not self._busy() and not task.stopped())
+        later: Any = _Later(self.work)
+        arriving = task.lines.arriving(lambda: not self._busy() and not task.stopped())
         self._rows = read_rows(arriving, later, task.index, task.shard, task.date)
         while not task.stopped():
             self._feed()
@@ -146,7 +148,8 @@ class Fleet:
     def _next_rows(self, member: _Member) -> list[_Row]:
         """What a worker is to do next: rows of the dead first."""
         assert member.greeting is not None
-        slots, rows, nbytes = member.greeting.slots, [], 0
+        slots, nbytes = member.greeting.slots, 0
+        rows: list[_Row] = []
         if self._retry:
             deaths = self._retry[0].deaths
             size = max(1, 2 * slots // 4**deaths) if deaths else _ROWS * slots
@@ -215,7 +218,7 @@ class Fleet:
         if self._first is None:
             self._first = greeting
             _say(f"{len(self._members)} workers, each as this one on {greeting.node}:", greeting.told)
-        elif changed := list(differences(*(_facts(g) for g in (self._first, greeting)))):
+        elif changed := list(differences(_facts(self._first), _facts(greeting))):
             first, other = self._first.node, greeting.node
             raise RequestError(
                 "\n  ".join([f"workers on {first} (was) and {other} (now) would not give the same bits:", *changed])

@@ -77,14 +77,16 @@ class Gauge(Protocol):
     """What there is to know of an engine, or of many.
 
     Attributes:
-      slots: rows that are decoded together.
       progress: running counts.
       compile_seconds: that compiling took.
     """
 
-    slots: int
     progress: Progress
     compile_seconds: float
+
+    @property
+    def slots(self) -> int:
+        """Rows that are decoded together."""
 
     def stop(self) -> None:
         """After the step under way."""

@@ -101,7 +101,7 @@ def build(
     for name, value in (("actors", actors), ("rows", rows)):
         check(name, value, integer(1))
     load = functools.partial(LLM, model, **options) if isinstance(model, str | Path) else model
-    made = {"load": load, "params": params, "columns": dict(columns)}
+    made: dict[str, Any] = {"load": load, "params": params, "columns": dict(columns)}
     made["date"] = settled(date).isoformat(timespec="seconds")
 
     def step(dataset: Any) -> Any:

@@ -50,7 +50,8 @@ def opened(path: str | Path) -> Iterator[io.BufferedReader]:
         return
     with _told(path):
         file = _fsspec().open(path, "rb").open()
-    with contextlib.closing(file), io.BufferedReader(_Remote(file, path), _BUFFER) as reader:
+    remote: Any = _Remote(file, path)
+    with contextlib.closing(file), io.BufferedReader(remote, _BUFFER) as reader:
         yield reader
 
 
