@@ -83,6 +83,7 @@ class Fleet:
         )
         self._make = load, work, params
         self._retry: collections.deque[_Row] = collections.deque()
+        self._gathered: list[_Row] = []  # for the next task
         self._deaths = 0  # since a row was done
         self._ended: RequestError | None = None  # why the input was not read to its end
         self._first: Greeting | None = None
@@ -130,12 +131,12 @@ class Fleet:
             raise self._ended
 
     def _busy(self) -> bool:
-        return bool(self._retry) or any(member.rows for member in self._members)
+        return bool(self._retry or self._gathered) or any(member.rows for member in self._members)
 
     def _feed(self) -> None:
         for member in self._members:
             if member.pending is None and not self._task.stopped() and (rows := self._next_rows(member)):
-                member.rows = {row.row.line: row for row in rows}
+                member.rows, self._gathered = {row.row.line: row for row in rows}, []
                 sent = [self._sent(row.row) for row in rows]
                 answer = member.actor.answer.options(num_returns="streaming")
                 member.pending = answer.remote(sent, self._task.date, self._task.retry_errors)
@@ -148,8 +149,7 @@ class Fleet:
     def _next_rows(self, member: _Member) -> list[_Row]:
         """What a worker is to do next: rows of the dead first."""
         assert member.greeting is not None
-        slots, nbytes = member.greeting.slots, 0
-        rows: list[_Row] = []
+        slots, rows, nbytes = member.greeting.slots, self._gathered, 0
         if self._retry:
             deaths = self._retry[0].deaths
             size = max(1, 2 * slots // 4**deaths) if deaths else _ROWS * slots
@@ -217,7 +217,7 @@ class Fleet:
             raise RequestError(f"the worker on {greeting.node} has llmjax {theirs}, and this process {mine}")
         if self._first is None:
             self._first = greeting
-            _say(f"{len(self._members)} workers, each as this one on {greeting.node}:", greeting.told)
+            _say(f"workers, {len(self._members)} in all, are as the first one, on {greeting.node}:", greeting.told)
         elif changed := list(differences(_facts(self._first), _facts(greeting))):
             first, other = self._first.node, greeting.node
             raise RequestError(
@@ -234,7 +234,7 @@ class Fleet:
             self._task.sink.append(written, text, line)
             del member.rows[line]
         for name, more in piece.count.items():
-            setattr(count, name, (getattr(count, name) or 0) + more)
+            setattr(count, name, getattr(count, name) + more)
         for name, added in piece.progress.items():
             shared = share if name.endswith(("_seconds", "_steps")) else 1
             setattr(self.progress, name, getattr(self.progress, name) + added * shared)

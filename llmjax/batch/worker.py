@@ -157,7 +157,8 @@ class _Meter:
     def piece(self, out: _Collected) -> Piece:
         """What is new, which ``out`` then no longer has."""
         kept, done, out.kept, out.done = out.kept, out.done, [], []
-        count = self._added("rows", dataclasses.asdict(dataclasses.replace(self.count, total=0, under_way=0)))
+        rows = {n: v for n, v in dataclasses.asdict(self.count).items() if n not in ("total", "under_way")}
+        count = self._added("rows", rows)
         progress = self._added("", dataclasses.asdict(self._engine.progress), self._engine.compile_seconds)
         compiled = progress.pop("compile_seconds")
         return Piece(kept, done, {n: int(v) for n, v in count.items()}, self.count.under_way, progress, compiled)

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import random
+import threading
+import time
 
 import pytest
 
@@ -279,6 +282,28 @@ def test_texts_are_scored_by_workers(run, folder, llm):
     assert (folder / "out.jsonl").read_bytes() == (folder / "one.jsonl").read_bytes()
     summaries = [json.loads((folder / f"{n}.jsonl.manifest.json").read_text())["summary"] for n in ("out", "one")]
     assert summaries[0] == summaries[1] and summaries[0]["rows"] == 20
+
+
+def test_a_pipe_that_stays_open_is_answered_line_by_line(llm, folder, monkeypatch):
+    monkeypatch.setattr(ray, "connected", lambda _: tiny_context(Remote()))
+    os.mkfifo(folder / "fifo")
+    output, seen = folder / "out.jsonl", []
+
+    def write():
+        with open(folder / "fifo", "w") as pipe:
+            for i in range(4):
+                pipe.write(json.dumps({"id": f"r{i}", "prompt": "ab"}) + "\n")
+                pipe.flush()
+                until = time.monotonic() + 20
+                while time.monotonic() < until and (not output.exists() or output.read_bytes().count(b"\n") <= i):
+                    time.sleep(0.01)
+                seen.append(output.read_bytes().count(b"\n"))
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    summary = ray.run(lambda: llm, str(folder / "fifo"), str(output), PARAMS, QUIET, cluster=Cluster(actors=2))
+    writer.join()
+    assert seen == [1, 2, 3, 4] and summary.totals.rows == 4
 
 
 def test_how_many_workers():
