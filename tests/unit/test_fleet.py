@@ -182,7 +182,7 @@ class tiny_context:
         pass
 
 
-@pytest.mark.parametrize("actors", [1, 2, 4])
+@pytest.mark.parametrize("actors", tiny.some([2], [1, 2, 4]))
 def test_any_number_of_workers_writes_what_one_process_does(run, folder, whole, actors):
     cluster = Remote()
     summary = run(cluster, actors)
@@ -275,6 +275,7 @@ def test_workers_that_differ(run, folder, llm):
         run(Differing())
 
 
+@pytest.mark.slow  # what scoring compiles
 def test_texts_are_scored_by_workers(run, folder, llm):
     (folder / "in.jsonl").write_text("".join(json.dumps({"id": i, "text": "ab" * (i + 1)}) + "\n" for i in range(20)))
     run(Remote(), params=None, work=scoring.Scoring)
