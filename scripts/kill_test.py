@@ -27,12 +27,12 @@ sys.path.insert(0, str(ROOT))
 from tests import tiny  # noqa: E402
 
 
-def write_rows(path: Path, count: int) -> None:
+def write_rows(path: Path, count: int, tokens_below: int = 120) -> None:
     """Rows of every kind: texts, ids, OpenAI's form, bad ones, an id used twice."""
     rng = np.random.default_rng(1)
     rows: list[str] = []
     for i in range(count):
-        length, tokens = int(rng.integers(1, 40)), int(rng.integers(1, 120))
+        length, tokens = int(rng.integers(1, 40)), int(rng.integers(1, tokens_below))
         text = "".join(map(chr, rng.integers(97, 123, length)))
         if i % 10 == 3:
             body = {"model": "m", "prompt": text, "max_tokens": tokens, "logprobs": 2}

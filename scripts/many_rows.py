@@ -1,11 +1,14 @@
 """Peak memory of a batch job of few rows against one of many: it must not grow with their number.
 
     python scripts/many_rows.py --rows 1000 100000
+    python scripts/many_rows.py --rows 1000 100000 --table parquet
 
 A tiny model of random weights answers each row with one token.
 """
 
 import argparse
+import csv
+import itertools
 import json
 import os
 import resource
@@ -21,13 +24,34 @@ sys.path.insert(0, str(ROOT))
 from tests import tiny  # noqa: E402
 
 
-def measure(folder: Path, rows: int, resume: bool) -> tuple[float, float]:
+def write(source: Path, rows: int) -> None:
+    """The input, as JSONL or a table."""
+    made = ({"id": f"row number {i}", "prompt": f"{i} bottles", "max_tokens": 1} for i in range(rows))
+    if source.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        schema = pyarrow.schema(
+            [("id", pyarrow.string()), ("prompt", pyarrow.string()), ("max_tokens", pyarrow.int64())]
+        )
+        with pyarrow.parquet.ParquetWriter(source, schema) as writer:
+            while part := list(itertools.islice(made, 10_000)):
+                writer.write_table(pyarrow.Table.from_pylist(part, schema))
+        return
+    with open(source, "w", newline="") as file:
+        if source.suffix == ".csv":
+            table = csv.DictWriter(file, ("id", "prompt", "max_tokens"))
+            table.writeheader()
+            table.writerows(made)
+        else:
+            file.writelines(json.dumps(row) + "\n" for row in made)
+
+
+def measure(folder: Path, rows: int, resume: bool, kind: str) -> tuple[float, float]:
     """Peak resident memory of the job's process in bytes, and its seconds."""
-    source = folder / f"{rows}.jsonl"
-    with open(source, "w") as file:
-        for i in range(rows):
-            file.write(json.dumps({"id": f"row number {i}", "prompt": f"{i} bottles", "max_tokens": 1}) + "\n")
-    flags = ["--model", str(folder / "model"), "--input", str(source), "--output", str(folder / f"{rows}.out.jsonl")]
+    source = folder / f"{rows}.{kind}"
+    write(source, rows)
+    flags = ["--model", str(folder / "model"), "--input", str(source), "--output", str(folder / f"{rows}.out.{kind}")]
     command = [sys.executable, __file__, "--child", *flags, "--ordered", "--max-batch", "32", "--progress-seconds", "0"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
     for _ in range(2 if resume else 1):
@@ -49,12 +73,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 100_000])
     parser.add_argument("--resume", action="store_true", help="start each job again and measure that")
+    parser.add_argument(
+        "--table", choices=("jsonl", "csv", "parquet"), default="jsonl", help="what rows come and go in"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="llmjax-rows-") as folder:
         tiny.checkpoint(Path(folder) / "model")
-        measure(Path(folder), 10, resume=False)  # compiling takes more memory than all else: no job measured does it
+        measure(
+            Path(folder), 10, False, args.table
+        )  # compiling takes more memory than all else: no job measured does it
         for rows in args.rows:
-            peak, seconds = measure(Path(folder), rows, args.resume)
+            peak, seconds = measure(Path(folder), rows, args.resume, args.table)
             print(f"{rows:,} rows: peak {peak / 1e6:.0f} MB, {seconds:.0f} s", flush=True)
 
 

@@ -13,11 +13,12 @@ from llmjax.batch import manifest as manifests
 from llmjax.batch.index import Index
 from llmjax.batch.progress import clock
 from llmjax.batch.reading import open_lines
+from llmjax.batch.results import rows_path
 from llmjax.batch.rows import WHOLE, Generating, Shard, read_rows
-from llmjax.batch.tables import rows_path
 from llmjax.errors import LlmjaxError, NoRoomError, RequestError, TooLongError
 from llmjax.llm import LLM
 from llmjax.outside.paths import checked_path
+from llmjax.outside.urls import local
 from llmjax.runtime.asking import Params
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.schedule import no_room
@@ -100,6 +101,7 @@ def run(
       LlmjaxError: the input cannot be read, or from ``load``.
     """
     report, index = Forecast(), Index()
+    source, output = local(source), local(output)
     begun = None if output == "-" else _begun(checked_path("output", rows_path(output), RequestError))
     date = manifests.job_date(date, begun)
     with open_lines(source, columns, Generating.keys) as lines, contextlib.closing(index):

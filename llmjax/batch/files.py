@@ -10,6 +10,7 @@ from typing import IO
 
 from llmjax.errors import RequestError
 from llmjax.outside.paths import checked_path
+from llmjax.outside.urls import is_url
 from llmjax.outside.whole import locked, workspace
 
 
@@ -23,7 +24,7 @@ def send(stream: IO[bytes], data: bytes) -> None:
 
 def check_apart(path: Path, source: str) -> None:
     """Raises RequestError where the output's path is the input's file."""
-    if source != "-" and path.exists() and os.path.samefile(path, source):
+    if source != "-" and not is_url(source) and path.exists() and os.path.samefile(path, source):
         raise RequestError(f"{path}: the output is the input file")
 
 

@@ -5,12 +5,13 @@ import dataclasses
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from llmjax.batch import manifest as manifests
-from llmjax.batch import tables
+from llmjax.batch import results
+from llmjax.batch.answering import Here, Runner, Task
 from llmjax.batch.files import claimed, send
 from llmjax.batch.index import Index, Totals, Written
 from llmjax.batch.interrupts import Interrupts
@@ -18,23 +19,12 @@ from llmjax.batch.journal import SYNC_SECONDS, Journal
 from llmjax.batch.manifest import Manifest
 from llmjax.batch.progress import PLAIN_SECONDS, Count, Meter, Reporter, rates
 from llmjax.batch.reading import AnyLines, open_lines
-from llmjax.batch.rows import (
-    WHOLE,
-    Generating,
-    InputRow,
-    Shard,
-    Work,
-    count_rows,
-    describe,
-    named,
-    read_rows,
-    row_error,
-)
+from llmjax.batch.rows import WHOLE, Generating, Shard, Work, count_rows, describe, named
+from llmjax.batch.tables import is_table
 from llmjax.errors import RequestError, ResumeError
 from llmjax.llm import LLM
+from llmjax.outside.urls import local, shown_url
 from llmjax.runtime.asking import Params
-from llmjax.runtime.params import SamplingParams
-from llmjax.runtime.row import Request, Requests
 from llmjax.text.dates import Date, settled
 
 # Rows that failed are many or few; so many are named.
@@ -122,9 +112,9 @@ def run(
 
     Args:
       load: makes the LLM; called when the files are known to be in order.
-      source: path of the input, ``-`` for stdin.
-      output: path of the output, ``-`` for stdout; what is no regular file cannot be resumed.  A table
-        (``llmjax.batch.tables``) is written when all rows are done, in the order of the input.
+      source: path or URL of the input, ``-`` for stdin.
+      output: path or URL of the output, ``-`` for stdout; what is no regular file cannot be resumed.  A table
+        (``llmjax.batch.tables``) is written when all rows are done, in the order of the input; a URL is, too.
       params: what rows do not set, see ``LLM.sampling_params``.
       options: see there.
       about: noted in the manifest.
@@ -135,68 +125,86 @@ def run(
       ResumeError: the output belongs to another job, or one is at work on it.
       LlmjaxError: from ``load``.
     """
+    return run_by(lambda stack: Here(work(load(), params)), source, output, options, about, work.keys)
+
+
+def run_by(
+    start: Callable[[contextlib.ExitStack], Runner],
+    source: str,
+    output: str,
+    options: Options,
+    about: dict[str, Any] | None,
+    keys: tuple[str, ...],
+) -> Summary:
+    """The same, whoever answers the rows.
+
+    Args:
+      start: has them ready, when the files are known to be in order; what is to be done at the end goes on the stack.
+      source: see ``run``.
+      output: see ``run``.
+      options: see ``run``.
+      about: see ``run``.
+      keys: what a row may hold.
+
+    Raises:
+      LlmjaxError: see ``run``.
+    """
+    source, output = local(source), local(output)
     with contextlib.ExitStack() as stack:
-        lines = stack.enter_context(open_lines(source, options.columns, work.keys))
-        table = output if tables.is_table(output) else None
-        if table is not None:
-            tables.check_output(output, source)
-            output, options = tables.rows_path(output), dataclasses.replace(options, ordered=True)
+        lines = stack.enter_context(open_lines(source, options.columns, keys))
+        made = output if results.is_made(output) else None
+        if made is not None:
+            results.check_output(output, source)
+            output = results.rows_path(output)
+            options = dataclasses.replace(options, ordered=options.ordered or is_table(made))
         path, stream = stack.enter_context(claimed(output, source))
         began = time.monotonic()
-        llm = load()
-        job = _Job(work(llm, params), path, stream, options, time.monotonic() - began)
+        runner = start(stack)
+        job = _Job(runner, path, stream, options, time.monotonic() - began)
         with contextlib.closing(job.index):
             summary = job.run(lines, output, about or {})
         if summary.status == "complete" and not job.count.done:
             where = "" if options.shard == WHOLE else " of this shard"
-            warnings.warn(f"{source}: no rows{where} in it, so there was nothing to do", stacklevel=2)
-        elif table is not None and summary.status == "complete":
-            tables.write(path, table)
+            warnings.warn(f"{shown_url(source)}: no rows{where} in it, so there was nothing to do", stacklevel=2)
+        if made is not None and summary.status == "complete":
+            results.write(path, made)
         return summary
-
-
-class _RunEnded(Exception):
-    """The engine failed: ``error`` says how."""
-
-    def __init__(self, error: BaseException):
-        self.error = error
 
 
 class _Job:
     def __init__(
         self,
-        work: Work,
+        runner: Runner,
         path: Path,
         stream: IO[bytes] | None,
         options: Options,
         load_seconds: float,
     ):
-        self.work, self.llm, self.path, self.stream, self.options = work, work.llm, path, stream, options
+        self.runner, self.path, self.stream, self.options = runner, path, stream, options
         self.index = Index()
         self.count = Count()
         self.summary = Summary()
         self.load_seconds = load_seconds
-        self.waiting: dict[str, InputRow] = {}  # rows that the engine has
-        self.ended: Exception | None = None  # why the input was not read to its end
 
     def run(self, lines: AnyLines, output: str, about: dict[str, Any]) -> Summary:
         fresh = self.options.force or self.stream is not None
         found = None if fresh else manifests.read(self.path)
         self.date = manifests.job_date(self.options.date, found)
-        job = self.work.identity(self.options.shard, self.date)
+        job = self.runner.identity(self.options.shard, self.date)
         manifest = Manifest(job) if fresh else manifests.going_on(self.path, job, found)
         manifest.status, manifest.about = "running", about
-        began, meter = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), Meter(self.llm.engine)
+        began, meter = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), Meter(self.runner.engine)
         try:
             # Before the manifest: rows that are thrown away must never be found beside the one of this job.
-            journal = Journal(self.path, self.index, functools.partial(describe, work=self.work), fresh=fresh)
+            journal = Journal(self.path, self.index, functools.partial(describe, work=self.runner.work), fresh=fresh)
+            self.journal = journal
             with contextlib.closing(journal):
                 self._write(manifest)
-                self.count.total = count_rows(lines, self.work, self.options.shard)
+                self.count.total = count_rows(lines, self.runner.work, self.options.shard)
                 self._answer(lines, journal)
                 self.summary.failures = [named(row) for row in journal.failed(_NAMED)]
                 if self.summary.status == "complete":
-                    self.summary.results = self.work.summary(journal.rows(ordered=True))
+                    self.summary.results = self.runner.work.summary(journal.rows(ordered=True))
         except BrokenPipeError:
             raise
         except KeyboardInterrupt:
@@ -238,23 +246,18 @@ class _Job:
 
     def _answer(self, lines: AnyLines, journal: Journal) -> None:
         with (
-            Interrupts(self.llm.engine.stop) as interrupts,
+            Interrupts(self.runner.engine.stop) as interrupts,
             Reporter(
-                self.llm.engine,
+                self.runner.engine,
                 self.count,
                 functools.partial(journal.sync, SYNC_SECONDS),
                 seconds=self.options.progress_seconds,
             ),
         ):
-            requests = self._requests(lines, journal, interrupts)
-            while True:
-                try:
-                    self._run(requests, journal)
-                    break
-                except _RunEnded as ended:
-                    self._one_by_one(journal, ended.error, interrupts)
-        if self.ended is not None:
-            raise self.ended
+            options, asked = self.options, lambda: interrupts.asked
+            self.runner.answer(
+                Task(lines, self.index, self, self.count, options.shard, self.date, options.retry_errors, asked)
+            )
         if not interrupts.asked:
             self.summary.removed = self._finish(journal)
         if self.stream is not None and self.options.ordered:
@@ -266,117 +269,24 @@ class _Job:
                 raise
         self.summary.status = "interrupted" if interrupts.asked else "complete"
 
-    def _run(self, requests: Requests, journal: Journal) -> None:
-        with contextlib.closing(self.work.outputs(requests)) as outputs:
-            while (output := _next(outputs)) is not None:
-                row = self.waiting.pop(output.request_id)
-                if output.error is not None:
-                    self._append(journal, *row._replace(error=output.error).failure(), row.line)
-                    continue
-                self.count.answered += 1
-                self.count.answer_tokens += sum(len(c.token_ids) for c in output.outputs)
-                try:
-                    answer = row.answer(output, self.llm)
-                except BaseException as error:
-                    answer = row._replace(error=row_error(error)).failure()
-                self._append(journal, *answer, row.line)
+    def known(self, key: bytes) -> Written | None:
+        """See ``Sink``."""
+        return self.index.get(key)
 
-    def _one_by_one(self, journal: Journal, error: BaseException, interrupts: Interrupts) -> None:
-        """After a row made the engine fail (numbers that overflow, say): runs those that were under way alone, to tell
-        which.
+    def keep(self, key: bytes, line: int) -> None:
+        """See ``Sink``."""
+        self.index.keep(key, line)
 
-        Raises:
-          BaseException: ``error``, where the engine answers nothing any more, so that it is not the row.
-        """
-        failed = []
-        rows = list(self.waiting.values())
-        for row in rows:
-            try:
-                self._run((r for r in [row.request] if r is not None and not interrupts.asked), journal)
-            except _RunEnded as again:
-                failed.append(row._replace(error=row_error(again.error)))
-        if interrupts.asked:
-            return
-        if not rows or (len(failed) == len(rows) and not self._is_sound()):
-            raise error
-        for row in failed:
-            del self.waiting[str(row.row_id)]
-            self._append(journal, *row.failure(), row.line)
-
-    def _is_sound(self) -> bool:
-        """Whether the engine answers the shortest of prompts."""
-        tokenizer = self.llm.model.tokenizer
-        prompt = [(tokenizer and tokenizer.bos_id) or 0]
-        try:
-            return any(self.llm.outputs([self.llm.request(prompt, SamplingParams(max_tokens=1), request_id="probe")]))
-        except Exception:
-            return False
-
-    def _requests(self, lines: AnyLines, journal: Journal, interrupts: Interrupts) -> Iterator[Request | None]:
-        """The rows that are to be run; on the way, those that need not or cannot be are done with.
-
-        What goes wrong in between is no fault of the engine that asks for them: ``ended`` keeps it.
-        """
-        try:
-            yield from self._rows_to_run(lines, journal, interrupts)
-        except RequestError as error:  # of an input that cannot be read on, the rows under way are answered
-            self.ended = error
-        except Exception as error:
-            self.ended = error
-            self.llm.engine.stop()
-
-    def _rows_to_run(self, lines: AnyLines, journal: Journal, interrupts: Interrupts) -> Iterator[Request | None]:
-        arriving = lines.arriving(lambda: not self.waiting and not interrupts.asked)
-        for row in read_rows(arriving, self.work, self.index, self.options.shard, self.date):
-            if interrupts.asked:
-                return
-            if row is None:
-                yield None
-            elif self._is_done(row):
-                self.index.keep(row.key, row.line)
-                self.count.kept += 1
-                self.count.done += 1
-            elif row.request is None:
-                if self.work.in_order and self.waiting:
-                    yield None  # those before it are done with first
-                self._append(journal, *row.failure(), row.line)
-            else:
-                self.waiting[row.request.request_id] = row
-                self.count.under_way = len(self.waiting)
-                self.count.begin(row.request)
-                yield row.request
-
-    def _is_done(self, row: InputRow) -> bool:
-        known = self.index.get(row.key)
-        if known is None or known.content != row.content:
-            return False
-        return not (known.failed and row.request is not None and self.options.retry_errors)
-
-    def _append(self, journal: Journal, row: Written, text: bytes, line: int) -> None:
+    def append(self, row: Written, text: bytes, line: int) -> None:
+        """See ``Sink``."""
         if self.stream is not None and not self.options.ordered:
             send(self.stream, text)
-        journal.append(row, text, line)
-        self.count.done += 1
-        self.count.under_way = len(self.waiting)
+        self.journal.append(row, text, line)
 
     def _finish(self, journal: Journal) -> bool:
-        assert not self.waiting, "the engine ended without these rows"
         if journal.lines and not self.index.totals(everything=False).rows:
             raise ResumeError(
                 f"{self.path}: none of its {journal.lines} rows is in the input, which has no others; is it the right "
                 "input? The rows are left as they are"
             )
         return self.stream is None and journal.finish(ordered=self.options.ordered)
-
-
-def _next(outputs: Iterator[Any]) -> Any:
-    """The next answer of the engine, None after the last.
-
-    Raises:
-      _RunEnded: it failed.
-    """
-    try:
-        return next(outputs, None)
-    except BaseException as error:
-        row_error(error)
-        raise _RunEnded(error) from error

@@ -7,9 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
-from llmjax.runtime.engine import Engine
+from llmjax.runtime.progress import Progress
 from llmjax.runtime.row import Request
 
 # A log file wants few lines, a person wants motion.
@@ -43,6 +43,11 @@ class Count:
     answered: int = 0
     answer_tokens: int = 0
 
+    def keep(self) -> None:
+        """Counts a row that an earlier run had done."""
+        self.kept += 1
+        self.done += 1
+
     def begin(self, request: Request) -> None:
         """Counts a row that goes into the engine."""
         self.begun += 1
@@ -68,10 +73,29 @@ class Count:
         )
 
 
+class Gauge(Protocol):
+    """What there is to know of an engine, or of many.
+
+    Attributes:
+      progress: running counts.
+      compile_seconds: that compiling took.
+    """
+
+    progress: Progress
+    compile_seconds: float
+
+    @property
+    def slots(self) -> int:
+        """Rows that are decoded together."""
+
+    def stop(self) -> None:
+        """After the step under way."""
+
+
 class Meter:
     """What an engine has done since this was made."""
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Gauge):
         self._engine = engine
         self._began, self._compiled = time.monotonic(), engine.compile_seconds
         self._counted = dataclasses.asdict(engine.progress)
@@ -105,7 +129,7 @@ class Reporter:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Gauge,
         count: Count,
         also: Callable[[], None],
         *,

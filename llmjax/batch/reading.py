@@ -11,26 +11,16 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from llmjax.batch.magic import binary_kind
 from llmjax.batch.tables import SUFFIXES, TableLines, is_table
 from llmjax.errors import RequestError, lfs_pointer, shown
 from llmjax.outside.paths import checked_path
+from llmjax.outside.urls import file_name, is_url, opened, shown_url
 
 # Of the beginning, what is looked at to tell what an input is.
 _SAMPLE = 1 << 16
 # How long a quiet pipe is left alone before the job looks whether it was told to stop.
 _SECONDS = 0.2
-_MAGIC = {
-    b"PAR1": "a Parquet file",
-    b"ARROW1": "an Arrow file",
-    b"Obj\x01": "an Avro file",
-    b"PK\x03\x04": "a zip archive or a spreadsheet",
-    b"SQLite format 3": "an SQLite database",
-    b"\x28\xb5\x2f\xfd": "a zstd file",
-    b"BZh": "a bzip2 file",
-    b"\xfd7zXZ\x00": "an xz file",
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
-}
 _EXPECTED = 'expected JSONL: UTF-8, an object such as {"prompt": "..."} on each line'
 _TABLES = f" (the name of a table ends in {' or '.join(SUFFIXES)})"
 
@@ -53,7 +43,7 @@ class Lines:
         self._begin = file.tell() if self.repeatable else 0
         begin = self._peek()
         # A pipe's name tells nothing, but no JSON begins with gzip's first byte.
-        self._zipped = begin[:1] == b"\x1f" or path.endswith(".gz")
+        self._zipped = begin[:1] == b"\x1f" or file_name(path).endswith(".gz")
         if self._zipped:
             with contextlib.suppress(zlib.error):  # told where it is read
                 begin = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32).decompress(begin, _SAMPLE)
@@ -75,6 +65,10 @@ class Lines:
         except (EOFError, OSError, zlib.error) as error:
             message = f"{self._path}: cannot read on, the file is damaged or was cut short: {error}"
             raise RequestError(message) from None
+
+    def count(self) -> int:
+        """Those that are not blank."""
+        return sum(1 for line in self if line.strip())
 
     def arriving(self, wait: Callable[[], bool]) -> Iterator[str | None]:
         """The lines as they come; None where a pipe has none at the moment and ``wait`` says that there is other work.
@@ -126,13 +120,8 @@ def _without_mark(lines: Iterator[Any]) -> Iterator[Any]:
 
 def _other_kind(begin: bytes) -> str:
     """What a file is that does not begin as JSONL does; empty where it may be JSONL, if not in every line."""
-    for magic, kind in _MAGIC.items():
-        if begin.startswith(magic):
-            return kind
-    if pointer := lfs_pointer(begin):
-        return pointer
-    if b"\0" in begin[:2]:
-        return "UTF-16 text without a byte order mark, or a binary file"
+    if kind := binary_kind(begin) or lfs_pointer(begin):
+        return kind
     text = begin.decode("utf-8", "replace").removeprefix("\ufeff")
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines or (len(lines) == 1 and len(begin) >= _SAMPLE):
@@ -165,8 +154,8 @@ AnyLines = Lines | TableLines
 def open_lines(
     path: str, columns: Mapping[str, str] = MappingProxyType({}), keys: tuple[str, ...] = ()
 ) -> Iterator[AnyLines]:
-    """The lines of a text file, a gzip one, a pipe, or stdin for ``-``; opened once: what was read of a pipe is gone.
-    Of a table, the lines that it stands for.
+    """The lines of a text file, a gzip one, a pipe, a URL, or stdin for ``-``; opened once: what was read of a pipe is
+    gone.  Of a table, the lines that it stands for.
 
     Args:
       path: of the input.
@@ -181,16 +170,16 @@ def open_lines(
         return
     if columns:
         raise RequestError(
-            f"{path}: columns are named, and it is no table: its name would end in {' or '.join(SUFFIXES)}"
+            f"{shown_url(path)}: columns are named, and it is no table: its name would end in {' or '.join(SUFFIXES)}"
         )
     if path == "-":
         if sys.stdin is None:
             raise RequestError("-: cannot read the input: stdin is closed")
         yield Lines(sys.stdin.buffer, path)  # type: ignore[arg-type]
         return
-    try:
-        file = open(checked_path("input", path, RequestError), "rb")
-    except OSError as error:
-        raise RequestError(f"{path}: cannot read the input: {error.strerror}") from None
-    with file:
-        yield Lines(file, path)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(opened(path if is_url(path) else checked_path("input", path, RequestError)))
+        except OSError as error:
+            raise RequestError(f"{shown_url(path)}: cannot read the input: {error.strerror or error}") from None
+        yield Lines(file, shown_url(path))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from llmjax.batch import native, openai
 from llmjax.batch.identity import identity
-from llmjax.batch.index import Index, Written, digest
+from llmjax.batch.index import Written, digest
 from llmjax.batch.question import Question, check_text_id, checked_json
 from llmjax.batch.reading import AnyLines
 from llmjax.errors import LlmjaxError, RequestError, ResumeError
@@ -58,6 +58,7 @@ class InputRow(NamedTuple):
 
     Attributes:
       line: its number, from 1.
+      text: it as it stands there.
       row_id: its id as it stands there, or the line's number; None where the line is no JSON.
       form: the module that reads and writes rows of its kind.
       metadata: what its answer is to repeat; None for nothing.
@@ -69,6 +70,7 @@ class InputRow(NamedTuple):
     """
 
     line: int
+    text: str
     row_id: str | int | None
     form: ModuleType
     metadata: Any
@@ -120,7 +122,8 @@ class Work(Protocol):
     def identity(self, shard: Shard, date: str) -> dict[str, Any]:
         """Everything that fixes the answers, by name, as JSON would hold it."""
 
-    def form(self, row: dict[str, Any]) -> ModuleType:
+    @staticmethod
+    def form(row: dict[str, Any]) -> ModuleType:
         """The module that reads and writes rows of this kind (``native`` shows what is in one)."""
 
     def request(self, question: Any, row_id: str, date: Date | None) -> Request:
@@ -129,8 +132,13 @@ class Work(Protocol):
     def outputs(self, requests: Requests) -> Generator[Any, None, None]:
         """What becomes of each request, in any order, with its ``request_id`` and the ``error`` if it failed."""
 
-    def summary(self, rows: Iterator[bytes]) -> dict[str, Any]:
+    @staticmethod
+    def summary(rows: Iterator[bytes]) -> dict[str, Any]:
         """Of all rows of a finished output, for the manifest; empty for none."""
+
+
+# For what hangs on no model: the forms of rows.
+AnyWork = Work | type[Work]
 
 
 class Generating:
@@ -151,7 +159,8 @@ class Generating:
         """See ``Work``."""
         return identity(self.llm, self.params, str(shard), date)
 
-    def form(self, row: dict[str, Any]) -> ModuleType:
+    @staticmethod
+    def form(row: dict[str, Any]) -> ModuleType:
         """See ``Work``."""
         return openai if openai.is_form(row) else native
 
@@ -167,13 +176,21 @@ class Generating:
         """See ``Work``."""
         return self.llm.outputs(requests, reserve=[RESERVE] * self.llm.engine.slots)
 
-    def summary(self, rows: Iterator[bytes]) -> dict[str, Any]:
+    @staticmethod
+    def summary(rows: Iterator[bytes]) -> dict[str, Any]:
         """See ``Work``."""
         return {}
 
 
+class Ids(Protocol):
+    """Ids that earlier rows had."""
+
+    def is_new(self, row_id: str) -> bool:
+        """Whether none had this one, which is one of them now."""
+
+
 def read_rows(
-    lines: Iterable[str | None], work: Work, index: Index, shard: Shard = WHOLE, date: Date | None = None
+    lines: Iterable[str | None], work: Work, index: Ids, shard: Shard = WHOLE, date: Date | None = None
 ) -> Iterator[InputRow | None]:
     """Parses lines one by one; blank ones are skipped, bad ones become rows with an error.
 
@@ -196,20 +213,22 @@ def read_rows(
             continue
         number += 1
         if line.strip():
-            row = _read(number, line, work, index, shard, date)
+            row = read_row(number, line, work, index, shard, date)
             if row is not None:
                 yield row
 
 
-def count_rows(lines: AnyLines, work: Work, shard: Shard = WHOLE) -> int | None:
+def count_rows(lines: AnyLines, work: AnyWork, shard: Shard = WHOLE) -> int | None:
     """Rows of an input; None for a pipe, which can be read but once."""
     if not lines.repeatable:
         return None
+    if shard == WHOLE:
+        return lines.count()
     filled = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
-    return sum(1 for number, line in filled if shard == WHOLE or shard.has(_shard_id(number, line, work)))
+    return sum(1 for number, line in filled if shard.has(_shard_id(number, line, work)))
 
 
-def _shard_id(number: int, line: str, work: Work) -> str:
+def _shard_id(number: int, line: str, work: AnyWork) -> str:
     try:
         row = parse_object(line)
         return str(work.form(row).row_id(row, number))
@@ -231,7 +250,10 @@ def row_error(error: BaseException) -> LlmjaxError:
     return error if isinstance(error, LlmjaxError) else RequestError(f"{type(error).__name__}: {error}")
 
 
-def _read(number: int, line: str, work: Work, index: Index, shard: Shard, date: Date | None) -> InputRow | None:
+def read_row(
+    number: int, line: str, work: Work, index: Ids, shard: Shard = WHOLE, date: Date | None = None
+) -> InputRow | None:
+    """One line of an input, see ``read_rows``; None where it is not in the shard."""
     row_id: str | int | None = None
     form: ModuleType = work.form({})
     metadata = question = None
@@ -249,16 +271,16 @@ def _read(number: int, line: str, work: Work, index: Index, shard: Shard, date: 
         question = form.parse(row)
         request = work.request(question, name, date)
         content = _content(question, request, metadata)
-        return InputRow(number, row_id, form, metadata, question, request, None, _key(name), content)
+        return InputRow(number, line, row_id, form, metadata, question, request, None, row_key(name), content)
     except BaseException as raised:
         error = row_error(raised)
         if row_id is None and not shard.has(str(number)):
             return None
         content = digest(f"{line.strip()}\n{error}")
-        return InputRow(number, row_id, form, metadata, question, None, error, _key(number), content)
+        return InputRow(number, line, row_id, form, metadata, question, None, error, row_key(number), content)
 
 
-def _key(name: str | int) -> bytes:
+def row_key(name: str | int) -> bytes:
     """A row that can run is known by its id; one that cannot, perhaps for want of an id, by its line."""
     return digest(f"id {name}" if isinstance(name, str) else f"line {name}")
 
@@ -270,7 +292,7 @@ def _content(question: Question, request: Request, metadata: Any) -> bytes:
     return digest(json.dumps(values, sort_keys=True))
 
 
-def describe(row: Any, work: Work) -> Written | None:
+def describe(row: Any, work: AnyWork) -> Written | None:
     """What an output row stands for; None for JSON that is no row of such a job."""
     if not isinstance(row, dict):
         return None
@@ -278,7 +300,7 @@ def describe(row: Any, work: Work) -> Written | None:
     try:
         name, content, failed, prompt_tokens, completion_tokens = form.describe(row)
         used = int(prompt_tokens), int(completion_tokens)
-        return Written(_key(name), bytes.fromhex(content), failed, *used) if max(map(abs, used)) < 2**63 else None
+        return Written(row_key(name), bytes.fromhex(content), failed, *used) if max(map(abs, used)) < 2**63 else None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
 

@@ -51,7 +51,8 @@ class Scoring:
         self._sha256 = facts["sha256"]
         return facts
 
-    def form(self, row: dict[str, Any]) -> ModuleType:
+    @staticmethod
+    def form(row: dict[str, Any]) -> ModuleType:
         """See ``Work``."""
         return texts
 
@@ -64,7 +65,8 @@ class Scoring:
         for output in self.llm.scores(requests):
             yield dataclasses.replace(output, identity=self._sha256)
 
-    def summary(self, rows: Iterable[bytes]) -> dict[str, Any]:
+    @staticmethod
+    def summary(rows: Iterable[bytes]) -> dict[str, Any]:
         """See ``Work``."""
         pooled, scored, failed = Pooled(), 0, 0
         for row in map(json.loads, rows):

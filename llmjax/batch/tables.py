@@ -15,39 +15,34 @@ import contextlib
 import csv
 import datetime
 import decimal
-import itertools
+import io
 import json
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from llmjax.batch.files import check_apart
+from llmjax.batch.magic import binary_kind
 from llmjax.batch.native import finite
 from llmjax.errors import RequestError, shown
 from llmjax.outside.paths import checked_path
-from llmjax.outside.whole import whole_file
+from llmjax.outside.urls import file_name, is_url, opened, shown_url
 
 SUFFIXES = (".parquet", ".csv")
 # Rows in memory at a time, in and out.
-_ROWS = 1024
+ROWS = 1024
+# Of a beginning, what tells what a file is.
+_SAMPLE = 64
 # Keys whose values are text, whatever they look like.
 _TEXTS = ("id", "custom_id", "prompt", "text", "lora", "chat_template")
 # The longest cell of a CSV file.
 _LONGEST = 1 << 28
-# Objects whose keys are columns of their own.
-_FLAT = ("usage", "metadata")
 
 Row = dict[str, Any]
 
 
 def is_table(path: str) -> bool:
     """Whether a file's name says that it is one."""
-    return path.lower().endswith(SUFFIXES)
-
-
-def rows_path(output: str) -> str:
-    """Where a job keeps the answers that ``output`` is made of."""
-    return f"{output}.jsonl" if is_table(output) else output
+    return file_name(path).lower().endswith(SUFFIXES)
 
 
 class TableLines:
@@ -65,48 +60,36 @@ class TableLines:
     repeatable = True
 
     def __init__(self, path: str, columns: Mapping[str, str], keys: tuple[str, ...]):
-        self._path = str(checked_path("input", path, RequestError))
-        self._is_csv = path.lower().endswith(".csv")
+        self._path = path if is_url(path) else str(checked_path("input", path, RequestError))
+        self._name = path = shown_url(path)
+        self._is_csv = file_name(path).lower().endswith(".csv")
         with self._told(), contextlib.closing(self._rows()) as rows:
             found = next(rows)
         if twice := sorted({name for name in found if found.count(name) > 1}):
             raise RequestError(f"{path}: two columns are named {shown(twice[0])}")
-        for key, column in columns.items():
-            if key not in keys:
-                raise RequestError(f"--column {key}={column}: a row has no key {key!r}; its keys: {', '.join(keys)}")
-            if column not in found:
-                raise RequestError(f"{path}: no column {shown(column)}; it has {', '.join(map(shown, found))}")
-        taken = {column: key for key, column in columns.items()}
-        self._keys = {name: taken.get(name, name if name in keys and name not in columns else "") for name in found}
-        if not set(self._keys.values()) & {"prompt", "messages", "prompt_token_ids", "text", "token_ids"}:
-            raise RequestError(
-                f"{path}: no column holds what to read; its columns are {', '.join(map(shown, found))}; say which one "
-                f"does: --column {'text' if 'text' in keys else 'prompt'}=COLUMN"
-            )
+        self._keys = keys_of(path, found, columns, keys)
 
     def __iter__(self) -> Iterator[str]:
         """Raises RequestError where it cannot be read on."""
         with self._told(), contextlib.closing(self._rows()) as rows:
             names = next(rows)
+            value = _parsed if self._is_csv else plain
             for values in rows:
-                yield self._line(names, values)
+                # A blank line of CSV is no row, though it is a line.
+                yield "\n" if not values else f"{json.dumps(row_of(names, values, self._keys, value))}\n"
+
+    def count(self) -> int:
+        """Rows, none of them made into JSON: Parquet knows their number, lines of CSV are told apart."""
+        with self._told():
+            if not self._is_csv:
+                with opened(self._path) as data, arrow().parquet.ParquetFile(data) as file:
+                    return file.metadata.num_rows
+            with contextlib.closing(self._rows()) as rows:
+                return sum(1 for row in rows if row) - 1
 
     def arriving(self, wait: Callable[[], bool]) -> Iterator[str | None]:
         """The same: nothing of a table is still to come."""
         return iter(self)
-
-    def _line(self, names: list[str], values: list[Any]) -> str:
-        row: Row = {}
-        along: Row = {}
-        for name, value in zip(names, values, strict=True):
-            if value is None:
-                continue
-            key = self._keys[name]
-            (row if key else along)[key or name] = _parsed(key, value) if self._is_csv else _plain(value)
-        if along:
-            given = row.get("metadata", {})
-            row["metadata"] = {**along, **(given if isinstance(given, dict) else {"metadata": given})}
-        return f"{json.dumps(row)}\n"
 
     def _rows(self) -> Generator[list[Any], None, None]:
         """The names of the columns, then the cells of each row."""
@@ -114,26 +97,29 @@ class TableLines:
 
     def _csv_rows(self) -> Generator[list[Any], None, None]:
         csv.field_size_limit(_LONGEST)
-        with open(self._path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file, strict=True)
+        with opened(self._path) as data:
+            if kind := binary_kind(data.peek(_SAMPLE)):
+                raise RequestError(f"{self._name}: this is {kind}; expected CSV in UTF-8, as the name says")
+            text = io.TextIOWrapper(data, encoding="utf-8-sig", errors="surrogateescape", newline="")
+            reader = csv.reader(text, strict=True)
             names = next(reader, None)
             if not names:
-                raise RequestError(f"{self._path}: it is empty; expected a line with the names of its columns")
+                raise RequestError(f"{self._name}: it is empty; expected a line with the names of its columns")
             yield names
             for cells in reader:
                 if cells and len(cells) != len(names):
                     raise RequestError(
-                        f"{self._path}: line {reader.line_num}: expected {len(names)} cells, as there are columns, "
+                        f"{self._name}: line {reader.line_num}: expected {len(names)} cells, as there are columns, "
                         f"found {len(cells)}"
                     )
-                yield [cell or None for cell in cells] or [None] * len(names)
+                yield [cell or None for cell in cells]
 
     def _parquet_rows(self) -> Generator[list[Any], None, None]:
-        with open(self._path, "rb") as data, _arrow().parquet.ParquetFile(data) as file:
+        with opened(self._path) as data, arrow().parquet.ParquetFile(data) as file:
             names = file.schema_arrow.names
             yield names
-            for batch in file.iter_batches(batch_size=_ROWS):
-                columns = [column.to_pylist() for column in batch.columns]
+            for batch in file.iter_batches(batch_size=ROWS):
+                columns = [_cells(column) for column in batch.columns]
                 for i in range(batch.num_rows):
                     yield [column[i] for column in columns]
 
@@ -144,9 +130,61 @@ class TableLines:
         except RequestError:
             raise
         except OSError as error:
-            raise RequestError(f"{self._path}: cannot read the input: {error.strerror or error}") from None
+            raise RequestError(f"{self._name}: cannot read the input: {error.strerror or error}") from None
         except (csv.Error, ValueError) as error:  # pyarrow's are ValueErrors
-            raise RequestError(f"{self._path}: cannot be read as {Path(self._path).suffix[1:]}: {error}") from None
+            kind = "csv" if self._is_csv else "parquet"
+            raise RequestError(f"{self._name}: cannot be read as {kind}: {error}") from None
+
+
+def keys_of(path: str, found: list[str], columns: Mapping[str, str], keys: tuple[str, ...]) -> dict[str, str]:
+    """Of each column the key that it is; empty where it is none.
+
+    Args:
+      path: of the table, for messages.
+      found: the names of its columns.
+      columns: see ``TableLines``.
+      keys: see ``TableLines``.
+
+    Raises:
+      RequestError: a column that is named is not there, or none holds what to read.
+    """
+    for key, column in columns.items():
+        if key not in keys:
+            raise RequestError(f"--column {key}={column}: a row has no key {key!r}; its keys: {', '.join(keys)}")
+        if column not in found:
+            raise RequestError(f"{path}: no column {shown(column)}; it has {', '.join(map(shown, found))}")
+    if twice := [column for column, count in Counter(columns.values()).items() if count > 1]:
+        raise RequestError(f"--column: {shown(twice[0])} is named for two keys; a column can be one")
+    taken = {column: key for key, column in columns.items()}
+    result = {name: taken.get(name, name if name in keys and name not in columns else "") for name in found}
+    commas = "; cells of CSV have commas between them" if len(found) == 1 and set(found[0]) & set(";\t|") else ""
+    if not set(result.values()) & {"prompt", "messages", "prompt_token_ids", "text", "token_ids"}:
+        raise RequestError(
+            f"{path}: no column holds what to read; its columns are {', '.join(map(shown, found))}; say which one "
+            f"does: --column {'text' if 'text' in keys else 'prompt'}=COLUMN{commas}"
+        )
+    return result
+
+
+def row_of(names: list[str], values: list[Any], keys: Mapping[str, str], value_of: Callable[[str, Any], Any]) -> Row:
+    """A row of a table as a job takes it, cells without a value left out.
+
+    Args:
+      names: of the columns.
+      values: of the cells.
+      keys: see ``keys_of``.
+      value_of: for a key and a cell, what it is in JSON.
+    """
+    row: Row = {}
+    along: Row = {}
+    for name, value in zip(names, values, strict=True):
+        if value is not None:
+            key = keys[name]
+            (row if key else along)[key or name] = value_of(key, value)
+    if along:
+        given = row.get("metadata", {})
+        row["metadata"] = {**along, **(given if isinstance(given, dict) else {"metadata": given})}
+    return row
 
 
 def _parsed(key: str, cell: str) -> Any:
@@ -159,124 +197,51 @@ def _parsed(key: str, cell: str) -> Any:
         return cell
 
 
-def _plain(value: Any) -> Any:
-    """A value of Arrow's as JSON has it."""
+def plain(key: str, value: Any) -> Any:
+    """A value of Arrow's as JSON has it; bytes that are no UTF-8 spoil the row whose key they are."""
+    return _plain(value, "surrogateescape" if key else "backslashreplace")
+
+
+def _plain(value: Any, errors: str) -> Any:
     if isinstance(value, float):
         return finite(value)
     if isinstance(value, dict):
-        return {name: _plain(v) for name, v in value.items() if v is not None}
+        return {name: _plain(v, errors) for name, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [_plain(v, errors) for v in value]
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, bytes):
-        return value.decode("utf-8", "backslashreplace")
-    return str(value) if isinstance(value, decimal.Decimal | datetime.timedelta) else value
+        return value.decode("utf-8", errors)
+    if isinstance(value, datetime.timedelta):  # pandas has others, which are written otherwise
+        return str(datetime.timedelta(value.days, value.seconds, value.microseconds))
+    return str(value) if isinstance(value, decimal.Decimal) else value
 
 
-def _arrow() -> Any:
+def _cells(column: Any) -> list[Any]:
+    """Of a column of Arrow's."""
+    try:
+        return column.to_pylist()
+    except ValueError:  # nanoseconds, which Python's times do not have
+        return [_cell(scalar) for scalar in column]
+
+
+def _cell(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except ValueError:
+        return scalar.cast("string").as_py().replace(" ", "T", 1)
+
+
+def arrow() -> Any:
+    """The pyarrow package.
+
+    Raises:
+      RequestError: it is not installed.
+    """
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise RequestError("Parquet is read and written with pyarrow: pip install 'llmjax[tables]'") from None
     return pyarrow
-
-
-def check_output(output: str, source: str) -> None:
-    """Before anything runs, that a table can be written.
-
-    Raises:
-      RequestError: pyarrow is missing, or a file stands there that no job made.
-    """
-    path = checked_path("output", output, RequestError)
-    check_apart(path, source)
-    if output.lower().endswith(".parquet"):
-        _arrow()
-    if path.exists() and not Path(rows_path(output)).exists():
-        raise RequestError(
-            f"{output}: it is there, without the {Path(rows_path(output)).name} of a job that made it; name another "
-            "output, or delete it"
-        )
-
-
-def write(source: Path, output: str) -> None:
-    """Writes the table of a finished job's answers, whole or not at all.
-
-    Args:
-      source: the answers as JSONL.
-      output: the table.
-
-    Raises:
-      RequestError: it cannot be written.
-    """
-    kinds: dict[str, str] = {}
-    for row in _answers(source):
-        for name, value in row.items():
-            kinds[name] = _common(kinds.get(name, ""), _kind(value))
-    with whole_file(Path(output), RequestError) as path:
-        (_write_csv if output.lower().endswith(".csv") else _write_parquet)(path, source, kinds)
-
-
-def _answers(source: Path) -> Iterator[Row]:
-    with open(source, encoding="utf-8") as file:
-        for line in file:
-            row = json.loads(line)
-            flat: Row = {name: value for name, value in row.items() if name not in _FLAT}
-            for name in _FLAT:
-                inner = row.get(name)
-                for key, value in (inner if isinstance(inner, dict) else {name: inner}).items():
-                    if value is not None:
-                        flat[f"{name}.{key}" if key in flat else key] = value
-            yield flat
-
-
-def _kind(value: Any) -> str:
-    """Of a value; empty of none."""
-    if value is None:
-        return ""
-    if isinstance(value, list):
-        kinds = {_kind(v) for v in value}
-        return "ints" if kinds <= {"int"} else "floats" if kinds <= {"int", "float", ""} else "json"
-    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
-        return "whole"
-    names = {bool: "bool", int: "int", float: "float", str: "str"}
-    return names.get(type(value), "json")
-
-
-def _common(a: str, b: str) -> str:
-    """The kind that holds values of both."""
-    if a == b or not (a and b):
-        return a or b
-    for pair, both in (({"int", "float"}, "float"), ({"ints", "floats"}, "floats"), ({"int", "whole"}, "whole")):
-        if {a, b} == pair:
-            return both
-    return "json"
-
-
-def _cell(value: Any, kind: str) -> Any:
-    if value is None:
-        return None
-    if kind == "json":
-        return json.dumps(value, ensure_ascii=False)
-    return float(value) if kind == "float" else value
-
-
-def _write_csv(path: Path, source: Path, kinds: dict[str, str]) -> None:
-    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(kinds)
-        kinds = {name: "json" if kind in ("ints", "floats", "bool") else kind for name, kind in kinds.items()}
-        writer.writerows([_cell(row.get(name), kind) for name, kind in kinds.items()] for row in _answers(source))
-
-
-def _write_parquet(path: Path, source: Path, kinds: dict[str, str]) -> None:
-    arrow = _arrow()
-    types = {"int": arrow.int64(), "whole": arrow.uint64(), "float": arrow.float64(), "bool": arrow.bool_(),
-             "ints": arrow.list_(arrow.int64()), "floats": arrow.list_(arrow.float64())}  # fmt: skip
-    schema = arrow.schema([(name, types.get(kind, arrow.string())) for name, kind in kinds.items()])
-    with arrow.parquet.ParquetWriter(path, schema) as writer:
-        answers = _answers(source)
-        while rows := list(itertools.islice(answers, _ROWS)):
-            cells = {name: [_cell(row.get(name), kind) for row in rows] for name, kind in kinds.items()}
-            writer.write_table(arrow.table(cells, schema))

@@ -1,6 +1,7 @@
 """``llmjax batch`` and ``llmjax score``: files of rows in, files of rows out."""
 
 import argparse
+import functools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,16 @@ from llmjax.cli.flags import (
     sampling_given,
 )
 from llmjax.cli.loading import tell_defaults
+from llmjax.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from llmjax.batch import job
+    from llmjax.batch.rows import Work
     from llmjax.llm import LLM
     from llmjax.model import Model
+    from llmjax.runtime.asking import Params
 
 
 def add(verbs: Verbs) -> None:
@@ -51,10 +57,12 @@ def add(verbs: Verbs) -> None:
 
 def _job_flags(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
-        "--input", required=True, help="JSONL file, *.gz or not, - for stdin, or a table: *.parquet, *.csv"
+        "--input",
+        required=True,
+        help="JSONL file, *.gz or not, - for stdin, or a table: *.parquet, *.csv; or its URL (s3://...)",
     )
     verb.add_argument(
-        "--output", required=True, help="JSONL file, *.gz or not, - for stdout, or a table, made at the end"
+        "--output", required=True, help="JSONL file, *.gz or not, - for stdout, or a table, made at the end; or its URL"
     )
     verb.add_argument(
         "--column",
@@ -65,6 +73,12 @@ def _job_flags(verb: argparse.ArgumentParser) -> None:
     )
     verb.add_argument("--ordered", action="store_true", help="leave the answers in the order of the rows")
     verb.add_argument("--shard", metavar="I/N", help="do part I of N of the rows, chosen by their ids")
+    cluster = verb.add_argument_group("a Ray cluster")
+    text = "answer the rows there: auto (this machine's), HOST:PORT, or local for one of this job's own"
+    cluster.add_argument("--ray", metavar="ADDRESS", help=text)
+    cluster.add_argument("--actors", type=int, metavar="N", help="workers (default: one for each GPU, or each machine)")
+    cluster.add_argument("--actor-cpus", type=float, metavar="C", help="CPUs that Ray counts for each (default 1)")
+    cluster.add_argument("--actor-gpus", type=float, metavar="G", help="GPUs for each (default 1 where there are any)")
     verb.add_argument("--force", action="store_true", help="start over, whatever the output holds")
     verb.add_argument("--retry-errors", action="store_true", help="run rows again that failed when they ran")
     verb.add_argument(
@@ -88,35 +102,60 @@ class _Named(argparse.Action):
 
 
 def _batch(args: argparse.Namespace) -> int:
-    from llmjax.batch import dryrun, job
-    from llmjax.batch.rows import WHOLE, Shard
+    from llmjax.batch import dryrun
+    from llmjax.batch.rows import WHOLE, Generating, Shard
 
-    given = sampling_given(args)
-
-    def load() -> "LLM":
-        llm = _stated(loading.load_llm(args, _job_slots)[0])
-        tell_defaults(llm, given)
-        return llm
-
+    given, load = sampling_given(args), functools.partial(_generating, args)
     if args.dry_run:
+        if args.ray:
+            raise RequestError("--dry-run: rows are checked here; leave --ray out")
         shard = Shard.parse(args.shard) if args.shard else WHOLE
         report = dryrun.run(load, args.input, args.output, given, shard, args.date, args.column or {})
         print(report.describe())
         return 1 if report.bad else 0
-    about = {"truncate_prompt": args.truncate_prompt}
-    return _ended(args, job.run(load, args.input, args.output, given, _options(args), _about(args) | about), "answered")
+    about = _about(args) | {"truncate_prompt": args.truncate_prompt}
+    return _ended(args, _run(args, load, given, about, Generating), "answered")
 
 
 def _score(args: argparse.Namespace) -> int:
-    from llmjax.batch import job, scoring
+    from llmjax.batch import scoring
 
-    def load() -> "LLM":
-        return _stated(loading.load_llm(args)[0])
-
-    summary = job.run(load, args.input, args.output, None, _options(args), _about(args), scoring.Scoring)
+    summary = _run(args, functools.partial(_scoring, args), None, _about(args), scoring.Scoring)
     if summary.results:
         print(scoring.describe(summary.results), file=sys.stderr)
     return _ended(args, summary, "scored")
+
+
+def _run(
+    args: argparse.Namespace, load: "Callable[[], LLM]", given: "Params", about: dict[str, Any], work: "type[Work]"
+) -> "job.Summary":
+    """Here, or on a cluster."""
+    from llmjax.batch import job
+
+    files = load, args.input, args.output, given, _options(args), about, work
+    wanted = {"actors": args.actors, "cpus": args.actor_cpus, "gpus": args.actor_gpus}
+    wanted = {name: value for name, value in wanted.items() if value is not None}
+    if args.ray:
+        from llmjax.batch import ray
+
+        return ray.run(*files, ray.Cluster(args.ray, **wanted))
+    if wanted:
+        raise RequestError("--actors, --actor-cpus, --actor-gpus: go with --ray")
+    return job.run(*files)
+
+
+def _generating(args: argparse.Namespace) -> "LLM":
+    """What a job's rows are answered with, in this process or a worker's."""
+    loading.keep_compiled(args)
+    llm = _stated(loading.load_llm(args, _job_slots)[0])
+    tell_defaults(llm, sampling_given(args))
+    return llm
+
+
+def _scoring(args: argparse.Namespace) -> "LLM":
+    """The same for texts to be scored."""
+    loading.keep_compiled(args)
+    return _stated(loading.load_llm(args)[0])
 
 
 def _options(args: argparse.Namespace) -> "job.Options":
@@ -130,16 +169,19 @@ def _options(args: argparse.Namespace) -> "job.Options":
 
 
 def _about(args: argparse.Namespace) -> dict[str, Any]:
-    return {"model": args.model, "input": args.input, "ordered": args.ordered}
+    from llmjax.outside.urls import shown_url
+
+    return {"model": args.model, "input": shown_url(args.input), "ordered": args.ordered}
 
 
 def _ended(args: argparse.Namespace, summary: "job.Summary", what: str) -> int:
     """Tells how a job ended; returns the exit code."""
+    rows = _rows_file(args)
     if summary.problem:
         print(f"llmjax: {summary.problem}; {_how_to_go_on(args)}", file=sys.stderr)
     print(summary.describe(what), file=sys.stderr)
     if summary.failures:
-        output = "the output" if args.output == "-" else args.output
+        output = "the output" if args.output == "-" else rows
         print(
             "\n  ".join(["llmjax: the first rows that failed:", *summary.failures])
             + f"\n  all of them are in {output}, with their error (jq -c 'select(.error)')",
@@ -147,7 +189,7 @@ def _ended(args: argparse.Namespace, summary: "job.Summary", what: str) -> int:
         )
     if summary.removed:
         print(
-            f"llmjax: answers to rows that have changed or gone were removed; they are in {args.output}.previous",
+            f"llmjax: answers to rows that have changed or gone were removed; they are in {rows}.previous",
             file=sys.stderr,
         )
     if summary.status == "interrupted":
@@ -156,8 +198,17 @@ def _ended(args: argparse.Namespace, summary: "job.Summary", what: str) -> int:
     return 1 if summary.problem or summary.totals.failed else 0
 
 
+def _rows_file(args: argparse.Namespace) -> str:
+    """Where the rows are, whatever is made of them at the end."""
+    from llmjax.batch.results import rows_path
+    from llmjax.outside.urls import local
+
+    return rows_path(local(args.output))
+
+
 def _how_to_go_on(args: argparse.Namespace) -> str:
-    if not Path(args.output).is_file() and not args.output.endswith(".gz"):
+    output = _rows_file(args)
+    if not Path(output).is_file() and not output.endswith(".gz"):
         return "to go on later, a job needs a file for its output"
     same = "the same command" + (", without --force," if args.force else "")
     return f"{same} goes on from the rows that are done"

@@ -23,6 +23,7 @@ from llmjax.batch.files import locked
 from llmjax.batch.interrupts import Interrupts
 from llmjax.batch.job import Options
 from llmjax.batch.journal import Journal
+from llmjax.batch.rows import InputRow
 from llmjax.errors import CheckpointError, RequestError, ResumeError
 from llmjax.text import dates
 from tests import tiny
@@ -325,8 +326,8 @@ def test_a_step_that_fails_once_costs_nothing(llm, folder, monkeypatch):
 
 
 def test_an_answer_that_cannot_be_told_is_its_rows_error(llm, folder, monkeypatch):
-    answer = job.InputRow.answer
-    monkeypatch.setattr(job.InputRow, "answer", lambda row, *args: 1 / (row.row_id != "r5") and answer(row, *args))
+    answer = InputRow.answer
+    monkeypatch.setattr(InputRow, "answer", lambda row, *args: 1 / (row.row_id != "r5") and answer(row, *args))
     run(llm, folder, ordered=True)
     rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     assert rows[5]["error"] == "ZeroDivisionError: division by zero"

@@ -1,0 +1,182 @@
+"""What a job makes of the answers that it keeps, when it has them all: tables, and files by URL."""
+
+import csv
+import itertools
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llmjax.batch.files import check_apart
+from llmjax.batch.tables import ROWS, Row, arrow, is_table
+from llmjax.errors import OutputError, RequestError
+from llmjax.outside.paths import checked_path
+from llmjax.outside.urls import exists, file_name, is_url, put, shown_url
+from llmjax.outside.whole import whole_file, workspace
+
+# Columns that rows bring are named otherwise, whether or not any answer has these.
+_OURS = {"error", "line"}
+
+
+def is_made(output: str) -> bool:
+    """Whether an output is made at the end, of answers that a job keeps elsewhere until then."""
+    return is_table(output) or is_url(output)
+
+
+def rows_path(output: str) -> str:
+    """Where a job keeps the answers that ``output`` is made of: beside it; of a URL, in the current folder."""
+    name = file_name(output) if is_url(output) else output
+    return f"{name}.jsonl" if is_table(output) else name
+
+
+def check_output(output: str, source: str) -> None:
+    """Before anything runs, that an output that is made at the end can be.
+
+    Raises:
+      RequestError: pyarrow is missing, or a file stands there that no job made.
+    """
+    name, rows = shown_url(output), rows_path(output)
+    if not rows or rows == ".jsonl":
+        raise RequestError(f"{name}: expected a URL that ends in the name of a file")
+    if is_url(output):
+        try:
+            found = exists(output)
+        except OSError as error:
+            raise RequestError(f"{name}: cannot write the output: {error.strerror or error}") from None
+        if output == source:
+            raise RequestError(f"{name}: the output is the input file")
+    else:
+        path = checked_path("output", output, RequestError)
+        check_apart(path, source)
+        found = path.exists()
+    if file_name(output).lower().endswith(".parquet"):
+        arrow()
+    if found and not Path(rows).exists():
+        raise RequestError(
+            f"{name}: it is there, without the {Path(rows).name} of a job that made it; name another output, or delete "
+            "it"
+        )
+
+
+def write(source: Path, output: str) -> None:
+    """Writes what is made of a finished job's answers, whole or not at all.
+
+    Args:
+      source: the answers as JSONL.
+      output: the table, or a URL.
+
+    Raises:
+      RequestError: it cannot be written.
+      OutputError: it cannot be copied to where it belongs.
+    """
+    if is_url(output):
+        with workspace(Path(tempfile.gettempdir())) as folder:
+            made = source
+            if is_table(output):
+                made = folder / file_name(output)
+                write(source, str(made))
+            try:
+                put(made, output)
+            except OSError as error:
+                raise OutputError(
+                    f"{shown_url(output)}: cannot write the output: {error.strerror or error}; all rows are in "
+                    f"{source}, and the same command tries again"
+                ) from None
+        return
+    columns = _Columns(source)
+    with whole_file(Path(output), RequestError) as path:
+        (_write_csv if output.lower().endswith(".csv") else _write_parquet)(path, columns)
+
+
+class _Columns:
+    """The columns that answers make.
+
+    Args:
+      source: the answers as JSONL.
+
+    Attributes:
+      kinds: of their values, by name.
+    """
+
+    def __init__(self, source: Path):
+        self._source = source
+        own: dict[str, str] = {}
+        along: dict[str, str] = {}
+        for answer, brought in _answers(source):
+            for kinds, row in ((own, answer), (along, brought)):
+                for name, value in row.items():
+                    kinds[name] = _common(kinds.get(name, ""), _kind(value))
+        self._names: dict[str, str] = {}
+        for key in along:
+            name = key
+            while name in own or name in _OURS or name in self._names.values():
+                name = f"metadata.{name}"
+            self._names[key] = name
+        self.kinds = own | {self._names[key]: kind for key, kind in along.items()} or {"id": "str"}
+
+    def rows(self) -> Iterator[Row]:
+        """Their cells by name, where there are any."""
+        for answer, brought in _answers(self._source):
+            yield answer | {self._names[key]: value for key, value in brought.items()}
+
+
+def _answers(source: Path) -> Iterator[tuple[Row, Row]]:
+    """Of each row, what the answer is, and what only went along."""
+    with open(source, encoding="utf-8") as file:
+        for line in file:
+            row = json.loads(line)
+            along = row.pop("metadata", {})
+            along = along if isinstance(along, dict) else {"metadata": along}
+            yield row | row.pop("usage", {}), {name: value for name, value in along.items() if value is not None}
+
+
+def _kind(value: Any) -> str:
+    """Of a value; empty of none."""
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        kinds = {_kind(v) for v in value}
+        return "ints" if kinds <= {"int"} else "floats" if kinds <= {"int", "float", ""} else "json"
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
+        return "whole"
+    names = {bool: "bool", int: "int", float: "float", str: "str"}
+    return names.get(type(value), "json")
+
+
+def _common(a: str, b: str) -> str:
+    """The kind that holds values of both."""
+    if a == b or not (a and b):
+        return a or b
+    for pair, both in (({"int", "float"}, "float"), ({"ints", "floats"}, "floats"), ({"int", "whole"}, "whole")):
+        if {a, b} == pair:
+            return both
+    return "json"
+
+
+def _cell(value: Any, kind: str) -> Any:
+    if value is None:
+        return None
+    if kind == "json":
+        return json.dumps(value, ensure_ascii=False)
+    return float(value) if kind == "float" else value
+
+
+def _write_csv(path: Path, columns: _Columns) -> None:
+    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns.kinds)
+        kinds = {name: "json" if kind in ("ints", "floats", "bool") else kind for name, kind in columns.kinds.items()}
+        writer.writerows([_cell(row.get(name), kind) for name, kind in kinds.items()] for row in columns.rows())
+
+
+def _write_parquet(path: Path, columns: _Columns) -> None:
+    pa = arrow()
+    types = {"int": pa.int64(), "whole": pa.uint64(), "float": pa.float64(), "bool": pa.bool_(),
+             "ints": pa.list_(pa.int64()), "floats": pa.list_(pa.float64())}  # fmt: skip
+    schema = pa.schema([(name, types.get(kind, pa.string())) for name, kind in columns.kinds.items()])
+    with pa.parquet.ParquetWriter(path, schema) as writer:
+        answers = columns.rows()
+        while rows := list(itertools.islice(answers, ROWS)):
+            cells = {name: [_cell(row.get(name), kind) for row in rows] for name, kind in columns.kinds.items()}
+            writer.write_table(pa.table(cells, schema))
