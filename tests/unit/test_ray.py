@@ -22,6 +22,7 @@ def test_workers_and_the_job_killed_it_ends_as_one_process(tmp_path):
     assert sum(found.values()) == 3 and found["the driver"] == 1
 
 
+@pytest.mark.filterwarnings("ignore")  # Ray Data warns of its own ways
 def test_rows_of_a_dataset_are_those_of_a_job(tmp_path, monkeypatch):
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import pyarrow
