@@ -3,7 +3,7 @@
 Measured with LiteRT-LM 0.18.1: strings and lists have no methods, dictionaries ``items`` alone; some filters take no
 arguments; ``is none`` holds for what is undefined and not for none; the content of messages always comes as a list of
 parts; ``bos_token`` and ``eos_token`` are empty; a newline at the end stays.  LiteRT-LM replaces methods such as
-``.strip()`` by filters wherever their text is found, so that chains of them break: ``translated`` does it by the grammar.
+``.strip()`` by filters wherever their text is found, so that chains of them break; ``translated`` goes by the grammar.
 """
 
 import datetime
