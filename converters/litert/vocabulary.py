@@ -61,7 +61,7 @@ def section(source: Source, tokenizer: Tokenizer, vocab_size: int) -> Section:
         if model := _model_of(source):
             return Section("SP_Tokenizer", model)
         raise TokenizerError(
-            f"{tokenizer.where}: this tokenizer can be written neither as tokenizer.json nor as its own"
+            f"{tokenizer.where}: neither tokenizer.json nor a SentencePiece model can say what this tokenizer does"
         )
     state = tokenizer_json(tokenizer)
     beyond = [token for token in state["added_tokens"] if token["id"] >= vocab_size]
