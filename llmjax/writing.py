@@ -35,8 +35,8 @@ def convert(
       destination: a new directory, or an empty one; a new file for all but ``llmjax`` and ``hf``.  It appears under its
         name when it is whole.
       to: ``llmjax`` keeps quantized weights packed (see ``converters.readers.llmjax_directory``); ``hf`` writes floats
-        under Hugging Face's names; ``mediapipe`` writes a ``.bin`` file; ``litertlm``, ``task`` and ``tflite`` write files
-        that LiteRT-LM runs.
+        under Hugging Face's names; ``mediapipe`` writes a ``.bin`` file; ``litertlm``, ``task`` and ``tflite`` write
+        what LiteRT-LM runs.
       quantize: for ``llmjax``: see ``llmjax.load``; for ``mediapipe`` int4 or int8, or either with -asym, by role, and
         int8 where nothing is said; for LiteRT's see ``converters.litert.export.export_graph``.
       dtype: of floats; None keeps each tensor's own, and writes quantized ones as float32 to ``hf``.
