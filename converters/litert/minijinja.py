@@ -8,6 +8,7 @@ parts; ``bos_token`` and ``eos_token`` are empty; a newline at the end stays.  L
 
 import datetime
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,20 @@ _FORMS = {
     "get": "({x}[{a}])",
 }
 _OR = "({x}[{a}] | default({b}))"  # ``get`` with a default
+# What LiteRT-LM does to the text of a template, wherever it stands.
+_REPLACED = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\.split\((.*?)\)\[-1\]", r" | split(\1) | last"),
+        (r"\.split\((.*?)\)\[0\]", r" | split(\1) | first"),
+        (r"\.split\((.*?)\)", r" | split(\1)"),
+        (r"\.strip\(\)", " | trim"),
+        (r"\.([lr]strip)\(\)", r" | \1"),
+        (r"\.([lr]strip)\((.*?)\)", r" | \1(\2)"),
+        (r"\.startswith\((.*?)\)", r" is startingwith \1"),
+        (r"\.endswith\((.*?)\)", r" is endingwith \1"),
+    )
+]
 _KEYWORDS = frozenset("and or not in is if else elif for set recursive block macro call filter with".split())
 _FILTERS = frozenset(
     "abs batch capitalize count d default dictsort e escape first float format groupby indent int items join last "
@@ -76,8 +91,14 @@ class _MiniJinja(Sandbox):
             return self.getattr(obj, argument)
         return super().getitem(obj, argument)
 
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """See Jinja's."""
+        if operator == "%" and isinstance(left, str):
+            raise TypeError("% of a text")
+        return super().call_binop(context, operator, left, right)
+
     def printed(self, value: Any) -> Any:
-        """See ``Sandbox``: none, true and lists look as in JSON."""
+        """See ``Sandbox``: true and lists look as in JSON."""
         return _text(super().printed(value))
 
     def joined(self, *values: Any) -> str:
@@ -90,7 +111,13 @@ def _text(value: Any) -> Any:
         return "none"
     if isinstance(value, bool):
         return "true" if value else "false"
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping | list | tuple) else value
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_inner(key)}: {_inner(item)}" for key, item in value.items()) + "}"
+    return f"[{', '.join(map(_inner, value))}]" if isinstance(value, list | tuple) else value
+
+
+def _inner(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else str(_text(value))
 
 
 def _tojson(value: Any) -> str:
@@ -117,6 +144,8 @@ def render(
     """
     environment = _MiniJinja()
     try:
+        for pattern, replacement in _REPLACED:
+            template = pattern.sub(replacement, template)
         compiled = environment.template(template)
         with environment.counted():
             given = {"bos_token": "", "eos_token": "", "strftime_now": now.strftime, **names}
