@@ -10,7 +10,7 @@ from typing import Any
 
 from converters.litert import container, proof, templates, vocabulary
 from converters.litert.export import ExportedGraph, export_graph
-from converters.litert.metadata import llm_metadata, stop_ids
+from converters.litert.metadata import llm_metadata, stop_ids, stop_texts
 from converters.litert.templates import Carried
 from converters.mediapipe import bundle
 from converters.readers.opening import is_graph, open_source
@@ -244,7 +244,8 @@ def _with_template(tokenizer: Tokenizer, given: str | Path | None) -> Tokenizer:
     try:
         template = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise TokenizerError(f"chat_template: {path}: cannot read it: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else "expected UTF-8 text"
+        raise TokenizerError(f"chat_template: {path}: cannot read it: {reason}") from None
     return dataclasses.replace(tokenizer, chat_template=template, where=str(path))
 
 
@@ -274,7 +275,7 @@ def _sections(job: _Job, context: int, config: Any) -> list[container.Section]:
     ]
 
 
-def _bundle_config(job: _Job, graph: Path, model: bytes, spelled: bool) -> bundle.BundleConfig:
+def _bundle_config(job: _Job, graph: Path, model: bytes, spelled: bool, where: str) -> bundle.BundleConfig:
     """MediaPipe's options for a ``.task`` file, whose metadata has texts for tokens."""
     tokenizer, carried = _required(job.tokenizer), job.carried
     if carried.source and not carried.affixes:
@@ -285,12 +286,14 @@ def _bundle_config(job: _Job, graph: Path, model: bytes, spelled: bool) -> bundl
         for part, text in zip(("prefix", "suffix"), texts, strict=True)
     }
     stop = [tokenizer.piece(i) for i in stop_ids(tokenizer, carried, job.plan.config.vocab_size)]
+    texts = stop_texts(tokenizer)
     return bundle.BundleConfig(
         tflite_model=str(graph),
-        tokenizer_model="",
+        tokenizer_model=where,
         start_token=tokenizer.piece(tokenizer.prefix_ids[0]) if tokenizer.prefix_ids else "",
-        stop_tokens=list(dict.fromkeys([*stop, *tokenizer.stop])),
+        stop_tokens=[*stop, *texts],
         output_filename="",
         enable_bytes_to_unicode_mapping=spelled,
+        strict=not texts,
         **around,
     )

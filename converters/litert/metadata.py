@@ -64,7 +64,7 @@ def llm_metadata(
         message.start_token.token_ids.ids.extend(tokenizer.prefix_ids)
     for ids in stop_ids(tokenizer, carried, vocab_size):
         message.stop_tokens.add().token_ids.ids.append(ids)
-    for text in tokenizer.stop:
+    for text in stop_texts(tokenizer):
         message.stop_tokens.add().token_str = text
     pad = tokenizer.backend.token_to_id(tokenizer.special.get("pad_token") or "")
     if pad is not None and pad < vocab_size:
@@ -100,6 +100,11 @@ def stop_ids(tokenizer: Tokenizer, carried: Carried, vocab_size: int) -> list[in
             '--config FILE with {"eos_token_id": ID}'
         )
     return sorted(found)
+
+
+def stop_texts(tokenizer: Tokenizer) -> list[str]:
+    """What ends a text and is no token."""
+    return [text for text in tokenizer.stop if tokenizer.backend.token_to_id(text) is None]
 
 
 def _family(message: Any, tokenizer: Tokenizer, model_type: str) -> None:

@@ -7,6 +7,7 @@ parts; ``bos_token`` and ``eos_token`` are empty; a newline at the end stays.  L
 """
 
 import datetime
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -142,11 +143,8 @@ def render(
     Raises:
       TokenizerError: MiniJinja cannot read it, or it fails on these messages.
     """
-    environment = _MiniJinja()
     try:
-        for pattern, replacement in _REPLACED:
-            template = pattern.sub(replacement, template)
-        compiled = environment.template(template)
+        environment, compiled = _compiled(template)
         with environment.counted():
             given = {"bos_token": "", "eos_token": "", "strftime_now": now.strftime, **names}
             return compiled.render(given, messages=json.loads(json.dumps(messages)))
@@ -156,6 +154,14 @@ def render(
         raise TokenizerError(f"{error or 'it calls itself without end'}") from None
     except Exception as error:  # a template may run into any error on messages it did not expect
         raise TokenizerError(f"{type(error).__name__}: {error}") from None
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(template: str) -> tuple[Sandbox, jinja2.Template]:
+    environment = _MiniJinja()
+    for pattern, replacement in _REPLACED:
+        template = pattern.sub(replacement, template)
+    return environment, environment.template(template)
 
 
 def names_of(template: str) -> set[str]:

@@ -76,8 +76,9 @@ def section(source: Source, tokenizer: Tokenizer, vocab_size: int) -> Section:
     return Section("HF_Tokenizer_Zlib", packed_json(data))
 
 
-def sentencepiece(source: Source, tokenizer: Tokenizer, vocab: str | Path | None) -> tuple[bytes, bool]:
-    """The SentencePiece model of a ``.task`` file, and whether its pieces are spelled in GPT-2's characters for bytes.
+def sentencepiece(source: Source, tokenizer: Tokenizer, vocab: str | Path | None) -> tuple[bytes, bool, str]:
+    """The SentencePiece model of a ``.task`` file; whether its pieces are spelled in GPT-2's characters for bytes; and
+    where it is from.
 
     Args:
       source: the checkpoint.
@@ -106,7 +107,7 @@ def sentencepiece(source: Source, tokenizer: Tokenizer, vocab: str | Path | None
             f"{where}: as a SentencePiece model it cuts {len(differing)} of {len(_SAMPLES)} sample texts into other "
             "tokens than the checkpoint's own tokenizer does; a .litertlm file keeps that as it is"
         )
-    return model, spelled
+    return model, spelled, where
 
 
 def _model_of(source: Source) -> bytes | None:

@@ -1,4 +1,4 @@
-"""Chat templates in LiteRT-LM's MiniJinja: what ours makes of them is what LiteRT-LM 0.18.1 makes of them (measured with
+"""Chat templates in LiteRT-LM's MiniJinja: ours makes of them what LiteRT-LM 0.18.1 makes of them (measured with
 ``Conversation.render_message_to_string``), and what goes along writes what the checkpoint's own template does."""
 
 import dataclasses
@@ -32,7 +32,7 @@ MEASURED = {
     "{{ {'a': 1} | tojson(indent=2) }}": None,
     "{{ [none, true, 'a'] }}{{ none }}{{ true }}{{ 1.0 }}": '[none, true, "a"]nonetrue1.0',
     "{{ 'a' ~ 1 ~ none ~ true }}": "a1nonetrue",
-    "{{ ('\n a ' | lstrip) }}|{{ ('xxa' | lstrip('x')) }}|{{ ('axx' | rstrip('x')) }}|{{ 'xax'|trim('x') }}": "a |a|a|a",
+    "{{ ('\n a ' | lstrip) }}|{{ ('xxa' | lstrip('x')) }}|{{ 'xax' | rstrip('x') }}|{{ 'xax'|trim('x') }}": "a |a|xa|a",
     "{{ ('a,b,c' | split(',', 1) | list)[1] }}": "b,c",
     "{{ ('abc' is startingwith('a')) }}{{ not ('abc' is endingwith('a')) }}": "truetrue",
     "{{ messages[0].x.y }}": None,
