@@ -145,7 +145,7 @@ def _prepared(
     found = find_model(source)
     opened: Source = GraphSource(found) if is_graph(found) else open_source(found)
     try:
-        plan = fitting_plan(opened, recipe, override)
+        plan = fitting_plan(opened, None, override)  # whether the recipe fits, the graph's writer says
         rows = plan.config.vocab_size
         tokenizer, carried = None, Carried()
         if to != "tflite":

@@ -68,7 +68,7 @@ def written(source, tmp_path_factory) -> Path:
     told: list[str] = []
     path = tmp_path_factory.mktemp("out") / "m.litertlm"
     writing.convert(source, path, to="litertlm", announce=told.append, verify=False, **SMALL)
-    assert "2 layers, 260 tokens; prefill_4, decode; about 0.2 MB" in told[0]
+    assert "2 layers, 260 tokens; prefill_4, decode; about 0.3 MB" in told[0]
     assert "caches of 16 tokens" in told[0] and "it is not run against the checkpoint" in told[0]
     return path
 
