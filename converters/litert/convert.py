@@ -24,7 +24,7 @@ from llmjax.lora.adapter import AnyLora, read_adapter
 from llmjax.lora.merge import Merge
 from llmjax.models.config import DecoderConfig
 from llmjax.outside.paths import checked_path
-from llmjax.outside.values import FLAG, check
+from llmjax.outside.values import FLAG, POSITIVE, check, plain
 from llmjax.outside.whole import whole_file
 from llmjax.quant.schemes import Recipe, parse
 from llmjax.runtime import memory
@@ -182,10 +182,12 @@ def _check_options(to: str, options: Mapping[str, Any]) -> None:
 
 def _lengths(config: DecoderConfig, context: Any, lengths: Any) -> tuple[Any, Any]:
     """What is not given."""
-    if context is None:
+    if context is not None:
+        check("context", plain(context), POSITIVE, ConfigError)
+    else:
         most = config.max_position_embeddings
         context = min(_CONTEXT, most if config.renewal is None else min(most, int(config.renewal)))
-    if lengths is None and type(context) is int and context > 0:
+    if lengths is None:
         lengths = tuple(n for n in _LENGTHS if n < context) or (context,)
     return context, lengths
 

@@ -36,6 +36,7 @@ _GEMMA4 = {
 }
 _SHARE = number(0, 1)
 _HEAT = number(0, 100)
+_TOP_P = 2
 
 
 def llm_metadata(
@@ -124,20 +125,18 @@ def _sampling(message: Any, config: Mapping[str, Any], vocab_size: int) -> None:
         message.suppress_tokens.ids.extend(_ids(barred, vocab_size))
     if config.get("do_sample") is not True:
         return
-    sampler, kind = message.sampler_params, 0
-    for key, field, rule, its in (
-        ("top_k", "k", COUNT, 1),
-        ("top_p", "p", _SHARE, 2),
-        ("temperature", "temperature", _HEAT, 0),
-    ):
-        value = config.get(key)
-        if value is None:
-            continue
-        if problem := rule.problem(value):
+    found: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
+    for key, rule in (("top_k", COUNT), ("top_p", _SHARE), ("temperature", _HEAT)):
+        if config.get(key) is not None:
+            found[key] = config[key]
+        if problem := rule.problem(found[key]):
             raise TokenizerError(f"generation_config.json: {key}: {problem}")
-        setattr(sampler, field, value)
-        kind = max(kind, its)
-    sampler.type = kind or 2
+    if not found["top_p"] or not found["temperature"]:
+        found = {"top_k": 1, "top_p": 1.0, "temperature": 1.0}  # the likeliest token
+    # LiteRT-LM 0.18 has this sampler alone, and it wants a number of tokens.
+    sampler = message.sampler_params
+    sampler.type, sampler.k = _TOP_P, min(found["top_k"] or vocab_size, vocab_size)
+    sampler.p, sampler.temperature = found["top_p"], found["temperature"]
 
 
 def _ids(values: Any, vocab_size: int) -> Sequence[int]:

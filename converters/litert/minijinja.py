@@ -147,13 +147,16 @@ def render(
         environment, compiled = _compiled(template)
         with environment.counted():
             given = {"bos_token": "", "eos_token": "", "strftime_now": now.strftime, **names}
-            return compiled.render(given, messages=json.loads(json.dumps(messages)))
+            text = compiled.render(given, messages=json.loads(json.dumps(messages)))
     except jinja2.TemplateSyntaxError as error:
         raise TokenizerError(f"line {error.lineno}: {error.message}") from None
     except (LimitError, RecursionError, MemoryError) as error:
         raise TokenizerError(f"{error or 'it calls itself without end'}") from None
     except Exception as error:  # a template may run into any error on messages it did not expect
         raise TokenizerError(f"{type(error).__name__}: {error}") from None
+    if "\0" in text:
+        raise TokenizerError("it writes a NUL character, where LiteRT-LM ends a text")
+    return text
 
 
 @functools.lru_cache(maxsize=8)

@@ -32,6 +32,7 @@ from llmjax.text.tokenizer import Tokenizer
 
 _TEXT = "The quick brown fox jumps over the lazy dog. In 1905 she wrote: 3.14 is not 22/7, but it is near."
 _TOKENS = 24
+_LONGEST = 512
 _AFTER = 3  # tokens that go through decode behind a prefill
 
 
@@ -119,19 +120,19 @@ def refuse(proof: Proof, path: Path) -> None:
 
 
 def _runs(graph: GraphModel, tokenizer: Tokenizer | None) -> list[tuple[list[int], int]]:
-    """Token ids, and how many of them go through the prefill signatures: a text through decode alone; each signature,
-    full and padded, with tokens of the whole vocabulary; and the end of the caches."""
+    """Token ids, and how many of them go through the prefill signatures: a text through decode alone; each signature
+    full, the shortest padded, too, with tokens of the whole vocabulary; and the end of caches that are not long."""
     random = np.random.default_rng(0)
     most, context = graph.config.vocab_size, graph.context_length
     text = tokenizer.encode(_TEXT)[:_TOKENS] if tokenizer else []
     text = [i for i in text if i < most] or random.integers(1, most, _TOKENS).tolist()
     found = [(text[:context], 0)]
-    for length in graph.config.prefill_lengths:
-        for prefill in {length, max(1, length - 1)}:
-            count = min(context, prefill + _AFTER)
-            if prefill < count:
-                found.append((random.integers(1, most, count).tolist(), prefill))
-    if context > _AFTER:
+    lengths = graph.config.prefill_lengths
+    for prefill in (*sorted(lengths), max(1, min(lengths) - 1)):
+        count = min(context, prefill + _AFTER)
+        if prefill < count:
+            found.append((random.integers(1, most, count).tolist(), prefill))
+    if _AFTER < context <= _LONGEST:
         found.append((random.integers(1, most, context).tolist(), context - _AFTER))
     return found
 

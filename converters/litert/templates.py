@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from converters.litert import minijinja
-from llmjax.errors import LlmjaxError, TokenizerError
+from llmjax.errors import RequestError, TokenizerError
 from llmjax.text.bundle import affixes_template
 from llmjax.text.tokenizer import Tokenizer
 
@@ -157,14 +157,14 @@ def _replied() -> dict[str, Any]:
 def _expected(tokenizer: Tokenizer, bos: str, messages: Any, names: Mapping[str, Any]) -> str | None:
     try:
         return tokenizer.render_chat(messages, date=_NOW, **names).removeprefix(bos)
-    except LlmjaxError:
+    except RequestError:  # it refuses these messages; one that is broken, or never ends, is refused itself
         return None
 
 
 def _opens(tokenizer: Tokenizer, bos: str) -> bool:
     try:
         return tokenizer.render_chat([_said(_USER, "Hi.", 0)], date=_NOW).startswith(bos)
-    except LlmjaxError:
+    except RequestError:
         return True
 
 

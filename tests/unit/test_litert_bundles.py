@@ -240,6 +240,22 @@ def test_no_end_at_all(source):
 
 
 @pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({}, (260, 1.0, 1.0)),
+        ({"top_k": 0, "top_p": 0.5}, (260, 0.5, 1.0)),
+        ({"top_k": 999, "temperature": 0.5}, (260, 1.0, 0.5)),
+        ({"top_p": 0.5, "temperature": 0.0}, (1, 1.0, 1.0)),
+    ],
+)
+def test_sampling_that_litert_lm_has(source, config, expected):
+    """It refuses to run top-k alone, and top-p without a number of tokens."""
+    facts = metadata.llm_metadata(tokenizer_of(source), Carried(), "llama", 16, 260, {"do_sample": True, **config})
+    sampler = facts.sampler_params
+    assert (sampler.type, sampler.k, sampler.p, sampler.temperature) == (2, *expected)
+
+
+@pytest.mark.parametrize(
     "config", [{"top_p": 2}, {"top_k": "5"}, {"temperature": None, "top_k": -1}, {"suppress_tokens": [260]}]
 )
 def test_odd_sampling(source, config):
@@ -261,6 +277,8 @@ def test_added_tokens_beyond_the_embedding(source, caplog):
 WRONG = {
     "expected a name that ends in .litertlm": {"destination": "m.bin"},
     "context: expected 1 to 64 tokens": {"context": 65},
+    "context: expected a positive integer, found '16'": {"context": "16"},
+    "context: expected a positive integer, found True": {"context": True},
     "prefill_lengths: expected numbers from 1 to the context, 16, found \\[17\\]": {"prefill_lengths": [17]},
     "prefill_lengths: expected numbers": {"prefill_lengths": []},
     "activations: unknown 'int8'": {"activations": "int8"},
