@@ -82,14 +82,14 @@ def carry(tokenizer: Tokenizer) -> Carried:
     if not template:
         return Carried()
     bos = tokenizer.piece(tokenizer.prefix_ids[0]) if tokenizer.prefix_ids else ""
-    cases, tools = list(_cases(tokenizer, bos)), list(_cases(tokenizer, bos, tools=True))
-    affixes = _affixes(tokenizer, bos)
-    end, opens = affixes["model"][1] if affixes else "", not bos or _opens(tokenizer, bos)
     try:
+        cases, tools = list(_cases(tokenizer, bos)), list(_cases(tokenizer, bos, tools=True))
+        affixes = _affixes(tokenizer, bos)
+        end, opens = affixes["model"][1] if affixes else "", not bos or _opens(tokenizer, bos)
         source = minijinja.translated(template)
         names = minijinja.names_of(source)
     except TokenizerError as error:
-        raise _refused(tokenizer, str(error)) from None
+        raise _refused(tokenizer, str(error).removeprefix(f"{tokenizer.where}: ")) from None
     if bos and source.count(bos) == 1:
         source = source.replace(bos, "")
     named, all_named = _set_tokens(names, tokenizer, bos), _set_tokens(names, tokenizer, "")

@@ -137,7 +137,7 @@ def test_the_end_of_an_answer(tokenizer):
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{% for m in messages %}{{ m.content }", "line 1: unexpected '}'"),
+        ("{% for m in messages %}{{ m.content }", "broken in line 1: unexpected '}'"),
         ("{% for m in messages %}{{ m.content.count('i') }}{% endfor %}", "no attribute 'count'"),
         ("{% for m in messages %}{{ '%s' % m.content }}{% endfor %}", "% of a text"),
         ("{% for m in messages %}Try x.strip() {{ m.content }}{% endfor %}", r"expected 'Try x.strip\(\) Hi"),
