@@ -12,7 +12,8 @@ from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.checkpoint.loading import read_tokenizer
 from llmjax.checkpoint.plan import Override
 from llmjax.errors import ConfigError, TokenizerError, named
-from llmjax.text import mediapipe
+from llmjax.text import bundle, mediapipe
+from llmjax.text.bundle import Ends
 from llmjax.text.export import tokenizer_json
 from llmjax.text.mediapipe import MediapipeTokenizer, for_transformers
 from llmjax.text.tokenizer import Tokenizer
@@ -59,6 +60,7 @@ def section(source: Source, tokenizer: Tokenizer, vocab_size: int) -> Section:
     """
     if tokenizer.dummy_prefix:
         if model := _model_of(source):
+            _check_chat(model, tokenizer)
             return Section("SP_Tokenizer", model)
         raise TokenizerError(
             f"{tokenizer.where}: neither tokenizer.json nor a SentencePiece model can say what this tokenizer does"
@@ -108,6 +110,19 @@ def sentencepiece(source: Source, tokenizer: Tokenizer, vocab: str | Path | None
             "tokens than the checkpoint's own tokenizer does; a .litertlm file keeps that as it is"
         )
     return model, spelled, where
+
+
+def _check_chat(model: bytes, tokenizer: Tokenizer) -> None:
+    """Refuses a chat template whose special tokens would be text."""
+    if tokenizer.chat_template is None:
+        return
+    text = tokenizer.render_chat([{"role": "user", "content": "Hi."}])
+    if bundle.from_sentencepiece(model, tokenizer.where, Ends()).encode(text) != tokenizer.encode(text, add_bos=False):
+        raise TokenizerError(
+            f"{tokenizer.where}: its chat template writes special tokens, which LiteRT-LM takes for text with a "
+            "SentencePiece model; save it as tokenizer.json (save_pretrained() of transformers), or leave the template "
+            "out (--chat-template none)"
+        )
 
 
 def _model_of(source: Source) -> bytes | None:

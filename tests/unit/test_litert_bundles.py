@@ -26,6 +26,7 @@ from tests.mediapipe_files import DATA
 from tests.tiny import checkpoint
 
 REAL = Path(__file__).parents[1] / "data" / "bundles" / "litert_lm_0.18.1.litertlm"
+TOKENIZERS = Path(__file__).parents[1] / "data" / "tokenizers"
 CHAT = "{% for m in messages %}{{ '<u>' + m['content'] + '</s>' }}{% endfor %}{{ '<m>' if add_generation_prompt }}"
 SMALL = {"context": 16, "prefill_lengths": [4]}
 
@@ -272,6 +273,25 @@ def test_added_tokens_beyond_the_embedding(source, caplog):
     state = json.loads(zlib.decompress(section.content[8:]))
     assert [t["content"] for t in state["added_tokens"]] == ["</s>", "<s>", "<u>", "<m>"]
     assert "1 added tokens (<image>) are beyond the 260 rows" in caplog.text
+
+
+@pytest.mark.parametrize("template", [None, "{{ bos_token }}{{ messages[0].content }}"])
+def test_a_sentencepiece_model_goes_along_as_it_is(tmp_path, template):
+    """Where a space belongs before every text, which tokenizer.json has no words for; special tokens are text there."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((TOKENIZERS / "gemma_2b" / "tokenizer.model").read_bytes())
+    model.normalizer_spec.add_dummy_prefix = True
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    tokenizer = tokenizer_of(tmp_path, chat_template=template)
+    assert tokenizer.dummy_prefix
+    source = types.SimpleNamespace(directory=tmp_path, format="huggingface")
+    if template:
+        with pytest.raises(TokenizerError, match="its chat template writes special tokens.*--chat-template none"):
+            vocabulary.section(source, tokenizer, 10**6)
+    else:
+        assert vocabulary.section(source, tokenizer, 10**6).content == model.SerializeToString()
 
 
 WRONG = {
