@@ -110,6 +110,8 @@ def stop_texts(tokenizer: Tokenizer) -> list[str]:
 
 def _family(message: Any, tokenizer: Tokenizer, model_type: str) -> None:
     family = _FAMILIES.get(model_type, "generic_model")
+    if not (message.jinja_prompt_template or message.HasField("prompt_templates")):
+        family = "generic_model"  # of other families LiteRT-LM may have no template, and loads no file without one
     if family == "gemma3" and tokenizer.backend.token_to_id(_CALLS) is not None:
         family = "function_gemma"
     kind = getattr(message.llm_model_type, family)
