@@ -19,7 +19,7 @@ from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.checkpoint.loading import find_model, fitting_plan, read_override
 from llmjax.checkpoint.parameters import OnParameter
 from llmjax.checkpoint.plan import Plan, describe
-from llmjax.errors import CheckpointError, ConfigError, TokenizerError
+from llmjax.errors import CheckpointError, ConfigError, RequestError, TokenizerError
 from llmjax.lora.adapter import AnyLora, read_adapter
 from llmjax.lora.merge import Merge
 from llmjax.models.config import DecoderConfig
@@ -132,7 +132,10 @@ def convert_source(
             if graph_file != place:
                 graph_file.unlink()
             if job.verify:
-                found = proof.prove(place, job.source, job.plan, job.recipe, job.merges, job.tokenizer)
+                try:
+                    found = proof.prove(place, job.source, job.plan, job.recipe, job.merges, job.tokenizer)
+                except RequestError as error:  # logits that are no numbers
+                    raise CheckpointError(f"{path}: cannot be run against the checkpoint: {error}") from None
                 announce(found.to_text())
                 proof.refuse(found, path)
 

@@ -19,7 +19,7 @@ from converters.readers.mediapipe.package import Package
 from converters.readers.opening import open_source
 from llmjax import writing
 from llmjax.cli.main import main
-from llmjax.errors import CheckpointError, LlmjaxError, TokenizerError
+from llmjax.errors import CheckpointError, LlmjaxError, RequestError, TokenizerError
 from llmjax.litert.loading import read_tokenizer
 from llmjax.text import reading
 from tests.mediapipe_files import DATA
@@ -167,17 +167,28 @@ def test_a_file_that_fails_never_gets_its_name(source, tmp_path, monkeypatch, qu
     assert not list(tmp_path.iterdir())
 
 
+def test_logits_that_are_no_numbers(source, tmp_path, monkeypatch, quick):
+    def refused(*args):
+        raise RequestError("candidate: logits: NaN")
+
+    monkeypatch.setattr(proof, "prove", refused)
+    with pytest.raises(CheckpointError, match="cannot be run against the checkpoint: candidate: logits: NaN"):
+        writing.convert(source, tmp_path / "m.litertlm", to="litertlm", **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("quantize", [None, "int8", "int4-g32"])
+@pytest.mark.parametrize("quantize", [None, "int8", "mixed-8-4-8"])
 def test_a_fault_is_found(source, tmp_path, monkeypatch, quantize):
-    """One weight scaled, in the file alone."""
+    """One weight's rows one place further, in the file alone."""
     from converters.litert import weights
 
     whole = weights._rows
 
     def wrong(parameter, weight):
         for rows, scales in whole(parameter, weight):
-            yield (rows[::-1] if parameter.name == "layers.0.attn.k.weight" else rows), scales
+            row = len(rows) // parameter.shape[0] if parameter.name == "layers.0.attn.k.weight" else 0
+            yield rows[row:] + rows[:row], scales
 
     folder = copied(source, tmp_path / "m")
     monkeypatch.setattr(weights, "_rows", wrong)
