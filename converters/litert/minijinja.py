@@ -10,7 +10,7 @@ import datetime
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -64,7 +64,12 @@ class _MiniJinja(Sandbox):
     def __init__(self) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
         self.filters = {name: run for name, run in self.filters.items() if name in _FILTERS}
-        own = {"lstrip": str.lstrip, "rstrip": str.rstrip, "split": str.split, "tojson": _tojson}
+        own: dict[str, Callable[..., Any]] = {
+            "lstrip": str.lstrip,
+            "rstrip": str.rstrip,
+            "split": str.split,
+            "tojson": _tojson,
+        }
         self.filters |= {name: self.filtered(name, run) for name, run in own.items()}
         self.tests["none"] = lambda value: isinstance(value, jinja2.Undefined)
         self.tests["startingwith"] = str.startswith
