@@ -127,7 +127,7 @@ def _runs(graph: GraphModel, tokenizer: Tokenizer | None) -> list[tuple[list[int
     text = tokenizer.encode(_TEXT)[:_TOKENS] if tokenizer else []
     text = [i for i in text if i < most] or random.integers(1, most, _TOKENS).tolist()
     found = [(text[:context], 0)]
-    lengths = graph.config.prefill_lengths
+    lengths = [ports.length for ports in graph.module.prefills]
     for prefill in (*sorted(lengths), max(1, min(lengths) - 1)):
         count = min(context, prefill + _AFTER)
         if prefill < count:
