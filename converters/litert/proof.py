@@ -148,8 +148,8 @@ def _model(source: Source, plan: Plan, recipe: Recipe | None, merge: Merge) -> M
 
 
 def _values(parameter: Stored, form: Form) -> np.ndarray:
-    packed = parameter.packed()
-    if packed is not None:
+    packed = None if form == FLOAT32 else parameter.packed()
+    if packed is not None and weights_lib.held(packed) == form:
         return np.asarray(dequantize(packed), np.float32)
     rows = parameter.rows(0, parameter.shape[0]).astype(np.float32)
     if form == FLOAT32:

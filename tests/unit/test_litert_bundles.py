@@ -14,10 +14,12 @@ import pytest
 import llmjax
 from converters.litert import container, convert, metadata, proof, vocabulary
 from converters.litert.export import ExportedGraph
+from converters.litert.graph import FLOAT32, Form
 from converters.litert.templates import Carried
 from converters.readers.mediapipe.package import Package
 from converters.readers.opening import open_source
 from llmjax import writing
+from llmjax.checkpoint.parameters import Stored
 from llmjax.cli.main import main
 from llmjax.errors import CheckpointError, LlmjaxError, RequestError, TokenizerError
 from llmjax.litert.loading import read_tokenizer
@@ -415,3 +417,13 @@ def test_options_of_the_command_line(source, tmp_path, capsys, quick):
     assert main([*arguments, "--context", "16", "--prefill-lengths", "4", "--no-verify"]) == 0
     said = capsys.readouterr().err
     assert "prefill_4, decode" in said and "it is not run against the checkpoint" in said
+
+
+def test_the_proof_rounds_anew_what_the_file_does(monkeypatch):
+    """Of a GGUF's weights in other bits: as floats, then as the recipe says."""
+    w = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    monkeypatch.setattr(proof.weights_lib, "held", lambda packed: Form("INT4"))
+    stored = Stored("x", w.shape, lambda start, stop: w[start:stop], lambda: types.SimpleNamespace())
+    scale = np.abs(w).max(1, keepdims=True) / np.float32(127)
+    np.testing.assert_array_equal(proof._values(stored, Form("INT8")), np.rint(w / scale) * scale)
+    np.testing.assert_array_equal(proof._values(stored, FLOAT32), w)
