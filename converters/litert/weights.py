@@ -49,7 +49,7 @@ def split(
             small[parameter.name] = parameter.rows(0, shape[0]).astype(np.float32)
             continue
         scheme = None if recipe is None else recipe.scheme(parameter.name)
-        form = _held(parameter.packed()) if recipe is None else _form(scheme, parameter.name, shape)
+        form = held(parameter.packed()) if recipe is None else _form(scheme, parameter.name, shape)
         weights[parameter.name] = Weight(parameter.name, (shape[0], shape[1]), form)
     return small, weights
 
@@ -70,7 +70,7 @@ def _form(scheme: Scheme | None, name: str, shape: tuple[int, ...]) -> Form:
     return Form(f"INT{scheme.bits}", scheme.group or 0)
 
 
-def _held(packed: QTensor | None) -> Form:
+def held(packed: QTensor | None) -> Form:
     """The form that holds the values of a packed weight as they are; float32 where none does."""
     if (
         packed is None
@@ -130,7 +130,7 @@ def write(
 def _rows(parameter: Stored, weight: Weight) -> Iterator[tuple[bytes, np.ndarray]]:
     """The bytes of some rows after the other, and their scales ``[rows, G]`` as the file has them."""
     form, packed = weight.form, parameter.packed()
-    keep = packed is not None and _held(packed) == form != FLOAT32
+    keep = packed is not None and held(packed) == form != FLOAT32
     for part in row_chunks(weight.shape):
         if keep:
             assert packed is not None

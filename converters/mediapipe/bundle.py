@@ -106,23 +106,39 @@ def create_bundle(config: BundleConfig) -> Path:
     files = {"tflite_model": MODEL, "tokenizer_model": TOKENIZER}
     files |= {option: entry for option, entry in OPTIONAL.items() if getattr(config, option)}
     _check_files(config, list(files), output)
-    vocabulary = Path(config.tokenizer_model).read_bytes()
+    with whole_file(output) as partial:
+        write(partial, config, Path(config.tokenizer_model).read_bytes())
+    return output
+
+
+def write(path: Path, config: BundleConfig, vocabulary: bytes) -> None:
+    """Writes a bundle of files that are checked, whatever its options say of the file and of the tokenizer.
+
+    Args:
+      path: of a new file.
+      config: the options; an empty start token for none.
+      vocabulary: a SentencePiece model.
+
+    Raises:
+      ConfigError: tokens are not in the vocabulary.
+      TokenizerError: it is no SentencePiece model.
+      OSError: the file cannot be written.
+    """
     _check_tokens(config, vocabulary)
     # The order of MediaPipe: metadata before what is optional.
     entries: list[tuple[str, str | bytes]] = [
         (MODEL, config.tflite_model),
         (TOKENIZER, vocabulary),
         (METADATA, metadata(config)),
-        *((entry, getattr(config, option)) for option, entry in OPTIONAL.items() if option in files),
+        *((entry, given) for option, entry in OPTIONAL.items() if (given := getattr(config, option))),
     ]
-    with whole_file(output) as partial, open(partial, "xb") as file:
+    with open(path, "xb") as file:
         _write(file, entries)
-    return output
 
 
 def metadata(config: BundleConfig) -> bytes:
     """``LlmParameters``, serialized."""
-    message = LlmParameters(start_token=config.start_token, stop_tokens=config.stop_tokens)
+    message = LlmParameters(start_token=config.start_token or None, stop_tokens=config.stop_tokens)
     if config.enable_bytes_to_unicode_mapping:
         message.input_output_normalizations.append(1)
     # Runtimes before 0.10.22 know one template, whose suffix opens the model's turn.
@@ -202,7 +218,8 @@ def _check_tokens(config: BundleConfig, vocabulary: bytes) -> None:
         raise TokenizerError(f"{config.tokenizer_model}: not a SentencePiece model: it has no pieces")
     if not config.strict:
         return
-    given = [("start_token", config.start_token), *(("stop_tokens", text) for text in config.stop_tokens)]
+    given = [("start_token", config.start_token)] * bool(config.start_token)
+    given += [("stop_tokens", text) for text in config.stop_tokens]
     missing = [(option, text) for option, text in given if processor.id_to_piece(processor.piece_to_id(text)) != text]
     if missing:
         special = [processor.id_to_piece(i) for i in range(count) if processor.is_control(i)]

@@ -6,12 +6,22 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from llmjax.cli.flags import Verbs, add_verb, weight_flags
+from llmjax.cli.flags import Verbs, add_verb, id_list, weight_flags
+from llmjax.cli.loading import adapter_of
 from llmjax.cli.progress import report_tensors
 from llmjax.errors import RequestError
 
 # Roles with bits of their own; the head has the embedding's.
 _BITS = ("attention", "feed_forward", "embedding")
+_RECIPE = (*(f"{role}_bits" for role in _BITS), "asymmetric")
+_GRAPHS = ("litertlm", "task", "tflite")
+# Options that go with some forms alone.
+_FORMS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((*_RECIPE, "model_type", "backend"), ("mediapipe",)),
+    "vocab": ("mediapipe", "task"),
+    **dict.fromkeys(("activations", "context", "prefill_lengths", "verify"), _GRAPHS),
+    "chat_template": ("litertlm", "task"),
+}
 
 
 def add(verbs: Verbs) -> None:
@@ -26,21 +36,28 @@ def add(verbs: Verbs) -> None:
     text = "Write a checkpoint in another form, quantized or expanded."
     convert = add_verb(verbs, "convert", _convert, text)
     convert.add_argument("source", metavar="SRC", help="a checkpoint's path, or smollm2")
-    convert.add_argument("destination", metavar="DST", help="a new directory, or a new file for mediapipe")
+    convert.add_argument("destination", metavar="DST", help="a new directory (llmjax, hf), or a new file")
     convert.add_argument(
-        "--to", required=True, help="llmjax (packed weights), hf (floats, for transformers) or mediapipe (a *.bin file)"
+        "--to",
+        required=True,
+        help="llmjax (packed weights), hf (floats, for transformers), mediapipe (a *.bin file), or what LiteRT-LM "
+        "runs: litertlm, task, tflite",
     )
     convert.add_argument("--bits", type=int, choices=(4, 8), help="the same as --quantize int4 or int8")
     convert.add_argument("--group-size", type=int, metavar="N", help="with --bits: a scale for every N inputs")
     convert.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
     weight_flags(convert)
+    convert.add_argument("--lora", metavar="PATH", help="a LoRA adapter to merge into the weights")
+    convert.add_argument("--lora-alpha", type=float, metavar="A", help="scale = A / rank, where its files do not say")
     bin_file = convert.add_argument_group("with --to mediapipe")
     bin_file.add_argument("--model-type", metavar="TYPE", help="GEMMA_2B, PHI_2, ... (default: by the architecture)")
     bin_file.add_argument("--backend", choices=("cpu", "gpu"))
     for role in _BITS:
         bin_file.add_argument(f"--{role.replace('_', '-')}-bits", type=int, choices=(4, 8), help="default 8")
-    bin_file.add_argument("--asymmetric", action="store_true", help="use zero points (gpu)")
-    bin_file.add_argument("--vocab", metavar="PATH", help="a SentencePiece model, or a directory with tokenizer.json")
+    bin_file.add_argument("--asymmetric", action="store_true", default=None, help="use zero points (gpu)")
+    text = "a SentencePiece model, or a directory with tokenizer.json (task, too)"
+    bin_file.add_argument("--vocab", metavar="PATH", help=text)
+    _graph_flags(convert.add_argument_group("with --to litertlm, task or tflite"))
     text = "Pack a TFLite graph and its vocabulary into a MediaPipe .task file."
     _bundle_flags(add_verb(verbs, "bundle", _bundle, text))
 
@@ -64,7 +81,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from llmjax.writing import convert
 
-    quantize, options = args.quantize, _mediapipe_options(args)
+    quantize, options = args.quantize, _options(args)
     given = ["--quantize"] * (quantize is not None)
     if args.bits is not None:
         given.append("--bits")
@@ -86,6 +103,7 @@ def _convert(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         check_finite=args.check_finite,
         config=args.config,
+        lora=adapter_of(args),
         report=report_tensors,
         **options,
     )
@@ -107,17 +125,37 @@ def _bundle(args: argparse.Namespace) -> int:
     return 0
 
 
-def _mediapipe_options(args: argparse.Namespace) -> dict[str, Any]:
-    options = {"model_type": args.model_type, "backend": args.backend, "vocab": args.vocab}
-    if args.to == "mediapipe":
-        if args.backend is None:
-            raise RequestError("--to mediapipe: needs --backend cpu or --backend gpu")
-        return options | {"announce": lambda plan: print(plan, file=sys.stderr)}
-    flags = {**options, "asymmetric": args.asymmetric, **{f"{r}_bits": getattr(args, f"{r}_bits") for r in _BITS}}
-    wrong = [f"--{name.replace('_', '-')}" for name, value in flags.items() if value]
-    if wrong:
-        raise RequestError(f"{', '.join(wrong)}: only with --to mediapipe")
-    return {}
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of the form that is written."""
+    given = {name: value for name in _FORMS if (value := getattr(args, name)) is not None}
+    for forms in dict.fromkeys(_FORMS.values()):
+        wrong = [f"--{name.replace('_', '-')}" for name in given if _FORMS[name] == forms and args.to not in forms]
+        if wrong:
+            raise RequestError(f"{', '.join(wrong)}: only with --to {' or '.join(forms)}")
+    if args.to == "mediapipe" and args.backend is None:
+        raise RequestError("--to mediapipe: needs --backend cpu or --backend gpu")
+    if args.to in ("mediapipe", *_GRAPHS):
+        given["announce"] = lambda plan: print(plan, file=sys.stderr)
+    return {name: value for name, value in given.items() if name not in _RECIPE}
+
+
+def _graph_flags(group: Any) -> None:
+    group.add_argument(
+        "--activations",
+        choices=("dynamic-int8", "float"),
+        help="with quantized weights: rounded when it runs, fast (default), or not",
+    )
+    group.add_argument("--context", type=int, metavar="N", help="tokens that the caches hold (default 1280)")
+    group.add_argument(
+        "--prefill-lengths", type=id_list, metavar="N,N", help="tokens that go in at once (default 8,128,512)"
+    )
+    text = "a Jinja file instead of the checkpoint's own template, or none"
+    group.add_argument("--chat-template", metavar="FILE", help=text)
+    group.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        help="run the file against the checkpoint before it gets its name (default: models below 1 GB as float32)",
+    )
 
 
 def _bundle_flags(flags: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from llmjax.outside.paths import checked_path
 
 if TYPE_CHECKING:
     from llmjax.llm import LLM
+    from llmjax.lora.adapter import LoraSource
     from llmjax.model import Model
 
 
@@ -28,19 +29,25 @@ def keep_compiled(args: argparse.Namespace) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def load_model(args: argparse.Namespace) -> "Model":
-    """See ``llmjax.load``."""
-    from llmjax.checkpoint.loading import load
+def adapter_of(args: argparse.Namespace) -> "LoraSource | None":
+    """What ``--lora`` and ``--lora-alpha`` name."""
     from llmjax.lora.adapter import LoraSource
 
     if args.lora is None and args.lora_alpha is not None:
         raise RequestError("--lora-alpha: goes with --lora")
+    return None if args.lora is None else LoraSource(args.lora, args.lora_alpha)
+
+
+def load_model(args: argparse.Namespace) -> "Model":
+    """See ``llmjax.load``."""
+    from llmjax.checkpoint.loading import load
+
     return load(
         args.model,
         dtype=args.dtype,
         quantize=args.quantize,
         numerics=args.numerics,
-        lora=None if args.lora is None else LoraSource(args.lora, args.lora_alpha),
+        lora=adapter_of(args),
         check_finite=args.check_finite,
         random_weights=args.random_weights,
         config=args.config,

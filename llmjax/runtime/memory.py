@@ -100,10 +100,10 @@ def default_budget(weights: int, device: jax.Device) -> int:
     if stats and "bytes_limit" in stats:
         free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     else:
-        available = _available()
+        unused = available()
         # Weights that are only mapped count as available until they are read, and after that as well.
         mapped = max(0, weights - _status("/proc/self/status").get("RssAnon", weights))
-        free = max(available - mapped, available // 4)
+        free = max(unused - mapped, unused // 4)
     return weights + int(_SHARE * free)
 
 
@@ -114,7 +114,7 @@ def give_back_free() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _available() -> int:
+def available() -> int:
     """Bytes of the machine's memory, or of this container's, that can still be had."""
     found = _status("/proc/meminfo").get("MemAvailable", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     for folder, limit, used in (

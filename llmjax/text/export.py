@@ -24,11 +24,11 @@ FILES: tuple[str, ...] = (
 )
 
 
-def save(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes ``tokenizer.json`` and ``tokenizer_config.json``.
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What ``tokenizer.json`` holds.
 
     Raises:
-      TokenizerError: it does something to a text that these files cannot say.
+      TokenizerError: it does something to a text that this file cannot say.
     """
     if tokenizer.dummy_prefix:
         raise TokenizerError(f"{tokenizer.where}: this tokenizer cannot be written as tokenizer.json")
@@ -40,6 +40,16 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
             single=template, pair=[*template, "$B"], special_tokens=[(text, i) for i, text in around.items()]
         )
         state["post_processor"] = json.loads(processor.__getstate__())
+    return state
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> None:
+    """Writes ``tokenizer.json`` and ``tokenizer_config.json``.
+
+    Raises:
+      TokenizerError: it does something to a text that these files cannot say.
+    """
+    state = tokenizer_json(tokenizer)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,

@@ -251,7 +251,7 @@ def test_no_sizes(text):
 
 
 def test_the_default_is_three_quarters_of_what_is_free_beside_the_weights(monkeypatch):
-    monkeypatch.setattr(memory, "_available", lambda: 8000)
+    monkeypatch.setattr(memory, "available", lambda: 8000)
     monkeypatch.setattr(memory, "_status", lambda path: {"RssAnon": 900})
     cpu = jax.devices("cpu")[0]
     assert memory.default_budget(500, cpu) == 500 + 6000  # the weights are in memory

@@ -32,7 +32,7 @@ OPTIONAL = {
 }
 _TASK_KINDS = {MODEL: GRAPH, TOKENIZER: SENTENCEPIECE, METADATA: FACTS} | dict.fromkeys(OPTIONAL.values(), GRAPH)
 # By the numbers of AnySectionDataType.
-_SECTIONS = (
+SECTIONS = (
     ("none", OTHER),
     ("GenericBinaryData", OTHER),
     ("Deprecated", OTHER),
@@ -47,11 +47,11 @@ _SECTIONS = (
     ("AsrMetadataProto", OTHER),
 )
 # By the numbers of VData: the type of a value, as ``struct`` has it.
-_VALUES, _STRING = "?BbHhIif?", 9
+_VALUES, STRING = "?BbHhIif?", 9
 _WIDE = {10: "Q", 11: "q", 12: "d"}
-_MAGIC, _MAJOR = b"LITERTLM", 1
-_HEADER_END, _HEADER = 24, 32
-_BLOCK = 16 << 10
+MAGIC, _MAJOR = b"LITERTLM", 1
+HEADER_END, HEADER = 24, 32
+BLOCK = 16 << 10
 _MAX_PARTS = 256
 # No vocabulary and no metadata is larger.
 _MAX_SMALL = 128 << 20
@@ -87,7 +87,7 @@ def kind_of(path: Path) -> str | None:
             head = file.read(8)
     except OSError:
         return None
-    if head == _MAGIC or path.suffix == ".litertlm":
+    if head == MAGIC or path.suffix == ".litertlm":
         return "litertlm"
     return "task" if path.suffix == ".task" or head[:6] == b"\0\0\0\0PK" else None
 
@@ -170,26 +170,26 @@ class Package:
 
     def _sections(self) -> Iterator[Part]:
         data = self._file.bytes.data
-        if bytes(data[:8]) != _MAGIC:
-            self._fail(f"not a LiteRT-LM file: expected {_MAGIC!r} at its beginning, found {bytes(data[:8])!r}")
+        if bytes(data[:8]) != MAGIC:
+            self._fail(f"not a LiteRT-LM file: expected {MAGIC!r} at its beginning, found {bytes(data[:8])!r}")
         version = struct.unpack_from("<3I", data, 8)
         self.version = ".".join(map(str, version))
         if version[0] != _MAJOR:
             self._fail(f"LiteRT-LM files of version {self.version} are not supported, expected {_MAJOR}")
-        (end,) = struct.unpack_from("<Q", data, _HEADER_END)
-        if not _HEADER < end <= min(_BLOCK, len(self._file)):
-            self._fail(f"{_DAMAGED}: the header ends at byte {end}, expected at most {min(_BLOCK, len(self._file))}")
-        header = bytes(data[_HEADER:end])
+        (end,) = struct.unpack_from("<Q", data, HEADER_END)
+        if not HEADER < end <= min(BLOCK, len(self._file)):
+            self._fail(f"{_DAMAGED}: the header ends at byte {end}, expected at most {min(BLOCK, len(self._file))}")
+        header = bytes(data[HEADER:end])
         root = Table.root(memoryview(header))
         if about := root.table(0):
             self.notes = dict(map(_note, about.tables(0, _MAX_PARTS)))
         listed = root.table(1)
         for section in listed.tables(0, _MAX_PARTS) if listed else ():
             number = section.number(3, "B")
-            name, kind = _SECTIONS[number] if number < len(_SECTIONS) else (f"kind {number}", OTHER)
+            name, kind = SECTIONS[number] if number < len(SECTIONS) else (f"kind {number}", OTHER)
             start, stop = section.number(1, "Q"), section.number(2, "Q")
-            if stop < start or start < end or start % _BLOCK:
-                self._fail(f"{_DAMAGED}: section {name}: bytes {start} to {stop}, expected a multiple of {_BLOCK}")
+            if stop < start or start < end or start % BLOCK:
+                self._fail(f"{_DAMAGED}: section {name}: bytes {start} to {stop}, expected a multiple of {BLOCK}")
             yield Part(name, kind, start, stop - start, dict(map(_note, section.tables(0, _MAX_PARTS))))
 
     def view(self, part: Part) -> memoryview:
@@ -234,7 +234,7 @@ def _note(entry: Table) -> tuple[str, Any]:
     key = named(entry.text(0))
     if value is None or not kind:
         return key, None
-    if kind == _STRING:
+    if kind == STRING:
         return key, named(value.text(0))
     code = _VALUES[kind] if kind < len(_VALUES) else _WIDE.get(kind)
     return key, None if code is None else value.number(0, code)

@@ -19,7 +19,7 @@ _ENUMS = {
     "Sampler": ("TYPE_UNSPECIFIED", "TOP_K", "TOP_P", "GREEDY"),
     "Normalization": ("NORMALIZATION_UNKNOWN", "BYTES_TO_UNICODE"),
 }
-# By message: fields as (number, name, type), * for repeated ones.
+# By message: fields as (number, name, type), * for repeated ones, ? for those that tell 0 from nothing.
 _MESSAGES = {
     "FeedForwardParameters": (
         (1, "no_bias", "bool"),
@@ -96,15 +96,39 @@ _LITERT_LM = {
         (4, "temperature", "float"),
         (5, "seed", "int32"),
     ),
+    # What a family's runtime code does beside the template, tool calls above all; only what is set here.
+    **dict.fromkeys(("GenericModel", "Gemma3n", "FunctionGemma", "Gemma3", "Qwen3", "Qwen2p5", "Lfm2"), ()),
+    "Gemma4": (
+        (5, "code_fence_start", "string"),
+        (6, "code_fence_end", "string"),
+        (10, "open_quote", "string"),
+        (11, "close_quote", "string"),
+        (12, "function_response_start", "string"),
+    ),
+    "LlmModelType": (
+        (1, "generic_model", "GenericModel"),
+        (2, "gemma3n", "Gemma3n"),
+        (3, "function_gemma", "FunctionGemma"),
+        (4, "gemma3", "Gemma3"),
+        (5, "qwen3", "Qwen3"),
+        (7, "qwen2p5", "Qwen2p5"),
+        (8, "gemma4", "Gemma4"),
+        (11, "lfm2", "Lfm2"),
+    ),
+    "Channel": ((1, "channel_name", "string"), (2, "start", "string"), (3, "end", "string")),
     "LlmMetadata": (
         (1, "start_token", "TokenUnion"),
         (2, "stop_tokens", "TokenUnion*"),
         (3, "prompt_templates", "PromptTemplates"),
         (4, "sampler_params", "SamplerParameters"),
         (5, "max_num_tokens", "int32"),
+        (6, "llm_model_type", "LlmModelType"),
         (7, "jinja_prompt_template", "string"),
+        (8, "channels", "Channel*"),
         (9, "suppress_tokens", "TokenIds"),
         (10, "kv_cache_init_value", "int64"),
+        (11, "supports_thinking", "bool?"),
+        (12, "supports_function_calling", "bool?"),
         (13, "pad_token", "TokenUnion"),
         (14, "min_runtime_version", "string"),
     ),
@@ -114,7 +138,7 @@ _LITERT_LM = {
 def _make(package: str, messages: Mapping[str, Any], root: str) -> Any:
     """The class of a message, from its package's fields."""
     file = descriptor_pb2.FileDescriptorProto(name=f"llmjax/{root}.proto", package=package, syntax="proto3")
-    used = {kind.rstrip("*") for fields in messages.values() for _, _, kind in fields}
+    used = {kind.rstrip("*?") for fields in messages.values() for _, _, kind in fields}
     for name in sorted(used & set(_ENUMS)):
         enum = file.enum_type.add(name=name)
         for number, value in enumerate(_ENUMS[name]):
@@ -122,11 +146,14 @@ def _make(package: str, messages: Mapping[str, Any], root: str) -> Any:
     for name, fields in messages.items():
         entry = file.message_type.add(name=name)
         for number, field, kind in fields:
-            base = kind.rstrip("*")
+            base = kind.rstrip("*?")
             added = entry.field.add(name=field, number=number, label=3 if kind.endswith("*") else 1)
             added.type = _TYPES.get(base, 14 if base in _ENUMS else 11)
             if base not in _TYPES:
                 added.type_name = f".{package}.{base}"
+            if kind.endswith("?"):
+                added.proto3_optional, added.oneof_index = True, len(entry.oneof_decl)
+                entry.oneof_decl.add(name=f"_{field}")
             if field in ("start_token_id", "start_token") and name == "LlmParameters":
                 added.oneof_index = 0
         if name == "LlmParameters":

@@ -1,0 +1,304 @@
+"""``llmjax.convert(..., to="litertlm")``, ``task`` and ``tflite``: files that LiteRT-LM and MediaPipe run."""
+
+import contextlib
+import dataclasses
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from converters.litert import container, proof, templates, vocabulary
+from converters.litert.export import ExportedGraph, export_graph
+from converters.litert.metadata import llm_metadata, stop_ids, stop_texts
+from converters.litert.templates import Carried
+from converters.mediapipe import bundle
+from converters.readers.opening import is_graph, open_source
+from converters.readers.source import Source
+from llmjax.checkpoint.graph_source import GraphSource
+from llmjax.checkpoint.loading import find_model, fitting_plan, read_override
+from llmjax.checkpoint.parameters import OnParameter
+from llmjax.checkpoint.plan import Plan, describe
+from llmjax.errors import CheckpointError, ConfigError, RequestError, TokenizerError
+from llmjax.lora.adapter import AnyLora, read_adapter
+from llmjax.lora.merge import Merge
+from llmjax.models.config import DecoderConfig
+from llmjax.outside.paths import checked_path
+from llmjax.outside.values import FLAG, POSITIVE, check, plain
+from llmjax.outside.whole import whole_file
+from llmjax.quant.schemes import Recipe, parse
+from llmjax.runtime import memory
+from llmjax.text.tokenizer import Tokenizer
+
+_LOG = logging.getLogger(__name__)
+FORMATS: tuple[str, ...] = ("litertlm", "task", "tflite")
+# LiteRT's own exporter has these.
+_CONTEXT, _LENGTHS = 1280, (8, 128, 512)
+# Float32 weights of models that are verified unless told otherwise.
+_VERIFIED = 10**9
+NO_TEMPLATE = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What is written, checked."""
+
+    source: Source
+    plan: Plan
+    recipe: Recipe | None
+    tokenizer: Tokenizer | None
+    carried: Carried
+    verify: bool
+    merges: tuple[Merge, Merge]
+
+
+def convert_source(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str,
+    quantize: str | Path | Mapping[str, Any] | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
+    lora: AnyLora | None = None,
+    report: OnParameter = lambda done, total: None,
+    activations: str = "dynamic-int8",
+    context: int | None = None,
+    prefill_lengths: Sequence[int] | None = None,
+    chat_template: str | Path | None = None,
+    vocab: str | Path | None = None,
+    verify: bool | None = None,
+    announce: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Writes a checkpoint as a ``.litertlm`` or ``.task`` bundle, or its graph alone as ``.tflite``.
+
+    Args:
+      source: anything ``llmjax.load`` reads.
+      destination: a new file with the format's ending.  It appears under its name when it is whole, and proven.
+      to: ``litertlm``, ``task`` or ``tflite``.
+      quantize: see ``converters.litert.export.export_graph``; and ``activations``.
+      config: see ``llmjax.load``; ``eos_token_id`` among its keys says what ends a text.
+      lora: an adapter to merge into the weights.
+      report: called after each parameter.
+      activations: ``dynamic-int8`` or ``float``.
+      context: tokens that the caches hold; None for 1280, or as many as the model has.
+      prefill_lengths: tokens that the prefill signatures take; None for those of 8, 128 and 512 that are below it.
+      chat_template: a Jinja file instead of the checkpoint's own template; ``none`` leaves it out.
+      vocab: for ``task``: a SentencePiece model, or a directory with ``tokenizer.json``, instead of the checkpoint's.
+      verify: run the file against the checkpoint before it gets its name; None for models whose weights take less than
+        1 GB as float32.
+      announce: told what is written before it begins, and what was shown.
+
+    Raises:
+      CheckpointError: the source is damaged, the destination exists or cannot be written, the disk lacks the room, or
+        the file does not compute what the checkpoint does.
+      ConfigError: an option does not fit the model or the format.
+      LoraError: the adapter is damaged, or does not fit.
+      TokenizerError: there is no tokenizer, it does not fit the model, or its chat template cannot be carried over.
+    """
+    path = _destination(destination, to)
+    if verify is not None:
+        check("verify", verify, FLAG, ConfigError)
+    _check_options(to, {"chat_template": chat_template, "vocab": vocab})
+    with _prepared(source, to, quantize, config, lora, chat_template, verify) as job:
+        context, lengths = _lengths(job.plan.config, context, prefill_lengths)
+        if to == "task":
+            spelled = vocabulary.sentencepiece(job.source, _required(job.tokenizer), vocab)
+        parts = _sections(job, context, config) if to == "litertlm" else []
+
+        def begin(graph: ExportedGraph) -> None:
+            announce(_plan_text(job, graph, path))
+            _check_room(graph, path, 1 if to == "tflite" else 2)
+
+        with whole_file(path) as place:
+            graph_file = place if to == "tflite" else place.with_name(f"{place.name}.graph")
+            export_graph(
+                source,
+                graph_file,
+                quantize=quantize,
+                activations=activations,
+                context=context,
+                prefill_lengths=lengths,
+                lora=lora,
+                config=config,
+                report=report,
+                announce=begin,
+            )
+            if to == "litertlm":
+                graph_section = container.Section("TFLiteModel", graph_file, {"model_type": "tf_lite_prefill_decode"})
+                with open(place, "xb") as file:
+                    container.write(file, [*parts, graph_section], {"Authors": "llmjax"})
+            elif to == "task":
+                bundle.write(place, _bundle_config(job, graph_file, *spelled), spelled[0])
+            if graph_file != place:
+                graph_file.unlink()
+            if job.verify:
+                try:
+                    found = proof.prove(place, job.source, job.plan, job.recipe, job.merges, job.tokenizer)
+                except RequestError as error:  # logits that are no numbers
+                    raise CheckpointError(f"{path}: cannot be run against the checkpoint: {error}") from None
+                announce(found.to_text())
+                proof.refuse(found, path)
+
+
+@contextlib.contextmanager
+def _prepared(
+    source: Any, to: str, quantize: Any, config: Any, lora: AnyLora | None, chat_template: Any, verify: bool | None
+) -> Iterator[_Job]:
+    override, recipe = read_override(config), None if quantize is None else parse(quantize)
+    found = find_model(source)
+    opened: Source = GraphSource(found) if is_graph(found) else open_source(found)
+    try:
+        plan = fitting_plan(opened, None, override)  # whether the recipe fits, the graph's writer says
+        rows = plan.config.vocab_size
+        tokenizer, carried = None, Carried()
+        if to != "tflite":
+            tokenizer = _with_template(vocabulary.tokenizer_of(opened, override, rows), chat_template)
+            carried = templates.carry(tokenizer)
+            _tell(tokenizer, carried)
+        adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
+        deltas, where = (adapter.deltas, str(adapter.path)) if adapter else ({}, "")
+        merges = (Merge(deltas, "merged", None, where), Merge(deltas, "merged", None, where))
+        floats = 4 * sum(_count(assignment.shape) for assignment in plan.assignments)
+        wanted = floats < _VERIFIED if verify is None else verify
+        if wanted:
+            _check_memory(floats, verify)
+        yield _Job(opened, plan, recipe, tokenizer, carried, wanted, merges)
+    finally:
+        opened.close()
+
+
+def _destination(destination: str | Path, to: str) -> Path:
+    path = checked_path("destination", destination, CheckpointError)
+    if path.suffix != f".{to}":
+        raise ConfigError(f"{path}: expected a name that ends in .{to}, by which LiteRT-LM and MediaPipe know the file")
+    if path.exists() or path.is_symlink():
+        raise CheckpointError(f"{path}: exists; expected a new file")
+    return path
+
+
+def _check_options(to: str, options: Mapping[str, Any]) -> None:
+    places = {"chat_template": ("litertlm", "task"), "vocab": ("task",)}
+    for name, value in options.items():
+        if value is not None and to not in places[name]:
+            raise ConfigError(f"{name}: only for {' and '.join(places[name])} files, not for {to}")
+
+
+def _lengths(config: DecoderConfig, context: Any, lengths: Any) -> tuple[Any, Any]:
+    """What is not given."""
+    if context is not None:
+        check("context", plain(context), POSITIVE, ConfigError)
+    else:
+        most = config.max_position_embeddings
+        context = min(_CONTEXT, most if config.renewal is None else min(most, int(config.renewal)))
+    if lengths is None:
+        lengths = tuple(n for n in _LENGTHS if n < context) or (context,)
+    return context, lengths
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _check_memory(floats: int, verify: bool | None) -> None:
+    needed, free = 2 * floats, memory.available()
+    if needed > free:
+        raise CheckpointError(
+            f"verify: running the file against the checkpoint takes about {needed / 1e9:.1f} GB of memory, of which "
+            f"{free / 1e9:.1f} GB are free; leave it out (verify=False, --no-verify), or use a larger machine"
+        )
+
+
+def _check_room(graph: ExportedGraph, path: Path, copies: int) -> None:
+    folder = next(p for p in path.absolute().parents if p.exists())
+    needed, free = copies * graph.size, shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{path}: writing it takes {needed / 1e6:,.0f} MB of {folder}, which has {free / 1e6:,.0f} MB left; make "
+            "room, or write to another disk"
+        )
+
+
+def _plan_text(job: _Job, graph: ExportedGraph, path: Path) -> str:
+    config = job.plan.config
+    caches = 4 * sum(_count(shape) for shape in graph.caches.values())
+    lines = [
+        f"{path}: {job.plan.architecture.model_type}, {config.num_hidden_layers} layers, {config.vocab_size:,} tokens; "
+        f"{', '.join(graph.signatures)}; about {graph.size / 1e6:,.1f} MB",
+        f"it takes {(graph.weight_bytes + caches) / 1e6:,.1f} MB to run: weights {graph.weight_bytes / 1e6:,.1f} MB, "
+        f"caches of {graph.context:,} tokens {caches / 1e6:,.1f} MB",
+    ]
+    if not job.verify:
+        lines.append("it is not run against the checkpoint (verify=True, --verify)")
+    return "\n".join(lines)
+
+
+def _required(tokenizer: Tokenizer | None) -> Tokenizer:
+    assert tokenizer is not None
+    return tokenizer
+
+
+def _with_template(tokenizer: Tokenizer, given: str | Path | None) -> Tokenizer:
+    if given is None:
+        return tokenizer
+    if str(given) == NO_TEMPLATE:
+        return dataclasses.replace(tokenizer, chat_template=None)
+    path = checked_path("chat_template", given, TokenizerError)
+    try:
+        template = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "expected UTF-8 text"
+        raise TokenizerError(f"chat_template: {path}: cannot read it: {reason}") from None
+    return dataclasses.replace(tokenizer, chat_template=template, where=str(path))
+
+
+def _tell(tokenizer: Tokenizer, carried: Carried) -> None:
+    """What a user would not expect of the bundle."""
+    if not (carried.source or carried.affixes):
+        _LOG.warning(f"{tokenizer.where}: no chat template goes along: LiteRT-LM's conversations have none")
+    elif not carried.opens_bos:
+        _LOG.warning(
+            f"{tokenizer.where}: LiteRT-LM puts {tokenizer.piece(tokenizer.prefix_ids[0])!r} before every text, which "
+            "the tokenizer does with plain texts and the chat template does not"
+        )
+    if tokenizer.suffix_ids:
+        _LOG.warning(f"{tokenizer.where}: the tokenizer puts tokens behind a text, which LiteRT-LM does not")
+
+
+def _sections(job: _Job, context: int, config: Any) -> list[container.Section]:
+    """All but the graph."""
+    tokenizer, model = _required(job.tokenizer), job.plan.config
+    facts = describe(job.source, read_override(config))[0]
+    model_type = str(facts.get("model_type", job.plan.architecture.model_type))
+    generation = job.source.generation_config or {}
+    metadata = llm_metadata(tokenizer, job.carried, model_type, context, model.vocab_size, generation)
+    return [
+        container.Section("LlmMetadataProto", metadata.SerializeToString(deterministic=True)),
+        vocabulary.section(job.source, tokenizer, model.vocab_size),
+    ]
+
+
+def _bundle_config(job: _Job, graph: Path, model: bytes, spelled: bool, where: str) -> bundle.BundleConfig:
+    """MediaPipe's options for a ``.task`` file, whose metadata has texts for tokens."""
+    tokenizer, carried = _required(job.tokenizer), job.carried
+    if carried.source and not carried.affixes:
+        _LOG.warning("a .task file holds what stands around each turn, and no Jinja: this template does more")
+    around = {
+        f"prompt_{part}_{role}": text
+        for role, texts in carried.affixes.items()
+        for part, text in zip(("prefix", "suffix"), texts, strict=True)
+    }
+    stop = [tokenizer.piece(i) for i in stop_ids(tokenizer, carried, job.plan.config.vocab_size)]
+    texts = stop_texts(tokenizer)
+    return bundle.BundleConfig(
+        tflite_model=str(graph),
+        tokenizer_model=where,
+        start_token=tokenizer.piece(tokenizer.prefix_ids[0]) if tokenizer.prefix_ids else "",
+        stop_tokens=[*stop, *texts],
+        output_filename="",
+        enable_bytes_to_unicode_mapping=spelled,
+        strict=not texts,
+        **around,
+    )

@@ -1,0 +1,133 @@
+"""A tokenizer as a bundle holds it: ``tokenizer.json``, or a SentencePiece model."""
+
+import json
+import logging
+from pathlib import Path
+
+from converters.litert.container import Section, packed_json
+from converters.mediapipe.convert import read_vocabulary
+from converters.readers.mediapipe.source import MediapipeSource
+from converters.readers.source import Source
+from llmjax.checkpoint.graph_source import GraphSource
+from llmjax.checkpoint.loading import read_tokenizer
+from llmjax.checkpoint.plan import Override
+from llmjax.errors import ConfigError, TokenizerError, named
+from llmjax.text import bundle, mediapipe
+from llmjax.text.bundle import Ends
+from llmjax.text.export import tokenizer_json
+from llmjax.text.mediapipe import MediapipeTokenizer, for_transformers
+from llmjax.text.tokenizer import Tokenizer
+
+_LOG = logging.getLogger(__name__)
+# Texts that vocabularies cut differently, if any.
+_SAMPLES = (
+    "The quick brown fox jumps over the lazy dog. In 1905 she wrote: 3.14 is not 22/7, but it is near.",
+    "  two  spaces,\n\ta tab; naïve façades, 東京 and 🙂.",
+    "def f(x):\n    return {'a': [x, x * 2]}  # Überprüfung\n",
+)
+
+
+def tokenizer_of(source: Source, override: Override, vocab_size: int) -> Tokenizer:
+    """A checkpoint's tokenizer, with special tokens found in texts.
+
+    Raises:
+      TokenizerError: there is none, or it has tokens that the model has no row for.
+    """
+    found = read_tokenizer(source, override)
+    if found is None:
+        raise TokenizerError(
+            f"{source.path}: no tokenizer, which a bundle needs; put tokenizer.json or tokenizer.model beside the "
+            "weights, or write the graph alone (--to tflite)"
+        )
+    if isinstance(found, MediapipeTokenizer) and (vocabulary := _model_of(source)):
+        found = for_transformers(found, vocabulary)
+    beyond = {i for i in found.backend.get_vocab(with_added_tokens=False).values() if i >= vocab_size}
+    if beyond:
+        raise TokenizerError(
+            f"{found.where}: the vocabulary has {found.vocab_size:,} tokens, the model's embedding only "
+            f"{vocab_size:,} rows: it is another model's, or some rows are lost"
+        )
+    return found
+
+
+def section(source: Source, tokenizer: Tokenizer, vocab_size: int) -> Section:
+    """The tokenizer of a ``.litertlm`` file.
+
+    Added tokens that the model has no row for (Gemma 3's for images) are left out: no text may turn into them.
+
+    Raises:
+      TokenizerError: neither form can say what it does.
+    """
+    if tokenizer.dummy_prefix:
+        if model := _model_of(source):
+            _check_chat(model, tokenizer)
+            return Section("SP_Tokenizer", model)
+        raise TokenizerError(
+            f"{tokenizer.where}: neither tokenizer.json nor a SentencePiece model can say what this tokenizer does"
+        )
+    state = tokenizer_json(tokenizer)
+    beyond = [token for token in state["added_tokens"] if token["id"] >= vocab_size]
+    if beyond:
+        names = ", ".join(named(token["content"]) for token in beyond[:5])
+        _LOG.warning(
+            f"{tokenizer.where}: {len(beyond)} added tokens ({names}) are beyond the {vocab_size:,} rows of the "
+            "model's embedding; the bundle leaves them out"
+        )
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["id"] < vocab_size]
+    data = json.dumps(state, ensure_ascii=False, separators=(",", ":")).encode()
+    return Section("HF_Tokenizer_Zlib", packed_json(data))
+
+
+def sentencepiece(source: Source, tokenizer: Tokenizer, vocab: str | Path | None) -> tuple[bytes, bool, str]:
+    """The SentencePiece model of a ``.task`` file; whether its pieces are spelled in GPT-2's characters for bytes; and
+    where it is from.
+
+    Args:
+      source: the checkpoint.
+      tokenizer: its tokenizer.
+      vocab: a file or a directory to read instead.
+
+    Raises:
+      ConfigError: there is none.
+      TokenizerError: it is damaged.
+    """
+    model = None if vocab else _model_of(source)
+    if model:
+        where, spelled = str(source.path), isinstance(source, MediapipeSource) and tokenizer.kind == "bpe"
+    elif vocab is None and source.format in ("gguf", "graph"):
+        raise ConfigError(
+            f"{source.path}: a .task file needs a SentencePiece model, and this source has none; give vocab (--vocab): "
+            "a tokenizer.model, or a directory with tokenizer.json; or write a .litertlm file"
+        )
+    else:
+        model, where = read_vocabulary(vocab or source.directory, given=vocab is not None)
+        spelled = Path(where).name == "tokenizer.json"
+    theirs = mediapipe.read(model, where, start_id=None, stop=(), bytes_to_unicode=spelled)
+    differing = [text for text in _SAMPLES if theirs.encode(text) != tokenizer.encode(text, add_bos=False)]
+    if differing:
+        _LOG.warning(
+            f"{where}: as a SentencePiece model it cuts {len(differing)} of {len(_SAMPLES)} sample texts into other "
+            "tokens than the checkpoint's own tokenizer does; a .litertlm file keeps that as it is"
+        )
+    return model, spelled, where
+
+
+def _check_chat(model: bytes, tokenizer: Tokenizer) -> None:
+    """Refuses a chat template whose special tokens would be text."""
+    if tokenizer.chat_template is None:
+        return
+    text = tokenizer.render_chat([{"role": "user", "content": "Hi."}])
+    if bundle.from_sentencepiece(model, tokenizer.where, Ends()).encode(text) != tokenizer.encode(text, add_bos=False):
+        raise TokenizerError(
+            f"{tokenizer.where}: its chat template writes special tokens, which LiteRT-LM takes for text with a "
+            "SentencePiece model; save it as tokenizer.json (save_pretrained() of transformers), or leave the template "
+            "out (--chat-template none)"
+        )
+
+
+def _model_of(source: Source) -> bytes | None:
+    """The SentencePiece model that a source has."""
+    if isinstance(source, MediapipeSource | GraphSource):
+        return source.vocabulary or None
+    path = source.directory / "tokenizer.model"
+    return path.read_bytes() if source.format not in ("gguf", "graph") and path.is_file() else None
