@@ -14,8 +14,8 @@ import numpy as np
 from converters.litert import weights as weights_lib
 from converters.litert.graph import FLOAT32, Form
 from converters.readers.source import Source
-from llmjax.checkpoint.loading import put
 from llmjax.checkpoint.parameters import Stored, stored
+from llmjax.checkpoint.placing import put
 from llmjax.checkpoint.plan import Plan
 from llmjax.errors import CheckpointError
 from llmjax.litert.loading import load_graph
