@@ -165,7 +165,7 @@ def test_what_things_look_like(llm, folder):
 
 
 def test_a_shape_is_traced_once(llm):
-    program = tracing._program(llm.model.numerics)._plain
+    program = tracing._program(llm.model.numerics, "cpu")._plain
     first = llmjax.trace(llm.model, [1, 2, 3], ["logits", "*.resid"])
     before = program._cache_size()
     again = llmjax.trace(llm.model, [1, 2, 3], ["logits", "*.resid"])
