@@ -1,4 +1,5 @@
-"""``llmjax.hidden_states`` beside one ``llmjax.trace`` each, on texts of random tokens: seconds and peak memory.
+"""``llmjax.hidden_states`` beside one ``llmjax.trace`` each, on texts of random tokens and lengths: seconds and peak
+memory.  Compiling is part of both: a trace's program is for one length, and texts have many.
 
 Run: python scripts/bench_hidden_states.py --model smollm2 --texts 1000
 """
@@ -12,31 +13,27 @@ import numpy as np
 
 import llmjax
 
-LENGTHS = (8, 12, 16, 24)
-
 
 def main() -> None:
-    """Prints both, per text; compiling is told apart for the traces, and is part of what is written to disk."""
+    """Prints both, per text."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--texts", type=int, default=1000)
-    parser.add_argument("--traced", type=int, default=100, help="texts that are traced one by one")
+    parser.add_argument("--longest", type=int, default=40, help="the shortest have 8 tokens")
     parser.add_argument("--taps", default="*.resid")
     args = parser.parse_args()
     model, random = llmjax.load(args.model), np.random.default_rng(0)
-    lengths = random.choice(LENGTHS, args.texts)
+    lengths = random.integers(8, args.longest + 1, args.texts)
     texts = [random.integers(0, model.config.vocab_size, int(n)).tolist() for n in lengths]
-    for length in LENGTHS:
-        llmjax.trace(model, [1] * length, args.taps)
-    began = time.process_time(), time.perf_counter()
-    for ids in texts[: args.traced]:
-        llmjax.trace(model, ids, args.taps)
-    report("trace, compiled before", args.traced, *began)
     for count in (args.texts // 5, args.texts):
         with tempfile.TemporaryDirectory() as folder:
             began = time.process_time(), time.perf_counter()
             llmjax.hidden_states(model, texts[:count], args.taps, output=f"{folder}/states")
-            report("hidden_states, compiling included", count, *began)
+            report("hidden_states", count, *began)
+    began = time.process_time(), time.perf_counter()
+    for ids in texts:
+        llmjax.trace(model, ids, args.taps)
+    report(f"trace, {len(set(map(len, texts)))} lengths", args.texts, *began)
 
 
 def report(what: str, texts: int, cpu: float, wall: float) -> None:

@@ -10,7 +10,9 @@ from jax.interpreters import partial_eval
 
 import llmjax
 from llmjax import LLM, RequestError, SamplingParams
+from llmjax.models.context import Context
 from llmjax.models.interventions import tap_places
+from llmjax.runtime.cache import make_cache
 from tests.parity.test_cases import NAMES, loaded
 from tests.parity.variants import VARIANTS
 from tests.tiny import checkpoint, random_model, slow, some
@@ -52,6 +54,20 @@ def test_every_tap_of_every_architecture_is_what_the_model_goes_on_with(name):
     _, used = partial_eval.dce_jaxpr(jaxpr, [True])
     assert [n for n, is_used in zip(names, used, strict=True) if not is_used] == []
     assert len(names) > 10 * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", some(QUICK, [*ONE_EACH, *NAMES]))
+def test_every_tap_of_every_architecture_is_there_with_a_cache(name):
+    """In a chunk of a prompt and in a step: one that were not would be refused."""
+    model = loaded(name)[0] if name in NAMES else random_model(**VARIANTS[name])
+    everywhere = model.intervened(dict.fromkeys(tap_places(model.config), same)).module
+    cache = make_cache(model.config, model.numerics, 1, 256)
+    table, active = jnp.zeros((1, 1), jnp.int32), jnp.array([True])
+    for count, slots in ((4, {"last": jnp.array([3])}), (1, {"active": active})):
+        ids = jnp.zeros((1, count), jnp.int32)
+        ctx = Context(jnp.arange(count)[None], model.numerics, table=table, **slots)
+        variables = {"params": model.params, "cache": cache}
+        jax.eval_shape(lambda v, ids=ids, ctx=ctx: everywhere.apply(v, ids, ctx, mutable=["cache"]), variables)
 
 
 @pytest.fixture(scope="module")
