@@ -12,8 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO
 
-import flatbuffers
-
+from converters.litert.tables import Field, Tables
 from converters.readers.mediapipe.package import BLOCK, HEADER, HEADER_END, MAGIC, SECTIONS, STRING
 from llmjax.errors import CheckpointError
 
@@ -90,47 +89,22 @@ def _places(sections: Sequence[Section]) -> list[tuple[int, int]]:
 
 def _header(sections: Sequence[Section], places: Sequence[tuple[int, int]], notes: Mapping[str, str]) -> bytes:
     """The flatbuffer ``LiteRTLMMetaData``: fields by their slots in the schema."""
-    builder = flatbuffers.Builder(1024)
-    objects = []
-    for section, (start, end) in zip(sections, places, strict=True):
-        items = _pairs(builder, section.notes)
-        builder.StartObject(4)
-        builder.PrependUOffsetTRelativeSlot(0, items, 0)
-        builder.PrependUint64Slot(1, start, 0)
-        builder.PrependUint64Slot(2, end, 0)
-        builder.PrependUint8Slot(3, _NUMBERS[section.kind], 0)
-        objects.append(builder.EndObject())
-    entries = _pairs(builder, notes)
-    lists = [_in_table(builder, entries), _in_table(builder, _vector(builder, objects))]
-    builder.StartObject(2)
-    for slot, table in enumerate(lists):
-        builder.PrependUOffsetTRelativeSlot(slot, table, 0)
-    builder.Finish(builder.EndObject())
-    return bytes(builder.Output())
+    tables = Tables()
+    objects = [
+        tables.table(
+            {0: _pairs(tables, section.notes), 1: ("Q", start), 2: ("Q", end), 3: ("B", _NUMBERS[section.kind])}
+        )
+        for section, (start, end) in zip(sections, places, strict=True)
+    ]
+    about, listed = tables.table({0: _pairs(tables, notes)}), tables.table({0: tables.several(objects)})
+    return tables.finish(tables.table({0: about, 1: listed}))
 
 
-def _pairs(builder: flatbuffers.Builder, notes: Mapping[str, str]) -> int:
+def _pairs(tables: Tables, notes: Mapping[str, str]) -> Field:
     """A vector of ``KeyValuePair``."""
-    pairs = []
-    for key, value in notes.items():
-        name, text = builder.CreateString(key), _in_table(builder, builder.CreateString(value))
-        builder.StartObject(3)
-        builder.PrependUOffsetTRelativeSlot(0, name, 0)
-        builder.PrependUint8Slot(1, STRING, 0)
-        builder.PrependUOffsetTRelativeSlot(2, text, 0)
-        pairs.append(builder.EndObject())
-    return _vector(builder, pairs)
-
-
-def _vector(builder: flatbuffers.Builder, tables: Sequence[int]) -> int:
-    builder.StartVector(4, len(tables), 4)
-    for table in reversed(tables):
-        builder.PrependUOffsetTRelative(table)
-    return builder.EndVector()
-
-
-def _in_table(builder: flatbuffers.Builder, offset: int) -> int:
-    """A table whose only field is this."""
-    builder.StartObject(1)
-    builder.PrependUOffsetTRelativeSlot(0, offset, 0)
-    return builder.EndObject()
+    return tables.several(
+        [
+            tables.table({0: tables.text(key), 1: ("B", STRING), 2: tables.table({0: tables.text(value)})})
+            for key, value in notes.items()
+        ]
+    )

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,9 +14,8 @@ from converters.litert.export import ExportedGraph, export_graph
 from converters.litert.metadata import llm_metadata, stop_ids, stop_texts
 from converters.litert.templates import Carried
 from converters.mediapipe import bundle
-from converters.readers.opening import is_graph, open_source
 from converters.readers.source import Source
-from llmjax.checkpoint.graph_source import GraphSource
+from llmjax.checkpoint.graph_source import open_checkpoint
 from llmjax.checkpoint.loading import find_model, fitting_plan, read_override
 from llmjax.checkpoint.parameters import OnParameter
 from llmjax.checkpoint.plan import Plan, describe
@@ -146,7 +146,7 @@ def _prepared(
 ) -> Iterator[_Job]:
     override, recipe = read_override(config), None if quantize is None else parse(quantize)
     found = find_model(source)
-    opened: Source = GraphSource(found) if is_graph(found) else open_source(found)
+    opened = open_checkpoint(found)
     try:
         plan = fitting_plan(opened, None, override)  # whether the recipe fits, the graph's writer says
         rows = plan.config.vocab_size
@@ -156,9 +156,8 @@ def _prepared(
             carried = templates.carry(tokenizer)
             _tell(tokenizer, carried)
         adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
-        deltas, where = (adapter.deltas, str(adapter.path)) if adapter else ({}, "")
-        merges = (Merge(deltas, "merged", None, where), Merge(deltas, "merged", None, where))
-        floats = 4 * sum(_count(assignment.shape) for assignment in plan.assignments)
+        merges = (Merge.of(adapter, "merged", None), Merge.of(adapter, "merged", None))
+        floats = 4 * sum(math.prod(assignment.shape) for assignment in plan.assignments)
         wanted = floats < _VERIFIED if verify is None else verify
         if wanted:
             _check_memory(floats, verify)
@@ -195,13 +194,6 @@ def _lengths(config: DecoderConfig, context: Any, lengths: Any) -> tuple[Any, An
     return context, lengths
 
 
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
 def _check_memory(floats: int, verify: bool | None) -> None:
     needed, free = 2 * floats, memory.available()
     if needed > free:
@@ -223,7 +215,7 @@ def _check_room(graph: ExportedGraph, path: Path, copies: int) -> None:
 
 def _plan_text(job: _Job, graph: ExportedGraph, path: Path) -> str:
     config = job.plan.config
-    caches = 4 * sum(_count(shape) for shape in graph.caches.values())
+    caches = 4 * sum(math.prod(shape) for shape in graph.caches.values())
     lines = [
         f"{path}: {job.plan.architecture.model_type}, {config.num_hidden_layers} layers, {config.vocab_size:,} tokens; "
         f"{', '.join(graph.signatures)}; about {graph.size / 1e6:,.1f} MB",

@@ -17,19 +17,17 @@ from converters.litert import weights as weights_lib
 from converters.litert.builder import Builder, Node
 from converters.litert.graph import File, Graph, Weight
 from converters.litert.lowering import lower
-from converters.readers.opening import is_graph, open_source
-from converters.readers.source import Source
-from llmjax.checkpoint.graph_source import GraphSource
-from llmjax.checkpoint.loading import find_model, fitting_plan, read_override
+from llmjax.checkpoint.graph_source import open_checkpoint
+from llmjax.checkpoint.loading import find_model, read_override
 from llmjax.checkpoint.parameters import OnParameter
-from llmjax.checkpoint.rescue import prove
+from llmjax.checkpoint.rescue import proven_plan
 from llmjax.errors import ConfigError, shown
-from llmjax.lora import merge as merging
 from llmjax.lora.adapter import AnyLora, read_adapter
+from llmjax.lora.merge import Merge
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
 from llmjax.models.pages import shape
-from llmjax.models.tree import path_of
+from llmjax.models.tree import path_of, put_at
 from llmjax.numerics import REFERENCE, resolve
 from llmjax.outside.values import plain
 from llmjax.outside.whole import whole_file
@@ -100,15 +98,12 @@ def export_graph(
     override, recipe = read_override(config), None if quantize is None else parse(quantize)
     if recipe is not None:
         weights_lib.check(recipe)
-    path = find_model(source)
-    opened: Source = GraphSource(path) if is_graph(path) else open_source(path)
+    opened = open_checkpoint(find_model(source))
     try:
-        plan = fitting_plan(opened, recipe, override)
-        if isinstance(opened, GraphSource):
-            prove(opened, plan)
+        plan = proven_plan(opened, recipe, override)
         context, lengths = _checked(plan.config, context, prefill_lengths)
         adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
-        merge = merging.Merge(adapter.deltas if adapter else {}, "merged", None, str(adapter.path) if adapter else "")
+        merge = Merge.of(adapter, "merged", None)
         small, weights = weights_lib.split(opened, plan, recipe, merge)
         graphs = [
             _signature(plan.config, {**small, **weights}, length, context, activations, decode=decode)
@@ -168,9 +163,9 @@ def _signature(
     def step(params: list[jax.Array], inputs: dict[str, jax.Array]) -> dict[str, jax.Array]:
         variables: dict[str, Any] = {"params": {}, "cache": {}}
         for name, leaf in zip(names, params, strict=True):
-            _put(variables["params"], path_of(name), leaf)
+            put_at(variables["params"], path_of(name), leaf)
         for name, (where, _) in caches.items():
-            _put(variables["cache"], where, inputs[name])
+            put_at(variables["cache"], where, inputs[name])
         ctx = Context(inputs["input_pos"][None], numerics, mask=inputs["mask"], length=jnp.ones(1, jnp.int32))
         logits, changed = module.apply(variables, inputs["tokens"], ctx, mutable=["cache"])
         found = {name: _get(changed["cache"], where) for name, (where, _) in caches.items()}
@@ -207,13 +202,6 @@ def cache_shapes(config: DecoderConfig, context: int) -> dict[str, tuple[list[st
                 size = shape(name, 1, heads, width, context)
                 found[f"kv_cache_{kind}_{layer}"] = ([f"layers_{layer}", module, name], size)
     return found
-
-
-def _put(tree: dict[str, Any], path: list[str], leaf: Any) -> None:
-    *parents, last = path
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[last] = leaf
 
 
 def _get(tree: Any, path: list[str]) -> Any:

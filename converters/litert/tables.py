@@ -53,7 +53,7 @@ class Tables:
             self._builder.PrependUOffsetTRelative(offset)
         return "@", self._builder.EndVector()
 
-    def finish(self, root: Field, identifier: bytes) -> bytes:
+    def finish(self, root: Field, identifier: bytes | None = None) -> bytes:
         """All of it."""
         self._builder.Finish(root[1], identifier)
         return bytes(self._builder.Output())

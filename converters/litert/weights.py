@@ -20,7 +20,7 @@ from llmjax.checkpoint.plan import Plan
 from llmjax.errors import CheckpointError, ConfigError
 from llmjax.lora import merge as merging
 from llmjax.quant.arrays import row_chunks
-from llmjax.quant.qtensor import QTensor
+from llmjax.quant.qtensor import QTensor, pack
 from llmjax.quant.schemes import Recipe, Scheme, role_of
 
 SCHEMES = ("int8", "int4", "int4-g32", "int4-g64")
@@ -147,7 +147,7 @@ def _rows(parameter: Stored, weight: Weight) -> Iterator[tuple[bytes, np.ndarray
                 f"{weight.name}: NaN or infinite weights cannot be quantized; the checkpoint is damaged"
             )
         n, scales = quantized(w, form)
-        yield (_packed(n) if form.bits == 4 else n).tobytes(), scales
+        yield (pack(n & 15) if form.bits == 4 else n).tobytes(), scales
 
 
 def quantized(w: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray]:
@@ -161,8 +161,3 @@ def quantized(w: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray]:
     with np.errstate(divide="ignore", invalid="ignore"):
         n = np.clip(np.rint(groups / scales.astype(np.float32)[..., None]), -most, most)
     return np.nan_to_num(n).astype(np.int8).reshape(w.shape), scales
-
-
-def _packed(n: np.ndarray) -> np.ndarray:
-    """Two to a byte, the first in the low half."""
-    return (n[:, 0::2] & 15).astype(np.uint8) | ((n[:, 1::2] & 15).astype(np.uint8) << 4)

@@ -16,14 +16,13 @@ import numpy as np
 from converters.readers import digest
 from converters.readers.llmjax_directory import PARTS, VERSION, WEIGHTS, LlmjaxSource
 from converters.readers.mediapipe.source import MediapipeSource
-from converters.readers.opening import is_graph, open_source
 from converters.readers.source import Source
 from llmjax.checkpoint.ends import end_tokens
-from llmjax.checkpoint.graph_source import GraphSource
-from llmjax.checkpoint.loading import check_dtype, find_model, fitting_plan, read_override, read_tokenizer
+from llmjax.checkpoint.graph_source import GraphSource, open_checkpoint
+from llmjax.checkpoint.loading import check_dtype, find_model, read_override, read_tokenizer
 from llmjax.checkpoint.parameters import OnParameter, Parameter, read_all
 from llmjax.checkpoint.plan import Override, Plan, describe
-from llmjax.checkpoint.rescue import prove
+from llmjax.checkpoint.rescue import proven_plan
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
 from llmjax.errors import ConfigError
 from llmjax.lora import merge as merging
@@ -84,21 +83,16 @@ def convert(
         )
     check_dtype(dtype)
     recipe = None if quantize is None else parse(quantize)
-    path = find_model(source)
-    opened: Source = GraphSource(path) if is_graph(path) else open_source(path)
+    opened = open_checkpoint(find_model(source))
     try:
-        plan = fitting_plan(opened, recipe, override)
-        if isinstance(opened, GraphSource):
-            prove(opened, plan)
+        plan = proven_plan(opened, recipe, override)
         facts, where = describe(opened, override)
         if read_config(facts, where)[1] != plan.config:
             found = ", ".join(spec.name for spec in plan.configuring)
             raise ConfigError(f"{where}: {found}: the files to be written have no place for it; use the source itself")
         with whole_folder(Path(destination)) as folder:
             adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
-            merge = merging.Merge(
-                adapter.deltas if adapter else {}, "merged", None, str(adapter.path) if adapter else ""
-            )
+            merge = merging.Merge.of(adapter, "merged", None)
             made_from = _made_from(opened, adapter)
             parameters = read_all(opened, plan, dtype, recipe, check_finite, merge)
             if to == "llmjax":

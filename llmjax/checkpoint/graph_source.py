@@ -11,7 +11,8 @@ import numpy as np
 
 from converters.readers.digest import Stamp
 from converters.readers.mediapipe import package
-from converters.readers.source import TensorSpec
+from converters.readers.opening import is_graph, open_source
+from converters.readers.source import Source, TensorSpec
 from llmjax.checkpoint import graph_config
 from llmjax.errors import CheckpointError
 from llmjax.litert.loading import load_graph
@@ -172,3 +173,12 @@ def _same(table: _Held, head: _Held) -> bool:
     if (a.scheme, a.shape) != (b.scheme, b.shape):
         return False
     return np.array_equal(a.values, b.values) and np.allclose(a.scales, b.scales, rtol=1e-6, atol=0)
+
+
+def open_checkpoint(path: Path) -> Source:
+    """The weights at a path, those in an op graph, too.
+
+    Raises:
+      CheckpointError: see ``open_source`` and ``GraphSource``.
+    """
+    return GraphSource(path) if is_graph(path) else open_source(path)

@@ -157,9 +157,7 @@ def load(
         tokenizer = read_tokenizer(source, override)
         eos_ids = tokenizer.eos_ids if tokenizer else end_tokens(source, None, override)
         adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
-        merge = merging.Merge(
-            adapter.deltas if adapter else {}, lora_mode, numerics, str(adapter.path) if adapter else ""
-        )
+        merge = merging.Merge.of(adapter, lora_mode, numerics)
         params: dict[str, Any] = {}
         apart = {}
         for name, parameter in read_all(source, plan, dtype, recipe, check_finite, merge, narrowed=True):

@@ -7,7 +7,7 @@ import jax
 from llmjax.checkpoint.hashes import remember
 from llmjax.checkpoint.parameters import Parameter
 from llmjax.device import in_memory, platform_of
-from llmjax.models.tree import path_of
+from llmjax.models.tree import path_of, put_at
 
 
 def put(tree: dict[str, Any], name: str, leaf: Parameter, *, is_named_by_hash: bool = False) -> None:
@@ -22,9 +22,6 @@ def put(tree: dict[str, Any], name: str, leaf: Parameter, *, is_named_by_hash: b
     Raises:
       NoRoomError: the device's memory is full.
     """
-    *parents, last = path_of(name)
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
     lower = "store the weights in fewer bits (quantize, --quantize, or dtype, --dtype)"
     with in_memory(f"the weights, at {name}", lower):
         placed = jax.device_put(leaf)
@@ -32,4 +29,4 @@ def put(tree: dict[str, Any], name: str, leaf: Parameter, *, is_named_by_hash: b
             jax.block_until_ready(placed)  # or copies of several wait here
     if is_named_by_hash and platform_of(placed) != "cpu":
         jax.tree.map(remember, placed, leaf)
-    tree[last] = placed
+    put_at(tree, path_of(name), placed)

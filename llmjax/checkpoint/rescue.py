@@ -2,17 +2,33 @@
 
 import numpy as np
 
+from converters.readers.source import Source
 from llmjax.checkpoint.graph_source import GraphSource
+from llmjax.checkpoint.loading import fitting_plan
 from llmjax.checkpoint.parameters import read_all
 from llmjax.checkpoint.placing import put
-from llmjax.checkpoint.plan import Plan
+from llmjax.checkpoint.plan import Override, Plan
 from llmjax.errors import CheckpointError
 from llmjax.model import Model
 from llmjax.numerics import REFERENCE
+from llmjax.quant.schemes import Recipe
 
 _TOKENS = 12
 # Of the largest logit: float32's roundings, in another order and with constants unfolded, leave a hundredth of it.
 _ALLOWED = 1e-4
+
+
+def proven_plan(source: Source, recipe: Recipe | None, override: Override) -> Plan:
+    """How to read a checkpoint, that in a graph after it was proven.
+
+    Raises:
+      CheckpointError: it is damaged, or what was found in the graph computes something else.
+      ConfigError: see ``fitting_plan``.
+    """
+    plan = fitting_plan(source, recipe, override)
+    if isinstance(source, GraphSource):
+        prove(source, plan)
+    return plan
 
 
 def prove(source: GraphSource, plan: Plan) -> None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.errors import LoraError
-from llmjax.lora.adapter import Delta
+from llmjax.lora.adapter import Adapter, Delta
 from llmjax.numerics import resolve
 from llmjax.quant.arrays import row_chunks
 from llmjax.quant.qtensor import QTensor, dequantize
@@ -56,6 +56,11 @@ class Merge:
     def __post_init__(self) -> None:
         if self.mode is not None and self.mode not in MODES:
             raise LoraError(f"lora_mode: unknown {self.mode!r}; expected {' or '.join(MODES)}")
+
+    @classmethod
+    def of(cls, adapter: Adapter | None, mode: str | None, numerics: str | None) -> "Merge":
+        """Of an adapter's deltas, or of none."""
+        return cls({}, mode, numerics) if adapter is None else cls(adapter.deltas, mode, numerics, str(adapter.path))
 
     def delta(self, parameter: str, quantized: bool) -> Delta | None:
         """What is to be added to a parameter."""

@@ -28,7 +28,7 @@ from llmjax import numerics
 from llmjax.errors import RequestError, shown
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import PATCHES, Context, Patch
-from llmjax.models.tree import tap_name
+from llmjax.models.tree import put_at, tap_name
 from llmjax.models.watched import interceptors
 
 # By tap: a function of its value, or of that and ``At``; or an array.
@@ -122,8 +122,7 @@ class Intervened:
         made = [Intervention(name, change, ids, ctx, self.added.get(name)) for name, change in changes.items()]
         tree: dict[str, Any] = {}
         for intervention in made:
-            *scopes, last = self.places[intervention.name]
-            functools.reduce(lambda at, scope: at.setdefault(scope, {}), scopes, tree)[last] = intervention
+            put_at(tree, self.places[intervention.name], intervention)
         result = self.module.apply({**variables, PATCHES: tree}, ids, ctx, **options)
         if unused := [intervention.name for intervention in made if not intervention.used]:
             raise RequestError(f"interventions: {', '.join(unused)}: not computed here")

@@ -1,7 +1,7 @@
 """The parameter tree of a model: every parameter's canonical name, place and shape."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -41,3 +41,11 @@ def named(taps: Any) -> Iterator[tuple[str, jax.Array]]:
 def path_of(name: str) -> list[str]:
     """The inverse of ``canonical``: the keys that lead to a parameter."""
     return re.sub(r"\blayers\.(\d+)", r"layers_\1", name).split(".")
+
+
+def put_at(tree: dict[str, Any], path: Sequence[str], leaf: Any) -> None:
+    """Puts a leaf into a tree of dictionaries, under the keys that lead there."""
+    *parents, last = path
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[last] = leaf
