@@ -157,5 +157,6 @@ def last_line(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     text = str(cause if isinstance(cause, BaseException) else error)
     lines = [line.strip().partition(" Some common causes")[0] for line in text.splitlines() if line.strip()]
-    reasons = [line for line in lines if line.startswith(("The actor is dead because", "Task was killed", "Memory on"))]
+    marks = "The actor is dead because", "Task was killed", "Memory on the node"
+    reasons = [line for line in lines if any(mark in line for mark in marks)]
     return (reasons or lines or [type(error).__name__])[-1]
