@@ -318,20 +318,17 @@ def test_how_many_workers():
             Cluster(**wrong)
 
 
+NO_MEMORY = (
+    "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.1) was 6GB used"
+)
+NO_PROCESS = "The actor is dead because its worker process has died. Worker exit detail: EOF."
+
+
 @pytest.mark.parametrize(
     ("told", "reason"),
     [
-        (
-            "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.1) was 6GB used "
-            "/ 8GB limit (0.75)\nOOM kill reason: ...\nTop 10 memory users: ...\nRefer to the documentation on how ...",
-            "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.1) was 6GB used "
-            "/ 8GB limit (0.75)",
-        ),
-        (
-            "The actor died unexpectedly before finishing this task.\n\tclass_name: Worker\nThe actor is dead because its "
-            "worker process has died. Worker exit detail: EOF. Some common causes include ...\nMore.",
-            "The actor is dead because its worker process has died. Worker exit detail: EOF.",
-        ),
+        (f"{NO_MEMORY}\nOOM kill reason: ...\nTop 10 memory users: ...\nRefer to the documentation on how", NO_MEMORY),
+        (f"The actor died unexpectedly.\n\tclass_name: Worker\n{NO_PROCESS} Some common causes are\nM.", NO_PROCESS),
     ],
 )
 def test_why_a_worker_died_is_a_line(told, reason):

@@ -216,9 +216,7 @@ def test_what_the_compiler_is_told(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x --xla_force_host_platform_device_count=2")
     assert runtime_facts() == plain
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x  --xla_cpu_enable_fast_math=true")
-    assert list(differences(plain, runtime_facts())) == [
-        'xla_flags: was null, now ["--xla_cpu_enable_fast_math=true"]'
-    ]
+    assert list(differences(plain, runtime_facts())) == ['xla_flags: was null, now ["--xla_cpu_enable_fast_math=true"]']
 
 
 def test_trace_and_score(folder, tmp_path):
