@@ -3,7 +3,7 @@
     python scripts/many_rows.py --rows 1000 100000
     python scripts/many_rows.py --rows 1000 100000 --table parquet
 
-A tiny model of random weights answers each row with one token.
+The smallest model of random weights answers each row with one token: it is the rows that are measured.
 """
 
 import argparse
@@ -22,6 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from tests import tiny  # noqa: E402
+
+SMALLEST = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 
 
 def write(source: Path, rows: int) -> None:
@@ -78,7 +86,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="llmjax-rows-") as folder:
-        tiny.checkpoint(Path(folder) / "model")
+        tiny.checkpoint(Path(folder) / "model", **SMALLEST)
         measure(
             Path(folder), 10, False, args.table
         )  # compiling takes more memory than all else: no job measured does it

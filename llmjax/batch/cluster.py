@@ -3,9 +3,12 @@
 import contextlib
 import dataclasses
 import os
+import re
 import socket
+import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from llmjax.errors import OutputError, RequestError
@@ -14,6 +17,10 @@ from llmjax.errors import OutputError, RequestError
 _REACH_SECONDS, _JOIN_SECONDS = 5.0, 120.0
 # Of shared memory, for what a cluster of this process's own passes on; more of it goes to the disk.
 _STORE_BYTES = 256 << 20
+# How it is given.
+_TOKEN = ", which is used with RAY_AUTH_MODE=token"
+# A reason, in the warnings of Ray's own libraries.
+_WARNED = re.compile(r"RPC error: (?:\w+: )?(.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +69,7 @@ def connected(cluster: Cluster) -> Iterator[Any]:
         )
     if address not in ("local", "auto"):
         _reach(address)
+    warnings: list[str] = []
     mine = {"include_dashboard": False, "object_store_memory": _STORE_BYTES} if address == "local" else {}
     if mine:  # whose workers are what this process is for: they do not stand back behind others
         os.environ.setdefault("RAY_worker_niceness", "0")
@@ -78,11 +86,15 @@ def connected(cluster: Cluster) -> Iterator[Any]:
         late = False
     else:  # Ray waits long for some that answer and are no cluster
         thread = threading.Thread(target=join, daemon=True)
-        thread.start()
-        thread.join(_JOIN_SECONDS)
-        late = thread.is_alive()
+        with _set_aside() as told:
+            thread.start()
+            thread.join(_JOIN_SECONDS)
+            late = thread.is_alive()
+            warnings = _WARNED.findall(told())
     if late or problem:
         reason = last_line(problem[0]) if problem else f"no answer in {_JOIN_SECONDS:.0f} s"
+        if warnings:
+            reason += f" ({warnings[-1]}{_TOKEN if 'token' in warnings[-1] else ''})"
         raise OutputError(f"--ray {address}: no cluster that can be joined: {reason}; nothing was run")
     # On stdout Ray tells, in many words, what a fleet tells in few; rows may go there.
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -90,6 +102,25 @@ def connected(cluster: Cluster) -> Iterator[Any]:
             yield ray
         finally:
             ray.shutdown()
+
+
+@contextlib.contextmanager
+def _set_aside() -> Iterator[Callable[[], str]]:
+    """What goes to stderr meanwhile does not: Ray's own warnings go there past Python, again and again."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(2)
+        os.dup2(file.fileno(), 2)
+
+        def told() -> str:
+            file.seek(0)
+            return file.read().decode(errors="replace")
+
+        try:
+            yield told
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _reach(address: str) -> None:
@@ -126,5 +157,6 @@ def last_line(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     text = str(cause if isinstance(cause, BaseException) else error)
     lines = [line.strip().partition(" Some common causes")[0] for line in text.splitlines() if line.strip()]
-    reasons = [line for line in lines if line.startswith(("The actor is dead because", "Task was killed", "Memory on"))]
+    marks = "The actor is dead because", "Task was killed", "Memory on the node"
+    reasons = [line for line in lines if any(mark in line for mark in marks)]
     return (reasons or lines or [type(error).__name__])[-1]

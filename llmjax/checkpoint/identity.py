@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -81,7 +82,7 @@ def model_facts(model: Model) -> dict[str, Any]:
 
 def runtime_facts(params: Any = None) -> dict[str, Any]:
     """What computes with these parameters: llmjax under what, and on which machine; compiled programs differ with the
-    processor."""
+    processor, and with ``xla_flags``, where the environment has any."""
     device = device_of(params)
     versions = {name: importlib.metadata.version(name) for name in ("llmjax", "jax", "jaxlib")}
     return {
@@ -91,6 +92,7 @@ def runtime_facts(params: Any = None) -> dict[str, Any]:
         "platform": device.platform,
         "device": device.device_kind,
         "cpu": _processor(),
+        **({"xla_flags": flags} if (flags := _compiler_flags()) else {}),
     }
 
 
@@ -102,6 +104,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
             yield from differences(before, now, f"{prefix}{name}.")
         elif before != now:
             yield f"{prefix}{name}: was {_abridged(before)}, now {_abridged(now)}"
+
+
+def _compiler_flags() -> list[str]:
+    """But those that leave programs as they are: what is dumped, how many devices there are."""
+    others = "--xla_dump", "--xla_force_host_platform_device_count"
+    return sorted(flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(others))
 
 
 def _quantization(model: Model, recipe: Recipe | None) -> Any:

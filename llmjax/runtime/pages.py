@@ -25,6 +25,8 @@ class Pages:
 
     def grow(self, pages: int, length: int) -> None:
         """To so many pages, and slots of up to ``length`` positions."""
+        if (pages, self.needed(length)) == (self.total, self.table.shape[1]):
+            return
         self._free += range(self.total, pages)
         self.total = pages
         self._uses = np.pad(self._uses, (0, pages - len(self._uses)))

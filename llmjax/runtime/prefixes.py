@@ -92,6 +92,8 @@ class Prefixes:
 
     def _shared(self, held: Held, ids: np.ndarray) -> int:
         n = min(len(held.ids), len(ids)) if self._enabled else 0
+        if n < self._chunk and len(held.ids) != len(ids):
+            return 0  # as below, without looking: the slots of short prompts are many, and are looked at for each
         differ = np.flatnonzero(held.ids[:n] != ids[:n])
         same = int(differ[0]) if len(differ) else n
         if same == len(ids) == len(held.ids) and held.logits is not None:

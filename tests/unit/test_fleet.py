@@ -316,3 +316,28 @@ def test_how_many_workers():
     for wrong in ({"actors": 0}, {"cpus": -1.0}, {"gpus": -1.0}):
         with pytest.raises(RequestError, match="--ray: .*: expected a number from"):
             Cluster(**wrong)
+
+
+NO_MEMORY = (
+    "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.1) was 6GB used"
+)
+NO_PROCESS = "The actor is dead because its worker process has died. Worker exit detail: EOF."
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        (f"{NO_MEMORY}\nOOM kill reason: ...\nTop 10 memory users: ...\nRefer to the documentation on how", NO_MEMORY),
+        (f"The actor died unexpectedly.\n\tclass_name: Worker\n{NO_PROCESS} Some common causes are\nM.", NO_PROCESS),
+    ],
+)
+def test_why_a_worker_died_is_a_line(told, reason):
+    assert cluster.last_line(Died(told)) == reason
+
+
+def test_what_ray_warns_of_while_it_joins_is_set_aside(capfd):
+    with cluster._set_aside() as told:
+        os.write(2, b"W 1] gcs.cc:210: RPC error: InvalidAuthToken: Authentication token is missing\n")
+        assert cluster._WARNED.findall(told()) == ["Authentication token is missing"]
+    os.write(2, b"seen\n")
+    assert capfd.readouterr().err == "seen\n"

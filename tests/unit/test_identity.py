@@ -210,6 +210,15 @@ def test_of_a_job(folder, tmp_path):
     assert "model.config.rms_norm_eps: was 1e-05, now 0.5" in text
 
 
+def test_what_the_compiler_is_told(monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    plain = runtime_facts()
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x --xla_force_host_platform_device_count=2")
+    assert runtime_facts() == plain
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x  --xla_cpu_enable_fast_math=true")
+    assert list(differences(plain, runtime_facts())) == ['xla_flags: was null, now ["--xla_cpu_enable_fast_math=true"]']
+
+
 def test_trace_and_score(folder, tmp_path):
     keys = {*model_facts(llmjax.load(folder)), *runtime_facts()}
     assert {"weights_sha256", "config", "quantization", "numerics", "dtype", "adapters", "versions", "cpu"} <= keys

@@ -150,6 +150,13 @@ def test_what_is_no_such_table(llm, tmp_path, name, content, message):
         run(llm, tmp_path / name, tmp_path / "out.jsonl", job.Options())
 
 
+@pytest.mark.parametrize("name", ["out.tsv", "out.CSV.gz", "memory://out.arrow"])
+def test_rows_do_not_go_by_the_name_of_another_kind_of_table(folder, name):
+    with pytest.raises(RequestError, match="tables are written as"):
+        job.run(None, str(folder / "in.jsonl"), name if "://" in name else str(folder / name))
+    assert not list(folder.glob("out*"))
+
+
 def test_a_file_that_no_job_made_stays(folder, capsys):
     (folder / "out.csv").write_text("mine")
     with pytest.raises(RequestError, match="it is there, without the out.csv.jsonl of a job that made it"):
