@@ -15,7 +15,7 @@ import numpy as np
 
 from converters.litert import weights as weights_lib
 from converters.litert.builder import Builder, Node
-from converters.litert.graph import File, Graph, Weight
+from converters.litert.graph import File, Graph, Stack, Weight
 from converters.litert.lowering import lower
 from llmjax.checkpoint.graph_source import open_checkpoint
 from llmjax.checkpoint.loading import find_model, read_override
@@ -109,7 +109,8 @@ def export_graph(
             _signature(plan.config, {**small, **weights}, length, context, activations, decode=decode)
             for length, decode in (*((n, False) for n in lengths), (1, True))
         ]
-        file = File(graphs, weights)
+        parts = {part.name: part for weight in weights.values() for part in weight.parts}
+        file = File(graphs, parts)
         found = ExportedGraph(
             Path(destination),
             plan.config,
@@ -117,7 +118,7 @@ def export_graph(
             context,
             {name: graphs[-1].tensors[i].shape for name, i in graphs[-1].outputs.items() if name != "logits"},
             file.size,
-            sum(weight.nbytes + weight.scale_bytes for weight in weights.values()),
+            sum(part.nbytes + part.scale_bytes for part in parts.values()),
         )
         announce(found)
         with whole_file(Path(destination)) as place:
@@ -148,7 +149,7 @@ def _checked(config: DecoderConfig, context: Any, lengths: Any) -> tuple[int, tu
 
 def _signature(
     config: DecoderConfig,
-    parameters: Mapping[str, np.ndarray | Weight],
+    parameters: Mapping[str, np.ndarray | Weight | Stack],
     length: int,
     context: int,
     activations: str,
@@ -166,7 +167,8 @@ def _signature(
             put_at(variables["params"], path_of(name), leaf)
         for name, (where, _) in caches.items():
             put_at(variables["cache"], where, inputs[name])
-        ctx = Context(inputs["input_pos"][None], numerics, mask=inputs["mask"], length=jnp.ones(1, jnp.int32))
+        positions, ones = inputs["input_pos"][None], jnp.ones(1, jnp.int32)
+        ctx = Context(positions, numerics, mask=inputs["mask"], length=ones, all_experts=True)
         logits, changed = module.apply(variables, inputs["tokens"], ctx, mutable=["cache"])
         found = {name: _get(changed["cache"], where) for name, (where, _) in caches.items()}
         return found | ({"logits": logits} if decode else {})

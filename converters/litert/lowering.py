@@ -48,6 +48,8 @@ def _equation(build: Builder, equation: Any, inputs: list[Value]) -> list[Value]
         if named and not all(isinstance(x, np.ndarray) for x in inputs):
             return [named(build, jaxpr, inputs)]
         return lower(build, jaxpr, consts, inputs)
+    if name == "scan":
+        return _unrolled(build, params, inputs)
     if name in _THROUGH:
         return inputs
     if name == "platform_index":  # of what is written for several devices the plain form, their definition
@@ -64,3 +66,15 @@ def _equation(build: Builder, equation: Any, inputs: list[Value]) -> list[Value]
         )
     found = RULES[name](build, equation, *inputs)
     return found if equation.primitive.multiple_results else [found]
+
+
+def _unrolled(build: Builder, params: dict[str, Any], inputs: list[Value]) -> list[Value]:
+    """A loop over what lies along the first dimension, one turn behind the other."""
+    fixed, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
+    if params["reverse"] or len(params["jaxpr"].out_avals) > params["num_carry"]:
+        raise ConfigError("a loop that runs backwards or keeps what each turn makes cannot be written for LiteRT")
+    consts, carry, along = inputs[:fixed], inputs[fixed:carried], inputs[carried:]
+    for turn in range(params["length"]):
+        given = [*consts, *carry, *(build.part(x, turn) for x in along)]
+        carry = lower(build, params["jaxpr"].jaxpr, params["jaxpr"].consts, given)
+    return carry

@@ -154,7 +154,7 @@ def _values(parameter: Stored, form: Form) -> np.ndarray:
     rows = parameter.rows(0, parameter.shape[0]).astype(np.float32)
     if form == FLOAT32:
         return rows
-    n, scales = weights_lib.quantized(rows, form)
+    n, scales = weights_lib.quantized(rows.reshape(-1, rows.shape[-1]), form)
     groups = n.reshape(len(n), scales.shape[1], -1) * scales.astype(np.float32)[..., None]
     return groups.reshape(rows.shape)
 

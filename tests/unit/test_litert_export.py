@@ -22,12 +22,11 @@ from tests.unit.test_litert import DATA, unpacked
 from tests.unit.test_lora import by_hand, write_adapter
 
 SIZES = {"context": 24, "prefill_lengths": (8,)}
-MIXTURES = {"gemma4_moe", "qwen3_moe"}
 # The context a rope was first trained for, which a graph cannot go beyond.
 FIRST = {"llama_dynamic_old": 16, "phi35_mini_longrope": 16}
 # Each with something that no other has.
-QUICK = {"falcon_rw", "gemma2", "lfm2", "phi_gqa_qk_norm"}
-KINDS = sorted({*golden.NAMES, *(folder.name for folder in CASES.iterdir())} - MIXTURES)
+QUICK = {"falcon_rw", "gemma2", "gemma4_moe", "lfm2", "phi_gqa_qk_norm", "qwen3_moe"}
+KINDS = sorted({*golden.NAMES, *(folder.name for folder in CASES.iterdir())})
 
 
 def case(name, folder):
@@ -140,6 +139,25 @@ def test_few_bits_stay_what_they_are(llama, tmp_path):
     assert np.array_equal(file.data(tensors["layers.0.mlp.up.weight"]).view(np.float32).reshape(up.shape), up)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_expert_has_scales_of_its_own(packed, tmp_path):
+    """Whether the writer rounds it or it comes packed, in parts of a larger tensor, too."""
+    for name in ("qwen3_moe", "gemma4_moe"):
+        source = llmjax.load(CASES / name)
+        if packed:
+            llmjax.convert(CASES / name, tmp_path / f"{name}8", quantize="int8")
+        path = tmp_path / f"{name}8" if packed else CASES / name
+        export_graph(path, tmp_path / name, quantize=None if packed else "int8", **SIZES)
+        lite, experts = Lite(tmp_path / name), source.params["layers_1"]["experts"]
+        number = lite.file.signatures["decode"].subgraph
+        tensors = {t.name: i for i, t in enumerate(lite.file.subgraphs[number].tensors)}
+        for role in ("gate", "up", "down"):
+            for i, w in enumerate(np.asarray(experts[role]["weight"], np.float32)):
+                n, scales = quantized(w, Form("INT8"))
+                found = lite.constant(number, tensors[f"layers.1.experts.{role}.weight.{i}"])
+                assert np.array_equal(found, n.astype(np.float32) * scales)
+
+
 def attn(params) -> QTensor:
     return params["layers_0"]["attn"]["k"]["weight"]
 
@@ -182,12 +200,6 @@ def test_what_cannot_be_is_one_line_and_no_file(message, llama, tmp_path):
     with pytest.raises(ConfigError, match=re.escape(message)) as error:
         export_graph(llama, tmp_path / "x.tflite", **{**SIZES, **WRONG[message]})
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", sorted(MIXTURES))
-def test_mixtures_of_experts_are_refused_in_a_line(name, tmp_path):
-    with pytest.raises(ConfigError, match="a mixture of experts cannot be written for LiteRT"):
-        export_graph(CASES / name, tmp_path / "x.tflite", **SIZES)
 
 
 def test_a_rope_that_follows_the_text_is_refused_beyond_its_first_context(tmp_path):
