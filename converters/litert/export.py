@@ -17,9 +17,12 @@ from converters.litert import weights as weights_lib
 from converters.litert.builder import Builder, Node
 from converters.litert.graph import File, Graph, Stack, Weight
 from converters.litert.lowering import lower
+from converters.readers.litert import record
+from converters.readers.source import Source
 from llmjax.checkpoint.graph_source import open_checkpoint
 from llmjax.checkpoint.loading import find_model, read_override
 from llmjax.checkpoint.parameters import OnParameter
+from llmjax.checkpoint.plan import Override, Plan, describe
 from llmjax.checkpoint.rescue import proven_plan
 from llmjax.errors import ConfigError, shown
 from llmjax.lora.adapter import AnyLora, read_adapter
@@ -27,6 +30,7 @@ from llmjax.lora.merge import Merge
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
 from llmjax.models.pages import shape
+from llmjax.models.registry import read_config
 from llmjax.models.tree import path_of, put_at
 from llmjax.numerics import REFERENCE, resolve
 from llmjax.outside.values import plain
@@ -110,7 +114,7 @@ def export_graph(
             for length, decode in (*((n, False) for n in lengths), (1, True))
         ]
         parts = {part.name: part for weight in weights.values() for part in weight.parts}
-        file = File(graphs, parts)
+        file = File(graphs, parts, _record(opened, plan, override, small))
         found = ExportedGraph(
             Path(destination),
             plan.config,
@@ -126,6 +130,20 @@ def export_graph(
     finally:
         opened.close()
     return found
+
+
+def _record(source: Source, plan: Plan, override: Override, small: Mapping[str, np.ndarray]) -> bytes:
+    """What the checkpoint can be had back by; nothing where a part of its configuration is among its tensors, for which
+    ``config.json`` has no place."""
+    facts, where = describe(source, override)
+    return record.written(_public(facts), small) if read_config(facts, where)[1] == plan.config else b""
+
+
+def _public(value: Any) -> Any:
+    """Without the path that it was once read from."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _public(inner) for key, inner in value.items() if key != "_name_or_path"}
 
 
 def _checked(config: DecoderConfig, context: Any, lengths: Any) -> tuple[int, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from tflite.BuiltinOptions import BuiltinOptions
 from tflite.TensorType import TensorType
 
 from converters.litert.tables import Field, Tables
+from converters.readers.litert import record
 from converters.readers.litert.options import FIELDS
 from converters.readers.litert.tflite import IDENTIFIER
 
@@ -219,7 +220,7 @@ class Graph:
 
 def scales_of(name: str) -> str:
     """The name of the tensor that holds a weight's scales."""
-    return f"{name}.scales"
+    return f"{name}{record.SCALES}"
 
 
 class File:
@@ -228,14 +229,15 @@ class File:
     Args:
       graphs: pruned.
       weights: by name; all that the graphs use.
+      notes: see ``converters.readers.litert.record``; empty for none.
 
     Attributes:
       places: where a weight's values begin in the file, and where its scales do.
       size: of the whole file.
     """
 
-    def __init__(self, graphs: Sequence[Graph], weights: Mapping[str, Weight]):
-        self._graphs, self._weights = graphs, weights
+    def __init__(self, graphs: Sequence[Graph], weights: Mapping[str, Weight], notes: bytes = b""):
+        self._graphs, self._weights, self._notes = graphs, weights, notes
         # At first anything that no two share, lest they share a table; 0 and 1 mean that it is inside.
         self.places: dict[str, tuple[int, int]] = {name: (2 * i, 2 * i + 1) for i, name in enumerate(weights, 1)}
         at = self._length = len(self.header())
@@ -276,12 +278,17 @@ class File:
             )
             for number, graph in enumerate(self._graphs)
         ]
+        metadata = []
+        if self._notes:
+            metadata.append(tables.table({0: tables.text(record.NAME), 1: ("I", len(buffers))}))
+            buffers[record.NAME] = len(buffers), tables.table({0: tables.array(np.frombuffer(self._notes, np.uint8))})
         model = {
             0: ("I", 3),
             1: tables.several(_code(tables, name) for name in codes),
             2: tables.several(subgraphs),
             3: tables.text("llmjax"),
             4: tables.several(entry for _, entry in buffers.values()),
+            6: tables.several(metadata),
             7: tables.several(signatures),
         }
         found = tables.finish(tables.table(model), IDENTIFIER)

@@ -1,8 +1,10 @@
 """Graphs that are written compute what their models do, hold their weights as LiteRT's own tools would, and are the
 same bytes every time."""
 
+import json
 import re
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from converters.litert.export import export_graph
 from converters.litert.graph import FLOAT32, File, Form, Graph, Weight
 from converters.litert.weights import quantized
 from converters.readers.litert import tflite
-from llmjax.errors import ConfigError
+from llmjax.errors import ConfigError, LlmjaxError
 from llmjax.quant.qtensor import QTensor, dequantize
 from tests import tiny
 from tests.lite import HIDDEN, Lite
@@ -160,6 +162,56 @@ def test_each_expert_has_scales_of_its_own(name, packed, tmp_path):
 
 def attn(params) -> QTensor:
     return params["layers_0"]["attn"]["k"]["weight"]
+
+
+def leaves(params):
+    """Arrays by place; of packed weights the values and the scales, float16's as float32."""
+    found = {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(params)}
+    return {place: x if x.dtype.kind in "iu" else x.astype(np.float32) for place, x in found.items()}
+
+
+def test_what_was_written_is_had_back(llama, tmp_path):
+    """Floats to the bit, few bits as they are; and the configuration, but for where it once was read from."""
+    recipe = {"attention": "int8", "feed_forward": "int4-g32"}
+    config = {**json.loads((llama / "config.json").read_text()), "_name_or_path": "/home/me"}
+    export_graph(llama, tmp_path / "x.tflite", quantize=recipe, config=config, **SIZES)
+    llmjax.convert(tmp_path / "x.tflite", tmp_path / "back")
+    ours, source = llmjax.load(tmp_path / "back"), llmjax.load(llama)
+    assert ours.config == source.config and ours.eos_ids == source.eos_ids
+    assert b"/home/me" not in (tmp_path / "x.tflite").read_bytes()
+    found, wanted, packed = leaves(ours.params), leaves(source.params), 0
+    for place, x in wanted.items():
+        if place in found:
+            assert np.array_equal(found[place], x)
+            continue
+        packed += 1
+        form = Form("INT8") if "attn" in place else Form("INT4", 32)
+        n, scales = quantized(x, form)
+        values = found[f"{place}.values"]
+        values = values if form.bits == 8 else np.stack([values & 15, values >> 4], -1).reshape(n.shape).astype(int) - 8
+        assert np.array_equal(values, n) and np.array_equal(found[f"{place}.scales"], scales.astype(np.float32))
+    assert packed == 14
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_is_had_back(name, tmp_path):
+    path = case(name, tmp_path / "hf")[0]
+    export_graph(path, tmp_path / "x.tflite", context=16, prefill_lengths=(4,))
+    llmjax.convert(tmp_path / "x.tflite", tmp_path / "back", to="hf")
+    found, wanted = (leaves(llmjax.load(p).params) for p in (tmp_path / "back", path))
+    assert found.keys() == wanted.keys() and all(np.array_equal(found[place], x) for place, x in wanted.items())
+
+
+def test_a_damaged_record_is_one_line(llama, tmp_path):
+    export_graph(llama, tmp_path / "x.tflite", **SIZES)
+    data = (tmp_path / "x.tflite").read_bytes()
+    for old, new in ((b'"shapes"', b'"shaped"'), (b'{"config"', b'["config"'), (b"[64]", b"[63]")):
+        assert old in data
+        (tmp_path / "y.tflite").write_bytes(data.replace(old, new))
+        with pytest.raises(LlmjaxError) as error:
+            llmjax.convert(tmp_path / "y.tflite", tmp_path / "back")
+        assert "\n" not in str(error.value) and "y.tflite" in str(error.value)
 
 
 def test_an_adapter_is_merged(llama, tmp_path):

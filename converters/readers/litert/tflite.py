@@ -158,13 +158,13 @@ class TfliteFile:
       where: the file, for messages.
       subgraphs: in its order.
       signatures: by name; a file without any has one, ``main``, of its first subgraph and its tensors' names.
-      metadata: its own notes.
+      metadata: its own notes, by name.
     """
 
     where: str
     subgraphs: tuple[Subgraph, ...]
     signatures: dict[str, Signature]
-    metadata: dict[str, str]
+    metadata: dict[str, memoryview]
     _buffers: tuple[memoryview, ...] = field(repr=False)
 
     def fail(self, problem: str) -> NoReturn:
@@ -269,10 +269,10 @@ def _buffer(table: Table, data: memoryview, index: int) -> memoryview:
     return data[offset : offset + size]
 
 
-def _note(buffers: tuple[memoryview, ...], index: int) -> str:
+def _note(buffers: tuple[memoryview, ...], index: int) -> memoryview:
     if index >= len(buffers):
         raise ValueError(f"metadata in buffer {index} of {len(buffers)}")
-    return named(bytes(buffers[index][:100]).rstrip(b"\0").decode("utf-8", "replace"))
+    return buffers[index]
 
 
 def _operator_name(table: Table) -> str:
