@@ -1,5 +1,6 @@
 """What the rules of lowering are made of: values, and the operators that several rules need."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -54,6 +55,12 @@ class Builder:
         shape = tuple(rest)
         made = [(shape, self.graph.tensors[index].type)] * count
         return Node(self.graph.several("UNPACK", [index], made, count=count, axis=0)[number], shape)
+
+    def name(self, value: Value, name: str) -> None:
+        """Names what an operator made."""
+        index = self.plain(value.index)
+        if self.graph.maker(index) is not None:
+            self.graph.tensors[index] = dataclasses.replace(self.graph.tensors[index], name=name)
 
     def shape(self, index: int) -> Shape:
         """Of a tensor."""

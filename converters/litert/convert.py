@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import logging
 import math
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ _CONTEXT, _LENGTHS = 1280, (8, 128, 512)
 # Float32 weights of models that are verified unless told otherwise.
 _VERIFIED = 10**9
 NO_TEMPLATE = "none"
+# Of memory that a proof takes beside the weights.
+_PROGRAMS = 5 * 10**8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +164,7 @@ def _prepared(
         floats = 4 * sum(math.prod(assignment.shape) for assignment in plan.assignments)
         wanted = floats < _VERIFIED if verify is None else verify
         if wanted:
-            _check_memory(floats, verify)
+            _check_memory(plan)
         yield _Job(opened, plan, recipe, tokenizer, carried, wanted, merges)
     finally:
         opened.close()
@@ -194,8 +198,13 @@ def _lengths(config: DecoderConfig, context: Any, lengths: Any) -> tuple[Any, An
     return context, lengths
 
 
-def _check_memory(floats: int, verify: bool | None) -> None:
-    needed, free = 2 * floats, memory.available()
+def _check_memory(plan: Plan) -> None:
+    sizes: dict[str, int] = Counter()
+    for assignment in plan.assignments:
+        layer = re.match(r"layers\.\d+\.", assignment.parameter)
+        sizes[layer[0] if layer else assignment.parameter] += 4 * math.prod(assignment.shape)
+    # A layer or a table as floats, what it is made of, and the programs.
+    needed, free = max(sizes.values()) * 3 // 2 + _PROGRAMS, memory.available()
     if needed > free:
         raise CheckpointError(
             f"verify: running the file against the checkpoint takes about {needed / 1e9:.1f} GB of memory, of which "

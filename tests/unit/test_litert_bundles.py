@@ -182,19 +182,19 @@ def test_logits_that_are_no_numbers(source, tmp_path, monkeypatch, quick):
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "int8", "mixed-8-4-8"])
 def test_a_fault_is_found(source, tmp_path, monkeypatch, quantize):
-    """One weight's rows one place further, in the file alone."""
+    """One weight's rows one place further, in the file alone; and the layer is named."""
     from converters.litert import weights
 
     whole = weights._rows
 
     def wrong(parameter, weight):
         for rows, scales in whole(parameter, weight):
-            row = len(rows) // parameter.shape[0] if parameter.name == "layers.0.attn.k.weight" else 0
+            row = len(rows) // parameter.shape[0] if parameter.name == "layers.1.attn.k.weight" else 0
             yield rows[row:] + rows[:row], scales
 
     folder = copied(source, tmp_path / "m")
     monkeypatch.setattr(weights, "_rows", wrong)
-    with pytest.raises(CheckpointError, match="does not compute what the checkpoint does"):
+    with pytest.raises(CheckpointError, match="does not compute what the checkpoint does, in layers.1: "):
         writing.convert(folder, tmp_path / "m.litertlm", to="litertlm", quantize=quantize, **SMALL)
     monkeypatch.undo()
     told: list[str] = []
