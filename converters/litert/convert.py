@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import re
@@ -12,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from converters.litert import container, proof, templates, vocabulary
-from converters.litert.export import ExportedGraph, export_graph
+from converters.litert import weights as weights_lib
+from converters.litert.export import Export, ExportedGraph
 from converters.litert.metadata import llm_metadata, stop_ids, stop_texts
 from converters.litert.templates import Carried
 from converters.mediapipe import bundle
 from converters.readers.source import Source
 from llmjax.checkpoint.graph_source import open_checkpoint
-from llmjax.checkpoint.loading import find_model, fitting_plan, read_override
+from llmjax.checkpoint.loading import find_model, read_override
 from llmjax.checkpoint.parameters import OnParameter
 from llmjax.checkpoint.plan import Plan, describe
+from llmjax.checkpoint.rescue import proven_plan
 from llmjax.errors import CheckpointError, ConfigError, RequestError, TokenizerError
 from llmjax.lora.adapter import AnyLora, read_adapter
 from llmjax.lora.merge import Merge
@@ -53,7 +56,7 @@ class _Job:
     tokenizer: Tokenizer | None
     carried: Carried
     verify: bool
-    merges: tuple[Merge, Merge]
+    merges: tuple[Merge, ...]
 
 
 def convert_source(
@@ -109,31 +112,22 @@ def convert_source(
             spelled = vocabulary.sentencepiece(job.source, _required(job.tokenizer), vocab)
         parts = _sections(job, context, config) if to == "litertlm" else []
 
-        def begin(graph: ExportedGraph) -> None:
-            announce(_plan_text(job, graph, path))
-            _check_room(graph, path, 1 if to == "tflite" else 2)
-
+        override, graph_merge = read_override(config), job.merges[-1]
+        export = Export(job.source, job.plan, job.recipe, graph_merge, override, activations, context, lengths)
+        announce(_plan_text(job, export.graph, path))
+        _check_room(export.graph, path, 2 if to == "task" else 1)
+        write = functools.partial(export.write, report=report)
         with whole_file(path) as place:
-            graph_file = place if to == "tflite" else place.with_name(f"{place.name}.graph")
-            export_graph(
-                source,
-                graph_file,
-                quantize=quantize,
-                activations=activations,
-                context=context,
-                prefill_lengths=lengths,
-                lora=lora,
-                config=config,
-                report=report,
-                announce=begin,
-            )
-            if to == "litertlm":
-                graph_section = container.Section("TFLiteModel", graph_file, {"model_type": "tf_lite_prefill_decode"})
-                with open(place, "xb") as file:
+            graph_file = place.with_name(f"{place.name}.graph") if to == "task" else place
+            with open(graph_file, "xb") as file:
+                if to == "litertlm":
+                    notes = {"model_type": "tf_lite_prefill_decode"}
+                    graph_section = container.Section("TFLiteModel", write, notes, export.graph.size)
                     container.write(file, [*parts, graph_section], {"Authors": "llmjax"})
-            elif to == "task":
+                else:
+                    write(file)
+            if to == "task":
                 bundle.write(place, _bundle_config(job, graph_file, *spelled), spelled[0])
-            if graph_file != place:
                 graph_file.unlink()
             if job.verify:
                 try:
@@ -149,10 +143,12 @@ def _prepared(
     source: Any, to: str, quantize: Any, config: Any, lora: AnyLora | None, chat_template: Any, verify: bool | None
 ) -> Iterator[_Job]:
     override, recipe = read_override(config), None if quantize is None else parse(quantize)
+    if recipe is not None:
+        weights_lib.check(recipe)
     found = find_model(source)
     opened = open_checkpoint(found)
     try:
-        plan = fitting_plan(opened, None, override)  # whether the recipe fits, the graph's writer says
+        plan = proven_plan(opened, recipe, override)
         rows = plan.config.vocab_size
         tokenizer, carried = None, Carried()
         if to != "tflite":
@@ -160,7 +156,7 @@ def _prepared(
             carried = templates.carry(tokenizer)
             _tell(tokenizer, carried)
         adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
-        merges = (Merge.of(adapter, "merged", None), Merge.of(adapter, "merged", None))
+        merges = tuple(Merge.of(adapter, "merged", None) for _ in range(3))  # one for each time that weights are read
         floats = 4 * sum(math.prod(assignment.shape) for assignment in plan.assignments)
         wanted = floats < _VERIFIED if verify is None else verify
         if wanted:

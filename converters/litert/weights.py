@@ -9,7 +9,6 @@ import math
 import operator
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import IO
 
 import ml_dtypes
@@ -93,7 +92,7 @@ def _block_scales(scales: np.ndarray) -> np.ndarray:
 
 
 def write(
-    path: Path,
+    out: IO[bytes],
     file: File,
     source: Source,
     plan: Plan,
@@ -101,32 +100,30 @@ def write(
     merge: merging.Merge,
     report: OnParameter,
 ) -> None:
-    """Writes the file: the weights first, for their scales stand before them."""
-    done = 0
-    with open(path, "wb") as out:
-        for parameter in stored(source, plan, merge):
-            if parameter.name in weights:
-                _write(out, file, parameter, weights[parameter.name])
-            done += 1
-            report(done, len(plan.assignments))
-        out.seek(0)
-        out.write(file.header())
-        out.truncate(file.size)
+    """Writes the file from where ``out`` stands: the weights first, for their scales stand before them."""
+    start = out.tell()
+    for done, parameter in enumerate(stored(source, plan, merge), 1):
+        if parameter.name in weights:
+            _write(out, start, file, parameter, weights[parameter.name])
+        report(done, len(plan.assignments))
+    out.seek(start)
+    out.write(file.header())
+    out.truncate(start + file.size)
     check_tied(source, plan)
     if merge.survivals:
         warnings.warn(merging.describe(merge.survivals), stacklevel=3)
 
 
-def _write(out: IO[bytes], file: File, parameter: Stored, weight: Weight | Stack) -> None:
+def _write(out: IO[bytes], start: int, file: File, parameter: Stored, weight: Weight | Stack) -> None:
     for one, part in zip(_each(parameter), weight.parts, strict=True):
         values, scales = file.places[part.name]
         found = []
-        out.seek(values)
+        out.seek(start + values)
         for rows, their in _rows(one, part):
             out.write(rows)
             found.append(their)
         if part.blocks:
-            out.seek(scales)
+            out.seek(start + scales)
             out.write(np.concatenate(found).tobytes())
         elif part.form != FLOAT32:
             part.scales = np.concatenate(found)[:, 0]
