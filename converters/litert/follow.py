@@ -152,14 +152,17 @@ class GraphRuns:
         values = [[self._inputs(call, ids) for call in run] for run in runs]
         states: list[dict[str, Any]] = [{} for _ in runs]
         for turn in range(max(len(signature.parts) for signature in self._signatures.values())):
-            constants = Constants(self._file)
+            constants, ready = Constants(self._file), dict[str, tuple[Any, list[Any]]]()
             for run, given, state in zip(runs, values, states, strict=True):
                 for call, inner in zip(run, given, strict=True):
                     signature = self._signatures[call.ports.name]
-                    if turn < len(signature.parts):
-                        self._step(signature, turn, constants, inner, state)
-                        if (stream := inner.pop("stream", None)) is not None:
-                            on_layer(turn, call, stream)
+                    if turn >= len(signature.parts):
+                        continue
+                    if call.ports.name not in ready:
+                        ready[call.ports.name] = self._ready(signature, signature.parts[turn], constants)
+                    self._step(signature, turn, ready[call.ports.name], inner, state)
+                    if (stream := inner.pop("stream", None)) is not None:
+                        on_layer(turn, call, stream)
                 for call in run[-1:]:  # a layer's caches are not needed behind it
                     signature = self._signatures[call.ports.name]
                     for name in [n for n in state if signature.made_in.get(n, turn) <= turn]:
@@ -180,17 +183,30 @@ class GraphRuns:
         numbers = self._file.signatures[ports.name].inputs
         return {numbers[name]: jnp.asarray(value).reshape(shape[name]) for name, value in inputs.items()}
 
-    def _step(
-        self, signature: "_Signature", turn: int, constants: Constants, values: dict[Any, Any], states: dict[str, Any]
-    ) -> None:
-        part = signature.parts[turn]
+    def _ready(self, signature: "_Signature", part: "_Part", constants: Constants) -> tuple[Any, list[Any]]:
+        """The program of a part, and the weights that it takes."""
         read = {i: constants.read(signature.graph, signature.graph.tensors[i]) for i in part.constants}
         static = {i: found for i, found in read.items() if not isinstance(found, str)}
         for op in part.operators if self._numerics.digits is None else ():  # a product of floats is quicker to compile
             name = read.get(op.inputs[1]) if op.name == "FULLY_CONNECTED" else None
             if isinstance(name, str) and isinstance(weight := constants.weights[name], QTensor):
                 constants.weights[name] = _expanded(weight)
-        weights = [constants.weights[found] for found in read.values() if isinstance(found, str)]
+        key = part.key(signature, static)
+        if key not in self._programs:
+            named = [i for i, found in read.items() if isinstance(found, str)]
+            options = self._numerics.compiler_options(jax.default_backend())
+            self._programs[key] = jax.jit(self._program(signature, part, static, named), compiler_options=options)
+        return self._programs[key], [constants.weights[found] for found in read.values() if isinstance(found, str)]
+
+    def _step(
+        self,
+        signature: "_Signature",
+        turn: int,
+        ready: tuple[Any, list[Any]],
+        values: dict[Any, Any],
+        states: dict[str, Any],
+    ) -> None:
+        part, (program, weights) = signature.parts[turn], ready
         inputs = []
         for i in part.takes:
             name = signature.states.get(i)
@@ -199,12 +215,7 @@ class GraphRuns:
                 continue
             shape, dtype = signature.ports.states[name]
             inputs.append(states[name] if name in states else jnp.zeros(shape, dtype))
-        key = part.key(signature, static)
-        if key not in self._programs:
-            named = [i for i, found in read.items() if isinstance(found, str)]
-            options = self._numerics.compiler_options(jax.default_backend())
-            self._programs[key] = jax.jit(self._program(signature, part, static, named), compiler_options=options)
-        for i, value in zip(part.gives, self._programs[key](weights, inputs), strict=True):
+        for i, value in zip(part.gives, program(weights, inputs), strict=True):
             if signature.graph.tensors[i].name == resid(turn):
                 values["stream"] = np.asarray(value)
             if (name := signature.made.get(i)) == LOGITS:
