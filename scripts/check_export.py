@@ -4,12 +4,12 @@
     pip install 'llmjax[litert]' litert-lm-builder
     python scripts/check_export.py [--real TFLITE_DIR] [--recipes none int8 ...] [--only GLOB] [CHECKPOINT ...]
 
-Without a CHECKPOINT, the tests' own: every architecture but mixtures of experts.  For each and each recipe a line says
-how far the interpreter's logits are
+Without a CHECKPOINT, the tests' own: every architecture.  For each and each recipe a line says how far the
+interpreter's logits are
 
-- from the model's (``none``), or from llmjax's own evaluation of the same file: up to 5e-5, or what the tests
-  allow (sums in another order reach a third of it); of rounded activations two rows may be farther, where a rounding
-  went the other way;
+- from the model's (``none``), or from llmjax's own evaluation of the same file, each step from the interpreter's own
+  caches: up to 5e-5, or what the tests allow (sums in another order reach a third of it); of rounded activations two
+  rows may be farther, where a rounding went the other way;
 - with ``--real``, from what ``TFLITE_DIR/NAME/RECIPE.npz`` has of the same checkpoint's official export;
 
 and how many of LiteRT-LM's greedy ids are the interpreter's.
@@ -30,6 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 import llmjax  # noqa: E402
 from converters.litert.export import export_graph  # noqa: E402
+from llmjax.litert.graph import Graph  # noqa: E402
+from llmjax.litert.loading import open_graph  # noqa: E402
 from tests.lite import Lite  # noqa: E402
 from tests.parity import golden  # noqa: E402
 from tests.unit.test_litert_export import CASES, FIRST, KINDS  # noqa: E402
@@ -47,21 +49,25 @@ LENGTHS, STOP = (4, 16), 3
 
 
 class Official(Lite):
-    """A file in LiteRT's interpreter, with its default delegate."""
+    """A file in LiteRT's interpreter, with its default delegate; ``ours`` are our logits for the same inputs."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, graph: Graph | None = None):
         from ai_edge_litert.interpreter import Interpreter
 
         super().__init__(path)
         self._interpreter = Interpreter(str(path), num_threads=1)
+        self._graph = graph
+        self.ours: list[np.ndarray] = []
 
     def run(self, signature: str, **inputs: np.ndarray) -> dict[str, np.ndarray]:
+        if self._graph is not None and signature == "decode":
+            self.ours.append(self._graph.run(signature, inputs)[0]["logits"].reshape(-1))
         return self._interpreter.get_signature_runner(signature)(**inputs)
 
 
-def logits(path: Path, ids: list[int], parts: list[tuple[int, int]]) -> np.ndarray:
+def logits(official: Official, ids: list[int], parts: list[tuple[int, int]]) -> np.ndarray:
     """``[n, V]``: of the tokens behind those that go through prefill in ``parts``: tokens, and the signature's."""
-    official, at = Official(path), 0
+    at = 0
     for count, length in parts:
         official.feed(ids[at : at + count], at, length)
         at += count
@@ -124,11 +130,9 @@ def check(name: str, path: Path, recipe: str, real: Path | None) -> bool:
         ids = np.random.default_rng(0).integers(4, min(250, model.config.vocab_size), context).tolist()
         longest = lengths[-1]
         cut = longest - 3
-        found = logits(file, ids, [(cut, longest)])
-        if quantize is None:
-            wanted = model.logits([ids])[0][cut:]
-        else:
-            (wanted,) = llmjax.load(file).logits([ids], prefill=cut)
+        official = Official(file, None if quantize is None else open_graph(file))
+        found = logits(official, ids, [(cut, longest)])
+        wanted = model.logits([ids])[0][cut:] if quantize is None else np.stack(official.ours)
         far = np.abs(found - wanted).max(1)
         limit = max(5e-5, golden.TOLERANCE * float(np.abs(wanted).max()))
         if (stored := CASES / name / "expected.npz").exists():  # its own sums in another order reach a third
@@ -144,7 +148,7 @@ def check(name: str, path: Path, recipe: str, real: Path | None) -> bool:
                 "s2": (data["ids/s1"][:12], [(4, 4)] * 2),
             }
             gaps = [
-                float(np.abs(logits(file, i.tolist(), parts) - data[f"xnn1/{run}/logits"]).max())
+                float(np.abs(logits(Official(file), i.tolist(), parts) - data[f"xnn1/{run}/logits"]).max())
                 for run, (i, parts) in runs.items()
             ]
             line += f"; official export {max(gaps):.1e}"

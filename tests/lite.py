@@ -84,6 +84,7 @@ OPERATORS = {
             "TRANSPOSE": np.transpose,
         }.items()
     },
+    "UNPACK": lambda o, x: list(np.moveaxis(x, o["axis"], 0)),
     "BATCH_MATMUL": lambda o, x, y: _matmul(x, y, o),
     "CONCATENATION": lambda o, *x: np.concatenate(x, o["axis"]),
     "FULLY_CONNECTED": lambda o, x, w, b=None: x @ w.T if b is None else x @ w.T + b,
@@ -93,6 +94,7 @@ OPERATORS = {
     "PACK": lambda o, *x: np.stack(x, o["axis"]),
     "REDUCE_MAX": _reduced(np.max),
     "SUM": _reduced(np.sum),
+    "TOPK_V2": lambda o, x, k: [a[..., :k] for a in (-np.sort(-x), np.argsort(-x, kind="stable"))],
 }
 _TYPES = {"FLOAT32": np.float32, "FLOAT16": np.float16, "INT32": np.int32, "BOOL": np.bool_, "INT8": np.int8}
 
@@ -139,11 +141,10 @@ class Lite:
         values = {i: inputs[name] for name, i in found.inputs.items()}
         for op in graph.operators:
             given = [values[i] if i in values else self.constant(found.subgraph, i) for i in op.inputs if i >= 0]
-            (at,) = op.outputs
-            kind = _TYPES[graph.tensors[at].type]
-            made = given[0].astype(kind) if op.name == "CAST" else OPERATORS[op.name](op.options, *given)
-            assert made.shape == graph.tensors[at].shape, op.label
-            values[at] = made.astype(kind)
+            made = given[0] if op.name == "CAST" else OPERATORS[op.name](op.options, *given)
+            for at, value in zip(op.outputs, made if isinstance(made, list) else [made], strict=True):
+                assert value.shape == graph.tensors[at].shape, op.label
+                values[at] = value.astype(_TYPES[graph.tensors[at].type])
         return {name: values[i] for name, i in found.outputs.items()}
 
     def feed(self, ids: list[int], at: int, length: int) -> np.ndarray | None:

@@ -1,12 +1,13 @@
 """What the rules of lowering are made of: values, and the operators that several rules need."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from converters.litert.graph import TYPES, Graph, Shape, Weight
+from converters.litert.graph import TYPES, Graph, Shape, Stack, Weight
 
 
 class Node:
@@ -16,7 +17,7 @@ class Node:
         self.index, self.shape = index, shape
 
 
-Value = Any  # np.ndarray | Weight | Node
+Value = Any  # np.ndarray | Weight | Stack | Node
 
 
 class Builder:
@@ -43,6 +44,23 @@ class Builder:
             size = self.graph.constant(np.array(value.shape, np.int32))
             return self.graph.op("BROADCAST_TO", [value.index, size], value.shape, tensor.type)
         return value.index
+
+    def part(self, value: Value, number: int) -> Value:
+        """One of what lies along the first dimension."""
+        if isinstance(value, Stack):
+            return value.parts[number]
+        if isinstance(value, np.ndarray):
+            return value[number]
+        index, (count, *rest) = self.operand(value, whole=True), value.shape
+        shape = tuple(rest)
+        made = [(shape, self.graph.tensors[index].type)] * count
+        return Node(self.graph.several("UNPACK", [index], made, count=count, axis=0)[number], shape)
+
+    def name(self, value: Value, name: str) -> None:
+        """Names what an operator made."""
+        index = self.plain(value.index)
+        if self.graph.maker(index) is not None:
+            self.graph.tensors[index] = dataclasses.replace(self.graph.tensors[index], name=name)
 
     def shape(self, index: int) -> Shape:
         """Of a tensor."""

@@ -5,11 +5,8 @@ and nothing is compressed but vocabularies, by zlib without a time.
 """
 
 import dataclasses
-import shutil
 import zlib
-from collections.abc import Mapping, Sequence
-from io import BytesIO
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO
 
 from converters.litert.tables import Field, Tables
@@ -28,18 +25,20 @@ class Section:
 
     Attributes:
       kind: by the names of ``package.SECTIONS``.
-      content: its bytes, or a file that holds them.
+      content: its bytes, or what writes them from where a file stands.
       notes: keys and values about it.
+      size: of what is written so.
     """
 
     kind: str
-    content: bytes | Path
+    content: bytes | Callable[[IO[bytes]], None]
     notes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    size: int = 0
 
     @property
     def nbytes(self) -> int:
         """Its size."""
-        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+        return len(self.content) if isinstance(self.content, bytes) else self.size
 
 
 def packed_json(data: bytes) -> bytes:
@@ -72,9 +71,11 @@ def write(file: IO[bytes], sections: Sequence[Section], notes: Mapping[str, str]
     file.write(bytes(HEADER_END - file.tell()) + (HEADER + len(header)).to_bytes(8, "little") + header)
     for section, (start, _) in zip(sections, places, strict=True):
         file.write(bytes(start - file.tell()))
-        content = section.content
-        with BytesIO(content) if isinstance(content, bytes) else open(content, "rb") as source:
-            shutil.copyfileobj(source, file, 1 << 20)
+        if isinstance(section.content, bytes):
+            file.write(section.content)
+        else:
+            section.content(file)
+            file.seek(start + section.nbytes)
 
 
 def _places(sections: Sequence[Section]) -> list[tuple[int, int]]:

@@ -2,23 +2,28 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from converters.litert import container, proof, templates, vocabulary
-from converters.litert.export import ExportedGraph, export_graph
+from converters.litert import weights as weights_lib
+from converters.litert.export import Export, ExportedGraph
 from converters.litert.metadata import llm_metadata, stop_ids, stop_texts
 from converters.litert.templates import Carried
 from converters.mediapipe import bundle
 from converters.readers.source import Source
 from llmjax.checkpoint.graph_source import open_checkpoint
-from llmjax.checkpoint.loading import find_model, fitting_plan, read_override
+from llmjax.checkpoint.loading import find_model, read_override
 from llmjax.checkpoint.parameters import OnParameter
 from llmjax.checkpoint.plan import Plan, describe
+from llmjax.checkpoint.rescue import proven_plan
 from llmjax.errors import CheckpointError, ConfigError, RequestError, TokenizerError
 from llmjax.lora.adapter import AnyLora, read_adapter
 from llmjax.lora.merge import Merge
@@ -37,6 +42,8 @@ _CONTEXT, _LENGTHS = 1280, (8, 128, 512)
 # Float32 weights of models that are verified unless told otherwise.
 _VERIFIED = 10**9
 NO_TEMPLATE = "none"
+# Of memory that a proof takes beside the weights.
+_PROGRAMS = 5 * 10**8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +56,7 @@ class _Job:
     tokenizer: Tokenizer | None
     carried: Carried
     verify: bool
-    merges: tuple[Merge, Merge]
+    merges: tuple[Merge, ...]
 
 
 def convert_source(
@@ -105,31 +112,22 @@ def convert_source(
             spelled = vocabulary.sentencepiece(job.source, _required(job.tokenizer), vocab)
         parts = _sections(job, context, config) if to == "litertlm" else []
 
-        def begin(graph: ExportedGraph) -> None:
-            announce(_plan_text(job, graph, path))
-            _check_room(graph, path, 1 if to == "tflite" else 2)
-
+        override, graph_merge = read_override(config), job.merges[-1]
+        export = Export(job.source, job.plan, job.recipe, graph_merge, override, activations, context, lengths)
+        announce(_plan_text(job, export.graph, path))
+        _check_room(export.graph, path, 2 if to == "task" else 1)
+        write = functools.partial(export.write, report=report)
         with whole_file(path) as place:
-            graph_file = place if to == "tflite" else place.with_name(f"{place.name}.graph")
-            export_graph(
-                source,
-                graph_file,
-                quantize=quantize,
-                activations=activations,
-                context=context,
-                prefill_lengths=lengths,
-                lora=lora,
-                config=config,
-                report=report,
-                announce=begin,
-            )
-            if to == "litertlm":
-                graph_section = container.Section("TFLiteModel", graph_file, {"model_type": "tf_lite_prefill_decode"})
-                with open(place, "xb") as file:
+            graph_file = place.with_name(f"{place.name}.graph") if to == "task" else place
+            with open(graph_file, "xb") as file:
+                if to == "litertlm":
+                    notes = {"model_type": "tf_lite_prefill_decode"}
+                    graph_section = container.Section("TFLiteModel", write, notes, export.graph.size)
                     container.write(file, [*parts, graph_section], {"Authors": "llmjax"})
-            elif to == "task":
+                else:
+                    write(file)
+            if to == "task":
                 bundle.write(place, _bundle_config(job, graph_file, *spelled), spelled[0])
-            if graph_file != place:
                 graph_file.unlink()
             if job.verify:
                 try:
@@ -145,10 +143,12 @@ def _prepared(
     source: Any, to: str, quantize: Any, config: Any, lora: AnyLora | None, chat_template: Any, verify: bool | None
 ) -> Iterator[_Job]:
     override, recipe = read_override(config), None if quantize is None else parse(quantize)
+    if recipe is not None:
+        weights_lib.check(recipe)
     found = find_model(source)
     opened = open_checkpoint(found)
     try:
-        plan = fitting_plan(opened, None, override)  # whether the recipe fits, the graph's writer says
+        plan = proven_plan(opened, recipe, override)
         rows = plan.config.vocab_size
         tokenizer, carried = None, Carried()
         if to != "tflite":
@@ -156,11 +156,11 @@ def _prepared(
             carried = templates.carry(tokenizer)
             _tell(tokenizer, carried)
         adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
-        merges = (Merge.of(adapter, "merged", None), Merge.of(adapter, "merged", None))
+        merges = tuple(Merge.of(adapter, "merged", None) for _ in range(3))  # one for each time that weights are read
         floats = 4 * sum(math.prod(assignment.shape) for assignment in plan.assignments)
         wanted = floats < _VERIFIED if verify is None else verify
         if wanted:
-            _check_memory(floats, verify)
+            _check_memory(plan)
         yield _Job(opened, plan, recipe, tokenizer, carried, wanted, merges)
     finally:
         opened.close()
@@ -194,8 +194,13 @@ def _lengths(config: DecoderConfig, context: Any, lengths: Any) -> tuple[Any, An
     return context, lengths
 
 
-def _check_memory(floats: int, verify: bool | None) -> None:
-    needed, free = 2 * floats, memory.available()
+def _check_memory(plan: Plan) -> None:
+    sizes: dict[str, int] = Counter()
+    for assignment in plan.assignments:
+        layer = re.match(r"layers\.\d+\.", assignment.parameter)
+        sizes[layer[0] if layer else assignment.parameter] += 4 * math.prod(assignment.shape)
+    # A layer or a table as floats, what it is made of, and the programs.
+    needed, free = max(sizes.values()) * 3 // 2 + _PROGRAMS, memory.available()
     if needed > free:
         raise CheckpointError(
             f"verify: running the file against the checkpoint takes about {needed / 1e9:.1f} GB of memory, of which "

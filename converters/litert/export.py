@@ -7,7 +7,7 @@ signature.  So an architecture is written as soon as it is run.
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,14 @@ import numpy as np
 
 from converters.litert import weights as weights_lib
 from converters.litert.builder import Builder, Node
-from converters.litert.graph import File, Graph, Weight
+from converters.litert.graph import File, Graph, Stack, Weight
 from converters.litert.lowering import lower
+from converters.readers.litert import record
+from converters.readers.source import Source
 from llmjax.checkpoint.graph_source import open_checkpoint
 from llmjax.checkpoint.loading import find_model, read_override
 from llmjax.checkpoint.parameters import OnParameter
+from llmjax.checkpoint.plan import Override, Plan, describe
 from llmjax.checkpoint.rescue import proven_plan
 from llmjax.errors import ConfigError, shown
 from llmjax.lora.adapter import AnyLora, read_adapter
@@ -27,21 +30,21 @@ from llmjax.lora.merge import Merge
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
 from llmjax.models.pages import shape
+from llmjax.models.registry import read_config
 from llmjax.models.tree import path_of, put_at
 from llmjax.numerics import REFERENCE, resolve
 from llmjax.outside.values import plain
 from llmjax.outside.whole import whole_file
-from llmjax.quant.schemes import parse
+from llmjax.quant.schemes import Recipe, parse
 
 ACTIVATIONS = ("dynamic-int8", "float")
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportedGraph:
-    """What was written.
+    """What is written.
 
     Attributes:
-      path: the file.
       config: the model's.
       signatures: their names, decode last.
       context: positions that the caches hold.
@@ -50,7 +53,6 @@ class ExportedGraph:
       weight_bytes: of it the weights and their scales.
     """
 
-    path: Path
     config: DecoderConfig
     signatures: tuple[str, ...]
     context: int
@@ -93,38 +95,93 @@ def export_graph(
       ConfigError: an option or a scheme does not fit, or the model needs what LiteRT has no operator for.
       LoraError: the adapter is damaged, or does not fit.
     """
-    if activations not in ACTIVATIONS:
-        raise ConfigError(f"activations: unknown {shown(activations)}; expected one of {', '.join(ACTIVATIONS)}")
     override, recipe = read_override(config), None if quantize is None else parse(quantize)
     if recipe is not None:
         weights_lib.check(recipe)
     opened = open_checkpoint(find_model(source))
     try:
         plan = proven_plan(opened, recipe, override)
-        context, lengths = _checked(plan.config, context, prefill_lengths)
         adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
         merge = Merge.of(adapter, "merged", None)
-        small, weights = weights_lib.split(opened, plan, recipe, merge)
+        export = Export(opened, plan, recipe, merge, override, activations, context, prefill_lengths)
+        announce(export.graph)
+        with whole_file(Path(destination)) as place, open(place, "wb") as file:
+            export.write(file, report)
+    finally:
+        opened.close()
+    return export.graph
+
+
+class Export:
+    """The graph of an open checkpoint, traced and not yet written.
+
+    Args:
+      source: the checkpoint.
+      plan: how it is read.
+      recipe, merge: see ``export_graph``; of the latter one that nothing was read with.
+      override: of its configuration.
+      activations, context, lengths: see ``export_graph``.
+
+    Attributes:
+      graph: what is written.
+
+    Raises:
+      ConfigError: see ``export_graph``.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        recipe: Recipe | None,
+        merge: Merge,
+        override: Override,
+        activations: str,
+        context: int,
+        lengths: Sequence[int],
+    ):
+        if activations not in ACTIVATIONS:
+            raise ConfigError(f"activations: unknown {shown(activations)}; expected one of {', '.join(ACTIVATIONS)}")
+        context, lengths = _checked(plan.config, context, lengths)
+        self._source, self._plan, self._merge = source, plan, merge
+        small, self._weights = weights_lib.split(source, plan, recipe, merge)
         graphs = [
-            _signature(plan.config, {**small, **weights}, length, context, activations, decode=decode)
+            _signature(plan.config, {**small, **self._weights}, length, context, activations, decode=decode)
             for length, decode in (*((n, False) for n in lengths), (1, True))
         ]
-        file = File(graphs, weights)
-        found = ExportedGraph(
-            Path(destination),
+        parts = {part.name: part for weight in self._weights.values() for part in weight.parts}
+        self._file = File(graphs, parts, _record(source, plan, override, small))
+        self.graph = ExportedGraph(
             plan.config,
             tuple(graph.name for graph in graphs),
             context,
             {name: graphs[-1].tensors[i].shape for name, i in graphs[-1].outputs.items() if name != "logits"},
-            file.size,
-            sum(weight.nbytes + weight.scale_bytes for weight in weights.values()),
+            self._file.size,
+            sum(part.nbytes + part.scale_bytes for part in parts.values()),
         )
-        announce(found)
-        with whole_file(Path(destination)) as place:
-            weights_lib.write(place, file, opened, plan, weights, merge, report)
-    finally:
-        opened.close()
-    return found
+
+    def write(self, file: IO[bytes], report: OnParameter = lambda done, total: None) -> None:
+        """Writes it from where a seekable file stands, once.
+
+        Raises:
+          CheckpointError: the source is damaged.
+          OSError: the file cannot be written.
+        """
+        weights_lib.write(file, self._file, self._source, self._plan, self._weights, self._merge, report)
+
+
+def _record(source: Source, plan: Plan, override: Override, small: Mapping[str, np.ndarray]) -> bytes:
+    """What the checkpoint can be had back by; nothing where a part of its configuration is among its tensors, for which
+    ``config.json`` has no place."""
+    facts, where = describe(source, override)
+    return record.written(_public(facts), small) if read_config(facts, where)[1] == plan.config else b""
+
+
+def _public(value: Any) -> Any:
+    """Without the path that it was once read from."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _public(inner) for key, inner in value.items() if key != "_name_or_path"}
 
 
 def _checked(config: DecoderConfig, context: Any, lengths: Any) -> tuple[int, tuple[int, ...]]:
@@ -148,7 +205,7 @@ def _checked(config: DecoderConfig, context: Any, lengths: Any) -> tuple[int, tu
 
 def _signature(
     config: DecoderConfig,
-    parameters: Mapping[str, np.ndarray | Weight],
+    parameters: Mapping[str, np.ndarray | Weight | Stack],
     length: int,
     context: int,
     activations: str,
@@ -166,7 +223,8 @@ def _signature(
             put_at(variables["params"], path_of(name), leaf)
         for name, (where, _) in caches.items():
             put_at(variables["cache"], where, inputs[name])
-        ctx = Context(inputs["input_pos"][None], numerics, mask=inputs["mask"], length=jnp.ones(1, jnp.int32))
+        positions, ones = inputs["input_pos"][None], jnp.ones(1, jnp.int32)
+        ctx = Context(positions, numerics, mask=inputs["mask"], length=ones, all_experts=True)
         logits, changed = module.apply(variables, inputs["tokens"], ctx, mutable=["cache"])
         found = {name: _get(changed["cache"], where) for name, (where, _) in caches.items()}
         return found | ({"logits": logits} if decode else {})

@@ -13,6 +13,7 @@ from tflite.BuiltinOptions import BuiltinOptions
 from tflite.TensorType import TensorType
 
 from converters.litert.tables import Field, Tables
+from converters.readers.litert import record
 from converters.readers.litert.options import FIELDS
 from converters.readers.litert.tflite import IDENTIFIER
 
@@ -79,6 +80,28 @@ class Weight:
         """Of that buffer."""
         return 2 * self.shape[0] * self.blocks
 
+    @property
+    def parts(self) -> "tuple[Weight, ...]":
+        """Itself."""
+        return (self,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """Weights of one shape and form, which are one parameter ``[E, out, in]``."""
+
+    parts: tuple[Weight, ...]
+
+    @property
+    def shape(self) -> Shape:
+        """Of the parameter."""
+        return (len(self.parts), *self.parts[0].shape)
+
+    @property
+    def form(self) -> Form:
+        """How each is stored."""
+        return self.parts[0].form
+
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
@@ -97,8 +120,13 @@ class Operator:
 
     name: str
     inputs: tuple[int, ...]
-    output: int
+    outputs: tuple[int, ...]
     options: tuple[tuple[str, Any], ...]
+
+    @property
+    def output(self) -> int:
+        """The first one, of most operators the only one."""
+        return self.outputs[0]
 
 
 class Graph:
@@ -118,7 +146,7 @@ class Graph:
         self.operators: list[Operator] = []
         self.inputs: dict[str, int] = {}
         self.outputs: dict[str, int] = {}
-        self._found: dict[Any, int] = {}
+        self._found: dict[Any, Any] = {}
         self._makers: dict[int, Operator] = {}
 
     def input(self, name: str, shape: Shape, type: str) -> int:
@@ -139,12 +167,17 @@ class Graph:
 
     def op(self, name: str, inputs: Sequence[int], shape: Shape, type: str = "FLOAT32", **options: Any) -> int:
         """What an operator makes of its inputs."""
-        key = (name, tuple(inputs), shape, type, tuple(options.items()))
+        return self.several(name, inputs, [(shape, type)], **options)[0]
+
+    def several(
+        self, name: str, inputs: Sequence[int], made: Sequence[tuple[Shape, str]], **options: Any
+    ) -> tuple[int, ...]:
+        """What an operator of several outputs makes, given their shapes and types."""
+        key = (name, tuple(inputs), tuple(made), tuple(options.items()))
         if key not in self._found:
-            output = self._tensor(Tensor("", type, shape))
-            self._found[key] = output
-            self.operators.append(Operator(name, tuple(inputs), output, tuple(options.items())))
-            self._makers[output] = self.operators[-1]
+            self._found[key] = tuple(self._tensor(Tensor("", type, shape)) for shape, type in made)
+            self.operators.append(Operator(name, tuple(inputs), self._found[key], tuple(options.items())))
+            self._makers |= dict.fromkeys(self._found[key], self.operators[-1])
         return self._found[key]
 
     def maker(self, tensor: int) -> Operator | None:
@@ -165,7 +198,8 @@ class Graph:
         needed = set(self.outputs.values())
         kept = []
         for op in reversed(self.operators):
-            if op.output in needed:
+            if not needed.isdisjoint(op.outputs):
+                needed.update(op.outputs)
                 needed.update(i for i in op.inputs if i >= 0)
                 kept.append(op)
         needed.update(self.inputs.values())
@@ -176,7 +210,7 @@ class Graph:
             if i in needed or (tensor.weight is not None and tensor.weight in blocks):
                 numbers[i] = graph._tensor(tensor)
         graph.operators = [
-            Operator(op.name, tuple(numbers[i] for i in op.inputs), numbers[op.output], op.options)
+            Operator(op.name, *(tuple(numbers[i] for i in ends) for ends in (op.inputs, op.outputs)), op.options)
             for op in reversed(kept)
         ]
         graph.inputs = {name: numbers[i] for name, i in self.inputs.items()}
@@ -186,7 +220,7 @@ class Graph:
 
 def scales_of(name: str) -> str:
     """The name of the tensor that holds a weight's scales."""
-    return f"{name}.scales"
+    return f"{name}{record.SCALES}"
 
 
 class File:
@@ -195,14 +229,15 @@ class File:
     Args:
       graphs: pruned.
       weights: by name; all that the graphs use.
+      notes: see ``converters.readers.litert.record``; empty for none.
 
     Attributes:
       places: where a weight's values begin in the file, and where its scales do.
       size: of the whole file.
     """
 
-    def __init__(self, graphs: Sequence[Graph], weights: Mapping[str, Weight]):
-        self._graphs, self._weights = graphs, weights
+    def __init__(self, graphs: Sequence[Graph], weights: Mapping[str, Weight], notes: bytes = b""):
+        self._graphs, self._weights, self._notes = graphs, weights, notes
         # At first anything that no two share, lest they share a table; 0 and 1 mean that it is inside.
         self.places: dict[str, tuple[int, int]] = {name: (2 * i, 2 * i + 1) for i, name in enumerate(weights, 1)}
         at = self._length = len(self.header())
@@ -243,12 +278,17 @@ class File:
             )
             for number, graph in enumerate(self._graphs)
         ]
+        metadata = []
+        if self._notes:
+            metadata.append(tables.table({0: tables.text(record.NAME), 1: ("I", len(buffers))}))
+            buffers[record.NAME] = len(buffers), tables.table({0: tables.array(np.frombuffer(self._notes, np.uint8))})
         model = {
             0: ("I", 3),
             1: tables.several(_code(tables, name) for name in codes),
             2: tables.several(subgraphs),
             3: tables.text("llmjax"),
             4: tables.several(entry for _, entry in buffers.values()),
+            6: tables.several(metadata),
             7: tables.several(signatures),
         }
         found = tables.finish(tables.table(model), IDENTIFIER)
@@ -274,7 +314,7 @@ class File:
             fields = {
                 0: ("I", codes[op.name]),
                 1: tables.array(np.array(op.inputs, np.int32)),
-                2: tables.array(np.array([op.output], np.int32)),
+                2: tables.array(np.array(op.outputs, np.int32)),
             }
             if op.name in FIELDS:
                 fields[3] = ("B", getattr(BuiltinOptions, _options(op.name)))

@@ -14,8 +14,14 @@ from jax.extend import core
 from converters.litert.builder import Builder, Value
 from converters.litert.operators import NAMED, RULES
 from llmjax.errors import ConfigError
+from llmjax.models.stack import layer_of
 
 _THROUGH = ("copy", "copy_p", "optimization_barrier", "stop_gradient")
+
+
+def resid(layer: int) -> str:
+    """The name of the stream behind a layer."""
+    return f"layers.{layer}.resid"
 
 
 def lower(build: Builder, jaxpr: Any, consts: Sequence[Any], arguments: Sequence[Value]) -> list[Value]:
@@ -47,7 +53,12 @@ def _equation(build: Builder, equation: Any, inputs: list[Value]) -> list[Value]
         named = NAMED.get(params.get("name") or jaxpr.debug_info.func_name)
         if named and not all(isinstance(x, np.ndarray) for x in inputs):
             return [named(build, jaxpr, inputs)]
-        return lower(build, jaxpr, consts, inputs)
+        found = lower(build, jaxpr, consts, inputs)
+        if (layer := layer_of(equation)) is not None:
+            build.name(found[0], resid(layer))
+        return found
+    if name == "scan":
+        return _unrolled(build, params, inputs)
     if name in _THROUGH:
         return inputs
     if name == "platform_index":  # of what is written for several devices the plain form, their definition
@@ -64,3 +75,15 @@ def _equation(build: Builder, equation: Any, inputs: list[Value]) -> list[Value]
         )
     found = RULES[name](build, equation, *inputs)
     return found if equation.primitive.multiple_results else [found]
+
+
+def _unrolled(build: Builder, params: dict[str, Any], inputs: list[Value]) -> list[Value]:
+    """A loop over what lies along the first dimension, one turn behind the other."""
+    fixed, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
+    if params["reverse"] or len(params["jaxpr"].out_avals) > params["num_carry"]:
+        raise ConfigError("a loop that runs backwards or keeps what each turn makes cannot be written for LiteRT")
+    consts, carry, along = inputs[:fixed], inputs[fixed:carried], inputs[carried:]
+    for turn in range(params["length"]):
+        given = [*consts, *carry, *(build.part(x, turn) for x in along)]
+        carry = lower(build, params["jaxpr"].jaxpr, params["jaxpr"].consts, given)
+    return carry

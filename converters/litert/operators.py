@@ -246,6 +246,16 @@ def _dot(build: Builder, equation: Any, x: Value, y: Value) -> Node:
     return Node(build.graph.op("BATCH_MATMUL", operands, shape, **options), shape)
 
 
+def _top_k(build: Builder, equation: Any, x: Value) -> list[Node]:
+    """Of equal ones the first, in both."""
+    k, axis = equation.params["k"], equation.params.get("axis", -1)
+    if axis not in (-1, len(x.shape) - 1):
+        raise ConfigError(f"the largest along dimension {axis} cannot be written for LiteRT")
+    shape = (*x.shape[:-1], k)
+    inputs = [build.operand(x, whole=True), build.graph.constant(np.array(k, np.int32))]
+    return [Node(i, shape) for i in build.graph.several("TOPK_V2", inputs, [(shape, "FLOAT32"), (shape, "INT32")])]
+
+
 # By the names of primitives.
 RULES: Mapping[str, Callable[..., Value]] = {
     **{
@@ -300,5 +310,6 @@ RULES: Mapping[str, Callable[..., Value]] = {
     "square": _square,
     "squeeze": _reshape,
     "stack": _stack,
+    "top_k": _top_k,
     "transpose": _transpose,
 }

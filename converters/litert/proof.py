@@ -5,27 +5,32 @@ differ by orders of sums alone.  What rounding does on top of that is stated bes
 """
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from converters.litert import weights as weights_lib
+from converters.litert.follow import Call, Distance, GraphRuns, model_logits
 from converters.litert.graph import FLOAT32, Form
 from converters.readers.source import Source
 from llmjax.checkpoint.parameters import Stored, stored
-from llmjax.checkpoint.placing import put
 from llmjax.checkpoint.plan import Plan
 from llmjax.errors import CheckpointError
-from llmjax.litert.loading import load_graph
-from llmjax.litert.model import GraphModel
+from llmjax.litert import ports
+from llmjax.litert.graph import numerics_for, settled
+from llmjax.litert.loading import graphs_of
+from llmjax.litert.model import cuts
+from llmjax.litert.module import MAIN
+from llmjax.litert.ports import Ports
 from llmjax.lora.merge import Merge
-from llmjax.model import Model
 from llmjax.numerics import REFERENCE, resolve
 from llmjax.oracle.compare import compare
 from llmjax.oracle.comparison import Comparison
 from llmjax.oracle.trace import Trace
+from llmjax.quant.arrays import aligned, row_chunks
 from llmjax.quant.qtensor import dequantize
 from llmjax.quant.schemes import Recipe
 from llmjax.text.tokenizer import Tokenizer
@@ -33,6 +38,8 @@ from llmjax.text.tokenizer import Tokenizer
 _TEXT = "The quick brown fox jumps over the lazy dog. In 1905 she wrote: 3.14 is not 22/7, but it is near."
 _TOKENS = 24
 _LONGEST = 512
+# Times that the distance of the streams grows by where a layer goes astray.
+_ASTRAY = 30
 _AFTER = 3  # tokens that go through decode behind a prefill
 
 
@@ -44,11 +51,13 @@ class Proof:
       reports: a comparison for each text, activations unrounded.
       as_run: that of the first as LiteRT computes it, where it rounds activations; else None.
       to_float: that of the first, as LiteRT computes it, to the checkpoint before it was quantized; else None.
+      where: the layer in which a graph goes astray that does not hold, in words.
     """
 
     reports: tuple[Comparison, ...]
     as_run: Comparison | None
     to_float: Comparison | None
+    where: str = ""
 
     @property
     def worst(self) -> Comparison:
@@ -76,7 +85,7 @@ class Proof:
 def prove(
     path: Path, source: Source, plan: Plan, recipe: Recipe | None, merges: Sequence[Merge], tokenizer: Tokenizer | None
 ) -> Proof:
-    """Runs a file and its checkpoint.
+    """Runs a file and its checkpoint, a layer at a time: see ``converters.litert.follow``.
 
     Args:
       path: of the graph, or of the bundle.
@@ -89,74 +98,95 @@ def prove(
     Raises:
       CheckpointError: the file is none that our own reader takes.
     """
-    graph = load_graph(path)
-    plain = graph.under(REFERENCE)
-    runs = _runs(graph, tokenizer)
-    theirs = [plain.follow(ids, prefill)[0] for ids, prefill in runs]
-    rounded = graph.follow(*runs[0])[0] if graph.numerics.digits == 1 else None
-    del plain
-    model = _model(source, plan, recipe, merges[0])
-    ours = [model.logits([ids])[0][prefill:] for ids, prefill in runs]
+    file = graphs_of(path)[0][MAIN]
+    prefills, decode = ports.read(file)
+    ids, runs = _runs(prefills, decode, plan.config.vocab_size, tokenizer)
+    wanted = [[call.start for call in run if call.ports is decode] for run in runs]
+    places = sorted({place for each in wanted for place in each})
+    distance, shapes = Distance(), {a.parameter: a.shape for a in plan.assignments}
+    forms = {name: weight.form for name, weight in weights_lib.split(source, plan, recipe, merges[0])[1].items()}
+    exact = resolve(REFERENCE, jnp.dtype(jnp.float32))
+
+    def load(forms: Mapping[str, Form], merge: Merge, name: str) -> np.ndarray:
+        only = [assignment for assignment in plan.assignments if assignment.parameter == name]
+        (parameter,) = stored(source, dataclasses.replace(plan, assignments=only), merge)
+        return _values(parameter, forms.get(name, FLOAT32))
+
+    of = functools.partial(load, forms, merges[0])
+    logits = model_logits(plan.config, shapes, of, exact, ids[: places[-1] + 1], places, distance.model)
+    ours = [logits[[places.index(place) for place in each]] for each in wanted]
+    signatures, profile = [*prefills, decode], numerics_for(None)
+    plain = GraphRuns(file, signatures, settled(file, numerics_for(REFERENCE)))
+    theirs = plain.logits(ids, runs, distance.graph)
     reports = [
-        _compared(x, y, ids[prefill:], "float32") for x, y, (ids, prefill) in zip(ours, theirs, runs, strict=True)
+        _compared(x, y, [ids[place] for place in each], "float32")
+        for x, y, each in zip(ours, theirs, wanted, strict=True)
     ]
-    run = theirs[0] if rounded is None else rounded
-    as_run = None if rounded is None else _compared(ours[0], rounded, runs[0][0], "dynamic_int8")
-    to_float = None
+    first, run, as_run, to_float = [ids[place] for place in wanted[0]], theirs[0], None, None
+    if settled(file, profile).digits == 1:
+        (run,) = GraphRuns(file, [decode], settled(file, profile)).logits(ids, runs[:1])
+        as_run = _compared(ours[0], run, first, "dynamic_int8")
     if recipe is not None:
-        del model
-        (exact,) = _model(source, plan, None, merges[1]).logits([runs[0][0]])
-        to_float = _compared(exact, run, runs[0][0], "int4")
-    return Proof(tuple(reports), as_run, to_float)
+        of = functools.partial(load, {}, merges[1])
+        unrounded = model_logits(plan.config, shapes, of, exact, first, range(len(first)))
+        to_float = _compared(unrounded, run, first, "int4")
+    found = Proof(tuple(reports), as_run, to_float)
+    if found.holds:
+        return found
+    layer = distance.steepest(_ASTRAY)
+    return dataclasses.replace(found, where=", behind the layers" if layer is None else f", in layers.{layer}")
 
 
 def refuse(proof: Proof, path: Path) -> None:
     """Raises CheckpointError where a proof does not hold."""
     if not proof.holds:
         raise CheckpointError(
-            f"{path}: the written graph does not compute what the checkpoint does: {proof.worst.reason} (KL "
-            f"{_kl_text(proof.worst)}); nothing is written under this name: a fault of llmjax's, please report it"
+            f"{path}: the written graph does not compute what the checkpoint does{proof.where}: {proof.worst.reason} "
+            f"(KL {_kl_text(proof.worst)}); nothing is written under this name: a fault of llmjax's, please report it"
         )
 
 
-def _runs(graph: GraphModel, tokenizer: Tokenizer | None) -> list[tuple[list[int], int]]:
-    """Token ids, and how many of them go through the prefill signatures: a text through decode alone; each signature
-    full, the shortest padded, too, with tokens of the whole vocabulary; and the end of caches that are not long."""
-    random = np.random.default_rng(0)
-    most, context = graph.config.vocab_size, graph.context_length
+def _runs(
+    prefills: Sequence[Ports], decode: Ports, most: int, tokenizer: Tokenizer | None
+) -> tuple[list[int], list[list[Call]]]:
+    """Token ids, and how their beginnings go through the signatures: a text through decode alone; each prefill full,
+    the shortest padded, too, with tokens of the whole vocabulary; and the end of caches that are not long."""
+    random, context = np.random.default_rng(0), decode.context
+    lengths = sorted(ports.length for ports in prefills)
     text = tokenizer.encode(_TEXT)[:_TOKENS] if tokenizer else []
-    text = [i for i in text if i < most] or random.integers(1, most, _TOKENS).tolist()
-    found = [(text[:context], 0)]
-    lengths = [ports.length for ports in graph.module.prefills]
-    for prefill in (*sorted(lengths), max(1, min(lengths) - 1)):
-        count = min(context, prefill + _AFTER)
-        if prefill < count:
-            found.append((random.integers(1, most, count).tolist(), prefill))
+    text = [i for i in text if i < most][:context] or random.integers(1, most, min(_TOKENS, context)).tolist()
+    whole = context if context <= _LONGEST else min(context, lengths[-1] + _AFTER)
+    ids = [*text, *random.integers(1, most, max(0, whole - len(text))).tolist()]
+
+    def run(prefilled: int, count: int) -> list[Call]:
+        calls, at = [], 0
+        for length, tokens in cuts(lengths, prefilled, context):
+            calls.append(Call(next(p for p in prefills if p.length == length), at, tokens))
+            at += tokens
+        return [*calls, *(Call(decode, place, 1) for place in range(at, count))]
+
+    found = [run(0, len(text))]
+    for prefilled in (*lengths, max(1, lengths[0] - 1)):
+        count = min(context, prefilled + _AFTER)
+        if prefilled < count:
+            found.append(run(prefilled, count))
     if _AFTER < context <= _LONGEST:
-        found.append((random.integers(1, most, context).tolist(), context - _AFTER))
-    return found
-
-
-def _model(source: Source, plan: Plan, recipe: Recipe | None, merge: Merge) -> Model:
-    """The checkpoint's model in float32, its weights rounded as a file of this recipe has them."""
-    forms = {name: weight.form for name, weight in weights_lib.split(source, plan, recipe, merge)[1].items()}
-    params: dict[str, object] = {}
-    for parameter in stored(source, plan, merge):
-        put(params, parameter.name, _values(parameter, forms.get(parameter.name, FLOAT32)))
-    numerics = resolve(REFERENCE, jnp.dtype(jnp.float32))
-    return Model(plan.architecture, plan.config, params, numerics, None, (), source.path)
+        found.append(run(context - _AFTER, context))
+    return ids, found
 
 
 def _values(parameter: Stored, form: Form) -> np.ndarray:
     packed = None if form == FLOAT32 else parameter.packed()
     if packed is not None and weights_lib.held(packed) == form:
         return np.asarray(dequantize(packed), np.float32)
-    rows = parameter.rows(0, parameter.shape[0]).astype(np.float32)
-    if form == FLOAT32:
-        return rows
-    n, scales = weights_lib.quantized(rows, form)
-    groups = n.reshape(len(n), scales.shape[1], -1) * scales.astype(np.float32)[..., None]
-    return groups.reshape(rows.shape)
+    value = aligned(parameter.shape, np.dtype(np.float32))
+    for part in row_chunks(parameter.shape):
+        rows = parameter.rows(part.start, part.stop).astype(np.float32)
+        if form != FLOAT32:
+            n, scales = weights_lib.quantized(rows.reshape(-1, rows.shape[-1]), form)
+            rows = (n.reshape(len(n), scales.shape[1], -1) * scales.astype(np.float32)[..., None]).reshape(rows.shape)
+        value[part] = rows
+    return value
 
 
 def _compared(ours: np.ndarray, theirs: np.ndarray, ids: Sequence[int], arithmetic: str) -> Comparison:

@@ -4,16 +4,17 @@ The rule is ai-edge-quantizer's, bit for bit: a scale is the largest value over 
 a value is rounded half to even and is never -128 or -8.
 """
 
+import functools
 import math
 import operator
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from typing import IO
 
 import ml_dtypes
 import numpy as np
 
-from converters.litert.graph import FLOAT32, File, Form, Weight
+from converters.litert.graph import FLOAT32, File, Form, Stack, Weight
 from converters.readers.source import Source
 from llmjax.checkpoint.parameters import OnParameter, Stored, check_tied, stored
 from llmjax.checkpoint.plan import Plan
@@ -31,26 +32,25 @@ BLOCKS = ((4, 32), (4, 64))  # bits, and inputs that share a scale
 
 def split(
     source: Source, plan: Plan, recipe: Recipe | None, merge: merging.Merge
-) -> tuple[dict[str, np.ndarray], dict[str, Weight]]:
+) -> tuple[dict[str, np.ndarray], dict[str, Weight | Stack]]:
     """The small parameters, float32, and what is to become of each weight.
 
     Raises:
       ConfigError: a scheme that LiteRT lacks, or that does not fit a weight.
     """
-    small, weights = {}, {}
+    small: dict[str, np.ndarray] = {}
+    weights: dict[str, Weight | Stack] = {}
     for parameter in stored(source, plan, merge):
         shape = parameter.shape
-        if len(shape) > 2:
-            raise ConfigError(
-                f"{parameter.name}: a mixture of experts cannot be written for LiteRT, whose graphs have no operator "
-                "that chooses among weights"
-            )
         if role_of(parameter.name) is None and (len(shape) < 2 or math.prod(shape) < _SMALL):
             small[parameter.name] = parameter.rows(0, shape[0]).astype(np.float32)
             continue
         scheme = None if recipe is None else recipe.scheme(parameter.name)
         form = held(parameter.packed()) if recipe is None else _form(scheme, parameter.name, shape)
-        weights[parameter.name] = Weight(parameter.name, (shape[0], shape[1]), form)
+        size = (shape[-2], shape[-1])
+        names = [f"{parameter.name}.{i}" for i in range(shape[0])] if len(shape) > 2 else []
+        stack = tuple(Weight(name, size, form) for name in names)
+        weights[parameter.name] = Stack(stack) if stack else Weight(parameter.name, size, form)
     return small, weights
 
 
@@ -65,8 +65,8 @@ def _form(scheme: Scheme | None, name: str, shape: tuple[int, ...]) -> Form:
     if scheme is None:
         return FLOAT32
     unit = scheme.group or (2 if scheme.bits == 4 else 1)
-    if shape[1] % unit:
-        raise ConfigError(f"quantize: {name}: {scheme}: {shape[1]} inputs are not a multiple of {unit}")
+    if shape[-1] % unit:
+        raise ConfigError(f"quantize: {name}: {scheme}: {shape[-1]} inputs are not a multiple of {unit}")
     return Form(f"INT{scheme.bits}", scheme.group or 0)
 
 
@@ -79,7 +79,7 @@ def held(packed: QTensor | None) -> Form:
         or packed.zero != (8 if packed.bits == 4 else 0)
     ):
         return FLOAT32
-    if packed.scales.shape[1] == 1:
+    if packed.scales.shape[-1] == 1:
         return Form(f"INT{packed.bits}")
     scales = packed.scales.astype(np.float32)
     exact = (scales == _block_scales(scales).astype(np.float32)).all()
@@ -92,39 +92,57 @@ def _block_scales(scales: np.ndarray) -> np.ndarray:
 
 
 def write(
-    path: Path,
+    out: IO[bytes],
     file: File,
     source: Source,
     plan: Plan,
-    weights: Mapping[str, Weight],
+    weights: Mapping[str, Weight | Stack],
     merge: merging.Merge,
     report: OnParameter,
 ) -> None:
-    """Writes the file: the weights first, for their scales stand before them."""
-    done = 0
-    with open(path, "wb") as out:
-        for parameter in stored(source, plan, merge):
-            weight = weights.get(parameter.name)
-            if weight is not None:
-                values, scales = file.places[weight.name]
-                found = []
-                out.seek(values)
-                for rows, their in _rows(parameter, weight):
-                    out.write(rows)
-                    found.append(their)
-                if weight.blocks:
-                    out.seek(scales)
-                    out.write(np.concatenate(found).tobytes())
-                elif weight.form != FLOAT32:
-                    weight.scales = np.concatenate(found)[:, 0]
-            done += 1
-            report(done, len(plan.assignments))
-        out.seek(0)
-        out.write(file.header())
-        out.truncate(file.size)
+    """Writes the file from where ``out`` stands: the weights first, for their scales stand before them."""
+    start = out.tell()
+    for done, parameter in enumerate(stored(source, plan, merge), 1):
+        if parameter.name in weights:
+            _write(out, start, file, parameter, weights[parameter.name])
+        report(done, len(plan.assignments))
+    out.seek(start)
+    out.write(file.header())
+    out.truncate(start + file.size)
     check_tied(source, plan)
     if merge.survivals:
         warnings.warn(merging.describe(merge.survivals), stacklevel=3)
+
+
+def _write(out: IO[bytes], start: int, file: File, parameter: Stored, weight: Weight | Stack) -> None:
+    for one, part in zip(_each(parameter), weight.parts, strict=True):
+        values, scales = file.places[part.name]
+        found = []
+        out.seek(start + values)
+        for rows, their in _rows(one, part):
+            out.write(rows)
+            found.append(their)
+        if part.blocks:
+            out.seek(start + scales)
+            out.write(np.concatenate(found).tobytes())
+        elif part.form != FLOAT32:
+            part.scales = np.concatenate(found)[:, 0]
+
+
+def _each(parameter: Stored) -> Iterator[Stored]:
+    """A weight, or of a stack ``[E, out, in]`` each."""
+    if len(parameter.shape) == 2:
+        yield parameter
+        return
+    stack = functools.cache(parameter.packed)
+    for i in range(parameter.shape[0]):
+        floats = functools.cache(lambda i=i: parameter.rows(i, i + 1)[0])
+        yield Stored(
+            f"{parameter.name}.{i}",
+            parameter.shape[1:],
+            lambda start, stop, floats=floats: floats()[start:stop],
+            lambda i=i: None if (q := stack()) is None else q.map(operator.itemgetter(i)),
+        )
 
 
 def _rows(parameter: Stored, weight: Weight) -> Iterator[tuple[bytes, np.ndarray]]:

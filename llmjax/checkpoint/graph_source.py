@@ -1,8 +1,10 @@
 """The weights in an op graph (``.tflite``, ``.task``, ``.litertlm``) as a ``Source``: under Hugging Face's names, with
-what the exporter folded into them taken out again, quantized ones as they are.
+what the exporter folded into them taken out again, quantized ones as they are.  Graphs that llmjax wrote say what they
+were made of.
 """
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import jax
 import numpy as np
 
 from converters.readers.digest import Stamp
+from converters.readers.litert import record
 from converters.readers.mediapipe import package
 from converters.readers.opening import is_graph, open_source
 from converters.readers.source import Source, TensorSpec
@@ -65,6 +68,7 @@ class GraphSource:
 
     Attributes:
       model: that runs the graph.
+      recorded: whether it is one of llmjax's own, and the names are llmjax's.
       vocabulary: the bundle's SentencePiece model; None where there is none.
 
     Args:
@@ -80,23 +84,48 @@ class GraphSource:
         self.path, self.directory = path, path.parent
         self.model: GraphModel = load_graph(path)
         self.metadata: dict[str, Any] = {}
-        self.generation_config: dict[str, Any] | None = {
-            "eos_token_id": list(self.model.eos_ids),
-            **self.model.generation_config,
-        }
         assert self.model.origin is not None
         bundle = None if package.kind_of(path) is None else package.Package(path)
+        ends = {"eos_token_id": list(self.model.eos_ids), **self.model.generation_config}
+        self.recorded = record.NAME in self.model.module.graphs[MAIN].file.metadata
+        # A graph alone knows no end of texts; what it was made of may.
+        self.generation_config: dict[str, Any] | None = None if self.recorded and bundle is None else ends
         vocabularies = [part for part in bundle.parts if part.kind == package.SENTENCEPIECE] if bundle else []
         self.vocabulary = bytes(bundle.read(vocabularies[0])) if bundle and vocabularies else None
         self.files: tuple[Stamp, ...] = self.model.origin.files
+        self.config: dict[str, Any]
+        if self.recorded:
+            self.config, self._held = self._recorded()
+            return
         try:
             self._held = self._find()
             tied = _HEAD not in self._held
-            self.config: dict[str, Any] = graph_config.hf_config(self.model, tied, str(path))
+            self.config = graph_config.hf_config(self.model, tied, str(path))
         except DAMAGE as error:
             raise CheckpointError(
                 f"{path}: damaged, or not supported: its weights cannot be told apart: {type(error).__name__} {error}"
             ) from None
+
+    def _recorded(self) -> tuple[dict[str, Any], dict[str, _Held]]:
+        """Of a graph that llmjax wrote: the configuration, and every parameter."""
+        graph = self.model.module.graphs[MAIN]
+        number = graph.file.signatures[self.model.module.decode_ports.name].subgraph
+        found: dict[str, Any] = {}
+        stacks: dict[str, dict[int, Any]] = {}
+        try:
+            config, values = record.read(bytes(graph.file.metadata[record.NAME]))
+            for i, tensor in enumerate(graph.file.subgraphs[number].tensors):
+                if tensor.name and graph.file.is_constant(tensor) and not tensor.name.endswith(record.SCALES):
+                    found[tensor.name] = graph.constant(number, i)
+            for name in [name for name in found if re.search(r"\.\d{1,9}$", name)]:
+                stack, _, place = name.rpartition(".")
+                stacks.setdefault(stack, {})[int(place)] = found.pop(name)
+            for name, parts in stacks.items():
+                each = [parts[i] for i in range(len(parts))]
+                found[name] = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: damaged: {record.NAME}: {type(error).__name__} {error}") from None
+        return config, {name: _Held(x, axes=tuple(range(len(x.shape)))) for name, x in (found | values).items()}
 
     def _find(self) -> dict[str, _Held]:
         model, roles = self.model, self.model.roles

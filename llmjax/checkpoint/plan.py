@@ -10,6 +10,7 @@ import numpy as np
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.source import Source, TensorSpec
 from llmjax.checkpoint import gguf_config, gguf_names, gguf_ropes, mediapipe_config, mediapipe_names
+from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.errors import named
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
@@ -156,4 +157,5 @@ def _names(source: Source, architecture: Architecture, config: DecoderConfig, sp
         return gguf_names.names(config, architecture.model_type, specs)
     if isinstance(source, MediapipeSource):
         return mediapipe_names.names(architecture.model_type, source.backend)
-    return SameNames() if source.format == "llmjax" else architecture.hf_names(config)
+    own = source.format == "llmjax" or (isinstance(source, GraphSource) and source.recorded)
+    return SameNames() if own else architecture.hf_names(config)

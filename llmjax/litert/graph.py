@@ -43,6 +43,17 @@ def numerics_for(name: str | None) -> Numerics:
     return Numerics(found, activations=_FLOAT32, products=_FLOAT32)
 
 
+def settled(file: TfliteFile, numerics: Numerics) -> Numerics:
+    """A graph's profile, told whether the graph rounds activations."""
+    rounds = numerics.name == "litert" and any(
+        op.name in ("FULLY_CONNECTED", "DEPTHWISE_CONV_2D") and graph.tensors[op.inputs[1]].quantization is not None
+        for graph in file.subgraphs
+        for op in graph.operators
+        if len(op.inputs) > 1
+    )
+    return dataclasses.replace(numerics, digits=1 if rounds else None)
+
+
 def problems_of(file: TfliteFile, signatures: Iterable[str]) -> list[str]:
     """Why signatures cannot be run, from the tables alone: operators and types that llmjax does not have, by name and
     number."""
@@ -113,23 +124,13 @@ class Graph:
                 if file.is_constant(graph.tensors[i]):
                     self._constants[number, i] = constants.read(graph, graph.tensors[i])
         self.weights: dict[str, Any] = constants.weights
-        self.numerics = self._settled(numerics)
-
-    def _settled(self, numerics: Numerics) -> Numerics:
-        """The profile, told whether this graph rounds activations."""
-        rounds = numerics.name == "litert" and any(
-            op.name in ("FULLY_CONNECTED", "DEPTHWISE_CONV_2D") and graph.tensors[op.inputs[1]].quantization is not None
-            for graph in self.file.subgraphs
-            for op in graph.operators
-            if len(op.inputs) > 1
-        )
-        return dataclasses.replace(numerics, digits=1 if rounds else None)
+        self.numerics = settled(file, numerics)
 
     def under(self, numerics: Numerics) -> "Graph":
         """The same graph under another profile, nothing read again."""
         other = copy.copy(self)
         other.__dict__.pop("_compiled", None)
-        other.numerics = other._settled(numerics)
+        other.numerics = settled(self.file, numerics)
         return other
 
     def _reached(self, number: int) -> set[int]:

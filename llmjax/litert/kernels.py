@@ -321,6 +321,7 @@ KERNELS: dict[str, Kernel] = {
     "SUM": _reducer(jnp.sum),
     "TANH": _approximated(jnp.tanh, approximations.tanh),
     "TILE": _tile,
+    "TOPK_V2": lambda op, x, out, n: tuple(lax.top_k(as_array(x[0]), int(constant(x[1], "a number").reshape(())))),
     "TRANSPOSE": _transpose,
     "UNPACK": _unpack,
 }

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from converters.readers.digest import Stamp
 from converters.readers.litert import tflite
 from converters.readers.litert.tflite import TfliteFile
 from converters.readers.mapped import MappedFile
@@ -49,12 +50,7 @@ def load_graph(path: Path, numerics: str | None = None) -> GraphModel:
       TokenizerError: its tokenizer is damaged, or lacks the tokens that the file names.
     """
     numerics_for(numerics)  # a wrong name fails before the reading
-    found = None if package.kind_of(path) is None else Package(path)
-    if found is None:
-        mapped = MappedFile(path)
-        files, stamp = {MAIN: tflite.read(mapped.bytes.data, str(path))}, mapped.stamp
-    else:
-        files, stamp = _files(found), found.stamp
+    files, found, stamp = graphs_of(path)
     model = model_of(files, path, numerics)
     model.origin = Origin(model.params, (stamp,))
     model.tokenizer = None if found is None else read_tokenizer(found)
@@ -64,6 +60,19 @@ def load_graph(path: Path, numerics: str | None = None) -> GraphModel:
         barred = [i for metadata in facts for i in metadata.suppress_tokens.ids]
         model.generation_config = {"suppress_tokens": barred} if barred else {}
     return model
+
+
+def graphs_of(path: Path) -> tuple[dict[str, TfliteFile], Package | None, Stamp]:
+    """The graphs of a file by part, the bundle they lie in, and the file as it was when it was opened.
+
+    Raises:
+      CheckpointError: the file is damaged.
+    """
+    if package.kind_of(path) is None:
+        mapped = MappedFile(path)
+        return {MAIN: tflite.read(mapped.bytes.data, str(path))}, None, mapped.stamp
+    found = Package(path)
+    return _files(found), found, found.stamp
 
 
 def model_of(files: Mapping[str, TfliteFile], path: Path, numerics: str | None = None) -> GraphModel:

@@ -39,6 +39,8 @@ class Context(struct.PyTreeNode):
       mask: float32 ``[1, 1, T, S]``, added to scores, of a caller that says itself what each token sees, as op graphs'
         callers do.  The cache has then one row and one page, whose place is a token's position, and this call's tokens
         follow each other from the first one's.  ``None`` means that each token sees all before it.
+      all_experts: mixtures run every expert, of which a token takes the share that its router says, none of most: for
+        op graphs, whose operators cannot choose among weights (static).
     """
 
     positions: jax.Array
@@ -51,6 +53,7 @@ class Context(struct.PyTreeNode):
     recompute: str | None = struct.field(pytree_node=False, default=None)
     length: jax.Array | None = None
     mask: jax.Array | None = None
+    all_experts: bool = struct.field(pytree_node=False, default=False)
 
     @classmethod
     def whole(cls, ids: jax.Array, numerics: Numerics, **rest: Any) -> "Context":

@@ -74,12 +74,37 @@ class Experts(nn.Module):
 
             return times(self.activation(times(x, "gate")) * times(x, "up"), "down")
 
+        if ctx.all_experts:
+            return tap(self, "", by_share(expert, stack, x, weights, chosen))
         if ctx.active is not None:
             chosen = jnp.where(ctx.active[:, None, None], chosen, self.count)
         tile = 1 if x.shape[1] == 1 else _TILE
         y = by_expert(expert, stack, self.count, x.reshape(-1, features), chosen.reshape(-1, chosen.shape[-1]), tile)
         y = jnp.sum(y.reshape(*chosen.shape, features).astype(jnp.float32) * weights[..., None], 2)
         return tap(self, "", y.astype(x.dtype))
+
+
+def by_share(
+    expert: Callable[[Any, jax.Array], jax.Array], stack: Any, x: jax.Array, weights: jax.Array, chosen: jax.Array
+) -> jax.Array:
+    """Each token through every expert, times its weight where it is a chosen one and 0 where not: ``[B, T, D]``.
+
+    Args:
+      expert: from an expert's weights and ``[B, T, D]`` to ``[B, T, D]``.
+      stack: the weights of all, leaves ``[E, ...]``.
+      x: ``[B, T, D]``.
+      weights: float32 ``[B, T, k]``.
+      chosen: int32 ``[B, T, k]``.
+    """
+    numbers = jnp.arange(len(jax.tree.leaves(stack)[0]))
+    shares = jnp.sum(jnp.where(chosen[..., None] == numbers, weights[..., None], 0), 2)
+
+    def one(total: jax.Array, of: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
+        weights, share = of
+        return total + expert(weights, x).astype(jnp.float32) * share[..., None], None
+
+    total, _ = lax.scan(one, jnp.zeros(x.shape, jnp.float32), (stack, jnp.moveaxis(shares, -1, 0)))
+    return total.astype(x.dtype)
 
 
 def by_expert(

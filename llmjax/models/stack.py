@@ -6,6 +6,7 @@ loop cuts out of a stack before it multiplies with it, unless the weight is conv
 product is a sum (``products.sums``) anyway.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -31,6 +32,8 @@ from llmjax.quant.qtensor import QTensor
 # The entry of the ``params`` and ``cache`` collections that holds stacked layers: a tuple with one tree for each layer
 # of the pattern that repeats, leaves ``[n, ...]`` and cache buffers of ``n * P`` pages, n being the repetitions.
 STACKED = "layers"
+# By this name a layer is known in a traced model, see ``layer_of``.
+_ALIKE = "alike"
 
 
 def in_turn(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Context, each: Any = None) -> Any:
@@ -76,6 +79,7 @@ def _traced_once(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Con
     def alike(block: nn.Module, variables: Any, *args: Any) -> Any:
         return block.apply(variables, *args, mutable=["cache"])
 
+    assert alike.__name__ == _ALIKE
     done = 0
     if ctx.recompute is not None:
         own = [_own(each, i) for i in range(len(blocks))]
@@ -92,6 +96,12 @@ def _traced_once(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Con
             if leaves:
                 model.put_variable(collection, str(block.name), leaves)
     return x
+
+
+def layer_of(equation: Any) -> int | None:
+    """The number of the layer that an equation of a traced model computes as a whole; None where it does not."""
+    found = re.search(r"layers_(\d+)$", str(equation.source_info.name_stack))
+    return int(found[1]) if found and equation.params.get("name") == _ALIKE else None
 
 
 def _looped(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Context, each: Any) -> Any:

@@ -82,12 +82,13 @@ def quick(monkeypatch, written):
     part = Package(written).parts[-1]
     graph = written.read_bytes()[part.start :]
 
-    def export_graph(source, destination, *, announce, context, **options):
+    def export(*args):
+        context = args[-2]
         caches = {"kv_cache_k_0": (1, 2, context, 8)}
-        announce(ExportedGraph(Path(destination), None, ("prefill_4", "decode"), context, caches, len(graph), 9))
-        Path(destination).write_bytes(graph)
+        facts = ExportedGraph(None, ("prefill_4", "decode"), context, caches, len(graph), 9)
+        return types.SimpleNamespace(graph=facts, write=lambda file, report: file.write(graph))
 
-    monkeypatch.setattr(convert, "export_graph", export_graph)
+    monkeypatch.setattr(convert, "Export", export)
 
 
 def test_the_real_builders_file_again(tmp_path):
@@ -182,19 +183,19 @@ def test_logits_that_are_no_numbers(source, tmp_path, monkeypatch, quick):
 @pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "int8", "mixed-8-4-8"])
 def test_a_fault_is_found(source, tmp_path, monkeypatch, quantize):
-    """One weight's rows one place further, in the file alone."""
+    """One weight's rows one place further, in the file alone; and the layer is named."""
     from converters.litert import weights
 
     whole = weights._rows
 
     def wrong(parameter, weight):
         for rows, scales in whole(parameter, weight):
-            row = len(rows) // parameter.shape[0] if parameter.name == "layers.0.attn.k.weight" else 0
+            row = len(rows) // parameter.shape[0] if parameter.name == "layers.1.attn.k.weight" else 0
             yield rows[row:] + rows[:row], scales
 
     folder = copied(source, tmp_path / "m")
     monkeypatch.setattr(weights, "_rows", wrong)
-    with pytest.raises(CheckpointError, match="does not compute what the checkpoint does"):
+    with pytest.raises(CheckpointError, match="does not compute what the checkpoint does, in layers.1: "):
         writing.convert(folder, tmp_path / "m.litertlm", to="litertlm", quantize=quantize, **SMALL)
     monkeypatch.undo()
     told: list[str] = []

@@ -22,8 +22,10 @@ from llmjax.errors import CheckpointError, named
 
 IDENTIFIER = b"TFL3"
 _VERSION = 3
-# Far above any model's: a hostile file must not cost minutes.
+# Far above any model's: a hostile file must not cost minutes.  Large mixtures of experts have an operator and more for
+# each expert, and bytes to match: of so many there may be an entry.
 _MAX_ENTRIES = 1 << 17
+_ENTRY = 1 << 12
 _MAX_LINKS = 1 << 12
 _MAX_DIMS = 8
 _MAX_SUBGRAPHS = 1 << 12
@@ -156,13 +158,13 @@ class TfliteFile:
       where: the file, for messages.
       subgraphs: in its order.
       signatures: by name; a file without any has one, ``main``, of its first subgraph and its tensors' names.
-      metadata: its own notes.
+      metadata: its own notes, by name.
     """
 
     where: str
     subgraphs: tuple[Subgraph, ...]
     signatures: dict[str, Signature]
-    metadata: dict[str, str]
+    metadata: dict[str, memoryview]
     _buffers: tuple[memoryview, ...] = field(repr=False)
 
     def fail(self, problem: str) -> NoReturn:
@@ -241,9 +243,10 @@ def _read(data: memoryview, where: str) -> TfliteFile:
     root = Table.root(data)
     if (version := root.number(0, "I")) != _VERSION:
         raise ValueError(f"version: expected {_VERSION}, found {version}")
-    buffers = tuple(_buffer(table, data, i) for i, table in enumerate(root.tables(4, _MAX_ENTRIES)))
+    most = max(_MAX_ENTRIES, len(data) // _ENTRY)
+    buffers = tuple(_buffer(table, data, i) for i, table in enumerate(root.tables(4, most)))
     codes = [_operator_name(table) for table in root.tables(1, _MAX_LINKS)]
-    left = [_MAX_ENTRIES]  # entries that all subgraphs together may still have
+    left = [most]  # entries that all subgraphs together may still have
     subgraphs = tuple(_subgraph(table, codes, len(buffers), left) for table in root.tables(2, _MAX_SUBGRAPHS))
     if not subgraphs:
         raise ValueError("it has no subgraph")
@@ -266,10 +269,10 @@ def _buffer(table: Table, data: memoryview, index: int) -> memoryview:
     return data[offset : offset + size]
 
 
-def _note(buffers: tuple[memoryview, ...], index: int) -> str:
+def _note(buffers: tuple[memoryview, ...], index: int) -> memoryview:
     if index >= len(buffers):
         raise ValueError(f"metadata in buffer {index} of {len(buffers)}")
-    return named(bytes(buffers[index][:100]).rstrip(b"\0").decode("utf-8", "replace"))
+    return buffers[index]
 
 
 def _operator_name(table: Table) -> str:
@@ -293,16 +296,17 @@ def _names() -> tuple[dict[int, str], dict[int, str]]:
 
 
 def _subgraph(table: Table, codes: list[str], buffers: int, left: list[int]) -> Subgraph:
+    most = left[0]
     left[0] -= table.count(0) + table.count(3)
     if left[0] < 0:
-        raise ValueError(f"expected at most {_MAX_ENTRIES} tensors and operators")
-    tensors = tuple(_tensor(t, buffers) for t in table.tables(0, _MAX_ENTRIES))
+        raise ValueError(f"expected at most {most} tensors and operators")
+    tensors = tuple(_tensor(t, buffers) for t in table.tables(0, most))
     count = len(tensors)
     for tensor in tensors:
         if (q := tensor.quantization) and q.block and not 0 <= q.scales_tensor < count:
             raise ValueError(f"scales in tensor {q.scales_tensor} of {count}")
     operators = []
-    for entry in table.tables(3, _MAX_ENTRIES):
+    for entry in table.tables(3, most):
         code = entry.number(0, "I")
         name = codes[code] if code < len(codes) else f"code {code} of {len(codes)}"
         operators.append(
