@@ -109,7 +109,7 @@ def convert_source(
     with _prepared(source, to, quantize, config, lora, chat_template, verify) as job:
         context, lengths = _lengths(job.plan.config, context, prefill_lengths)
         if to == "task":
-            spelled = vocabulary.sentencepiece(job.source, _required(job.tokenizer), vocab)
+            spelled = vocabulary.sentencepiece(job.source, _required(job.tokenizer), job.carried, vocab)
         parts = _sections(job, context, config) if to == "litertlm" else []
 
         override, graph_merge = read_override(config), job.merges[-1]
@@ -153,7 +153,7 @@ def _prepared(
         tokenizer, carried = None, Carried()
         if to != "tflite":
             tokenizer = _with_template(vocabulary.tokenizer_of(opened, override, rows), chat_template)
-            carried = templates.carry(tokenizer)
+            carried = templates.around_turns(tokenizer) if to == "task" else templates.carry(tokenizer)
             _tell(tokenizer, carried)
         adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
         merges = tuple(Merge.of(adapter, "merged", None) for _ in range(3))  # one for each time that weights are read
@@ -254,11 +254,16 @@ def _with_template(tokenizer: Tokenizer, given: str | Path | None) -> Tokenizer:
 def _tell(tokenizer: Tokenizer, carried: Carried) -> None:
     """What a user would not expect of the bundle."""
     if not (carried.source or carried.affixes):
-        _LOG.warning(f"{tokenizer.where}: no chat template goes along: LiteRT-LM's conversations have none")
+        more = ": a .task file holds what stands around each turn, and this one does more"
+        _LOG.warning(f"{tokenizer.where}: no chat template goes along{more if tokenizer.chat_template else ''}")
     elif not carried.opens_bos:
         _LOG.warning(
             f"{tokenizer.where}: LiteRT-LM puts {tokenizer.piece(tokenizer.prefix_ids[0])!r} before every text, which "
             "the tokenizer does with plain texts and the chat template does not"
+        )
+    if carried.changes_texts:
+        _LOG.warning(
+            f"{tokenizer.where}: the chat template trims or changes texts, which a .task file takes as they are"
         )
     if tokenizer.suffix_ids:
         _LOG.warning(f"{tokenizer.where}: the tokenizer puts tokens behind a text, which LiteRT-LM does not")
@@ -280,8 +285,6 @@ def _sections(job: _Job, context: int, config: Any) -> list[container.Section]:
 def _bundle_config(job: _Job, graph: Path, model: bytes, spelled: bool, where: str) -> bundle.BundleConfig:
     """MediaPipe's options for a ``.task`` file, whose metadata has texts for tokens."""
     tokenizer, carried = _required(job.tokenizer), job.carried
-    if carried.source and not carried.affixes:
-        _LOG.warning("a .task file holds what stands around each turn, and no Jinja: this template does more")
     around = {
         f"prompt_{part}_{role}": text
         for role, texts in carried.affixes.items()

@@ -128,3 +128,27 @@ def affixes_template(affixes: Mapping[str, tuple[str, str]], begin: str = "") ->
         f"{{{{ {json.dumps(begin)} }}}}{{% for m in messages %}}{turns}{{% endif %}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{{{{ {json.dumps(model)} }}}}{{% endif %}}"
     )
+
+
+def spliced_template(affixes: Mapping[str, tuple[str, str]]) -> str | None:
+    """Jinja source as LiteRT-LM makes it of ``affixes``, which become part of it: braces in them are Jinja's, and so is
+    a newline that they begin with, which falls to the tag before it.  None for nothing.
+
+    Args:
+      affixes: prefix and suffix by role, see ``affixes_template``.
+    """
+    if not any(map(any, affixes.values())):
+        return None
+
+    def of_role(which: int) -> str:
+        tests = (
+            f"{{% {'el' if i else ''}if m.role == '{_ROLES[role]}' %}}{texts[which]}"
+            for i, (role, texts) in enumerate(affixes.items())
+        )
+        return "".join(tests) + "{% endif -%}"
+
+    parts = "([{'text': m.content}] if m.content is string else m.content)"
+    return (
+        f"{{% for m in messages -%}}{of_role(0)}{{%- for part in {parts} %}}{{{{ part.text }}}}{{%- endfor -%}}"
+        f"{of_role(1)}{{%- endfor -%}}{{% if add_generation_prompt %}}{affixes['model'][0]}{{% endif -%}}"
+    )

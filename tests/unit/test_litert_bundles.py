@@ -404,6 +404,28 @@ def test_a_task_file_of_a_bin_file(tmp_path, quick):
     assert read_tokenizer(package).encode("the cat") == ours.encode("the cat")
 
 
+def test_the_chat_template_of_a_task_file(tmp_path, caplog, quick):
+    """What stands around each turn, in words that its SentencePiece model has tokens for."""
+    source, path = DATA / "GEMMA_2B_gpu_int8_mp0.10.21.bin", tmp_path / "m.task"
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content.strip() + '\\n' }}{% endfor %}"
+        "{{ 'assistant: ' if add_generation_prompt }}"
+    )
+    options = {"to": "task", "verify": False, "chat_template": template, **SMALL}
+    writing.convert(source, path, **options)
+    assert "chat template trims or changes texts" in caplog.text
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}, {"role": "user", "content": "a"}]
+    assert llmjax.load(path).tokenizer.render_chat(said) == "user: Hi\nassistant: Yo\nuser: a\nassistant: "
+    template.write_text(template.read_text().replace("strip() + '", "strip() + '<eos>"))
+    path.unlink()
+    with pytest.raises(TokenizerError, match="its chat template writes special tokens.*--chat-template none"):
+        writing.convert(source, path, **options)
+    template.write_text("{% for m in messages %}{{ loop.index ~ m.content }}{% endfor %}")
+    writing.convert(source, path, **options)
+    assert "no chat template goes along: a .task file holds what stands around each turn" in caplog.text
+
+
 def test_a_task_file_needs_a_sentencepiece_model(source, tmp_path, quick):
     with pytest.raises(LlmjaxError, match="unk_token: expected a token, which the format needs"):
         writing.convert(source, tmp_path / "m.task", to="task", verify=False, **SMALL)
