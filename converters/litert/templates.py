@@ -63,7 +63,7 @@ class Carried:
 
 @dataclasses.dataclass(frozen=True)
 class _Case:
-    """A conversation, of texts that a template may trim or not, and what the checkpoint's own makes of it; None where it
+    """A conversation, of odd texts or of plain ones, and what the checkpoint's own template makes of it; None where it
     refuses it."""
 
     title: str
@@ -105,7 +105,7 @@ def carry(tokenizer: Tokenizer) -> Carried:
         problem = _problem(form, cases)
         if not problem:
             return Carried(form, {}, end, not _problem(form, tools), opens)
-    # Not as the bundle's prefixes and suffixes: LiteRT-LM takes those for Jinja, and drops newlines that they begin with.
+    # The bundle's own prefixes and suffixes are Jinja to LiteRT-LM, which drops a newline that they begin with.
     form = _JOINED + (affixes_template(affixes) or "")
     if affixes and not _problem(form, cases):
         return Carried(form, {}, end, False, opens)
