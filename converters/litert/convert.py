@@ -30,7 +30,7 @@ from llmjax.lora.merge import Merge
 from llmjax.models.config import DecoderConfig
 from llmjax.outside.paths import checked_path
 from llmjax.outside.values import FLAG, POSITIVE, check, plain
-from llmjax.outside.whole import whole_file
+from llmjax.outside.whole import expect_new, whole_file
 from llmjax.quant.schemes import Recipe, parse
 from llmjax.runtime import memory
 from llmjax.text.tokenizer import Tokenizer
@@ -136,6 +136,7 @@ def convert_source(
                     raise CheckpointError(f"{path}: cannot be run against the checkpoint: {error}") from None
                 announce(found.to_text())
                 proof.refuse(found, path)
+            expect_new(path)  # another conversion may have been quicker
 
 
 @contextlib.contextmanager
@@ -170,8 +171,7 @@ def _destination(destination: str | Path, to: str) -> Path:
     path = checked_path("destination", destination, CheckpointError)
     if path.suffix != f".{to}":
         raise ConfigError(f"{path}: expected a name that ends in .{to}, by which LiteRT-LM and MediaPipe know the file")
-    if path.exists() or path.is_symlink():
-        raise CheckpointError(f"{path}: exists; expected a new file")
+    expect_new(path)
     return path
 
 

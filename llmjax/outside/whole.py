@@ -203,12 +203,20 @@ def write_text(path: str | Path, text: str, error: type[LlmjaxError]) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def expect_new(path: Path) -> None:
+    """Raises CheckpointError where there is something at ``path``, be it a link to nothing."""
+    if os.path.lexists(path):
+        raise CheckpointError(f"{path}: exists; expected a new file")
+
+
 @contextlib.contextmanager
 def _told(path: Path, error: type[LlmjaxError]) -> Iterator[None]:
     checked_path("output", path, error)
     try:
         yield
     except OSError as raised:
+        if _NAME.fullmatch(path.parent.name):  # inside a private folder, whose owner says it by a name that is known
+            raise
         reason = raised.strerror or str(raised)
         raise error(f"{path}: cannot write it: {reason}; nothing is left behind") from None
 

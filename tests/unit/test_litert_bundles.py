@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import llmjax
-from converters.litert import container, convert, metadata, proof, vocabulary
+from converters.litert import container, convert, metadata, proof, vocabulary, weights
 from converters.litert.export import ExportedGraph
 from converters.litert.graph import FLOAT32, Form
 from converters.litert.templates import Carried
@@ -361,6 +361,27 @@ def test_a_disk_that_fills_up(source, tmp_path, monkeypatch, quick):
     with pytest.raises(CheckpointError, match="cannot write it: No space left on device; nothing is left behind"):
         writing.convert(source, tmp_path / "m.litertlm", to="litertlm", verify=False, **SMALL)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_under_the_graph(source, tmp_path, monkeypatch):
+    """Which is written to a place that no user knows."""
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights, "write", full)
+    path = tmp_path / "m.litertlm"
+    with pytest.raises(CheckpointError, match=f"^{path}: cannot write it: No space left on device; nothing is left"):
+        writing.convert(source, path, to="litertlm", verify=False, **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_conversion_was_quicker(source, tmp_path, monkeypatch, quick):
+    path = tmp_path / "m.litertlm"
+    told = lambda line: path.write_bytes(b"theirs")  # noqa: E731
+    with pytest.raises(CheckpointError, match="exists; expected a new file"):
+        writing.convert(source, path, to="litertlm", verify=False, announce=told, **SMALL)
+    assert path.read_bytes() == b"theirs" and [p.name for p in tmp_path.iterdir()] == ["m.litertlm"]
 
 
 def test_memory_for_the_proof(source, tmp_path, monkeypatch):
