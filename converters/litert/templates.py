@@ -96,6 +96,9 @@ def carry(tokenizer: Tokenizer) -> Carried:
         raise _refused(tokenizer, str(error).removeprefix(f"{tokenizer.where}: ")) from None
     if bos and source.count(bos) == 1:
         source = source.replace(bos, "")
+    if all(case.text is None for case in cases):
+        raise _refused(tokenizer, f"it refuses every conversation: {_refusal(tokenizer, cases[0])}")
+    calls = "tools" in names and any(case.text is not None for case in tools)
     named, all_named = _set_tokens(names, tokenizer, bos), _set_tokens(names, tokenizer, "")
     # Where BOS stands before later turns, too, only the first is the bundle's.
     captured = f"{{%- set llmjax_text %}}{{{{ '' }}}}{source}{{% endset -%}}{{{{ llmjax_text[{len(bos)}:] }}}}"
@@ -104,7 +107,7 @@ def carry(tokenizer: Tokenizer) -> Carried:
     for form in forms:
         problem = _problem(form, cases)
         if not problem:
-            return Carried(form, {}, end, not _problem(form, tools), opens)
+            return Carried(form, {}, end, calls and not _problem(form, tools), opens)
     # The bundle's own prefixes and suffixes are Jinja to LiteRT-LM, which drops a newline that they begin with.
     form = _JOINED + (affixes_template(affixes) or "")
     if affixes and not _problem(form, cases):
@@ -198,6 +201,14 @@ def _expected(tokenizer: Tokenizer, bos: str, messages: Any, names: Mapping[str,
         return None
 
 
+def _refusal(tokenizer: Tokenizer, case: _Case) -> str:
+    """Why the checkpoint's own template makes nothing of a conversation."""
+    try:
+        return tokenizer.render_chat(case.messages, date=_NOW, **case.names)
+    except RequestError as error:
+        return str(error).removeprefix("messages: ")
+
+
 def _opens(tokenizer: Tokenizer, bos: str) -> bool:
     if not bos:
         return True
@@ -209,8 +220,6 @@ def _opens(tokenizer: Tokenizer, bos: str) -> bool:
 
 def _problem(form: str, cases: list[_Case]) -> str:
     """Where a template writes something else than it should; empty where nowhere."""
-    if all(case.text is None for case in cases):
-        return "the template refuses every conversation"
     for case in cases:
         try:
             text: str | None = minijinja.render(form, case.messages, case.names, _NOW)

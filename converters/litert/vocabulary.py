@@ -34,7 +34,8 @@ def tokenizer_of(source: Source, override: Override, vocab_size: int) -> Tokeniz
     """A checkpoint's tokenizer, with special tokens found in texts.
 
     Raises:
-      TokenizerError: there is none, or it has tokens that the model has no row for.
+      TokenizerError: there is none, it has tokens that the model has no row for, or it begins texts with several, where
+        a bundle has one.
     """
     found = read_tokenizer(source, override)
     if found is None:
@@ -49,6 +50,17 @@ def tokenizer_of(source: Source, override: Override, vocab_size: int) -> Tokeniz
         raise TokenizerError(
             f"{found.where}: the vocabulary has {found.vocab_size:,} tokens, the model's embedding only "
             f"{vocab_size:,} rows: it is another model's, or some rows are lost"
+        )
+    begin = ", ".join(f"{named(found.piece(i))} ({i})" for i in found.prefix_ids)
+    if any(i >= vocab_size for i in found.prefix_ids):
+        raise TokenizerError(
+            f"{found.where}: it begins texts with {begin}, beyond the {vocab_size:,} rows of the model's embedding: it "
+            "is another model's, or some rows are lost"
+        )
+    if len(found.prefix_ids) > 1:
+        raise TokenizerError(
+            f"{found.where}: it begins texts with {begin}, where LiteRT-LM and MediaPipe put one token; leave one in "
+            "post_processor of a copy's tokenizer.json"
         )
     return found
 

@@ -66,7 +66,8 @@ def from_huggingface(data: bytes, where: str, ends: Ends) -> Tokenizer:
 
 
 def _with_ends(tokenizer: Tokenizer, ends: Ends) -> Tokenizer:
-    start = [_start(tokenizer, ends.start)] if isinstance(ends.start, str) else list(ends.start)
+    # Of several LiteRT-LM puts the first.
+    start = [_start(tokenizer, ends.start)] if isinstance(ends.start, str) else list(ends.start[:1])
     if wrong := [i for i in start if not 0 <= i < tokenizer.vocab_size]:
         raise TokenizerError(f"{tokenizer.where}: the start token {wrong[0]} is not in this vocabulary")
     ids, texts = set(tokenizer.eos_ids), list(tokenizer.stop)

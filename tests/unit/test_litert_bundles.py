@@ -23,7 +23,7 @@ from llmjax.checkpoint.parameters import Stored
 from llmjax.cli.main import main
 from llmjax.errors import CheckpointError, LlmjaxError, RequestError, TokenizerError
 from llmjax.litert.loading import read_tokenizer
-from llmjax.text import reading
+from llmjax.text import bundle, reading
 from tests.mediapipe_files import DATA
 from tests.tiny import checkpoint
 
@@ -401,6 +401,39 @@ def test_another_models_vocabulary(source, tmp_path):
     folder = checkpoint(tmp_path / "m", vocab_size=200)
     with pytest.raises(TokenizerError, match="has 257 tokens, the model's embedding only 200 rows"):
         writing.convert(folder, tmp_path / "m.litertlm", to="litertlm", **SMALL)
+
+
+def beginning(folder: Path, *tokens: int) -> Path:
+    """With these before every text, of a tokenizer that knows one more than the model."""
+    state = json.loads((folder / "tokenizer.json").read_text())
+    texts = {t["id"]: t["content"] for t in state["added_tokens"]}
+    single = [{"SpecialToken": {"id": texts[i], "type_id": 0}} for i in tokens]
+    state["post_processor"]["single"] = [*single, {"Sequence": {"id": "A", "type_id": 0}}]
+    state["post_processor"]["special_tokens"] = {
+        texts[i]: {"id": texts[i], "ids": [i], "tokens": [texts[i]]} for i in texts
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        ((260,), "it begins texts with '?<image>'? .260., beyond the 260 rows"),
+        ((257, 258), "it begins texts with '?<s>'? .257., '?<u>'? .258., where LiteRT-LM and MediaPipe put one token"),
+    ],
+)
+def test_what_a_text_cannot_begin_with(source, tmp_path, tokens, reason):
+    """LiteRT-LM drops a start token that it does not know, and all but the first of several."""
+    folder = beginning(copied(source, tmp_path / "m"), *tokens)
+    with pytest.raises(TokenizerError, match=reason):
+        writing.convert(folder, tmp_path / "m.litertlm", to="litertlm", **SMALL)
+
+
+def test_several_start_tokens_of_a_file(source):
+    state = (source / "tokenizer.json").read_bytes()
+    found = bundle.from_huggingface(state, "x", bundle.Ends(start=(257, 258), stop=((256,),)))
+    assert found.encode("a") == [257, *found.encode("a", add_bos=False)]
 
 
 def test_a_template_that_cannot_go_along(source, tmp_path, caplog, quick):

@@ -210,7 +210,8 @@ def test_prefixes_and_suffixes_of_a_bundle_are_jinja_to_litert_lm(tokenizer, aff
         ("{% for m in messages %}{{ m.content.count('i') }}{% endfor %}", "no attribute 'count'"),
         ("{% for m in messages %}{{ '%s' % m.content }}{% endfor %}", "% of a text"),
         ("{% for m in messages %}Try x.strip() {{ m.content }}{% endfor %}", r"expected 'Try x.strip\(\) Hi"),
-        ("{{ raise_exception('no') }}", "refuses every conversation"),
+        ("{{ raise_exception('no') }}", "it refuses every conversation: the chat template refuses them: no;"),
+        ("{% include 'x' %}", "it refuses every conversation: the chat template cannot use them: "),
         ("{% for m in messages %}{{ m }}{% endfor %}", "expected .* it writes"),
     ],
 )
@@ -219,6 +220,21 @@ def test_what_cannot_go_along_is_one_line(tokenizer, template, reason):
         templates.carry(with_template(tokenizer, template))
     message = str(caught.value)
     assert "\n" not in message and "--chat-template FILE" in message
+
+
+@pytest.mark.parametrize(
+    ("before", "calls"),
+    [
+        ("{% if tools %}{{ tools | tojson }}{% endif %}", True),
+        ("", False),
+        ("{{ raise_exception('no tools') if tools }}", False),
+        ("{% if tools %}{{ '%s' % tools[0].function.name }}{% endif %}", False),
+    ],
+)
+def test_calls_of_functions(tokenizer, before, calls):
+    """Only of a template that names tools does a bundle say that it has them."""
+    template = before + "{% for m in messages %}{{ m.role }}{{ m.content or '' }}{% endfor %}"
+    assert templates.carry(with_template(tokenizer, template)).tools is calls
 
 
 def test_no_template(tokenizer):
