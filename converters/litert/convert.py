@@ -14,7 +14,7 @@ from typing import Any
 
 from converters.litert import container, proof, templates, vocabulary
 from converters.litert import weights as weights_lib
-from converters.litert.export import Export, ExportedGraph
+from converters.litert.export import Export, ExportedGraph, usual_jax
 from converters.litert.metadata import llm_metadata, stop_ids, stop_texts
 from converters.litert.templates import Carried
 from converters.mediapipe import bundle
@@ -59,6 +59,7 @@ class _Job:
     merges: tuple[Merge, ...]
 
 
+@usual_jax()
 def convert_source(
     source: str | Path,
     destination: str | Path,

@@ -4,8 +4,9 @@ The graph is traced from the model's own Flax modules: one step of T tokens over
 signature.  So an architecture is written as soon as it is run.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,6 +41,14 @@ from llmjax.quant.schemes import Recipe, parse
 ACTIVATIONS = ("dynamic-int8", "float")
 
 
+@contextlib.contextmanager
+def usual_jax() -> Iterator[None]:
+    """JAX as it comes, whatever the process has set for programs of its own: the same graph every time."""
+    with jax.enable_x64(False), jax.disable_jit(False), jax.default_matmul_precision(None):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            yield
+
+
 @dataclasses.dataclass(frozen=True)
 class ExportedGraph:
     """What is written.
@@ -61,6 +70,7 @@ class ExportedGraph:
     weight_bytes: int
 
 
+@usual_jax()
 def export_graph(
     source: str | Path,
     destination: str | Path,
