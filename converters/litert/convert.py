@@ -105,7 +105,7 @@ def convert_source(
     """
     path = _destination(destination, to)
     if verify is not None:
-        check("verify", verify, FLAG, ConfigError)
+        check("verify", verify := plain(verify), FLAG, ConfigError)
     _check_options(to, {"chat_template": chat_template, "vocab": vocab})
     with _prepared(source, to, quantize, config, lora, chat_template, verify) as job:
         context, lengths = _lengths(job.plan.config, context, prefill_lengths)

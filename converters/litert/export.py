@@ -205,12 +205,11 @@ def _checked(config: DecoderConfig, context: Any, lengths: Any) -> tuple[int, tu
             f"context: {context}: the model's rope changes with the length of a text beyond the context it was first "
             "trained for, which no graph can follow; expected no more than that"
         )
-    found = (
-        sorted({plain(n) for n in lengths}) if isinstance(lengths, Sequence) and not isinstance(lengths, str) else []
-    )
+    lengths = plain(lengths)
+    found = [plain(n) for n in lengths] if isinstance(lengths, Sequence) and not isinstance(lengths, str) else []
     if not found or any(type(n) is not int or not 1 <= n <= context for n in found):
         raise ConfigError(f"prefill_lengths: expected numbers from 1 to the context, {context}, found {shown(lengths)}")
-    return context, tuple(found)
+    return context, tuple(sorted(set(found)))
 
 
 def _signature(

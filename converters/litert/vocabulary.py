@@ -118,8 +118,16 @@ def sentencepiece(
             "a tokenizer.model, or a directory with tokenizer.json; or write a .litertlm file"
         )
     else:
-        model, where = read_vocabulary(vocab or source.directory, given=vocab is not None)
+        try:
+            model, where = read_vocabulary(vocab or source.directory, given=vocab is not None)
+        except TokenizerError as error:
+            raise TokenizerError(f"{error}; a .litertlm file holds a tokenizer.json as it is") from None
         spelled = Path(where).name == "tokenizer.json"
+    if spelled:
+        _LOG.warning(
+            f"{where}: its pieces are spelled in GPT-2's characters for bytes, as MediaPipe spells texts and LiteRT-LM "
+            "does not: write a .litertlm file for that"
+        )
     theirs = mediapipe.read(model, where, start_id=None, stop=(), bytes_to_unicode=spelled)
     differing = [text for text in _SAMPLES if theirs.encode(text) != tokenizer.encode(text, add_bos=False)]
     if differing:

@@ -317,6 +317,7 @@ WRONG = {
     "context: expected a positive integer, found True": {"context": True},
     "prefill_lengths: expected numbers from 1 to the context, 16, found \\[17\\]": {"prefill_lengths": [17]},
     "prefill_lengths: expected numbers": {"prefill_lengths": []},
+    "prefill_lengths: expected numbers .* found \\[4, None, '8'\\]": {"prefill_lengths": [4, None, "8"]},
     "activations: unknown 'int8'": {"activations": "int8"},
     "vocab: only for task files": {"vocab": "x"},
     "chat_template: .*/nowhere: cannot read it: No such file or directory": {"chat_template": "/nowhere"},
@@ -458,6 +459,13 @@ def test_a_task_file_of_a_bin_file(tmp_path, quick):
     assert read_tokenizer(package).encode("the cat") == ours.encode("the cat")
 
 
+def test_pieces_that_are_spelled(tmp_path, caplog, quick):
+    """Measured: LiteRT-LM gives such a vocabulary other tokens than MediaPipe does."""
+    source = DATA / "FALCON_RW_1B_gpu_int8_mp0.10.21.bin"
+    writing.convert(source, tmp_path / "m.task", to="task", verify=False, **SMALL)
+    assert "as MediaPipe spells texts and LiteRT-LM does not: write a .litertlm file" in caplog.text
+
+
 def test_the_chat_template_of_a_task_file(tmp_path, caplog, quick):
     """What stands around each turn, in words that its SentencePiece model has tokens for."""
     source, path = DATA / "GEMMA_2B_gpu_int8_mp0.10.21.bin", tmp_path / "m.task"
@@ -481,7 +489,7 @@ def test_the_chat_template_of_a_task_file(tmp_path, caplog, quick):
 
 
 def test_a_task_file_needs_a_sentencepiece_model(source, tmp_path, quick):
-    with pytest.raises(LlmjaxError, match="unk_token: expected a token, which the format needs"):
+    with pytest.raises(LlmjaxError, match="unk_token: expected a token, which the format needs.*; a .litertlm file"):
         writing.convert(source, tmp_path / "m.task", to="task", verify=False, **SMALL)
 
 
