@@ -110,6 +110,11 @@ def _start(tokenizer: Tokenizer, text: str) -> int:
     return found
 
 
+def _literal(text: str) -> str:
+    """A text in Jinja, which makes of a surrogate pair of escapes no one character."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def affixes_template(affixes: Mapping[str, tuple[str, str]], begin: str = "") -> str | None:
     """Jinja source of what stands around each role (``user``, ``model``, ``system``); None for nothing.
 
@@ -120,14 +125,14 @@ def affixes_template(affixes: Mapping[str, tuple[str, str]], begin: str = "") ->
     if not any(map(any, affixes.values())):
         return None
     turns = "".join(
-        f"{{% {'el' if i else ''}if m['role'] == {json.dumps(_ROLES[role])} %}}"
-        f"{{{{ {json.dumps(prefix)} + m['content'] + {json.dumps(suffix)} }}}}"
+        f"{{% {'el' if i else ''}if m['role'] == {_literal(_ROLES[role])} %}}"
+        f"{{{{ {_literal(prefix)} + m['content'] + {_literal(suffix)} }}}}"
         for i, (role, (prefix, suffix)) in enumerate(affixes.items())
     )
     model = affixes.get("model", ("", ""))[0]
     return (
-        f"{{{{ {json.dumps(begin)} }}}}{{% for m in messages %}}{turns}{{% endif %}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ {json.dumps(model)} }}}}{{% endif %}}"
+        f"{{{{ {_literal(begin)} }}}}{{% for m in messages %}}{turns}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {_literal(model)} }}}}{{% endif %}}"
     )
 
 

@@ -175,6 +175,12 @@ def test_what_a_task_file_holds(tokenizer, template, affixes, changes):
     assert found.turn_end == "</assistant>\n"
 
 
+def test_prefixes_of_any_characters(tokenizer):
+    affixes = {"user": ("🙂 é\u2028", "\\n'\"{{ x }}\t"), "model": ("M\x7f", "")}
+    own = with_template(tokenizer, bundle.affixes_template(affixes, "🙃"))
+    assert own.render_chat([{"role": "user", "content": "Q"}]) == "🙃🙂 é\u2028Q\\n'\"{{ x }}\tM\x7f"
+
+
 # Of prefixes and suffixes in a bundle; None where LiteRT-LM fails.
 SPLICED = [
     ({"user": ("<u>", "</u>\n"), "model": ("<m>", "</m>\n"), "system": ("<s>", "</s>\n")},
