@@ -127,6 +127,8 @@ def around_turns(tokenizer: Tokenizer) -> Carried:
     bos, plain, odd = _bos(tokenizer), True, False
     affixes = _affixes(tokenizer, bos)
     for case in _cases(tokenizer, bos) if affixes else ():
+        if "enable_thinking" in case.names:  # which nobody can say to a .task file
+            continue
         if case.text not in (None, _put_around(affixes, case)):
             plain, odd = plain and case.odd, True
     return Carried("", affixes if plain else {}, _turn_end(affixes), False, _opens(tokenizer, bos), plain and odd)

@@ -160,6 +160,7 @@ def test_what_minijinja_lacks_is_said_by_prefixes_and_suffixes(tokenizer):
     [
         (TURNS % "", AROUND, False),
         ("{{ bos_token }}" + TURNS % ".strip()", AROUND, True),
+        (TURNS % "" + "{{ '<think></think>' if not enable_thinking | default(true) }}", AROUND, False),
         ("{% if messages[0].role != 'system' %}You are kind.{% endif %}" + TURNS % "", {}, False),
         (
             "{{ raise_exception('no') if messages[0].role == 'system' }}" + TURNS % "",
