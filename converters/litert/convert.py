@@ -14,7 +14,7 @@ from typing import Any
 
 from converters.litert import container, proof, templates, vocabulary
 from converters.litert import weights as weights_lib
-from converters.litert.export import Export, ExportedGraph
+from converters.litert.export import Export, ExportedGraph, usual_jax
 from converters.litert.metadata import llm_metadata, stop_ids, stop_texts
 from converters.litert.templates import Carried
 from converters.mediapipe import bundle
@@ -30,7 +30,7 @@ from llmjax.lora.merge import Merge
 from llmjax.models.config import DecoderConfig
 from llmjax.outside.paths import checked_path
 from llmjax.outside.values import FLAG, POSITIVE, check, plain
-from llmjax.outside.whole import whole_file
+from llmjax.outside.whole import expect_new, whole_file
 from llmjax.quant.schemes import Recipe, parse
 from llmjax.runtime import memory
 from llmjax.text.tokenizer import Tokenizer
@@ -59,6 +59,7 @@ class _Job:
     merges: tuple[Merge, ...]
 
 
+@usual_jax()
 def convert_source(
     source: str | Path,
     destination: str | Path,
@@ -104,12 +105,12 @@ def convert_source(
     """
     path = _destination(destination, to)
     if verify is not None:
-        check("verify", verify, FLAG, ConfigError)
+        check("verify", verify := plain(verify), FLAG, ConfigError)
     _check_options(to, {"chat_template": chat_template, "vocab": vocab})
     with _prepared(source, to, quantize, config, lora, chat_template, verify) as job:
         context, lengths = _lengths(job.plan.config, context, prefill_lengths)
         if to == "task":
-            spelled = vocabulary.sentencepiece(job.source, _required(job.tokenizer), vocab)
+            spelled = vocabulary.sentencepiece(job.source, _required(job.tokenizer), job.carried, vocab)
         parts = _sections(job, context, config) if to == "litertlm" else []
 
         override, graph_merge = read_override(config), job.merges[-1]
@@ -136,6 +137,7 @@ def convert_source(
                     raise CheckpointError(f"{path}: cannot be run against the checkpoint: {error}") from None
                 announce(found.to_text())
                 proof.refuse(found, path)
+            expect_new(path)  # another conversion may have been quicker
 
 
 @contextlib.contextmanager
@@ -153,7 +155,7 @@ def _prepared(
         tokenizer, carried = None, Carried()
         if to != "tflite":
             tokenizer = _with_template(vocabulary.tokenizer_of(opened, override, rows), chat_template)
-            carried = templates.carry(tokenizer)
+            carried = templates.around_turns(tokenizer) if to == "task" else templates.carry(tokenizer)
             _tell(tokenizer, carried)
         adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
         merges = tuple(Merge.of(adapter, "merged", None) for _ in range(3))  # one for each time that weights are read
@@ -170,8 +172,7 @@ def _destination(destination: str | Path, to: str) -> Path:
     path = checked_path("destination", destination, CheckpointError)
     if path.suffix != f".{to}":
         raise ConfigError(f"{path}: expected a name that ends in .{to}, by which LiteRT-LM and MediaPipe know the file")
-    if path.exists() or path.is_symlink():
-        raise CheckpointError(f"{path}: exists; expected a new file")
+    expect_new(path)
     return path
 
 
@@ -254,11 +255,16 @@ def _with_template(tokenizer: Tokenizer, given: str | Path | None) -> Tokenizer:
 def _tell(tokenizer: Tokenizer, carried: Carried) -> None:
     """What a user would not expect of the bundle."""
     if not (carried.source or carried.affixes):
-        _LOG.warning(f"{tokenizer.where}: no chat template goes along: LiteRT-LM's conversations have none")
+        more = ": a .task file holds what stands around each turn, and this one does more"
+        _LOG.warning(f"{tokenizer.where}: no chat template goes along{more if tokenizer.chat_template else ''}")
     elif not carried.opens_bos:
         _LOG.warning(
             f"{tokenizer.where}: LiteRT-LM puts {tokenizer.piece(tokenizer.prefix_ids[0])!r} before every text, which "
             "the tokenizer does with plain texts and the chat template does not"
+        )
+    if carried.changes_texts:
+        _LOG.warning(
+            f"{tokenizer.where}: the chat template trims or changes texts, which a .task file takes as they are"
         )
     if tokenizer.suffix_ids:
         _LOG.warning(f"{tokenizer.where}: the tokenizer puts tokens behind a text, which LiteRT-LM does not")
@@ -280,8 +286,6 @@ def _sections(job: _Job, context: int, config: Any) -> list[container.Section]:
 def _bundle_config(job: _Job, graph: Path, model: bytes, spelled: bool, where: str) -> bundle.BundleConfig:
     """MediaPipe's options for a ``.task`` file, whose metadata has texts for tokens."""
     tokenizer, carried = _required(job.tokenizer), job.carried
-    if carried.source and not carried.affixes:
-        _LOG.warning("a .task file holds what stands around each turn, and no Jinja: this template does more")
     around = {
         f"prompt_{part}_{role}": text
         for role, texts in carried.affixes.items()

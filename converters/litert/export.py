@@ -4,8 +4,9 @@ The graph is traced from the model's own Flax modules: one step of T tokens over
 signature.  So an architecture is written as soon as it is run.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,6 +41,14 @@ from llmjax.quant.schemes import Recipe, parse
 ACTIVATIONS = ("dynamic-int8", "float")
 
 
+@contextlib.contextmanager
+def usual_jax() -> Iterator[None]:
+    """JAX as it comes, whatever the process has set for programs of its own: the same graph every time."""
+    with jax.enable_x64(False), jax.disable_jit(False), jax.default_matmul_precision(None):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            yield
+
+
 @dataclasses.dataclass(frozen=True)
 class ExportedGraph:
     """What is written.
@@ -61,6 +70,7 @@ class ExportedGraph:
     weight_bytes: int
 
 
+@usual_jax()
 def export_graph(
     source: str | Path,
     destination: str | Path,
@@ -195,12 +205,11 @@ def _checked(config: DecoderConfig, context: Any, lengths: Any) -> tuple[int, tu
             f"context: {context}: the model's rope changes with the length of a text beyond the context it was first "
             "trained for, which no graph can follow; expected no more than that"
         )
-    found = (
-        sorted({plain(n) for n in lengths}) if isinstance(lengths, Sequence) and not isinstance(lengths, str) else []
-    )
+    lengths = plain(lengths)
+    found = [plain(n) for n in lengths] if isinstance(lengths, Sequence) and not isinstance(lengths, str) else []
     if not found or any(type(n) is not int or not 1 <= n <= context for n in found):
         raise ConfigError(f"prefill_lengths: expected numbers from 1 to the context, {context}, found {shown(lengths)}")
-    return context, tuple(found)
+    return context, tuple(sorted(set(found)))
 
 
 def _signature(

@@ -72,9 +72,6 @@ def llm_metadata(
         message.pad_token.token_ids.ids.append(pad)
     if carried.source:
         message.jinja_prompt_template = carried.source
-    for role, (prefix, suffix) in carried.affixes.items():
-        affixes = getattr(message.prompt_templates, role)
-        affixes.prefix, affixes.suffix = prefix, suffix
     _family(message, tokenizer, model_type)
     _sampling(message, generation_config, vocab_size)
     for begin, end, heading in KINDS:
@@ -110,7 +107,7 @@ def stop_texts(tokenizer: Tokenizer) -> list[str]:
 
 def _family(message: Any, tokenizer: Tokenizer, model_type: str) -> None:
     family = _FAMILIES.get(model_type, "generic_model")
-    if not (message.jinja_prompt_template or message.HasField("prompt_templates")):
+    if not message.jinja_prompt_template:
         family = "generic_model"  # of other families LiteRT-LM may have no template, and loads no file without one
     if family == "gemma3" and tokenizer.backend.token_to_id(_CALLS) is not None:
         family = "function_gemma"

@@ -46,10 +46,11 @@ class Carried:
 
     Attributes:
       source: Jinja source; empty for none.
-      affixes: prefix and suffix of each role in its stead; empty for none.
+      affixes: prefix and suffix of each role, where a ``.task`` file has them instead; empty for none.
       turn_end: what stands behind an answer.
       tools: whether conversations with tools look right, too.
       opens_bos: whether BOS, which the bundle puts before every text, begins the template's texts.
+      changes_texts: whether the template does more to what is said than to put ``affixes`` around it.
     """
 
     source: str = ""
@@ -57,13 +58,16 @@ class Carried:
     turn_end: str = ""
     tools: bool = False
     opens_bos: bool = True
+    changes_texts: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class _Case:
-    """A conversation, and what the checkpoint's own template makes of it; None where it refuses it."""
+    """A conversation, of odd texts or of plain ones, and what the checkpoint's own template makes of it; None where it
+    refuses it."""
 
     title: str
+    odd: bool
     messages: list[dict[str, Any]]
     names: dict[str, Any]
     text: str | None
@@ -81,17 +85,20 @@ def carry(tokenizer: Tokenizer) -> Carried:
     template = tokenizer.chat_template
     if not template:
         return Carried()
-    bos = tokenizer.piece(tokenizer.prefix_ids[0]) if tokenizer.prefix_ids else ""
+    bos = _bos(tokenizer)
     try:
         cases, tools = list(_cases(tokenizer, bos)), list(_cases(tokenizer, bos, tools=True))
         affixes = _affixes(tokenizer, bos)
-        end, opens = affixes["model"][1] if affixes else "", not bos or _opens(tokenizer, bos)
+        end, opens = _turn_end(affixes), _opens(tokenizer, bos)
         source = minijinja.translated(template)
         names = minijinja.names_of(source)
     except TokenizerError as error:
         raise _refused(tokenizer, str(error).removeprefix(f"{tokenizer.where}: ")) from None
     if bos and source.count(bos) == 1:
         source = source.replace(bos, "")
+    if all(case.text is None for case in cases):
+        raise _refused(tokenizer, f"it refuses every conversation: {_refusal(tokenizer, cases[0])}")
+    calls = "tools" in names and any(case.text is not None for case in tools)
     named, all_named = _set_tokens(names, tokenizer, bos), _set_tokens(names, tokenizer, "")
     # Where BOS stands before later turns, too, only the first is the bundle's.
     captured = f"{{%- set llmjax_text %}}{{{{ '' }}}}{source}{{% endset -%}}{{{{ llmjax_text[{len(bos)}:] }}}}"
@@ -100,15 +107,50 @@ def carry(tokenizer: Tokenizer) -> Carried:
     for form in forms:
         problem = _problem(form, cases)
         if not problem:
-            return Carried(form, {}, end, not _problem(form, tools), opens)
-    if affixes and not _problem(affixes_form(affixes), cases):
-        return Carried("", affixes, end, False, opens)
+            return Carried(form, {}, end, calls and not _problem(form, tools), opens)
+    # The bundle's own prefixes and suffixes are Jinja to LiteRT-LM, which drops a newline that they begin with.
+    form = _JOINED + (affixes_template(affixes) or "")
+    if affixes and not _problem(form, cases):
+        return Carried(form, {}, end, False, opens)
     raise _refused(tokenizer, problem)
 
 
-def affixes_form(affixes: Mapping[str, tuple[str, str]]) -> str:
-    """The template that LiteRT-LM makes of prefixes and suffixes."""
-    return _JOINED + (affixes_template(affixes) or "")
+def around_turns(tokenizer: Tokenizer) -> Carried:
+    """A tokenizer's chat template as a ``.task`` file has it: what stands around each turn, where that writes the same
+    but for what it does to the texts themselves.
+
+    Raises:
+      TokenizerError: it is broken.
+    """
+    if not tokenizer.chat_template:
+        return Carried()
+    bos, plain, odd = _bos(tokenizer), True, False
+    affixes = _affixes(tokenizer, bos)
+    for case in _cases(tokenizer, bos) if affixes else ():
+        if "enable_thinking" in case.names:  # which nobody can say to a .task file
+            continue
+        if case.text not in (None, _put_around(affixes, case)):
+            plain, odd = plain and case.odd, True
+    return Carried("", affixes if plain else {}, _turn_end(affixes), False, _opens(tokenizer, bos), plain and odd)
+
+
+def _put_around(affixes: Mapping[str, tuple[str, str]], case: _Case) -> str:
+    """What MediaPipe makes of a conversation."""
+    roles = {"assistant": "model"}
+    text = ""
+    for message in case.messages:
+        prefix, suffix = affixes.get(roles.get(message["role"], message["role"]), ("", ""))
+        text += prefix + message["content"][0]["text"] + suffix
+    return text + (affixes["model"][0] if case.names["add_generation_prompt"] else "")
+
+
+def _bos(tokenizer: Tokenizer) -> str:
+    """The text of what a bundle puts before every text."""
+    return tokenizer.piece(tokenizer.prefix_ids[0]) if tokenizer.prefix_ids else ""
+
+
+def _turn_end(affixes: Mapping[str, tuple[str, str]]) -> str:
+    return affixes["model"][1] if affixes else ""
 
 
 def _refused(tokenizer: Tokenizer, problem: str) -> TokenizerError:
@@ -124,11 +166,11 @@ def _cases(tokenizer: Tokenizer, bos: str, tools: bool = False) -> Iterator[_Cas
         for said in ("Hi.", _ODD):
             messages = [_said(message, said, i) for i, message in enumerate(pattern)]
             for names in _variables(tokenizer.chat_template or "", tools):
-                yield _Case(title, messages, names, _expected(tokenizer, bos, messages, names))
+                yield _Case(title, said == _ODD, messages, names, _expected(tokenizer, bos, messages, names))
     if not tools:
         names = {"add_generation_prompt": False}
         messages = [_said(message, "Hi.", i) for i, message in enumerate([_USER, _ANSWER])]
-        yield _Case("no prompt to answer", messages, names, _expected(tokenizer, bos, messages, names))
+        yield _Case("no prompt to answer", False, messages, names, _expected(tokenizer, bos, messages, names))
 
 
 def _variables(template: str, tools: bool) -> Iterator[dict[str, Any]]:
@@ -161,7 +203,17 @@ def _expected(tokenizer: Tokenizer, bos: str, messages: Any, names: Mapping[str,
         return None
 
 
+def _refusal(tokenizer: Tokenizer, case: _Case) -> str:
+    """Why the checkpoint's own template makes nothing of a conversation."""
+    try:
+        return tokenizer.render_chat(case.messages, date=_NOW, **case.names)
+    except RequestError as error:
+        return str(error).removeprefix("messages: ")
+
+
 def _opens(tokenizer: Tokenizer, bos: str) -> bool:
+    if not bos:
+        return True
     try:
         return tokenizer.render_chat([_said(_USER, "Hi.", 0)], date=_NOW).startswith(bos)
     except RequestError:
@@ -170,8 +222,6 @@ def _opens(tokenizer: Tokenizer, bos: str) -> bool:
 
 def _problem(form: str, cases: list[_Case]) -> str:
     """Where a template writes something else than it should; empty where nowhere."""
-    if all(case.text is None for case in cases):
-        return "the template refuses every conversation"
     for case in cases:
         try:
             text: str | None = minijinja.render(form, case.messages, case.names, _NOW)

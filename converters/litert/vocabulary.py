@@ -1,17 +1,20 @@
 """A tokenizer as a bundle holds it: ``tokenizer.json``, or a SentencePiece model."""
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from converters.litert.container import Section, packed_json
+from converters.litert.templates import Carried
 from converters.mediapipe.convert import read_vocabulary
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.source import Source
 from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.checkpoint.loading import read_tokenizer
 from llmjax.checkpoint.plan import Override
-from llmjax.errors import ConfigError, TokenizerError, named
+from llmjax.errors import ConfigError, RequestError, TokenizerError, named
 from llmjax.text import bundle, mediapipe
 from llmjax.text.bundle import Ends
 from llmjax.text.export import tokenizer_json
@@ -31,7 +34,8 @@ def tokenizer_of(source: Source, override: Override, vocab_size: int) -> Tokeniz
     """A checkpoint's tokenizer, with special tokens found in texts.
 
     Raises:
-      TokenizerError: there is none, or it has tokens that the model has no row for.
+      TokenizerError: there is none, it has tokens that the model has no row for, or it begins texts with several, where
+        a bundle has one.
     """
     found = read_tokenizer(source, override)
     if found is None:
@@ -47,6 +51,17 @@ def tokenizer_of(source: Source, override: Override, vocab_size: int) -> Tokeniz
             f"{found.where}: the vocabulary has {found.vocab_size:,} tokens, the model's embedding only "
             f"{vocab_size:,} rows: it is another model's, or some rows are lost"
         )
+    begin = ", ".join(f"{named(found.piece(i))} ({i})" for i in found.prefix_ids)
+    if any(i >= vocab_size for i in found.prefix_ids):
+        raise TokenizerError(
+            f"{found.where}: it begins texts with {begin}, beyond the {vocab_size:,} rows of the model's embedding: it "
+            "is another model's, or some rows are lost"
+        )
+    if len(found.prefix_ids) > 1:
+        raise TokenizerError(
+            f"{found.where}: it begins texts with {begin}, where LiteRT-LM and MediaPipe put one token; leave one in "
+            "post_processor of a copy's tokenizer.json"
+        )
     return found
 
 
@@ -60,7 +75,7 @@ def section(source: Source, tokenizer: Tokenizer, vocab_size: int) -> Section:
     """
     if tokenizer.dummy_prefix:
         if model := _model_of(source):
-            _check_chat(model, tokenizer)
+            _check_chat(bundle.from_sentencepiece(model, tokenizer.where, Ends()), tokenizer, _chats(tokenizer))
             return Section("SP_Tokenizer", model)
         raise TokenizerError(
             f"{tokenizer.where}: neither tokenizer.json nor a SentencePiece model can say what this tokenizer does"
@@ -78,18 +93,21 @@ def section(source: Source, tokenizer: Tokenizer, vocab_size: int) -> Section:
     return Section("HF_Tokenizer_Zlib", packed_json(data))
 
 
-def sentencepiece(source: Source, tokenizer: Tokenizer, vocab: str | Path | None) -> tuple[bytes, bool, str]:
+def sentencepiece(
+    source: Source, tokenizer: Tokenizer, carried: Carried, vocab: str | Path | None
+) -> tuple[bytes, bool, str]:
     """The SentencePiece model of a ``.task`` file; whether its pieces are spelled in GPT-2's characters for bytes; and
     where it is from.
 
     Args:
       source: the checkpoint.
       tokenizer: its tokenizer.
+      carried: its chat template.
       vocab: a file or a directory to read instead.
 
     Raises:
       ConfigError: there is none.
-      TokenizerError: it is damaged.
+      TokenizerError: it is damaged, or has no words for the chat template.
     """
     model = None if vocab else _model_of(source)
     if model:
@@ -100,8 +118,16 @@ def sentencepiece(source: Source, tokenizer: Tokenizer, vocab: str | Path | None
             "a tokenizer.model, or a directory with tokenizer.json; or write a .litertlm file"
         )
     else:
-        model, where = read_vocabulary(vocab or source.directory, given=vocab is not None)
+        try:
+            model, where = read_vocabulary(vocab or source.directory, given=vocab is not None)
+        except TokenizerError as error:
+            raise TokenizerError(f"{error}; a .litertlm file holds a tokenizer.json as it is") from None
         spelled = Path(where).name == "tokenizer.json"
+    if spelled:
+        _LOG.warning(
+            f"{where}: its pieces are spelled in GPT-2's characters for bytes, as MediaPipe spells texts and LiteRT-LM "
+            "does not: write a .litertlm file for that"
+        )
     theirs = mediapipe.read(model, where, start_id=None, stop=(), bytes_to_unicode=spelled)
     differing = [text for text in _SAMPLES if theirs.encode(text) != tokenizer.encode(text, add_bos=False)]
     if differing:
@@ -109,19 +135,25 @@ def sentencepiece(source: Source, tokenizer: Tokenizer, vocab: str | Path | None
             f"{where}: as a SentencePiece model it cuts {len(differing)} of {len(_SAMPLES)} sample texts into other "
             "tokens than the checkpoint's own tokenizer does; a .litertlm file keeps that as it is"
         )
+    _check_chat(theirs, tokenizer, [f"{prefix}Hi.{suffix}" for prefix, suffix in carried.affixes.values()])
     return model, spelled, where
 
 
-def _check_chat(model: bytes, tokenizer: Tokenizer) -> None:
+def _chats(tokenizer: Tokenizer) -> Iterator[str]:
+    """Conversations in the words of the chat template."""
+    said = [{"role": role, "content": "Hi."} for role in ("user", "assistant", "user")]
+    for messages in (said[:1], said) if tokenizer.chat_template else ():
+        with contextlib.suppress(RequestError):  # it refuses these
+            yield tokenizer.render_chat(messages)
+
+
+def _check_chat(theirs: Tokenizer, tokenizer: Tokenizer, texts: Iterable[str]) -> None:
     """Refuses a chat template whose special tokens would be text."""
-    if tokenizer.chat_template is None:
-        return
-    text = tokenizer.render_chat([{"role": "user", "content": "Hi."}])
-    if bundle.from_sentencepiece(model, tokenizer.where, Ends()).encode(text) != tokenizer.encode(text, add_bos=False):
+    if any(theirs.encode(text, add_bos=False) != tokenizer.encode(text, add_bos=False) for text in texts):
         raise TokenizerError(
-            f"{tokenizer.where}: its chat template writes special tokens, which LiteRT-LM takes for text with a "
-            "SentencePiece model; save it as tokenizer.json (save_pretrained() of transformers), or leave the template "
-            "out (--chat-template none)"
+            f"{tokenizer.where}: its chat template writes special tokens, which are taken for text with a "
+            "SentencePiece model; write a .litertlm file of a checkpoint with tokenizer.json (save_pretrained() of "
+            "transformers), or leave the template out (--chat-template none)"
         )
 
 

@@ -38,7 +38,7 @@ from llmjax.models.registry import architectures, read_config
 from llmjax.models.tree import parameter_shapes
 from llmjax.outside.paths import checked_path, path_problem
 from llmjax.outside.values import FLAG, POSITIVE, Rule, one_of
-from llmjax.outside.whole import whole_file
+from llmjax.outside.whole import expect_new, whole_file
 from llmjax.quant.schemes import parse
 
 # By checkpoint format: what a directory's weights are called, the first one found, and endings.
@@ -302,8 +302,7 @@ def convert_source(
     backend = job.known_backend(backend)
     kind = None if model_type is None else job.model_type(model_type)
     destination = checked_path("destination", destination, CheckpointError)
-    if destination.exists():
-        raise CheckpointError(f"{destination}: exists; expected a new file")
+    expect_new(destination)
     opened = open_source(find_model(source))
     try:
         kind = kind or job.infer(opened, override)

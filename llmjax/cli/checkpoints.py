@@ -145,10 +145,10 @@ def _graph_flags(group: Any) -> None:
         choices=("dynamic-int8", "float"),
         help="with quantized weights: rounded when it runs, fast (default), or not",
     )
-    group.add_argument("--context", type=int, metavar="N", help="tokens that the caches hold (default 1280)")
-    group.add_argument(
-        "--prefill-lengths", type=id_list, metavar="N,N", help="tokens that go in at once (default 8,128,512)"
-    )
+    text = "tokens that the caches hold (default 1280, or as many as the model has)"
+    group.add_argument("--context", type=int, metavar="N", help=text)
+    text = "tokens that go in at once (default 8,128,512, as far as they are below the context)"
+    group.add_argument("--prefill-lengths", type=id_list, metavar="N,N", help=text)
     text = "a Jinja file instead of the checkpoint's own template, or none"
     group.add_argument("--chat-template", metavar="FILE", help=text)
     group.add_argument(

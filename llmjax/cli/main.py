@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def _no_interrupt_lost() -> Iterator[None]:
     """A Ctrl-C that Python drops, in the middle of a destructor or of JAX's part in the collection of garbage, is sent
-    once more; one that a module under way takes for a fault of its own is a Ctrl-C."""
+    once more; one that a module under way takes for a fault of its own is a Ctrl-C.  So is the system's request to end,
+    by which Python would leave behind what is half written."""
     heard: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -71,10 +72,11 @@ def _no_interrupt_lost() -> Iterator[None]:
 
     unraisable, sys.unraisablehook = sys.unraisablehook, hook
     # Handlers are the main thread's, and a process that runs in the background may hear none.
-    ours = threading.current_thread() is threading.main_thread()
-    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:
-        signal.signal(signal.SIGINT, handle)
+    main = threading.current_thread() is threading.main_thread()
+    own = ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
+    before = {number: usual for number, usual in own if main and signal.getsignal(number) is usual}
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield
     except ImportError:
@@ -83,8 +85,8 @@ def _no_interrupt_lost() -> Iterator[None]:
         raise
     finally:
         sys.unraisablehook = unraisable
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, usual in before.items():
+            signal.signal(number, usual)
 
 
 def _tell(message: str) -> None:
@@ -106,10 +108,11 @@ class _ToStderr(logging.Handler):
 
 def _tell_log() -> None:
     """The library's log goes to stderr; importing it alone sets nothing up."""
-    log = logging.getLogger("llmjax")
-    log.setLevel(logging.INFO)
-    if not log.handlers:
-        log.addHandler(_ToStderr())
+    for name in ("llmjax", "converters"):
+        log = logging.getLogger(name)
+        log.setLevel(logging.INFO)
+        if not log.handlers:
+            log.addHandler(_ToStderr())
 
 
 def _parser() -> argparse.ArgumentParser:

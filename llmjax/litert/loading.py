@@ -185,7 +185,7 @@ def _ends(found: Package, metadata: Any) -> tuple[Ends, bool]:
     if template is None and metadata.HasField("prompt_templates"):
         said = metadata.prompt_templates
         roles = {role: getattr(said, role) for role in ("user", "model", "system")}
-        template = bundle.affixes_template({role: (a.prefix, a.suffix) for role, a in roles.items()})
+        template = bundle.spliced_template({role: (a.prefix, a.suffix) for role, a in roles.items()})
     start = token(metadata.start_token) if metadata.HasField("start_token") else ()
     return Ends(start, tuple(map(token, metadata.stop_tokens)), template), False
 

@@ -203,6 +203,12 @@ def write_text(path: str | Path, text: str, error: type[LlmjaxError]) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
+def expect_new(path: Path) -> None:
+    """Raises CheckpointError where there is something at ``path``, be it a link to nothing."""
+    if os.path.lexists(path):
+        raise CheckpointError(f"{path}: exists; expected a new file")
+
+
 @contextlib.contextmanager
 def _told(path: Path, error: type[LlmjaxError]) -> Iterator[None]:
     checked_path("output", path, error)

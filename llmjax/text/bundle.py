@@ -66,7 +66,8 @@ def from_huggingface(data: bytes, where: str, ends: Ends) -> Tokenizer:
 
 
 def _with_ends(tokenizer: Tokenizer, ends: Ends) -> Tokenizer:
-    start = [_start(tokenizer, ends.start)] if isinstance(ends.start, str) else list(ends.start)
+    # Of several LiteRT-LM puts the first.
+    start = [_start(tokenizer, ends.start)] if isinstance(ends.start, str) else list(ends.start[:1])
     if wrong := [i for i in start if not 0 <= i < tokenizer.vocab_size]:
         raise TokenizerError(f"{tokenizer.where}: the start token {wrong[0]} is not in this vocabulary")
     ids, texts = set(tokenizer.eos_ids), list(tokenizer.stop)
@@ -109,6 +110,11 @@ def _start(tokenizer: Tokenizer, text: str) -> int:
     return found
 
 
+def _literal(text: str) -> str:
+    """A text in Jinja, which makes of a surrogate pair of escapes no one character."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def affixes_template(affixes: Mapping[str, tuple[str, str]], begin: str = "") -> str | None:
     """Jinja source of what stands around each role (``user``, ``model``, ``system``); None for nothing.
 
@@ -119,12 +125,36 @@ def affixes_template(affixes: Mapping[str, tuple[str, str]], begin: str = "") ->
     if not any(map(any, affixes.values())):
         return None
     turns = "".join(
-        f"{{% {'el' if i else ''}if m['role'] == {json.dumps(_ROLES[role])} %}}"
-        f"{{{{ {json.dumps(prefix)} + m['content'] + {json.dumps(suffix)} }}}}"
+        f"{{% {'el' if i else ''}if m['role'] == {_literal(_ROLES[role])} %}}"
+        f"{{{{ {_literal(prefix)} + m['content'] + {_literal(suffix)} }}}}"
         for i, (role, (prefix, suffix)) in enumerate(affixes.items())
     )
     model = affixes.get("model", ("", ""))[0]
     return (
-        f"{{{{ {json.dumps(begin)} }}}}{{% for m in messages %}}{turns}{{% endif %}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ {json.dumps(model)} }}}}{{% endif %}}"
+        f"{{{{ {_literal(begin)} }}}}{{% for m in messages %}}{turns}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {_literal(model)} }}}}{{% endif %}}"
+    )
+
+
+def spliced_template(affixes: Mapping[str, tuple[str, str]]) -> str | None:
+    """Jinja source as LiteRT-LM makes it of ``affixes``, which become part of it: braces in them are Jinja's, and so is
+    a newline that they begin with, which falls to the tag before it.  None for nothing.
+
+    Args:
+      affixes: prefix and suffix by role, see ``affixes_template``.
+    """
+    if not any(map(any, affixes.values())):
+        return None
+
+    def of_role(which: int) -> str:
+        tests = (
+            f"{{% {'el' if i else ''}if m.role == '{_ROLES[role]}' %}}{texts[which]}"
+            for i, (role, texts) in enumerate(affixes.items())
+        )
+        return "".join(tests) + "{% endif -%}"
+
+    parts = "([{'text': m.content}] if m.content is string else m.content)"
+    return (
+        f"{{% for m in messages -%}}{of_role(0)}{{%- for part in {parts} %}}{{{{ part.text }}}}{{%- endfor -%}}"
+        f"{of_role(1)}{{%- endfor -%}}{{% if add_generation_prompt %}}{affixes['model'][0]}{{% endif -%}}"
     )

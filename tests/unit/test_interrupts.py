@@ -1,6 +1,7 @@
 """Ctrl-C in the command line: heard wherever it comes, one line, exit code 130."""
 
 import gc
+import logging
 import os
 import signal
 import time
@@ -37,16 +38,30 @@ def in_a_module() -> None:
         raise ImportError("encountered an error while initializing the extension") from None
 
 
-@pytest.mark.parametrize("interrupt", [in_a_destructor, in_a_module])
+def by_the_system() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    wait()
+
+
+@pytest.mark.parametrize("interrupt", [in_a_destructor, in_a_module, by_the_system])
 def test_none_is_lost(monkeypatch, capsys, interrupt):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     monkeypatch.setattr(checkpoints, "_inspect", lambda args: interrupt())
     try:
         assert main(["inspect", "x"]) == 130
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "llmjax: interrupted\n"
+
+
+def test_what_the_writers_say_has_our_name(monkeypatch, capsys):
+    monkeypatch.setattr(
+        checkpoints, "_inspect", lambda args: logging.getLogger("converters.x").warning("a\x1b[2J") or 0
+    )
+    assert main(["inspect", "x"]) == 0
+    assert capsys.readouterr().err == "llmjax: a\\x1b[2J\n"
 
 
 def test_a_module_that_is_missing_is_no_interrupt(monkeypatch):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import llmjax
-from converters.litert import container, convert, metadata, proof, vocabulary
+from converters.litert import container, convert, metadata, proof, vocabulary, weights
 from converters.litert.export import ExportedGraph
 from converters.litert.graph import FLOAT32, Form
 from converters.litert.templates import Carried
@@ -23,7 +23,7 @@ from llmjax.checkpoint.parameters import Stored
 from llmjax.cli.main import main
 from llmjax.errors import CheckpointError, LlmjaxError, RequestError, TokenizerError
 from llmjax.litert.loading import read_tokenizer
-from llmjax.text import reading
+from llmjax.text import bundle, reading
 from tests.mediapipe_files import DATA
 from tests.tiny import checkpoint
 
@@ -317,6 +317,7 @@ WRONG = {
     "context: expected a positive integer, found True": {"context": True},
     "prefill_lengths: expected numbers from 1 to the context, 16, found \\[17\\]": {"prefill_lengths": [17]},
     "prefill_lengths: expected numbers": {"prefill_lengths": []},
+    "prefill_lengths: expected numbers .* found \\[4, None, '8'\\]": {"prefill_lengths": [4, None, "8"]},
     "activations: unknown 'int8'": {"activations": "int8"},
     "vocab: only for task files": {"vocab": "x"},
     "chat_template: .*/nowhere: cannot read it: No such file or directory": {"chat_template": "/nowhere"},
@@ -363,6 +364,27 @@ def test_a_disk_that_fills_up(source, tmp_path, monkeypatch, quick):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_fills_up_under_the_graph(source, tmp_path, monkeypatch):
+    """Which is written to a place that no user knows."""
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(weights, "write", full)
+    path = tmp_path / "m.litertlm"
+    with pytest.raises(CheckpointError, match=f"^{path}: cannot write it: No space left on device; nothing is left"):
+        writing.convert(source, path, to="litertlm", verify=False, **SMALL)
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_conversion_was_quicker(source, tmp_path, monkeypatch, quick):
+    path = tmp_path / "m.litertlm"
+    told = lambda line: path.write_bytes(b"theirs")  # noqa: E731
+    with pytest.raises(CheckpointError, match="exists; expected a new file"):
+        writing.convert(source, path, to="litertlm", verify=False, announce=told, **SMALL)
+    assert path.read_bytes() == b"theirs" and [p.name for p in tmp_path.iterdir()] == ["m.litertlm"]
+
+
 def test_memory_for_the_proof(source, tmp_path, monkeypatch):
     monkeypatch.setattr(convert.memory, "available", lambda: 1000)
     with pytest.raises(CheckpointError, match="verify: running the file .* --no-verify"):
@@ -380,6 +402,39 @@ def test_another_models_vocabulary(source, tmp_path):
     folder = checkpoint(tmp_path / "m", vocab_size=200)
     with pytest.raises(TokenizerError, match="has 257 tokens, the model's embedding only 200 rows"):
         writing.convert(folder, tmp_path / "m.litertlm", to="litertlm", **SMALL)
+
+
+def beginning(folder: Path, *tokens: int) -> Path:
+    """With these before every text, of a tokenizer that knows one more than the model."""
+    state = json.loads((folder / "tokenizer.json").read_text())
+    texts = {t["id"]: t["content"] for t in state["added_tokens"]}
+    single = [{"SpecialToken": {"id": texts[i], "type_id": 0}} for i in tokens]
+    state["post_processor"]["single"] = [*single, {"Sequence": {"id": "A", "type_id": 0}}]
+    state["post_processor"]["special_tokens"] = {
+        texts[i]: {"id": texts[i], "ids": [i], "tokens": [texts[i]]} for i in texts
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("tokens", "reason"),
+    [
+        ((260,), "it begins texts with '?<image>'? .260., beyond the 260 rows"),
+        ((257, 258), "it begins texts with '?<s>'? .257., '?<u>'? .258., where LiteRT-LM and MediaPipe put one token"),
+    ],
+)
+def test_what_a_text_cannot_begin_with(source, tmp_path, tokens, reason):
+    """LiteRT-LM drops a start token that it does not know, and all but the first of several."""
+    folder = beginning(copied(source, tmp_path / "m"), *tokens)
+    with pytest.raises(TokenizerError, match=reason):
+        writing.convert(folder, tmp_path / "m.litertlm", to="litertlm", **SMALL)
+
+
+def test_several_start_tokens_of_a_file(source):
+    state = (source / "tokenizer.json").read_bytes()
+    found = bundle.from_huggingface(state, "x", bundle.Ends(start=(257, 258), stop=((256,),)))
+    assert found.encode("a") == [257, *found.encode("a", add_bos=False)]
 
 
 def test_a_template_that_cannot_go_along(source, tmp_path, caplog, quick):
@@ -404,8 +459,37 @@ def test_a_task_file_of_a_bin_file(tmp_path, quick):
     assert read_tokenizer(package).encode("the cat") == ours.encode("the cat")
 
 
+def test_pieces_that_are_spelled(tmp_path, caplog, quick):
+    """Measured: LiteRT-LM gives such a vocabulary other tokens than MediaPipe does."""
+    source = DATA / "FALCON_RW_1B_gpu_int8_mp0.10.21.bin"
+    writing.convert(source, tmp_path / "m.task", to="task", verify=False, **SMALL)
+    assert "as MediaPipe spells texts and LiteRT-LM does not: write a .litertlm file" in caplog.text
+
+
+def test_the_chat_template_of_a_task_file(tmp_path, caplog, quick):
+    """What stands around each turn, in words that its SentencePiece model has tokens for."""
+    source, path = DATA / "GEMMA_2B_gpu_int8_mp0.10.21.bin", tmp_path / "m.task"
+    template = tmp_path / "chat.jinja"
+    template.write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content.strip() + '\\n' }}{% endfor %}"
+        "{{ 'assistant: ' if add_generation_prompt }}"
+    )
+    options = {"to": "task", "verify": False, "chat_template": template, **SMALL}
+    writing.convert(source, path, **options)
+    assert "chat template trims or changes texts" in caplog.text
+    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}, {"role": "user", "content": "a"}]
+    assert llmjax.load(path).tokenizer.render_chat(said) == "user: Hi\nassistant: Yo\nuser: a\nassistant: "
+    template.write_text(template.read_text().replace("strip() + '", "strip() + '<eos>"))
+    path.unlink()
+    with pytest.raises(TokenizerError, match="its chat template writes special tokens.*--chat-template none"):
+        writing.convert(source, path, **options)
+    template.write_text("{% for m in messages %}{{ loop.index ~ m.content }}{% endfor %}")
+    writing.convert(source, path, **options)
+    assert "no chat template goes along: a .task file holds what stands around each turn" in caplog.text
+
+
 def test_a_task_file_needs_a_sentencepiece_model(source, tmp_path, quick):
-    with pytest.raises(LlmjaxError, match="unk_token: expected a token, which the format needs"):
+    with pytest.raises(LlmjaxError, match="unk_token: expected a token, which the format needs.*; a .litertlm file"):
         writing.convert(source, tmp_path / "m.task", to="task", verify=False, **SMALL)
 
 

@@ -15,6 +15,7 @@ from converters.litert import container
 from converters.readers.mediapipe.package import Package
 from converters.readers.mediapipe.parameters import LlmMetadata
 from llmjax import writing
+from tests.mediapipe_files import DATA
 from tests.tiny import checkpoint
 
 litert_lm = pytest.importorskip("litert_lm")
@@ -108,3 +109,27 @@ def test_tokens_and_conversations(source, tmp_path):
         with found.create_conversation(messages=messages[:-1]) as conversation:
             text = conversation.render_message_to_string(messages[-1])
     assert text == tokenizer.render_chat(messages)
+
+
+@pytest.mark.parametrize("to", ["litertlm", "task"])
+def test_a_template_of_prefixes_and_suffixes(tmp_path, to):
+    """Of a ``.bin`` file, in words that MiniJinja lacks."""
+    source, path, template = DATA / "GEMMA_2B_gpu_int8_mp0.10.21.bin", tmp_path / f"m.{to}", tmp_path / "chat.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ '<%s> ' % m.role + m.content + ' </%s>\\n' % m.role }}{% endfor %}"
+        "{{ '<assistant> ' if add_generation_prompt }}"
+    )
+    options = {"context": 16, "prefill_lengths": [4], "verify": False, "chat_template": template}
+    writing.convert(source, path, to=to, **options)
+    messages = [
+        {"role": "system", "content": " S "},
+        {"role": "user", "content": "{{ U }}\n"},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "Q"},
+    ]
+    if to == "task":  # of whose parts LiteRT-LM knows the user's alone
+        messages = messages[1:2]
+    with engine(path) as found, found.create_conversation(messages=messages[:-1]) as conversation:
+        text = conversation.render_message_to_string(messages[-1])
+    expected = "".join(f"<{m['role']}> {m['content']} </{m['role']}>\n" for m in messages) + "<assistant> "
+    assert text == expected == llmjax.load(path).tokenizer.render_chat(messages)

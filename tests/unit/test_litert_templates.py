@@ -8,7 +8,7 @@ import pytest
 
 from converters.litert import minijinja, templates
 from llmjax.errors import TokenizerError
-from llmjax.text import reading
+from llmjax.text import bundle, reading
 from tests.tiny import checkpoint
 
 NOW = datetime.datetime(2026, 1, 31)
@@ -134,6 +134,82 @@ def test_the_end_of_an_answer(tokenizer):
     assert templates.carry(with_template(tokenizer, CHATML)).turn_end == "<|im_end|>\n"
 
 
+TURNS = (
+    "{%% for m in messages %%}{{ '<%%s>' %% m.role + m.content%s + '</%%s>\n' %% m.role }}{%% endfor %%}"
+    "{{ '<assistant>' if add_generation_prompt }}"
+)
+AROUND = {role: (f"<{role}>", f"</{role}>\n") for role in ("system", "user")} | {
+    "model": ("<assistant>", "</assistant>\n")
+}
+
+
+def test_what_minijinja_lacks_is_said_by_prefixes_and_suffixes(tokenizer):
+    """As Jinja of ours: LiteRT-LM would take the texts for Jinja, and drop newlines that they begin with."""
+    own = with_template(tokenizer, TURNS % "")
+    found = templates.carry(own)
+    assert not found.affixes and "%" not in found.source.replace("{%", "").replace("%}", "")
+    messages = [*SAID, {"role": "assistant", "content": "{{ A }}\n"}, {"role": "user", "content": "🙂"}]
+    parts = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages[2:]]
+    rendered = minijinja.render(found.source, [*SAID, *parts], {"add_generation_prompt": True}, NOW)
+    assert rendered == own.render_chat(messages)
+    assert rendered.startswith("<system>SYS</system>\n<user> U1 </user>\n<assistant>{{ A }}\n</assistant>\n<user>🙂")
+
+
+@pytest.mark.parametrize(
+    ("template", "affixes", "changes"),
+    [
+        (TURNS % "", AROUND, False),
+        ("{{ bos_token }}" + TURNS % ".strip()", AROUND, True),
+        (TURNS % "" + "{{ '<think></think>' if not enable_thinking | default(true) }}", AROUND, False),
+        ("{% if messages[0].role != 'system' %}You are kind.{% endif %}" + TURNS % "", {}, False),
+        (
+            "{{ raise_exception('no') if messages[0].role == 'system' }}" + TURNS % "",
+            {role: AROUND[role] for role in ("user", "model")},
+            False,
+        ),
+    ],
+)
+def test_what_a_task_file_holds(tokenizer, template, affixes, changes):
+    """Which is not Jinja, so that what MiniJinja lacks is no hindrance."""
+    found = templates.around_turns(with_template(tokenizer, template))
+    assert (dict(found.affixes), found.changes_texts, found.source) == (affixes, changes, "")
+    assert found.turn_end == "</assistant>\n"
+
+
+def test_prefixes_of_any_characters(tokenizer):
+    affixes = {"user": ("🙂 é\u2028", "\\n'\"{{ x }}\t"), "model": ("M\x7f", "")}
+    own = with_template(tokenizer, bundle.affixes_template(affixes, "🙃"))
+    assert own.render_chat([{"role": "user", "content": "Q"}]) == "🙃🙂 é\u2028Q\\n'\"{{ x }}\tM\x7f"
+
+
+# Of prefixes and suffixes in a bundle; None where LiteRT-LM fails.
+SPLICED = [
+    ({"user": ("<u>", "</u>\n"), "model": ("<m>", "</m>\n"), "system": ("<s>", "</s>\n")},
+     "<s>S</s>\n<u> U\n</u>\n<m>A</m>\n<u>Q?</u>\n<m>"),
+    ({"user": ("\n<u>\n", " </u>\n\n"), "model": (" \n<m>\n", "\n"), "system": ("\n\n", "  ")},
+     "\nS  <u>\n U\n </u>\n\n \n<m>\nA<u>\nQ? </u>\n\n \n<m>\n"),
+    ({"user": ("", "E"), "model": ("M", ""), "system": ("", "")}, "S U\nEMAQ?EM"),
+    ({"user": ("", "x"), "model": ("", ""), "system": ("", "")}, "S U\nxAQ?x"),
+    ({"user": ("{{ 'x' }}{% if %}", "{#a#}"), "model": ("<m>", ""), "system": ("", "")}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("affixes", "expected"), SPLICED)
+def test_prefixes_and_suffixes_of_a_bundle_are_jinja_to_litert_lm(tokenizer, affixes, expected):
+    own = with_template(tokenizer, bundle.spliced_template(affixes))
+    said = (("system", "S"), ("user", " U\n"), ("assistant", "A"), ("user", "Q?"))
+    messages = [{"role": role, "content": text} for role, text in said]
+    if expected is None:
+        with pytest.raises(TokenizerError, match="the chat template is broken"):
+            own.render_chat(messages)
+        return
+    assert own.render_chat(messages) == expected
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    (prefix, suffix), begin = affixes["user"], affixes["model"][0]
+    joined = own.render_chat([{"role": "user", "content": parts}, {"role": "tool", "content": "T"}])
+    assert joined == prefix.removeprefix("\n") + "onetwo" + suffix + "T" + begin
+
+
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
@@ -141,7 +217,8 @@ def test_the_end_of_an_answer(tokenizer):
         ("{% for m in messages %}{{ m.content.count('i') }}{% endfor %}", "no attribute 'count'"),
         ("{% for m in messages %}{{ '%s' % m.content }}{% endfor %}", "% of a text"),
         ("{% for m in messages %}Try x.strip() {{ m.content }}{% endfor %}", r"expected 'Try x.strip\(\) Hi"),
-        ("{{ raise_exception('no') }}", "refuses every conversation"),
+        ("{{ raise_exception('no') }}", "it refuses every conversation: the chat template refuses them: no;"),
+        ("{% include 'x' %}", "it refuses every conversation: the chat template cannot use them: "),
         ("{% for m in messages %}{{ m }}{% endfor %}", "expected .* it writes"),
     ],
 )
@@ -152,5 +229,21 @@ def test_what_cannot_go_along_is_one_line(tokenizer, template, reason):
     assert "\n" not in message and "--chat-template FILE" in message
 
 
+@pytest.mark.parametrize(
+    ("before", "calls"),
+    [
+        ("{% if tools %}{{ tools | tojson }}{% endif %}", True),
+        ("", False),
+        ("{{ raise_exception('no tools') if tools }}", False),
+        ("{% if tools %}{{ '%s' % tools[0].function.name }}{% endif %}", False),
+    ],
+)
+def test_calls_of_functions(tokenizer, before, calls):
+    """Only of a template that names tools does a bundle say that it has them."""
+    template = before + "{% for m in messages %}{{ m.role }}{{ m.content or '' }}{% endfor %}"
+    assert templates.carry(with_template(tokenizer, template)).tools is calls
+
+
 def test_no_template(tokenizer):
-    assert templates.carry(with_template(tokenizer, "")) == templates.Carried()
+    own = with_template(tokenizer, "")
+    assert templates.carry(own) == templates.around_turns(own) == templates.Carried()
