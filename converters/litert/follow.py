@@ -57,7 +57,8 @@ def model_logits(
         for name, leaf in zip(shapes, params, strict=True):
             put_at(tree, path_of(name), leaf)
         ctx = Context.whole(ids, numerics, last=places)
-        return config.module().apply({"params": tree}, ids, ctx).astype(jnp.float32)
+        logits: Any = config.module().apply({"params": tree}, ids, ctx)
+        return logits.astype(jnp.float32)
 
     abstract = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes.values()]
     given = [np.array([numbers], np.int32) for numbers in (ids, places)]
@@ -309,19 +310,20 @@ class _Signature:
             part[:0] = [maker[i] for i in dict.fromkeys(i for op in part for i in op.inputs) if i in expanded - inner]
         self.last = {i: turn for turn, part in enumerate(several) for op in part for i in op.inputs if i >= 0}
         first = {i: turn for turn, part in reversed([*enumerate(several)]) for op in part for i in op.inputs}
-        self.parts, made_in = [], {}
+        self.parts: list[_Part] = []
+        made_in: dict[int, int] = {}
         for turn, part in enumerate(several):
-            inner = {i: None for op in part for i in op.outputs}
+            made = dict.fromkeys(i for op in part for i in op.outputs)
             used = dict.fromkeys(i for op in part for i in op.inputs if i >= 0)
-            made_in |= dict.fromkeys(inner, turn)
+            made_in |= dict.fromkeys(made, turn)
             gives = [
                 i
-                for i in inner
+                for i in made
                 if i in self.made
                 or self.graph.tensors[i].name == resid(turn)
                 or (self.last.get(i, -1) > turn and i not in expanded)
             ]
-            takes = [i for i in used if i not in inner and not constant(i)]
+            takes = [i for i in used if i not in made and not constant(i)]
             self.parts.append(_Part(part, [i for i in used if constant(i)], takes, gives))
         self.made_in = {name: made_in[i] for i, name in self.made.items() if i in made_in}
         self.is_layered = all(

@@ -209,10 +209,9 @@ class Graph:
         for i, tensor in enumerate(self.tensors):
             if i in needed or (tensor.weight is not None and tensor.weight in blocks):
                 numbers[i] = graph._tensor(tensor)
-        graph.operators = [
-            Operator(op.name, *(tuple(numbers[i] for i in ends) for ends in (op.inputs, op.outputs)), op.options)
-            for op in reversed(kept)
-        ]
+        for op in reversed(kept):
+            inputs, outputs = (tuple(numbers[i] for i in ends) for ends in (op.inputs, op.outputs))
+            graph.operators.append(Operator(op.name, inputs, outputs, op.options))
         graph.inputs = {name: numbers[i] for name, i in self.inputs.items()}
         graph.outputs = {name: numbers[i] for name, i in self.outputs.items()}
         return graph

@@ -8,7 +8,7 @@ import functools
 import math
 import operator
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO
 
 import ml_dtypes
@@ -136,13 +136,22 @@ def _each(parameter: Stored) -> Iterator[Stored]:
         return
     stack = functools.cache(parameter.packed)
     for i in range(parameter.shape[0]):
-        floats = functools.cache(lambda i=i: parameter.rows(i, i + 1)[0])
-        yield Stored(
-            f"{parameter.name}.{i}",
-            parameter.shape[1:],
-            lambda start, stop, floats=floats: floats()[start:stop],
-            lambda i=i: None if (q := stack()) is None else q.map(operator.itemgetter(i)),
-        )
+        yield _expert(parameter, stack, i)
+
+
+def _expert(parameter: Stored, stack: Callable[[], QTensor | None], number: int) -> Stored:
+    @functools.cache
+    def floats() -> np.ndarray:
+        return parameter.rows(number, number + 1)[0]
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        return floats()[start:stop]
+
+    def packed() -> QTensor | None:
+        found = stack()
+        return None if found is None else found.map(operator.itemgetter(number))
+
+    return Stored(f"{parameter.name}.{number}", parameter.shape[1:], rows, packed)
 
 
 def _rows(parameter: Stored, weight: Weight) -> Iterator[tuple[bytes, np.ndarray]]:

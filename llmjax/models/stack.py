@@ -32,7 +32,7 @@ from llmjax.quant.qtensor import QTensor
 # The entry of the ``params`` and ``cache`` collections that holds stacked layers: a tuple with one tree for each layer
 # of the pattern that repeats, leaves ``[n, ...]`` and cache buffers of ``n * P`` pages, n being the repetitions.
 STACKED = "layers"
-# By this name a layer is known in a traced model, see ``layer_of``.
+# By the name of ``_traced_once``'s inner function a layer is known in a traced model, see ``layer_of``.
 _ALIKE = "alike"
 
 
@@ -79,7 +79,6 @@ def _traced_once(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Con
     def alike(block: nn.Module, variables: Any, *args: Any) -> Any:
         return block.apply(variables, *args, mutable=["cache"])
 
-    assert alike.__name__ == _ALIKE
     done = 0
     if ctx.recompute is not None:
         own = [_own(each, i) for i in range(len(blocks))]

@@ -11,10 +11,14 @@ import pytest
 
 import llmjax
 from converters.litert.export import export_graph
+from converters.litert.follow import GraphRuns
 from converters.litert.graph import FLOAT32, File, Form, Graph, Weight
 from converters.litert.weights import quantized
 from converters.readers.litert import tflite
+from llmjax import writing
 from llmjax.errors import ConfigError, LlmjaxError
+from llmjax.litert import ports
+from llmjax.litert.graph import numerics_for, settled
 from llmjax.quant.qtensor import QTensor, dequantize
 from tests import tiny
 from tests.lite import HIDDEN, Lite
@@ -204,6 +208,21 @@ def test_every_kind_is_had_back(name, tmp_path):
     llmjax.convert(tmp_path / "x.tflite", tmp_path / "back", to="hf")
     found, wanted = (leaves(llmjax.load(p).params) for p in (tmp_path / "back", path))
     assert found.keys() == wanted.keys() and all(np.array_equal(found[place], x) for place, x in wanted.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_is_proven_layer_by_layer(name, tmp_path):
+    """And not in one piece: where the stream behind each layer stands, both sides know."""
+    told: list[str] = []
+    options = {"context": FIRST.get(name, 24), "prefill_lengths": [4], "verify": True, "announce": told.append}
+    writing.convert(case(name, tmp_path / "hf")[0], tmp_path / "x.tflite", to="tflite", **options)
+    assert told[-1].startswith("verdict: equivalent")
+    file = tflite.read_file(tmp_path / "x.tflite")
+    prefills, decode = ports.read(file)
+    runs = GraphRuns(file, [*prefills, decode], settled(file, numerics_for("reference")))
+    layers = sum(name.startswith("kv_cache_k") for name in decode.states)
+    assert all(len(signature.parts) >= layers for signature in runs._signatures.values())
 
 
 def test_a_damaged_record_is_one_line(llama, tmp_path):
