@@ -139,7 +139,8 @@ def check(name: str, path: Path, recipe: str, real: Path | None) -> bool:
             limit = max(limit, float(np.load(stored)["atol"]))
         flips = 0 if quantize is None or activations == "float" else 2
         right = int((far > limit).sum()) <= flips
-        line = f"{name} {recipe}: {far.max():.1e} (rows beyond {limit:.0e}: {(far > limit).sum()}/{len(far)})"
+        line = f"{name} {recipe}: {far.max():.1e} of {np.abs(wanted).max():.1f}"
+        line += f" (rows beyond {limit:.0e}: {(far > limit).sum()}/{len(far)})"
         if real and (stored := real / name / f"{theirs}.npz").exists():
             data = np.load(stored)
             runs = {
