@@ -110,7 +110,7 @@ def greedy(path: Path, folder: Path, prompt: list[int], vocabulary: int, context
     session.run_prefill(["".join(f"<{i}>" for i in prompt)])
     theirs = [int(i) for i in session.run_decode().texts[0].replace("<", "").split(">")[:-1]]
     official = Official(path)
-    official.feed(prompt[:-1], 0, LENGTHS[-1])
+    official.feed(prompt[:-1], 0, len(prompt))
     ours = [int(official.feed(prompt[-1:], len(prompt) - 1, 1).argmax())]
     while len(ours) < len(theirs):
         ours.append(int(official.feed(ours[-1:], len(prompt) + len(ours) - 1, 1).argmax()))
