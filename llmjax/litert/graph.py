@@ -59,7 +59,11 @@ def problems_of(file: TfliteFile, signatures: Iterable[str]) -> list[str]:
     number."""
     problems: list[str] = []
     for name in signatures:
-        _check(file, file.signatures[name].subgraph, named(name), problems, ())
+        number, ports = file.signatures[name].subgraph, file.signatures[name].inputs
+        _check(file, number, named(name), problems, ())
+        if 0 <= number < len(file.subgraphs) and (lost := set(file.subgraphs[number].inputs) - set(ports.values())):
+            unnamed = named(file.subgraphs[number].tensors[min(lost)].name)
+            problems.append(f"{named(name)}: the signature lacks its graph's input {unnamed}")
     return list(dict.fromkeys(problems))
 
 
