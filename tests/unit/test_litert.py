@@ -267,11 +267,14 @@ def test_a_tensor_that_two_operators_give_is_refused(file):
     assert "is given twice" in problems_of(graph, ["decode"])[0]
 
 
-def test_a_signature_that_lacks_an_input_of_its_graph_is_refused(file):
+def test_a_signature_that_does_not_fit_its_graph_is_refused(file):
     graph = tflite.read_file(file)
     del graph.signatures["decode"].inputs["mask"]
     assert "decode: the signature lacks its graph's input" in problems_of(graph, ["decode"])[0]
     assert problems_of(graph, ["prefill_4"]) == []
+    prefill = graph.signatures["prefill_4"]
+    prefill.outputs["logits"] = prefill.inputs["mask"]
+    assert "prefill_4: the signature has what is no output of its graph" in problems_of(graph, ["prefill_4"])[0]
 
 
 def test_a_graph_says_that_it_has_no_derivative(model):
