@@ -110,7 +110,7 @@ def greedy(path: Path, folder: Path, prompt: list[int], vocabulary: int, context
     session.run_prefill(["".join(f"<{i}>" for i in prompt)])
     theirs = [int(i) for i in session.run_decode().texts[0].replace("<", "").split(">")[:-1]]
     official = Official(path)
-    official.feed(prompt[:-1], 0, LENGTHS[-1])
+    official.feed(prompt[:-1], 0, len(prompt))
     ours = [int(official.feed(prompt[-1:], len(prompt) - 1, 1).argmax())]
     while len(ours) < len(theirs):
         ours.append(int(official.feed(ours[-1:], len(prompt) + len(ours) - 1, 1).argmax()))
@@ -139,7 +139,8 @@ def check(name: str, path: Path, recipe: str, real: Path | None) -> bool:
             limit = max(limit, float(np.load(stored)["atol"]))
         flips = 0 if quantize is None or activations == "float" else 2
         right = int((far > limit).sum()) <= flips
-        line = f"{name} {recipe}: {far.max():.1e} (rows beyond {limit:.0e}: {(far > limit).sum()}/{len(far)})"
+        line = f"{name} {recipe}: {far.max():.1e} of {np.abs(wanted).max():.1f}"
+        line += f" (rows beyond {limit:.0e}: {(far > limit).sum()}/{len(far)})"
         if real and (stored := real / name / f"{theirs}.npz").exists():
             data = np.load(stored)
             runs = {

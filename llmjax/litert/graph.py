@@ -59,7 +59,17 @@ def problems_of(file: TfliteFile, signatures: Iterable[str]) -> list[str]:
     number."""
     problems: list[str] = []
     for name in signatures:
-        _check(file, file.signatures[name].subgraph, named(name), problems, ())
+        signature = file.signatures[name]
+        _check(file, signature.subgraph, named(name), problems, ())
+        if not 0 <= signature.subgraph < len(file.subgraphs):
+            continue
+        graph = file.subgraphs[signature.subgraph]
+        for lost, what in (
+            (set(graph.inputs) - set(signature.inputs.values()), "lacks its graph's input"),
+            (set(signature.outputs.values()) - set(graph.outputs), "has what is no output of its graph"),
+        ):
+            if lost:
+                problems.append(f"{named(name)}: the signature {what}, {named(graph.tensors[min(lost)].name)}")
     return list(dict.fromkeys(problems))
 
 

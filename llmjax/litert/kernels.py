@@ -70,9 +70,9 @@ def _elementwise(function: Callable[..., Any]) -> Kernel:
     return lambda op, x, out, numerics: activated(op, function(*map(as_array, x)))
 
 
-def _approximated(exact: Callable[[Any], Any], theirs: Callable[[Any], Any]) -> Kernel:
-    """The runtime's own approximation where activations are rounded behind it."""
-    return lambda op, x, out, numerics: (theirs if numerics.digits == 1 else exact)(as_array(x[0]))
+def _approximated(exact: Callable[..., Any], theirs: Callable[..., Any]) -> Kernel:
+    """The runtime's own arithmetic where activations are rounded behind it."""
+    return lambda op, x, out, numerics: activated(op, (theirs if numerics.digits == 1 else exact)(*map(as_array, x)))
 
 
 def _axes(value: Value, rank: int) -> tuple[int, ...]:
@@ -85,6 +85,15 @@ def _reducer(function: Callable[..., Any]) -> Kernel:
         return function(array, axis=_axes(x[1], array.ndim), keepdims=op.options["keep_dims"])
 
     return kernel
+
+
+def _mean(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
+    array = as_array(x[0])
+    axes = _axes(x[1], array.ndim)
+    last = axes == (array.ndim - 1,) and array.dtype == jnp.float32
+    if not last or numerics.digits != 1:
+        return jnp.mean(array, axis=axes, keepdims=op.options["keep_dims"])
+    return approximations.mean(array).reshape(out[0].shape)
 
 
 def _fully_connected(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
@@ -124,13 +133,14 @@ def _dequantize(op: Operator, x: list[Value], out: list[Tensor], numerics: Numer
 
 
 def _softmax(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
-    return jax.nn.softmax(as_array(x[0]) * np.float32(op.options["beta"]), axis=-1)
+    softmax = approximations.softmax if numerics.digits == 1 else jax.nn.softmax
+    return softmax(as_array(x[0]) * np.float32(op.options["beta"]))
 
 
 def _gelu(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
     array, by_tanh = as_array(x[0]), op.options["approximate"]
-    if by_tanh and numerics.digits == 1:
-        return approximations.gelu(array)
+    if numerics.digits == 1:
+        return (approximations.gelu_tanh if by_tanh else approximations.gelu)(array)
     return jax.nn.gelu(array, approximate=by_tanh)
 
 
@@ -238,7 +248,21 @@ def _cumsum(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics)
 
 
 def _divide(x: jax.Array, y: jax.Array) -> jax.Array:
-    return x / y if jnp.issubdtype(x.dtype, jnp.inexact) else lax.div(*jnp.broadcast_arrays(x, y))
+    x, y = jnp.broadcast_arrays(x, y)
+    # XLA would multiply by the reciprocal of what several numbers are divided by.
+    return x / lax.optimization_barrier(y) if jnp.issubdtype(x.dtype, jnp.inexact) else lax.div(x, y)
+
+
+def _kept_apart(kernel: Kernel) -> Kernel:
+    """Of an operator that ends in a product: it is rounded before another adds to it, where activations are rounded
+    behind both, as LiteRT's operators are."""
+
+    def kept(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
+        y = kernel(op, x, out, numerics)
+        # Whatever stands between the two keeps the compiler from making one operation of them.
+        return jnp.maximum(y, _LEAST) if numerics.digits == 1 and y.dtype == jnp.float32 else y
+
+    return kept
 
 
 _UNARY: dict[str, Callable[..., Any]] = {
@@ -248,7 +272,6 @@ _UNARY: dict[str, Callable[..., Any]] = {
     "FLOOR": jnp.floor,
     "LOG": jnp.log,
     "LOGICAL_NOT": jnp.logical_not,
-    "LOGISTIC": jax.nn.sigmoid,
     "NEG": jnp.negative,
     "RELU": jax.nn.relu,
     "RELU6": lambda x: jnp.clip(x, 0, 6),
@@ -279,6 +302,8 @@ _BINARY: dict[str, Callable[..., Any]] = {
     "SQUARED_DIFFERENCE": lambda x, y: jnp.square(x - y),
     "SUB": operator.sub,
 }
+_LEAST = jnp.finfo(jnp.float32).min
+_PRODUCTS = ("DEPTHWISE_CONV_2D", "EMBEDDING_LOOKUP", "FULLY_CONNECTED", "GELU", "MEAN", "MUL", "SOFTMAX", "SQUARE")
 KERNELS: dict[str, Kernel] = {
     **{name: _elementwise(function) for name, function in (_UNARY | _BINARY).items()},
     "ARG_MAX": _pick(jnp.argmax),
@@ -299,7 +324,8 @@ KERNELS: dict[str, Kernel] = {
     "GATHER": _gather,
     "GELU": _gelu,
     "LEAKY_RELU": lambda op, x, out, n: jax.nn.leaky_relu(as_array(x[0]), op.options["alpha"]),
-    "MEAN": _reducer(jnp.mean),
+    "LOGISTIC": _approximated(jax.nn.sigmoid, approximations.logistic),
+    "MEAN": _mean,
     "PACK": lambda op, x, out, n: jnp.stack(list(map(as_array, x)), op.options["axis"]),
     "PAD": _pad,
     "PADV2": _pad,
@@ -325,3 +351,4 @@ KERNELS: dict[str, Kernel] = {
     "TRANSPOSE": _transpose,
     "UNPACK": _unpack,
 }
+KERNELS |= {name: _kept_apart(KERNELS[name]) for name in _PRODUCTS}

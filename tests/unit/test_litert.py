@@ -73,26 +73,54 @@ def test_an_operator_is_that_of_the_runtime(ops, name):
     assert np.abs(ours - theirs).max() <= 5e-7 * max(1, np.abs(theirs).max())
 
 
-# Arguments where XNNPACK is farthest from the exact function, and what it gives (ai-edge-litert 2.3.0, AVX2).
+# Arguments where XNNPACK is farther from the exact function, and what it gives (ai-edge-litert 2.3.0, AVX2).
 APPROXIMATED = {
     "COS": ((8.0, 4.0, 4.110961), (-0.14549997, -0.6536434, -0.56582034)),
     "SIN": ((3.0, 3.4785054, 14.0), (0.1411201, -0.3305751, 0.9906072)),
     "TANH": ((4.206176, -3.4739516, -1.6903521), (0.9995557, -0.9980804, -0.9341919)),
-    "GELU": ((-3.7594442, -3.5894952, -3.851498), (-0.00021074756, -0.00043089647, -0.00014003598)),
+    "GELU by tanh": ((-3.7594442, -3.5894952, -3.851498), (-0.00021074756, -0.00043089647, -0.00014003598)),
+    "GELU": ((-5.1782, -3.9309, -4.3333), (0, -0.00016600148, -3.2156458e-05)),
+    "LOGISTIC": ((1.64, 3.4306, 3.1883), (0.8375349, 0.9686473, 0.96039158)),
+    "SOFTMAX": ((-0.87, -1.47, 0.5, 2.06), (0.0413021930, 0.0226671230, 0.1625386029, 0.7734921575)),
+    "MEAN": ([(i * 103 % 101 - 20) / 37 for i in range(72)], (0.58220714,)),
 }
 
 
 @pytest.mark.parametrize("name", APPROXIMATED)
 def test_functions_before_rounded_activations_are_the_runtimes(name):
-    x, theirs = map(np.float32, APPROXIMATED[name])
-    op = types.SimpleNamespace(options={"approximate": True})
+    x, theirs = (np.array(values, np.float32) for values in APPROXIMATED[name])
+    op = types.SimpleNamespace(options={"approximate": "tanh" in name, "beta": 1.0, "keep_dims": True})
+    tensors = [types.SimpleNamespace(shape=theirs.shape)]
+    more = [np.array([0])] if name == "MEAN" else []
 
     def found(digits):
         numerics = dataclasses.replace(numerics_for(None), digits=digits)
-        return np.asarray(jax.jit(lambda x: KERNELS[name](op, [x], [], numerics))(x))
+        kernel = KERNELS[name.split()[0]]
+        return np.asarray(jax.jit(lambda x: kernel(op, [x, *more], tensors, numerics))(x))
 
     assert np.abs(found(1) - theirs).max() < 2e-8
-    assert np.abs(found(None) - theirs).max() > 1e-7  # exact where nothing is rounded behind them
+    assert np.abs(found(None) - theirs).max() > 5e-8  # exact where nothing is rounded behind them
+
+
+def test_quotients_are_exact():
+    """The compiler would multiply by the divisor's reciprocal."""
+    x = (np.arange(1, 101) / 7).astype(np.float32)
+    op = types.SimpleNamespace(options={})
+    found = jax.jit(lambda x: KERNELS["DIV"](op, [x, np.float32(50)], [], numerics_for(None)))(x)
+    assert np.array_equal(found, x / np.float32(50))
+
+
+def test_a_product_is_rounded_before_another_operator_adds_to_it():
+    """The compiler would make one rounding of both; XNNPACK's operators are two."""
+    x, less = np.float32(1 + 2**-12), np.float32(-1 - 2**-11)
+    op = types.SimpleNamespace(options={})
+    numerics = dataclasses.replace(numerics_for(None), digits=1)
+
+    def both(x, less):
+        return KERNELS["ADD"](op, [KERNELS["MUL"](op, [x, x], [], numerics), less], [], numerics)
+
+    assert jax.jit(both)(x, less) == 0  # and not 2**-24
+    assert jax.jit(both)(np.int32(3), np.int32(4)).dtype == np.int32
 
 
 def test_reference_does_not_round_activations(ops):
@@ -237,6 +265,16 @@ def test_a_tensor_that_two_operators_give_is_refused(file):
     # Back to where it comes from: whoever walks up the graph would walk in a circle.
     object.__setattr__(decode, "operators", (*decode.operators, dataclasses.replace(first, outputs=first.inputs[:1])))
     assert "is given twice" in problems_of(graph, ["decode"])[0]
+
+
+def test_a_signature_that_does_not_fit_its_graph_is_refused(file):
+    graph = tflite.read_file(file)
+    del graph.signatures["decode"].inputs["mask"]
+    assert "decode: the signature lacks its graph's input" in problems_of(graph, ["decode"])[0]
+    assert problems_of(graph, ["prefill_4"]) == []
+    prefill = graph.signatures["prefill_4"]
+    prefill.outputs["logits"] = prefill.inputs["mask"]
+    assert "prefill_4: the signature has what is no output of its graph" in problems_of(graph, ["prefill_4"])[0]
 
 
 def test_a_graph_says_that_it_has_no_derivative(model):
