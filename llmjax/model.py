@@ -19,6 +19,7 @@ from llmjax.errors import RequestError, shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
+from llmjax.models.functions import Known
 from llmjax.models.interventions import Interventions, checked, intervened
 from llmjax.models.watched import Program
 from llmjax.numerics import Numerics
@@ -191,6 +192,16 @@ class Model:
     def _logits(self) -> Program:
         return Program(self.apply, compiler_options=self.compiler_options)
 
+    @functools.cached_property
+    def _known(self) -> Known:
+        return Known()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name != "params":  # an argument of all that is compiled
+            for made in ("module", "_logits"):
+                self.__dict__.pop(made, None)
+
     def logits(
         self, batch: Sequence[Sequence[int]], *, interventions: Interventions = MappingProxyType({})
     ) -> list[np.ndarray]:
@@ -220,6 +231,8 @@ class Model:
             checked = check_ids(ids, self, f"row {index}")
             # An intervention sees the text as it is.
             width = len(ids) if self.interventions else padded_width(len(ids))
+            if self.interventions and self._known.changed(self.module.computed((1, width))):
+                self._logits.forget(everything=True)
             padded = np.zeros((1, width), np.int32)
             padded[0, : len(ids)] = checked
             length = np.array([len(ids)], np.int32)

@@ -104,7 +104,7 @@ def test_gradients_are_those_of_what_is_added(tmp_path):
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
         "activations.safetensors", "gradients", "manifest.json"
     ]  # fmt: skip
-    assert json.loads((tmp_path / "out/manifest.json").read_text())["interventions"] == [name]
+    assert list(json.loads((tmp_path / "out/manifest.json").read_text())["interventions"]) == [name]
     same = llmjax.compare(tmp_path / "out", tmp_path / "out")
     assert same.verdict == "identical"
 
