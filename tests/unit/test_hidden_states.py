@@ -53,6 +53,8 @@ def test_groups_that_fill_on_the_way_and_half_the_bytes(states, tmp_path, monkey
         ([[1, 2], [9999]], {}, "text 1: token id 9999 is outside the vocabulary"),
         ([[1]], {"taps": "layers.9.*"}, "'layers.9.\\*' matches none of embed, "),
         ([[1]], {"taps": "*.probs"}, "probabilities are not written"),
+        ([[1]], {"taps": []}, "taps: \\[\\] matches none of embed, "),
+        ([[1]], {"taps": None}, "taps: None matches none of embed, "),
         ([[1]], {"dtype": "int8"}, "dtype: expected float32 or float16, found 'int8'"),
         ([[1]], {"dtype": "float16", "interventions": {"embed": lambda x: x * 1e6}, "taps": "embed"}, "0: values that"),
         ([], {}, "batch: empty"),

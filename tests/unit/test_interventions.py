@@ -173,6 +173,13 @@ def test_what_cannot_be_is_one_clear_error(wrong, message):
             call()
 
 
+def test_a_model_shows_where_it_has_some():
+    found = repr(MODEL.intervened({"embed": same, "layers.1.resid": 0}))
+    assert "; numerics reference, interventions at embed, layers.1.resid; a" in found and "interventions" not in repr(
+        MODEL
+    )
+
+
 def test_one_tap_has_one_intervention():
     with pytest.raises(RequestError, match="embed: the model has one there"):
         MODEL.intervened({"embed": same}).intervened({"embed": same})
