@@ -114,10 +114,12 @@ class Model:
         stored = self.stored()
         kinds = ", ".join(sorted(stored, key=lambda kind: -stored[kind]))
         megabytes = sum({id(x): x.nbytes for x in jax.tree.leaves(self.params)}.values()) / 1e6
-        changed = f", interventions at {', '.join(self.interventions)}" if self.interventions else ""
+        numerics = self.numerics.label + f", interventions at {', '.join(self.interventions)}" * bool(
+            self.interventions
+        )
         return (
             f"Model({str(self.path)!r}: {self.architecture.model_type}, {sum(stored.values()):,} weights in {kinds}, "
-            f"{megabytes:,.1f} MB; numerics {self.numerics.label}{changed}; a context of {self.context_length:,} tokens)"
+            f"{megabytes:,.1f} MB; numerics {numerics}; a context of {self.context_length:,} tokens)"
         )
 
     def stored(self) -> dict[str, int]:
