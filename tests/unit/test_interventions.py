@@ -141,6 +141,21 @@ def test_an_array_takes_a_values_place():
         llmjax.trace(MODEL, IDS, interventions={"layers.1.resid": np.zeros((3, 48))})
 
 
+def test_what_takes_a_values_place_is_of_its_dtype():
+    """In 16 bits as if it had been rounded to them: the model does not go on in float32."""
+    model, narrow = random_model("hf", "bfloat16", num_hidden_layers=1), jnp.bfloat16
+    assert model.numerics.activations == narrow
+
+    @jax.jit
+    def logits(vector):
+        places = (vector, lambda x: x + vector), (vector.astype(narrow), lambda x: (x + vector).astype(narrow))
+        return [model.apply(model.params, jnp.array([IDS]), interventions={"embed": a, "layers.0.attn.out": f})
+                for a, f in places]  # fmt: skip
+
+    found, expected = logits(jnp.asarray(STEER))
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
@@ -340,6 +355,8 @@ def change(model):
         ),
         "layers.0.attn.o": lambda x: x * 0.5,
         "layers.1.attn.probs": without_the_first,
+        # In a prompt's last chunk that of its last token alone.
+        "final_norm": lambda x, at: x * (1 + at.positions % 3 + at.ids % 2)[..., None],
     }
 
 
