@@ -13,7 +13,7 @@ from llmjax import LLM, RequestError, SamplingParams
 from llmjax.batch.identity import identity
 from llmjax.checkpoint.identity import differences, model_facts
 from llmjax.models.context import Context
-from llmjax.models.interventions import tap_places
+from llmjax.models.interventions import Place, tap_places
 from llmjax.runtime.cache import make_cache
 from tests.parity.test_cases import NAMES, loaded
 from tests.parity.variants import VARIANTS
@@ -195,6 +195,16 @@ def test_a_model_shows_where_it_has_some():
     )
 
 
+def test_what_a_call_does_not_come_by_is_refused():
+    """What were never heard of would change nothing."""
+    module = MODEL.intervened({"embed": same}).module
+    nowhere = Place(("layers_0", "tap:nowhere"), (1, 1, 48))
+    module = dataclasses.replace(module, interventions={"nowhere": same}, places={"nowhere": nowhere})
+    ids = jnp.array([IDS])
+    with pytest.raises(RequestError, match="interventions: nowhere: not computed here"):
+        jax.eval_shape(lambda p: module.apply({"params": p}, ids, Context.whole(ids, MODEL.numerics)), MODEL.params)
+
+
 def test_one_tap_has_one_intervention():
     with pytest.raises(RequestError, match="embed: the model has one there"):
         MODEL.intervened({"embed": same}).intervened({"embed": same})
@@ -356,7 +366,7 @@ def change(model):
         "layers.0.attn.o": lambda x: x * 0.5,
         "layers.1.attn.probs": without_the_first,
         # In a prompt's last chunk that of its last token alone.
-        "final_norm": lambda x, at: x * (1 + at.positions % 3 + at.ids % 2)[..., None],
+        "final_norm": lambda x, at: x * (1 + at.positions % 3 + at.ids % 3)[..., None],
     }
 
 
