@@ -5,7 +5,7 @@ on only where they do the same.
 """
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -40,9 +40,9 @@ class Known:
     """What functions computed when programs were compiled with them."""
 
     def __init__(self) -> None:
-        self._before: dict[Hashable, str] = {}
+        self._before: dict[Any, str] = {}
 
-    def changed(self, now: Mapping[Hashable, str]) -> bool:
+    def changed(self, now: Mapping[Any, str]) -> bool:
         """Whether any computes something else by now, so that all that was compiled is out of date."""
         found = any(self._before.get(key, sha) != sha for key, sha in now.items())
         self._before = {**({} if found else self._before), **now}

@@ -17,7 +17,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -151,7 +151,7 @@ class Intervened:
             raise RequestError(f"interventions: {', '.join(unused)}: not computed here")
         return result
 
-    def computed(self, *shapes: tuple[int, int]) -> dict[Hashable, str]:
+    def computed(self, *shapes: tuple[int, int]) -> dict[Any, str]:
         """By tap and ``(rows, tokens)``, a hash of what its intervention computes by now."""
         return {(name, *shape): self._computed(name, *shape) for name in self.interventions for shape in shapes}
 
@@ -159,7 +159,7 @@ class Intervened:
         change = self.interventions[name]
         if not callable(change):
             return functions.computed(lambda: jnp.asarray(change))
-        value, ids = self.places[name].value(rows, tokens), jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
+        value, ids = self.places[name].value(rows, tokens), _shaped(rows, tokens)
         return functions.computed(change, value, *([At(ids, ids)] if _wants_tokens(change) else []))
 
 
@@ -221,6 +221,10 @@ def checked(interventions: Any) -> Interventions:
     if not isinstance(interventions, Mapping):
         raise RequestError(f"interventions: expected functions or arrays by tap, found {shown(interventions)}")
     return interventions
+
+
+def _shaped(rows: int, tokens: int) -> Any:
+    return jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
 
 
 def _same(value: jax.Array) -> jax.Array:

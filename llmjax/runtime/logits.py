@@ -14,7 +14,7 @@ Then temperature and the rest of ``llmjax.runtime.sampling``.  Where step 2 woul
 several tokens and ``min_tokens`` give way.  Log-probabilities that are reported are the model's own, before step 1.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,12 +51,12 @@ class Tokens(NamedTuple):
 LogitsProcessor = Callable[[jax.Array, Tokens], jax.Array]
 
 
-def processor_facts(processor: LogitsProcessor | None, slots: int, vocab: int) -> dict[Hashable, str]:
+def processor_facts(processor: LogitsProcessor | None, slots: int, vocab: int) -> dict[str, str]:
     """A hash of what it computes by now, by its name; nothing of none."""
     if processor is None:
         return {}
 
-    def rows(dtype: Any, *more: int) -> jax.ShapeDtypeStruct:
+    def rows(dtype: Any, *more: int) -> Any:
         return jax.ShapeDtypeStruct((slots, *more), dtype)
 
     tokens = Tokens(rows(jnp.int32, 256), rows(jnp.int32), rows(jnp.int32), rows(jnp.bool_))

@@ -9,6 +9,7 @@ import pytest
 
 import llmjax
 from llmjax import RequestError
+from tests.parity.test_cases import loaded
 from tests.tiny import random_ids, random_model
 
 MODEL = random_model()
@@ -36,6 +37,17 @@ def test_the_disk_has_what_a_trace_has(states, monkeypatch):
             np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(states.row(-1)["embed"], states["embed"][110:113])
     assert states.manifest["texts"] == 7 and states.manifest["tokens"] == 113
+
+
+@pytest.mark.slow
+def test_a_text_is_as_long_as_without_its_padding(tmp_path):
+    """To ropes that follow the length, beyond the one the model was made for."""
+    model = loaded("llama_dynamic_old")[0]
+    texts = [RNG.integers(0, 290, n).tolist() for n in (5, 40)]
+    found = llmjax.hidden_states(model, texts, "*.resid", output=tmp_path / "out")
+    for i, text in enumerate(texts):
+        for name, value in llmjax.trace(model, text, "*.resid").activations.items():
+            np.testing.assert_allclose(found.row(i)[name], value, rtol=1e-4, atol=1e-4)
 
 
 def test_groups_that_fill_on_the_way_and_half_the_bytes(states, tmp_path, monkeypatch):
