@@ -280,10 +280,13 @@ def test_a_result_says_what_was_computed():
     one = facts(embed=steer, logits=STEER[0])
     assert facts(embed=lambda x: x + 1.0 * STEER.copy(), logits=STEER.copy()[0]) == one
     others = [facts(embed=steer, logits=STEER[1]), facts(embed=lambda x: x - STEER, logits=STEER[0])]
-    others.append(facts(embed=lambda x: x if x.shape[1] > 1 else x + STEER, logits=STEER[0]))
+    prompts = facts(embed=lambda x: x if x.shape[1] == 1 else x + STEER)
+    answers = facts(embed=lambda x: x if x.shape[1] > 1 else x + STEER)
+    plain = facts(embed=same)
     strength = 2.0
     others.append(facts(embed=steer, logits=STEER[0]))
     assert all(list(differences(one, other)) for other in others)
+    assert list(differences(plain, prompts)) and list(differences(plain, answers))
     assert list(one["interventions"]) == ["embed", "logits"] and "interventions" not in model_facts(MODEL)
 
 
