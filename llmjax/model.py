@@ -19,6 +19,7 @@ from llmjax.errors import RequestError, shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
+from llmjax.models.functions import Known
 from llmjax.models.interventions import Interventions, checked, intervened
 from llmjax.models.watched import Program
 from llmjax.numerics import Numerics
@@ -113,9 +114,12 @@ class Model:
         stored = self.stored()
         kinds = ", ".join(sorted(stored, key=lambda kind: -stored[kind]))
         megabytes = sum({id(x): x.nbytes for x in jax.tree.leaves(self.params)}.values()) / 1e6
+        numerics = self.numerics.label + f", interventions at {', '.join(self.interventions)}" * bool(
+            self.interventions
+        )
         return (
             f"Model({str(self.path)!r}: {self.architecture.model_type}, {sum(stored.values()):,} weights in {kinds}, "
-            f"{megabytes:,.1f} MB; numerics {self.numerics.label}; a context of {self.context_length:,} tokens)"
+            f"{megabytes:,.1f} MB; numerics {numerics}; a context of {self.context_length:,} tokens)"
         )
 
     def stored(self) -> dict[str, int]:
@@ -191,6 +195,16 @@ class Model:
     def _logits(self) -> Program:
         return Program(self.apply, compiler_options=self.compiler_options)
 
+    @functools.cached_property
+    def _known(self) -> Known:
+        return Known()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name != "params":  # an argument of all that is compiled
+            for made in ("module", "_logits"):
+                self.__dict__.pop(made, None)
+
     def logits(
         self, batch: Sequence[Sequence[int]], *, interventions: Interventions = MappingProxyType({})
     ) -> list[np.ndarray]:
@@ -220,6 +234,8 @@ class Model:
             checked = check_ids(ids, self, f"row {index}")
             # An intervention sees the text as it is.
             width = len(ids) if self.interventions else padded_width(len(ids))
+            if self.interventions and self._known.changed(self.module.computed((1, width))):
+                self._logits.forget(everything=True)
             padded = np.zeros((1, width), np.int32)
             padded[0, : len(ids)] = checked
             length = np.array([len(ids)], np.int32)

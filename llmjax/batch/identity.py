@@ -36,5 +36,6 @@ def identity(llm: LLM, params: SamplingParams, shard: str = "1/1", date: str = "
         "shard": shard,
         "date": date,
         **({"chat": chat_options(llm)} if llm.chat_options else {}),
+        **llm.engine.processor(),
         **runtime,
     }

@@ -26,6 +26,9 @@ from llmjax.models.tree import canonical
 from llmjax.quant.qtensor import QTensor
 from llmjax.quant.schemes import Recipe, role_of
 
+# Rows and tokens: functions may do one thing to prompts, another to what is generated.
+_LOOKED_AT = ((1, 1), (1, 16))
+
 
 def model_facts(model: Model) -> dict[str, Any]:
     """Everything that fixes what a model computes, as JSON would hold it.
@@ -45,7 +48,7 @@ def model_facts(model: Model) -> dict[str, Any]:
     ``numerics``
         the profile.
     ``interventions``
-        the taps that have one, where any has; what it does there, nobody can say.
+        where there are some, by tap a hash of what it computes (``models.functions``) of one token and of several.
     ``tokenizer_sha256``, ``chat_template_sha256``
         None where there is none.
     """
@@ -71,13 +74,18 @@ def model_facts(model: Model) -> dict[str, Any]:
         "quantization": _quantization(model, origin.quantize if origin else None),
         "stored": kinds,
         "numerics": model.numerics.label,
-        **({"interventions": sorted(model.interventions)} if model.interventions else {}),
+        **({"interventions": _interventions(model)} if model.interventions else {}),
         "tokenizer_sha256": tokenizer and _sha256([tokenizer.fingerprint(), tokenizer.stop]),
         "chat_template_sha256": tokenizer
         and tokenizer.chat_template
         and _sha256([tokenizer.chat_template, tokenizer.special]),
     }
     return json.loads(json.dumps(facts, default=str))
+
+
+def _interventions(model: Model) -> dict[str, str]:
+    found = model.module.computed(*_LOOKED_AT)
+    return {name: _sha256([found[name, *shape] for shape in _LOOKED_AT]) for name in sorted(model.interventions)}
 
 
 def runtime_facts(params: Any = None) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What a person puts in an activation's place, by its tap's name, wherever the model runs.
 
 An intervention is a pure function of the tap's value, or an array that takes its place.  It is traced with the model
-and compiled into its programs, and into those of no other: ``Model.intervened`` gives a model of its own.
+and compiled into its programs, and into those of no other: ``Model.intervened`` gives a model of its own.  Where what a
+function looks at has changed since (a strength, a vector), the next call compiles anew.
 
 A value is ``[B, T, ...]``; ``probs`` are ``[B, K, G, T, S]``.  Without a cache (``apply``, ``logits``, ``trace``) it is
 that of the whole text.  With one (``LLM``) the value holds a part: of a prompt a chunk of one row, padded on its right,
@@ -26,6 +27,7 @@ from flax import linen as nn
 
 from llmjax import numerics
 from llmjax.errors import RequestError, shown
+from llmjax.models import functions
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import PATCHES, Context, Patch
 from llmjax.models.tree import put_at, tap_name
@@ -45,6 +47,23 @@ class At(NamedTuple):
 
     ids: jax.Array
     positions: jax.Array
+
+
+class Place(NamedTuple):
+    """Where a tap is.
+
+    Attributes:
+      keys: that lead to it in the collections ``taps`` and ``patches``.
+      shape: of its value, of one token.
+    """
+
+    keys: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    def value(self, rows: int, tokens: int) -> jax.ShapeDtypeStruct:
+        """What a function sees of so many tokens of so many rows."""
+        own = self.shape[1:3] + (tokens, tokens) if len(self.shape) == 5 else (tokens, *self.shape[2:])
+        return jax.ShapeDtypeStruct((rows, *own), jnp.float32)
 
 
 class Intervention(Patch):
@@ -75,13 +94,17 @@ class Intervention(Patch):
     def _changed(self, value: jax.Array) -> jax.Array:
         if not callable(self.change):
             return _fitted(jnp.asarray(self.change), value, self.name)
-        found = self.change(value, self._at(value)) if _wants_tokens(self.change) else self.change(value)
+        try:
+            found = self.change(value, self._at(value)) if _wants_tokens(self.change) else self.change(value)
+        except Exception as error:
+            error.add_note(f"in the intervention at {self.name}")
+            raise
         if found is value:
             return value
-        if not hasattr(found, "shape") or found.shape != value.shape:
-            what = f"shape {list(found.shape)}" if hasattr(found, "shape") else shown(found)
+        if not _is_numeric(found) or jnp.shape(found) != value.shape:
+            what = f"{found.dtype} {list(found.shape)}" if isinstance(found, np.ndarray | jax.Array) else shown(found)
             raise RequestError(
-                f"interventions: {self.name}: the function must return an array of the value's shape "
+                f"interventions: {self.name}: the function must return an array of numbers of the value's shape "
                 f"{list(value.shape)}, found {what}"
             )
         return jnp.asarray(found).astype(value.dtype)
@@ -108,7 +131,7 @@ class Intervened:
 
     module: nn.Module
     interventions: Interventions
-    places: Mapping[str, tuple[str, ...]]
+    places: Mapping[str, Place]
     added: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)
     programs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -122,20 +145,31 @@ class Intervened:
         made = [Intervention(name, change, ids, ctx, self.added.get(name)) for name, change in changes.items()]
         tree: dict[str, Any] = {}
         for intervention in made:
-            put_at(tree, self.places[intervention.name], intervention)
+            put_at(tree, self.places[intervention.name].keys, intervention)
         result = self.module.apply({**variables, PATCHES: tree}, ids, ctx, **options)
         if unused := [intervention.name for intervention in made if not intervention.used]:
             raise RequestError(f"interventions: {', '.join(unused)}: not computed here")
         return result
 
+    def computed(self, *shapes: tuple[int, int]) -> dict[Any, str]:
+        """By tap and ``(rows, tokens)``, a hash of what its intervention computes by now."""
+        return {(name, *shape): self._computed(name, *shape) for name in self.interventions for shape in shapes}
 
-def tap_places(config: DecoderConfig) -> Mapping[str, tuple[str, ...]]:
-    """The taps of a model by name, and the keys that lead to each in the collections ``taps`` and ``patches``."""
+    def _computed(self, name: str, rows: int, tokens: int) -> str:
+        change = self.interventions[name]
+        if not callable(change):
+            return functions.computed(lambda: jnp.asarray(change))
+        value, ids = self.places[name].value(rows, tokens), _shaped(rows, tokens)
+        return functions.computed(change, value, *([At(ids, ids)] if _wants_tokens(change) else []))
+
+
+def tap_places(config: DecoderConfig) -> Mapping[str, Place]:
+    """The taps of a model by name."""
     return (_places.__wrapped__ if interceptors() else _places)(config)
 
 
 @functools.lru_cache(maxsize=32)
-def _places(config: DecoderConfig) -> Mapping[str, tuple[str, ...]]:
+def _places(config: DecoderConfig) -> Mapping[str, Place]:
     period, ids = config.period, jnp.zeros((1, 1), jnp.int32)
     module = config.shortened(period).module()
     ctx = Context(ids, numerics.resolve("reference", jnp.dtype(jnp.float32)))
@@ -144,14 +178,14 @@ def _places(config: DecoderConfig) -> Mapping[str, tuple[str, ...]]:
         variables = module.init(jax.random.key(0), ids, ctx)
         return module.apply(variables, ids, ctx, mutable=["taps"])[1]["taps"]
 
-    found: dict[str, tuple[str, ...]] = {}
-    for path, _ in jax.tree_util.tree_leaves_with_path(jax.eval_shape(taps)):
+    found: dict[str, Place] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.eval_shape(taps)):
         keys, name = tuple(str(key.key) for key in path), tap_name(path)
-        found[name] = keys
+        found[name] = Place(keys, leaf.shape)
         if keys[0].startswith("layers_"):
             first, rest = int(keys[0].removeprefix("layers_")), name.split(".", 2)[2]
             for layer in range(first + period, config.num_hidden_layers, period):
-                found[f"layers.{layer}.{rest}"] = (f"layers_{layer}", *keys[1:])
+                found[f"layers.{layer}.{rest}"] = Place((f"layers_{layer}", *keys[1:]), leaf.shape)
     return found
 
 
@@ -167,7 +201,12 @@ def intervened(module: nn.Module, config: DecoderConfig, interventions: Interven
             near = difflib.get_close_matches(str(name), places, n=5, cutoff=0.5) or ["embed", "layers.0.resid"]
             problems.append(f"interventions: {shown(name)} is no tap of this model; near it are {', '.join(near)}")
         elif not callable(change) and not _is_numeric(change):
-            problems.append(f"interventions: {name}: expected a function or an array, found {shown(change)}")
+            problems.append(f"interventions: {name}: expected a function or an array of numbers, found {shown(change)}")
+        elif callable(change) and not _is_fit(change):
+            problems.append(
+                f"interventions: {name}: expected a function of a tap's value, or of that and At, found one of "
+                f"{inspect.signature(change)}"
+            )
     if problems:
         raise RequestError("\n".join(problems))
     return Intervened(module, dict(interventions), places)
@@ -184,26 +223,41 @@ def checked(interventions: Any) -> Interventions:
     return interventions
 
 
+def _shaped(rows: int, tokens: int) -> Any:
+    return jax.ShapeDtypeStruct((rows, tokens), jnp.int32)
+
+
 def _same(value: jax.Array) -> jax.Array:
     return value
 
 
-def _is_numeric(change: Any) -> bool:
-    is_array = isinstance(change, int | float | np.generic | np.ndarray | jax.Array)
-    return is_array and bool(jnp.issubdtype(jnp.result_type(change), jnp.number))
+def _is_numeric(value: Any) -> bool:
+    """Whether it is real numbers: the imaginary part of others would be lost."""
+    if not isinstance(value, int | float | np.generic | np.ndarray | jax.Array) or isinstance(value, bool):
+        return False
+    dtype = value.dtype if hasattr(value, "dtype") else jnp.result_type(value)
+    return bool(jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating))
 
 
 def _wants_tokens(function: Any) -> bool:
     """Whether it takes two arguments and cannot do with one."""
+    return not _takes(function, 1) and _takes(function, 2)
+
+
+def _is_fit(function: Any) -> bool:
+    return _takes(function, 1) or _takes(function, 2)
+
+
+def _takes(function: Any, count: int) -> bool:
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # written in C
-        return False
+        return count == 1
     try:
-        signature.bind(None)
+        signature.bind(*[None] * count)
     except TypeError:
-        return True
-    return False
+        return False
+    return True
 
 
 def _fitted(array: jax.Array, value: jax.Array, name: str) -> jax.Array:

@@ -73,8 +73,10 @@ class Program:
         with in_memory("a run of the model", self._lower):
             return program(*args)
 
-    def forget(self) -> bool:
-        """Drops what was compiled under interceptors; whether there was anything."""
-        found = bool(self._watched)
+    def forget(self, everything: bool = False) -> bool:
+        """Drops what was compiled under interceptors, or all of it; whether there was anything."""
+        found = bool(self._watched) or everything
         self._watched = {}
+        if everything:
+            self._plain = self._made()
         return found

@@ -154,9 +154,9 @@ def _together(width: int) -> int:
 
 
 def _chosen(model: Model, taps: str | Sequence[str]) -> list[str]:
-    globs = [taps] if isinstance(taps, str) else list(taps)
+    globs: list[Any] = [taps] if isinstance(taps, str) else list(taps) if isinstance(taps, Sequence) else [taps]
     there = sorted((name for name in tap_places(model.config) if not name.endswith(".probs")), key=order)
-    for glob in globs:
+    for glob in globs or [taps]:
         if not isinstance(glob, str) or not any(fnmatchcase(name, glob) for name in there):
             some = ", ".join(there[:8])
             raise RequestError(f"taps: {shown(glob)} matches none of {some}, ...; probabilities are not written")

@@ -32,6 +32,7 @@ from llmjax.litert import tracing
 from llmjax.litert.model import GraphModel
 from llmjax.model import Model, check_ids
 from llmjax.models.context import Context
+from llmjax.models.functions import Known
 from llmjax.models.interventions import Intervened, Interventions, intervened
 from llmjax.models.tree import named
 from llmjax.models.watched import Program
@@ -199,7 +200,14 @@ _Runner = Callable[[Any, Any], tuple[dict[str, jax.Array], dict[str, jax.Array]]
 def _plainly(model: Model, globs: tuple[str, ...]) -> _Runner:
     program = _program_of(model)
     program.forget()
-    return lambda params, ids: (program(model.module, model.numerics, globs, params, ids), {})
+
+    def run(params: Any, ids: jax.Array) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        if model.interventions:
+            known: Known = model.module.programs.setdefault("traced", Known())
+            program.forget(known.changed(model.module.computed(ids.shape)))
+        return program(model.module, model.numerics, globs, params, ids), {}
+
+    return run
 
 
 def _with_gradients(model: Model, globs: tuple[str, ...], scalar: Scalar) -> _Runner:

@@ -16,12 +16,13 @@ import numpy as np
 from llmjax.device import in_memory
 from llmjax.errors import CheckpointError, NoRoomError
 from llmjax.model import Model
+from llmjax.models.functions import Known
 from llmjax.models.stack import stacked
 from llmjax.models.watched import Program, interceptors
 from llmjax.outside.values import check, integer
 from llmjax.runtime import state as states
 from llmjax.runtime.decode import BURST, Produced, decode
-from llmjax.runtime.logits import Controls, LogitsProcessor, no_controls, row_controls
+from llmjax.runtime.logits import Controls, LogitsProcessor, no_controls, processor_facts, row_controls
 from llmjax.runtime.memory import LOWER, size, weight_bytes
 from llmjax.runtime.prefill import Scored, prefill, score_chunk
 from llmjax.runtime.prefixes import Place
@@ -63,6 +64,7 @@ class Engine:
 
     Attributes:
       store: what the slots hold.
+      processor: says of what is computed by the logits processor, see ``processor_facts``.
       scored: tokens of a text that one call scores.
       progress: running counts.
       traces: how often each program was traced, that is compiled: once per (slots, chunk, pages, length).
@@ -110,6 +112,8 @@ class Engine:
         self._score_texts = self._compiled(score_texts, static[:2], donate=())
         self._share = self._compiled(states.share, (self.store.layers,), donate=0)
         self._admit = self._compiled(states.admit, (), donate=0)
+        self.processor = functools.partial(processor_facts, logits_processor, slots, model.config.vocab_size)
+        self._known = Known()
         self._adapters = adapters
         self.stopping = False
         self._pending: jax.Array | None = None  # what the chunk under way gives
@@ -208,8 +212,10 @@ class Engine:
 
     def _forget_watched(self) -> None:
         """Keeps what Flax's interceptors did in an earlier run, or do in this one, out of the other's programs and
-        prompts."""
-        if any([program.forget() for program in self._programs]) or interceptors():
+        prompts; and what a person's functions computed before they changed."""
+        now = self.model.module.computed((self.slots, 1), (1, self.chunk)) if self.model.interventions else {}
+        changed = self._known.changed(now | self.processor())
+        if any([program.forget(changed) for program in self._programs]) or interceptors():
             self.store.clear()
 
     def stop(self) -> None:
@@ -374,7 +380,7 @@ class Engine:
         if np.isnan(logprobs).any():
             raise CheckpointError(
                 f"{self.model.path}: the model computes NaN; look for damaged weights with check_finite=True "
-                "(--check-finite), store them in a wider dtype, or look at the logits processor"
+                "(--check-finite), store them in a wider dtype, or look at interventions and logits processor"
             )
 
     def scored_chunks(self, ids: np.ndarray, adapter: np.int32, *, wanted: bool) -> Iterator[Scored]:

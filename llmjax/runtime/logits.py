@@ -23,6 +23,7 @@ import numpy as np
 from jax import lax
 
 from llmjax.errors import RequestError
+from llmjax.models import functions
 from llmjax.runtime.params import SamplingParams
 from llmjax.text.tokenizer import Tokenizer
 
@@ -48,6 +49,18 @@ class Tokens(NamedTuple):
 
 
 LogitsProcessor = Callable[[jax.Array, Tokens], jax.Array]
+
+
+def processor_facts(processor: LogitsProcessor | None, slots: int, vocab: int) -> dict[str, str]:
+    """A hash of what it computes by now, by its name; nothing of none."""
+    if processor is None:
+        return {}
+
+    def rows(dtype: Any, *more: int) -> Any:
+        return jax.ShapeDtypeStruct((slots, *more), dtype)
+
+    tokens = Tokens(rows(jnp.int32, 256), rows(jnp.int32), rows(jnp.int32), rows(jnp.bool_))
+    return {"logits_processor": functions.computed(processor, rows(jnp.float32, vocab), tokens)}
 
 
 class Controls(NamedTuple):

@@ -9,6 +9,7 @@ import pytest
 
 import llmjax
 from llmjax import RequestError
+from tests.parity.test_cases import loaded
 from tests.tiny import random_ids, random_model
 
 MODEL = random_model()
@@ -38,6 +39,17 @@ def test_the_disk_has_what_a_trace_has(states, monkeypatch):
     assert states.manifest["texts"] == 7 and states.manifest["tokens"] == 113
 
 
+@pytest.mark.slow
+def test_a_text_is_as_long_as_without_its_padding(tmp_path):
+    """To ropes that follow the length, beyond the one the model was made for."""
+    model = loaded("llama_dynamic_old")[0]
+    texts = [RNG.integers(0, 290, n).tolist() for n in (5, 40)]
+    found = llmjax.hidden_states(model, texts, "*.resid", output=tmp_path / "out")
+    for i, text in enumerate(texts):
+        for name, value in llmjax.trace(model, text, "*.resid").activations.items():
+            np.testing.assert_allclose(found.row(i)[name], value, rtol=1e-4, atol=1e-4)
+
+
 def test_groups_that_fill_on_the_way_and_half_the_bytes(states, tmp_path, monkeypatch):
     monkeypatch.setattr("llmjax.oracle.hidden_states.TOGETHER", 32)
     found = llmjax.hidden_states(MODEL, TEXTS, "*.resid", output=tmp_path / "half", dtype="float16")
@@ -53,6 +65,8 @@ def test_groups_that_fill_on_the_way_and_half_the_bytes(states, tmp_path, monkey
         ([[1, 2], [9999]], {}, "text 1: token id 9999 is outside the vocabulary"),
         ([[1]], {"taps": "layers.9.*"}, "'layers.9.\\*' matches none of embed, "),
         ([[1]], {"taps": "*.probs"}, "probabilities are not written"),
+        ([[1]], {"taps": []}, "taps: \\[\\] matches none of embed, "),
+        ([[1]], {"taps": None}, "taps: None matches none of embed, "),
         ([[1]], {"dtype": "int8"}, "dtype: expected float32 or float16, found 'int8'"),
         ([[1]], {"dtype": "float16", "interventions": {"embed": lambda x: x * 1e6}, "taps": "embed"}, "0: values that"),
         ([], {}, "batch: empty"),
@@ -104,7 +118,7 @@ def test_gradients_are_those_of_what_is_added(tmp_path):
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == [
         "activations.safetensors", "gradients", "manifest.json"
     ]  # fmt: skip
-    assert json.loads((tmp_path / "out/manifest.json").read_text())["interventions"] == [name]
+    assert list(json.loads((tmp_path / "out/manifest.json").read_text())["interventions"]) == [name]
     same = llmjax.compare(tmp_path / "out", tmp_path / "out")
     assert same.verdict == "identical"
 

@@ -10,8 +10,10 @@ from jax.interpreters import partial_eval
 
 import llmjax
 from llmjax import LLM, RequestError, SamplingParams
+from llmjax.batch.identity import identity
+from llmjax.checkpoint.identity import differences, model_facts
 from llmjax.models.context import Context
-from llmjax.models.interventions import tap_places
+from llmjax.models.interventions import Place, tap_places
 from llmjax.runtime.cache import make_cache
 from tests.parity.test_cases import NAMES, loaded
 from tests.parity.variants import VARIANTS
@@ -99,7 +101,7 @@ def test_steering_is_a_hook_of_transformers(theirs):
     trace = llmjax.trace(ours, IDS, ["logits", name], interventions={name: steered})
     close(trace.activations["logits"], expected)
     close(trace.activations[name], llmjax.trace(ours, IDS, name).activations[name] + STEER)
-    assert trace.manifest["interventions"] == [name]
+    assert list(trace.manifest["interventions"]) == [name]
 
 
 def test_a_derivative_by_a_tap_is_torchs(theirs):
@@ -139,15 +141,41 @@ def test_an_array_takes_a_values_place():
         llmjax.trace(MODEL, IDS, interventions={"layers.1.resid": np.zeros((3, 48))})
 
 
+def test_what_takes_a_values_place_is_of_its_dtype():
+    """In 16 bits as if it had been rounded to them: the model does not go on in float32."""
+    model, narrow = random_model("hf", "bfloat16", num_hidden_layers=1), jnp.bfloat16
+    assert model.numerics.activations == narrow
+
+    @jax.jit
+    def logits(vector):
+        places = (vector, lambda x: x + vector), (vector.astype(narrow), lambda x: (x + vector).astype(narrow))
+        return [model.apply(model.params, jnp.array([IDS]), interventions={"embed": a, "layers.0.attn.out": f})
+                for a, f in places]  # fmt: skip
+
+    found, expected = logits(jnp.asarray(STEER))
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
         ({"layers.1.atn.q": same}, r"'layers.1.atn.q' is no tap of this model; near it are layers.1.attn.q"),
         ({"layers.2.resid": same}, r"'layers.2.resid' is no tap of this model; near it are layers.1.resid"),
-        ({"embed": "zero"}, "embed: expected a function or an array, found 'zero'"),
-        ({"embed": None}, "embed: expected a function or an array, found None"),
-        ({"embed": lambda x: x[..., :1]}, r"must return an array of the value's shape \[1, 6, 48\], found .*1, 6, 1"),
-        ({"embed": lambda x: None}, "must return an array of the value's shape .* found None"),
+        ({"embed": "zero"}, "embed: expected a function or an array of numbers, found 'zero'"),
+        ({"embed": None}, "embed: expected a function or an array of numbers, found None"),
+        ({"embed": np.full(48, 1j)}, "embed: expected a function or an array of numbers, found"),
+        ({"embed": np.array([None])}, "embed: expected a function or an array of numbers, found"),
+        (
+            {"embed": lambda x: x[..., :1]},
+            r"must return an array of numbers of the value's shape \[1, 6, 48\], found .*1, 6, 1",
+        ),
+        ({"embed": lambda x: None}, "must return an array of numbers of the value's shape .* found None"),
+        (
+            {"embed": lambda x: x * 1j},
+            r"must return an array of numbers of the value's shape \[1, 6, 48\], found .*complex64",
+        ),
+        ({"embed": lambda: 0}, r"embed: expected a function of a tap's value, or of that and At, found one of \(\)"),
+        ({"embed": lambda x, *, at: x}, r"or of that and At, found one of \(x, \*, at\)"),
         ([same], "expected functions or arrays by tap"),
     ],
 )
@@ -158,6 +186,23 @@ def test_what_cannot_be_is_one_clear_error(wrong, message):
     ):
         with pytest.raises(RequestError, match=message):
             call()
+
+
+def test_a_model_shows_where_it_has_some():
+    found = repr(MODEL.intervened({"embed": same, "layers.1.resid": 0}))
+    assert "; numerics reference, interventions at embed, layers.1.resid; a" in found and "interventions" not in repr(
+        MODEL
+    )
+
+
+def test_what_a_call_does_not_come_by_is_refused():
+    """What were never heard of would change nothing."""
+    module = MODEL.intervened({"embed": same}).module
+    nowhere = Place(("layers_0", "tap:nowhere"), (1, 1, 48))
+    module = dataclasses.replace(module, interventions={"nowhere": same}, places={"nowhere": nowhere})
+    ids = jnp.array([IDS])
+    with pytest.raises(RequestError, match="interventions: nowhere: not computed here"):
+        jax.eval_shape(lambda p: module.apply({"params": p}, ids, Context.whole(ids, MODEL.numerics)), MODEL.params)
 
 
 def test_one_tap_has_one_intervention():
@@ -177,6 +222,97 @@ def test_a_function_that_changes_its_mind_is_heard():
         found = MODEL.logits([IDS], interventions={"logits": times})[0]
         close(found, factor * once)
     np.testing.assert_array_equal(MODEL.logits([IDS])[0], once)
+
+
+def test_what_a_function_looks_at_may_change():
+    """A model with interventions, its traces and its engine compute what the function says now, not what it said when
+    it was compiled; an array that was changed is no other."""
+    strength, vector, plain = 1.0, STEER.copy(), random_model(num_hidden_layers=1)
+    model = plain.intervened({"layers.0.resid": lambda x, at: x + strength * vector, "layers.0.attn.o": vector})
+    llm = made(model)
+
+    def found():
+        (logits,), trace = model.logits([IDS]), llmjax.trace(model, IDS, "logits")
+        scores = llm.score([IDS[:3]])[0].logprobs[1:]
+        return logits, trace.activations["logits"], scores
+
+    before = found()
+    strength = 2.0
+    vector[:] = STEER / 3
+    expected = plain.intervened({"layers.0.resid": lambda x: x + STEER / 1.5, "layers.0.attn.o": STEER / 3})
+    (logits,) = expected.logits([IDS])
+    scores = jax.nn.log_softmax(logits)[jnp.arange(2), jnp.array(IDS[1:3])]
+    for _ in range(2):
+        for now, then, wanted in zip(found(), before, (logits, logits, scores), strict=True):
+            close(now, wanted)
+            assert np.abs(now - np.asarray(then)).max() > 0.01
+    assert llm.engine.traces == {"score_texts": 2}
+
+
+@pytest.mark.slow
+def test_what_a_function_looked_at_is_in_no_prefix():
+    """An engine generates what it does now, from the beginning of a prompt that it knows."""
+    strength, prompts = 1.0, [list(range(1, 40))]
+    llm = made(MODEL, {"layers.0.resid": lambda x: x + strength * STEER})
+    before = generated(llm, prompts)
+    strength = 2.0
+    expected = generated(made(MODEL, {"layers.0.resid": lambda x: x + 2 * STEER}), prompts)
+    assert generated(llm, prompts) == expected != before
+    assert generated(llm, prompts) == expected
+
+
+def test_an_error_says_at_which_tap():
+    with pytest.raises(ZeroDivisionError) as caught:
+        MODEL.logits([IDS], interventions={"embed": lambda x: x / 0 if x.ndim == 1 else 1 // 0})
+    assert caught.value.__notes__[0] == "in the intervention at embed"
+
+
+def test_a_result_says_what_was_computed():
+    """By the operations and the values that functions look at: a job with others is another job."""
+    strength = 1.0
+
+    def steer(x):
+        return x + strength * STEER
+
+    def facts(**changes):
+        return model_facts(MODEL.intervened({name.replace("_", "."): f for name, f in changes.items()}))
+
+    one = facts(embed=steer, logits=STEER[0])
+    assert facts(embed=lambda x: x + 1.0 * STEER.copy(), logits=STEER.copy()[0]) == one
+    others = [facts(embed=steer, logits=STEER[1]), facts(embed=lambda x: x - STEER, logits=STEER[0])]
+    prompts = facts(embed=lambda x: x if x.shape[1] == 1 else x + STEER)
+    answers = facts(embed=lambda x: x if x.shape[1] > 1 else x + STEER)
+    plain = facts(embed=same)
+    strength = 2.0
+    others.append(facts(embed=steer, logits=STEER[0]))
+    assert all(list(differences(one, other)) for other in others)
+    assert list(differences(plain, prompts)) and list(differences(plain, answers))
+    assert list(one["interventions"]) == ["embed", "logits"] and "interventions" not in model_facts(MODEL)
+
+
+def test_a_job_goes_on_with_the_same_processor():
+    bias = 1.0
+
+    def processor(logits, tokens):
+        return logits.at[:, 7].add(bias)
+
+    def asked():
+        return identity(LLM(MODEL, max_batch=2, chunk=16, block=16, logits_processor=processor), GREEDY)
+
+    first, again = asked(), asked()
+    bias = 2.0
+    assert first == again and [d.partition(":")[0] for d in differences(first, asked())] == ["logits_processor"]
+    assert "logits_processor" not in identity(made(MODEL), GREEDY)
+
+
+def test_a_model_that_is_changed_is_what_it_is_now():
+    """Attributes are heard where a program was compiled before, too."""
+    model = random_model(num_hidden_layers=1)
+    before = model.logits([IDS])[0]
+    model.config = dataclasses.replace(model.config, rms_norm_eps=0.5)
+    expected = dataclasses.replace(model).logits([IDS])[0]
+    np.testing.assert_array_equal(model.logits([IDS])[0], expected)
+    assert np.abs(expected - before).max() > 0.01 * np.abs(before).max()
 
 
 def test_the_layers_without_one_share_a_trace(monkeypatch):
@@ -232,6 +368,8 @@ def change(model):
         ),
         "layers.0.attn.o": lambda x: x * 0.5,
         "layers.1.attn.probs": without_the_first,
+        # In a prompt's last chunk that of its last token alone.
+        "final_norm": lambda x, at: x * (1 + at.positions % 3 + at.ids % 3)[..., None],
     }
 
 
