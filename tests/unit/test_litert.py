@@ -294,7 +294,7 @@ def test_suppressed_tokens_are_never_drawn(model, stored):
     best = np.argsort(model.logits([prompt])[0][-1])[::-1].tolist()
     barring = dataclasses.replace(model, generation_config={"suppress_tokens": best[:2]})
     (output,) = llmjax.LLM(barring, max_batch=1).generate(prompt, greedy)
-    assert output.outputs[0].token_ids == (best[2],)
+    assert output.outputs[0].token_ids == [best[2]]
 
 
 def test_suppressed_tokens_are_barred_in_every_request(model):
