@@ -114,9 +114,9 @@ class Model:
         stored = self.stored()
         kinds = ", ".join(sorted(stored, key=lambda kind: -stored[kind]))
         megabytes = sum({id(x): x.nbytes for x in jax.tree.leaves(self.params)}.values()) / 1e6
-        numerics = self.numerics.label + f", interventions at {', '.join(self.interventions)}" * bool(
-            self.interventions
-        )
+        numerics = self.numerics.label
+        if self.interventions:
+            numerics += f", interventions at {', '.join(self.interventions)}"
         return (
             f"Model({str(self.path)!r}: {self.architecture.model_type}, {sum(stored.values()):,} weights in {kinds}, "
             f"{megabytes:,.1f} MB; numerics {numerics}; a context of {self.context_length:,} tokens)"

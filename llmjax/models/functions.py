@@ -5,12 +5,13 @@ on only where they do the same.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 
 def computed(function: Callable[..., Any], *args: Any) -> str:
@@ -30,10 +31,22 @@ def computed(function: Callable[..., Any], *args: Any) -> str:
     except Exception as error:  # whoever runs it raises it
         return type(error).__name__
     found = hashlib.sha256(str(closed).encode())
-    for value in closed.consts:
-        is_key = jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    for value in _values(closed.jaxpr, closed.consts):
+        is_key = jnp.issubdtype(jnp.result_type(value), jax.dtypes.prng_key)
         found.update(np.asarray(jax.random.key_data(value) if is_key else value).tobytes())
     return found.hexdigest()
+
+
+def _values(jaxpr: Any, constants: Iterable[Any]) -> Iterator[Any]:
+    """Of operations and of those within them (``jax.jit``, loops), the constants: as text they are cut short."""
+    yield from constants
+    for equation in jaxpr.eqns:
+        yield from (var.val for var in equation.invars if isinstance(var, Literal))
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if isinstance(inner, ClosedJaxpr):
+                yield from _values(inner.jaxpr, inner.consts)
+            elif isinstance(inner, Jaxpr):
+                yield from _values(inner, ())
 
 
 class Known:

@@ -290,6 +290,14 @@ def test_a_result_says_what_was_computed():
     assert list(one["interventions"]) == ["embed", "logits"] and "interventions" not in model_facts(MODEL)
 
 
+def test_a_result_knows_values_within_compiled_functions():
+    def facts(vector):
+        added = jax.jit(lambda x: jax.lax.fori_loop(0, 2, lambda _, y: y + vector, x))
+        return model_facts(MODEL.intervened({"embed": added}))["interventions"]
+
+    assert facts(jnp.asarray(STEER)) == facts(jnp.asarray(STEER)) != facts(jnp.asarray(2 * STEER))
+
+
 def test_a_job_goes_on_with_the_same_processor():
     bias = 1.0
 
