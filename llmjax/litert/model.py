@@ -84,7 +84,7 @@ def _no_names(config: Any) -> Any:
 ARCHITECTURE = Architecture("litert", GraphConfig, _no_names)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)
 class GraphModel(Model):
     """A model that runs its file's signatures; all else is as for any ``Model``.
 

@@ -288,6 +288,11 @@ def test_keys_are_told_from_values(model):
     assert (model.config.num_hidden_layers, model.config.num_key_value_heads, model.config.head_dim) == (2, 2, 8)
 
 
+def test_a_graph_is_shown_in_a_line(model):
+    assert repr(model).startswith(f"Model({str(model.path)!r}: litert, ")
+    assert repr(model).endswith(f"a context of {model.context_length:,} tokens)") and len(repr(model)) < 300
+
+
 @pytest.mark.slow
 def test_suppressed_tokens_are_never_drawn(model, stored):
     prompt, greedy = stored["ids/s0"][:6].tolist(), llmjax.SamplingParams(temperature=0, max_tokens=1)
