@@ -181,10 +181,13 @@ def quantized(w: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray]:
     """int8 ``[rows, in]`` of a few bits, and their scales ``[rows, G]``, float32 or of blocks float16."""
     most = (1 << (form.bits - 1)) - 1
     groups = w.reshape(len(w), -1, form.block or w.shape[1])
-    scales = np.abs(groups).max(-1) / np.float32(most)
+    scales = np.maximum(groups.max(-1), -groups.min(-1)) / np.float32(most)
     scales[scales == 0] = 1
     if form.block:
         scales = _block_scales(scales)
     with np.errstate(divide="ignore", invalid="ignore"):
-        n = np.clip(np.rint(groups / scales.astype(np.float32)[..., None]), -most, most)
-    return np.nan_to_num(n).astype(np.int8).reshape(w.shape), scales
+        n = groups / scales.astype(np.float32)[..., None]
+    n = np.clip(np.rint(n, out=n), -most, most, out=n)
+    if form.block:  # whose scale may have become 0
+        np.nan_to_num(n, copy=False)
+    return n.astype(np.int8).reshape(w.shape), scales
