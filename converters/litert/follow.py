@@ -16,7 +16,7 @@ from jax.extend import core
 from converters.litert.lowering import resid
 from converters.readers.litert.tflite import Operator, TfliteFile
 from llmjax.litert.constants import Constants
-from llmjax.litert.kernels import KERNELS
+from llmjax.litert.kernels import KERNELS, put_results
 from llmjax.litert.ports import LOGITS, Ports
 from llmjax.litert.products import as_array
 from llmjax.models.config import DecoderConfig
@@ -234,13 +234,11 @@ class GraphRuns:
             values = {**static, **dict(zip(named, weights, strict=True)), **dict(zip(part.takes, inputs, strict=True))}
             for op in part.operators:
                 tensors = [signature.graph.tensors[i] for i in op.outputs]
-                found = KERNELS[op.name](op, [None if i < 0 else values[i] for i in op.inputs], tensors, self._numerics)
-                for i, tensor, x in zip(
-                    op.outputs, tensors, found if isinstance(found, tuple) else (found,), strict=True
-                ):
-                    if tuple(x.shape) != tensor.shape:
-                        raise ValueError(f"{op.name}: {list(x.shape)} computed, the file says {list(tensor.shape)}")
-                    values[i] = x
+                inputs_of = [None if i < 0 else values[i] for i in op.inputs]
+                try:
+                    put_results(op, KERNELS[op.name](op, inputs_of, tensors, self._numerics), tensors, values)
+                except ValueError as error:
+                    raise ValueError(f"{op.name}: {error}") from None
             return [as_array(values[i]) for i in part.gives]
 
         return run

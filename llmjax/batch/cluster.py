@@ -69,11 +69,11 @@ def connected(cluster: Cluster) -> Iterator[Any]:
         )
     if address not in ("local", "auto"):
         _reach(address)
-    warnings: list[str] = []
     mine = {"include_dashboard": False, "object_store_memory": _STORE_BYTES} if address == "local" else {}
     if mine:  # whose workers are what this process is for: they do not stand back behind others
         os.environ.setdefault("RAY_worker_niceness", "0")
     problem: list[BaseException] = []
+    warnings: list[str] = []
 
     def join() -> None:
         try:

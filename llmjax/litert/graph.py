@@ -18,7 +18,7 @@ from converters.readers.source import problems_error
 from llmjax.device import platform_of
 from llmjax.errors import CheckpointError, ConfigError, RequestError, named
 from llmjax.litert.constants import Constants
-from llmjax.litert.kernels import KERNELS, TYPES
+from llmjax.litert.kernels import KERNELS, TYPES, put_results
 from llmjax.litert.products import Value, as_array
 from llmjax.numerics import Numerics
 
@@ -231,16 +231,10 @@ class Graph:
         if op.name == COMPOSITE:
             body = self.file.subgraphs[op.options["body"]]
             inner = self._run(weights, op.options["body"], dict(zip(body.inputs, inputs, strict=True)))
-            results: tuple[Value, ...] = tuple(inner[i] for i in body.outputs)
+            found: Any = tuple(inner[i] for i in body.outputs)
         else:
-            made = KERNELS[op.name](op, inputs, tensors, self.numerics)
-            results = made if isinstance(made, tuple) else (made,)
-        for i, tensor, result in zip(op.outputs, tensors, results, strict=True):
-            if tuple(result.shape) != tensor.shape:
-                raise ValueError(f"{list(result.shape)} computed, the file says {list(tensor.shape)}")
-            if isinstance(result, jax.Array) and result.dtype != TYPES[tensor.type]:
-                raise ValueError(f"{result.dtype} computed, the file says {tensor.type}")
-            values[i] = result
+            found = KERNELS[op.name](op, inputs, tensors, self.numerics)
+        put_results(op, found, tensors, values)
 
     @functools.cached_property
     def _compiled(self) -> dict[tuple[str, tuple[str, ...]], Callable[..., Any]]:

@@ -352,3 +352,18 @@ KERNELS: dict[str, Kernel] = {
     "UNPACK": _unpack,
 }
 KERNELS |= {name: _kept_apart(KERNELS[name]) for name in _PRODUCTS}
+
+
+def put_results(op: Operator, found: Any, tensors: list[Tensor], values: dict[int, Value]) -> None:
+    """Adds what an operator computed, one thing or a tuple, to the values of tensors.
+
+    Raises:
+      ValueError: it has not the shape or the type that the file says.
+    """
+    results = found if isinstance(found, tuple) else (found,)
+    for i, tensor, result in zip(op.outputs, tensors, results, strict=True):
+        if tuple(result.shape) != tensor.shape:
+            raise ValueError(f"{list(result.shape)} computed, the file says {list(tensor.shape)}")
+        if isinstance(result, jax.Array) and result.dtype != TYPES[tensor.type]:
+            raise ValueError(f"{result.dtype} computed, the file says {tensor.type}")
+        values[i] = result
