@@ -33,6 +33,9 @@ from llmjax.outside.values import FLAG, POSITIVE, check, plain
 from llmjax.outside.whole import expect_new, whole_file
 from llmjax.quant.schemes import Recipe, parse
 from llmjax.runtime import memory
+from llmjax.runtime.generation import FILE as GENERATION_CONFIG
+from llmjax.runtime.generation import sampling_defaults
+from llmjax.runtime.params import SamplingParams
 from llmjax.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -155,6 +158,7 @@ def _prepared(
         tokenizer, carried = None, Carried()
         if to != "tflite":
             tokenizer = _with_template(vocabulary.tokenizer_of(opened, override, rows), chat_template)
+            tokenizer = _with_stops(tokenizer, opened.generation_config or {})
             carried = templates.around_turns(tokenizer) if to == "task" else templates.carry(tokenizer)
             _tell(tokenizer, carried)
         adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
@@ -250,6 +254,12 @@ def _with_template(tokenizer: Tokenizer, given: str | Path | None) -> Tokenizer:
         reason = error.strerror if isinstance(error, OSError) else "expected UTF-8 text"
         raise TokenizerError(f"chat_template: {path}: cannot read it: {reason}") from None
     return dataclasses.replace(tokenizer, chat_template=template, where=str(path))
+
+
+def _with_stops(tokenizer: Tokenizer, generation_config: Mapping[str, Any]) -> Tokenizer:
+    """Ends texts where the checkpoint's own ``stop_strings`` end them, too."""
+    found = sampling_defaults({"stop_strings": generation_config.get("stop_strings")}, GENERATION_CONFIG)
+    return dataclasses.replace(tokenizer, stop=(*tokenizer.stop, *SamplingParams(**found).stop))
 
 
 def _tell(tokenizer: Tokenizer, carried: Carried) -> None:

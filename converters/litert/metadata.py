@@ -88,8 +88,10 @@ def stop_ids(tokenizer: Tokenizer, carried: Carried, vocab_size: int) -> list[in
     Raises:
       TokenizerError: there is none.
     """
-    found = {i for i in tokenizer.eos_ids if i < vocab_size}
-    closing = next((i for text, i in tokenizer.special_tokens.items() if carried.turn_end.strip() == text), None)
+    special = tokenizer.special_tokens
+    named = (special[text] for text in tokenizer.stop if text in special)
+    found = {i for i in (*tokenizer.eos_ids, *named) if i < vocab_size}
+    closing = next((i for text, i in special.items() if carried.turn_end.strip() == text), None)
     if closing is not None and closing < vocab_size:
         found.add(closing)
     if not found and not tokenizer.stop:
@@ -101,8 +103,8 @@ def stop_ids(tokenizer: Tokenizer, carried: Carried, vocab_size: int) -> list[in
 
 
 def stop_texts(tokenizer: Tokenizer) -> list[str]:
-    """What ends a text and is no token."""
-    return [text for text in tokenizer.stop if tokenizer.backend.token_to_id(text) is None]
+    """What ends a text and is no special token."""
+    return [text for text in tokenizer.stop if text not in tokenizer.special_tokens]
 
 
 def _family(message: Any, tokenizer: Tokenizer, model_type: str) -> None:

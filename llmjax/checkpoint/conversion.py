@@ -205,15 +205,17 @@ def _write_tokenizer(source: Source, folder: Path, override: Override) -> None:
             if (source.directory / name).is_file():
                 shutil.copyfile(source.directory / name, folder / name)
         if override and "eos_token_id" in override:  # it wins over the file that was copied
-            ends = {"eos_token_id": list(end_tokens(source, None, override))}
-            _write_json(folder / "generation_config.json", {**(source.generation_config or {}), **ends})
+            own = {"eos_token_id": list(end_tokens(source, None, override))}
+            _write_json(folder / "generation_config.json", {**(source.generation_config or {}), **own})
         return
     tokenizer = read_tokenizer(source, override)
     if tokenizer is not None:
         if isinstance(tokenizer, MediapipeTokenizer) and vocabulary:
             tokenizer = for_transformers(tokenizer, vocabulary)
         export.save(tokenizer, folder)
-        ends = {"eos_token_id": list(tokenizer.eos_ids)}
+        ends: dict[str, Any] = {"eos_token_id": list(tokenizer.eos_ids)}
+        if tokenizer.stop:  # texts, which no tokenizer's file of transformers has
+            ends["stop_strings"] = list(tokenizer.stop)
         _write_json(folder / "generation_config.json", (source.generation_config or {}) | ends)
 
 

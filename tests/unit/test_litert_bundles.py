@@ -243,6 +243,33 @@ def test_the_token_behind_an_answer_stops_it(source):
     assert metadata.stop_ids(tokenizer, Carried(turn_end=" </s> and more"), 260) == [259]
 
 
+def test_texts_that_end_a_text(source, tmp_path, quick):
+    """Those of ``generation_config.json``: a special token among them is its id; and back again."""
+    folder = copied(source, tmp_path / "m", generation_config__json={"stop_strings": ["<u>", "END", "\n"]})
+    writing.convert(folder, tmp_path / "m.litertlm", to="litertlm", verify=False, **SMALL)
+    package = Package(tmp_path / "m.litertlm")
+    stops = package.metadata(package.parts[0]).stop_tokens
+    assert [(list(stop.token_ids.ids), stop.token_str) for stop in stops] == [
+        ([256], ""),
+        ([258], ""),
+        ([259], ""),
+        ([], "END"),
+        ([], "\n"),
+    ]
+    read = llmjax.load(tmp_path / "m.litertlm").tokenizer
+    assert (read.stop, read.eos_ids) == (("END", "\n"), (256, 258, 259))
+    writing.convert(tmp_path / "m.litertlm", tmp_path / "back", to="hf")
+    back = json.loads((tmp_path / "back" / "generation_config.json").read_text())
+    assert (back["stop_strings"], back["eos_token_id"]) == (["END", "\n"], [256, 258, 259])
+
+
+@pytest.mark.parametrize("stops", [3, [""], [["a"]]])
+def test_what_is_no_text_that_ends_one(source, tmp_path, stops):
+    folder = copied(source, tmp_path / "m", generation_config__json={"stop_strings": stops})
+    with pytest.raises(LlmjaxError, match="generation_config.json: stop: expected"):
+        writing.convert(folder, tmp_path / "m.litertlm", to="litertlm", **SMALL)
+
+
 def test_thoughts_are_a_channel(source):
     tokenizer = tokenizer_of(source)
     tokenizer.backend.add_special_tokens(["<think>", "</think>"])
