@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -27,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
-    args = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    args = _parser().parse_args(words, argparse.Namespace(command=shlex.join(["llmjax", *words])))
     try:
         with warnings.catch_warnings(), _no_interrupt_lost():
             warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")

@@ -1,6 +1,7 @@
 """``llmjax trace`` and ``llmjax compare``."""
 
 import argparse
+import dataclasses
 import sys
 
 from llmjax.cli import loading
@@ -90,6 +91,7 @@ def _compare(args: argparse.Namespace) -> int:
         arithmetic=args.arithmetic,
         token_ids=ids,
     )
+    report = dataclasses.replace(report, subject={**report.subject, "command": args.command})
     if args.html is not None:
         report.to_html(args.html)
     if args.junit is not None:

@@ -215,9 +215,9 @@ def _taps(report: "Comparison") -> Iterator[str]:
 
 def _reproduce(report: "Comparison") -> Iterator[str]:
     found = report.subject
-    reference = found.get("reference") or f"--model {found.get('model')}"
-    command = f"llmjax compare {reference} {found.get('candidate')}"
-    yield f"<h2>To reproduce</h2><pre>{_e(command)}</pre>"
+    yield "<h2>To reproduce</h2>"
+    if "command" in found:
+        yield f"<pre>{_e(found['command'])}</pre>"
     yield f"<pre>{_e(json.dumps(found.get('declared', {}), indent=1))}</pre>"
     ids = found.get("token_ids", [])
     shown = ", ".join(map(str, ids[:64])) + (" ..." if len(ids) > 64 else "")

@@ -397,7 +397,9 @@ def test_the_command(model, traced, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["verdict"] == "different" and found["faults"] == [] and "--model" in found["coverage"]["note"]
     assert found["first_divergence"]["tap"] == "logits"
-    assert (tmp_path / "h.html").read_text().startswith("<!doctype html>") and (tmp_path / "j.xml").exists()
+    page = (tmp_path / "h.html").read_text()
+    assert page.startswith("<!doctype html>") and (tmp_path / "j.xml").exists()
+    assert f"<pre>llmjax compare {tmp_path / 'ref'} {tmp_path / 'bad'} --json --no-compile-cache" in page
     assert main(["compare", str(tmp_path / "ref"), "--no-compile-cache"]) == 2
 
 
