@@ -2,9 +2,9 @@
 
     python scripts/kill_training.py --kills 20
 
-A tiny model of random weights is trained on some rows.  The run is killed with SIGKILL at a random time (in its start,
-after a random number of steps, at its end) and started again, until it has been killed that often; then it runs to its
-end.  The adapter must be the same in every byte.
+A tiny model of random weights is trained on some rows.  The run is killed at a random time (in its start, after a
+random number of steps, at its end), with SIGKILL or with Ctrl-C, and started again, until it has been killed that
+often; then it runs to its end.  The adapter must be the same in every byte.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def kill_often(folder: Path, kills: int, steps: int, seed: int) -> dict[str, int
             while _lines(metrics) < further and job.poll() is None:
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.1))
-        job.send_signal(signal.SIGKILL)
+        job.send_signal(rng.choice((signal.SIGKILL, signal.SIGINT)))
         job.communicate()
         ended = job.returncode == 0
         found["end" if ended else "steps" if _lines(metrics) != before or state.exists() else "start"] += 1

@@ -14,7 +14,6 @@ from llmjax.batch import results
 from llmjax.batch.answering import Here, Runner, Task
 from llmjax.batch.files import claimed, send
 from llmjax.batch.index import Index, Totals, Written
-from llmjax.batch.interrupts import Interrupts
 from llmjax.batch.journal import SYNC_SECONDS, Journal
 from llmjax.batch.manifest import Manifest
 from llmjax.batch.progress import PLAIN_SECONDS, Count, Meter, Reporter, rates
@@ -23,6 +22,7 @@ from llmjax.batch.rows import WHOLE, Generating, Shard, Work, count_rows, descri
 from llmjax.batch.tables import is_table
 from llmjax.errors import RequestError, ResumeError
 from llmjax.llm import LLM
+from llmjax.outside.interrupts import Interrupts
 from llmjax.outside.urls import local, shown_url
 from llmjax.runtime.asking import Params
 from llmjax.text.dates import Date, settled

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.errors import ConfigError, OutputError, RequestError, ResumeError, TrainingError, shown
 from llmjax.lora.apply import Lora
 from llmjax.model import Model
+from llmjax.outside.interrupts import Interrupts
 from llmjax.outside.paths import checked_path
 from llmjax.outside.whole import locked
 from llmjax.runtime.memory import size, weight_bytes
@@ -100,7 +102,8 @@ def finetune(
       config: what to do; None for the defaults.
       eval_rows: as rows; never learned from.
       output: a directory: the adapter in PEFT's form, ``metrics.jsonl``, the curves, and, while it runs, the state to
-        go on from.  The same call goes on, to the same bits, after a kill.  None keeps nothing.
+        go on from.  The same call goes on, to the same bits, after a kill; Ctrl-C writes the state behind the step
+        under way before it stops.  None keeps nothing.
       start: an adapter in PEFT's form to train on; its rank, scale and modules win over the configuration's.
       date: what chat templates take for the present.
       report: called after each step.
@@ -174,15 +177,16 @@ class _Run:
     def finish(self, report: Callable[[Report], None], note: Callable[[str], None]) -> Training:
         """Goes on to the end."""
         if self.output is None:
-            return self._finish(report, note)
+            return self._finish(report, note, threading.Event())
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.output}: cannot be made: {error.strerror}") from None
-        with locked(self.output / METRICS):
-            return self._finish(report, note)
+        stop = threading.Event()
+        with locked(self.output / METRICS), Interrupts(stop.set):
+            return self._finish(report, note, stop)
 
-    def _finish(self, report: Callable[[Report], None], note: Callable[[str], None]) -> Training:
+    def _finish(self, report: Callable[[Report], None], note: Callable[[str], None], stop: threading.Event) -> Training:
         identity = self._begin(note) if self.output else {}
         if widest := self._widest():
             note(self._memory(widest))
@@ -201,8 +205,11 @@ class _Run:
                 report(Report(self.state.step, self.steps, self.metrics[-1], left))
                 if self.progress.finished:
                     break
-                if self.output and self.state.step % self.config.checkpoint_every == 0:
+                if self.output and (stop.is_set() or self.state.step % self.config.checkpoint_every == 0):
                     self._checkpoint(identity)
+                if stop.is_set():
+                    note(f"{self.output}: stopped after step {self.state.step} of {self.steps}; the same run goes on")
+                    raise KeyboardInterrupt
             self.progress.finished = self.progress.finished or f"all {self.steps} steps are done"
         except TrainingError as error:
             if self.output:

@@ -20,11 +20,11 @@ import pytest
 from llmjax import LLM, SamplingParams
 from llmjax.batch import dryrun, job, progress
 from llmjax.batch.files import locked
-from llmjax.batch.interrupts import Interrupts
 from llmjax.batch.job import Options
 from llmjax.batch.journal import Journal
 from llmjax.batch.rows import InputRow
 from llmjax.errors import CheckpointError, RequestError, ResumeError
+from llmjax.outside.interrupts import Interrupts
 from llmjax.text import dates
 from tests import tiny
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import signal
 import textwrap
 from functools import partial
 from pathlib import Path
@@ -183,21 +184,27 @@ def test_what_is_saved_is_what_was_trained(whole, model, tmp_path):
     )
 
 
-@pytest.mark.parametrize("at", [slow(1), 4, slow(5)])
-def test_a_run_that_was_cut_short_ends_in_the_same_bits(whole, model, tmp_path, at):
+@pytest.mark.parametrize(("at", "gently"), [slow(1, False), (4, False), slow(5, False), (5, True)])
+def test_a_run_that_was_cut_short_ends_in_the_same_bits(whole, model, tmp_path, at, gently):
+    """By a kill, after which it goes on from its last state; or by Ctrl-C, before which it writes one more."""
+
     def stop(report):
         if report.step == at:
-            raise KeyboardInterrupt
+            if not gently:
+                raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
     result, folder = whole
     config = dataclasses.replace(CONFIG, eval_every=2)
     arguments = {"eval_rows": rows(4, seed=1), "output": tmp_path}
-    with pytest.raises(KeyboardInterrupt):
-        llmjax.finetune(model, rows(10), config, report=stop, **arguments)
-    assert not (tmp_path / "adapter_model.safetensors").exists()
     notes = []
+    with pytest.raises(KeyboardInterrupt):
+        llmjax.finetune(model, rows(10), config, report=stop, note=notes.append, **arguments)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    assert any(f"stopped after step {at} of 9; the same run goes on" in note for note in notes) == gently
     again = llmjax.finetune(model, rows(10), config, note=notes.append, **arguments)
-    assert any(f"goes on after step {(at - 1) // 2 * 2} of 9" in note for note in notes) == (at > 1)
+    state = at if gently else (at - 1) // 2 * 2
+    assert any(f"goes on after step {state} of 9" in note for note in notes) == (at > 1)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
     drop = {"seconds": 0}

@@ -1,4 +1,4 @@
-"""Ctrl-C in a job: the first asks it to stop, the second stops it."""
+"""Ctrl-C in a job or a training run: the first asks it to stop, the second stops it."""
 
 import contextlib
 import os
@@ -35,7 +35,7 @@ class Interrupts:
                     self._heard += 1
                     self._ask()
                     if self._heard == 1:
-                        _say("stopping after the step under way; what is answered stays; once more stops at once")
+                        _say("stopping after the step under way; what is done stays; once more stops at once")
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._handled += 1
