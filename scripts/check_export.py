@@ -17,6 +17,7 @@ and how many of LiteRT-LM's greedy ids are the interpreter's.
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 import warnings
@@ -34,7 +35,7 @@ from llmjax.litert.graph import Graph  # noqa: E402
 from llmjax.litert.loading import open_graph  # noqa: E402
 from tests.lite import Lite  # noqa: E402
 from tests.parity import golden  # noqa: E402
-from tests.unit.test_litert_export import CASES, FIRST, KINDS  # noqa: E402
+from tests.unit.test_litert_export import CASES, KINDS  # noqa: E402
 
 RECIPES = {
     "none": (None, "dynamic-int8", "none"),
@@ -120,11 +121,10 @@ def greedy(path: Path, folder: Path, prompt: list[int], vocabulary: int, context
 def check(name: str, path: Path, recipe: str, real: Path | None) -> bool:
     """Prints the line of one file; whether it is right."""
     quantize, activations, theirs = RECIPES[recipe]
-    context = FIRST.get(name, 64)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "x.tflite"
         model = llmjax.load(path)
-        context = min(context, model.context_length)
+        context = int(min(64, model.context_length, model.config.renewal or math.inf))
         lengths = tuple(n for n in LENGTHS if n < context)
         export_graph(path, file, quantize=quantize, activations=activations, context=context, prefill_lengths=lengths)
         ids = np.random.default_rng(0).integers(4, min(250, model.config.vocab_size), context).tolist()
