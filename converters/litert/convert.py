@@ -135,7 +135,8 @@ def convert_source(
                 graph_file.unlink()
             if job.verify:
                 try:
-                    found = proof.prove(place, job.source, job.plan, job.recipe, job.merges, job.tokenizer)
+                    quantized = job.recipe is not None
+                    found = proof.prove(place, job.source, job.plan, export.forms, quantized, job.merges, job.tokenizer)
                 except RequestError as error:  # logits that are no numbers
                     raise CheckpointError(f"{path}: cannot be run against the checkpoint: {error}") from None
                 announce(found.to_text())

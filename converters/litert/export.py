@@ -134,6 +134,7 @@ class Export:
 
     Attributes:
       graph: what is written.
+      forms: of the weights, by parameter.
 
     Raises:
       ConfigError: see ``export_graph``.
@@ -159,6 +160,7 @@ class Export:
             _signature(plan.config, {**small, **self._weights}, length, context, activations, decode=decode)
             for length, decode in (*((n, False) for n in lengths), (1, True))
         ]
+        self.forms = {name: weight.form for name, weight in self._weights.items()}
         parts = {part.name: part for weight in self._weights.values() for part in weight.parts}
         self._file = File(graphs, parts, _record(source, plan, override, small))
         self.graph = ExportedGraph(

@@ -32,7 +32,6 @@ from llmjax.oracle.comparison import Comparison
 from llmjax.oracle.trace import Trace
 from llmjax.quant.arrays import aligned, row_chunks
 from llmjax.quant.qtensor import dequantize
-from llmjax.quant.schemes import Recipe
 from llmjax.text.tokenizer import Tokenizer
 
 _TEXT = "The quick brown fox jumps over the lazy dog. In 1905 she wrote: 3.14 is not 22/7, but it is near."
@@ -83,7 +82,13 @@ class Proof:
 
 
 def prove(
-    path: Path, source: Source, plan: Plan, recipe: Recipe | None, merges: Sequence[Merge], tokenizer: Tokenizer | None
+    path: Path,
+    source: Source,
+    plan: Plan,
+    forms: Mapping[str, Form],
+    quantized: bool,
+    merges: Sequence[Merge],
+    tokenizer: Tokenizer | None,
 ) -> Proof:
     """Runs a file and its checkpoint, a layer at a time: see ``converters.litert.follow``.
 
@@ -91,7 +96,8 @@ def prove(
       path: of the graph, or of the bundle.
       source: the checkpoint.
       plan: how it is read.
-      recipe: how it was quantized.
+      forms: of the weights in the file, by parameter.
+      quantized: whether it was to be; what that cost is then stated.
       merges: the adapter, once for each time that the weights are read: two.
       tokenizer: the checkpoint's.
 
@@ -104,7 +110,6 @@ def prove(
     wanted = [[call.start for call in run if call.ports is decode] for run in runs]
     places = sorted({place for each in wanted for place in each})
     distance, shapes = Distance(), {a.parameter: a.shape for a in plan.assignments}
-    forms = {name: weight.form for name, weight in weights_lib.split(source, plan, recipe, merges[0])[1].items()}
     exact = resolve(REFERENCE, jnp.dtype(jnp.float32))
 
     def load(forms: Mapping[str, Form], merge: Merge, name: str) -> np.ndarray:
@@ -126,7 +131,7 @@ def prove(
     if settled(file, profile).digits == 1:
         (run,) = GraphRuns(file, [decode], settled(file, profile)).logits(ids, runs[:1])
         as_run = _compared(ours[0], run, first, "dynamic_int8")
-    if recipe is not None:
+    if quantized:
         of = functools.partial(load, {}, merges[1])
         unrounded = model_logits(plan.config, shapes, of, exact, first, range(len(first)))
         to_float = _compared(unrounded, run, first, "int4")

@@ -86,7 +86,7 @@ def quick(monkeypatch, written):
         context = args[-2]
         caches = {"kv_cache_k_0": (1, 2, context, 8)}
         facts = ExportedGraph(None, ("prefill_4", "decode"), context, caches, len(graph), 9)
-        return types.SimpleNamespace(graph=facts, write=lambda file, report: file.write(graph))
+        return types.SimpleNamespace(graph=facts, forms={}, write=lambda file, report: file.write(graph))
 
     monkeypatch.setattr(convert, "Export", export)
 
