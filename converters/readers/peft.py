@@ -27,7 +27,7 @@ _FOREIGN = (
     (r"\.lora_[AB]\.", "factors of several adapters, expected one adapter a file"),
     (
         r"\.base_layer\.weight$",
-        "a whole weight of the base, as PEFT saves it beside a head's factors, which is not supported; save the adapter "
+        "a whole weight of the base, as PEFT saves it beside a head's factors, not supported; save the adapter "
         "with save_embedding_layers=False",
     ),
     (r"\.weight$", "a whole weight (modules_to_save), not a low-rank update; it is not supported"),
