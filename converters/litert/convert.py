@@ -19,6 +19,7 @@ from converters.litert.metadata import llm_metadata, stop_ids, stop_texts
 from converters.litert.templates import Carried
 from converters.mediapipe import bundle
 from converters.readers.source import Source
+from llmjax.checkpoint.ends import generation
 from llmjax.checkpoint.graph_source import open_checkpoint
 from llmjax.checkpoint.loading import find_model, read_override
 from llmjax.checkpoint.parameters import OnParameter
@@ -286,8 +287,7 @@ def _sections(job: _Job, context: int, config: Any) -> list[container.Section]:
     tokenizer, model = _required(job.tokenizer), job.plan.config
     facts = describe(job.source, read_override(config))[0]
     model_type = str(facts.get("model_type", job.plan.architecture.model_type))
-    generation = job.source.generation_config or {}
-    metadata = llm_metadata(tokenizer, job.carried, model_type, context, model.vocab_size, generation)
+    metadata = llm_metadata(tokenizer, job.carried, model_type, context, model.vocab_size, generation(job.source))
     return [
         container.Section("LlmMetadataProto", metadata.SerializeToString(deterministic=True)),
         vocabulary.section(job.source, tokenizer, model.vocab_size),

@@ -25,6 +25,11 @@ _FOREIGN = (
     (r"lora_embedding_[AB]", "a trained embedding is not supported, expected projections alone"),
     (r"\.bias$|lora_bias", "a trained bias is not supported, expected bias 'none'"),
     (r"\.lora_[AB]\.", "factors of several adapters, expected one adapter a file"),
+    (
+        r"\.base_layer\.weight$",
+        "a whole weight of the base, as PEFT saves it beside a head's factors, not supported; save the adapter "
+        "with save_embedding_layers=False",
+    ),
     (r"\.weight$", "a whole weight (modules_to_save), not a low-rank update; it is not supported"),
 )
 

@@ -1,4 +1,4 @@
-"""Which tokens end a text: read here, whatever file says so."""
+"""Which tokens end a text, and what else a checkpoint says of generation: read here, whatever file says so."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,6 +35,11 @@ def end_tokens(source: Source, tokenizer: Tokenizer | None, override: Override =
             own, file = source.config, "config.json"
         found = _ids(own, str(source.directory / file)) or set()
     return tuple(sorted(found.union(tokenizer.eos_ids if tokenizer else ())))
+
+
+def generation(source: Source) -> Mapping[str, Any]:
+    """``generation_config.json``; without one ``config.json``, which held the same keys once (as transformers does)."""
+    return source.config if source.generation_config is None else source.generation_config
 
 
 def _ids(config: Mapping[str, Any], where: str) -> set[int] | None:

@@ -136,11 +136,11 @@ def _phi3(e: Keys, c: Config) -> None:
     if e.has(LONG_FACTORS):
         dims = e.size("rope.dimension_count", c["head_dim"])
         factors = [1.0] * (dims // 2)
+        c["original_max_position_embeddings"] = e.size("rope.scaling.original_context_length")
         c["rope_scaling"] = {
             "rope_type": "longrope",
             "short_factor": factors,
             "long_factor": factors,
-            "original_max_position_embeddings": e.size("rope.scaling.original_context_length"),
             "attention_factor": e.number("rope.scaling.attn_factor", 1.0),
         }
     rope(e, c, partial=True, also="longrope")

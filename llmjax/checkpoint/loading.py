@@ -18,7 +18,7 @@ from converters.readers.opening import is_graph, open_source
 from converters.readers.source import Source
 from llmjax import configs
 from llmjax import numerics as numerics_lib
-from llmjax.checkpoint.ends import end_tokens
+from llmjax.checkpoint.ends import end_tokens, generation
 from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.checkpoint.mediapipe_config import emulated, find
 from llmjax.checkpoint.parameters import is_packed, made, random_rows, read_all
@@ -181,7 +181,7 @@ def load(
         lora=adapter.path if adapter else None,
         origin=Origin(params, source.files, recipe, adapters),
         numerics_chosen=chosen,
-        generation_config=source.generation_config or {},
+        generation_config=generation(source),
     )
 
 

@@ -46,6 +46,7 @@ class FalconConfig(DecoderConfig):
         r.expect("n_embed", (hidden,), hidden)
         grouped = r.flag("new_decoder_architecture", False)
         alibi, parallel = r.flag("alibi", False), r.flag("parallel_attn", True)
+        r.context = r.size("max_position_embeddings", 2048)
         if alibi:
             r.ignore("rope_theta", "rope_scaling", "rope_parameters")
         return cls(
@@ -56,7 +57,7 @@ class FalconConfig(DecoderConfig):
             num_attention_heads=heads,
             num_key_value_heads=_kv_heads(r, heads, grouped),
             head_dim=width,
-            max_position_embeddings=r.size("max_position_embeddings", 2048),
+            max_position_embeddings=r.context,
             tie_word_embeddings=r.flag("tie_word_embeddings", True),
             layer_norm_epsilon=r.number("layer_norm_epsilon", 1e-5),
             activation=r.activation("activation", "gelu"),

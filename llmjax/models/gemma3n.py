@@ -65,6 +65,10 @@ class Gemma3nConfig(SharingConfig):
         """See ``DecoderConfig``; each layer's own input stands in a place of its own."""
         return self.num_hidden_layers
 
+    def unused(self) -> tuple[str, ...]:
+        """See ``SharingConfig``; transformers saves a scale that it does not apply, too."""
+        return (*super().unused(), *(() if self.correct_scale else (r"layers\.\d+\.altup\.correct_output_scale",)))
+
     @classmethod
     def from_hf(cls, r: Reader) -> Self:
         """See ``DecoderConfig.from_hf``."""

@@ -46,7 +46,8 @@ class Gemma4Config(SharingConfig):
     final_logit_softcapping: float | None
     local_rope: Rope
     global_rope: Rope
-    global_heads: tuple[int, int]  # K and H of global layers
+    global_kv_heads: int  # K of global layers
+    global_head_dim: int  # and their H
     keys_are_values: bool  # in global layers
     wide_takers: bool  # layers that take keys and values have an MLP twice as wide
     per_layer_size: int  # P; 0 for none
@@ -64,9 +65,15 @@ class Gemma4Config(SharingConfig):
         """See ``DecoderConfig``; each layer's own input stands in a place of its own."""
         return self.num_hidden_layers if self.per_layer_size else super().period
 
+    def heads(self, window: int | None) -> tuple[int, int]:
+        """``(K, H)`` of layers with such a window, None for global ones."""
+        if window is None:
+            return self.global_kv_heads, self.global_head_dim
+        return self.num_key_value_heads, self.head_dim
+
     def attention(self, layer: int) -> tuple[int, int]:
         """See ``DecoderConfig.attention``."""
-        return self.global_heads if self.windows[layer] is None else (self.num_key_value_heads, self.head_dim)
+        return self.heads(self.windows[layer])
 
     @classmethod
     def from_hf(cls, r: Reader) -> Self:
@@ -100,7 +107,8 @@ class Gemma4Config(SharingConfig):
             final_logit_softcapping=r.optional_number("final_logit_softcapping"),
             local_rope=r.rope(local[1], layer_type=SLIDING, scaling_key=None),
             global_rope=r.rope(wide[1], layer_type=FULL, scaling_key=None),
-            global_heads=wide,
+            global_kv_heads=wide[0],
+            global_head_dim=wide[1],
             keys_are_values=keys_are_values,
             wide_takers=r.flag("use_double_wide_mlp", False),
             per_layer_size=size,
@@ -196,7 +204,7 @@ class Block(nn.Module):
         is_global = self.window is None
         attention = SharingAttention(
             c.num_attention_heads,
-            *(c.global_heads if is_global else (c.num_key_value_heads, c.head_dim)),
+            *c.heads(self.window),
             FULL if self.window is None else SLIDING,
             Scores(scale=1.0, window=self.window),
             c.global_rope if is_global else c.local_rope,

@@ -188,6 +188,7 @@ class Reader:
             if value is not None and not isinstance(value, dict):
                 self.problem(f"{key}: expected an object, found {shown(value)}")
             elif value:
+                self._check_same(entries, value, f"{scaling_key} and {key}", layer_type is not None)
                 entries.update(value)
         for key in known:
             entries.pop(key, None)
@@ -203,6 +204,19 @@ class Reader:
             self.problem(f"partial_rotary_factor: {shown(fraction)} is not supported here, expected 1.0")
             fraction = 1.0
         return self._build_rope(spec, theta, fraction, head_dim)
+
+    def _check_same(self, old: dict[str, Any], new: dict[str, Any], what: str, partly: bool) -> None:
+        """Refuses two descriptions of one rope that differ (transformers takes the older); ``partly``: the newer
+        may say more."""
+
+        def plain(entries: dict[str, Any]) -> dict[str, Any]:
+            kind = entries.get("rope_type", entries.get("type"))
+            return {k: v for k, v in {**entries, "rope_type": kind, "type": None}.items() if v is not None}
+
+        beside = {key: self._config.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+        rest = plain(new if partly else beside)
+        if old and rest | plain(old) != rest | plain(new):
+            self.problem(f"{what}: two descriptions of one rope, and different ones; keep the one that is meant")
 
     def _build_rope(self, spec: RopeSpec, theta: Any, fraction: Any, head_dim: int) -> Rope:
         theta = self._found("rope_theta", theta, POSITIVE_NUMBER, 1.0)

@@ -49,8 +49,9 @@ class Ministral3Config(LlamaConfig):
     def from_hf(cls, r: Reader) -> Self:
         """See ``DecoderConfig.from_hf``."""
         shared = dimensions(r, tied=False, context=262144, kv_heads=8, head_dim=128)
-        r.default("rope_parameters", _ROPE)
-        ropes: Any = r.get("rope_parameters")
+        if not r.get("rope_scaling"):
+            r.default("rope_parameters", _ROPE)
+        ropes: Any = r.get("rope_scaling") or r.get("rope_parameters")
         ropes = ropes if isinstance(ropes, dict) else _ROPE
         beta, original = ropes.get("llama_4_scaling_beta"), ropes.get("original_max_position_embeddings")
         if problem := _BETA.problem(beta):
@@ -64,7 +65,7 @@ class Ministral3Config(LlamaConfig):
             **shared,
             rms_norm_eps=r.number("rms_norm_eps", 1e-5),
             hidden_act=r.activation("hidden_act", "silu"),
-            rope=r.rope(shared["head_dim"], theta=1e6, known=("llama_4_scaling_beta",)),
+            rope=r.rope(shared["head_dim"], known=("llama_4_scaling_beta",)),
             windows=(window,) * shared["num_hidden_layers"],
             beta=float(beta),
             original=original,

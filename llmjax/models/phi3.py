@@ -18,6 +18,7 @@ class Phi3Config(LlamaConfig):
         """See ``DecoderConfig.from_hf``."""
         shared = dimensions(r, tied=False, context=4096)
         r.expect("attention_bias", (False,), False)
+        r.default("original_max_position_embeddings", 4096)  # transformers', whatever the rope itself says
         r.ignore("original_max_position_embeddings")  # with other ropes than those that want it
         # What Phi-4's files have beside, and no version of transformers reads.
         r.ignore("interpolate_factor", "full_attn_mod", "lm_head_bias", "mlp_bias", "embd_layer")

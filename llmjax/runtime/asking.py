@@ -71,7 +71,7 @@ class Asking:
         self.seed = SamplingParams(seed=seed).seed or 0  # refused where it is none
         own = model.generation_config if generation_config == "auto" else {}
         where = f"{model.path}: generation_config.json"
-        self.generation = sampling_defaults(own, where)
+        self.generation = sampling_defaults(own, model.context_length, where)
         self.suppressed = suppressed(own, model.config.vocab_size, where)
         self.chat_options = _checked_chat(chat)
         if "chat_template" in self.chat_options:  # a broken one fails before the first of many rows

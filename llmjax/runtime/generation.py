@@ -39,15 +39,24 @@ _NEUTRAL: dict[str, Any] = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
     "guidance_scale": 1.0,
+    "min_length": 0,
+    "max_time": None,
+    "num_return_sequences": 1,
+    "constraints": [],
+    "force_words_ids": [],
+    "watermarking_config": {},
+    "token_healing": False,
+    "dola_layers": None,
 }
 
 
-def sampling_defaults(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+def sampling_defaults(config: Mapping[str, Any], context: int, where: str) -> dict[str, Any]:
     """Fields of ``SamplingParams`` that the file sets; a text that is not sampled there (``do_sample`` false) is greedy
     here.  What it asks for beside those, and llmjax does not do, is warned of.
 
     Args:
       config: its keys; null says nothing.
+      context: of the model, in tokens.
       where: the file, for messages.
 
     Raises:
@@ -69,6 +78,9 @@ def sampling_defaults(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{where}: {error}; correct it, or take the plain defaults (generation_config='none')"
         ) from None
     left = [name for name, neutral in _NEUTRAL.items() if name in config and config[name] != neutral]
+    longest = config.get("max_length")  # prompt and answer; 20 is transformers' for nobody said anything
+    if longest is not None and longest != 20 and not (isinstance(longest, int) and longest >= context):
+        left.append("max_length")
     if left:
         warnings.warn(f"{where}: not heeded, for llmjax does not do it: {', '.join(left)}", stacklevel=4)
     return found

@@ -102,6 +102,26 @@ def test_both_rope_dialects(kind):
 
 
 @ROTARY
+def test_two_descriptions_of_one_rope_must_agree(kind):
+    """transformers takes the older one and drops the newer whole, its base, too."""
+    linear = {"rope_type": "linear", "factor": 2.0}
+    both = read(kind, rope_theta=5e3, rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters=linear)
+    assert both == read(kind, rope_theta=5e3, rope_scaling=linear)
+    assert read(kind, rope_scaling={}, rope_parameters=linear) == read(kind, rope_scaling=linear)
+    for other in ({"factor": 3.0}, {"rope_type": "dynamic"}, {"rope_theta": 7.0}):
+        message = refusal(kind, rope_scaling=linear, rope_parameters=linear | other)
+        assert "rope_scaling and rope_parameters: two descriptions of one rope" in message
+
+
+def test_descriptions_of_global_layers_must_agree():
+    parameters = {"full_attention": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 7.0}}
+    both = read("olmo3", rope_scaling={"type": "yarn", "factor": 4.0}, rope_parameters=parameters)
+    assert both == read("olmo3", rope_parameters=parameters)
+    message = refusal("olmo3", rope_scaling={"type": "yarn", "factor": 2.0}, rope_parameters=parameters)
+    assert "rope_scaling and rope_parameters.full_attention: two descriptions" in message
+
+
+@ROTARY
 def test_other_rope_types_are_refused(kind):
     message = refusal(kind, rope_parameters={"rope_type": "axial", "factor": 2.0})
     assert "rope_type: 'axial' is not supported" in message
@@ -127,6 +147,20 @@ class TestRopeTypes:
         config = read("llama", rope_scaling={"type": "dynamic", "factor": 4.0}, max_position_embeddings=64)
         assert [config.length_kind(n) for n in (1, 64, 65)] == [64, 64, 65] and config.renewal is None
 
+    def test_the_declared_context_of_every_kind(self):
+        """Where ropes are one for all layers."""
+        for kind in sorted(set(MINIMAL) - SEVERAL - {"phi3"}):
+            config = read(kind, rope_scaling={"type": "dynamic", "factor": 4.0}, max_position_embeddings=64, alibi=None)
+            assert config.rope.scaling == Dynamic(4.0, 64), kind
+
+    def test_ministral3(self):
+        """Its default is one object: a rope given in part has no part of it."""
+        assert read("ministral3").rope.theta == 1e6
+        own = {k: v for k, v in MINISTRAL.items() if k != "rope_theta"}
+        for dialect in ("rope_scaling", "rope_parameters"):
+            config = read("ministral3", **{dialect: own | {"factor": 3.0}})
+            assert (config.rope.theta, config.rope.scaling.factor, config.beta) == (1e4, 3.0, 0.1)
+
     def test_a_local_base_is_not_the_global_one(self):
         """OLMo 3: transformers' one base is for global layers, and their scaling as well."""
         scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8}
@@ -134,11 +168,22 @@ class TestRopeTypes:
         assert (config.rope.theta, config.local_rope.theta) == (1e4, 5e5)
         assert (config.rope.scaling, config.local_rope.scaling) == (Yarn(8.0, 8.0), None)
 
+    def test_two_global_layers_shortened(self):
+        """Not every pair is about two layers."""
+        config = read("gemma4_text", num_hidden_layers=2, layer_types=["full_attention"] * 2, global_head_dim=24)
+        assert config.shortened(1).attention(0) == config.attention(1) == (4, 24)
+
     def test_proportional(self):
         rope = read("gemma4_text").global_rope
         assert (rope.theta, rope.dims, rope.turning) == (1e6, 512, 64)
         assert np.count_nonzero(rope.frequencies()) == 64
         assert read("gemma4_text").local_rope == Rope(1e4, 256)
+
+
+def test_a_scale_that_transformers_saves_and_does_not_apply():
+    architecture, name = architectures()["gemma3n_text"], "model.layers.3.altup.correct_output_scale"
+    assert architecture.drops(name, read("gemma3n_text", altup_correct_scale=False))
+    assert not architecture.drops(name, read("gemma3n_text"))
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"])
@@ -391,6 +436,12 @@ class TestPhi3:
         assert [config.length_kind(n) for n in (1, 16, 17)] == [0, 0, 1]
         message = refusal("phi3", rope_scaling=scaling | {"short_factor": [1.0] * 7}, **own)
         assert "rope parameter short_factor: expected 8 positive numbers" in message
+
+    def test_the_original_context_stands_beside_the_rope(self):
+        """transformers reads it there, 4096 where it is absent, whatever the rope says."""
+        scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+        rope = read("phi3", rope_scaling=scaling | {"original_max_position_embeddings": 16}).rope
+        assert rope.scaling.original == 4096
 
     def test_no_biases(self):
         assert read("phi3", attention_bias=False, original_max_position_embeddings=4096) == read("phi3")

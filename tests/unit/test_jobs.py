@@ -250,18 +250,30 @@ def test_the_models_own_sampling_settings(llm, folder, tmp_path):
 
 
 def test_settings_of_a_generation_config():
-    assert sampling_defaults({"temperature": 0.6, "do_sample": True, "stop_strings": ["x"]}, "f") == {
-        "temperature": 0.6,
-        "stop": ["x"],
-    }
-    assert (
-        sampling_defaults({"num_beams": 1, "typical_p": 1.0, "transformers_version": "5", "bos_token_id": 1}, "f") == {}
-    )
+    def defaults(config):
+        return sampling_defaults(config, 64, "f")
+
+    own = {"temperature": 0.6, "do_sample": True, "stop_strings": ["x"]}
+    assert defaults(own) == {"temperature": 0.6, "stop": ["x"]}
+    neutral = {"num_beams": 1, "typical_p": 1.0, "min_length": 0, "transformers_version": "5", "bos_token_id": 1}
+    for longest in (20, 64, 4096):  # what transformers has for none, the context, and more
+        assert defaults(neutral | {"max_length": longest}) == {}
     with pytest.warns(UserWarning, match="f: not heeded, for llmjax does not do it: num_beams, no_repeat_ngram_size"):
-        sampling_defaults({"num_beams": 4, "no_repeat_ngram_size": 3}, "f")
+        defaults({"num_beams": 4, "no_repeat_ngram_size": 3})
+    with pytest.warns(UserWarning, match="not heeded, for llmjax does not do it: min_length, max_length"):
+        defaults({"min_length": 9, "max_length": 40})
     for wrong in ({"temperature": -1}, {"do_sample": "yes"}, {"top_p": "x"}):
         with pytest.raises(ConfigError, match=f"^f: {next(iter(wrong))}: expected"):
-            sampling_defaults(wrong, "f")
+            defaults(wrong)
+
+
+def test_settings_in_config_json(tmp_path):
+    """Where transformers finds them, too, without a generation_config.json."""
+    path = tiny.checkpoint(tmp_path, repetition_penalty=1.5, suppress_tokens=[3, 4], do_sample=False)
+    llm = LLM(path)
+    assert (llm.generation, llm.suppressed) == ({"repetition_penalty": 1.5, "temperature": 0.0}, (3, 4))
+    (path / "generation_config.json").write_text('{"top_k": 3}')
+    assert LLM(path).generation == {"top_k": 3}
 
 
 def test_a_system_message_where_the_template_has_no_place_for_it(llm, tmp_path):
