@@ -35,7 +35,6 @@ from llmjax.outside.whole import expect_new, whole_file
 from llmjax.quant.schemes import Recipe, parse
 from llmjax.runtime import memory
 from llmjax.runtime.generation import FILE as GENERATION_CONFIG
-from llmjax.runtime.generation import sampling_defaults
 from llmjax.runtime.params import SamplingParams
 from llmjax.text.tokenizer import Tokenizer
 
@@ -160,7 +159,7 @@ def _prepared(
         tokenizer, carried = None, Carried()
         if to != "tflite":
             tokenizer = _with_template(vocabulary.tokenizer_of(opened, override, rows), chat_template)
-            tokenizer = _with_stops(tokenizer, opened.generation_config or {})
+            tokenizer = _with_stops(tokenizer, opened)
             carried = templates.around_turns(tokenizer) if to == "task" else templates.carry(tokenizer)
             _tell(tokenizer, carried)
         adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
@@ -258,10 +257,13 @@ def _with_template(tokenizer: Tokenizer, given: str | Path | None) -> Tokenizer:
     return dataclasses.replace(tokenizer, chat_template=template, where=str(path))
 
 
-def _with_stops(tokenizer: Tokenizer, generation_config: Mapping[str, Any]) -> Tokenizer:
+def _with_stops(tokenizer: Tokenizer, source: Source) -> Tokenizer:
     """Ends texts where the checkpoint's own ``stop_strings`` end them, too."""
-    found = sampling_defaults({"stop_strings": generation_config.get("stop_strings")}, GENERATION_CONFIG)
-    return dataclasses.replace(tokenizer, stop=(*tokenizer.stop, *SamplingParams(**found).stop))
+    try:
+        found = SamplingParams(stop=generation(source).get("stop_strings") or ())
+    except RequestError as error:
+        raise ConfigError(f"{GENERATION_CONFIG}: stop_strings: {error}") from None
+    return dataclasses.replace(tokenizer, stop=(*tokenizer.stop, *found.stop))
 
 
 def _tell(tokenizer: Tokenizer, carried: Carried) -> None:

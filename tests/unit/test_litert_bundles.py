@@ -266,7 +266,7 @@ def test_texts_that_end_a_text(source, tmp_path, quick):
 @pytest.mark.parametrize("stops", [3, [""], [["a"]]])
 def test_what_is_no_text_that_ends_one(source, tmp_path, stops):
     folder = copied(source, tmp_path / "m", generation_config__json={"stop_strings": stops})
-    with pytest.raises(LlmjaxError, match="generation_config.json: stop: expected"):
+    with pytest.raises(LlmjaxError, match="generation_config.json: stop_strings: stop: expected"):
         writing.convert(folder, tmp_path / "m.litertlm", to="litertlm", **SMALL)
 
 
