@@ -27,7 +27,6 @@ from llmjax.products.sums import total
 from llmjax.products.tiles import rows_dot
 from llmjax.quant.qtensor import QTensor, columns, halves, integers
 
-
 # Rows that are few: a card's arithmetic on four bits is then no slower than its memory.
 FEW = 4
 
