@@ -1,0 +1,413 @@
+"""Compiles llmjax's programs for an NVIDIA H100 on a machine without one, and says what they would do there:
+
+    pip install 'llmjax[cuda]' && python scripts/gpu_programs.py --kinds bfloat16 int4 --programs decode-1 prefill-2048
+
+A line a program: kernels of a call (of a loop, one turn; of a branch, where rows ask for nothing special), how many of
+them lie in command buffers (the others are launched one by one), bytes they read and write beside those that must be
+read (weights as they are stored, the cache in use), temporaries, buffers updated in place, loops and branches whose
+predicates the host waits for, each at every turn; then every kernel that makes an array of a weight, products of
+float32 that may be rounded to TF32, and calls of the host.  From shapes alone: no weights are made.  What a card
+decides by trying, the tiles of its products, is not seen here.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    DUMP = tempfile.TemporaryDirectory()  # where XLA says which kernels lie in command buffers
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # or it would say nothing
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={DUMP.name}"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llmjax import configs
+from llmjax.checkpoint.loading import parameter_shapes
+from llmjax.checkpoint.parameters import made
+from llmjax.models.registry import read_config
+from llmjax.models.tree import path_of, put_at
+from llmjax.numerics import resolve
+from llmjax.quant import schemes
+from llmjax.runtime.cache import _longer, make_cache
+from llmjax.runtime.decode import BURST, decode
+from llmjax.runtime.prefill import prefill
+from llmjax.runtime.sampling import draw
+from llmjax.runtime.scoring import score_texts
+from llmjax.runtime.state import empty_state
+
+KINDS = ("bfloat16", "int8", "int4", "int4-g32", "int4-asym")
+PROGRAMS = ("decode-1", "decode-64", "prefill-128", "prefill-2048", "draw-1", "score-8", "grow")
+BLOCK, PAGES = 128, 8  # of the cache: positions in half a page, pages of a row
+
+
+@cache
+def on_card() -> NamedSharding:
+    """Where the arrays would lie."""
+    target = Path(__file__).with_name("h100.txtpb").read_text()
+    card = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target)
+    return NamedSharding(topologies.make_mesh(card, (1,), ("x",)), PartitionSpec())
+
+
+@cache
+def shapes_of(model: str, kind: str, layers: int | None) -> tuple[Any, dict[str, Any]]:
+    """A configuration and the parameters that a model of it has, as shapes."""
+    facts = configs.read(model)["config"]
+    _, config = read_config(facts | ({} if layers is None else {"num_hidden_layers": layers}), model)
+    recipe = schemes.parse(kind) if kind.startswith("int") else None
+    params: dict[str, Any] = {}
+    for name, shape in parameter_shapes(config).items():
+        scheme = recipe.scheme(name) if recipe else None
+        leaf: Any = jax.ShapeDtypeStruct(shape, "bfloat16" if recipe else kind)
+        if scheme is not None:  # of one row, which is as the others are
+            row = made(lambda start, stop, width=shape[1]: np.ones((1, width), np.float32), (1, shape[1]),
+                       np.dtype(np.float32), scheme, name)  # fmt: skip
+            leaf = jax.tree.map(lambda x, out=shape[0]: jax.ShapeDtypeStruct((out, *x.shape[1:]), x.dtype), row)
+        put_at(params, path_of(name), leaf)
+    return config, params
+
+
+def nbytes(tree: Any) -> int:
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A program, for the card.
+
+    Attributes:
+      name: of the program.
+      text: its optimized HLO.
+      memory: ``jax.stages.Compiled.memory_analysis``.
+      state: bytes it is given to update in place.
+      weights: by parameter number of the program, shapes of the weights' arrays; of scales those of groups.
+      must: bytes that it must read.
+      in_use: of them the cache's.
+    """
+
+    name: str
+    text: str
+    memory: Any
+    state: int
+    weights: dict[int, tuple[int, ...]]
+    must: int
+    in_use: int
+
+
+def compiled(
+    name: str, kind: str, profile: str, model: str = "config:gemma-2b", layers: int | None = None, tokens: int = 2048
+) -> Compiled:
+    """A program of ``PROGRAMS`` (any number after the dash) of a model whose rows have a cache of ``tokens``."""
+    config, params = shapes_of(model, kind, layers)
+    numerics = resolve(profile, jnp.dtype(jnp.float32 if kind.startswith("int") else kind))
+    what, _, number = name.partition("-")
+    count = int(number or 1)
+    slots = count if what in ("decode", "draw") else 1
+    table = tokens // (2 * BLOCK)
+    state = jax.eval_shape(
+        lambda: empty_state(
+            make_cache(config, numerics, slots * table + 1, 2 * BLOCK), slots, tokens, config.vocab_size
+        )
+    )
+
+    def array(*shape: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    static, donated, in_use = (config.module(), numerics, BLOCK), 1, nbytes(state.cache)
+    function: Any
+    args: tuple[Any, ...]
+    if what == "decode":
+        going, refill = array(slots, dtype=jnp.bool_), array(dtype=jnp.bool_)
+        function = partial(decode, *static, None)
+        args = (params, state, array(slots, table), array(slots, BURST), going, array(), refill)
+    elif what == "prefill":
+        function = partial(prefill, *static)
+        args = (params, state, array(1, count), array(), array(table), *[array()] * 4)
+    elif what == "score":
+        function, donated, in_use = partial(score_texts, *static[:2]), (), 0
+        args = (params, array(count, 128), array(count, 128), array(count), array(count))
+    elif what == "draw":
+        function, donated, in_use, params = draw, (), 0, {}
+        args = (state.logits, state.knobs, state.step)
+    else:
+        function, donated, in_use, params = partial(_longer.__wrapped__, layers=1, more=8), (), 0, {}
+        args = (jax.tree.leaves(state.cache)[0],)
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_card()), args)
+    options = numerics.compiler_options("gpu") | {"xla_gpu_autotune_level": 0}
+    program = jax.jit(function, donate_argnums=donated).lower(*args).compile(compiler_options=options)
+    leaves = jax.tree.leaves(params)
+    weights = {i: leaf.shape for i, leaf in enumerate(leaves) if len(leaf.shape) == 2 and leaf.shape[1] > 1}
+    given = nbytes(state) if donated else 0
+    must = nbytes(params) + in_use if params else nbytes(args)
+    return Compiled(name, program.as_text(), program.memory_analysis(), given, weights, must, in_use)
+
+
+SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4}
+SIZES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8}
+NOTHING = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "opt-barrier"}
+PARTS = {"dynamic-slice", "gather", "slice"}  # which read a part of what they are given
+PLACES = {"dynamic-update-slice", "scatter"}  # which write one
+
+
+def elements(shape: str) -> int:
+    return sum(
+        math.prod(map(int, filter(None, dims.split(",")))) for _, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    )
+
+
+def size(shape: str) -> float:
+    found = re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    return sum(SIZES.get(d, 0) * math.prod(map(int, filter(None, dims.split(",")))) for d, dims in found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An instruction of HLO: its shape, what it does, to what, and the rest of its line."""
+
+    name: str
+    shape: str
+    code: str
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
+
+    @property
+    def number(self) -> int:
+        """Of a parameter."""
+        return int(self.rest.split(",")[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What is launched: its operation, the bytes it reads and writes, and the weights it reads, by number."""
+
+    op: Op
+    read: float
+    written: float
+    weights: tuple[int, ...]
+
+
+class Program:
+    """The optimized HLO of a program, read.
+
+    Attributes:
+      ops: by computation, those in it.
+      kernels: of one call, loops' bodies once, of branches the one that does least.
+    """
+
+    def __init__(self, compiled: Compiled):
+        self.compiled = compiled
+        self.ops: dict[str, dict[str, Op]] = {}
+        entry = here = ""
+        text = re.sub(r"/\*index=\d+\*/|, (?:metadata|frontend_attributes)=\{[^}]*\}", "", compiled.text)
+        for line in text.splitlines():
+            if head := re.match(r"(ENTRY )?%([\w.-]+) \(.*\{$", line):
+                here, entry = head[2], head[2] if head[1] else entry
+                self.ops[here] = {}
+            elif at := re.match(r"\s+(ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)$", line):
+                operands = tuple(re.findall(r"%([\w.-]+)", at[5]))
+                rest = at[5] + at[6] if at[4] in ("parameter", "constant") else at[6]
+                self.ops[here][at[2]] = Op(at[2], at[3], at[4], operands, rest, bool(at[1]))
+        self.kernels = list(self._run(entry, {}))
+
+    def _root(self, where: str) -> Op:
+        return next(op for op in self.ops[where].values() if op.root)
+
+    def _source(self, where: str, name: str, given: dict[int, Any]) -> Any:
+        """Number of the program's parameter that a value is, a tuple of such, or None."""
+        op = self.ops[where][name]
+        if op.code == "parameter":
+            number = op.number
+            return given.get(number) if given else number
+        if op.code in ("bitcast", "copy", "opt-barrier"):
+            return self._source(where, op.operands[0], given)
+        if op.code == "tuple":
+            return tuple(self._source(where, operand, given) for operand in op.operands)
+        if op.code == "get-tuple-element":
+            of = self._source(where, op.operands[0], given)
+            index = re.search(r"index=(\d+)", op.rest)
+            return of[int(index[1])] if isinstance(of, tuple) and index else None
+        return None
+
+    def _run(self, where: str, given: dict[int, Any]) -> Iterator[Kernel]:
+        for op in self.ops[where].values():
+            if op.code in NOTHING:
+                continue
+            sources = [self._source(where, operand, given) for operand in op.operands]
+            if op.code == "while":
+                for part in re.findall(r"(?:condition|body)=%([\w.-]+)", op.rest):
+                    yield from self._run(part, {0: sources[0]})
+            elif op.code == "conditional":
+                names = re.findall(r"(?:true_computation|false_computation)=%([\w.-]+)", op.rest)
+                names = names or re.findall(r"%([\w.-]+)", re.findall(r"branch_computations=\{(.*?)\}", op.rest)[0])
+                ways = [list(self._run(name, {0: source})) for name, source in zip(names, sources[1:], strict=True)]
+                yield from min(ways, key=lambda kernels: sum(k.read + k.written for k in kernels))
+            elif op.code == "call":
+                name = re.findall(r"to_apply=%([\w.-]+)", op.rest)[0]
+                yield from self._run(name, dict(enumerate(sources)))
+            else:
+                yield self._kernel(where, op, sources)
+
+    def _kernel(self, where: str, op: Op, sources: list[Any]) -> Kernel:
+        read = [size(self.ops[where][operand].shape) for operand in op.operands]
+        written = size(op.shape)
+        called = re.search(r"calls=%([\w.-]+)", op.rest) if op.code == "fusion" else None
+        if called:
+            inner = self.ops[called[1]]
+            for parameter in (o for o in inner.values() if o.code == "parameter"):
+                users = [o for o in inner.values() if parameter.name in self._through(inner, o)]
+                if users and all(o.code in PARTS | PLACES for o in users):
+                    part = sum(size(o.shape) for o in users if o.code in PARTS)
+                    read[parameter.number] = part
+            for o in inner.values():
+                if o.code in PLACES and elements(o.shape) * 2 > elements(op.shape):
+                    written = size(inner[o.operands[2 if o.code == "scatter" else 1]].shape)
+        elif "attention" in op.rest:  # what lies in the rows' pages, of caches with pages for more
+            read = [min(bytes_, self.compiled.in_use) for bytes_ in read]
+        wholes = (size(self.ops[where][operand].shape) for operand in op.operands)
+        numbers = tuple(
+            source
+            for source, whole, part in zip(sources, wholes, read, strict=True)
+            if isinstance(source, int) and source in self.compiled.weights and part > whole / 2
+        )
+        return Kernel(op, sum(read), written, numbers)
+
+    def _through(self, inner: dict[str, Op], op: Op) -> set[str]:
+        """Names an operation reads first of, bitcasts seen through; all of its operands where it reads all."""
+        if op.code == "bitcast":
+            return set()
+        names = set()
+        for i, operand in enumerate(op.operands):
+            while inner[operand].code == "bitcast":
+                operand = inner[operand].operands[0]
+            if i == 0 or op.code not in PARTS | PLACES or inner[operand].code != "parameter":
+                names.add(operand)
+        return names
+
+    def copied_weights(self) -> list[Kernel]:
+        """Kernels that make of a weight an array of more than a quarter of its elements; a reduction makes less."""
+
+        def makes_one(kernel: Kernel) -> bool:
+            least = min((math.prod(self.compiled.weights[number]) for number in kernel.weights), default=math.inf)
+            return 4 * max(map(elements, re.findall(r"\w+\[[\d,]*\]", kernel.op.shape)), default=0) > least
+
+        others = (k for k in self.kernels if "gemm" not in k.op.rest and k.op.code != "custom-call")
+        return [k for k in others if makes_one(k)]
+
+    def reads_of_weights(self) -> dict[int, int]:
+        """How many kernels read each weight."""
+        count = dict.fromkeys(self.compiled.weights, 0)
+        for kernel in self.kernels:
+            for number in set(kernel.weights):
+                count[number] += 1
+        return count
+
+    def tf32(self) -> list[str]:
+        """Products of float32 that may be rounded."""
+        found = []
+        for ops in self.ops.values():
+            for op in ops.values():
+                is_product = op.code == "dot" or "__cublas" in op.rest
+                if is_product and all(ops[o].shape.startswith("f32") for o in op.operands[:2]):
+                    if "operand_precision={highest,highest}" not in op.rest and "HIGHEST" not in op.rest:
+                        found.append(op.name)
+        return found
+
+    def host_calls(self) -> list[str]:
+        """Calls back to Python, and transfers."""
+        codes = {"infeed", "outfeed", "send", "recv"}
+        return [k.op.name for k in self.kernels if k.op.code in codes or "callback" in k.op.rest]
+
+    def report(self) -> dict[str, Any]:
+        """All of it, as JSON would hold it."""
+        c, traffic = self.compiled, sum(k.read + k.written for k in self.kernels)
+        return {
+            "kernels": len(self.kernels),
+            "read": sum(k.read for k in self.kernels),
+            "written": sum(k.written for k in self.kernels),
+            "must": c.must,
+            "extra": traffic / c.must - 1,
+            "temporaries": c.memory.temp_size_in_bytes,
+            "arguments": c.memory.argument_size_in_bytes,
+            "in_place": c.memory.alias_size_in_bytes,
+            "state": c.state,
+            "reads_of_a_weight": sorted(set(self.reads_of_weights().values())),
+            "copied_weights": [f"{k.op.name} {k.op.shape}" for k in self.copied_weights()],
+            "copied": sum(k.written for k in self.copied_weights()),
+            "tf32": self.tf32(),
+            "host_calls": self.host_calls(),
+            "most": [f"{k.op.name} {k.op.shape[:60]} reads {k.read / 1e6:.1f} MB, writes {k.written / 1e6:.1f} MB"
+                     for k in sorted(self.kernels, key=lambda k: -k.read - k.written)[:8]],
+        }  # fmt: skip
+
+
+def launches(folder: Path) -> dict[str, int]:
+    """Of the newest program XLA has dumped, by what it will run: ``buffered`` kernels (of all branches) in command
+    buffers, ``launched`` ones outside, and ``waits``, loops and branches outside, whose predicates the host reads."""
+    newest = max(folder.glob("*thunk_sequence_after_thunk_passes.txt"), key=lambda path: path.stat().st_mtime_ns)
+    count, within = dict.fromkeys(("buffered", "launched", "waits"), 0), math.inf
+    for line in newest.read_text().splitlines():
+        if found := re.match(r"( *)\d+: k(\w+)", line):
+            depth = len(found[1])
+            within = within if depth > within else math.inf
+            if found[2] == "CommandBuffer":
+                within = min(within, depth)
+            elif found[2] in ("While", "Conditional"):
+                count["waits"] += within == math.inf
+            else:
+                count["launched" if within == math.inf else "buffered"] += 1
+    return count
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="config:gemma-2b")
+    parser.add_argument("--layers", type=int, help="so many alone, which compile sooner")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, help="bfloat16, float32 or a scheme of quantization")
+    parser.add_argument("--profile", default="fast")
+    parser.add_argument("--programs", nargs="+", default=PROGRAMS, help=f"of {', '.join(PROGRAMS)}, with any number")
+    parser.add_argument("--tokens", type=int, default=2048, help="each row's cache has room for")
+    parser.add_argument("--hlo", type=Path, help="a folder for the optimized HLO")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    for kind in args.kinds:
+        for name in args.programs:
+            result = compiled(name, kind, args.profile, args.model, args.layers, args.tokens)
+            if args.hlo:
+                args.hlo.mkdir(parents=True, exist_ok=True)
+                (args.hlo / f"{kind}.{args.profile}.{name}.hlo").write_text(result.text)
+            found = Program(result).report()
+            found |= launches(Path(DUMP.name))
+            if args.json:
+                print(json.dumps({"kind": kind, "profile": args.profile, "program": name} | found), flush=True)
+                continue
+            mega = {key: f"{found[key] / 1e6:.1f}" for key in ("read", "written", "must", "temporaries", "in_place")}
+            print(
+                f"{kind} {args.profile} {name}: {found['kernels']} kernels ({found['buffered']} of all branches' in "
+                f"command buffers, {found['launched']} not); MB: reads {mega['read']}, writes {mega['written']}, must "
+                f"read {mega['must']} ({found['extra']:+.0%}), temporaries {mega['temporaries']}, in place "
+                f"{mega['in_place']}; waits {found['waits']}",
+                flush=True,
+            )
+            for key in ("copied_weights", "tf32", "host_calls"):
+                for line in found[key]:
+                    print(f"  {key.replace('_', ' ')}: {line}")
+
+
+if __name__ == "__main__":
+    main()
