@@ -18,7 +18,6 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -50,6 +49,7 @@ from llmjax.runtime.prefill import prefill
 from llmjax.runtime.sampling import draw
 from llmjax.runtime.scoring import score_texts
 from llmjax.runtime.state import empty_state
+from scripts.hlo import Program
 
 KINDS = ("bfloat16", "int8", "int4", "int4-g32", "int4-asym")
 PROGRAMS = ("decode-1", "decode-64", "prefill-128", "prefill-2048", "draw-1", "score-8", "grow")
@@ -75,8 +75,8 @@ def shapes_of(model: str, kind: str, layers: int | None) -> tuple[Any, dict[str,
         scheme = recipe.scheme(name) if recipe else None
         leaf: Any = jax.ShapeDtypeStruct(shape, "bfloat16" if recipe else kind)
         if scheme is not None:  # of one row, which is as the others are
-            row = made(lambda start, stop, width=shape[1]: np.ones((1, width), np.float32), (1, shape[1]),
-                       np.dtype(np.float32), scheme, name)  # fmt: skip
+            one = np.ones((1, shape[1]), np.float32)
+            row = made(lambda start, stop, one=one: one, one.shape, one.dtype, scheme, name)  # type: ignore[misc]
             leaf = jax.tree.map(lambda x, out=shape[0]: jax.ShapeDtypeStruct((out, *x.shape[1:]), x.dtype), row)
         put_at(params, path_of(name), leaf)
     return config, params
@@ -128,7 +128,8 @@ def compiled(
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    static, donated, in_use = (config.module(), numerics, BLOCK), 1, nbytes(state.cache)
+    static, in_use = (config.module(), numerics, BLOCK), nbytes(state.cache)
+    donated: int | tuple[()] = 1
     function: Any
     args: tuple[Any, ...]
     if what == "decode":
@@ -145,215 +146,41 @@ def compiled(
         function, donated, in_use, params = draw, (), 0, {}
         args = (state.logits, state.knobs, state.step)
     else:
-        function, donated, in_use, params = partial(_longer.__wrapped__, layers=1, more=8), (), 0, {}
+        function, donated, in_use, params = partial(_longer, layers=1, more=8), (), 0, {}
         args = (jax.tree.leaves(state.cache)[0],)
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_card()), args)
-    options = numerics.compiler_options("gpu") | {"xla_gpu_autotune_level": 0}
+    options: dict[str, Any] = numerics.compiler_options("gpu") | {"xla_gpu_autotune_level": 0}
     program = jax.jit(function, donate_argnums=donated).lower(*args).compile(compiler_options=options)
-    leaves = jax.tree.leaves(params)
+    text, leaves = program.as_text(), jax.tree.leaves(params)
+    assert text is not None
     weights = {i: leaf.shape for i, leaf in enumerate(leaves) if len(leaf.shape) == 2 and leaf.shape[1] > 1}
     given = nbytes(state) if donated else 0
     must = nbytes(params) + in_use if params else nbytes(args)
-    return Compiled(name, program.as_text(), program.memory_analysis(), given, weights, must, in_use)
+    return Compiled(name, text, program.memory_analysis(), given, weights, must, in_use)
 
 
-SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4}
-SIZES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8}
-NOTHING = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "opt-barrier"}
-PARTS = {"dynamic-slice", "gather", "slice"}  # which read a part of what they are given
-PLACES = {"dynamic-update-slice", "scatter"}  # which write one
-
-
-def elements(shape: str) -> int:
-    return sum(
-        math.prod(map(int, filter(None, dims.split(",")))) for _, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
-    )
-
-
-def size(shape: str) -> float:
-    found = re.findall(r"(\w+)\[([\d,]*)\]", shape)
-    return sum(SIZES.get(d, 0) * math.prod(map(int, filter(None, dims.split(",")))) for d, dims in found)
-
-
-@dataclasses.dataclass(frozen=True)
-class Op:
-    """An instruction of HLO: its shape, what it does, to what, and the rest of its line."""
-
-    name: str
-    shape: str
-    code: str
-    operands: tuple[str, ...]
-    rest: str
-    root: bool
-
-    @property
-    def number(self) -> int:
-        """Of a parameter."""
-        return int(self.rest.split(",")[0])
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """What is launched: its operation, the bytes it reads and writes, and the weights it reads, by number."""
-
-    op: Op
-    read: float
-    written: float
-    weights: tuple[int, ...]
-
-
-class Program:
-    """The optimized HLO of a program, read.
-
-    Attributes:
-      ops: by computation, those in it.
-      kernels: of one call, loops' bodies once, of branches the one that does least.
-    """
-
-    def __init__(self, compiled: Compiled):
-        self.compiled = compiled
-        self.ops: dict[str, dict[str, Op]] = {}
-        entry = here = ""
-        text = re.sub(r"/\*index=\d+\*/|, (?:metadata|frontend_attributes)=\{[^}]*\}", "", compiled.text)
-        for line in text.splitlines():
-            if head := re.match(r"(ENTRY )?%([\w.-]+) \(.*\{$", line):
-                here, entry = head[2], head[2] if head[1] else entry
-                self.ops[here] = {}
-            elif at := re.match(r"\s+(ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)$", line):
-                operands = tuple(re.findall(r"%([\w.-]+)", at[5]))
-                rest = at[5] + at[6] if at[4] in ("parameter", "constant") else at[6]
-                self.ops[here][at[2]] = Op(at[2], at[3], at[4], operands, rest, bool(at[1]))
-        self.kernels = list(self._run(entry, {}))
-
-    def _root(self, where: str) -> Op:
-        return next(op for op in self.ops[where].values() if op.root)
-
-    def _source(self, where: str, name: str, given: dict[int, Any]) -> Any:
-        """Number of the program's parameter that a value is, a tuple of such, or None."""
-        op = self.ops[where][name]
-        if op.code == "parameter":
-            number = op.number
-            return given.get(number) if given else number
-        if op.code in ("bitcast", "copy", "opt-barrier"):
-            return self._source(where, op.operands[0], given)
-        if op.code == "tuple":
-            return tuple(self._source(where, operand, given) for operand in op.operands)
-        if op.code == "get-tuple-element":
-            of = self._source(where, op.operands[0], given)
-            index = re.search(r"index=(\d+)", op.rest)
-            return of[int(index[1])] if isinstance(of, tuple) and index else None
-        return None
-
-    def _run(self, where: str, given: dict[int, Any]) -> Iterator[Kernel]:
-        for op in self.ops[where].values():
-            if op.code in NOTHING:
-                continue
-            sources = [self._source(where, operand, given) for operand in op.operands]
-            if op.code == "while":
-                for part in re.findall(r"(?:condition|body)=%([\w.-]+)", op.rest):
-                    yield from self._run(part, {0: sources[0]})
-            elif op.code == "conditional":
-                names = re.findall(r"(?:true_computation|false_computation)=%([\w.-]+)", op.rest)
-                names = names or re.findall(r"%([\w.-]+)", re.findall(r"branch_computations=\{(.*?)\}", op.rest)[0])
-                ways = [list(self._run(name, {0: source})) for name, source in zip(names, sources[1:], strict=True)]
-                yield from min(ways, key=lambda kernels: sum(k.read + k.written for k in kernels))
-            elif op.code == "call":
-                name = re.findall(r"to_apply=%([\w.-]+)", op.rest)[0]
-                yield from self._run(name, dict(enumerate(sources)))
-            else:
-                yield self._kernel(where, op, sources)
-
-    def _kernel(self, where: str, op: Op, sources: list[Any]) -> Kernel:
-        read = [size(self.ops[where][operand].shape) for operand in op.operands]
-        written = size(op.shape)
-        called = re.search(r"calls=%([\w.-]+)", op.rest) if op.code == "fusion" else None
-        if called:
-            inner = self.ops[called[1]]
-            for parameter in (o for o in inner.values() if o.code == "parameter"):
-                users = [o for o in inner.values() if parameter.name in self._through(inner, o)]
-                if users and all(o.code in PARTS | PLACES for o in users):
-                    part = sum(size(o.shape) for o in users if o.code in PARTS)
-                    read[parameter.number] = part
-            for o in inner.values():
-                if o.code in PLACES and elements(o.shape) * 2 > elements(op.shape):
-                    written = size(inner[o.operands[2 if o.code == "scatter" else 1]].shape)
-        elif "attention" in op.rest:  # what lies in the rows' pages, of caches with pages for more
-            read = [min(bytes_, self.compiled.in_use) for bytes_ in read]
-        wholes = (size(self.ops[where][operand].shape) for operand in op.operands)
-        numbers = tuple(
-            source
-            for source, whole, part in zip(sources, wholes, read, strict=True)
-            if isinstance(source, int) and source in self.compiled.weights and part > whole / 2
-        )
-        return Kernel(op, sum(read), written, numbers)
-
-    def _through(self, inner: dict[str, Op], op: Op) -> set[str]:
-        """Names an operation reads first of, bitcasts seen through; all of its operands where it reads all."""
-        if op.code == "bitcast":
-            return set()
-        names = set()
-        for i, operand in enumerate(op.operands):
-            while inner[operand].code == "bitcast":
-                operand = inner[operand].operands[0]
-            if i == 0 or op.code not in PARTS | PLACES or inner[operand].code != "parameter":
-                names.add(operand)
-        return names
-
-    def copied_weights(self) -> list[Kernel]:
-        """Kernels that make of a weight an array of more than a quarter of its elements; a reduction makes less."""
-
-        def makes_one(kernel: Kernel) -> bool:
-            least = min((math.prod(self.compiled.weights[number]) for number in kernel.weights), default=math.inf)
-            return 4 * max(map(elements, re.findall(r"\w+\[[\d,]*\]", kernel.op.shape)), default=0) > least
-
-        others = (k for k in self.kernels if "gemm" not in k.op.rest and k.op.code != "custom-call")
-        return [k for k in others if makes_one(k)]
-
-    def reads_of_weights(self) -> dict[int, int]:
-        """How many kernels read each weight."""
-        count = dict.fromkeys(self.compiled.weights, 0)
-        for kernel in self.kernels:
-            for number in set(kernel.weights):
-                count[number] += 1
-        return count
-
-    def tf32(self) -> list[str]:
-        """Products of float32 that may be rounded."""
-        found = []
-        for ops in self.ops.values():
-            for op in ops.values():
-                is_product = op.code == "dot" or "__cublas" in op.rest
-                if is_product and all(ops[o].shape.startswith("f32") for o in op.operands[:2]):
-                    if "operand_precision={highest,highest}" not in op.rest and "HIGHEST" not in op.rest:
-                        found.append(op.name)
-        return found
-
-    def host_calls(self) -> list[str]:
-        """Calls back to Python, and transfers."""
-        codes = {"infeed", "outfeed", "send", "recv"}
-        return [k.op.name for k in self.kernels if k.op.code in codes or "callback" in k.op.rest]
-
-    def report(self) -> dict[str, Any]:
-        """All of it, as JSON would hold it."""
-        c, traffic = self.compiled, sum(k.read + k.written for k in self.kernels)
-        return {
-            "kernels": len(self.kernels),
-            "read": sum(k.read for k in self.kernels),
-            "written": sum(k.written for k in self.kernels),
-            "must": c.must,
-            "extra": traffic / c.must - 1,
-            "temporaries": c.memory.temp_size_in_bytes,
-            "arguments": c.memory.argument_size_in_bytes,
-            "in_place": c.memory.alias_size_in_bytes,
-            "state": c.state,
-            "reads_of_a_weight": sorted(set(self.reads_of_weights().values())),
-            "copied_weights": [f"{k.op.name} {k.op.shape}" for k in self.copied_weights()],
-            "copied": sum(k.written for k in self.copied_weights()),
-            "tf32": self.tf32(),
-            "host_calls": self.host_calls(),
-            "most": [f"{k.op.name} {k.op.shape[:60]} reads {k.read / 1e6:.1f} MB, writes {k.written / 1e6:.1f} MB"
-                     for k in sorted(self.kernels, key=lambda k: -k.read - k.written)[:8]],
-        }  # fmt: skip
+def report(c: Compiled) -> dict[str, Any]:
+    """All that its HLO says, as JSON would hold it."""
+    program = Program(c.text, c.weights, c.in_use)
+    read, written = sum(k.read for k in program.kernels), sum(k.written for k in program.kernels)
+    return {
+        "kernels": len(program.kernels),
+        "read": read,
+        "written": written,
+        "must": c.must,
+        "extra": (read + written) / c.must - 1,
+        "temporaries": c.memory.temp_size_in_bytes,
+        "arguments": c.memory.argument_size_in_bytes,
+        "in_place": c.memory.alias_size_in_bytes,
+        "state": c.state,
+        "reads_of_a_weight": sorted(set(program.reads_of_weights().values())),
+        "copied_weights": [f"{k.op.name} {k.op.shape}" for k in program.copied_weights()],
+        "copied": sum(k.written for k in program.copied_weights()),
+        "tf32": program.tf32(),
+        "host_calls": program.host_calls(),
+        "most": [f"{k.op.name} {k.op.shape[:60]} reads {k.read / 1e6:.1f} MB, writes {k.written / 1e6:.1f} MB"
+                 for k in sorted(program.kernels, key=lambda k: -k.read - k.written)[:8]],
+    }  # fmt: skip
 
 
 def launches(folder: Path) -> dict[str, int]:
@@ -391,7 +218,7 @@ def main() -> None:
             if args.hlo:
                 args.hlo.mkdir(parents=True, exist_ok=True)
                 (args.hlo / f"{kind}.{args.profile}.{name}.hlo").write_text(result.text)
-            found = Program(result).report()
+            found = report(result)
             found |= launches(Path(DUMP.name))
             if args.json:
                 print(json.dumps({"kind": kind, "profile": args.profile, "program": name} | found), flush=True)
