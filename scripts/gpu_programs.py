@@ -184,11 +184,11 @@ def report(c: Compiled) -> dict[str, Any]:
 
 
 def launches(folder: Path) -> dict[str, int]:
-    """Of the newest program XLA has dumped, by what it will run: ``buffered`` kernels (of all branches) in command
+    """Of the program that XLA has dumped there, by what it will run: ``buffered`` kernels (of all branches) in command
     buffers, ``launched`` ones outside, and ``waits``, loops and branches outside, whose predicates the host reads."""
-    newest = max(folder.glob("*thunk_sequence_after_thunk_passes.txt"), key=lambda path: path.stat().st_mtime_ns)
+    files = sorted(folder.glob("*.thunk_sequence*.txt"))  # before what makes command buffers, and after that if it did
     count, within = dict.fromkeys(("buffered", "launched", "waits"), 0), math.inf
-    for line in newest.read_text().splitlines():
+    for line in files[-1].read_text().splitlines():
         if found := re.match(r"( *)\d+: k(\w+)", line):
             depth = len(found[1])
             within = within if depth > within else math.inf
@@ -214,6 +214,8 @@ def main() -> None:
     args = parser.parse_args()
     for kind in args.kinds:
         for name in args.programs:
+            for file in Path(DUMP.name).glob("*.thunk_sequence*.txt"):
+                file.unlink()
             result = compiled(name, kind, args.profile, args.model, args.layers, args.tokens)
             if args.hlo:
                 args.hlo.mkdir(parents=True, exist_ok=True)
