@@ -6,6 +6,8 @@ lowering: one trace serves every device.
 """
 
 import contextlib
+import functools
+import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -35,16 +37,28 @@ def platform_of(*trees: Any) -> str:
     return device_of(*trees).platform
 
 
-def by_device(plain: Callable[..., Result], *, cpu: Callable[..., Result]) -> Callable[..., Result]:
-    """A function of arrays that is ``plain``, its definition, everywhere but on the CPU, where it is ``cpu``.
+@functools.cache
+def knows_cuda() -> bool:
+    """Whether JAX's plugin for NVIDIA's cards is installed, be there a card or not."""
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
-    Both are traced, one is lowered.  To be differentiated under a rule of its own alone, if both are not alike in that.
+
+def by_device(
+    plain: Callable[..., Result], *, cpu: Callable[..., Result], cuda: Callable[..., Result] | None = None
+) -> Callable[..., Result]:
+    """A function of arrays that is ``plain``, its definition, everywhere but on the CPU, where it is ``cpu``, and in
+    what is compiled for an NVIDIA card, where it is ``cuda`` if there is one.
+
+    All are traced, ``cuda`` where it can be of use, and one is lowered.  To be differentiated under a rule of its own
+    alone, if they are not alike in that.
     """
+    there = {"cpu": cpu} if cuda is None else {"cpu": cpu, "cuda": cuda}
 
     def chosen(*args: Any) -> Result:
         leaves = jax.tree.leaves(args)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-            return lax.platform_dependent(*args, cpu=cpu, default=plain)
+            known = {name: function for name, function in there.items() if name == "cpu" or knows_cuda()}
+            return lax.platform_dependent(*args, **known, default=plain)
         return (cpu if platform_of(args) == "cpu" else plain)(*args)
 
     return chosen

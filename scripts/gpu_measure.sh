@@ -4,8 +4,10 @@
 #   scripts/gpu_measure.sh --dry-run FOLDER [SECONDS]   a small model on the CPU, which tries the script
 # Whether it is right (gpu_check.json), then how fast: Gemma 2B with random weights in bfloat16, int8 and int4, one
 # stream and 64, and a prompt of 2,048 tokens, beside the card's copies and products of the same minutes
-# (`llmjax bench`).  At the end the same without what makes a job's bits the same again, and with loops and branches
-# decided on the card.  A part that fails or finds no time left leaves its log, and the others run.
+# (`llmjax bench`).  At the end the same the other way: with kernels that race for their place (a job's bits may then
+# differ), with the loop over tokens decided on the card, with attention folded instead of its kernel, and with int4 in
+# products instead of sums.  What is compiled, `scripts/gpu_programs.py` says without a card.  A part that fails or finds
+# no time left leaves its log, and the others run.
 set -uo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 dry=
@@ -51,8 +53,10 @@ bench int8 120 --quantize int8 "${one[@]}"
 bench int4 120 --quantize int4 "${one[@]}"
 bench "bf16-$many" 120 --dtype bfloat16 --max-batch "$many" --in-use "$many" --prompt-lengths 128 --output-length "$new"
 OPTIONS="from llmjax import numerics; numerics.GPU_OPTIONS.clear()" bench bf16-raced 90 --dtype bfloat16 "${one[@]}"
-XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL" \
-  bench bf16-buffered 90 --dtype bfloat16 "${one[@]}"
+XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=+WHILE" bench int4-buffered 90 --quantize int4 "${one[@]}"
+OPTIONS="from llmjax import device; device.knows_cuda = lambda: False" bench bf16-folded 90 --dtype bfloat16 "${one[@]}"
+OPTIONS="from llmjax.products import defined; defined.FEW = 0" bench int4-products 90 --quantize int4 "${one[@]}"
+bench "int4-$many" 90 --quantize int4 --max-batch "$many" --in-use "$many" --prompt-lengths 128 --output-length "$new"
 part table 20 "$python" - "$out" <<'EOF'
 import json, pathlib, sys
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*.txt")):

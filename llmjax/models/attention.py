@@ -6,12 +6,14 @@ Shapes: ``B`` batch, ``T`` query positions, ``S`` cache positions, ``N`` query h
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from llmjax.device import by_device
 from llmjax.models.context import Context
 from llmjax.models.pages import block as cut
 from llmjax.models.pages import whole
@@ -184,6 +186,34 @@ def cached_attention(
     Returns:
       ``[B, T, N, H]`` in q's dtype.
     """
+    folded = partial(_folded, scores=scores, seen=seen)
+    if seen is not None:
+        return folded(q, cache_k, cache_v, ctx)
+    return by_device(folded, cpu=folded, cuda=partial(_in_a_kernel, scores))(q, cache_k, cache_v, ctx)
+
+
+def _in_a_kernel(scores: Scores, q: jax.Array, cache_k: jax.Array, cache_v: jax.Array, ctx: Context) -> jax.Array:
+    """``cached_attention`` by ``models.flash``, where that knows how."""
+    from llmjax.models import flash  # Pallas takes as long to import as all of llmjax
+
+    if scores.alibi or not flash.can_serve(cache_k):
+        return _folded(q, cache_k, cache_v, ctx, scores, None)
+    assert ctx.table is not None
+    queries = _grouped(q, cache_k.shape[1]).astype(ctx.numerics.products)
+    rule = partial(scores, ctx=ctx)
+    out = flash.flash_attention(rule, ctx.numerics, scores.window, queries, cache_k, cache_v, ctx.table, ctx.positions)
+    return _ungrouped(out).astype(q.dtype)
+
+
+def _folded(
+    q: jax.Array,
+    cache_k: jax.Array,
+    cache_v: jax.Array,
+    ctx: Context,
+    scores: Scores,
+    seen: Callable[[jax.Array], jax.Array] | None,
+) -> jax.Array:
+    """``cached_attention`` as it is defined."""
     batch, count, _, width = q.shape
     num_kv, page = cache_k.shape[1:3]
     dtype = ctx.numerics.products

@@ -4,6 +4,11 @@ A weight of another dtype than its product's is converted where it is multiplied
 conversion into the product.  Where it does not, there is a copy of that one weight: behind the barrier no conversion
 begins before its x is known, nor is it moved out of a loop over tokens.
 
+A few rows meet a quantized weight in float32 sums: XLA:GPU takes what a sum is made of into its kernel, however it is
+computed, and the sums of several rows into one, which reads the weight once, as it is stored.  What a product of its
+matrix units is made of it computes first, in memory, unless it is as simple as one conversion: four bits would be
+written in eight, or in sixteen, and read again.
+
 Float32 products are of the highest precision, on a GPU without TF32.  ``fast`` and ``dynamic_int8`` multiply with
 quantized weights in bfloat16, which tensor cores do at many times the speed, and keep float32's accuracy: a float32
 value is the sum of three bfloat16 ones to the last bit, and an integer of eight bits is one.
@@ -22,12 +27,20 @@ from llmjax.products.sums import total
 from llmjax.products.tiles import rows_dot
 from llmjax.quant.qtensor import QTensor, columns, halves, integers
 
+# Rows that are few: a card's arithmetic on four bits is then no slower than its memory.
+FEW = 4
+
 
 def as_defined(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     """``x [rows, in] . weight [out, in] -> float32 [rows, out]``; see ``matmul`` for what it means."""
     if not isinstance(weight, QTensor):
         return _of_floats(x.astype(numerics.products), weight)
     x = x.astype(jnp.float32)
+    if len(x) <= FEW:
+        if numerics.digits != 1:
+            return _in_sums(x, weight)
+        scale, (rounded,) = to_digits(x, 1)
+        return scale * _in_sums(rounded.astype(jnp.float32), weight)
     if numerics.digits is None:
         parts, q = _together(columns(x, weight), weight)
         return total(rows_dot(c, w) for c, w in zip(parts, halves(q), strict=True))
@@ -41,6 +54,17 @@ def _of_floats(x: jax.Array, weight: jax.Array) -> jax.Array:
     if weight.dtype != x.dtype:
         x, weight = _together(x, weight)
     return rows_dot(x, weight.astype(x.dtype))
+
+
+def _in_sums(x: jax.Array, q: QTensor) -> jax.Array:
+    """Of a few rows, each in a sum of its own.  Where a channel has one scale, it is multiplied with afterwards."""
+    x, q = _together(x, q)
+    plain = q.scales.shape[1] == 1 and q.offsets is None
+    parts = [n.astype(jnp.float32) for n in integers(q)] if plain else halves(q)
+    y = jnp.stack([
+        jnp.sum(total(w * c for w, c in zip(parts, columns(row, q), strict=True)), -1) for row in x
+    ])  # fmt: skip
+    return y * q.scales.astype(jnp.float32)[:, 0] if plain else y
 
 
 def _in_bfloat16(x: list[jax.Array], q: QTensor) -> jax.Array:

@@ -4,6 +4,7 @@ A decode program always has the same number of slots and prefill always the same
 on its neighbours nor on its slot.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +12,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from llmjax.device import by_device
 from llmjax.models.context import Context
 from llmjax.numerics import Numerics
 from llmjax.runtime.logits import LogitsProcessor, adjust
 from llmjax.runtime.params import MAX_LOGPROBS
-from llmjax.runtime.sampling import alternatives, draw
+from llmjax.runtime.sampling import alternatives, draw, most_likely
 from llmjax.runtime.state import State
 
 # Tokens a row can produce in one call of the decode program.
@@ -105,17 +107,37 @@ def _choose(
     processor: LogitsProcessor | None, state: State, forced: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """The next token of each row, its log-probability and the alternatives'."""
+    norm = jax.nn.logsumexp(state.logits, -1)
+    drawn = partial(_drawn, processor)
+    chosen = by_device(drawn if processor else _likeliest_or_drawn, cpu=drawn)
+    token, broken, *top = chosen(state.replace(cache=None), norm)
+    token = jnp.where(forced >= 0, forced, token)
+    logprob = jnp.take_along_axis(state.logits, token[:, None], -1)[:, 0] - norm
+    return token, (jnp.where(broken, jnp.nan, logprob), *top)
+
+
+def _drawn(processor: LogitsProcessor | None, state: State, norm: jax.Array) -> tuple[jax.Array, ...]:
+    """A token of each row, whether its logits became NaN, and ``alternatives``."""
     logits = state.logits
-    norm = jax.nn.logsumexp(logits, -1)
     broken = jnp.zeros_like(state.active)
     if processor is not None:
         logits = processor(logits, state.tokens).astype(jnp.float32)
         broken = jnp.any(jnp.isnan(logits), -1)
     logits = adjust(logits, state.controls, state.step < state.min_tokens, state.stops, state.tokens)
-    token = jnp.where(forced >= 0, forced, draw(logits, state.knobs, state.step))
-    logprob = jnp.take_along_axis(state.logits, token[:, None], -1)[:, 0] - norm
-    top = alternatives(state.logits, norm, jnp.any(state.want_logprobs))
-    return token, (jnp.where(broken, jnp.nan, logprob), *top)
+    token = draw(logits, state.knobs, state.step)
+    return token, broken, *alternatives(state.logits, norm, jnp.any(state.want_logprobs))
+
+
+def _likeliest_or_drawn(state: State, norm: jax.Array) -> tuple[jax.Array, ...]:
+    """``_drawn`` for a GPU, whose host reads what a branch depends on: one branch where no row asks for more than its
+    likeliest token, instead of one for each thing that could be asked for."""
+
+    def likeliest() -> tuple[jax.Array, ...]:
+        nothing = alternatives(state.logits, norm, jnp.bool_(False))
+        return most_likely(state.logits), jnp.zeros_like(state.active), *nothing
+
+    asked = state.controls.used | (state.step < state.min_tokens) | (state.knobs.temperature > 0) | state.want_logprobs
+    return lax.cond(jnp.any(state.active & asked), lambda: _drawn(None, state, norm), likeliest)
 
 
 def _advance(

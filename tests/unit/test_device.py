@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import llmjax
+from llmjax import device
 from llmjax.cli.main import main
 from llmjax.device import by_device, device_of, platform_of
 from llmjax.errors import NoRoomError
@@ -34,6 +35,16 @@ def test_one_trace_is_lowered_for_each_device():
     assert ["stablehlo.multiply" in texts[p] for p in ("cpu", "cuda")] == [False, True]
     np.testing.assert_array_equal(traced.lower().compile()(jnp.ones(3)), 4)
     np.testing.assert_array_equal(by_device(lambda x: x * 3, cpu=lambda x: x + x)(jnp.ones(3)), 2)
+
+
+def test_what_is_for_nvidias_cards_is_lowered_for_them_alone(monkeypatch):
+    """And traced where JAX's plugin for them is installed."""
+    double = by_device(lambda x: x * 3, cpu=lambda x: x + x, cuda=lambda x: x - x)
+    for known, others in ((True, ("subtract", "multiply")), (False, ("multiply", "multiply"))):
+        monkeypatch.setattr(device, "knows_cuda", lambda known=known: known)
+        traced = jax.jit(lambda x: double(x)).trace(jnp.ones(3))
+        for platform, name in zip(("cpu", "cuda", "rocm"), ("add", *others), strict=True):
+            assert f"stablehlo.{name}" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
 def test_where_nothing_says_it_the_default_device_computes():

@@ -1,0 +1,188 @@
+"""Reads a program's optimized HLO: what is launched, and the bytes that each kernel reads and writes."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "s32": 4, "u32": 4}
+SIZES |= {"f32": 4, "s64": 8, "u64": 8, "f64": 8}
+NOTHING = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "after-all", "opt-barrier"}
+PARTS = {"dynamic-slice", "gather", "slice"}  # which read a part of what they are given
+PLACES = {"dynamic-update-slice", "scatter"}  # which write one
+
+
+def elements(shape: str) -> int:
+    return sum(
+        math.prod(map(int, filter(None, dims.split(",")))) for _, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    )
+
+
+def size(shape: str) -> float:
+    found = re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    return sum(SIZES.get(d, 0) * math.prod(map(int, filter(None, dims.split(",")))) for d, dims in found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """An instruction of HLO: its shape, what it does, to what, and the rest of its line."""
+
+    name: str
+    shape: str
+    code: str
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
+
+    @property
+    def number(self) -> int:
+        """Of a parameter."""
+        return int(self.rest.split(",")[0])
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What is launched: its operation, the bytes it reads and writes, and the weights it reads, by number."""
+
+    op: Op
+    read: float
+    written: float
+    weights: tuple[int, ...]
+
+
+class Program:
+    """The optimized HLO of a program, read.
+
+    Args:
+      text: of it.
+      weights: by parameter number of the program, shapes of the weights.
+      in_use: bytes of a cache that attention's kernel reads, of one that has room for more.
+
+    Attributes:
+      ops: by computation, those in it.
+      kernels: of one call, loops' bodies once, of branches the one that does least.
+    """
+
+    def __init__(self, text: str, weights: dict[int, tuple[int, ...]], in_use: int):
+        self.weights, self.in_use = weights, in_use
+        self.ops: dict[str, dict[str, Op]] = {}
+        entry = here = ""
+        text = re.sub(r"/\*index=\d+\*/|, (?:metadata|frontend_attributes)=\{[^}]*\}", "", text)
+        for line in text.splitlines():
+            if head := re.match(r"(ENTRY )?%([\w.-]+) \(.*\{$", line):
+                here, entry = head[2], head[2] if head[1] else entry
+                self.ops[here] = {}
+            elif at := re.match(r"\s+(ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)$", line):
+                operands = tuple(re.findall(r"%([\w.-]+)", at[5]))
+                rest = at[5] + at[6] if at[4] in ("parameter", "constant") else at[6]
+                self.ops[here][at[2]] = Op(at[2], at[3], at[4], operands, rest, bool(at[1]))
+        self.kernels = list(self._run(entry, {}))
+
+    def _root(self, where: str) -> Op:
+        return next(op for op in self.ops[where].values() if op.root)
+
+    def _source(self, where: str, name: str, given: dict[int, Any]) -> Any:
+        """Number of the program's parameter that a value is, a tuple of such, or None."""
+        op = self.ops[where][name]
+        if op.code == "parameter":
+            number = op.number
+            return given.get(number) if given else number
+        if op.code in ("bitcast", "copy", "opt-barrier"):
+            return self._source(where, op.operands[0], given)
+        if op.code == "tuple":
+            return tuple(self._source(where, operand, given) for operand in op.operands)
+        if op.code == "get-tuple-element":
+            of = self._source(where, op.operands[0], given)
+            index = re.search(r"index=(\d+)", op.rest)
+            return of[int(index[1])] if isinstance(of, tuple) and index else None
+        return None
+
+    def _run(self, where: str, given: dict[int, Any]) -> Iterator[Kernel]:
+        for op in self.ops[where].values():
+            if op.code in NOTHING:
+                continue
+            sources = [self._source(where, operand, given) for operand in op.operands]
+            if op.code == "while":
+                for part in re.findall(r"(?:condition|body)=%([\w.-]+)", op.rest):
+                    yield from self._run(part, {0: sources[0]})
+            elif op.code == "conditional":
+                names = re.findall(r"(?:true_computation|false_computation)=%([\w.-]+)", op.rest)
+                names = names or re.findall(r"%([\w.-]+)", re.findall(r"branch_computations=\{(.*?)\}", op.rest)[0])
+                ways = [list(self._run(name, {0: source})) for name, source in zip(names, sources[1:], strict=True)]
+                yield from min(ways, key=lambda kernels: sum(k.read + k.written for k in kernels))
+            elif op.code == "call":
+                name = re.findall(r"to_apply=%([\w.-]+)", op.rest)[0]
+                yield from self._run(name, dict(enumerate(sources)))
+            else:
+                yield self._kernel(where, op, sources)
+
+    def _kernel(self, where: str, op: Op, sources: list[Any]) -> Kernel:
+        read = [size(self.ops[where][operand].shape) for operand in op.operands]
+        written = size(op.shape)
+        called = re.search(r"calls=%([\w.-]+)", op.rest) if op.code == "fusion" else None
+        if called:
+            inner = self.ops[called[1]]
+            for parameter in (o for o in inner.values() if o.code == "parameter"):
+                users = [o for o in inner.values() if parameter.name in self._through(inner, o)]
+                if users and all(o.code in PARTS | PLACES for o in users):
+                    part = sum(size(o.shape) for o in users if o.code in PARTS)
+                    read[parameter.number] = part
+            for o in inner.values():
+                if o.code in PLACES and elements(o.shape) * 2 > elements(op.shape):
+                    written = size(inner[o.operands[2 if o.code == "scatter" else 1]].shape)
+        elif "attention" in op.rest:  # what lies in the rows' pages, of caches with pages for more
+            read = [min(bytes_, self.in_use) for bytes_ in read]
+        wholes = (size(self.ops[where][operand].shape) for operand in op.operands)
+        numbers = tuple(
+            source
+            for source, whole, part in zip(sources, wholes, read, strict=True)
+            if isinstance(source, int) and source in self.weights and part > whole / 2
+        )
+        return Kernel(op, sum(read), written, numbers)
+
+    def _through(self, inner: dict[str, Op], op: Op) -> set[str]:
+        """Names an operation reads first of, bitcasts seen through; all of its operands where it reads all."""
+        if op.code == "bitcast":
+            return set()
+        names = set()
+        for i, operand in enumerate(op.operands):
+            while inner[operand].code == "bitcast":
+                operand = inner[operand].operands[0]
+            if i == 0 or op.code not in PARTS | PLACES or inner[operand].code != "parameter":
+                names.add(operand)
+        return names
+
+    def copied_weights(self) -> list[Kernel]:
+        """Kernels that make of a weight an array of more than a quarter of its elements; a reduction makes less."""
+
+        def makes_one(kernel: Kernel) -> bool:
+            least = min((math.prod(self.weights[number]) for number in kernel.weights), default=math.inf)
+            return 4 * max(map(elements, re.findall(r"\w+\[[\d,]*\]", kernel.op.shape)), default=0) > least
+
+        others = (k for k in self.kernels if "gemm" not in k.op.rest and k.op.code != "custom-call")
+        return [k for k in others if makes_one(k)]
+
+    def reads_of_weights(self) -> dict[int, int]:
+        """How many kernels read each weight."""
+        count = dict.fromkeys(self.weights, 0)
+        for kernel in self.kernels:
+            for number in set(kernel.weights):
+                count[number] += 1
+        return count
+
+    def tf32(self) -> list[str]:
+        """Products of float32 that may be rounded."""
+        found = []
+        for ops in self.ops.values():
+            for op in ops.values():
+                is_product = op.code == "dot" or "__cublas" in op.rest
+                if is_product and all(ops[o].shape.startswith("f32") for o in op.operands[:2]):
+                    if "operand_precision={highest,highest}" not in op.rest and "HIGHEST" not in op.rest:
+                        found.append(op.name)
+        return found
+
+    def host_calls(self) -> list[str]:
+        """Calls back to Python, and transfers."""
+        codes = {"infeed", "outfeed", "send", "recv"}
+        return [k.op.name for k in self.kernels if k.op.code in codes or "callback" in k.op.rest]

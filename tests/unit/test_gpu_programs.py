@@ -1,0 +1,63 @@
+"""Programs as XLA compiles them for an NVIDIA H100, which needs its compiler and no card: what they read, write and
+wait for (``scripts/gpu_programs.py``)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmjax.device import knows_cuda
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not knows_cuda(), reason="needs jax[cuda12]")]
+
+
+def reports(kind, profile, *programs, model="config:gemma-2b"):
+    command = [sys.executable, "scripts/gpu_programs.py", "--json", "--layers", "1", "--model", model]
+    command += ["--kinds", kind, "--profile", profile, "--programs", *programs]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check_any(found):
+    """Its buffers are written where they stand, and nothing is asked of the host or rounded to TF32."""
+    assert found["in_place"] == found["state"]
+    assert not found["host_calls"] and not found["tf32"]
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "int8-asym", "int4", "int4-g32", "int4-g128-asym"])
+def test_a_step_reads_each_weight_once_as_it_is_stored(kind):
+    (found,) = reports(kind, "fast", "decode-1")
+    check_any(found)
+    assert found["reads_of_a_weight"] == [1]
+    assert found["extra"] < 0.05  # of all bytes read and written, of one layer and the head
+    assert found["copied"] < 0.01 * found["must"]  # two small ones, in groups, in two kernels
+    assert found["temporaries"] < 6e6  # the logits, four times
+    # All of a step is one command buffer; whether there is another, the host is told.
+    assert (found["waits"], found["launched"]) == (1, 1)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_many_rows_read_a_weight_once(kind):
+    for found in reports(kind, "fast", "decode-64", "prefill-128"):
+        check_any(found)
+        assert found["reads_of_a_weight"] == [1]
+        assert not found["copied_weights"]
+        assert found["waits"] == (found["program"] == "decode-64")
+
+
+@pytest.mark.parametrize("profile", ["reference", "dynamic_int8", "mediapipe_gpu"])
+@pytest.mark.parametrize("kind", ["bfloat16", "int4"])
+def test_other_profiles(kind, profile):
+    for found in reports(kind, profile, "decode-1", "prefill-128", "score-2", model="config:smollm2-135m-instruct"):
+        check_any(found) if found["state"] else None
+        assert found["waits"] == (found["program"] == "decode-1")
+        if found["program"] == "decode-1":
+            assert not found["copied_weights"] and found["reads_of_a_weight"] == [1]
+
+
+def test_what_a_step_needs_beside_the_model():
+    for found in reports("bfloat16", "fast", "draw-1", "grow"):
+        assert not found["host_calls"] and not found["waits"]
