@@ -52,6 +52,15 @@ class Dequantized(struct.PyTreeNode):
 Value = Any  # jax.Array | np.ndarray | QTensor | Filter | Dequantized
 
 
+def has_blocks(weight: QTensor) -> bool:
+    """Whether a weight's scales are those of blocks, though one may be as long as a row.
+
+    The step of activations goes to XNNPACK's products after such a scale, before a channel's.  Files hold scales of
+    blocks in float16, of channels in float32; XNNPACK keeps the former in bfloat16.
+    """
+    return weight.scales.dtype == jnp.float16 or weight.scales.shape[1] > 1
+
+
 def as_array(value: Value) -> jax.Array:
     """What a value stands for, as one array."""
     if isinstance(value, Dequantized):
@@ -90,12 +99,12 @@ def fully_connected(x: jax.Array, weight: Value, bias: jax.Array | None, numeric
     """``x [rows, in] . weight [out, in] + bias -> float32 [rows, out]``."""
     if isinstance(weight, QTensor) and numerics.name == "litert":
         q, zero, step = rounded(x, (-1,))
-        if weight.group == weight.shape[1]:
-            y = _by_rows(_integer_product, q.astype(jnp.int8), weight, zero)
-            y = y * step * weight.scales[:, 0].astype(jnp.float32)
-        else:  # XNNPACK keeps the scales of blocks in bfloat16
+        if has_blocks(weight):
             scales = lax.reduce_precision(weight.scales.astype(jnp.float32), 8, 7)
             y = _by_rows(_float_product, q - zero, weight.replace(scales=scales)) * step
+        else:
+            y = _by_rows(_integer_product, q.astype(jnp.int8), weight, zero)
+            y = y * step * weight.scales[:, 0].astype(jnp.float32)
     else:
         y = _by_rows(_float_product, x, weight.weight if isinstance(weight, Dequantized) else weight)
     return y if bias is None else y + bias
