@@ -24,6 +24,7 @@ from llmjax.quant.qtensor import QTensor, dequantize
 
 _FLOAT32 = resolve(REFERENCE, jnp.dtype(jnp.float32))
 _TINY = np.finfo(np.float32).tiny
+_ROWS_APART = 8
 
 
 class Filter(struct.PyTreeNode):
@@ -165,8 +166,14 @@ def depthwise(x: jax.Array, weight: Value, bias: jax.Array | None, options: dict
     return y if bias is None else y + bias
 
 
-def batch_matmul(x: jax.Array, y: jax.Array, adj_x: bool, adj_y: bool) -> jax.Array:
-    """``x [..., m, k] . y [..., k, n]``, either of them the other way round."""
+def batch_matmul(x: jax.Array, y: jax.Array, adj_x: bool, adj_y: bool, numerics: Numerics) -> jax.Array:
+    """``x [..., m, k] . y [..., k, n]``, either of them the other way round.
+
+    XNNPACK adds up in order.  XLA does so for a row by itself, not for several; so where activations are rounded behind
+    it, the few rows of a decode step are a product each, which costs no more.  A prefill's many would.
+    """
     x = jnp.swapaxes(x, -1, -2) if adj_x else x
     y = jnp.swapaxes(y, -1, -2) if adj_y else y
-    return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
+    apart = 1 < x.shape[-2] <= _ROWS_APART and numerics.digits == 1
+    rows = jnp.split(x, x.shape[-2], -2) if apart else [x]
+    return jnp.concatenate([jnp.matmul(row, y, precision=lax.Precision.HIGHEST) for row in rows], -2)
