@@ -97,7 +97,12 @@ def rounded(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array, ja
 
 @functools.partial(jax.jit, static_argnums=3)  # traced once for all layers alike
 def fully_connected(x: jax.Array, weight: Value, bias: jax.Array | None, numerics: Numerics) -> jax.Array:
-    """``x [rows, in] . weight [out, in] + bias -> float32 [rows, out]``."""
+    """``x [rows, in] . weight [out, in] + bias -> float32 [rows, out]``.
+
+    Of blocks XNNPACK adds up exact integers times their scale, block after block; with AVX2 four parts of them side by
+    side.  Scales have 8 bits, so in float32 nothing of that is rounded, in whatever order, unless the scales of a row
+    are many powers of two apart: of SmolLM2's 1.2 million products five differed.
+    """
     if isinstance(weight, QTensor) and numerics.name == "litert":
         q, zero, step = rounded(x, (-1,))
         if has_blocks(weight):
