@@ -114,7 +114,7 @@ def _depthwise(op: Operator, x: list[Value], out: list[Tensor], numerics: Numeri
 
 
 def _batch_matmul(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
-    return products.batch_matmul(as_array(x[0]), as_array(x[1]), op.options["adj_x"], op.options["adj_y"])
+    return products.batch_matmul(as_array(x[0]), as_array(x[1]), op.options["adj_x"], op.options["adj_y"], numerics)
 
 
 def _embedding(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:

@@ -16,10 +16,11 @@ import llmjax
 from converters.readers.litert import tflite
 from converters.readers.mediapipe.package import Package
 from llmjax.errors import CheckpointError, ConfigError, LlmjaxError, RequestError
-from llmjax.litert import loading, ports
+from llmjax.litert import loading, ports, products
 from llmjax.litert.graph import Graph, numerics_for, problems_of
 from llmjax.litert.kernels import KERNELS
 from llmjax.litert.model import cuts
+from llmjax.quant.qtensor import QTensor, pack
 from llmjax.runtime.asking import Asking
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,8 @@ def test_an_operator_is_that_of_the_runtime(ops, name):
     assert np.abs(ours - theirs).max() <= 5e-7 * max(1, np.abs(theirs).max())
 
 
+ROUNDS = dataclasses.replace(numerics_for(None), digits=1)
+
 # Arguments where XNNPACK is farther from the exact function, and what it gives (ai-edge-litert 2.3.0, AVX2).
 APPROXIMATED = {
     "COS": ((8.0, 4.0, 4.110961), (-0.14549997, -0.6536434, -0.56582034)),
@@ -114,13 +117,47 @@ def test_a_product_is_rounded_before_another_operator_adds_to_it():
     """The compiler would make one rounding of both; XNNPACK's operators are two."""
     x, less = np.float32(1 + 2**-12), np.float32(-1 - 2**-11)
     op = types.SimpleNamespace(options={})
-    numerics = dataclasses.replace(numerics_for(None), digits=1)
 
     def both(x, less):
-        return KERNELS["ADD"](op, [KERNELS["MUL"](op, [x, x], [], numerics), less], [], numerics)
+        return KERNELS["ADD"](op, [KERNELS["MUL"](op, [x, x], [], ROUNDS), less], [], ROUNDS)
 
     assert jax.jit(both)(x, less) == 0  # and not 2**-24
     assert jax.jit(both)(np.int32(3), np.int32(4)).dtype == np.int32
+
+
+def test_a_block_as_long_as_a_row_has_its_scale_before_the_step():
+    """ai-edge-litert 2.3.0's, of blocks of 64: to the bit, with a bias and without.  Taken for a channel's, the scale
+    comes after the step of activations, and some of the last bits are others."""
+    n = np.arange(4 * 64).reshape(4, 64) * 37 % 101 % 15 - 7
+    scales = np.array([[0.01171875], [0.005859375], [0.0234375], [0.0078735351]], np.float16)
+    x = ((np.arange(3 * 64).reshape(3, 64) * 53 % 97 - 30) / 29).astype(np.float32)
+    bias = (np.array([3, -5, 7, 11]) / 13).astype(np.float32)
+    weight = QTensor(pack(n + 8), scales, bits=4, zero=8)
+    plain = (
+        (-0.0956468731, 0.11296352, 1.07731676, 0.0132684242),
+        (-0.556947291, -0.107175454, 0.155780941, 0.0205446556),
+        (-0.544700801, -0.0901939645, -0.37109217, -0.0521825328),
+    )
+    added = (
+        (0.135122359, -0.271651864, 1.61577833, 0.859422266),
+        (-0.326178044, -0.491790861, 0.694242477, 0.866698503),
+        (-0.313931584, -0.474809349, 0.167369395, 0.7939713),
+    )
+    assert np.array_equal(products.fully_connected(x, weight, None, ROUNDS), np.float32(plain))
+    found = products.fully_connected(x, weight, bias, ROUNDS)
+    assert np.abs(found - np.float32(added)).max() < 2e-7  # a processor may round before it adds
+
+
+def test_rows_of_a_decode_step_are_added_up_in_order():
+    """As ai-edge-litert 2.3.0 does."""
+    x = ((np.arange(2 * 64).reshape(1, 1, 2, 64) * 53 % 97 - 48) / 29).astype(np.float32)
+    y = ((np.arange(8 * 64).reshape(1, 1, 8, 64) * 71 % 103 - 51) / 31).astype(np.float32)
+    theirs = (
+        (4.642937, 6.942156, -7.944383, 2.94772, -2.0856507, 0.32814285, -0.12235769, -6.988876),
+        (-3.5506089, 2.8198, -8.6829815, 6.6240253, -5.7953277, 0.34594062, 3.9666295, 0.8275857),
+    )
+    found = jax.jit(lambda x, y: products.batch_matmul(x, y, False, True, ROUNDS))(x, y)
+    assert np.array_equal(found[0, 0], np.float32(theirs))
 
 
 def test_reference_does_not_round_activations(ops):
