@@ -39,8 +39,15 @@ def platform_of(*trees: Any) -> str:
 
 @functools.cache
 def knows_cuda() -> bool:
-    """Whether JAX's plugin for NVIDIA's cards is installed, be there a card or not."""
-    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
+    """Whether kernels can be compiled for NVIDIA's cards: JAX's plugin is there, be there a card or not, and no card is
+    older than the first (A100) that Triton serves."""
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        return False
+    try:
+        cards = jax.devices("cuda")
+    except RuntimeError:
+        return True
+    return all(float(card.compute_capability) >= 8 for card in cards)
 
 
 def by_device(

@@ -1,9 +1,11 @@
 """Which device computes, and what is said where its memory ends."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -45,6 +47,24 @@ def test_what_is_for_nvidias_cards_is_lowered_for_them_alone(monkeypatch):
         traced = jax.jit(lambda x: double(x)).trace(jnp.ones(3))
         for platform, name in zip(("cpu", "cuda", "rocm"), ("add", *others), strict=True):
             assert f"stablehlo.{name}" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("cards", "known"), [((), True), (("9.0",), True), (("8.0", "12.0"), True), (("7.5", "9.0"), False)]
+)
+def test_cards_that_no_kernel_is_for(monkeypatch, cards, known):
+    """A program may run on any card that is here; none says nothing."""
+
+    def devices(platform):
+        if not cards:
+            raise RuntimeError(f"Unknown backend {platform}")
+        return [types.SimpleNamespace(compute_capability=card) for card in cards]
+
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "jax_cuda13_plugin" or None)
+    assert device.knows_cuda.__wrapped__() is known
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not device.knows_cuda.__wrapped__()
 
 
 def test_where_nothing_says_it_the_default_device_computes():
