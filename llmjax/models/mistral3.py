@@ -1,5 +1,6 @@
 """Ministral 3 as it is published, with a vision tower: the text model alone."""
 
+import dataclasses
 from typing import Self
 
 from llmjax.models.architecture import Architecture
@@ -16,12 +17,12 @@ class Mistral3Config(Ministral3Config):
         """See ``DecoderConfig.from_hf``."""
         r.ignore("vision_config", "vision_feature_layer", "spatial_merge_size", "image_token_id", "image_token_index")
         r.ignore("multimodal_projector_bias", "projector_hidden_act")
-        defaults = {}
-        if r.get("tie_word_embeddings") is not None:
-            defaults["tie_word_embeddings"] = r.flag("tie_word_embeddings", False)
-        text = r.section("text_config", defaults)
+        tied = None if r.get("tie_word_embeddings") is None else r.flag("tie_word_embeddings", False)
+        text = r.section("text_config", {})
         text.expect("model_type", ("ministral3",))
-        return super().from_hf(text)
+        config = super().from_hf(text)
+        # The outer object's word on the head wins, as in transformers; without one the text model's counts.
+        return config if tied is None else dataclasses.replace(config, tie_word_embeddings=tied)
 
 
 ARCHITECTURE = Architecture(

@@ -35,11 +35,14 @@ class RopeSpec:
         self.entries, self._problem, self._context, self._nested = entries, problem, context, nested
         if original is not None:
             entries["original_max_position_embeddings"] = original
-        kind, other = entries.pop("rope_type", None), entries.pop("type", None)
-        found = other if kind is None else kind
-        self.kind = "default" if found is None else "longrope" if found == "su" else found
-        if self.kind == "yarn" and "short_factor" in entries:
-            self.kind = "longrope"  # what some conversions of Phi-3 call it
+        kind, other = (self._kind(entries.pop(key, None)) for key in ("rope_type", "type"))
+        if kind is not None and other is not None and kind != other:
+            problem(f"rope_type: {shown(kind)} contradicts type, which says {shown(other)}; keep the one that is meant")
+        self.kind = kind if kind is not None else "default" if other is None else other
+
+    def _kind(self, found: Any) -> Any:
+        """By its name of today: ``su`` is how longrope began, yarn what some conversions of Phi-3 call it."""
+        return "longrope" if found == "su" or (found == "yarn" and "short_factor" in self.entries) else found
 
     def rope(self, theta: float, dims: int, turning: int) -> Rope:
         """The rope.

@@ -168,6 +168,15 @@ class TestRopeTypes:
         assert (config.rope.theta, config.local_rope.theta) == (1e4, 5e5)
         assert (config.rope.scaling, config.local_rope.scaling) == (Yarn(8.0, 8.0), None)
 
+    @ROTARY
+    def test_two_names_of_one_type_must_agree(self, kind):
+        """As transformers saves what it took for the default."""
+        scaling = {"type": "linear", "factor": 2.0}
+        message = refusal(kind, rope_parameters=scaling | {"rope_type": "default"})
+        assert "rope_type: 'default' contradicts type, which says 'linear'" in message
+        assert read(kind, rope_parameters=scaling | {"rope_type": "linear"}) == read(kind, rope_parameters=scaling)
+        assert "rope_type: '' is not supported" in refusal(kind, rope_parameters={"rope_type": ""})
+
     def test_two_global_layers_shortened(self):
         """Not every pair is about two layers."""
         config = read("gemma4_text", num_hidden_layers=2, layer_types=["full_attention"] * 2, global_head_dim=24)
@@ -446,6 +455,15 @@ class TestPhi3:
     def test_no_biases(self):
         assert read("phi3", attention_bias=False, original_max_position_embeddings=4096) == read("phi3")
         assert "attention_bias: True is not supported" in refusal("phi3", attention_bias=True)
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "tied"), [(True, False, True), (False, True, False), (None, True, True), (None, None, False)]
+)
+def test_the_head_of_mistral3_is_as_the_outer_object_says(outer, inner, tied):
+    text = {"model_type": "ministral3", **MINIMAL["ministral3"], "tie_word_embeddings": inner}
+    config = {"model_type": "mistral3", "text_config": text, "vision_config": {}, "tie_word_embeddings": outer}
+    assert read_config(config, "config.json")[1].tie_word_embeddings is tied
 
 
 SEVEN_B = {"alibi": False, "multi_query": True, "parallel_attn": True}
