@@ -99,8 +99,8 @@ def test_every_row_its_own(base, adapter, expected):
 
 
 @pytest.mark.slow
-def test_a_row_beside_is_the_model_merged(base, adapter):
-    other = write_adapter(base, base.parent / "other", seed=1, rank=5, projections=("q_proj", "gate_proj"))
+def test_a_row_beside_is_the_model_merged(base, adapter, tmp_path):
+    other = write_adapter(base, tmp_path / "other", seed=1, rank=5, projections=("q_proj", "gate_proj"))
     llm = LLM(base, numerics="reference", max_batch=3, chunk=16, block=16, loras={"one": adapter, "two": other})
     names = ["one", None, "two"]
     outputs = [o.outputs[0] for o in llm.generate([IDS] * 3, GREEDY, lora=names)]
