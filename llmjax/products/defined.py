@@ -7,7 +7,7 @@ begins before its x is known, nor is it moved out of a loop over tokens.
 A few rows meet a quantized weight in float32 sums: XLA:GPU takes what a sum is made of into its kernel, however it is
 computed, and the sums of several rows into one, which reads the weight once, as it is stored.  What a product of its
 matrix units is made of it computes first, in memory, unless it is as simple as one conversion: four bits would be
-written in eight, or in sixteen, and read again.
+written in eight, or in sixteen, and read again.  On NVIDIA's cards ``kernel`` does without, ``in_a_kernel`` says where.
 
 Float32 products are of the highest precision, on a GPU without TF32.  ``fast`` and ``dynamic_int8`` multiply with
 quantized weights in bfloat16, which tensor cores do at many times the speed, and keep float32's accuracy: a float32
@@ -37,7 +37,7 @@ def as_defined(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) ->
 
 
 def in_a_kernel(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
-    """``as_defined``, what it has in bfloat16 by ``products.kernel``, where that knows how."""
+    """``as_defined``, but what that multiplies in pieces of bfloat16 is ``kernel``'s, where it knows how."""
 
     def product(x: list[jax.Array], q: QTensor) -> jax.Array:
         from llmjax.products import kernel  # Pallas takes as long to import as all of llmjax

@@ -73,9 +73,7 @@ def packed_product(x: list[jax.Array], q: QTensor, *, interpret: bool = False) -
     return total(y[part, :rows] for part in range(parts))
 
 
-def _multiply(
-    q: QTensor, width: int, tile: int, channels: int, x: Any, values: Any, scales: Any, *rest: Any
-) -> None:
+def _multiply(q: QTensor, width: int, tile: int, channels: int, x: Any, values: Any, scales: Any, *rest: Any) -> None:
     """One tile of rows and channels over one part of the columns.
 
     Args:

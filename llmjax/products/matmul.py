@@ -16,7 +16,8 @@ floats of the product's dtype    all                                  ``dots``: 
 whatever else                    all                                  ``tiles``: converted a tile at a time
 ===============================  ===================================  ==================================================
 
-Elsewhere a product is written as it is defined (``defined``), and the compiler knows best.
+Elsewhere a product is written as it is defined (``defined``), and the compiler knows best; but many rows meet a packed
+weight on an NVIDIA card in a kernel (``kernel``).
 
 The derivative is that of the float32 product of the same x and W (``plain``), whatever ran: in x, in float weights, in
 a packed weight's scales and offsets.  Activations that are rounded, to the product's dtype or to 8 bits, are passed

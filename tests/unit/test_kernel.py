@@ -29,8 +29,8 @@ CASES = [
 def test_the_kernel_is_the_plain_product(scheme, rows, out, width, count):
     rng = np.random.default_rng(0)
     q = quantized(rng.standard_normal((out, width)).astype(np.float32), scheme)
-    x = rng.standard_normal((rows, width)).astype(np.float32) * np.exp(rng.standard_normal((rows, 1))).astype(np.float32)
-    parts = pieces(jnp.asarray(x), count)
+    x = rng.standard_normal((rows, width)) * np.exp(rng.standard_normal((rows, 1)))
+    parts = pieces(jnp.asarray(x, jnp.float32), count)
     x, w = sum(np.asarray(piece, np.float64) for piece in parts), np.asarray(dequantize(q), np.float64)
     q = on_device(q)
     assert kernel.can_serve(q)
