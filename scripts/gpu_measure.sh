@@ -6,8 +6,8 @@
 # stream and 64, and a prompt of 2,048 tokens, beside the card's copies and products of the same minutes
 # (`llmjax bench`).  At the end the same the other way: with kernels that race for their place (a job's bits may then
 # differ), with the loop over tokens decided on the card, with attention folded instead of its kernel, with one row of
-# int4 in products instead of sums, and with many rows of int8 and int4 in products as they are defined instead of their
-# kernel.  What is compiled, `scripts/gpu_programs.py` says without a card.  A part that fails or finds no time left
+# int4 in the kernel of many instead of sums, and with many rows of int8 and int4 in products as they are defined instead
+# of that kernel.  What is compiled, `scripts/gpu_programs.py` says without a card.  A part that fails or finds no time left
 # leaves its log, and the others run.
 set -uo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
