@@ -7,14 +7,14 @@ begins before its x is known, nor is it moved out of a loop over tokens.
 A few rows meet a quantized weight in float32 sums: XLA:GPU takes what a sum is made of into its kernel, however it is
 computed, and the sums of several rows into one, which reads the weight once, as it is stored.  What a product of its
 matrix units is made of it computes first, in memory, unless it is as simple as one conversion: four bits would be
-written in eight, or in sixteen, and read again.
+written in eight, or in sixteen, and read again.  On NVIDIA's cards ``kernel`` does without, ``in_a_kernel`` says where.
 
 Float32 products are of the highest precision, on a GPU without TF32.  ``fast`` and ``dynamic_int8`` multiply with
 quantized weights in bfloat16, which tensor cores do at many times the speed, and keep float32's accuracy: a float32
 value is the sum of three bfloat16 ones to the last bit, and an integer of eight bits is one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -33,6 +33,26 @@ FEW = 4
 
 def as_defined(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     """``x [rows, in] . weight [out, in] -> float32 [rows, out]``; see ``matmul`` for what it means."""
+    return _defined(numerics, x, weight, _in_bfloat16)
+
+
+def in_a_kernel(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
+    """``as_defined``, but what that multiplies in pieces of bfloat16 is ``kernel``'s, where it knows how."""
+
+    def product(x: list[jax.Array], q: QTensor) -> jax.Array:
+        from llmjax.products import kernel  # Pallas takes as long to import as all of llmjax
+
+        return kernel.packed_product(x, q) if kernel.can_serve(q) else _in_bfloat16(x, q)
+
+    return _defined(numerics, x, weight, product)
+
+
+def _defined(
+    numerics: Numerics,
+    x: jax.Array,
+    weight: jax.Array | QTensor,
+    in_bfloat16: Callable[[list[jax.Array], QTensor], jax.Array],
+) -> jax.Array:
     if not isinstance(weight, QTensor):
         return _of_floats(x.astype(numerics.products), weight)
     x = x.astype(jnp.float32)
@@ -46,8 +66,8 @@ def as_defined(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) ->
         return total(rows_dot(c, w) for c, w in zip(parts, halves(q), strict=True))
     if numerics.digits == 1:
         scale, (rounded,) = to_digits(x, 1)
-        return scale * _in_bfloat16([rounded.astype(jnp.bfloat16)], weight)
-    return _in_bfloat16(pieces(x, 3), weight)
+        return scale * in_bfloat16([rounded.astype(jnp.bfloat16)], weight)
+    return in_bfloat16(pieces(x, 3), weight)
 
 
 def _of_floats(x: jax.Array, weight: jax.Array) -> jax.Array:

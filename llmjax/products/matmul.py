@@ -16,7 +16,8 @@ floats of the product's dtype    all                                  ``dots``: 
 whatever else                    all                                  ``tiles``: converted a tile at a time
 ===============================  ===================================  ==================================================
 
-Elsewhere a product is written as it is defined (``defined``), and the compiler knows best.
+Elsewhere a product is written as it is defined (``defined``), and the compiler knows best; but many rows meet a packed
+weight on an NVIDIA card in a kernel (``kernel``).
 
 The derivative is that of the float32 product of the same x and W (``plain``), whatever ran: in x, in float weights, in
 a packed weight's scales and offsets.  Activations that are rounded, to the product's dtype or to 8 bits, are passed
@@ -33,7 +34,7 @@ from jax.custom_derivatives import SymbolicZero
 from llmjax.device import by_device
 from llmjax.numerics import Numerics
 from llmjax.products.cpu import has_integer_tiles
-from llmjax.products.defined import as_defined
+from llmjax.products.defined import as_defined, in_a_kernel
 from llmjax.products.digits import in_digits, in_tiles, to_digits
 from llmjax.products.dots import dot
 from llmjax.products.plain import plain
@@ -52,7 +53,8 @@ def matmul(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _product(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax.Array:
-    return by_device(partial(as_defined, numerics), cpu=partial(_on_cpu, numerics))(x, weight)
+    plainly, on_cpu, on_card = (partial(function, numerics) for function in (as_defined, _on_cpu, in_a_kernel))
+    return by_device(plainly, cpu=on_cpu, cuda=on_card)(x, weight)
 
 
 @partial(_product.defjvp, symbolic_zeros=True)

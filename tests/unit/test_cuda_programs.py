@@ -1,4 +1,7 @@
-"""Programs lowered for a GPU on a machine without one: what its compiler is given to compile."""
+"""Programs lowered for a GPU on a machine without one: what its compiler is given to compile.
+
+As they are defined, for any: the kernels for NVIDIA's cards alone are in ``test_gpu_programs``.
+"""
 
 import functools
 import re
@@ -9,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax import TrainConfig
+from llmjax import TrainConfig, device
 from llmjax.checkpoint.loading import with_numerics
 from llmjax.lora.config import LoraConfig
 from llmjax.numerics import resolve
@@ -50,6 +53,11 @@ CASES = [
     for profile in PROFILES
     if profile != "dynamic_int8" or kind.startswith("int")
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(device, "knows_cuda", lambda: False)
 
 
 @functools.cache

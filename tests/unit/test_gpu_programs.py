@@ -48,6 +48,15 @@ def test_many_rows_read_a_weight_once(kind):
         assert found["waits"] == (found["program"] == "decode-64")
 
 
+@pytest.mark.parametrize(("kind", "profile"), [("int4", "fast"), ("int4-g32", "dynamic_int8")])
+def test_many_rows_read_a_packed_weight_as_it_is_stored(kind, profile):
+    """It is unpacked nowhere but in registers."""
+    for found in reports(kind, profile, "decode-64", "prefill-128"):
+        check_any(found)
+        assert found["reads_of_a_weight"] == [1]
+        assert not found["copied_weights"]
+
+
 @pytest.mark.parametrize("profile", ["reference", "dynamic_int8", "mediapipe_gpu"])
 @pytest.mark.parametrize("kind", ["bfloat16", "int4"])
 def test_other_profiles(kind, profile):
