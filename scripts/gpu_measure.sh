@@ -4,10 +4,10 @@
 #   scripts/gpu_measure.sh --dry-run FOLDER [SECONDS]   a small model on the CPU, which tries the script
 # Whether it is right (gpu_check.json), then how fast: Gemma 2B with random weights in bfloat16, int8 and int4, one
 # stream and 64, and a prompt of 2,048 tokens, beside the card's copies and products of the same minutes
-# (`llmjax bench`).  At the end the same the other way: with kernels that race for their place (a job's bits may then
-# differ), with the loop over tokens decided on the card, with attention folded instead of its kernel, with one row of
-# int4 in the kernel of many instead of sums, and with many rows of int8 and int4 in products as they are defined instead
-# of that kernel.  What is compiled, `scripts/gpu_programs.py` says without a card.  A part that fails or finds no time left
+# (`llmjax bench`).  At the end the same the other way: with many rows of int8 and int4 in products as they are defined
+# instead of their kernel, with attention folded instead of its own, with kernels that race for their place (a job's bits
+# may then differ), with the loop over tokens decided on the card, and with one row of int4 in the kernel of many instead
+# of sums.  What is compiled, `scripts/gpu_programs.py` says without a card.  A part that fails or finds no time left
 # leaves its log, and the others run.
 set -uo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -54,14 +54,15 @@ bench bf16 120 --dtype bfloat16 "${one[@]}"
 bench int8 120 --quantize int8 "${one[@]}"
 bench int4 120 --quantize int4 "${one[@]}"
 bench "bf16-$many" 120 --dtype bfloat16 "${slots[@]}"
+bench "int4-$many" 120 --quantize int4 "${slots[@]}"
+# The other way, what is most in doubt first.
+plain="from llmjax.products import kernel; kernel.can_serve = lambda q: False"
+OPTIONS=$plain bench int8-plain 90 --quantize int8 "${one[@]}"
+OPTIONS=$plain bench "int4-$many-plain" 90 --quantize int4 "${slots[@]}"
+OPTIONS="from llmjax import device; device.knows_cuda = lambda: False" bench bf16-folded 90 --dtype bfloat16 "${one[@]}"
 OPTIONS="from llmjax import numerics; numerics.GPU_OPTIONS.clear()" bench bf16-raced 90 --dtype bfloat16 "${one[@]}"
 XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=+WHILE" bench int4-buffered 90 --quantize int4 "${one[@]}"
-OPTIONS="from llmjax import device; device.knows_cuda = lambda: False" bench bf16-folded 90 --dtype bfloat16 "${one[@]}"
 OPTIONS="from llmjax.products import defined; defined.FEW = 0" bench int4-products 90 --quantize int4 "${one[@]}"
-bench "int4-$many" 90 --quantize int4 "${slots[@]}"
-OPTIONS="from llmjax.products import kernel; kernel.can_serve = lambda q: False"
-bench "int4-$many-plain" 90 --quantize int4 "${slots[@]}"
-bench int8-plain 90 --quantize int8 "${one[@]}"
 part table 20 "$python" - "$out" <<'EOF'
 import json, pathlib, sys
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*.txt")):
