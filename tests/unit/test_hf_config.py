@@ -113,6 +113,21 @@ def test_two_descriptions_of_one_rope_must_agree(kind):
         assert "rope_scaling and rope_parameters: two descriptions of one rope" in message
 
 
+def test_what_one_description_of_a_rope_leaves_to_its_default_the_other_may_say():
+    """transformers 5 writes all of it into ``rope_parameters``."""
+    linear = {"rope_type": "linear", "factor": 2.0}
+    assert (
+        read("falcon", alibi=False, rope_scaling=linear, rope_parameters=linear | {"rope_theta": 1e4}).rope.theta == 1e4
+    )
+    assert read("phi3", rope_scaling={"type": "default"}, rope_parameters={"partial_rotary_factor": 1.0})
+    long = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    whole = {"rope_scaling": long, "original_max_position_embeddings": 8, "max_position_embeddings": 32}
+    inside = long | {"original_max_position_embeddings": 8, "rope_theta": 1e4}
+    assert read("phi3", **whole, rope_parameters=inside) == read("phi3", **whole)
+    message = refusal("phi3", **whole, rope_parameters=inside | {"original_max_position_embeddings": 16})
+    assert "two descriptions of one rope" in message
+
+
 def test_descriptions_of_global_layers_must_agree():
     parameters = {"full_attention": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 7.0}}
     both = read("olmo3", rope_scaling={"type": "yarn", "factor": 4.0}, rope_parameters=parameters)
