@@ -32,6 +32,9 @@ IRRELEVANT = frozenset(
     task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
     torchscript transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16
     use_cache is_llama_config rope_interleaved
+    constraints dola_layers encoder_repetition_penalty epsilon_cutoff eta_cutoff force_words_ids guidance_scale
+    max_new_tokens max_time min_new_tokens min_p penalty_alpha sequence_bias stop_strings token_healing top_h
+    watermarking_config
     """.split()
 )
 # rope_interleaved is written by SmolLM's training code with the value false; true is refused in Reader.finish.
