@@ -32,6 +32,9 @@ IRRELEVANT = frozenset(
     task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
     torchscript transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16
     use_cache is_llama_config rope_interleaved
+    constraints dola_layers encoder_repetition_penalty epsilon_cutoff eta_cutoff force_words_ids guidance_scale
+    max_new_tokens max_time min_new_tokens min_p penalty_alpha sequence_bias stop_strings token_healing top_h
+    watermarking_config
     """.split()
 )
 # rope_interleaved is written by SmolLM's training code with the value false; true is refused in Reader.finish.
@@ -183,16 +186,23 @@ class Reader:
             places = {f"rope_parameters.{layer_type}": places["rope_parameters"].get(layer_type)}
         if scaling_key is not None:
             places = {scaling_key: self.get(scaling_key), **places}
+        original = None if scaling_key is None else self._config.get("original_max_position_embeddings")
+        # What an entry is where it is not said.
+        unsaid = {
+            "rope_theta": theta if theta_key is None else self._config.get(theta_key, theta),
+            "partial_rotary_factor": self._config.get("partial_rotary_factor", 1.0 if fraction is None else fraction),
+            "original_max_position_embeddings": original,
+        }
         entries: dict[str, Any] = {}
         for key, value in places.items():
             if value is not None and not isinstance(value, dict):
                 self.problem(f"{key}: expected an object, found {shown(value)}")
             elif value:
-                self._check_same(entries, value, f"{scaling_key} and {key}", layer_type is not None)
+                rest = unsaid if layer_type is None else value  # for layers of a type the newer may say more
+                self._check_same(entries, value, f"{scaling_key} and {key}", rest)
                 entries.update(value)
         for key in known:
             entries.pop(key, None)
-        original = None if scaling_key is None else self._config.get("original_max_position_embeddings")
         spec = RopeSpec(entries, self.problem, self.context, original, layer_type is not None)
         if spec.kind in ("longrope", "yarn", "llama3"):
             self._seen.add("original_max_position_embeddings")
@@ -205,16 +215,15 @@ class Reader:
             fraction = 1.0
         return self._build_rope(spec, theta, fraction, head_dim)
 
-    def _check_same(self, old: dict[str, Any], new: dict[str, Any], what: str, partly: bool) -> None:
-        """Refuses two descriptions of one rope that differ (transformers takes the older); ``partly``: the newer
-        may say more."""
+    def _check_same(self, old: dict[str, Any], new: dict[str, Any], what: str, rest: dict[str, Any]) -> None:
+        """Refuses two descriptions of one rope that differ (transformers takes the older), each with the ``rest`` where
+        it says nothing."""
 
         def plain(entries: dict[str, Any]) -> dict[str, Any]:
             kind = entries.get("rope_type", entries.get("type"))
             return {k: v for k, v in {**entries, "rope_type": kind, "type": None}.items() if v is not None}
 
-        beside = {key: self._config.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-        rest = plain(new if partly else beside)
+        rest = {"rope_type": "default", **plain(rest)}
         if old and rest | plain(old) != rest | plain(new):
             self.problem(f"{what}: two descriptions of one rope, and different ones; keep the one that is meant")
 

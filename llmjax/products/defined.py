@@ -77,10 +77,11 @@ def _of_floats(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def _in_sums(x: jax.Array, q: QTensor) -> jax.Array:
-    """Of a few rows, each in a sum of its own.  Where a channel has one scale, it is multiplied with afterwards."""
+    """Of a few rows, each in a sum of its own.  Where a channel has one scale, it is multiplied with afterwards; zero
+    is taken from floats, see ``halves``."""
     x, q = _together(x, q)
     plain = q.scales.shape[1] == 1 and q.offsets is None
-    parts = [n.astype(jnp.float32) for n in integers(q)] if plain else halves(q)
+    parts = halves(q.replace(scales=jnp.ones_like(q.scales)) if plain else q)
     y = jnp.stack([
         jnp.sum(total(w * c for w, c in zip(parts, columns(row, q), strict=True)), -1) for row in x
     ])  # fmt: skip

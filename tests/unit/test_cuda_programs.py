@@ -183,8 +183,8 @@ def test_gradients_for_a_gpu(kind, recompute):
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, adapter.factors)
 
 
-@pytest.mark.parametrize("rows", [FEW, FEW + 1])
-@pytest.mark.parametrize("scheme", ["int4-g32", slow("int4"), slow("int8"), slow("int8-asym"), slow("int8-g32")])
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
+@pytest.mark.parametrize("scheme", [slow("int4-g32"), "int4", slow("int8"), slow("int8-asym"), slow("int8-g32")])
 def test_what_a_gpu_computes_is_the_product(scheme, rows):
     """Its formulas, run here: weight-only as near as float32, and what 8 bits of activations mean."""
     rng = np.random.default_rng(0)

@@ -10,6 +10,7 @@ from llmjax.errors import ConfigError
 from llmjax.models.registry import architectures, read_config
 from llmjax.models.rope import Rope
 from llmjax.models.scalings import Dynamic, LongRope, Yarn
+from llmjax.runtime.generation import _NAMES, _NEUTRAL
 
 SIZES = {
     "vocab_size": 100,
@@ -50,6 +51,12 @@ def refusal(kind, drop=(), **changes):
 @EVERY
 def test_an_unknown_key_is_refused_by_name_and_value(kind):
     assert "mystery: llmjax does not know this key (value 7)" in refusal(kind, mystery=7)
+
+
+def test_what_generation_heeds_or_warns_of_is_no_business_of_the_model():
+    """``config.json`` may hold it where no ``generation_config.json`` lies beside it."""
+    keys = dict.fromkeys([*_NAMES, *_NEUTRAL, "do_sample", "max_length", "suppress_tokens"], 7)
+    assert read("llama", **keys) == read("llama")
 
 
 def test_a_single_problem_takes_one_line():
@@ -111,6 +118,21 @@ def test_two_descriptions_of_one_rope_must_agree(kind):
     for other in ({"factor": 3.0}, {"rope_type": "dynamic"}, {"rope_theta": 7.0}):
         message = refusal(kind, rope_scaling=linear, rope_parameters=linear | other)
         assert "rope_scaling and rope_parameters: two descriptions of one rope" in message
+
+
+def test_what_one_description_of_a_rope_leaves_to_its_default_the_other_may_say():
+    """transformers 5 writes all of it into ``rope_parameters``."""
+    linear = {"rope_type": "linear", "factor": 2.0}
+    assert (
+        read("falcon", alibi=False, rope_scaling=linear, rope_parameters=linear | {"rope_theta": 1e4}).rope.theta == 1e4
+    )
+    assert read("phi3", rope_scaling={"type": "default"}, rope_parameters={"partial_rotary_factor": 1.0})
+    long = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    whole = {"rope_scaling": long, "original_max_position_embeddings": 8, "max_position_embeddings": 32}
+    inside = long | {"original_max_position_embeddings": 8, "rope_theta": 1e4}
+    assert read("phi3", **whole, rope_parameters=inside) == read("phi3", **whole)
+    message = refusal("phi3", **whole, rope_parameters=inside | {"original_max_position_embeddings": 16})
+    assert "two descriptions of one rope" in message
 
 
 def test_descriptions_of_global_layers_must_agree():
