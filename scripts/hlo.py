@@ -13,15 +13,18 @@ PARTS = {"dynamic-slice", "gather", "slice"}  # which read a part of what they a
 PLACES = {"dynamic-update-slice", "scatter"}  # which write one
 
 
+def arrays(shape: str) -> list[tuple[str, int]]:
+    """Type and elements of each array of a shape, which may be a tuple's."""
+    found = re.findall(r"(\w+)\[([\d,]*)\]", shape)
+    return [(dtype, math.prod(map(int, filter(None, dims.split(","))))) for dtype, dims in found]
+
+
 def elements(shape: str) -> int:
-    return sum(
-        math.prod(map(int, filter(None, dims.split(",")))) for _, dims in re.findall(r"(\w+)\[([\d,]*)\]", shape)
-    )
+    return sum(count for _, count in arrays(shape))
 
 
 def size(shape: str) -> float:
-    found = re.findall(r"(\w+)\[([\d,]*)\]", shape)
-    return sum(SIZES.get(d, 0) * math.prod(map(int, filter(None, dims.split(",")))) for d, dims in found)
+    return sum(SIZES.get(dtype, 0) * count for dtype, count in arrays(shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +161,7 @@ class Program:
 
         def makes_one(kernel: Kernel) -> bool:
             least = min((math.prod(self.weights[number]) for number in kernel.weights), default=math.inf)
-            return 4 * max(map(elements, re.findall(r"\w+\[[\d,]*\]", kernel.op.shape)), default=0) > least
+            return 4 * max((count for _, count in arrays(kernel.op.shape)), default=0) > least
 
         others = (k for k in self.kernels if "gemm" not in k.op.rest and k.op.code != "custom-call")
         return [k for k in others if makes_one(k)]

@@ -1,12 +1,12 @@
 """LiteRT's own interpreter, operator by operator (``pip install ai-edge-litert flatbuffers``)."""
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from llmjax.litert.graph import Graph
-from llmjax.litert.kernels import KERNELS
 from llmjax.litert.products import as_array
 
 
@@ -32,7 +32,7 @@ def exposed(path: Path) -> bytes:
 
 
 class Operators:
-    """The operators of one signature, without composites, each apart from all others.
+    """The operators of one signature, each apart from all others, a composite as one.
 
     Args:
       path: the file.
@@ -53,15 +53,13 @@ class Operators:
 
     def _each(self, weights: dict, values: dict) -> list:
         """What each of our kernels gives, from the interpreter's values."""
-        found = []
+        number, found = self._signature.subgraph, []
         for op in self._body.operators:
-            given = [None if i < 0 else values.get(i) for i in op.inputs]
-            for place, i in enumerate(op.inputs):
-                if i >= 0 and given[place] is None:
-                    stored = self._graph._constants[self._signature.subgraph, i]
-                    given[place] = weights[stored] if isinstance(stored, str) else stored
-            made = KERNELS[op.name](op, given, [self._body.tensors[i] for i in op.outputs], self._graph.numerics)
-            found.append([as_array(y) for y in (made if isinstance(made, tuple) else (made,))])
+            constants = {i: self._graph.constant(number, i, weights) for i in op.inputs if i >= 0 and i not in values}
+            given = [None if i < 0 else (constants | values)[i] for i in op.inputs]
+            made: dict[int, Any] = {}
+            self._graph._step(weights, self._body, op, given, made)
+            found.append([as_array(made[i]) for i in op.outputs])
         return found
 
     def distances(self, **inputs: np.ndarray) -> dict[str, float]:

@@ -166,10 +166,10 @@ class Graph:
             raise RequestError(f"{self.file.where}: no signature {name!r}; there are {known}")
         return self.signatures[name]
 
-    def constant(self, subgraph: int, tensor: int) -> Value:
-        """The value of a constant of a subgraph."""
+    def constant(self, subgraph: int, tensor: int, weights: Any = None) -> Value:
+        """The value of a constant of a subgraph, of ``weights`` if a function was given others for its own."""
         found = self._constants[subgraph, tensor]
-        return self.weights[found] if isinstance(found, str) else found
+        return (self.weights if weights is None else weights)[found] if isinstance(found, str) else found
 
     def names(self, signature: str) -> dict[int, str]:
         """The tensors that a signature's inputs and operators give, by index; a name that others have too ends in its
@@ -207,10 +207,7 @@ class Graph:
         graph = self.file.subgraphs[number]
 
         def value(i: int) -> Value:
-            if i in values:
-                return values[i]
-            found = self._constants[number, i]
-            return weights[found] if isinstance(found, str) else found
+            return values[i] if i in values else self.constant(number, i, weights)
 
         for place, op in enumerate(graph.operators):
             inputs = [None if i < 0 else value(i) for i in op.inputs]

@@ -22,7 +22,7 @@ class Interrupts:
       asked: whether a signal came.
     """
 
-    def __init__(self, stop: Callable[[], None]):
+    def __init__(self, stop: Callable[[], None] = lambda: None):
         self.asked = False
         self._stop = stop
         self._before: dict[int, Any] = {}

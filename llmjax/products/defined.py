@@ -56,17 +56,17 @@ def _defined(
     if not isinstance(weight, QTensor):
         return _of_floats(x.astype(numerics.products), weight)
     x = x.astype(jnp.float32)
-    if len(x) <= FEW:
-        if numerics.digits != 1:
-            return _in_sums(x, weight)
-        scale, (rounded,) = to_digits(x, 1)
-        return scale * _in_sums(rounded.astype(jnp.float32), weight)
+    few = len(x) <= FEW
+    if numerics.digits == 1:
+        scale, (n,) = to_digits(x, 1)
+        return scale * (
+            _in_sums(n.astype(jnp.float32), weight) if few else in_bfloat16([n.astype(jnp.bfloat16)], weight)
+        )
+    if few:
+        return _in_sums(x, weight)
     if numerics.digits is None:
         parts, q = _together(columns(x, weight), weight)
         return total(rows_dot(c, w) for c, w in zip(parts, halves(q), strict=True))
-    if numerics.digits == 1:
-        scale, (rounded,) = to_digits(x, 1)
-        return scale * in_bfloat16([rounded.astype(jnp.bfloat16)], weight)
     return in_bfloat16(pieces(x, 3), weight)
 
 

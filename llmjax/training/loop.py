@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -177,16 +176,20 @@ class _Run:
     def finish(self, report: Callable[[Report], None], note: Callable[[str], None]) -> Training:
         """Goes on to the end."""
         if self.output is None:
-            return self._finish(report, note, threading.Event())
+            return self._finish(report, note)
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.output}: cannot be made: {error.strerror}") from None
-        stop = threading.Event()
-        with locked(self.output / METRICS), Interrupts(stop.set):
-            return self._finish(report, note, stop)
+        with locked(self.output / METRICS), Interrupts() as interrupts:
+            return self._finish(report, note, lambda: interrupts.asked)
 
-    def _finish(self, report: Callable[[Report], None], note: Callable[[str], None], stop: threading.Event) -> Training:
+    def _finish(
+        self,
+        report: Callable[[Report], None],
+        note: Callable[[str], None],
+        asked: Callable[[], bool] = lambda: False,
+    ) -> Training:
         identity = self._begin(note) if self.output else {}
         if widest := self._widest():
             note(self._memory(widest))
@@ -205,9 +208,10 @@ class _Run:
                 report(Report(self.state.step, self.steps, self.metrics[-1], left))
                 if self.progress.finished:
                     break
-                if self.output and (stop.is_set() or self.state.step % self.config.checkpoint_every == 0):
+                stop = asked()  # once: a signal may come behind it
+                if self.output and (stop or self.state.step % self.config.checkpoint_every == 0):
                     self._checkpoint(identity)
-                if stop.is_set():
+                if stop:
                     note(f"{self.output}: stopped after step {self.state.step} of {self.steps}; the same run goes on")
                     raise KeyboardInterrupt
             self.progress.finished = self.progress.finished or f"all {self.steps} steps are done"
