@@ -204,9 +204,10 @@ def _write_tokenizer(source: Source, folder: Path, override: Override) -> None:
         for name in export.FILES:
             if (source.directory / name).is_file():
                 shutil.copyfile(source.directory / name, folder / name)
-        if override and "eos_token_id" in override:  # it wins over the file that was copied
-            own = {"eos_token_id": list(end_tokens(source, None, override))}
-            _write_json(folder / "generation_config.json", {**(source.generation_config or {}), **own})
+        own = source.generation_config  # without it config.json counts, all of it
+        if own is not None and override and "eos_token_id" in override:  # it wins over the file that was copied
+            ids = list(end_tokens(source, None, override))
+            _write_json(folder / "generation_config.json", {**own, "eos_token_id": ids})
         return
     tokenizer = read_tokenizer(source, override)
     if tokenizer is not None:

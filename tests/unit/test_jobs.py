@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+import llmjax
 from llmjax import LLM, SamplingParams
 from llmjax.batch import dryrun, job, openai
 from llmjax.batch.index import Totals
@@ -269,9 +270,11 @@ def test_settings_of_a_generation_config():
 
 def test_settings_in_config_json(tmp_path):
     """Where transformers finds them, too, without a generation_config.json."""
-    path = tiny.checkpoint(tmp_path, repetition_penalty=1.5, suppress_tokens=[3, 4], do_sample=False)
+    path = tiny.checkpoint(tmp_path / "m", repetition_penalty=1.5, suppress_tokens=[3, 4], do_sample=False)
     llm = LLM(path)
     assert (llm.generation, llm.suppressed) == ({"repetition_penalty": 1.5, "temperature": 0.0}, (3, 4))
+    copy = LLM(llmjax.convert(path, tmp_path / "copy", to="hf", config={"eos_token_id": 7}))  # which hides none of them
+    assert (copy.generation, copy.suppressed, 7 in copy.model.eos_ids) == (llm.generation, (3, 4), True)
     (path / "generation_config.json").write_text('{"top_k": 3}')
     assert LLM(path).generation == {"top_k": 3}
 
