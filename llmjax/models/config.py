@@ -91,6 +91,11 @@ class DecoderConfig:
         heads = self.attention(layer)
         return {} if heads is None else {"attn": {"k": heads, "v": heads}}
 
+    def carried(self, layer: int) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        """What a layer carries from token to token, of which it then keeps nothing else: shapes of float32 by module and
+        name.  A model with any does not ``rewinds``."""
+        return {}
+
     def length_kind(self, tokens: int) -> int:
         """Equal for texts of so many tokens whose beginnings are computed alike, 0 of most models: see
         ``models.scalings``."""
