@@ -92,8 +92,8 @@ class DecoderConfig:
         return {} if heads is None else {"attn": {"k": heads, "v": heads}}
 
     def carried(self, layer: int) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
-        """What a layer carries from token to token, of which it then keeps nothing else: shapes of float32 by module and
-        name.  A model with any does not ``rewinds``."""
+        """What a layer carries from token to token, see ``models.pages``: shapes of float32 arrays by module and name.
+        A model that has any does not ``rewinds``."""
         return {}
 
     def length_kind(self, tokens: int) -> int:

@@ -129,11 +129,11 @@ def delta_rule(
 
     run = partial(lax.scan, step)
     tokens = q.shape[1]
-    each = [jnp.moveaxis(x, 1, 0) for x in (q, k, v, decay, beta)]
+    each = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, decay, beta))
     if kept or tokens % _SEGMENT:
         state, y = run(state, each)
     else:
-        parts = [x.reshape(-1, _SEGMENT, *x.shape[1:]) for x in each]
+        parts = tuple(x.reshape(-1, _SEGMENT, *x.shape[1:]) for x in each)
         state, y = lax.scan(jax.checkpoint(run), state, parts)
         y = y.reshape(tokens, *y.shape[2:])
     return state, jnp.moveaxis(y, 0, 1)

@@ -92,7 +92,7 @@ def carried(module: nn.Module, name: str, size: tuple[int, ...], ctx: Context) -
     if not module.has_variable("cache", name):
         return jnp.zeros((rows, *size), jnp.float32)
     assert ctx.table is not None
-    found = module.get_variable("cache", name)[ctx.table[:, 0]]
+    found: jax.Array = module.get_variable("cache", name)[ctx.table[:, 0]]
     return jnp.where((ctx.positions[:, 0] == 0).reshape(rows, *(1 for _ in size)), 0, found)
 
 
@@ -101,7 +101,8 @@ def put_carried(module: nn.Module, name: str, new: jax.Array, ctx: Context) -> N
     if not module.has_variable("cache", name):
         return
     assert ctx.table is not None
-    buffer, numbers = module.get_variable("cache", name), ctx.table[:, 0]
+    buffer: jax.Array = module.get_variable("cache", name)
+    numbers = ctx.table[:, 0]
     if ctx.active is not None:
         numbers = jnp.where(ctx.active, numbers, len(buffer))  # out of range: dropped
     module.put_variable("cache", name, buffer.at[numbers].set(new.astype(buffer.dtype), mode="drop"))
