@@ -53,11 +53,6 @@ class Qwen3_5Config(DecoderConfig):
         """See ``DecoderConfig``."""
         return self.kinds_of_layers
 
-    @property
-    def rewinds(self) -> bool:
-        """See ``DecoderConfig``."""
-        return LINEAR not in self.kinds_of_layers
-
     def attention(self, layer: int) -> tuple[int, int] | None:
         """See ``DecoderConfig.attention``."""
         return super().attention(layer) if self.kinds_of_layers[layer] == FULL else None
