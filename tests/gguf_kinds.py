@@ -29,8 +29,8 @@ Tensors = Mapping[str, np.ndarray]
 
 def of_text_model(tensors: Tensors) -> dict[str, np.ndarray]:
     """Without the towers of a multimodal model and the words that its text model's names begin with."""
-    texts = {n: x for n, x in tensors.items() if not any(t in n for t in ("_tower.", "embed_vision", "embed_audio"))}
-    texts = {n: x for n, x in texts.items() if "projector" not in n}
+    others = ("_tower.", "embed_vision", "embed_audio", "projector", "visual.")
+    texts = {n: x for n, x in tensors.items() if not any(part in n for part in others)}
     return {
         n.replace("language_model.model.", "model.").replace("model.language_model.", "model."): x
         for n, x in texts.items()

@@ -202,6 +202,11 @@ def _checked(config: DecoderConfig, context: Any, lengths: Any) -> tuple[int, tu
     if type(context) is not int or not 1 <= context <= config.max_position_embeddings:
         most = config.max_position_embeddings
         raise ConfigError(f"context: expected 1 to {most} tokens, the model's own, found {shown(context)}")
+    if not config.rewinds:
+        raise ConfigError(
+            "this model's layers carry a state from token to token, and the graphs that are written for LiteRT keep "
+            "keys and values alone; convert it to llmjax or hf"
+        )
     if config.renewal is not None and context > config.renewal or config.length_kind(context) != config.length_kind(1):
         raise ConfigError(
             f"context: {context}: the model's rope changes with the length of a text beyond the context it was first "

@@ -239,8 +239,8 @@ def _check_positive(source: LoraSource) -> None:
             check(name, value, rule, LoraError)
 
 
-# Linear modules that are never quantized: they decide where a token goes.
-_DECIDES = re.compile(r"\.(altup\.(router|prediction|correction)|router|router\.project)\.weight$")
+# Linear modules that are never quantized: they decide where a token goes, or how long it is remembered.
+_DECIDES = re.compile(r"\.(altup\.(router|prediction|correction)|router|router\.project|delta\.(beta|decay))\.weight$")
 
 
 def modules_of(architecture: Architecture, config: DecoderConfig) -> dict[str, list[Part]]:

@@ -66,7 +66,7 @@ class DecoderConfig:
     @property
     def rewinds(self) -> bool:
         """What the cache holds of a token depends on what stands before it alone: rows may share their beginnings."""
-        return True
+        return not any(self.carried(layer) for layer in range(self.num_hidden_layers))
 
     def engine_sizes(self, chunk: int, block: int) -> tuple[int, int, int]:
         """Prompt tokens a prefill call takes, cache positions attention folds at a time, and tokens of a text that a
@@ -90,6 +90,11 @@ class DecoderConfig:
         ``models.pages``; nothing for a layer that has no state of its own."""
         heads = self.attention(layer)
         return {} if heads is None else {"attn": {"k": heads, "v": heads}}
+
+    def carried(self, layer: int) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        """What a layer carries from token to token, see ``models.pages``: shapes of float32 arrays by module and name.
+        Rows of such a model share nothing."""
+        return {}
 
     def length_kind(self, tokens: int) -> int:
         """Equal for texts of so many tokens whose beginnings are computed alike, 0 of most models: see

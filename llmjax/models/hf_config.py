@@ -91,14 +91,15 @@ class Reader:
         self._sections[key] = Reader({**defaults, **value}, f"{self._where}: {key}")
         return self._sections[key]
 
-    def text_section(self, model_type: str, defaults: Mapping[str, Any]) -> "Reader":
+    def text_section(self, model_type: str, defaults: Mapping[str, Any], *, tied: bool = True) -> "Reader":
         """The reader of a multimodal config's ``text_config``, whose head is tied where the outer object says so.
 
         Args:
           model_type: the text model's.
           defaults: what published files leave to transformers.
+          tied: what an outer object means that does not say it.
         """
-        tied = self.flag("tie_word_embeddings", True)
+        tied = self.flag("tie_word_embeddings", tied)
         text = self.section("text_config", {**defaults, "tie_word_embeddings": tied})
         text.expect("model_type", (model_type,), model_type)
         text.expect("tie_word_embeddings", (tied,))

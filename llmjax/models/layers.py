@@ -241,6 +241,27 @@ def attended(module: nn.Module, q: jax.Array, k: jax.Array, v: jax.Array, scores
     return tap(module, "out", out.reshape(*out.shape[:2], -1))
 
 
+class Kernel(nn.Module):
+    """Each channel's convolution: ``[B, k - 1 + T, D]`` to ``[B, T, D]``.
+
+    Attributes:
+      size: k, the tokens it sees, the newest included.
+      bias: has one.
+    """
+
+    size: int
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = parameter(self, "weight", _normal, (x.shape[-1], self.size)).astype(jnp.float32)
+        count = x.shape[1] - self.size + 1
+        y = sum(x[:, i : i + count].astype(jnp.float32) * weight[:, i] for i in range(self.size))
+        if self.bias:
+            y = y + parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
 class GatedMLP(nn.Module):
     """``down(act(gate(x)) * up(x))`` (Shazeer 2020, arXiv:2002.05202)."""
 
@@ -293,6 +314,7 @@ def _gelu_erf(x: jax.Array) -> jax.Array:
 gelu_tanh = _in_float32(_gelu_tanh)
 gelu_erf = _in_float32(_gelu_erf)
 silu = _in_float32(jax.nn.silu)
+sigmoid = _in_float32(jax.nn.sigmoid)
 relu = _in_float32(jax.nn.relu)
 
 

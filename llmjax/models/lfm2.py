@@ -11,7 +11,6 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from llmjax.errors import shown
@@ -24,20 +23,19 @@ from llmjax.models.layers import (
     Attention,
     Embedding,
     GatedMLP,
+    Kernel,
     Projection,
     RMSNorm,
     kept,
     language_head,
-    parameter,
     silu,
 )
-from llmjax.models.names import From, Names, Shape, hf_names
+from llmjax.models.names import Names, depthwise, hf_names
 from llmjax.models.pages import tokens
 from llmjax.models.rope import Rope
 from llmjax.models.stack import in_turn
 
 CONVOLUTION = "conv"
-_init = nn.initializers.normal(0.02)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,22 +138,6 @@ class ShortConvolution(nn.Module):
         return jnp.concatenate([jnp.where(places[..., None] < 0, 0, before), x], 1)
 
 
-class Kernel(nn.Module):
-    """Each channel's convolution: ``[B, k - 1 + T, D]`` to ``[B, T, D]``."""
-
-    size: int
-    bias: bool
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        weight = parameter(self, "weight", _init, (x.shape[-1], self.size)).astype(jnp.float32)
-        count = x.shape[1] - self.size + 1
-        y = sum(x[:, i : i + count].astype(jnp.float32) * weight[:, i] for i in range(self.size))
-        if self.bias:
-            y = y + parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
-        return y.astype(x.dtype)
-
-
 class Block(nn.Module):
     """Pre-norm, sequential residual."""
 
@@ -199,15 +181,6 @@ class Lfm2(nn.Module):
         return tap(self, "logits", language_head(self, embed, x, ctx, tied=c.tie_word_embeddings))
 
 
-def _channels(arrays: list[np.ndarray]) -> np.ndarray:
-    (array,) = arrays
-    return array[:, 0] if array.ndim == 3 else array
-
-
-def _with_middle(shape: Shape) -> Shape:
-    return (shape[0], 1, *shape[1:]) if len(shape) == 2 else shape
-
-
 def names(config: Lfm2Config) -> Names:
     """``embedding_norm`` is the final norm."""
     layer = "model.layers.{}."
@@ -228,7 +201,7 @@ def names(config: Lfm2Config) -> Names:
         ),
         "layers.{}.conv.enter": f"{layer}conv.in_proj",
         "layers.{}.conv.leave": f"{layer}conv.out_proj",
-        "layers.{}.conv.kernel": From((f"{layer}conv.conv",), _channels, _with_middle),
+        "layers.{}.conv.kernel": depthwise(f"{layer}conv.conv"),
     }
 
 

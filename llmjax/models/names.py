@@ -80,6 +80,19 @@ def stacked_experts(
     }
 
 
+def depthwise(module: str) -> From:
+    """A convolution of each channel by itself, ``[D, k]``, which torch has as ``[D, 1, k]``."""
+
+    def make(arrays: list[np.ndarray]) -> np.ndarray:
+        array = _only(arrays)
+        return array[:, 0] if array.ndim == 3 else array
+
+    def with_middle(shape: Shape) -> Shape:
+        return (shape[0], 1, *shape[1:]) if len(shape) == 2 else shape
+
+    return From((module,), make, with_middle)
+
+
 Names = Mapping[str, str | From]
 
 

@@ -2,13 +2,15 @@
 
 Shapes: ``P`` pages, ``page`` positions in one, ``K`` key/value heads, ``H`` head width.  A buffer of keys is ``[P, K,
 page, H]``, one of values (``v``) ``[P, K, H, page]``: both are then read along what is summed.  Whatever else a layer
-keeps of each token lies as keys do.
+keeps of each token lies as keys do.  What it carries from token to token instead (``DecoderConfig.carried``) lies in
+``[P, ...]``, at the number of the row's first page.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import lax
 
 from llmjax.models.context import Context
@@ -82,6 +84,28 @@ def tokens(cache: jax.Array, positions: jax.Array, ctx: Context) -> jax.Array:
         return jnp.take(cache, positions[0], axis=2).transpose(0, 2, 1, 3)
     found = cache[_pages(ctx, positions // page), :, positions % page]
     return from_storage(found, ctx.numerics.products)
+
+
+def carried(module: nn.Module, name: str, size: tuple[int, ...], ctx: Context) -> jax.Array:
+    """What the module's buffer of this name has of each row, float32 ``[B, *size]``; zero where a text begins."""
+    rows = ctx.positions.shape[0]
+    if not module.has_variable("cache", name):
+        return jnp.zeros((rows, *size), jnp.float32)
+    assert ctx.table is not None
+    found: jax.Array = module.get_variable("cache", name)[ctx.table[:, 0]]
+    return jnp.where((ctx.positions[:, 0] == 0).reshape(rows, *(1 for _ in size)), 0, found)
+
+
+def put_carried(module: nn.Module, name: str, new: jax.Array, ctx: Context) -> None:
+    """Where there is a cache, has its buffer carry ``new [B, ...]`` on."""
+    if not module.has_variable("cache", name):
+        return
+    assert ctx.table is not None
+    buffer: jax.Array = module.get_variable("cache", name)
+    numbers = ctx.table[:, 0]
+    if ctx.active is not None:
+        numbers = jnp.where(ctx.active, numbers, len(buffer))  # out of range: dropped
+    module.put_variable("cache", name, buffer.at[numbers].set(new.astype(buffer.dtype), mode="drop"))
 
 
 def _pages(ctx: Context, index: jax.Array) -> jax.Array:

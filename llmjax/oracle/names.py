@@ -268,7 +268,8 @@ def _hugging_face(model: Model, shapes: Collection[str]) -> Table:
         if role in OUTER.values():
             layer = parent.rsplit(".", 1)[0]
             table[parent] = [(ours.rsplit(".", 1)[0], _whole)]
-            into = {"attn.o": "attn.out", "conv.leave": "conv.out"}.get(role)
+            out = "attn.gated" if any(name.endswith(".attn.gated") for name in shapes) else "attn.out"
+            into = {"attn.o": out, "conv.leave": "conv.out", "delta.o": "delta.out"}.get(role)
             table[f"{source}.input"] = [(f"layers.{{}}.{into}", _whole)] if into else []
         if role == "attn.o":
             for name, tap in {"q_rot": "q_rot", "k_rot": "k_rot", "attn_weights": "probs"}.items():

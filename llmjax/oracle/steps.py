@@ -15,6 +15,12 @@ LAYER: dict[str, tuple[str, ...]] = {
     "conv.convolved": ("conv.enter",),
     "conv.out": ("conv.convolved", "conv.enter"),
     "conv.leave": ("conv.out",),
+    **{f"delta.{name}": ("attn_norm",) for name in ("qkv", "gate", "beta", "decay")},
+    "delta.convolved": ("delta.qkv",),
+    "delta.read": ("delta.convolved", "delta.beta", "delta.decay"),
+    "delta.norm": ("delta.read",),
+    "delta.out": ("delta.norm", "delta.gate"),
+    "delta.o": ("delta.out",),
     "attn.q": ("attn_norm",),
     "attn.k": ("attn_norm",),
     "attn.v": ("attn_norm",),
@@ -25,10 +31,11 @@ LAYER: dict[str, tuple[str, ...]] = {
     "attn.k_rot": ("attn.k_norm",),
     "attn.probs": ("attn.q_rot", "attn.k_rot"),
     "attn.out": ("attn.probs", "attn.v_norm|attn.v"),
-    "attn.o": ("attn.out",),
+    "attn.gated": ("attn.out", "attn.q"),
+    "attn.o": ("attn.gated|attn.out",),
     "attn": ("attn.o",),
     "post_attn_norm": ("attn",),
-    "resid_attn": ("in", "post_attn_norm|attn.o|conv.leave", "laurel.norm?", "altup.prediction?"),
+    "resid_attn": ("in", "post_attn_norm|attn.o|conv.leave|delta.o", "laurel.norm?", "altup.prediction?"),
     "mlp_norm": ("resid_attn|in",),
     "mlp.gate": ("mlp_norm|attn_norm|resid_attn",),
     "mlp.up": ("mlp_norm|attn_norm|resid_attn",),
@@ -57,7 +64,7 @@ LAYER: dict[str, tuple[str, ...]] = {
 # Before and after the layers.
 _BEFORE = {"per_layer.embed": (), "per_layer.project": ("embed",), "per_layer.norm": ("per_layer.project",)}
 # A module's output under the module's own name, as other runtimes dump it, too: in ours it is that of its last step.
-OUTER = {"attn": "attn.o", "mlp": "mlp.down", "conv": "conv.leave"}
+OUTER = {"attn": "attn.o", "mlp": "mlp.down", "conv": "conv.leave", "delta": "delta.o"}
 _ENDS = ("embed", "enter", "per_layer", "layers", "leave", "final_norm", "head", "logits")
 _PLACE = {name: i for i, name in enumerate(LAYER)}
 

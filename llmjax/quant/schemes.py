@@ -102,7 +102,7 @@ def role_of(parameter: str) -> str | None:
     if not parameter.endswith(".weight"):
         return None
     *_, block, module, _ = ["", *parameter.split(".")]
-    if block == "attn" and module in ("q", "k", "v", "o"):
+    if (block == "attn" and module in ("q", "k", "v", "o")) or (block == "delta" and module in ("qkv", "gate", "o")):
         return "attention"
     if (
         block in ("mlp", "experts")

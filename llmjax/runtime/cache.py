@@ -29,19 +29,25 @@ def make_cache(
 
     Returns:
       ``layers_i``, and in it what the layer keeps (``DecoderConfig.cache``): most often ``attn / {k, v}``, ``[P, K,
-      page, H]`` and ``[P, K, H, page]``; of a model with ``row_arrays`` those, ``[P, ...]``.
+      page, H]`` and ``[P, K, H, page]``; what it carries (``DecoderConfig.carried``), float32 ``[P, ...]``.  Of a model
+      with ``row_arrays`` those, ``[P, ...]``.
     """
     if (arrays := config.row_arrays) is not None:
         return {name: jnp.zeros((pages, *shape), dtype) for name, (shape, dtype) in arrays.items()}
 
     def buffers(layer: int, count: int) -> dict[str, Any]:
-        return {
+        kept = {
             module: {
                 name: jnp.zeros(shape(name, count * pages, *size, page), storage(numerics.products))
-                for name, size in kept.items()
+                for name, size in sizes.items()
             }
-            for module, kept in config.cache(layer).items()
+            for module, sizes in config.cache(layer).items()
         }
+        carried = {
+            module: {name: jnp.zeros((count * pages, *size), jnp.float32) for name, size in sizes.items()}
+            for module, sizes in config.carried(layer).items()
+        }
+        return kept | carried
 
     count, period = config.num_hidden_layers, config.period
     if stacked:

@@ -18,7 +18,14 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-_LAST = ("self_attn.o_proj", "self_attn.out_proj", "self_attn.dense", "self_attention.dense", "conv.out_proj")
+_LAST = (
+    "self_attn.o_proj",
+    "self_attn.out_proj",
+    "self_attn.dense",
+    "self_attention.dense",
+    "conv.out_proj",
+    "linear_attn.out_proj",
+)
 
 
 def record(model: torch.nn.Module, ids: list[int]) -> dict[str, torch.Tensor]:

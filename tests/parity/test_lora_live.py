@@ -32,6 +32,7 @@ KINDS = {
     "lfm2": {"in_proj", "out_proj", "w1", "w2", "w3"},
     "ministral3_cond": {"o_proj"},
     "olmo3_yarn": {"o_proj"},
+    "qwen3_5_cond": {"in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"},
     "qwen3_moe": _ATTENTION,
     "smollm3": {"o_proj"},
 }

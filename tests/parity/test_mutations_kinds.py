@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.models import gemma3n, ministral3, per_layer, shared_keys
+from llmjax.models import delta, gemma3n, ministral3, per_layer, shared_keys
 from llmjax.models.layers import Embedding, RMSNorm, WideRMSNorm
 from tests.parity.test_cases import loaded
 from tests.parity.test_mutations import CLEARLY, config, no_norm_of, patch, rope, swap
@@ -47,7 +47,9 @@ def altered(module, name, change):
             part = dict(layer[module])
             if name in part:
                 part[name] = (
-                    change(part[name]) if not isinstance(part[name], dict) else {"weight": change(part[name]["weight"])}
+                    change(part[name])
+                    if not isinstance(part[name], dict)
+                    else part[name] | {"weight": change(part[name]["weight"])}
                 )
             return layer | {module: part}
 
@@ -94,6 +96,37 @@ def no_floor(right):
 def values_as_they_are(right):
     """Nothing norms the values; q and k have norms of their own."""
     return lambda x, eps: x
+
+
+def key_heads_in_turn(right):
+    """Value head ``g * K + k`` with key head ``k``."""
+
+    def fault(state, q, k, *rest, **kept):
+        v, decay, beta = rest
+        turned = [x.reshape(*x.shape[:2], x.shape[3], x.shape[2], *x.shape[4:]).swapaxes(2, 3) for x in rest]
+        state, y = right(state, q, k, *turned, **kept)
+        return state, y.swapaxes(2, 3).reshape(v.shape)
+
+    return fault
+
+
+def not_corrected(right):
+    """The rule of linear attention without delta: ``S + beta k v^T``."""
+
+    def fault(state, q, k, v, decay, beta, kept=True):
+        def step(state, token):
+            q, k, v, decay, beta = token
+            state = state * decay[..., None, None] + k[:, :, None, :, None] * (v * beta[..., None])[..., None, :]
+            return state, jnp.sum(state * q[:, :, None, :, None], -2)
+
+        state, y = jax.lax.scan(step, state, [jnp.moveaxis(x, 1, 0) for x in (q, k, v, decay, beta)])
+        return state, jnp.moveaxis(y, 0, 1)
+
+    return fault
+
+
+def halves_swapped(weight):
+    return weight.reshape(3, 2, 12, 36)[:, ::-1].reshape(72, 36)
 
 
 FAULTS = {
@@ -145,6 +178,13 @@ FAULTS = {
     "lfm2: gates swapped": ("lfm2", altered("conv", "enter", lambda w: jnp.concatenate([w[40:80], w[:40], w[80:]]))),
     "lfm2: a token less": ("lfm2", altered("conv", "kernel", lambda w: w.at[:, 0].set(0))),
     "lfm2: keys not normed": ("lfm2", patch(RMSNorm, "__call__", no_norm_of("k_norm"))),
+    "qwen3.5: the convolution runs backwards": ("qwen3_5_cond", altered("delta", "kernel", lambda w: w[:, ::-1])),
+    "qwen3.5: keys as long as they come": ("qwen3_5_cond", patch(delta, "_unit", lambda right: lambda x: x)),
+    "qwen3.5: nothing decays": ("qwen3_5_cond", altered("delta", "a_log", lambda a: a - 100)),
+    "qwen3.5: key heads in turn": ("qwen3_5_cond", patch(delta, "delta_rule", key_heads_in_turn)),
+    "qwen3.5: what is there is not corrected": ("qwen3_5_cond", patch(delta, "delta_rule", not_corrected)),
+    "qwen3.5: gates before queries": ("qwen3_5_cond", altered("attn", "q", halves_swapped)),
+    "qwen3.5: norm with 1 + w where it has w": ("qwen3_5_cond", altered("delta", "norm", lambda w: 1 + w)),
     "yarn: ramp without whole pairs": ("llama_yarn_mscale", part(truncate=False)),
     "yarn: cosines not scaled": ("llama_yarn_mscale", part(attention=1.0)),
     "dynamic: base as it is": ("llama_dynamic_old", rope(scaling=None)),

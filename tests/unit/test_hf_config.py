@@ -21,7 +21,7 @@ SIZES = {
 }
 RW = {"alibi": True, "multi_query": False, "parallel_attn": False}
 # Nested: its text model's keys lie one level down.
-NESTED = {"gemma3", "gemma3n", "gemma4", "mistral3"}
+NESTED = {"gemma3", "gemma3n", "gemma4", "mistral3", "qwen3_5"}
 MINIMAL = {kind: SIZES for kind in architectures() if kind not in NESTED} | {
     "gemma": SIZES | {"num_key_value_heads": 1, "head_dim": 20},
     "mistral": SIZES | {"num_key_value_heads": 2},
@@ -33,6 +33,7 @@ MINIMAL = {kind: SIZES for kind in architectures() if kind not in NESTED} | {
     "gemma4_text": SIZES | {"vocab_size_per_layer_input": 100},
     "lfm2": SIZES | {"num_key_value_heads": 2},
     "ministral3": SIZES | {"num_key_value_heads": 2},
+    "qwen3_5_text": SIZES | {"num_key_value_heads": 2},
 }
 EVERY = pytest.mark.parametrize("kind", sorted(MINIMAL))
 

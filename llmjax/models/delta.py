@@ -1,0 +1,150 @@
+"""Linear attention by the gated delta rule (Yang et al. 2024, arXiv:2412.06464).
+
+A layer keeps no keys and values of the past but one matrix a head, which every token lets decay and corrects: what it
+had for the token's key moves towards the token's value.
+
+Shapes: ``K`` key heads, ``G`` value heads to each, ``E`` width of a key, ``H`` of a value; ``k`` tokens that a
+convolution sees.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from llmjax.models.context import Context, tap
+from llmjax.models.layers import Kernel, Projection, RMSNorm, parameter, sigmoid
+from llmjax.models.pages import carried, put_carried
+
+_L2_EPS = 1e-6
+# Tokens between the states that are kept on the way to a gradient.
+_SEGMENT = 32
+
+
+class GatedDelta(nn.Module):
+    """What Qwen3.5's layers of linear attention are.
+
+    Attributes:
+      key_heads: K.
+      value_heads: ``K * G``; ``G`` neighbours have a key head in common.
+      key_dim: E.
+      value_dim: H.
+      kernel: k, the newest token included.
+      activation: of what the convolution gives.
+      eps: of the norm of what is read.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    activation: Callable[[jax.Array], jax.Array]
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        keys, values = self.key_heads * self.key_dim, self.value_heads * self.value_dim
+        qkv = Projection(2 * keys + values, name="qkv")(x, ctx)
+        gate = Projection(values, name="gate")(x, ctx)
+        beta = sigmoid(Projection(self.value_heads, name="beta")(x, ctx))
+        rate = Projection(self.value_heads, name="decay")(x, ctx).astype(jnp.float32)
+        rate = rate + parameter(self, "dt_bias", nn.initializers.ones, (self.value_heads,)).astype(jnp.float32)
+        speed = jnp.exp(parameter(self, "a_log", nn.initializers.zeros, (self.value_heads,)).astype(jnp.float32))
+        decay = -speed * jax.nn.softplus(rate)  # its logarithm
+
+        qkv = tap(self, "convolved", self.activation(self._convolved(qkv, ctx)))
+        q, k, v = jnp.split(qkv, (keys, 2 * keys), -1)
+        q, k = (y.reshape(*y.shape[:2], self.key_heads, self.key_dim) for y in (q, k))
+        y = tap(self, "read", self._read(q, k, v, beta, decay, ctx).astype(x.dtype))
+
+        y = RMSNorm(self.eps, name="norm")(y) * jax.nn.silu(gate.astype(jnp.float32)).reshape(y.shape)
+        y = tap(self, "out", y.astype(x.dtype).reshape(*x.shape[:2], values))
+        return Projection(x.shape[-1], name="o")(y, ctx)
+
+    def _convolved(self, x: jax.Array, ctx: Context) -> jax.Array:
+        """Each channel's convolution: ``[B, T, C]`` to the same."""
+        count = self.kernel - 1
+        before = carried(self, "before", (count, x.shape[-1]), ctx)
+        x = jnp.concatenate([before.astype(x.dtype), x], 1)
+        ends = _new_tokens(ctx)[:, None] + jnp.arange(count)
+        put_carried(self, "before", jnp.take_along_axis(x, ends[..., None], 1), ctx)
+        return Kernel(self.kernel, name="kernel")(x)
+
+    def _read(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, decay: jax.Array, ctx: Context
+    ) -> jax.Array:
+        """float32 ``[B, T, K * G, H]`` for ``q, k [B, T, K, E]``, ``v [B, T, K * G * H]``, ``beta, decay [B, T, K *
+        G]``."""
+        batch, tokens = v.shape[:2]
+        heads = (self.key_heads, self.value_heads // self.key_heads)
+        padding = (jnp.arange(tokens) >= _new_tokens(ctx)[:, None])[..., None]
+        beta, decay = (  # padding leaves the state as it is
+            jnp.where(padding, 0, y.astype(jnp.float32)).reshape(batch, tokens, *heads) for y in (beta, decay)
+        )
+        v = v.astype(jnp.float32).reshape(batch, tokens, *heads, self.value_dim)
+        state = carried(self, "state", (self.value_heads, self.key_dim, self.value_dim), ctx)
+        state = state.reshape(batch, *heads, self.key_dim, self.value_dim)
+        q = _unit(q) * jnp.float32(self.key_dim**-0.5)
+        state, y = delta_rule(state, q, _unit(k), v, jnp.exp(decay), beta, kept=ctx.recompute is None)
+        put_carried(self, "state", state.reshape(batch, self.value_heads, self.key_dim, self.value_dim), ctx)
+        return y.reshape(batch, tokens, self.value_heads, self.value_dim)
+
+
+def delta_rule(
+    state: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    decay: jax.Array,
+    beta: jax.Array,
+    *,
+    kept: bool = True,
+) -> tuple[jax.Array, jax.Array]:
+    """The recurrence itself, a token at a time: ``S = decay * S``, ``S = S + k (beta * (v - S^T k))^T``, ``y = S^T q``.
+
+    Args:
+      state: float32 ``[B, K, G, E, H]``, before the first token.
+      q: float32 ``[B, T, K, E]``.
+      k: as q.
+      v: float32 ``[B, T, K, G, H]``.
+      decay: float32 ``[B, T, K, G]``.
+      beta: as decay.
+      kept: on the way to a gradient every state is; otherwise few are, and the others computed again.
+
+    Returns:
+      the state behind the last token, and y ``[B, T, K, G, H]``.
+    """
+
+    def step(state: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        q, k, v, decay, beta = token
+        q, k = q[:, :, None, :, None], k[:, :, None, :, None]
+        state = state * decay[..., None, None]
+        change = (v - jnp.sum(state * k, -2)) * beta[..., None]
+        state = state + k * change[..., None, :]
+        return state, jnp.sum(state * q, -2)
+
+    run = partial(lax.scan, step)
+    tokens = q.shape[1]
+    each = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, decay, beta))
+    if kept or tokens % _SEGMENT:
+        state, y = run(state, each)
+    else:
+        parts = tuple(x.reshape(-1, _SEGMENT, *x.shape[1:]) for x in each)
+        state, y = lax.scan(jax.checkpoint(run), state, parts)
+        y = y.reshape(tokens, *y.shape[2:])
+    return state, jnp.moveaxis(y, 0, 1)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Of length 1 over the last dimension, float32."""
+    x = x.astype(jnp.float32)
+    return x * lax.rsqrt(jnp.sum(x * x, -1, keepdims=True) + _L2_EPS)
+
+
+def _new_tokens(ctx: Context) -> jax.Array:
+    """int32 ``[B]``, how many of this call's tokens are no padding."""
+    return jnp.clip(ctx.tokens - ctx.positions[:, 0], 0, ctx.positions.shape[1])

@@ -1,0 +1,201 @@
+"""Qwen3.5, the dense models (Qwen 2026): three layers of linear attention to one of attention, whose output a gate
+weighs."""
+
+import dataclasses
+from collections.abc import Hashable, Mapping
+from typing import Self
+
+import jax
+from flax import linen as nn
+
+from llmjax.errors import shown
+from llmjax.models.architecture import Architecture
+from llmjax.models.attention import Scores
+from llmjax.models.config import FULL, DecoderConfig, dimensions
+from llmjax.models.context import Context, tap
+from llmjax.models.delta import GatedDelta
+from llmjax.models.hf_config import Reader
+from llmjax.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    GatedMLP,
+    Projection,
+    UnitOffsetRMSNorm,
+    attended,
+    kept,
+    language_head,
+    sigmoid,
+)
+from llmjax.models.names import From, Names, depthwise, hf_names
+from llmjax.models.rope import Rope
+from llmjax.models.stack import in_turn
+
+LINEAR = "linear_attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3_5Config(DecoderConfig):
+    """``Qwen3_5ForCausalLM``."""
+
+    rms_norm_eps: float
+    hidden_act: str
+    rope: Rope
+    bias: bool  # of q, k, v and o
+    key_heads: int  # of linear attention, as what follows
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int  # tokens its convolution sees, the newest included
+    kinds_of_layers: tuple[str, ...]  # FULL or LINEAR
+
+    @property
+    def kinds(self) -> tuple[Hashable, ...]:
+        """See ``DecoderConfig``."""
+        return self.kinds_of_layers
+
+    def attention(self, layer: int) -> tuple[int, int] | None:
+        """See ``DecoderConfig.attention``."""
+        return super().attention(layer) if self.kinds_of_layers[layer] == FULL else None
+
+    def carried(self, layer: int) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
+        """See ``DecoderConfig.carried``."""
+        if self.kinds_of_layers[layer] == FULL:
+            return {}
+        channels = 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+        return {
+            "delta": {
+                "before": (self.kernel - 1, channels),
+                "state": (self.value_heads, self.key_dim, self.value_dim),
+            }
+        }
+
+    @classmethod
+    def from_hf(cls, r: Reader) -> Self:
+        """See ``DecoderConfig.from_hf``."""
+        # Of training and of guessing several tokens at once, or repeated: transformers reads none of them.
+        r.ignore("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
+        r.expect("attn_output_gate", (True,), True)
+        r.expect("mlp_only_layers", ([],), [])
+        shared = dimensions(r, tied=False, context=32768, kv_heads=4, head_dim=256)
+        heads, most = (r.size("linear_num_key_heads", 16), r.size("linear_num_value_heads", 32)), 1 << 16
+        if max(heads) > most or heads[1] % heads[0]:
+            r.problem(f"linear_num_value_heads: {heads[1]} is not a multiple of linear_num_key_heads {heads[0]}")
+        return cls(
+            **shared,
+            rms_norm_eps=r.number("rms_norm_eps", 1e-6),
+            hidden_act=r.activation("hidden_act", "silu"),
+            # Parts of a head turn by an image's rows and columns, in text all by the token's position.
+            rope=r.rope(shared["head_dim"], fraction=0.25, known=("mrope_section", "mrope_interleaved")),
+            bias=r.flag("attention_bias", False),
+            key_heads=heads[0],
+            value_heads=heads[1],
+            key_dim=r.size("linear_key_head_dim", 128, most),
+            value_dim=r.size("linear_value_head_dim", 128, most),
+            kernel=r.size("linear_conv_kernel_dim", 4, most),
+            kinds_of_layers=_kinds(r, shared["num_hidden_layers"]),
+        )
+
+    def module(self) -> "Qwen3_5":
+        """See ``DecoderConfig.module``."""
+        return Qwen3_5(self)
+
+
+def _kinds(r: Reader, layers: int) -> tuple[str, ...]:
+    every = r.size("full_attention_interval", 4)
+    kinds = r.get("layer_types", [LINEAR if (i + 1) % every else FULL for i in range(layers)])
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (FULL, LINEAR) for kind in kinds):
+        r.problem(f"layer_types: expected {layers} of {LINEAR!r} or {FULL!r}, found {shown(kinds)}")
+        kinds = [FULL] * layers
+    return tuple(kinds)
+
+
+class GatedAttention(nn.Module):
+    """Attention with normed queries and keys, of whose output ``sigmoid`` of a gate lets a part through; ``q`` makes
+    each head's query and gate."""
+
+    config: Qwen3_5Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        c = self.config
+
+        def heads(name: str, count: int, width: int) -> jax.Array:
+            y = Projection(count * width, c.bias, name=name)(x, ctx)
+            return y.reshape(*y.shape[:2], count, width)
+
+        q = heads("q", c.num_attention_heads, 2 * c.head_dim)
+        q, gate = q[..., : c.head_dim], q[..., c.head_dim :]
+        k, v = (heads(name, c.num_key_value_heads, c.head_dim) for name in ("k", "v"))
+        q, k = (UnitOffsetRMSNorm(c.rms_norm_eps, name=f"{name}_norm")(y) for name, y in (("q", q), ("k", k)))
+        q, k = tap(self, "q_rot", c.rope(q, ctx)), tap(self, "k_rot", c.rope(k, ctx))
+        scores = Scores(scale=c.head_dim**-0.5)
+        y = attended(self, q, kept(self, "k", k, ctx), kept(self, "v", v, ctx), scores, ctx)
+        y = tap(self, "gated", y * sigmoid(gate).reshape(y.shape))
+        return Projection(x.shape[-1], c.bias, name="o")(y, ctx)
+
+
+class Block(nn.Module):
+    """Pre-norm, sequential residual."""
+
+    config: Qwen3_5Config
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        c, activation = self.config, ACTIVATIONS[self.config.hidden_act]
+        mixer: nn.Module
+        if self.kind == FULL:
+            mixer = GatedAttention(c, name="attn")
+        else:
+            sizes = c.key_heads, c.value_heads, c.key_dim, c.value_dim, c.kernel
+            mixer = GatedDelta(*sizes, activation, c.rms_norm_eps, name="delta")
+        x = tap(self, "resid_attn", x + mixer(UnitOffsetRMSNorm(c.rms_norm_eps, name="attn_norm")(x), ctx))
+        mlp = GatedMLP(c.intermediate_size, activation, name="mlp")
+        return tap(self, "resid", x + mlp(UnitOffsetRMSNorm(c.rms_norm_eps, name="mlp_norm")(x), ctx))
+
+
+class Qwen3_5(nn.Module):
+    """ids ``[B, T]`` to logits ``[B, T, V]``."""
+
+    config: Qwen3_5Config
+
+    @nn.compact
+    def __call__(self, ids: jax.Array, ctx: Context) -> jax.Array:
+        c = self.config
+        embed = Embedding(c.vocab_size, c.hidden_size, name="embed")
+        x = tap(self, "embed", embed(ids, ctx))
+        x = in_turn(self, [Block(c, kind, name=f"layers_{i}") for i, kind in enumerate(c.kinds_of_layers)], x, ctx)
+        x = UnitOffsetRMSNorm(c.rms_norm_eps, name="final_norm")(ctx.select_last(x))
+        return tap(self, "logits", language_head(self, embed, x, ctx, tied=c.tie_word_embeddings))
+
+
+def names(config: Qwen3_5Config) -> Names:
+    """As Qwen3's, and those of linear attention."""
+    linear = "model.layers.{}.linear_attn"
+    return {
+        **hf_names(
+            attn_norm="input_layernorm",
+            q="self_attn.q_proj",
+            k="self_attn.k_proj",
+            v="self_attn.v_proj",
+            o="self_attn.o_proj",
+            q_norm="self_attn.q_norm",
+            k_norm="self_attn.k_norm",
+            mlp_norm="post_attention_layernorm",
+            gate="mlp.gate_proj",
+            up="mlp.up_proj",
+            down="mlp.down_proj",
+        ),
+        "layers.{}.delta.qkv": f"{linear}.in_proj_qkv",
+        "layers.{}.delta.gate": f"{linear}.in_proj_z",
+        "layers.{}.delta.beta": f"{linear}.in_proj_b",
+        "layers.{}.delta.decay": f"{linear}.in_proj_a",
+        "layers.{}.delta": From((linear,), endings={"a_log": "A_log"}),
+        "layers.{}.delta.kernel": depthwise(f"{linear}.conv1d"),
+        "layers.{}.delta.norm": f"{linear}.norm",
+        "layers.{}.delta.o": f"{linear}.out_proj",
+    }
+
+
+# What guesses several tokens at once is not needed.
+ARCHITECTURE = Architecture(model_type="qwen3_5_text", config=Qwen3_5Config, hf_names=names, dropped=(r"mtp\..*",))
