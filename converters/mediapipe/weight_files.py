@@ -49,7 +49,7 @@ class Folder:
         if not isinstance(value, QTensor):
             value = value.astype(np.float32, copy=False)
             flat = value if transposed or len(item.shape) == 1 else layout.to_columns(value, 32)
-            self._write(item.name, flat, "float32", item.shape if transposed else item.shape[::-1])
+            self.add_floats(item.name, flat, item.shape if transposed else item.shape[::-1])
             return
         shape = value.shape if transposed else value.shape[::-1]
         flat = value.values if transposed else layout.to_columns(value.values, value.bits)
@@ -66,6 +66,10 @@ class Folder:
             self._write(item.name + ZERO, np.array([zero], np.int32), "int32", ())
         elif zeros is not None:
             self._write(item.name + ZERO, zeros, "float32", zeros.shape)
+
+    def add_floats(self, name: str, data: np.ndarray, shape: Sequence[int]) -> None:
+        """Writes one file of float32 numbers, listed with a shape."""
+        self._write(name, data.astype(np.float32, copy=False), "float32", shape)
 
     def _write(self, name: str, data: np.ndarray, dtype: str, shape: Sequence[int]) -> None:
         with open(self._path / name, "wb") as file:
