@@ -437,6 +437,32 @@ def test_model_types_are_inferred():
     assert job.infer(open_source(DATA / "GEMMA_2B"), changed).name == "GEMMA_7B"
 
 
+def test_weight_files_of_a_tied_head_are_the_heads(tmp_path):
+    """Those of a head that is the embedding's copy: for the cpu the two lie the other way round."""
+    source = tmp_path / "tied"
+    shutil.copytree(DATA / "STABLELM_4E1T_3B", source)
+    table = SafetensorsFile(source / "model.safetensors").read("model.embed_tokens.weight").copy()
+    _rewrite(source, lambda name, x: table if name == "lm_head.weight" else x)
+    settings = json.loads((source / "config.json").read_text())
+
+    def convert(tied, folder, **options):
+        (source / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": tied}))
+        folder.mkdir(exist_ok=True)
+        convert_checkpoint(config("STABLELM_4E1T_3B", "cpu", folder, (4, 4, 4), input_ckpt=str(source), **options))
+        return folder / "out"
+
+    tied, own = (convert(value, tmp_path / str(value)) for value in (True, False))
+    assert digest(tied) == digest(own)
+    model = (tied / "model.tflite").read_bytes()
+    (tied / "model.tflite").unlink()
+    convert(True, tmp_path / "True", combine_file_only=True)
+    assert (tied / "model.tflite").read_bytes() == model
+    head = tied / "params.lm.softmax.logits_ffn.w"
+    head.write_bytes(head.read_bytes()[::-1])
+    with pytest.raises(CheckpointError, match="token_embedding.w differs from .*logits_ffn.w, but the .* ties them"):
+        convert(True, tmp_path / "True", combine_file_only=True)
+
+
 def test_transposed_weight_files():
     """As the mappers of MediaPipe's converter have them."""
     kinds = mediapipe_config.MODEL_TYPES
