@@ -70,7 +70,7 @@ def convert(
         if dtype is not None:
             raise ConfigError("dtype: floats are float32 in LiteRT's files; leave it out")
         if check_finite:
-            raise ConfigError("check_finite: LiteRT's files are run against the checkpoint instead (verify)")
+            raise ConfigError("check_finite: LiteRT's files hold finite weights in any case; leave it out")
         litert.convert_source(
             source, destination, to=to, quantize=quantize, config=config, lora=lora, report=report, **options
         )

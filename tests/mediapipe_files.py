@@ -3,6 +3,7 @@
 The converter is that of MediaPipe 0.10.14 and 0.10.21 with its model dimensions made small; names say which.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,15 @@ def converted(path: Path, folder: Path) -> Path:
     kind, backend, bits = facts(path)
     convert_checkpoint(config(kind, backend, folder, bits))
     return folder / "out" / "model.tflite"
+
+
+def digest(folder: Path) -> str:
+    """Of all raw files and ``layer_info.txt``."""
+    found = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.name != "model.tflite":
+            found.update(file.name.encode() + b"\n" + file.read_bytes())
+    return found.hexdigest()
 
 
 def differences(ours: Path, theirs: Path) -> list[str]:

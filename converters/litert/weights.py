@@ -36,6 +36,7 @@ def split(
     """The small parameters, float32, and what is to become of each weight.
 
     Raises:
+      CheckpointError: NaN or infinite values in the small ones.
       ConfigError: a scheme that LiteRT lacks, or that does not fit a weight.
     """
     small: dict[str, np.ndarray] = {}
@@ -43,7 +44,7 @@ def split(
     for parameter in stored(source, plan, merge):
         shape = parameter.shape
         if role_of(parameter.name) is None and (len(shape) < 2 or math.prod(shape) < _SMALL):
-            small[parameter.name] = parameter.rows(0, shape[0]).astype(np.float32)
+            small[parameter.name] = _finite(parameter.name, parameter.rows(0, shape[0]).astype(np.float32))
             continue
         scheme = None if recipe is None else recipe.scheme(parameter.name)
         form = held(parameter.packed()) if recipe is None else _form(scheme, parameter.name, shape)
@@ -162,19 +163,23 @@ def _rows(parameter: Stored, weight: Weight) -> Iterator[tuple[bytes, np.ndarray
         if keep:
             assert packed is not None
             rows = packed.map(operator.itemgetter(part))
+            _finite(weight.name, rows.scales)
             scales = rows.scales.astype(np.float16 if form.block else np.float32)
             yield (rows.values ^ np.uint8(0x88) if form.bits == 4 else rows.values).tobytes(), scales
             continue
-        w = parameter.rows(part.start, part.stop).astype(np.float32)
+        w = _finite(weight.name, parameter.rows(part.start, part.stop).astype(np.float32))
         if form == FLOAT32:
             yield w.tobytes(), np.zeros((len(w), 0))
             continue
-        if not np.isfinite(w).all():
-            raise CheckpointError(
-                f"{weight.name}: NaN or infinite weights cannot be quantized; the checkpoint is damaged"
-            )
         n, scales = quantized(w, form)
         yield (pack(n & 15) if form.bits == 4 else n).tobytes(), scales
+
+
+def _finite(name: str, values: np.ndarray) -> np.ndarray:
+    """``values``, which a file that is not run would hold as they are."""
+    if not np.isfinite(values).all():
+        raise CheckpointError(f"{name}: NaN or infinite weights; the checkpoint is damaged")
+    return values
 
 
 def quantized(w: np.ndarray, form: Form) -> tuple[np.ndarray, np.ndarray]:

@@ -216,7 +216,7 @@ def convert_checkpoint(config: ConversionConfig, *, report: OnParameter = lambda
                 f"{kind.name})"
             ) from None
         factors = _lora_factors(config, kind, work.config)
-        work.run(path, parameters, weights=output, report=report)
+        work.run(path, parameters, weights=output, factors=factors, report=report)
         _keep(vocabulary, where, output)
         _write_lora(config, factors, work, vocabulary)
     finally:

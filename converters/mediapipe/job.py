@@ -2,14 +2,17 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
-from converters.mediapipe import writer
+from converters.mediapipe import lora, writer
 from converters.mediapipe.weight_files import Folder
 from converters.mediapipe.writer import BACKENDS, Item, Parameters
 from converters.readers.llmjax_directory import LlmjaxSource
+from converters.readers.mediapipe.lora import Factors
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.source import Source, problems_error
 from llmjax.checkpoint import mediapipe_config
@@ -66,6 +69,7 @@ class Job:
         parameters: Parameters,
         *,
         weights: Path | None = None,
+        factors: Mapping[tuple[int, str], Factors] = MappingProxyType({}),
         report: OnParameter = lambda done, total: None,
     ) -> None:
         """Writes the file.
@@ -74,6 +78,7 @@ class Job:
           path: of the file.
           parameters: every parameter by its canonical name.
           weights: a folder for raw weight files as well.
+          factors: an adapter's, of which the folder gets files, too.
           report: called after each parameter.
 
         Raises:
@@ -98,6 +103,8 @@ class Job:
         with whole_files(weights) as partial:
             folder = Folder(partial, self.kind, self.backend)
             write(folder)
+            for name, values, shape in lora.raw_files(factors):
+                folder.add_floats(name, values, shape)
             folder.close()
 
 

@@ -51,11 +51,29 @@ def tensors(factors: Mapping[tuple[int, str], Factors], model_type: str) -> Iter
     for layer in range(1 + max(i for i, _ in factors)):
         for module, place in PLACES.items():
             found = factors[layer, module]
-            sides = ("left", "right") if module != "o" else ("right", "left")
-            for side, values in zip(sides, (found.a, found.b), strict=True):
+            for name, values in _named(layer, module, place, found):
                 data = _to_blocks(values.astype(dtype))
-                name = f"params.lm.transformer.x_layers_{layer}.self_attention.{place}.w_prime_{side}"
                 yield Entry(name, "FLOAT32", (data.nbytes,), data.nbytes), data
+
+
+def raw_files(factors: Mapping[tuple[int, str], Factors]) -> Iterator[tuple[str, np.ndarray, tuple[int, int]]]:
+    """The weight files of factors: name, values, and the shape that ``layer_info.txt`` gives them.
+
+    They are listed as transposed.  Those of o are read as if they were not, so they are what the file shall hold.
+
+    Args:
+      factors: as ``tensors`` takes them.
+    """
+    for (layer, module), found in factors.items():
+        for name, values in _named(layer, module, PLACES[module], found):
+            out, width = values.shape
+            yield name, values if module == "o" else values.T, (width, out)
+
+
+def _named(layer: int, module: str, place: str, factors: Factors) -> list[tuple[str, np.ndarray]]:
+    sides = ("left", "right") if module != "o" else ("right", "left")
+    name = f"params.lm.transformer.x_layers_{layer}.self_attention.{place}.w_prime_"
+    return [(name + side, values) for side, values in zip(sides, (factors.a, factors.b), strict=True)]
 
 
 def _to_blocks(values: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ the weight's scale: ``w = scale * q - zero``; of 4 bits for the cpu there is one
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -22,9 +23,9 @@ from llmjax.quant.qtensor import QTensor
 INFO = "layer_info.txt"
 
 
-def is_transposed(parameter: str, kind: ModelType, backend: str) -> bool:
+def is_transposed(place: str, kind: ModelType, backend: str) -> bool:
     """Whether a weight's file is ``[out, in]``."""
-    module = parameter.removesuffix(".weight").rsplit(".", 1)[-1]
+    module = place.removesuffix(".weight").rsplit(".", 1)[-1]
     if kind.model_type.startswith("gemma"):
         return module == "o"
     return backend == "cpu" and module in ("o", "embed")
@@ -45,11 +46,11 @@ class Folder:
 
     def add(self, item: Item, value: "np.ndarray | QTensor") -> None:
         """Writes one item, with its scales and zero points."""
-        transposed = is_transposed(item.parameter, self._kind, self._backend)
+        transposed = is_transposed(item.place, self._kind, self._backend)
         if not isinstance(value, QTensor):
             value = value.astype(np.float32, copy=False)
             flat = value if transposed or len(item.shape) == 1 else layout.to_columns(value, 32)
-            self._write(item.name, flat, "float32", item.shape if transposed else item.shape[::-1])
+            self.add_floats(item.name, flat, item.shape if transposed else item.shape[::-1])
             return
         shape = value.shape if transposed else value.shape[::-1]
         flat = value.values if transposed else layout.to_columns(value.values, value.bits)
@@ -66,6 +67,10 @@ class Folder:
             self._write(item.name + ZERO, np.array([zero], np.int32), "int32", ())
         elif zeros is not None:
             self._write(item.name + ZERO, zeros, "float32", zeros.shape)
+
+    def add_floats(self, name: str, data: np.ndarray, shape: Sequence[int]) -> None:
+        """Writes one file of float32 numbers, listed with a shape."""
+        self._write(name, data.astype(np.float32, copy=False), "float32", shape)
 
     def _write(self, name: str, data: np.ndarray, dtype: str, shape: Sequence[int]) -> None:
         with open(self._path / name, "wb") as file:
@@ -101,7 +106,7 @@ class Weights:
 
     def _item(self, place: Item) -> Item:
         dtype, shape = self._info.get(place.name, ("", ()))
-        own = place.shape if is_transposed(place.parameter, self._kind, self._backend) else place.shape[::-1]
+        own = place.shape if is_transposed(place.place, self._kind, self._backend) else place.shape[::-1]
         count = int(np.prod(place.shape))
         if (dtype, shape) == ("float32", own):
             bits = 32
@@ -120,7 +125,7 @@ class Weights:
             has_zero = self._info.get(place.name + ZERO, ("",))[0] == "float32"
             if has_zero:
                 self._check(place.name + ZERO, 4 * place.shape[0])
-        return Item(place.name, place.parameter, place.shape, bits, has_zero)
+        return dataclasses.replace(place, bits=bits, has_zero=has_zero)
 
     def _check(self, name: str, expected: int) -> None:
         try:
@@ -132,12 +137,21 @@ class Weights:
             self._problems.append(f"{name}: expected {expected} bytes, found {found}")
 
     def read(self) -> Iterator[tuple[str, "np.ndarray | QTensor"]]:
-        """Every parameter by its canonical name, one in memory at a time."""
-        seen = set()
+        """Every parameter by its canonical name, one in memory at a time.
+
+        Raises:
+          CheckpointError: a tied head that differs from the embedding.
+        """
+        seen: dict[str, Item] = {}
         for item in self.items:
-            if item.parameter not in seen:
-                seen.add(item.parameter)
+            first = seen.setdefault(item.parameter, item)
+            if first is item:
                 yield item.parameter, self._value(item)
+            elif not _same(self._value(first), self._value(item)):
+                raise CheckpointError(
+                    f"{self._path}: {item.name} differs from {first.name}, but the configuration ties them; set "
+                    "tie_word_embeddings to false if the head is its own"
+                )
 
     def _value(self, item: Item) -> "np.ndarray | QTensor":
         raw = np.fromfile(self._path / item.name, np.uint8)
@@ -146,13 +160,18 @@ class Weights:
         shape = (item.shape[0], item.shape[1])
         if item.bits == 4 and self._backend == "gpu":
             raw ^= np.uint8(0x88)
-        read = layout.from_rows if is_transposed(item.parameter, self._kind, self._backend) else layout.from_columns
+        read = layout.from_rows if is_transposed(item.place, self._kind, self._backend) else layout.from_columns
         values = read(raw, shape, item.bits)
         if item.bits == 32:
             return values
         scales = np.fromfile(self._path / (item.name + SCALE), "<f4")[:, None]
         offsets = -np.fromfile(self._path / (item.name + ZERO), "<f4")[:, None] if item.has_zero else None
         return QTensor(values, scales, offsets, bits=item.bits, zero=8 if item.bits == 4 else 0)
+
+
+def _same(one: "np.ndarray | QTensor", other: "np.ndarray | QTensor") -> bool:
+    parts = [(x.values, x.scales, x.offsets) if isinstance(x, QTensor) else (x,) for x in (one, other)]
+    return len(parts[0]) == len(parts[1]) and all(map(np.array_equal, *parts))
 
 
 def _read_info(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

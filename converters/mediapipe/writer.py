@@ -32,13 +32,15 @@ class Item:
 
     Attributes:
       name: MediaPipe's.
-      parameter: whose values it has.
+      place: ours.
+      parameter: whose values it has: of a tied head those of ``embed.weight``.
       shape: ``[out, in]``, or ``[n]``.
       bits: 4 or 8; 32 for floats.
       has_zero: it is quantized asymmetrically.
     """
 
     name: str
+    place: str
     parameter: str
     shape: tuple[int, ...]
     bits: int = 32
@@ -78,7 +80,7 @@ def items(
     for place in sorted(filled, key=lambda name: _order(name, kind, backend)):
         parameter = filled[place]
         (name,) = sources_of(place, names)[1]
-        found.append(Item(name, parameter, shapes[parameter], *kept(parameter)))
+        found.append(Item(name, place, parameter, shapes[parameter], *kept(parameter)))
     return found
 
 

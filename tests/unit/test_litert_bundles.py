@@ -349,7 +349,7 @@ WRONG = {
     "vocab: only for task files": {"vocab": "x"},
     "chat_template: .*/nowhere: cannot read it: No such file or directory": {"chat_template": "/nowhere"},
     "dtype: floats are float32": {"dtype": "bfloat16"},
-    "check_finite: LiteRT's files are run": {"check_finite": True},
+    "check_finite: LiteRT's files hold finite": {"check_finite": True},
     "verify: expected true or false": {"verify": "no"},
     "int8-asym: LiteRT has": {"quantize": "int8-asym"},
     "no such file": {"lora": "/nowhere"},

@@ -20,7 +20,7 @@ from llmjax.errors import ConfigError
 from llmjax.lora.adapter import LoraSource, read_adapter
 from llmjax.training.adapter import new_adapter
 from llmjax.training.files import save_adapter
-from tests.mediapipe_files import DATA, GEMMA, config
+from tests.mediapipe_files import DATA, GEMMA, config, digest
 from tests.tiny import slow
 
 REAL = sorted(DATA.glob("*_lora_*.bin"))
@@ -47,6 +47,7 @@ def same(ours: Path, theirs: Path) -> bool:
 def test_equal_to_the_real_converters(real, tmp_path):
     kind = real.name.split("_gpu")[0]
     assert same(written(kind, tmp_path), real)
+    assert digest(tmp_path / "out") == json.loads((DATA / "weight_files.json").read_text())[f"{kind} lora"]
     (tmp_path / "b").mkdir()
     assert not same(written(kind, tmp_path / "b", lora_o_proj="right"), real)
 

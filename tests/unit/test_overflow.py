@@ -67,6 +67,14 @@ def test_infinity_in_the_file_is_not_of_our_making(tmp_path):
         llmjax.load(source, dtype="float16", check_finite=True)
 
 
+@pytest.mark.parametrize(("name", "place"), [("model__norm__weight", "final_norm"), ("lm_head__weight", "head")])
+def test_a_graph_that_is_not_run_holds_no_infinity_either(name, place, tmp_path):
+    source = changed(tiny.checkpoint(tmp_path / "m"), **{name: np.inf})
+    with pytest.raises(CheckpointError, match=f"{place}.weight: NaN or infinite weights"):
+        llmjax.convert(source, tmp_path / "x.tflite", to="tflite", verify=False, context=8, prefill_lengths=[4])
+    assert not (tmp_path / "x.tflite").exists()
+
+
 def test_bfloat16_ends_before_float32(tmp_path):
     source = changed(tiny.checkpoint(tmp_path / "m"), lm_head__weight=3.4e38)
     with pytest.raises(ConfigError, match=r"expected at most 3.38953e\+38 for bfloat16, found 3.4e\+38"):
