@@ -99,8 +99,8 @@ class Scores:
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:
-    """``cap * tanh(x / cap)``, every step rounded to x's dtype."""
-    y = jnp.tanh((x / jnp.float32(cap)).astype(x.dtype))
+    """``cap * tanh(x / cap)``, every step rounded to x's dtype; Triton has no tanh of 16 bits."""
+    y = jnp.tanh((x / jnp.float32(cap)).astype(x.dtype).astype(jnp.float32)).astype(x.dtype)
     return (y * jnp.float32(cap)).astype(x.dtype)
 
 

@@ -58,14 +58,14 @@ def test_many_rows_read_a_packed_weight_as_it_is_stored(kind, profile):
         assert not found["copied_weights"]
 
 
-@pytest.mark.parametrize("model", ["config:phi-2", "config:falcon-rw-1b"])
-def test_heads_of_any_width_and_alibi_are_the_kernels(model):
+@pytest.mark.parametrize(("model", "profile"), [("phi-2", "fast"), ("falcon-rw-1b", "hf"), ("gemma-2-2b", "hf")])
+def test_heads_of_any_width_and_other_scores_are_the_kernels(model, profile):
     """Folded block by block, they are waited for in each layer, and the cache is copied."""
-    for found in reports("bfloat16", "fast", "decode-1", "prefill-128", model=model):
+    for found in reports("bfloat16", profile, "decode-1", "prefill-128", model=f"config:{model}"):
         check_any(found)
         assert found["waits"] == found["launched"] == (found["program"] == "decode-1")
         if found["program"] == "decode-1":
-            assert found["written"] < 1e6
+            assert found["written"] < 5e6
 
 
 @pytest.mark.parametrize(("card", "kind"), CARDS)
