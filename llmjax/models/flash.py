@@ -28,6 +28,8 @@ _QUERIES = {2: 64, 4: 16}
 _KEYS = 32
 _FEWEST = 16
 _WIDEST = 256
+# Pages whose results are read at once: one after the other, each would wait for memory.
+_PARTS = 16
 
 # ``(products, queries, keys, slopes) -> (scores, mask)``, see ``attention.Scores``.
 Rule = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
@@ -94,7 +96,7 @@ def flash_attention(
         in_specs=[anywhere] * 4,
         out_specs=anywhere,
         out_shape=float32(q.shape),
-        compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         name="attention_join",
     )(positions, acc, *sums)
 
@@ -206,22 +208,28 @@ def _fold(
 
 
 def _join(page: int, positions: Any, accs: Any, tops: Any, totals: Any, out: Any) -> None:
-    """What a row's pages gave one query, in their order."""
+    """What a row's pages gave one query, in their order, some at a time."""
     batch, head = pl.program_id(0), pl.program_id(1)
-    width = out.shape[3]
-    pieces = _pieces(width)
+    (_, parts, _), width = tops.shape, out.shape[3]
+    pieces, used = _pieces(width), positions[batch, 0] // page + 1
 
     def turn(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         top, total, acc = carry
-        its_top = tops[batch, i, head]
-        new_top = jnp.maximum(top, its_top)
+        part = i * _PARTS + jnp.arange(_PARTS, dtype=jnp.int32)
+        mask = part < jnp.minimum(used, parts)
+        its_top = plt.load(tops.at[batch, part, head], mask=mask, other=-1e30)
+        its_total = plt.load(totals.at[batch, part, head], mask=mask, other=0)
+        new_top = jnp.maximum(top, jnp.max(its_top))
         mine, its = jnp.exp(top - new_top), jnp.exp(its_top - new_top)
-        parts = [plt.load(accs.at[batch, i, head, p.lanes], mask=p.lanes < width, other=0) for p in pieces]
-        acc = tuple(a * mine + b * its for a, b in zip(acc, parts, strict=True))
-        return new_top, total * mine + totals[batch, i, head] * its, acc
+        added = []
+        for x, piece in zip(acc, pieces, strict=True):
+            real = mask[:, None] & (piece.lanes < width)[None]
+            its_acc = plt.load(accs.at[batch, part[:, None], head, piece.lanes[None]], mask=real, other=0)
+            added.append(x * mine + jnp.sum(its_acc * its[:, None], 0))
+        return new_top, total * mine + jnp.sum(its_total * its), tuple(added)
 
     zero = jnp.float32(0)
     start = (zero - 1e30, zero, tuple(jnp.zeros(piece.size, jnp.float32) for piece in pieces))
-    _, total, acc = lax.fori_loop(0, positions[batch, 0] // page + 1, turn, start)
+    _, total, acc = lax.fori_loop(0, pl.cdiv(used, _PARTS), turn, start)
     for x, piece in zip(acc, pieces, strict=True):
         plt.store(out.at[batch, 0, head, piece.lanes], x / total, mask=piece.lanes < width)

@@ -14,9 +14,9 @@ from llmjax.numerics import resolve
 from llmjax.quant.bits import to_storage
 from tests.tiny import slow
 
-PAGE, PAGES = 64, 5
+PAGE, PAGES = 32, 18
 # One row's chunk that ends in the middle of a tile, or rows of a step in their first and last page.
-CHUNK, STEP = [130 + np.arange(30)], [[7], [319]]
+CHUNK, STEP = [130 + np.arange(30)], [[7], [570]]
 # Heads of one power of two, of several, and of some of whose last a part is missing.
 CASES = [
     ("reference", STEP, 70, 30.0, 24, True),
