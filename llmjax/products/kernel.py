@@ -37,7 +37,7 @@ def can_serve(q: QTensor) -> bool:
 
 
 def _turn(q: QTensor, rows: int, pieces: int) -> int:
-    """Stored columns of a turn, a power of two that divides a group's, of a tile of rows and of pieces of x."""
+    """Stored columns of a turn, a power of two that divides a group's, where a tile has so many rows and x pieces."""
     group, parts = q.values.shape[1] // q.scales.shape[1], len(columns(q.values, q))
     width = min(group & -group, (128 if rows < _ROWS else 64) // parts)
     while 2 * width * (2 * pieces * parts * rows + _CHANNELS) > _MEMORY:
