@@ -1,4 +1,5 @@
-"""Compiles llmjax's programs for an NVIDIA H100 on a machine without one, and says what they would do there:
+"""Compiles llmjax's programs for an NVIDIA H100, or another card, on a machine without one, and says what they would do
+there:
 
     pip install 'llmjax[cuda]' && python scripts/gpu_programs.py --kinds bfloat16 int4 --programs decode-1 prefill-2048
 
@@ -53,13 +54,14 @@ from scripts.hlo import Program
 
 KINDS = ("bfloat16", "int8", "int4", "int4-g32", "int4-asym")
 PROGRAMS = ("decode-1", "decode-64", "prefill-128", "prefill-2048", "draw-1", "score-8", "grow")
+CARDS = Path(__file__).with_name("cards")  # what XLA's compiler is told of them
 BLOCK, PAGES = 128, 8  # of the cache: positions in half a page, pages of a row
 
 
 @cache
-def on_card() -> NamedSharding:
+def on_card(name: str) -> NamedSharding:
     """Where the arrays would lie."""
-    target = Path(__file__).with_name("h100.txtpb").read_text()
+    target = (CARDS / f"{name}.txtpb").read_text()
     card = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target)
     return NamedSharding(topologies.make_mesh(card, (1,), ("x",)), PartitionSpec())
 
@@ -110,7 +112,13 @@ class Compiled:
 
 
 def compiled(
-    name: str, kind: str, profile: str, model: str = "config:gemma-2b", layers: int | None = None, tokens: int = 2048
+    name: str,
+    kind: str,
+    profile: str,
+    model: str = "config:gemma-2b",
+    layers: int | None = None,
+    tokens: int = 2048,
+    card: str = "h100",
 ) -> Compiled:
     """A program of ``PROGRAMS`` (any number after the dash) of a model whose rows have a cache of ``tokens``."""
     config, params = shapes_of(model, kind, layers)
@@ -148,7 +156,7 @@ def compiled(
     else:
         function, donated, in_use, params = partial(_longer, layers=1, more=8), (), 0, {}
         args = (jax.tree.leaves(state.cache)[0],)
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_card()), args)
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_card(card)), args)
     options: dict[str, Any] = numerics.compiler_options("gpu") | {"xla_gpu_autotune_level": 0}
     program = jax.jit(function, donate_argnums=donated).lower(*args).compile(compiler_options=options)
     text, leaves = program.as_text(), jax.tree.leaves(params)
@@ -204,6 +212,7 @@ def launches(folder: Path) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="config:gemma-2b")
+    parser.add_argument("--card", default="h100", choices=sorted(file.stem for file in CARDS.iterdir()))
     parser.add_argument("--layers", type=int, help="so many alone, which compile sooner")
     parser.add_argument("--kinds", nargs="+", default=KINDS, help="bfloat16, float32 or a scheme of quantization")
     parser.add_argument("--profile", default="fast")
@@ -216,7 +225,7 @@ def main() -> None:
         for name in args.programs:
             for file in Path(DUMP.name).glob("*.thunk_sequence*.txt"):
                 file.unlink()
-            result = compiled(name, kind, args.profile, args.model, args.layers, args.tokens)
+            result = compiled(name, kind, args.profile, args.model, args.layers, args.tokens, args.card)
             if args.hlo:
                 args.hlo.mkdir(parents=True, exist_ok=True)
                 (args.hlo / f"{kind}.{args.profile}.{name}.hlo").write_text(result.text)

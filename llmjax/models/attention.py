@@ -7,6 +7,7 @@ Shapes: ``B`` batch, ``T`` query positions, ``S`` cache positions, ``N`` query h
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,12 @@ class Scores:
     fused: bool = False
 
     def __call__(
-        self, products: jax.Array, queries: jax.Array, keys: jax.Array, ctx: Context
+        self,
+        products: jax.Array,
+        queries: jax.Array,
+        keys: jax.Array,
+        ctx: Context,
+        slopes: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Scores and the mask of what each query may see.
 
@@ -70,6 +76,7 @@ class Scores:
           queries: int32 positions ``[B, T]``.
           keys: int32 positions ``[B, S]``; ``[1, S]`` where they are the same in all rows.
           ctx: for the roundings of the profile.
+          slopes: ALiBi's, broadcastable to products, of whoever has its queries in another order.
 
         Returns:
           ``(scores, mask)``, scores as products, mask broadcastable to them.
@@ -77,7 +84,10 @@ class Scores:
         dtype = jnp.float32 if self.fused else ctx.numerics.activations
         scores = (products.astype(dtype) * jnp.float32(self.scale)).astype(dtype)
         if self.alibi:
-            bias = _alibi_bias(products.shape, keys, ctx.numerics.round_alibi) * jnp.float32(self.scale)
+            if slopes is None:
+                num_kv, groups = products.shape[1:3]
+                slopes = jnp.asarray(alibi_slopes(num_kv * groups).reshape(num_kv, groups, 1, 1))
+            bias = _alibi_bias(slopes, keys, ctx.numerics.round_alibi) * jnp.float32(self.scale)
             scores = scores + bias.astype(ctx.numerics.activations).astype(dtype)
         if self.softcap is not None:
             scores = softcap(scores, self.softcap)
@@ -89,22 +99,24 @@ class Scores:
 
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:
-    """``cap * tanh(x / cap)``, every step rounded to x's dtype."""
-    y = jnp.tanh((x / jnp.float32(cap)).astype(x.dtype))
+    """``cap * tanh(x / cap)``, every step rounded to x's dtype; Triton has no tanh of 16 bits."""
+    y = jnp.tanh((x / jnp.float32(cap)).astype(x.dtype).astype(jnp.float32)).astype(x.dtype)
     return (y * jnp.float32(cap)).astype(x.dtype)
 
 
-def _alibi_bias(shape: tuple[int, ...], keys: jax.Array, rounded: bool) -> jax.Array:
+def _alibi_bias(slopes: jax.Array, keys: jax.Array, rounded: bool) -> jax.Array:
     """float32 ``[B, K, G, 1, S]`` for keys ``[B, S]``; ``rounded`` rounds slopes, positions and product to bfloat16
     (transformers' build_alibi_tensor)."""
-    _, num_kv, groups, _, _ = shape
-    slopes = jnp.asarray(alibi_slopes(num_kv * groups).reshape(num_kv, groups, 1, 1))
     positions = keys.astype(jnp.float32)[:, None, None, None]
-
-    def round_(x: jax.Array) -> jax.Array:  # reduce_precision: XLA may drop a pair of casts, never this
-        return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7) if rounded else x
-
+    round_ = _to_bfloat16 if rounded else lambda x: x
     return round_(round_(slopes) * round_(positions))
+
+
+def _to_bfloat16(x: jax.Array) -> jax.Array:
+    """float32 x, none of it NaN, rounded to bfloat16: a pair of casts XLA may drop, and a kernel of Triton's has no
+    ``lax.reduce_precision``."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return lax.bitcast_convert_type((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000, jnp.float32)
 
 
 def _grouped(q: jax.Array, num_kv: int) -> jax.Array:
@@ -196,13 +208,16 @@ def _in_a_kernel(scores: Scores, q: jax.Array, cache_k: jax.Array, cache_v: jax.
     """``cached_attention`` by ``models.flash``, where that knows how."""
     from llmjax.models import flash  # Pallas takes as long to import as all of llmjax
 
-    if scores.alibi or not flash.can_serve(cache_k):
+    if not flash.can_serve(cache_k):
         return _folded(q, cache_k, cache_v, ctx, scores, None)
     assert ctx.table is not None
-    queries = _grouped(q, cache_k.shape[1]).astype(ctx.numerics.products)
-    rule = partial(scores, ctx=ctx)
-    out = flash.flash_attention(rule, ctx.numerics, scores.window, queries, cache_k, cache_v, ctx.table, ctx.positions)
-    return _ungrouped(out).astype(q.dtype)
+
+    def rule(products: jax.Array, queries: jax.Array, keys: jax.Array, slopes: jax.Array | None) -> Any:
+        return scores(products, queries, keys, ctx, slopes)
+
+    queries, slopes = q.astype(ctx.numerics.products), jnp.asarray(alibi_slopes(q.shape[2])) if scores.alibi else None
+    args = (queries, cache_k, cache_v, ctx.table, ctx.positions, slopes)
+    return flash.flash_attention(rule, ctx.numerics, scores.window, *args).astype(q.dtype)
 
 
 def _folded(

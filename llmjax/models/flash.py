@@ -5,11 +5,13 @@ writes what it cut out of the cache, scores and sums to memory.  Here the loop i
 stays in registers (Dao et al. 2022, arXiv:2205.14135).  Steps, whose queries are too few to fill a card, give each page
 of a row to a program of its own; their results are folded in the order of pages, so that a row's bits depend neither on
 its neighbours nor on the cache's length.
+
+Triton's arrays are powers of two: a head is cut into such, from which any width is made up.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +27,18 @@ from llmjax.quant.bits import from_storage
 _QUERIES = {2: 64, 4: 16}
 _KEYS = 32
 _FEWEST = 16
+_WIDEST = 256
+# Pages whose results are read at once: one after the other, each would wait for memory.
+_PARTS = 16
 
-# ``(products, queries, keys) -> (scores, mask)``, see ``attention.Scores``.
-Rule = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+# ``(products, queries, keys, slopes) -> (scores, mask)``, see ``attention.Scores``.
+Rule = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
 
 
 def can_serve(cache_k: jax.Array) -> bool:
-    """Whether the kernel knows such pages: its arrays are powers of two, and no register file holds wide heads."""
+    """Whether the kernel knows such pages: no register file holds wider heads."""
     _, _, page, width = cache_k.shape
-    return page % _KEYS == 0 and _FEWEST <= width <= 256 and width & (width - 1) == 0
+    return page % _KEYS == 0 and width <= _WIDEST
 
 
 def flash_attention(
@@ -45,10 +50,11 @@ def flash_attention(
     cache_v: jax.Array,
     table: jax.Array,
     positions: jax.Array,
+    slopes: jax.Array | None = None,
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Attention of queries ``[B, K, G, T, H]``, in the products' dtype, over a cache: float32, as they lie.
+    """Attention of queries ``[B, T, N, H]``, in the products' dtype, over a cache: float32, as they lie.
 
     Args:
       rule: makes scores of products.
@@ -57,60 +63,65 @@ def flash_attention(
       q: queries.
       cache_k: ``[P, K, page, H]``, as ``bits.storage`` of the products' dtype.
       cache_v: ``[P, K, H, page]``.
-      table: int32 ``[B, N]``.
+      table: int32 ``[B, n]``.
       positions: int32 ``[B, T]``.
+      slopes: float32 ``[N]``, of the rule; None if it has none.
       interpret: run it on any device, slowly.
     """
-    batch, num_kv, groups, count, width = q.shape
-    page, pages = cache_k.shape[2], table.shape[1]
-    rows = groups * count
+    batch, count, heads, width = q.shape
+    num_kv, page, pages = *cache_k.shape[1:3], table.shape[1]
+    rows = heads // num_kv * count
     tile = min(_QUERIES[q.dtype.itemsize], max(_FEWEST, pl.next_power_of_2(rows)))
-    tiles = pl.cdiv(rows, tile)
     parts = pages if count == 1 else 1
-    pad = tiles * tile - rows
-    queries = jnp.pad(q.reshape(batch, num_kv, rows, width), ((0, 0), (0, 0), (0, pad), (0, 0)))
-    # A query that is none sees what the first does, or would count for the tile's range.
-    at = jnp.pad(jnp.tile(positions, (1, groups)), ((0, 0), (0, pad)), mode="edge")
     call = functools.partial(pl.pallas_call, interpret=interpret)
-    shape = (batch, num_kv, parts, tiles * tile)
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    # What the parts of a row's one query give lies as several queries' results do.
+    shape = (batch, max(count, parts), heads)
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    top, total, acc = call(
-        functools.partial(_fold, rule, numerics, window, parts, page),
-        grid=(batch, num_kv, parts, tiles),
-        in_specs=[
-            pl.BlockSpec((None, pages), lambda b, k, p, t: (b, 0)),
-            pl.BlockSpec((None, tile), lambda b, k, p, t: (b, t)),
-            pl.BlockSpec((None, None, tile, width), lambda b, k, p, t: (b, k, t, 0)),
-            pl.BlockSpec(memory_space=pl.ANY),
-            pl.BlockSpec(memory_space=pl.ANY),
-        ],
-        out_specs=[
-            pl.BlockSpec((None, None, None, tile), lambda b, k, p, t: (b, k, p, t)),
-            pl.BlockSpec((None, None, None, tile), lambda b, k, p, t: (b, k, p, t)),
-            pl.BlockSpec((None, None, None, tile, width), lambda b, k, p, t: (b, k, p, t, 0)),
-        ],
-        out_shape=[float32(shape), float32(shape), float32((*shape, width))],
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=2),
+    args = [table, positions, q, cache_k, cache_v] + ([] if slopes is None else [slopes])
+    acc, *sums = call(
+        functools.partial(_fold, rule, numerics, window, tile, slopes is not None),
+        grid=(batch, num_kv, parts, pl.cdiv(rows, tile)),
+        in_specs=[anywhere] * len(args),
+        out_specs=[anywhere] * (1 if parts == 1 else 3),
+        out_shape=[float32((*shape, width)), *([] if parts == 1 else [float32(shape)] * 2)],
+        compiler_params=plt.CompilerParams(num_warps=8 if tile * width > _QUERIES[2] * 128 else 4, num_stages=2),
         name="attention",
-    )(table, at, queries, cache_k, cache_v)
+    )(*args)
     if parts == 1:
-        out = acc[:, :, 0] / total[:, :, 0, :, None]
-    else:
-        out = call(
-            functools.partial(_join, page),
-            grid=(batch, num_kv, tiles),
-            in_specs=[
-                pl.BlockSpec((None, tile), lambda b, k, t: (b, t)),
-                pl.BlockSpec((None, None, parts, tile), lambda b, k, t: (b, k, 0, t)),
-                pl.BlockSpec((None, None, parts, tile), lambda b, k, t: (b, k, 0, t)),
-                pl.BlockSpec((None, None, parts, tile, width), lambda b, k, t: (b, k, 0, t, 0)),
-            ],
-            out_specs=pl.BlockSpec((None, None, tile, width), lambda b, k, t: (b, k, t, 0)),
-            out_shape=float32((batch, num_kv, tiles * tile, width)),
-            compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-            name="attention_join",
-        )(at, top, total, acc)
-    return out[:, :, :rows].reshape(q.shape)
+        return acc
+    return call(
+        functools.partial(_join, page),
+        grid=(batch, heads),
+        in_specs=[anywhere] * 4,
+        out_specs=anywhere,
+        out_shape=float32(q.shape),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        name="attention_join",
+    )(positions, acc, *sums)
+
+
+class _Piece(NamedTuple):
+    """Neighbouring dimensions of a head, a power of two; of the last the head may have but some."""
+
+    start: int
+    size: int
+    whole: bool
+
+    @property
+    def lanes(self) -> jax.Array:
+        """int32 ``[size]``: which they are."""
+        return self.start + jnp.arange(self.size, dtype=jnp.int32)
+
+
+def _pieces(width: int) -> list[_Piece]:
+    """Of a head, the largest first."""
+    found, start = [], 0
+    while (left := width - start) > 0:
+        size = max(_FEWEST, 1 << (left.bit_length() - 1))
+        found.append(_Piece(start, size, size <= left))
+        start += size
+    return found
 
 
 def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -122,59 +133,103 @@ def _fold(
     rule: Rule,
     numerics: Numerics,
     window: int | None,
-    parts: int,
-    page: int,
+    tile: int,
+    sloped: bool,
     table: Any,
     positions: Any,
     q: Any,
     cache_k: Any,
     cache_v: Any,
-    top_ref: Any,
-    total_ref: Any,
-    acc_ref: Any,
+    *rest: Any,
 ) -> None:
     """One tile of queries over one row's keys, all of them or those of one page."""
-    head, part = pl.program_id(1), pl.program_id(2)
-    rows, width = q.shape
-    queries, at = q[...], positions[...]
+    batch, head, part = (pl.program_id(i) for i in range(3))
+    (_, count, heads, width), (_, num_kv, page, _) = q.shape, cache_k.shape
+    groups = heads // num_kv
+    # All that a key's head meets, a token's queries side by side; those behind the last are none.
+    row = pl.program_id(3) * tile + jnp.arange(tile, dtype=jnp.int32)
+    real, token, query = row < groups * count, lax.div(row, groups), head * groups + lax.rem(row, groups)
+    at = positions[batch, jnp.minimum(token, count - 1)]
+    slopes, results = (rest[0][query][:, None], rest[1:]) if sloped else (None, rest)
+    pieces = _pieces(width)
+    queries = [
+        plt.load(
+            q.at[batch, token[:, None], query[:, None], piece.lanes[None]],
+            mask=real[:, None] & (piece.lanes < width)[None],
+            other=0,
+        )
+        for piece in pieces
+    ]
     first, last = jnp.int32(0), jnp.max(at) // _KEYS + 1
     if window is not None:
         first = jnp.maximum(jnp.min(at) - (window - 1), 0) // _KEYS
-    if parts > 1:
-        each = page // _KEYS
-        first, last = jnp.maximum(first, part * each), jnp.minimum(last, (part + 1) * each)
+    if len(results) > 1:
+        turns = page // _KEYS
+        first, last = jnp.maximum(first, part * turns), jnp.minimum(last, (part + 1) * turns)
 
-    def turn(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def cut(cache: Any, piece: _Piece, axis: int, *index: Any) -> jax.Array:
+        """Of a head's keys or values the dimensions of a piece, along ``axis``; zero for those that it has not."""
+        mask = None if piece.whole else jnp.expand_dims(piece.lanes < width, 1 - axis)
+        values = plt.load(cache.at[index], mask=mask, other=None if piece.whole else 0)
+        return from_storage(values, numerics.products)
+
+    def turn(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         top, total, acc = carry
         start = i * _KEYS
-        number, place = table[start // page], pl.ds(pl.multiple_of(start % page, _KEYS), _KEYS)
-        keys = from_storage(cache_k[number, head, place, :], numerics.products)
-        values = from_storage(cache_v[number, head, :, place], numerics.products)
-        products = _dot(queries, keys)[None, None, None]
-        scores, mask = rule(products, at[None], (start + jnp.arange(_KEYS, dtype=jnp.int32))[None])
-        s, mask = scores[0, 0, 0], jnp.broadcast_to(mask[0, 0, 0], (rows, _KEYS))
+        number, each = table[batch, start // page], jnp.arange(_KEYS, dtype=jnp.int32)
+        place = pl.multiple_of(start % page, _KEYS) + each
+        products = jnp.zeros((tile, _KEYS), jnp.float32)
+        for x, piece in zip(queries, pieces, strict=True):
+            keys = cut(cache_k, piece, 1, number, head, place[:, None], piece.lanes[None])
+            products = products + _dot(x, keys)
+        scores, mask = rule(products[None, None, None], at[None], (start + each)[None], slopes)
+        s, mask = scores[0, 0, 0], jnp.broadcast_to(mask[0, 0, 0], (tile, _KEYS))
         new_top = jnp.maximum(top, jnp.max(jnp.where(mask, s, -1e30), -1))
         p = jnp.where(mask, jnp.exp(s - new_top[:, None]), 0.0)
-        shrink = jnp.exp(top - new_top)
-        acc = acc * shrink[:, None] + _dot(p.astype(numerics.products), values)
-        return new_top, total * shrink + jnp.sum(p, -1), acc
+        shrink, weights = jnp.exp(top - new_top), p.astype(numerics.products)
+        added = []
+        for x, piece in zip(acc, pieces, strict=True):
+            values = cut(cache_v, piece, 0, number, head, piece.lanes[:, None], place[None])
+            added.append(x * shrink[:, None] + _dot(weights, values))
+        return new_top, total * shrink + jnp.sum(p, -1), tuple(added)
 
-    zero = jnp.zeros(rows, jnp.float32)
-    top, total, acc = lax.fori_loop(first, last, turn, (zero - 1e30, zero, jnp.zeros((rows, width), jnp.float32)))
-    top_ref[...], total_ref[...], acc_ref[...] = top, total, acc
+    zero = jnp.zeros(tile, jnp.float32)
+    start = (zero - 1e30, zero, tuple(jnp.zeros((tile, piece.size), jnp.float32) for piece in pieces))
+    top, total, acc = lax.fori_loop(first, last, turn, start)
+    place = token + part
+    for x, piece in zip(acc, pieces, strict=True):
+        plt.store(
+            results[0].at[batch, place[:, None], query[:, None], piece.lanes[None]],
+            x / total[:, None] if len(results) == 1 else x,
+            mask=real[:, None] & (piece.lanes < width)[None],
+        )
+    for result, x in zip(results[1:], (top, total), strict=False):
+        plt.store(result.at[batch, place, query], x, mask=real)
 
 
-def _join(page: int, positions: Any, tops: Any, totals: Any, accs: Any, out_ref: Any) -> None:
-    """What a row's pages gave, in their order."""
-    rows, width = out_ref.shape
+def _join(page: int, positions: Any, accs: Any, tops: Any, totals: Any, out: Any) -> None:
+    """What a row's pages gave one query, in their order, some at a time."""
+    batch, head = pl.program_id(0), pl.program_id(1)
+    (_, parts, _), width = tops.shape, out.shape[3]
+    pieces, used = _pieces(width), positions[batch, 0] // page + 1
 
-    def turn(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def turn(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         top, total, acc = carry
-        new_top = jnp.maximum(top, tops[i])
-        mine, its = jnp.exp(top - new_top), jnp.exp(tops[i] - new_top)
-        return new_top, total * mine + totals[i] * its, acc * mine[:, None] + accs[i] * its[:, None]
+        part = i * _PARTS + jnp.arange(_PARTS, dtype=jnp.int32)
+        mask = part < jnp.minimum(used, parts)
+        its_top = plt.load(tops.at[batch, part, head], mask=mask, other=-1e30)
+        its_total = plt.load(totals.at[batch, part, head], mask=mask, other=0)
+        new_top = jnp.maximum(top, jnp.max(its_top))
+        mine, its = jnp.exp(top - new_top), jnp.exp(its_top - new_top)
+        added = []
+        for x, piece in zip(acc, pieces, strict=True):
+            real = mask[:, None] & (piece.lanes < width)[None]
+            its_acc = plt.load(accs.at[batch, part[:, None], head, piece.lanes[None]], mask=real, other=0)
+            added.append(x * mine + jnp.sum(its_acc * its[:, None], 0))
+        return new_top, total * mine + jnp.sum(its_total * its), tuple(added)
 
-    zero = jnp.zeros(rows, jnp.float32)
-    start = (zero - 1e30, zero, jnp.zeros((rows, width), jnp.float32))
-    _, total, acc = lax.fori_loop(0, jnp.max(positions[...]) // page + 1, turn, start)
-    out_ref[...] = acc / total[:, None]
+    zero = jnp.float32(0)
+    start = (zero - 1e30, zero, tuple(jnp.zeros(piece.size, jnp.float32) for piece in pieces))
+    _, total, acc = lax.fori_loop(0, pl.cdiv(used, _PARTS), turn, start)
+    for x, piece in zip(acc, pieces, strict=True):
+        plt.store(out.at[batch, 0, head, piece.lanes], x / total, mask=piece.lanes < width)

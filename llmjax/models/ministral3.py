@@ -27,11 +27,16 @@ class GrowingScores(Scores):
     original: int = 1
 
     def __call__(
-        self, products: jax.Array, queries: jax.Array, keys: jax.Array, ctx: Context
+        self,
+        products: jax.Array,
+        queries: jax.Array,
+        keys: jax.Array,
+        ctx: Context,
+        slopes: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """See ``Scores``."""
         factor = 1 + jnp.float32(self.beta) * jnp.log1p((queries // self.original).astype(jnp.float32))
-        return super().__call__(products * factor[:, None, None, :, None], queries, keys, ctx)
+        return super().__call__(products * factor[:, None, None, :, None], queries, keys, ctx, slopes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,12 +7,14 @@ keeps of each token lies as keys do.  What it carries from token to token instea
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from llmjax.device import by_device
 from llmjax.models.context import Context
 from llmjax.quant.bits import from_storage
 
@@ -41,17 +43,34 @@ def written(cache: jax.Array, name: str, new: jax.Array, ctx: Context) -> jax.Ar
     if ctx.active is None and new.shape[0] == 1 and new.shape[1] > 1:
         # In as few pieces as lie in a page each: XLA:CPU scatters one by one.
         size = math.gcd(page, new.shape[1])
-        for start in range(0, new.shape[1], size):
-            position = ctx.positions[0, start]
-            begin: list[jax.Array | int] = [_pages(ctx, position[None, None] // page)[0, 0], 0, 0, 0]
-            begin[axis] = position % page
-            cache = lax.dynamic_update_slice(cache, lax.slice_in_dim(part, start, start + size, axis=axis), begin)
-        return cache
+        in_pieces = partial(_in_pieces, axis, size)
+        if size < page:
+            return in_pieces(cache, part, ctx)
+        return by_device(partial(_in_pages, axis), cpu=in_pieces)(cache, part, ctx)
     pages, places = _pages(ctx, ctx.positions // page), ctx.positions % page
     if ctx.active is not None:
         places = jnp.where(ctx.active[:, None], places, page)  # out of range: dropped
     at = cache.at[pages, :, places] if axis == 2 else cache.at[pages, :, :, places]
     return at.set(new, mode="drop", unique_indices=True)
+
+
+def _in_pieces(axis: int, size: int, cache: jax.Array, part: jax.Array, ctx: Context) -> jax.Array:
+    """``written`` for a part of one row's prompt, ``size`` positions at a time."""
+    page = cache.shape[axis]
+    for start in range(0, part.shape[axis], size):
+        position = ctx.positions[0, start]
+        begin: list[jax.Array | int] = [_pages(ctx, position[None, None] // page)[0, 0], 0, 0, 0]
+        begin[axis] = position % page
+        cache = lax.dynamic_update_slice(cache, lax.slice_in_dim(part, start, start + size, axis=axis), begin)
+    return cache
+
+
+def _in_pages(axis: int, cache: jax.Array, part: jax.Array, ctx: Context) -> jax.Array:
+    """``written`` for whole pages of one row, in one kernel."""
+    page = cache.shape[axis]
+    numbers = _pages(ctx, ctx.positions[:, ::page] // page)[0]
+    pages = part[0].reshape(*part.shape[1:axis], -1, page, *part.shape[axis + 1 :])
+    return cache.at[numbers].set(jnp.moveaxis(pages, axis - 1, 0), unique_indices=True)
 
 
 def block(cache: jax.Array, name: str, start: jax.Array, size: int, ctx: Context) -> jax.Array:

@@ -25,19 +25,24 @@ from llmjax.quant.qtensor import QTensor, columns, integers
 _CHANNELS, _ROWS = 128, 128
 # Fewest rows, channels or columns that a tensor core has.
 _FEWEST = 16
+# Bytes of shared memory, as the least of the cards has that Triton serves (A10, L4, RTX): two turns fit into it.
+_MEMORY = 99 << 10
 # Programs that fill a card, and turns that are worth one.
 _ENOUGH, _TURNS = 128, 8
 
 
 def can_serve(q: QTensor) -> bool:
     """Whether the kernel knows such a weight: its arrays are powers of two, and a turn is of one group."""
-    return q.bits != 5 and q.shape[0] >= _FEWEST and _turn(q, _ROWS) >= _FEWEST
+    return q.bits != 5 and q.shape[0] >= _FEWEST and _turn(q, _ROWS, 3) >= _FEWEST
 
 
-def _turn(q: QTensor, rows: int) -> int:
-    """Stored columns of a turn, a power of two that divides a group's; three of them fit into an SM's memory."""
-    group = q.values.shape[1] // q.scales.shape[1]
-    return min(group & -group, (128 if rows < _ROWS else 64) // len(columns(q.values, q)))
+def _turn(q: QTensor, rows: int, pieces: int) -> int:
+    """Stored columns of a turn, a power of two that divides a group's, where a tile has so many rows and x pieces."""
+    group, parts = q.values.shape[1] // q.scales.shape[1], len(columns(q.values, q))
+    width = min(group & -group, (128 if rows < _ROWS else 64) // parts)
+    while 2 * width * (2 * pieces * parts * rows + _CHANNELS) > _MEMORY:
+        width //= 2
+    return width
 
 
 def packed_product(x: list[jax.Array], q: QTensor, *, interpret: bool = False) -> jax.Array:
@@ -51,7 +56,7 @@ def packed_product(x: list[jax.Array], q: QTensor, *, interpret: bool = False) -
     rows, (out, stored), groups = len(x[0]), q.values.shape, q.scales.shape[1]
     tile = min(_ROWS, max(_FEWEST, pl.next_power_of_2(rows)))
     channels = min(_CHANNELS, 1 << (out.bit_length() - 1))
-    tiles, width = (pl.cdiv(rows, tile), pl.cdiv(out, channels)), _turn(q, tile)
+    tiles, width = (pl.cdiv(rows, tile), pl.cdiv(out, channels)), _turn(q, tile, len(x))
     turns, parts = stored // width, 1
     while tiles[0] * tiles[1] * parts < _ENOUGH and turns % (2 * parts) == 0 and turns >= 2 * parts * _TURNS:
         parts *= 2

@@ -15,6 +15,8 @@ import pytest
 from llmjax import TrainConfig, device
 from llmjax.checkpoint.loading import with_numerics
 from llmjax.lora.config import LoraConfig
+from llmjax.models import pages
+from llmjax.models.context import Context
 from llmjax.numerics import resolve
 from llmjax.products.defined import FEW, as_defined
 from llmjax.quant.qtensor import dequantize
@@ -165,6 +167,24 @@ def test_a_cache_that_grows_holds_no_other():
     text = lowered(_longer.trace(buffer, 1, 4))
     check_text(text)
     assert "tensor<15x2x32x8xf32>" in text and "stablehlo.concatenate" not in text
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_a_prompts_pages_are_written_at_once(name, monkeypatch):
+    page, table = 8, np.array([[5, 1, 6, 3, 0, 2]], np.int32)
+    ctx = Context(np.arange(16, 40, dtype=np.int32)[None], resolve("fast", jnp.dtype(jnp.float32)), 4, table)
+    cache = np.zeros(pages.shape(name, 7, 2, 4, page), np.float32)
+    new = np.arange(1, 193, dtype=np.float32).reshape(1, 24, 2, 4)
+    write = partial(pages.written, name=name)
+    text = lowered(jax.jit(write).trace(cache, new=new, ctx=ctx))
+    assert text.count('"stablehlo.scatter"(') == 1 and "dynamic_update_slice" not in text
+    for t, position in enumerate(range(16, 40)):
+        at = table[0, position // page], slice(None), *([] if name == "k" else [slice(None)]), position % page
+        cache[at] = new[0, t]
+    empty = jnp.zeros_like(cache)
+    np.testing.assert_array_equal(jax.jit(write)(empty, new=new, ctx=ctx), cache)
+    monkeypatch.setattr(pages, "by_device", lambda plain, cpu: plain)
+    np.testing.assert_array_equal(write(empty, new=jnp.asarray(new), ctx=ctx), cache)
 
 
 @pytest.mark.parametrize("kind", ["int8", slow("float32"), slow("bfloat16"), slow("int4-g32")])

@@ -1,5 +1,5 @@
-"""Programs as XLA compiles them for an NVIDIA H100, which needs its compiler and no card: what they read, write and
-wait for (``scripts/gpu_programs.py``)."""
+"""Programs as XLA compiles them for an NVIDIA H100, and for others, which needs its compiler and no card: what they
+read, write and wait for (``scripts/gpu_programs.py``)."""
 
 import json
 import subprocess
@@ -12,10 +12,11 @@ from llmjax.device import knows_cuda
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not knows_cuda(), reason="needs jax[cuda12]")]
+CARDS = [("a100", "int4"), ("b200", "int4-g32"), ("l4", "int8"), ("rtx5090", "int4")]
 
 
-def reports(kind, profile, *programs, model="config:gemma-2b"):
-    command = [sys.executable, "scripts/gpu_programs.py", "--json", "--layers", "1", "--model", model]
+def reports(kind, profile, *programs, model="config:gemma-2b", card="h100"):
+    command = [sys.executable, "scripts/gpu_programs.py", "--json", "--layers", "1", "--model", model, "--card", card]
     command += ["--kinds", kind, "--profile", profile, "--programs", *programs]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -55,6 +56,24 @@ def test_many_rows_read_a_packed_weight_as_it_is_stored(kind, profile):
         check_any(found)
         assert found["reads_of_a_weight"] == [1]
         assert not found["copied_weights"]
+
+
+@pytest.mark.parametrize(("model", "profile"), [("phi-2", "fast"), ("falcon-rw-1b", "hf"), ("gemma-2-2b", "hf")])
+def test_heads_of_any_width_and_other_scores_are_the_kernels(model, profile):
+    """Folded block by block, they are waited for in each layer, and the cache is copied."""
+    for found in reports("bfloat16", profile, "decode-1", "prefill-128", model=f"config:{model}"):
+        check_any(found)
+        assert found["waits"] == found["launched"] == (found["program"] == "decode-1")
+        if found["program"] == "decode-1":
+            assert found["written"] < 5e6
+
+
+@pytest.mark.parametrize(("card", "kind"), CARDS)
+def test_other_cards(card, kind):
+    """No kernel asks for more shared memory than they have."""
+    for found in reports(kind, "fast", "decode-64", "prefill-128", card=card):
+        check_any(found)
+        assert found["reads_of_a_weight"] == [1]
 
 
 @pytest.mark.parametrize("profile", ["reference", "dynamic_int8", "mediapipe_gpu"])

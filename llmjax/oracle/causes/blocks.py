@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -128,9 +129,9 @@ class _Altered(Scores):
 
     alter: Callable[..., Any] | None = None
 
-    def __call__(self, products: Any, queries: Any, keys: Any, ctx: Any) -> Any:
+    def __call__(self, products: Any, queries: Any, keys: Any, ctx: Any, slopes: Any = None) -> Any:
         assert self.alter is not None
-        return self.alter(super().__call__, self, products, queries, keys, ctx)
+        return self.alter(partial(super().__call__, slopes=slopes), self, products, queries, keys, ctx)
 
 
 def _scored(change: Callable[[Scores], Scores]) -> Edit:
