@@ -54,7 +54,7 @@ def _defined(
     in_bfloat16: Callable[[list[jax.Array], QTensor], jax.Array],
 ) -> jax.Array:
     if not isinstance(weight, QTensor):
-        return _of_floats(x.astype(numerics.products), weight)
+        return _of_floats(numerics, x.astype(numerics.products), weight)
     x = x.astype(jnp.float32)
     few = len(x) <= FEW
     if numerics.digits == 1:
@@ -70,10 +70,13 @@ def _defined(
     return in_bfloat16(pieces(x, 3), weight)
 
 
-def _of_floats(x: jax.Array, weight: jax.Array) -> jax.Array:
+def _of_floats(numerics: Numerics, x: jax.Array, weight: jax.Array) -> jax.Array:
     if weight.dtype != x.dtype:
         x, weight = _together(x, weight)
-    return rows_dot(x, weight.astype(x.dtype))
+    y = rows_dot(x, weight.astype(x.dtype))
+    # A GELU is not for cuBLAS to take into the product: its tanh need not be as near as XLA's.
+    epilogue = numerics.activations == y.dtype != x.dtype and len(x) > FEW
+    return lax.optimization_barrier(y) if epilogue else y
 
 
 def _in_sums(x: jax.Array, q: QTensor) -> jax.Array:
