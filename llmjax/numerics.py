@@ -38,7 +38,7 @@ REFERENCE, FAST = "reference", "fast"
 GPU_OPTIONS: dict[str, bool | int] = {"xla_gpu_deterministic_ops": True}
 # Without a race XLA takes the first tiles there are for products that it compiles itself: 16 by 8 of a result, as seen
 # for an H100, so that each operand is read a hundred times over.  cuBLAS knows its tiles.  For products of 16 bits
-# alone, whose weights are there as they are multiplied: what must be converted, it would be given in memory.  The second
+# alone, whose weights are there as they are multiplied: what must be converted would be so in memory first.  The second
 # keeps weights that meet the same x from being copied into one.
 GPU_LIBRARY: dict[str, bool | int] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
