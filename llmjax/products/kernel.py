@@ -187,8 +187,8 @@ def _multiply(q: QTensor, width: int, tile: int, channels: int, x: Any, values: 
     def turn(i: jax.Array, acc: jax.Array) -> jax.Array:
         start = pl.multiple_of((part * turns + i) * width, width)
         at = pl.ds(start, width)
-        tile = q.replace(values=values[outs, at])
-        parts = _float16(tile) if x.dtype == jnp.float16 else [n.astype(x.dtype) for n in integers(tile)]
+        some = q.replace(values=values[outs, at])
+        parts = _float16(some) if x.dtype == jnp.float16 else [n.astype(x.dtype) for n in integers(some)]
         y = total(rows_dot(n, x[piece, p, rows, at]) for piece in range(x.shape[0]) for p, n in enumerate(parts))
         if groups > 1:
             group = stored // groups
