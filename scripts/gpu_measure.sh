@@ -60,7 +60,7 @@ plain="from llmjax.products import kernel; kernel.can_serve = lambda q: False"
 OPTIONS=$plain bench int8-plain 90 --quantize int8 "${one[@]}"
 OPTIONS=$plain bench "int4-$many-plain" 90 --quantize int4 "${slots[@]}"
 OPTIONS="from llmjax import device; device.knows_cuda = lambda: False" bench bf16-folded 90 --dtype bfloat16 "${one[@]}"
-OPTIONS="from llmjax import numerics; numerics.GPU_OPTIONS.clear()" bench bf16-raced 90 --dtype bfloat16 "${one[@]}"
+OPTIONS="from llmjax import numerics as n; n.GPU_OPTIONS.clear(); n.GPU_LIBRARY.clear()" bench bf16-raced 90 --dtype bfloat16 "${one[@]}"
 XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=+WHILE" bench int4-buffered 90 --quantize int4 "${one[@]}"
 OPTIONS="from llmjax.products import defined; defined.FEW = 0" bench int4-products 90 --quantize int4 "${one[@]}"
 part table 20 "$python" - "$out" <<'EOF'

@@ -7,8 +7,13 @@ A line a program: kernels of a call (of a loop, one turn; of a branch, where row
 them lie in command buffers (the others are launched one by one), bytes they read and write beside those that must be
 read (weights as they are stored, the cache in use), temporaries, buffers updated in place, loops and branches whose
 predicates the host waits for, each at every turn; then every kernel that makes an array of a weight, products of
-float32 that may be rounded to TF32, and calls of the host.  From shapes alone: no weights are made.  What a card
-decides by trying, the tiles of its products, is not seen here.
+float32 that may be rounded to TF32, calls of the host, products whose tiles are XLA's, and what cuBLAS computes beside
+its own.  From shapes alone: no weights are made.
+
+Beside it a bound, not a measurement: the milliseconds of a call (of a loop, one turn) if each kernel, one after the
+other, took what its bytes take at the card's memory bandwidth or its matrix products at the card's peak, whichever is
+longer, the tokens a second that makes, and the share that is left for what must be read and computed (`llmjax bench`
+means the same by it).
 """
 
 import argparse
@@ -21,6 +26,7 @@ import sys
 import tempfile
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -38,6 +44,7 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llmjax import configs
+from llmjax.bench.cost import Cost, Costs
 from llmjax.checkpoint.loading import parameter_shapes
 from llmjax.checkpoint.parameters import made
 from llmjax.models.registry import read_config
@@ -56,6 +63,9 @@ KINDS = ("bfloat16", "int8", "int4", "int4-g32", "int4-asym")
 PROGRAMS = ("decode-1", "decode-64", "prefill-128", "prefill-2048", "draw-1", "score-8", "grow")
 CARDS = Path(__file__).with_name("cards")  # what XLA's compiler is told of them
 BLOCK, PAGES = 128, 8  # of the cache: positions in half a page, pages of a row
+# Of an H100 SXM, as NVIDIA has them: bytes a second, and flops of what is multiplied, float32 without TF32.
+BANDWIDTH = 3.35e12
+PEAKS = {"bf16": 989e12, "f16": 989e12, "s8": 1979e12, "f32": 67e12}
 
 
 @cache
@@ -100,6 +110,9 @@ class Compiled:
       weights: by parameter number of the program, shapes of the weights' arrays; of scales those of groups.
       must: bytes that it must read.
       in_use: of them the cache's.
+      seen: positions that a query attends to, on average.
+      least: bytes and flops of a call, as ``llmjax bench`` has them; None for what it does not time.
+      tokens: of a call.
     """
 
     name: str
@@ -109,6 +122,9 @@ class Compiled:
     weights: dict[int, tuple[int, ...]]
     must: int
     in_use: int
+    seen: float
+    least: Cost | None
+    tokens: int
 
 
 def compiled(
@@ -164,12 +180,27 @@ def compiled(
     weights = {i: leaf.shape for i, leaf in enumerate(leaves) if len(leaf.shape) == 2 and leaf.shape[1] > 1}
     given = nbytes(state) if donated else 0
     must = nbytes(params) + in_use if params else nbytes(args)
-    return Compiled(name, text, program.memory_analysis(), given, weights, must, in_use)
+    seen, least = float(tokens), None
+    if what in ("decode", "prefill"):
+        as_arrays = jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), params)
+        costs = Costs(SimpleNamespace(config=config, numerics=numerics, params=as_arrays))  # type: ignore[arg-type]
+        least = costs.prefill(count, count) if what == "prefill" else costs.decode_step(slots, tokens - 1)
+        seen = (count + 1) / 2 if what == "prefill" else seen
+    return Compiled(name, text, program.memory_analysis(), given, weights, must, in_use, seen, least, count)
+
+
+def bound(c: Compiled, program: Program) -> dict[str, float] | None:
+    """What an H100's limits allow, see above: milliseconds, tokens a second, and the share of what must be."""
+    if c.least is None:
+        return None
+    times = [max((k.read + k.written) / BANDWIDTH, k.flops / PEAKS.get(k.dtype, math.inf)) for k in program.kernels]
+    least = max(c.least.nbytes / BANDWIDTH, c.least.flops / PEAKS["bf16"])
+    return {"ms": 1e3 * sum(times), "tokens_per_second": c.tokens / sum(times), "of_limit": least / sum(times)}
 
 
 def report(c: Compiled) -> dict[str, Any]:
     """All that its HLO says, as JSON would hold it."""
-    program = Program(c.text, c.weights, c.in_use)
+    program = Program(c.text, c.weights, c.in_use, c.seen)
     read, written = sum(k.read for k in program.kernels), sum(k.written for k in program.kernels)
     return {
         "kernels": len(program.kernels),
@@ -177,6 +208,7 @@ def report(c: Compiled) -> dict[str, Any]:
         "written": written,
         "must": c.must,
         "extra": (read + written) / c.must - 1,
+        "bound": bound(c, program),
         "temporaries": c.memory.temp_size_in_bytes,
         "arguments": c.memory.argument_size_in_bytes,
         "in_place": c.memory.alias_size_in_bytes,
@@ -186,6 +218,8 @@ def report(c: Compiled) -> dict[str, Any]:
         "copied": sum(k.written for k in program.copied_weights()),
         "tf32": program.tf32(),
         "host_calls": program.host_calls(),
+        "tiled": program.tiled(),
+        "epilogues": program.epilogues(),
         "most": [f"{k.op.name} {k.op.shape[:60]} reads {k.read / 1e6:.1f} MB, writes {k.written / 1e6:.1f} MB"
                  for k in sorted(program.kernels, key=lambda k: -k.read - k.written)[:8]],
     }  # fmt: skip
@@ -230,7 +264,7 @@ def main() -> None:
                 args.hlo.mkdir(parents=True, exist_ok=True)
                 (args.hlo / f"{kind}.{args.profile}.{name}.hlo").write_text(result.text)
             found = report(result)
-            found |= launches(Path(DUMP.name))
+            found |= launches(Path(DUMP.name)) | ({} if args.card == "h100" else {"bound": None})
             if args.json:
                 print(json.dumps({"kind": kind, "profile": args.profile, "program": name} | found), flush=True)
                 continue
@@ -242,7 +276,13 @@ def main() -> None:
                 f"{mega['in_place']}; waits {found['waits']}",
                 flush=True,
             )
-            for key in ("copied_weights", "tf32", "host_calls"):
+            if found["bound"]:
+                print(
+                    "  bound: {ms:.3f} ms, {tokens_per_second:.0f} tok/s, {of_limit:.0%} of the limit".format_map(
+                        found["bound"]
+                    )
+                )
+            for key in ("copied_weights", "tf32", "host_calls", "tiled", "epilogues"):
                 for line in found[key]:
                     print(f"  {key.replace('_', ' ')}: {line}")
 

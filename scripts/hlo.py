@@ -19,6 +19,11 @@ def arrays(shape: str) -> list[tuple[str, int]]:
     return [(dtype, math.prod(map(int, filter(None, dims.split(","))))) for dtype, dims in found]
 
 
+def dims(shape: str) -> list[int]:
+    """Of an array's shape."""
+    return [int(n) for n in re.findall(r"\d+", shape[shape.index("[") : shape.index("]")])]
+
+
 def elements(shape: str) -> int:
     return sum(count for _, count in arrays(shape))
 
@@ -46,12 +51,15 @@ class Op:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """What is launched: its operation, the bytes it reads and writes, and the weights it reads, by number."""
+    """What is launched: its operation, the bytes it reads and writes, the weights it reads, by number, and the flops of
+    its matrix product, with the type of what is multiplied; 0 if it has none."""
 
     op: Op
     read: float
     written: float
     weights: tuple[int, ...]
+    flops: float
+    dtype: str
 
 
 class Program:
@@ -61,14 +69,15 @@ class Program:
       text: of it.
       weights: by parameter number of the program, shapes of the weights.
       in_use: bytes of a cache that attention's kernel reads, of one that has room for more.
+      seen: positions that one of its queries attends to, on average.
 
     Attributes:
       ops: by computation, those in it.
       kernels: of one call, loops' bodies once, of branches the one that does least.
     """
 
-    def __init__(self, text: str, weights: dict[int, tuple[int, ...]], in_use: int):
-        self.weights, self.in_use = weights, in_use
+    def __init__(self, text: str, weights: dict[int, tuple[int, ...]], in_use: int, seen: float):
+        self.weights, self.in_use, self.seen = weights, in_use, seen
         self.ops: dict[str, dict[str, Op]] = {}
         entry = here = ""
         text = re.sub(r"/\*index=\d+\*/|, (?:metadata|frontend_attributes)=\{[^}]*\}", "", text)
@@ -134,6 +143,8 @@ class Program:
             for o in inner.values():
                 if o.code in PLACES and elements(o.shape) * 2 > elements(op.shape):
                     written = size(inner[o.operands[2 if o.code == "scatter" else 1]].shape)
+        elif "__cublas" in op.rest:  # its second array is room to work in
+            written = size(op.shape[: op.shape.index("]") + 1])
         elif "attention" in op.rest:  # what lies in the rows' pages, of caches with pages for more
             read = [min(bytes_, self.in_use) for bytes_ in read]
         wholes = (size(self.ops[where][operand].shape) for operand in op.operands)
@@ -142,7 +153,25 @@ class Program:
             for source, whole, part in zip(sources, wholes, read, strict=True)
             if isinstance(source, int) and source in self.weights and part > whole / 2
         )
-        return Kernel(op, sum(read), written, numbers)
+        return Kernel(op, sum(read), written, numbers, *self._product(where, op, called[1] if called else None))
+
+    def _product(self, where: str, op: Op, called: str | None) -> tuple[float, str]:
+        """Flops of a kernel's matrix products, and the type of their operands."""
+        if called:
+            found = [self._product(called, o, None) for o in self.ops[called].values() if o.code == "dot"]
+            return sum(flops for flops, _ in found), next((dtype for _, dtype in found), "")
+        given = [self.ops[where][operand].shape for operand in op.operands]
+        if 'name = "packed_product"' in op.rest:
+            (dtype, count), channels = arrays(given[0])[0], dims(given[1])[0]
+            return 2.0 * count * channels, dtype
+        if 'name = "attention"' in op.rest:
+            ((dtype, count),) = arrays(given[2])
+            return 4.0 * count * self.seen, dtype
+        at = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]+)', op.rest)
+        if at is None or not (op.code == "dot" or "__cublas" in op.rest):
+            return 0.0, ""
+        width = math.prod(dims(given[0])[int(i)] for i in re.findall(r"\d+", at[1]))
+        return 2.0 * arrays(op.shape)[0][1] * width, arrays(given[0])[0][0]
 
     def _through(self, inner: dict[str, Op], op: Op) -> set[str]:
         """Names an operation reads first of, bitcasts seen through; all of its operands where it reads all."""
@@ -184,6 +213,15 @@ class Program:
                     if "operand_precision={highest,highest}" not in op.rest and "HIGHEST" not in op.rest:
                         found.append(op.name)
         return found
+
+    def tiled(self) -> list[str]:
+        """Matrix products that XLA compiles itself, with tiles it does not try."""
+        return [op.name for ops in self.ops.values() for op in ops.values() if op.code == "dot"]
+
+    def epilogues(self) -> list[str]:
+        """What the library computes with its products, by its own lights."""
+        found = re.findall(r'"epilogue":"(\w+)"', "".join(k.op.rest for k in self.kernels))
+        return sorted(set(found) - {"DEFAULT"})
 
     def host_calls(self) -> list[str]:
         """Calls back to Python, and transfers."""

@@ -11,7 +11,9 @@ written in eight, or in sixteen, and read again.  On NVIDIA's cards ``kernel`` d
 
 Float32 products are of the highest precision, on a GPU without TF32.  ``fast`` and ``dynamic_int8`` multiply with
 quantized weights in bfloat16, which tensor cores do at many times the speed, and keep float32's accuracy: a float32
-value is the sum of three bfloat16 ones to the last bit, and an integer of eight bits is one.
+value is the sum of three bfloat16 ones to the last bit, and an integer of eight bits is one.  ``kernel`` has float16
+instead, of which two are as good, in a row that is scaled into their range.  Activations that are bfloat16, as ``hf``
+may have them, are one piece.
 """
 
 from collections.abc import Callable, Iterable
@@ -37,9 +39,9 @@ def as_defined(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) ->
 
 
 def in_a_kernel(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
-    """``as_defined``, but what that multiplies in pieces of bfloat16 is ``kernel``'s, where it knows how."""
+    """``as_defined``, but what that multiplies in bfloat16 is ``kernel``'s, where it knows how."""
 
-    def product(x: list[jax.Array], q: QTensor) -> jax.Array:
+    def product(x: jax.Array, q: QTensor) -> jax.Array:
         from llmjax.products import kernel  # Pallas takes as long to import as all of llmjax
 
         return kernel.packed_product(x, q) if kernel.can_serve(q) else _in_bfloat16(x, q)
@@ -51,29 +53,32 @@ def _defined(
     numerics: Numerics,
     x: jax.Array,
     weight: jax.Array | QTensor,
-    in_bfloat16: Callable[[list[jax.Array], QTensor], jax.Array],
+    in_bfloat16: Callable[[jax.Array, QTensor], jax.Array],
 ) -> jax.Array:
     if not isinstance(weight, QTensor):
-        return _of_floats(x.astype(numerics.products), weight)
-    x = x.astype(jnp.float32)
+        return _of_floats(numerics, x.astype(numerics.products), weight)
+    given, x = x, x.astype(jnp.float32)
     few = len(x) <= FEW
     if numerics.digits == 1:
         scale, (n,) = to_digits(x, 1)
-        return scale * (
-            _in_sums(n.astype(jnp.float32), weight) if few else in_bfloat16([n.astype(jnp.bfloat16)], weight)
-        )
+        return scale * (_in_sums(n.astype(jnp.float32), weight) if few else in_bfloat16(n.astype(jnp.bfloat16), weight))
     if few:
         return _in_sums(x, weight)
+    if given.dtype == jnp.bfloat16:
+        return in_bfloat16(given, weight)
     if numerics.digits is None:
         parts, q = _together(columns(x, weight), weight)
         return total(rows_dot(c, w) for c, w in zip(parts, halves(q), strict=True))
-    return in_bfloat16(pieces(x, 3), weight)
+    return in_bfloat16(x, weight)
 
 
-def _of_floats(x: jax.Array, weight: jax.Array) -> jax.Array:
+def _of_floats(numerics: Numerics, x: jax.Array, weight: jax.Array) -> jax.Array:
     if weight.dtype != x.dtype:
         x, weight = _together(x, weight)
-    return rows_dot(x, weight.astype(x.dtype))
+    y = rows_dot(x, weight.astype(x.dtype))
+    # A GELU is not for cuBLAS to take into the product: its tanh need not be as near as XLA's.
+    epilogue = numerics.activations == y.dtype != x.dtype and len(x) > FEW
+    return lax.optimization_barrier(y) if epilogue else y
 
 
 def _in_sums(x: jax.Array, q: QTensor) -> jax.Array:
@@ -88,14 +93,14 @@ def _in_sums(x: jax.Array, q: QTensor) -> jax.Array:
     return y * q.scales.astype(jnp.float32)[:, 0] if plain else y
 
 
-def _in_bfloat16(x: list[jax.Array], q: QTensor) -> jax.Array:
-    """Of ``pieces`` of x.
+def _in_bfloat16(x: jax.Array, q: QTensor) -> jax.Array:
+    """Of x in bfloat16, or of three ``pieces`` of float32 x.
 
     Where a channel has one scale, it is multiplied with afterwards, and the integers are exact.  Other weights are two
     pieces, all but 4e-6 of the float32 value; the product of two that small is left out.  That is a few times what a
     float32 product loses.
     """
-    x, q = _together(x, q)
+    found, q = _together([x] if x.dtype == jnp.bfloat16 else pieces(x, 3), q)
 
     def product(x: list[jax.Array], parts: Iterable[jax.Array]) -> jax.Array:
         rows = jnp.concatenate(x)  # the weight is read once for all pieces of x
@@ -103,9 +108,9 @@ def _in_bfloat16(x: list[jax.Array], q: QTensor) -> jax.Array:
         return total(jnp.split(y, len(x))[::-1])  # the small ones first
 
     if q.scales.shape[1] == 1 and q.offsets is None:
-        return product(x, [n.astype(jnp.bfloat16) for n in integers(q)]) * q.scales.astype(jnp.float32)[:, 0]
+        return product(found, [n.astype(jnp.bfloat16) for n in integers(q)]) * q.scales.astype(jnp.float32)[:, 0]
     large, small = zip(*(pieces(w, 2) for w in halves(q)), strict=True)
-    return product(x[:1], small) + product(x[:2], large)
+    return product(found[:1], small) + product(found[:2], large)
 
 
 def pieces(x: jax.Array, count: int) -> list[jax.Array]:

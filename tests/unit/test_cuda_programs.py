@@ -212,15 +212,20 @@ def test_what_a_gpu_computes_is_the_product(scheme, rows):
     x = rng.standard_normal((rows, 512)).astype(np.float32) * np.exp(rng.standard_normal((rows, 1))).astype(np.float32)
     w = np.asarray(dequantize(q), np.float64)
     numerics = [resolve(profile, jnp.dtype(jnp.float32)) for profile in ("reference", "fast", "dynamic_int8")]
-    found = jax.jit(lambda x, q: [as_defined(n, x, q) for n in numerics])(x, on_device(q))
+    q = on_device(q)
+    found = jax.jit(lambda x, q: [as_defined(n, x, q) for n in numerics])(x, q)
+    in_bfloat16 = jnp.asarray(x, jnp.bfloat16)
+    hf = partial(as_defined, resolve("hf", in_bfloat16.dtype))
+    found.append(jax.jit(hf)(in_bfloat16, q))
+    dots = [e for e, _ in equations(jax.jit(hf).trace(in_bfloat16, q).jaxpr) if e.primitive.name == "dot_general"]
+    assert all(v.aval.dtype == jnp.bfloat16 for e in dots for v in e.invars) and bool(dots) == (rows > FEW)
     top = np.abs(x).max(1, keepdims=True)
     rounded = np.round(x * (127 / top)).astype(np.float64) * (top * np.float32(1 / 127))
-    errors = [
-        np.abs(y - of @ w.T).max(1) / np.abs(of @ w.T).max(1) for y, of in zip(found, (x, x, rounded), strict=True)
-    ]
-    reference, fast, dynamic = np.max(errors, 1)
+    given = (x, x, rounded, np.asarray(in_bfloat16, np.float64))
+    errors = [np.abs(y - of @ w.T).max(1) / np.abs(of @ w.T).max(1) for y, of in zip(found, given, strict=True)]
+    reference, fast, dynamic, one_piece = np.max(errors, 1)
     assert reference < 2e-6
-    assert fast < (1e-6 if scheme in ("int8", "int4") or rows <= FEW else 1e-5)
+    assert max(fast, one_piece) < (1e-6 if scheme in ("int8", "int4") or rows <= FEW else 1e-5)
     assert dynamic < 1e-5
 
 

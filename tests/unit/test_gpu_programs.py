@@ -40,12 +40,13 @@ def test_a_step_reads_each_weight_once_as_it_is_stored(kind):
     assert (found["waits"], found["launched"]) == (1, 1)
 
 
-@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
-def test_many_rows_read_a_weight_once(kind):
-    for found in reports(kind, "fast", "decode-64", "prefill-128"):
+@pytest.mark.parametrize(("kind", "profile"), [("bfloat16", "fast"), ("bfloat16", "hf"), ("int8", "fast")])
+def test_many_rows_read_a_weight_once(kind, profile):
+    """In products of the library, alone, or in our kernel."""
+    for found in reports(kind, profile, "decode-64", "prefill-128"):
         check_any(found)
         assert found["reads_of_a_weight"] == [1]
-        assert not found["copied_weights"]
+        assert not found["copied_weights"] and not found["tiled"] and not found["epilogues"]
         assert found["waits"] == (found["program"] == "decode-64")
 
 
