@@ -239,7 +239,8 @@ class Model:
             padded = np.zeros((1, width), np.int32)
             padded[0, : len(ids)] = checked
             length = np.array([len(ids)], np.int32)
-            rows.append(np.asarray(self._logits(self.params, padded, length)[0, : len(ids)]))
+            # Cut by NumPy: JAX would compile a slice for every length.
+            rows.append(np.asarray(self._logits(self.params, padded, length))[0, : len(ids)].copy())
         return rows
 
 

@@ -110,7 +110,7 @@ def test_gradients_are_those_of_what_is_added(tmp_path):
         moved = {name: lambda x: 2 * x + added}
         return surprise(MODEL.apply(MODEL.params, jnp.array([ids]), interventions=moved)[0])
 
-    expected = jax.grad(loss)(jnp.zeros((1, len(ids), 48)))[0]
+    expected = jax.jit(jax.grad(loss))(jnp.zeros((1, len(ids), 48)))[0]
     np.testing.assert_allclose(trace.gradients[name], expected, rtol=1e-4, atol=1e-5)
     probability = jax.nn.softmax(trace.activations["logits"][-1]).at[7].add(-1)
     np.testing.assert_allclose(trace.gradients["logits"][-1], probability, rtol=1e-4, atol=1e-6)
