@@ -93,7 +93,8 @@ class Model:
       path: where it was read from.
       lora: the adapter it was loaded with, merged or beside the weights.
       origin: what the parameters were made from; None where nobody knows.
-      generation_config: the checkpoint's ``generation_config.json``, which ``LLM`` heeds.
+      generation_config: what the checkpoint says of generation, which ``LLM`` heeds.
+      generation_file: the file that says so.
       interventions: by tap, what takes its value's place wherever this model runs: see ``intervened``.
     """
 
@@ -108,6 +109,7 @@ class Model:
     origin: Origin | None = None
     numerics_chosen: bool = True
     generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    generation_file: str = "generation_config.json"
     interventions: Interventions = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:

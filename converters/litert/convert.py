@@ -34,7 +34,6 @@ from llmjax.outside.values import FLAG, POSITIVE, check, plain
 from llmjax.outside.whole import expect_new, whole_file
 from llmjax.quant.schemes import Recipe, parse
 from llmjax.runtime import memory
-from llmjax.runtime.generation import FILE as GENERATION_CONFIG
 from llmjax.runtime.params import SamplingParams
 from llmjax.text.tokenizer import Tokenizer
 
@@ -259,10 +258,11 @@ def _with_template(tokenizer: Tokenizer, given: str | Path | None) -> Tokenizer:
 
 def _with_stops(tokenizer: Tokenizer, source: Source) -> Tokenizer:
     """Ends texts where the checkpoint's own ``stop_strings`` end them, too."""
+    said, file = generation(source)
     try:
-        found = SamplingParams(stop=generation(source).get("stop_strings") or ())
+        found = SamplingParams(stop=said.get("stop_strings") or ())
     except RequestError as error:
-        raise ConfigError(f"{GENERATION_CONFIG}: stop_strings: {error}") from None
+        raise ConfigError(f"{source.directory / file}: stop_strings: {error}") from None
     return dataclasses.replace(tokenizer, stop=(*tokenizer.stop, *found.stop))
 
 
@@ -289,7 +289,7 @@ def _sections(job: _Job, context: int, config: Any) -> list[container.Section]:
     tokenizer, model = _required(job.tokenizer), job.plan.config
     facts = describe(job.source, read_override(config))[0]
     model_type = str(facts.get("model_type", job.plan.architecture.model_type))
-    metadata = llm_metadata(tokenizer, job.carried, model_type, context, model.vocab_size, generation(job.source))
+    metadata = llm_metadata(tokenizer, job.carried, model_type, context, model.vocab_size, *generation(job.source))
     return [
         container.Section("LlmMetadataProto", metadata.SerializeToString(deterministic=True)),
         vocabulary.section(job.source, tokenizer, model.vocab_size),

@@ -170,6 +170,7 @@ def load(
         warnings.warn(f"{source.path}: {merging.describe(merge.survivals)}", stacklevel=2)
     params = with_loras(params, apart)
     adapters = (AdapterOrigin(None, lora_mode, adapter.options, adapter.files),) if adapter else ()
+    said, file = generation(source)
     return Model(
         architecture=plan.architecture,
         config=_of_length(computed, context_length),
@@ -181,7 +182,8 @@ def load(
         lora=adapter.path if adapter else None,
         origin=Origin(params, source.files, recipe, adapters),
         numerics_chosen=chosen,
-        generation_config=generation(source),
+        generation_config=said,
+        generation_file=file,
     )
 
 

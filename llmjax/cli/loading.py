@@ -86,7 +86,7 @@ def tell_defaults(llm: "LLM", given: Mapping[str, Any]) -> None:
     """Says what the checkpoint would have where no flag says otherwise."""
     from llmjax.runtime.generation import told
 
-    if line := told(llm.generation, given):
+    if line := told(llm.generation, given, llm.model.generation_file):
         print(f"llmjax: {line}", file=sys.stderr)
 
 

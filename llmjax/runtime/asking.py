@@ -70,7 +70,7 @@ class Asking:
         self.model, self.loras, self.truncate_prompt = model, tuple(loras), truncate_prompt
         self.seed = SamplingParams(seed=seed).seed or 0  # refused where it is none
         own = model.generation_config if generation_config == "auto" else {}
-        where = f"{model.path}: generation_config.json"
+        where = f"{model.path}: {model.generation_file}"
         self.generation = sampling_defaults(own, model.context_length, where)
         self.suppressed = suppressed(own, model.config.vocab_size, where)
         self.chat_options = _checked_chat(chat)
@@ -91,7 +91,7 @@ class Asking:
 
     def sampling_params(self, given: Params = None) -> SamplingParams:
         """Parameters as they are; or, where they are named one by one or not at all, those over the model's own
-        (``generation_config.json``), and these over llmjax's.
+        (``generation``), and these over llmjax's.
 
         Raises:
           RequestError: they are none, or out of range.

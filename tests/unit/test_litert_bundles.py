@@ -294,7 +294,8 @@ def test_no_end_at_all(source):
 )
 def test_sampling_that_litert_lm_has(source, config, expected):
     """It refuses to run top-k alone, and top-p without a number of tokens."""
-    facts = metadata.llm_metadata(tokenizer_of(source), Carried(), "llama", 16, 260, {"do_sample": True, **config})
+    said = {"do_sample": True, **config}
+    facts = metadata.llm_metadata(tokenizer_of(source), Carried(), "llama", 16, 260, said, "f")
     sampler = facts.sampler_params
     assert (sampler.type, sampler.k, sampler.p, sampler.temperature) == (2, *expected)
 
@@ -303,9 +304,9 @@ def test_sampling_that_litert_lm_has(source, config, expected):
     "config", [{"top_p": 2}, {"top_k": "5"}, {"temperature": None, "top_k": -1}, {"suppress_tokens": [260]}]
 )
 def test_odd_sampling(source, config):
-    with pytest.raises(TokenizerError, match="generation_config.json: "):
+    with pytest.raises(TokenizerError, match="^config.json: "):
         tokenizer = tokenizer_of(source)
-        metadata.llm_metadata(tokenizer, Carried(), "llama", 16, 260, {"do_sample": True, **config})
+        metadata.llm_metadata(tokenizer, Carried(), "llama", 16, 260, {"do_sample": True, **config}, "config.json")
 
 
 def test_added_tokens_beyond_the_embedding(source, caplog):
