@@ -178,14 +178,15 @@ def run(load: Callable[[], Model], options: Options, report: Callable[[str], Non
 
     Raises:
       LlmjaxError: the model does not load, or no setting fits its context.
+      RequestError: it is an op graph.
     """
     began = time.perf_counter()
     model = load()
     jax.block_until_ready(model.params)
     loaded = time.perf_counter() - began
-    engine = Engine(model, slots=options.slots, chunk=options.chunk, enable_prefix_caching=False)
     if isinstance(model, GraphModel):
         raise RequestError(f"{model.path}: bench measures checkpoints, not op graphs")
+    engine = Engine(model, slots=options.slots, chunk=options.chunk, enable_prefix_caching=False)
     costs = Costs(model)
     settings = list(_settings(Runner(engine), costs, options))
     for i, setting in enumerate(settings):

@@ -139,15 +139,9 @@ def load(
         return dataclasses.replace(model, config=_of_length(model.config, context_length), numerics_chosen=chosen)
     found = find_model(path)
     if is_graph(found):
-        options: dict[str, Any] = {
-            "dtype": dtype,
-            "quantize": quantize,
-            "lora": lora,
-            "config": config,
-            "check_finite": check_finite,
-        }
-        options["context_length"] = context_length
-        if given := [name for name, value in options.items() if value is not None and value is not False]:
+        options: dict[str, Any] = dict(dtype=dtype, quantize=quantize, lora=lora, config=config)
+        options |= dict(check_finite=check_finite or None, context_length=context_length)
+        if given := [name for name, value in options.items() if value is not None]:
             raise ConfigError(f"{found}: {', '.join(given)}: an op graph is run as it is, with its own weights")
         return graphs.load_graph(found, numerics if chosen else None)
     source = open_source(found)

@@ -30,7 +30,11 @@ def keep_compiled(args: argparse.Namespace) -> None:
 
 
 def adapter_of(args: argparse.Namespace) -> "LoraSource | None":
-    """What ``--lora`` and ``--lora-alpha`` name."""
+    """What ``--lora`` and ``--lora-alpha`` name.
+
+    Raises:
+      RequestError: the latter without the former.
+    """
     from llmjax.lora.adapter import LoraSource
 
     if args.lora is None and args.lora_alpha is not None:

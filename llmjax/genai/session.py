@@ -163,7 +163,11 @@ class LlmInferenceSession:
         return self._task._in_background(self._checked_pieces(), progress_listener or (lambda piece, done: None))
 
     def size_in_tokens(self, text: str) -> int:
-        """See ``LlmInference``."""
+        """See ``LlmInference``.
+
+        Raises:
+          RequestError: the session is closed.
+        """
         if self._closed:
             raise RequestError("LlmInferenceSession: this session is closed")
         return self._task.size_in_tokens(text)

@@ -82,6 +82,9 @@ def model_of(files: Mapping[str, TfliteFile], path: Path, numerics: str | None =
       files: by part, see ``llmjax.litert.module``.
       path: where they are from, for messages.
       numerics: see ``numerics_for``.
+
+    Raises:
+      CheckpointError: none of them steps from token to token.
     """
     main, profile = files[MAIN], numerics_for(numerics)
     if not ports.is_language_model(main):
