@@ -14,11 +14,11 @@ from typing import Any
 from converters.litert import container, proof, templates, vocabulary
 from converters.litert.export import Export, ExportedGraph, usual_jax
 from converters.litert.metadata import llm_metadata, stop_ids, stop_texts
-from converters.litert.opened import Checkpoint, opened
 from converters.litert.templates import Carried
 from converters.mediapipe import bundle
 from converters.readers.source import Source
 from llmjax.checkpoint.ends import generation
+from llmjax.checkpoint.opened import Checkpoint, opened
 from llmjax.checkpoint.parameters import OnParameter
 from llmjax.checkpoint.plan import Plan, describe
 from llmjax.errors import CheckpointError, ConfigError, RequestError, TokenizerError

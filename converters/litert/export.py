@@ -18,9 +18,9 @@ from converters.litert import weights as weights_lib
 from converters.litert.builder import Builder, Node
 from converters.litert.graph import File, Graph, Stack, Weight
 from converters.litert.lowering import lower
-from converters.litert.opened import Checkpoint, opened
 from converters.readers.litert import record
 from converters.readers.source import Source
+from llmjax.checkpoint.opened import Checkpoint, opened
 from llmjax.checkpoint.parameters import OnParameter
 from llmjax.checkpoint.plan import Override, Plan, describe
 from llmjax.errors import ConfigError, shown
@@ -127,6 +127,8 @@ class Export:
     def __init__(self, checkpoint: Checkpoint, activations: str, context: int, lengths: Sequence[int]):
         if activations not in ACTIVATIONS:
             raise ConfigError(f"activations: unknown {shown(activations)}; expected one of {', '.join(ACTIVATIONS)}")
+        if checkpoint.recipe is not None:
+            weights_lib.check(checkpoint.recipe)
         source, plan = checkpoint.source, checkpoint.plan
         context, lengths = _checked(plan.config, context, lengths)
         self._source, self._plan, self._merge = source, plan, checkpoint.merge()

@@ -15,7 +15,7 @@ import numpy as np
 from converters.litert import weights as weights_lib
 from converters.litert.follow import Call, Distance, GraphRuns, model_logits
 from converters.litert.graph import FLOAT32, Form
-from converters.litert.opened import Checkpoint
+from llmjax.checkpoint.opened import Checkpoint
 from llmjax.checkpoint.parameters import Stored, stored
 from llmjax.errors import CheckpointError
 from llmjax.litert import ports

@@ -1,4 +1,4 @@
-"""A checkpoint that is to be written: open, planned, and with the adapter that goes into its weights."""
+"""A checkpoint that is to be written in another form: open, planned, with the adapter that goes into its weights."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from converters.litert import weights
 from converters.readers.source import Source
 from llmjax.checkpoint.graph_source import open_checkpoint
 from llmjax.checkpoint.loading import find_model, read_override
@@ -47,7 +46,12 @@ def opened(
     config: str | Path | Mapping[str, Any] | None,
     lora: AnyLora | None,
 ) -> Iterator[Checkpoint]:
-    """Opens a checkpoint; the arguments are those of ``converters.litert.export.export_graph``.
+    """Opens a checkpoint.
+
+    Args:
+      source: anything ``llmjax.load`` reads.
+      quantize, config: see ``llmjax.load``.
+      lora: an adapter to merge.
 
     Raises:
       CheckpointError: the source is damaged.
@@ -55,8 +59,6 @@ def opened(
       LoraError: the adapter is damaged, or does not fit.
     """
     override, recipe = read_override(config), None if quantize is None else parse(quantize)
-    if recipe is not None:
-        weights.check(recipe)
     found = open_checkpoint(find_model(source))
     try:
         plan = proven_plan(found, recipe, override)
