@@ -161,7 +161,9 @@ class Model:
           RequestError: no tap of the model, one that has an intervention, or neither function nor array.
         """
         if twice := [str(name) for name in checked(interventions) if name in self.interventions]:
-            raise RequestError(f"interventions: {', '.join(twice)}: the model has one there")
+            raise RequestError(
+                f"interventions: {', '.join(twice)}: the model has one there; put both into one function"
+            )
         if not interventions:
             return self
         model = dataclasses.replace(self, interventions={**self.interventions, **interventions})
@@ -266,7 +268,9 @@ def check_ids(ids: Sequence[int], model: Model, what: str) -> np.ndarray:
     if array.ndim != 1 or array.dtype.kind not in "iu" or any(isinstance(i, bool) for i in ids):
         raise RequestError(f"{what}: expected a list of token ids, found {shown(ids)}")
     if len(array) > model.context_length:
-        raise RequestError(f"{what}: {len(array)} tokens, longer than the model's context of {model.context_length}")
+        raise RequestError(
+            f"{what}: {len(array)} tokens, longer than the model's context of {model.context_length}; shorten it"
+        )
     wrong = array[(array < 0) | (array >= model.config.vocab_size)]
     if wrong.size:
         raise RequestError(f"{what}: token id {outside(int(wrong[0]), model)}")

@@ -306,7 +306,8 @@ def _settings(bench: Runner, costs: Costs, options: Options) -> Iterator[_Settin
     for tokens in {*options.prompt_lengths, *contexts}:
         if tokens + new > context_length:
             raise RequestError(
-                f"{tokens} tokens and {new} new ones are more than the model's context of {context_length}"
+                f"{tokens} tokens and {new} new ones are more than the model's context of {context_length}; "
+                "measure fewer (--prompt-lengths, --context, --output-length)"
             )
     for tokens in options.prompt_lengths:
         length = bench.length(tokens + new)
@@ -315,7 +316,9 @@ def _settings(bench: Runner, costs: Costs, options: Options) -> Iterator[_Settin
         yield _Setting("prefill", tokens, 0, length, 1, cost, prefill, first_token)
     for cache in options.caches or ():
         if cache < min(contexts) + new:
-            raise RequestError(f"cache: {cache} positions do not hold {min(contexts)} tokens and {new} new ones")
+            raise RequestError(
+                f"cache: {cache} positions do not hold {min(contexts)} tokens and {new} new ones; give more (--cache)"
+            )
     for context, positions, rows in itertools.product(contexts, options.caches or (0,), options.in_use):
         if options.caches and positions < context + new:
             continue  # of a table of both, the corner that cannot be

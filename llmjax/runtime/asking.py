@@ -152,7 +152,7 @@ class Asking:
             for token in tokens:
                 if token >= self.model.config.vocab_size:
                     raise RequestError(f"{name}: {outside(token, self.model)}")
-        row_controls(params, bad_words, self.model.config.vocab_size)
+        row_controls(params, bad_words, self.model.config.vocab_size)  # refuses what leaves nothing to draw
         if self.model.tokenizer and not params.ignore_eos:
             params = dataclasses.replace(params, stop=(*params.stop, *self.model.tokenizer.stop))
         room = self.model.context_length - len(ids)
