@@ -69,19 +69,20 @@ def _listed(values: list[Any]) -> str:
     return ", ".join(f"{v:.6g}" for v in values)
 
 
-def check(path: str | Path, lora: AnyLora, *, prompt: str | None = None) -> Check:
+def check(path: str | Path, lora: AnyLora, *, prompt: str | None = None, dtype: str | None = None) -> Check:
     """Reads an adapter, fits it to a model, and runs it merged and unmerged over a short text.
 
     Args:
       path: the model: see ``llmjax.load``.
       lora: the adapter.
       prompt: the text; where there is none, a few token ids.
+      dtype: see ``llmjax.load``.
 
     Raises:
       LoraError: it does not fit.
       LlmjaxError: the model cannot be loaded.
     """
-    base = load(path)
+    base = load(path, dtype=dtype)
     adapter = read_adapter(lora, base.architecture, base.config)
     if prompt is not None and base.tokenizer is not None:
         ids = base.tokenizer.encode(prompt)
@@ -93,7 +94,9 @@ def check(path: str | Path, lora: AnyLora, *, prompt: str | None = None) -> Chec
     ]
     without = base.logits([ids])[0]
     del base
-    merged, unmerged = (load(path, lora=adapter, lora_mode=m).logits([ids])[0] for m in ("merged", "unmerged"))
+    merged, unmerged = (
+        load(path, dtype=dtype, lora=adapter, lora_mode=m).logits([ids])[0] for m in ("merged", "unmerged")
+    )
     return Check(
         adapter.path,
         modules,

@@ -29,7 +29,7 @@ def test_the_disk_has_what_a_trace_has(states, monkeypatch):
     ]  # fmt: skip
     assert states["token_ids"].tolist() == sum(TEXTS, [])
     assert states["layers.0.attn.q_rot"].shape == (113, 6, 8) and states["embed"].dtype == np.float32
-    for i in (1, 2, 5):
+    for i in (2, 5):
         expected = llmjax.trace(MODEL, TEXTS[i], TAPS).activations
         found = states.row(i)
         assert list(found) == list(expected)
