@@ -90,6 +90,13 @@ def test_greedy_equals_full_recompute_without_a_cache(llm, model):
         np.testing.assert_allclose(found, out.token_logprobs, atol=1e-5, rtol=0)
 
 
+def test_logits_are_one_program_for_lengths_that_are_padded_alike(model, caplog):
+    model.logits([[1] * 200])
+    with jax.log_compiles():
+        assert [len(row) for row in model.logits([[1] * 199, [2] * 150])] == [199, 150]
+    assert not caplog.records
+
+
 def test_forced_decode_equals_prefill(llm, model):
     rng = np.random.default_rng(4)
     ids = random_ids(rng, 60)
