@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.litert import container, proof, templates, vocabulary
+from converters.litert import weights as weights_lib
 from converters.litert.export import Export, ExportedGraph, usual_jax
 from converters.litert.metadata import llm_metadata, stop_ids, stop_texts
 from converters.litert.templates import Carried
@@ -100,7 +101,7 @@ def convert_source(
     if verify is not None:
         check("verify", verify := plain(verify), FLAG, ConfigError)
     _check_options(to, {"chat_template": chat_template, "vocab": vocab})
-    with opened(source, quantize, config, lora) as checkpoint:
+    with opened(source, quantize, config, lora, weights_lib.check) as checkpoint:
         job = _prepared(checkpoint, to, chat_template, verify)
         context, lengths = _lengths(checkpoint.plan.config, context, prefill_lengths)
         if to == "task":

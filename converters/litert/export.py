@@ -101,7 +101,7 @@ def export_graph(
       ConfigError: an option or a scheme does not fit, or the model needs what LiteRT has no operator for.
       LoraError: the adapter is damaged, or does not fit.
     """
-    with opened(source, quantize, config, lora) as checkpoint:
+    with opened(source, quantize, config, lora, weights_lib.check) as checkpoint:
         export = Export(checkpoint, activations, context, prefill_lengths)
         announce(export.graph)
         with whole_file(Path(destination)) as place, open(place, "wb") as file:
@@ -127,8 +127,6 @@ class Export:
     def __init__(self, checkpoint: Checkpoint, activations: str, context: int, lengths: Sequence[int]):
         if activations not in ACTIVATIONS:
             raise ConfigError(f"activations: unknown {shown(activations)}; expected one of {', '.join(ACTIVATIONS)}")
-        if checkpoint.recipe is not None:
-            weights_lib.check(checkpoint.recipe)
         source, plan = checkpoint.source, checkpoint.plan
         context, lengths = _checked(plan.config, context, lengths)
         self._source, self._plan, self._merge = source, plan, checkpoint.merge()

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def opened(
     quantize: str | Path | Mapping[str, Any] | None,
     config: str | Path | Mapping[str, Any] | None,
     lora: AnyLora | None,
+    check: Callable[[Recipe], None] = lambda recipe: None,
 ) -> Iterator[Checkpoint]:
     """Opens a checkpoint.
 
@@ -52,6 +53,7 @@ def opened(
       source: anything ``llmjax.load`` reads.
       quantize, config: see ``llmjax.load``.
       lora: an adapter to merge.
+      check: refuses recipes that the form to be written has no place for.
 
     Raises:
       CheckpointError: the source is damaged.
@@ -59,6 +61,8 @@ def opened(
       LoraError: the adapter is damaged, or does not fit.
     """
     override, recipe = read_override(config), None if quantize is None else parse(quantize)
+    if recipe is not None:
+        check(recipe)
     found = open_checkpoint(find_model(source))
     try:
         plan = proven_plan(found, recipe, override)
