@@ -142,19 +142,12 @@ class LLM(Asking):
                     raise update.row.error
                 yield update
 
-    def outputs(
-        self,
-        requests: Requests,
-        *,
-        reserve: Sequence[int] = (),
-        on_update: Callable[[], None] | None = None,
-    ) -> Generator[RequestOutput, None, None]:
+    def outputs(self, requests: Requests, *, reserve: Sequence[int] = ()) -> Generator[RequestOutput, None, None]:
         """Runs requests and yields each answer, all its ``n`` samples in it, as soon as it is whole, in any order.
 
         Args:
           requests: of any number; taken one by one, as slots become free.
           reserve: see ``Engine.run``.
-          on_update: called whenever rows have new tokens; what it raises ends the run.
 
         Raises:
           RequestError: this thread is in the middle of another run.
@@ -164,8 +157,6 @@ class LLM(Asking):
             for update in self.engine.run(samples.rows(), reserve=_reserve(requests, reserve)):
                 if update.row.finish_reason and (output := samples.add(update.row)):
                     yield output
-                if on_update is not None:
-                    on_update()
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:

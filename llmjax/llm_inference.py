@@ -80,7 +80,7 @@ class LlmInference:
 
     def _open(self, lora: str = "") -> LLM:
         if not self._llms:
-            raise RequestError("LlmInference: this task is closed")
+            raise RequestError("LlmInference: this task is closed; make another")
         return self._llms[lora]
 
     def _with(self, lora: AnyLora | None) -> str:
@@ -112,7 +112,8 @@ class LlmInference:
         if room < 1:
             raise RequestError(
                 f"prompt: {tokens} tokens leave no room for an answer within max_tokens {self._options.max_tokens} "
-                f"(prompt and output together) and the model's context of {llm.model.context_length}"
+                f"(prompt and output together) and the model's context of {llm.model.context_length}; "
+                "shorten it, or raise max_tokens"
             )
         return room
 
@@ -145,7 +146,7 @@ class LlmInference:
         """Takes the turn, which the caller gives back."""
         self._open()
         if not self._busy.acquire(blocking=False):
-            raise RequestError("LlmInference: the previous answer is still under way")
+            raise RequestError("LlmInference: the previous answer is still under way; wait for it")
 
     def _in_background(self, pieces: Iterator[str], listener: ResultListener) -> "Future[str]":
         """Reads an answer in another thread: see ``generate_response_async``."""

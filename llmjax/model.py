@@ -93,7 +93,8 @@ class Model:
       path: where it was read from.
       lora: the adapter it was loaded with, merged or beside the weights.
       origin: what the parameters were made from; None where nobody knows.
-      generation_config: the checkpoint's ``generation_config.json``, which ``LLM`` heeds.
+      generation_config: what the checkpoint says of generation, which ``LLM`` heeds.
+      generation_file: the file that says so.
       interventions: by tap, what takes its value's place wherever this model runs: see ``intervened``.
     """
 
@@ -108,6 +109,7 @@ class Model:
     origin: Origin | None = None
     numerics_chosen: bool = True
     generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    generation_file: str = "generation_config.json"
     interventions: Interventions = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -159,7 +161,9 @@ class Model:
           RequestError: no tap of the model, one that has an intervention, or neither function nor array.
         """
         if twice := [str(name) for name in checked(interventions) if name in self.interventions]:
-            raise RequestError(f"interventions: {', '.join(twice)}: the model has one there")
+            raise RequestError(
+                f"interventions: {', '.join(twice)}: the model has one there; put both into one function"
+            )
         if not interventions:
             return self
         model = dataclasses.replace(self, interventions={**self.interventions, **interventions})
@@ -239,7 +243,8 @@ class Model:
             padded = np.zeros((1, width), np.int32)
             padded[0, : len(ids)] = checked
             length = np.array([len(ids)], np.int32)
-            rows.append(np.asarray(self._logits(self.params, padded, length)[0, : len(ids)]))
+            # Cut by NumPy: JAX would compile a slice for every length.
+            rows.append(np.asarray(self._logits(self.params, padded, length))[0, : len(ids)].copy())
         return rows
 
 
@@ -263,7 +268,9 @@ def check_ids(ids: Sequence[int], model: Model, what: str) -> np.ndarray:
     if array.ndim != 1 or array.dtype.kind not in "iu" or any(isinstance(i, bool) for i in ids):
         raise RequestError(f"{what}: expected a list of token ids, found {shown(ids)}")
     if len(array) > model.context_length:
-        raise RequestError(f"{what}: {len(array)} tokens, longer than the model's context of {model.context_length}")
+        raise RequestError(
+            f"{what}: {len(array)} tokens, longer than the model's context of {model.context_length}; shorten it"
+        )
     wrong = array[(array < 0) | (array >= model.config.vocab_size)]
     if wrong.size:
         raise RequestError(f"{what}: token id {outside(int(wrong[0]), model)}")

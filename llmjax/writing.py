@@ -31,7 +31,8 @@ def convert(
     """Writes a checkpoint in another form.
 
     Args:
-      source: anything ``llmjax.load`` reads.
+      source: anything ``llmjax.load`` reads; of an op graph the weights and the configuration that are found in it,
+        which must compute what it does.
       destination: a new directory, or an empty one; a new file for all but ``llmjax`` and ``hf``.  It appears under its
         name when it is whole.
       to: ``llmjax`` keeps quantized weights packed (see ``converters.readers.llmjax_directory``); ``hf`` writes floats

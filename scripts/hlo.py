@@ -41,7 +41,6 @@ class Op:
     code: str
     operands: tuple[str, ...]
     rest: str
-    root: bool
 
     @property
     def number(self) -> int:
@@ -85,14 +84,11 @@ class Program:
             if head := re.match(r"(ENTRY )?%([\w.-]+) \(.*\{$", line):
                 here, entry = head[2], head[2] if head[1] else entry
                 self.ops[here] = {}
-            elif at := re.match(r"\s+(ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)$", line):
-                operands = tuple(re.findall(r"%([\w.-]+)", at[5]))
-                rest = at[5] + at[6] if at[4] in ("parameter", "constant") else at[6]
-                self.ops[here][at[2]] = Op(at[2], at[3], at[4], operands, rest, bool(at[1]))
+            elif at := re.match(r"\s+(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)$", line):
+                operands = tuple(re.findall(r"%([\w.-]+)", at[4]))
+                rest = at[4] + at[5] if at[3] in ("parameter", "constant") else at[5]
+                self.ops[here][at[1]] = Op(at[1], at[2], at[3], operands, rest)
         self.kernels = list(self._run(entry, {}))
-
-    def _root(self, where: str) -> Op:
-        return next(op for op in self.ops[where].values() if op.root)
 
     def _source(self, where: str, name: str, given: dict[int, Any]) -> Any:
         """Number of the program's parameter that a value is, a tuple of such, or None."""

@@ -46,11 +46,6 @@ def packed_json(data: bytes) -> bytes:
     return len(data).to_bytes(8, "little") + zlib.compress(data, _LEVEL)
 
 
-def size_of(sections: Sequence[Section]) -> int:
-    """Bytes of the file that ``write`` makes."""
-    return _places(sections)[-1][1]
-
-
 def write(file: IO[bytes], sections: Sequence[Section], notes: Mapping[str, str]) -> None:
     """Writes a container to an empty file.
 

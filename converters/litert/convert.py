@@ -1,6 +1,5 @@
 """``llmjax.convert(..., to="litertlm")``, ``task`` and ``tflite``: files that LiteRT-LM and MediaPipe run."""
 
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -8,7 +7,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,16 @@ from converters.litert.templates import Carried
 from converters.mediapipe import bundle
 from converters.readers.source import Source
 from llmjax.checkpoint.ends import generation
-from llmjax.checkpoint.graph_source import open_checkpoint
-from llmjax.checkpoint.loading import find_model, read_override
+from llmjax.checkpoint.opened import Checkpoint, opened
 from llmjax.checkpoint.parameters import OnParameter
 from llmjax.checkpoint.plan import Plan, describe
-from llmjax.checkpoint.rescue import proven_plan
 from llmjax.errors import CheckpointError, ConfigError, RequestError, TokenizerError
-from llmjax.lora.adapter import AnyLora, read_adapter
-from llmjax.lora.merge import Merge
+from llmjax.lora.adapter import AnyLora
 from llmjax.models.config import DecoderConfig
 from llmjax.outside.paths import checked_path
 from llmjax.outside.values import FLAG, POSITIVE, check, plain
 from llmjax.outside.whole import expect_new, whole_file
-from llmjax.quant.schemes import Recipe, parse
 from llmjax.runtime import memory
-from llmjax.runtime.generation import FILE as GENERATION_CONFIG
 from llmjax.runtime.params import SamplingParams
 from llmjax.text.tokenizer import Tokenizer
 
@@ -53,13 +47,10 @@ _PROGRAMS = 5 * 10**8
 class _Job:
     """What is written, checked."""
 
-    source: Source
-    plan: Plan
-    recipe: Recipe | None
+    checkpoint: Checkpoint
     tokenizer: Tokenizer | None
     carried: Carried
     verify: bool
-    merges: tuple[Merge, ...]
 
 
 @usual_jax()
@@ -110,14 +101,13 @@ def convert_source(
     if verify is not None:
         check("verify", verify := plain(verify), FLAG, ConfigError)
     _check_options(to, {"chat_template": chat_template, "vocab": vocab})
-    with _prepared(source, to, quantize, config, lora, chat_template, verify) as job:
-        context, lengths = _lengths(job.plan.config, context, prefill_lengths)
+    with opened(source, quantize, config, lora, weights_lib.check) as checkpoint:
+        job = _prepared(checkpoint, to, chat_template, verify)
+        context, lengths = _lengths(checkpoint.plan.config, context, prefill_lengths)
         if to == "task":
-            spelled = vocabulary.sentencepiece(job.source, _required(job.tokenizer), job.carried, vocab)
-        parts = _sections(job, context, config) if to == "litertlm" else []
-
-        override, graph_merge = read_override(config), job.merges[-1]
-        export = Export(job.source, job.plan, job.recipe, graph_merge, override, activations, context, lengths)
+            spelled = vocabulary.sentencepiece(checkpoint.source, _required(job.tokenizer), job.carried, vocab)
+        parts = _sections(job, context) if to == "litertlm" else []
+        export = Export(checkpoint, activations, context, lengths)
         announce(_plan_text(job, export.graph, path))
         _check_room(export.graph, path, 2 if to == "task" else 1)
         write = functools.partial(export.write, report=report)
@@ -135,8 +125,7 @@ def convert_source(
                 graph_file.unlink()
             if job.verify:
                 try:
-                    quantized = job.recipe is not None
-                    found = proof.prove(place, job.source, job.plan, export.forms, quantized, job.merges, job.tokenizer)
+                    found = proof.prove(place, checkpoint, export.forms, job.tokenizer)
                 except RequestError as error:  # logits that are no numbers
                     raise CheckpointError(f"{path}: cannot be run against the checkpoint: {error}") from None
                 announce(found.to_text())
@@ -144,33 +133,19 @@ def convert_source(
             expect_new(path)  # another conversion may have been quicker
 
 
-@contextlib.contextmanager
-def _prepared(
-    source: Any, to: str, quantize: Any, config: Any, lora: AnyLora | None, chat_template: Any, verify: bool | None
-) -> Iterator[_Job]:
-    override, recipe = read_override(config), None if quantize is None else parse(quantize)
-    if recipe is not None:
-        weights_lib.check(recipe)
-    found = find_model(source)
-    opened = open_checkpoint(found)
-    try:
-        plan = proven_plan(opened, recipe, override)
-        rows = plan.config.vocab_size
-        tokenizer, carried = None, Carried()
-        if to != "tflite":
-            tokenizer = _with_template(vocabulary.tokenizer_of(opened, override, rows), chat_template)
-            tokenizer = _with_stops(tokenizer, opened)
-            carried = templates.around_turns(tokenizer) if to == "task" else templates.carry(tokenizer)
-            _tell(tokenizer, carried)
-        adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
-        merges = tuple(Merge.of(adapter, "merged", None) for _ in range(3))  # one for each time that weights are read
-        floats = 4 * sum(math.prod(assignment.shape) for assignment in plan.assignments)
-        wanted = floats < _VERIFIED if verify is None else verify
-        if wanted:
-            _check_memory(plan)
-        yield _Job(opened, plan, recipe, tokenizer, carried, wanted, merges)
-    finally:
-        opened.close()
+def _prepared(checkpoint: Checkpoint, to: str, chat_template: str | Path | None, verify: bool | None) -> _Job:
+    source, plan = checkpoint.source, checkpoint.plan
+    tokenizer, carried = None, Carried()
+    if to != "tflite":
+        tokenizer = vocabulary.tokenizer_of(source, checkpoint.override, plan.config.vocab_size)
+        tokenizer = _with_stops(_with_template(tokenizer, chat_template), source)
+        carried = templates.around_turns(tokenizer) if to == "task" else templates.carry(tokenizer)
+        _tell(tokenizer, carried)
+    floats = 4 * sum(math.prod(assignment.shape) for assignment in plan.assignments)
+    wanted = floats < _VERIFIED if verify is None else verify
+    if wanted:
+        _check_memory(plan)
+    return _Job(checkpoint, tokenizer, carried, wanted)
 
 
 def _destination(destination: str | Path, to: str) -> Path:
@@ -225,11 +200,12 @@ def _check_room(graph: ExportedGraph, path: Path, copies: int) -> None:
 
 
 def _plan_text(job: _Job, graph: ExportedGraph, path: Path) -> str:
-    config = job.plan.config
+    plan = job.checkpoint.plan
+    kind, layers, rows = plan.architecture.model_type, plan.config.num_hidden_layers, plan.config.vocab_size
     caches = 4 * sum(math.prod(shape) for shape in graph.caches.values())
     lines = [
-        f"{path}: {job.plan.architecture.model_type}, {config.num_hidden_layers} layers, {config.vocab_size:,} tokens; "
-        f"{', '.join(graph.signatures)}; about {graph.size / 1e6:,.1f} MB",
+        f"{path}: {kind}, {layers} layers, {rows:,} tokens; {', '.join(graph.signatures)}; "
+        f"about {graph.size / 1e6:,.1f} MB",
         f"it takes {(graph.weight_bytes + caches) / 1e6:,.1f} MB to run: weights {graph.weight_bytes / 1e6:,.1f} MB, "
         f"caches of {graph.context:,} tokens {caches / 1e6:,.1f} MB",
     ]
@@ -259,10 +235,11 @@ def _with_template(tokenizer: Tokenizer, given: str | Path | None) -> Tokenizer:
 
 def _with_stops(tokenizer: Tokenizer, source: Source) -> Tokenizer:
     """Ends texts where the checkpoint's own ``stop_strings`` end them, too."""
+    said, file = generation(source)
     try:
-        found = SamplingParams(stop=generation(source).get("stop_strings") or ())
+        found = SamplingParams(stop=said.get("stop_strings") or ())
     except RequestError as error:
-        raise ConfigError(f"{GENERATION_CONFIG}: stop_strings: {error}") from None
+        raise ConfigError(f"{source.directory / file}: stop_strings: {error}") from None
     return dataclasses.replace(tokenizer, stop=(*tokenizer.stop, *found.stop))
 
 
@@ -284,15 +261,15 @@ def _tell(tokenizer: Tokenizer, carried: Carried) -> None:
         _LOG.warning(f"{tokenizer.where}: the tokenizer puts tokens behind a text, which LiteRT-LM does not")
 
 
-def _sections(job: _Job, context: int, config: Any) -> list[container.Section]:
+def _sections(job: _Job, context: int) -> list[container.Section]:
     """All but the graph."""
-    tokenizer, model = _required(job.tokenizer), job.plan.config
-    facts = describe(job.source, read_override(config))[0]
-    model_type = str(facts.get("model_type", job.plan.architecture.model_type))
-    metadata = llm_metadata(tokenizer, job.carried, model_type, context, model.vocab_size, generation(job.source))
+    tokenizer, source, plan = _required(job.tokenizer), job.checkpoint.source, job.checkpoint.plan
+    facts = describe(source, job.checkpoint.override)[0]
+    model_type, rows = str(facts.get("model_type", plan.architecture.model_type)), plan.config.vocab_size
+    metadata = llm_metadata(tokenizer, job.carried, model_type, context, rows, *generation(source))
     return [
         container.Section("LlmMetadataProto", metadata.SerializeToString(deterministic=True)),
-        vocabulary.section(job.source, tokenizer, model.vocab_size),
+        vocabulary.section(source, tokenizer, rows),
     ]
 
 
@@ -304,7 +281,7 @@ def _bundle_config(job: _Job, graph: Path, model: bytes, spelled: bool, where: s
         for role, texts in carried.affixes.items()
         for part, text in zip(("prefix", "suffix"), texts, strict=True)
     }
-    stop = [tokenizer.piece(i) for i in stop_ids(tokenizer, carried, job.plan.config.vocab_size)]
+    stop = [tokenizer.piece(i) for i in stop_ids(tokenizer, carried, job.checkpoint.plan.config.vocab_size)]
     texts = stop_texts(tokenizer)
     return bundle.BundleConfig(
         tflite_model=str(graph),

@@ -20,14 +20,11 @@ from converters.litert.graph import File, Graph, Stack, Weight
 from converters.litert.lowering import lower
 from converters.readers.litert import record
 from converters.readers.source import Source
-from llmjax.checkpoint.graph_source import open_checkpoint
-from llmjax.checkpoint.loading import find_model, read_override
+from llmjax.checkpoint.opened import Checkpoint, opened
 from llmjax.checkpoint.parameters import OnParameter
 from llmjax.checkpoint.plan import Override, Plan, describe
-from llmjax.checkpoint.rescue import proven_plan
 from llmjax.errors import ConfigError, shown
-from llmjax.lora.adapter import AnyLora, read_adapter
-from llmjax.lora.merge import Merge
+from llmjax.lora.adapter import AnyLora
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
 from llmjax.models.pages import shape
@@ -36,7 +33,6 @@ from llmjax.models.tree import path_of, put_at
 from llmjax.numerics import REFERENCE, resolve
 from llmjax.outside.values import plain
 from llmjax.outside.whole import whole_file
-from llmjax.quant.schemes import Recipe, parse
 
 ACTIVATIONS = ("dynamic-int8", "float")
 
@@ -105,20 +101,11 @@ def export_graph(
       ConfigError: an option or a scheme does not fit, or the model needs what LiteRT has no operator for.
       LoraError: the adapter is damaged, or does not fit.
     """
-    override, recipe = read_override(config), None if quantize is None else parse(quantize)
-    if recipe is not None:
-        weights_lib.check(recipe)
-    opened = open_checkpoint(find_model(source))
-    try:
-        plan = proven_plan(opened, recipe, override)
-        adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
-        merge = Merge.of(adapter, "merged", None)
-        export = Export(opened, plan, recipe, merge, override, activations, context, prefill_lengths)
+    with opened(source, quantize, config, lora, weights_lib.check) as checkpoint:
+        export = Export(checkpoint, activations, context, prefill_lengths)
         announce(export.graph)
         with whole_file(Path(destination)) as place, open(place, "wb") as file:
             export.write(file, report)
-    finally:
-        opened.close()
     return export.graph
 
 
@@ -126,10 +113,7 @@ class Export:
     """The graph of an open checkpoint, traced and not yet written.
 
     Args:
-      source: the checkpoint.
-      plan: how it is read.
-      recipe, merge: see ``export_graph``; of the latter one that nothing was read with.
-      override: of its configuration.
+      checkpoint: it.
       activations, context, lengths: see ``export_graph``.
 
     Attributes:
@@ -140,29 +124,20 @@ class Export:
       ConfigError: see ``export_graph``.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        plan: Plan,
-        recipe: Recipe | None,
-        merge: Merge,
-        override: Override,
-        activations: str,
-        context: int,
-        lengths: Sequence[int],
-    ):
+    def __init__(self, checkpoint: Checkpoint, activations: str, context: int, lengths: Sequence[int]):
         if activations not in ACTIVATIONS:
             raise ConfigError(f"activations: unknown {shown(activations)}; expected one of {', '.join(ACTIVATIONS)}")
+        source, plan = checkpoint.source, checkpoint.plan
         context, lengths = _checked(plan.config, context, lengths)
-        self._source, self._plan, self._merge = source, plan, merge
-        small, self._weights = weights_lib.split(source, plan, recipe, merge)
+        self._source, self._plan, self._merge = source, plan, checkpoint.merge()
+        small, self._weights = weights_lib.split(source, plan, checkpoint.recipe, self._merge)
         graphs = [
             _signature(plan.config, {**small, **self._weights}, length, context, activations, decode=decode)
             for length, decode in (*((n, False) for n in lengths), (1, True))
         ]
         self.forms = {name: weight.form for name, weight in self._weights.items()}
         parts = {part.name: part for weight in self._weights.values() for part in weight.parts}
-        self._file = File(graphs, parts, _record(source, plan, override, small))
+        self._file = File(graphs, parts, _record(source, plan, checkpoint.override, small))
         self.graph = ExportedGraph(
             plan.config,
             tuple(graph.name for graph in graphs),

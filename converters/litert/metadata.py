@@ -45,7 +45,8 @@ def llm_metadata(
     model_type: str,
     context: int,
     vocab_size: int,
-    generation_config: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    file: str,
 ) -> Any:
     """The message for a model.
 
@@ -55,10 +56,11 @@ def llm_metadata(
       model_type: of its ``config.json``.
       context: tokens that the caches hold.
       vocab_size: rows of its embedding.
-      generation_config: of which the sampling is kept, where it samples at all, and tokens that are never drawn.
+      generation: of which the sampling is kept, where it samples at all, and tokens that are never drawn.
+      file: which says so.
 
     Raises:
-      TokenizerError: no token of the model ends a text.
+      TokenizerError: no token of the model ends a text, or what is said of generation cannot be.
     """
     message = LlmMetadata(max_num_tokens=context)
     if tokenizer.prefix_ids:
@@ -73,7 +75,7 @@ def llm_metadata(
     if carried.source:
         message.jinja_prompt_template = carried.source
     _family(message, tokenizer, model_type)
-    _sampling(message, generation_config, vocab_size)
+    _sampling(message, generation, vocab_size, file)
     for begin, end, heading in KINDS:
         if begin in carried.source and None not in map(tokenizer.backend.token_to_id, (begin, end)):
             message.channels.add(channel_name="thought", start=begin + heading, end=end)
@@ -121,9 +123,9 @@ def _family(message: Any, tokenizer: Tokenizer, model_type: str) -> None:
                 setattr(kind, field, text)
 
 
-def _sampling(message: Any, config: Mapping[str, Any], vocab_size: int) -> None:
+def _sampling(message: Any, config: Mapping[str, Any], vocab_size: int, file: str) -> None:
     if barred := config.get("suppress_tokens"):
-        message.suppress_tokens.ids.extend(_ids(barred, vocab_size))
+        message.suppress_tokens.ids.extend(_ids(barred, vocab_size, file))
     if config.get("do_sample") is not True:
         return
     found: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
@@ -131,7 +133,7 @@ def _sampling(message: Any, config: Mapping[str, Any], vocab_size: int) -> None:
         if config.get(key) is not None:
             found[key] = config[key]
         if problem := rule.problem(found[key]):
-            raise TokenizerError(f"generation_config.json: {key}: {problem}")
+            raise TokenizerError(f"{file}: {key}: {problem}")
     if not found["top_p"] or not found["temperature"]:
         found = {"top_k": 1, "top_p": 1.0, "temperature": 1.0}  # the likeliest token
     # LiteRT-LM 0.18 has this sampler alone, and it wants a number of tokens.
@@ -140,9 +142,7 @@ def _sampling(message: Any, config: Mapping[str, Any], vocab_size: int) -> None:
     sampler.p, sampler.temperature = found["top_p"], found["temperature"]
 
 
-def _ids(values: Any, vocab_size: int) -> Sequence[int]:
+def _ids(values: Any, vocab_size: int, file: str) -> Sequence[int]:
     if not isinstance(values, list | tuple) or not all(COUNT.holds(v) and v < vocab_size for v in values):
-        raise TokenizerError(
-            f"generation_config.json: suppress_tokens: expected token ids below {vocab_size}, found {shown(values)}"
-        )
+        raise TokenizerError(f"{file}: suppress_tokens: expected token ids below {vocab_size}, found {shown(values)}")
     return values

@@ -15,9 +15,8 @@ import numpy as np
 from converters.litert import weights as weights_lib
 from converters.litert.follow import Call, Distance, GraphRuns, model_logits
 from converters.litert.graph import FLOAT32, Form
-from converters.readers.source import Source
+from llmjax.checkpoint.opened import Checkpoint
 from llmjax.checkpoint.parameters import Stored, stored
-from llmjax.checkpoint.plan import Plan
 from llmjax.errors import CheckpointError
 from llmjax.litert import ports
 from llmjax.litert.graph import numerics_for, settled
@@ -81,30 +80,19 @@ class Proof:
         return "\n".join(lines)
 
 
-def prove(
-    path: Path,
-    source: Source,
-    plan: Plan,
-    forms: Mapping[str, Form],
-    quantized: bool,
-    merges: Sequence[Merge],
-    tokenizer: Tokenizer | None,
-) -> Proof:
+def prove(path: Path, checkpoint: Checkpoint, forms: Mapping[str, Form], tokenizer: Tokenizer | None) -> Proof:
     """Runs a file and its checkpoint, a layer at a time: see ``converters.litert.follow``.
 
     Args:
       path: of the graph, or of the bundle.
-      source: the checkpoint.
-      plan: how it is read.
+      checkpoint: what it was made of; where it was to be quantized, what that cost is stated.
       forms: of the weights in the file, by parameter.
-      quantized: whether it was to be; what that cost is then stated.
-      merges: the adapter, once for each time that the weights are read: two.
       tokenizer: the checkpoint's.
 
     Raises:
       CheckpointError: the file is none that our own reader takes.
     """
-    file = graphs_of(path)[0][MAIN]
+    file, plan = graphs_of(path)[0][MAIN], checkpoint.plan
     prefills, decode = ports.read(file)
     ids, runs = _runs(prefills, decode, plan.config.vocab_size, tokenizer)
     wanted = [[call.start for call in run if call.ports is decode] for run in runs]
@@ -114,10 +102,10 @@ def prove(
 
     def load(forms: Mapping[str, Form], merge: Merge, name: str) -> np.ndarray:
         only = [assignment for assignment in plan.assignments if assignment.parameter == name]
-        (parameter,) = stored(source, dataclasses.replace(plan, assignments=only), merge)
+        (parameter,) = stored(checkpoint.source, dataclasses.replace(plan, assignments=only), merge)
         return _values(parameter, forms.get(name, FLOAT32))
 
-    of = functools.partial(load, forms, merges[0])
+    of = functools.partial(load, forms, checkpoint.merge())
     logits = model_logits(plan.config, shapes, of, exact, ids[: places[-1] + 1], places, distance.model)
     ours = [logits[[places.index(place) for place in each]] for each in wanted]
     signatures, profile = [*prefills, decode], numerics_for(None)
@@ -131,8 +119,8 @@ def prove(
     if settled(file, profile).digits == 1:
         (run,) = GraphRuns(file, [decode], settled(file, profile)).logits(ids, runs[:1])
         as_run = _compared(ours[0], run, first, "dynamic_int8")
-    if quantized:
-        of = functools.partial(load, {}, merges[1])
+    if checkpoint.recipe is not None:
+        of = functools.partial(load, {}, checkpoint.merge())
         unrounded = model_logits(plan.config, shapes, of, exact, first, range(len(first)))
         to_float = _compared(unrounded, run, first, "int4")
     found = Proof(tuple(reports), as_run, to_float)

@@ -140,7 +140,7 @@ def run(
 def _begun(output: Path) -> manifests.Manifest | None:
     """What there is of a manifest beside an output."""
     if output.is_dir():
-        raise RequestError(f"{output}: cannot write the output: it is a directory")
+        raise RequestError(f"{output}: cannot write the output: it is a directory; name a file in it")
     try:
         return manifests.read(output)
     except LlmjaxError:

@@ -214,7 +214,10 @@ class Fleet:
             raise RequestError(f"the worker on {greeting.node} cannot begin: {greeting.problem}")
         mine, theirs = importlib.metadata.version("llmjax"), greeting.identity["runtime_version"]
         if mine != theirs:
-            raise RequestError(f"the worker on {greeting.node} has llmjax {theirs}, and this process {mine}")
+            raise RequestError(
+                f"the worker on {greeting.node} has llmjax {theirs}, and this process {mine}; "
+                "install the same on every machine"
+            )
         if self._first is None:
             self._first = greeting
             _say(f"workers, {len(self._members)} in all, are as the first one, on {greeting.node}:", greeting.told)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from llmjax.runtime.progress import Progress
 from llmjax.runtime.row import Request
@@ -124,7 +124,6 @@ class Reporter:
       count: of rows.
       also: called as often; what it raises is kept for the end.
       seconds: between plain lines; 0 for none.
-      stream: stderr by default.
     """
 
     def __init__(
@@ -134,11 +133,9 @@ class Reporter:
         also: Callable[[], None],
         *,
         seconds: float = PLAIN_SECONDS,
-        stream: IO[str] | None = None,
     ):
         self._slots, self._meter, self._count, self._also = engine.slots, Meter(engine), count, also
-        self._stream = stream or sys.stderr
-        self._terminal = self._stream.isatty()
+        self._terminal = sys.stderr.isatty()
         self._seconds = min(seconds, TERMINAL_SECONDS) if self._terminal else seconds
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -151,8 +148,8 @@ class Reporter:
             if self._seconds and time.monotonic() - last >= self._seconds:
                 last = time.monotonic()
                 with contextlib.suppress(OSError):  # no one reads it any more
-                    self._stream.write(f"\r\x1b[K{self.line()}" if self._terminal else f"{self.line()}\n")
-                    self._stream.flush()
+                    sys.stderr.write(f"\r\x1b[K{self.line()}" if self._terminal else f"{self.line()}\n")
+                    sys.stderr.flush()
 
     def line(self) -> str:
         """What there is to tell now."""
@@ -175,8 +172,8 @@ class Reporter:
         self._end.set()
         self._thread.join()
         if self._terminal:
-            self._stream.write("\r\x1b[K")
-            self._stream.flush()
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
 
 
 def rate(run: dict[str, Any], what: str) -> float:

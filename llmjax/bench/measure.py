@@ -178,14 +178,15 @@ def run(load: Callable[[], Model], options: Options, report: Callable[[str], Non
 
     Raises:
       LlmjaxError: the model does not load, or no setting fits its context.
+      RequestError: it is an op graph.
     """
     began = time.perf_counter()
     model = load()
     jax.block_until_ready(model.params)
     loaded = time.perf_counter() - began
-    engine = Engine(model, slots=options.slots, chunk=options.chunk, enable_prefix_caching=False)
     if isinstance(model, GraphModel):
         raise RequestError(f"{model.path}: bench measures checkpoints, not op graphs")
+    engine = Engine(model, slots=options.slots, chunk=options.chunk, enable_prefix_caching=False)
     costs = Costs(model)
     settings = list(_settings(Runner(engine), costs, options))
     for i, setting in enumerate(settings):
@@ -305,7 +306,8 @@ def _settings(bench: Runner, costs: Costs, options: Options) -> Iterator[_Settin
     for tokens in {*options.prompt_lengths, *contexts}:
         if tokens + new > context_length:
             raise RequestError(
-                f"{tokens} tokens and {new} new ones are more than the model's context of {context_length}"
+                f"{tokens} tokens and {new} new ones are more than the model's context of {context_length}; "
+                "measure fewer (--prompt-lengths, --context, --output-length)"
             )
     for tokens in options.prompt_lengths:
         length = bench.length(tokens + new)
@@ -314,7 +316,9 @@ def _settings(bench: Runner, costs: Costs, options: Options) -> Iterator[_Settin
         yield _Setting("prefill", tokens, 0, length, 1, cost, prefill, first_token)
     for cache in options.caches or ():
         if cache < min(contexts) + new:
-            raise RequestError(f"cache: {cache} positions do not hold {min(contexts)} tokens and {new} new ones")
+            raise RequestError(
+                f"cache: {cache} positions do not hold {min(contexts)} tokens and {new} new ones; give more (--cache)"
+            )
     for context, positions, rows in itertools.product(contexts, options.caches or (0,), options.in_use):
         if options.caches and positions < context + new:
             continue  # of a table of both, the corner that cannot be

@@ -18,20 +18,20 @@ from converters.readers.llmjax_directory import PARTS, VERSION, WEIGHTS, LlmjaxS
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.source import Source
 from llmjax.checkpoint.ends import end_tokens
-from llmjax.checkpoint.graph_source import GraphSource, open_checkpoint
-from llmjax.checkpoint.loading import check_dtype, find_model, read_override, read_tokenizer
+from llmjax.checkpoint.graph_source import GraphSource
+from llmjax.checkpoint.loading import check_dtype, read_tokenizer
+from llmjax.checkpoint.opened import opened
 from llmjax.checkpoint.parameters import OnParameter, Parameter, read_all
 from llmjax.checkpoint.plan import Override, Plan, describe
-from llmjax.checkpoint.rescue import proven_plan
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
 from llmjax.errors import ConfigError
 from llmjax.lora import merge as merging
-from llmjax.lora.adapter import Adapter, AnyLora, read_adapter
+from llmjax.lora.adapter import Adapter, AnyLora
 from llmjax.models.names import sources_of
 from llmjax.models.registry import read_config
 from llmjax.outside.whole import whole_folder
 from llmjax.quant.qtensor import QTensor, dequantize
-from llmjax.quant.schemes import Recipe, parse
+from llmjax.quant.schemes import Recipe
 from llmjax.text import export
 from llmjax.text.mediapipe import MediapipeTokenizer, for_transformers
 
@@ -50,64 +50,41 @@ def convert(
     lora: AnyLora | None = None,
     report: OnParameter = lambda done, total: None,
 ) -> Path:
-    """Writes a checkpoint in another form.
-
-    Args:
-      source: anything ``llmjax.load`` reads; of an op graph the weights and the configuration that are found in it,
-        which must compute what it does.
-      destination: a new directory, or an empty one.  It appears under its name when it is whole.
-      to: ``llmjax`` keeps quantized weights packed (see ``converters.readers.llmjax_directory``); ``hf`` writes floats
-        under Hugging Face's names.
-      quantize: for ``llmjax``: see ``llmjax.load``.
-      dtype: of floats; None keeps each tensor's own, and writes quantized ones as float32 to ``hf``.
-      check_finite: refuse NaN and infinite weights.
-      config: see ``llmjax.load``.
-      lora: an adapter to merge into the weights; quantized ones are rounded again, and a warning says what that leaves
-        of it.
-      report: called after each parameter.
+    """Writes a checkpoint as ``llmjax`` or ``hf``: see ``llmjax.convert``, whose arguments these are.
 
     Returns:
       the destination.
 
     Raises:
-      CheckpointError: the source is damaged, or the destination exists or cannot be written.
-      ConfigError: the scheme or dtype does not fit.
-      LoraError: the adapter is damaged, of a kind that is not supported, or does not fit.
+      LlmjaxError: see there.
     """
     if to not in FORMATS:
         raise ConfigError(f"to: unknown {to!r}; expected one of {', '.join(FORMATS)}")
-    override = read_override(config)
     if to == "hf" and quantize is not None:
         raise ConfigError(
             "quantize: a checkpoint in Hugging Face's form holds floats; leave it out, or use --to llmjax"
         )
     check_dtype(dtype)
-    recipe = None if quantize is None else parse(quantize)
-    opened = open_checkpoint(find_model(source))
-    try:
-        plan = proven_plan(opened, recipe, override)
-        facts, where = describe(opened, override)
+    with opened(source, quantize, config, lora) as checkpoint:
+        found, plan, recipe, override = checkpoint.source, checkpoint.plan, checkpoint.recipe, checkpoint.override
+        facts, where = describe(found, override)
         if read_config(facts, where)[1] != plan.config:
-            found = ", ".join(spec.name for spec in plan.configuring)
-            raise ConfigError(f"{where}: {found}: the files to be written have no place for it; use the source itself")
+            names = ", ".join(spec.name for spec in plan.configuring)
+            raise ConfigError(f"{where}: {names}: the files to be written have no place for it; use the source itself")
         with whole_folder(Path(destination)) as folder:
-            adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
-            merge = merging.Merge.of(adapter, "merged", None)
-            made_from = _made_from(opened, adapter)
-            parameters = read_all(opened, plan, dtype, recipe, check_finite, merge)
+            merge, made_from = checkpoint.merge(), _made_from(found, checkpoint.adapter)
+            parameters = read_all(found, plan, dtype, recipe, check_finite, merge)
             if to == "llmjax":
                 block = _write_packed(folder, parameters, len(plan.assignments), report, made_from)
-                block["recipe"] = _recipe(opened, recipe)
+                block["recipe"] = _recipe(found, recipe)
                 facts = {**facts, "quantization": block}
             else:
                 stored = _write_hf(folder, parameters, plan, report, made_from)
                 facts = {k: v for k, v in facts.items() if k not in ("dtype", "torch_dtype")} | {"dtype": stored}
             _write_json(folder / "config.json", facts)
-            _write_tokenizer(opened, folder, override)
+            _write_tokenizer(found, folder, override)
         if merge.survivals:
             warnings.warn(f"{destination}: {merging.describe(merge.survivals)}", stacklevel=2)
-    finally:
-        opened.close()
     return Path(destination)
 
 

@@ -19,8 +19,8 @@ def end_tokens(source: Source, tokenizer: Tokenizer | None, override: Override =
     Args:
       source: the checkpoint.
       tokenizer: its tokenizer, whose files may be GGUF's metadata or a ``.bin``.
-      override: keys that win over the source's own; without ``eos_token_id`` among them it is
-        ``generation_config.json`` that counts or, without one, ``config.json`` (as transformers does).
+      override: keys that win over the source's own; without ``eos_token_id`` among them what ``generation`` gives
+        counts.
 
     Returns:
       ids in ascending order; the model need not have all of them.
@@ -30,16 +30,16 @@ def end_tokens(source: Source, tokenizer: Tokenizer | None, override: Override =
     """
     found = _ids(override or {}, "config")
     if found is None:
-        own, file = source.generation_config, "generation_config.json"
-        if own is None:
-            own, file = source.config, "config.json"
+        own, file = generation(source)
         found = _ids(own, str(source.directory / file)) or set()
     return tuple(sorted(found.union(tokenizer.eos_ids if tokenizer else ())))
 
 
-def generation(source: Source) -> Mapping[str, Any]:
-    """``generation_config.json``; without one ``config.json``, which held the same keys once (as transformers does)."""
-    return source.config if source.generation_config is None else source.generation_config
+def generation(source: Source) -> tuple[Mapping[str, Any], str]:
+    """What a checkpoint says of generation, and the file that does: ``generation_config.json``; without one
+    ``config.json``, which held the same keys once (as transformers does)."""
+    own = source.generation_config
+    return (source.config, "config.json") if own is None else (own, "generation_config.json")
 
 
 def _ids(config: Mapping[str, Any], where: str) -> set[int] | None:

@@ -139,15 +139,9 @@ def load(
         return dataclasses.replace(model, config=_of_length(model.config, context_length), numerics_chosen=chosen)
     found = find_model(path)
     if is_graph(found):
-        options: dict[str, Any] = {
-            "dtype": dtype,
-            "quantize": quantize,
-            "lora": lora,
-            "config": config,
-            "check_finite": check_finite,
-        }
-        options["context_length"] = context_length
-        if given := [name for name, value in options.items() if value is not None and value is not False]:
+        options: dict[str, Any] = dict(dtype=dtype, quantize=quantize, lora=lora, config=config)
+        options |= dict(check_finite=check_finite or None, context_length=context_length)
+        if given := [name for name, value in options.items() if value is not None]:
             raise ConfigError(f"{found}: {', '.join(given)}: an op graph is run as it is, with its own weights")
         return graphs.load_graph(found, numerics if chosen else None)
     source = open_source(found)
@@ -170,6 +164,7 @@ def load(
         warnings.warn(f"{source.path}: {merging.describe(merge.survivals)}", stacklevel=2)
     params = with_loras(params, apart)
     adapters = (AdapterOrigin(None, lora_mode, adapter.options, adapter.files),) if adapter else ()
+    said, file = generation(source)
     return Model(
         architecture=plan.architecture,
         config=_of_length(computed, context_length),
@@ -181,7 +176,8 @@ def load(
         lora=adapter.path if adapter else None,
         origin=Origin(params, source.files, recipe, adapters),
         numerics_chosen=chosen,
-        generation_config=generation(source),
+        generation_config=said,
+        generation_file=file,
     )
 
 

@@ -61,7 +61,8 @@ def errors(
       config: of the reference: see ``llmjax.load``.
 
     Raises:
-      CheckpointError: one of them is damaged, or they are not the same model.
+      CheckpointError: one of them is damaged.
+      ConfigError: they are not the same model.
     """
     sources = [open_source(find_model(path)) for path in (candidate, reference)]
     try:

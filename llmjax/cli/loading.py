@@ -30,7 +30,11 @@ def keep_compiled(args: argparse.Namespace) -> None:
 
 
 def adapter_of(args: argparse.Namespace) -> "LoraSource | None":
-    """What ``--lora`` and ``--lora-alpha`` name."""
+    """What ``--lora`` and ``--lora-alpha`` name.
+
+    Raises:
+      RequestError: the latter without the former.
+    """
     from llmjax.lora.adapter import LoraSource
 
     if args.lora is None and args.lora_alpha is not None:
@@ -86,7 +90,7 @@ def tell_defaults(llm: "LLM", given: Mapping[str, Any]) -> None:
     """Says what the checkpoint would have where no flag says otherwise."""
     from llmjax.runtime.generation import told
 
-    if line := told(llm.generation, given):
+    if line := told(llm.generation, given, llm.model.generation_file):
         print(f"llmjax: {line}", file=sys.stderr)
 
 

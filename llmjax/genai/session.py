@@ -89,17 +89,17 @@ class LlmInferenceSession:
         _sampling(options)
         most = max(llm_inference._options.max_top_k, llm_inference._options.top_k)
         if options.top_k > most:
-            raise RequestError(f"top_k: {options.top_k}, larger than the task's max_top_k of {most}")
+            raise RequestError(f"top_k: {options.top_k}, larger than the task's max_top_k of {most}; raise that")
         if llm_inference._busy.locked():
-            raise RequestError("LlmInferenceSession: an answer is still under way")
+            raise RequestError("LlmInferenceSession: an answer is still under way; wait for it")
         own = llm_inference._lora if options.lora_path is None else llm_inference._with(options.lora_path)
         return cls(llm_inference, options, own)
 
     def _check(self) -> None:
         if self._closed:
-            raise RequestError("LlmInferenceSession: this session is closed")
+            raise RequestError("LlmInferenceSession: this session is closed; make another")
         if self._task._busy.locked():
-            raise RequestError("LlmInferenceSession: an answer is still under way")
+            raise RequestError("LlmInferenceSession: an answer is still under way; wait for it")
 
     def add_query_chunk(self, text: str, *, role: str = "user") -> None:
         """Adds to the prompt; chunks of one role are one text.
@@ -163,9 +163,13 @@ class LlmInferenceSession:
         return self._task._in_background(self._checked_pieces(), progress_listener or (lambda piece, done: None))
 
     def size_in_tokens(self, text: str) -> int:
-        """See ``LlmInference``."""
+        """See ``LlmInference``.
+
+        Raises:
+          RequestError: the session is closed.
+        """
         if self._closed:
-            raise RequestError("LlmInferenceSession: this session is closed")
+            raise RequestError("LlmInferenceSession: this session is closed; make another")
         return self._task.size_in_tokens(text)
 
     def clone(self) -> "LlmInferenceSession":

@@ -58,7 +58,7 @@ def load_graph(path: Path, numerics: str | None = None) -> GraphModel:
     if found is not None and found.format != "task":
         facts = [found.metadata(part) for part in found.parts if part.kind == package.FACTS]
         barred = [i for metadata in facts for i in metadata.suppress_tokens.ids]
-        model.generation_config = {"suppress_tokens": barred} if barred else {}
+        model.generation_config, model.generation_file = {"suppress_tokens": barred} if barred else {}, "LlmMetadata"
     return model
 
 
@@ -82,6 +82,9 @@ def model_of(files: Mapping[str, TfliteFile], path: Path, numerics: str | None =
       files: by part, see ``llmjax.litert.module``.
       path: where they are from, for messages.
       numerics: see ``numerics_for``.
+
+    Raises:
+      CheckpointError: none of them steps from token to token.
     """
     main, profile = files[MAIN], numerics_for(numerics)
     if not ports.is_language_model(main):

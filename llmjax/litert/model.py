@@ -186,7 +186,11 @@ class GraphModel(Model):
         return [self.follow(ids, prefill, f"row {index}")[0] for index, ids in enumerate(batch)]
 
     def follow(self, ids: Sequence[int], prefill: int = 0, what: str = "row") -> tuple[np.ndarray, States]:
-        """The logits of one row, and the states it leaves: see ``logits``."""
+        """The logits of one row, and the states it leaves: see ``logits``.
+
+        Raises:
+          RequestError: as there.
+        """
         tokens = check_ids(ids, self, what)
         if not isinstance(prefill, int) or not 0 <= prefill <= len(tokens):
             raise RequestError(f"{what}: prefill: expected 0 to {len(tokens)}, its length, found {prefill!r}")

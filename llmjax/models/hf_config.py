@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from llmjax.errors import ConfigError, LlmjaxError, named, shown
+from llmjax.models.generation_keys import GENERATION_KEYS
 from llmjax.models.layers import ACTIVATIONS
 from llmjax.models.rope import Rope
 from llmjax.models.rope_config import RopeSpec
@@ -16,25 +17,17 @@ from llmjax.outside.values import COUNT, FLAG, INT32, LEAST_FLOAT, POSITIVE, POS
 
 T = TypeVar("T")
 
-# Bookkeeping, training-only settings and generation defaults: none of them changes a logit.
-IRRELEVANT = frozenset(
+# Beside those of generation, bookkeeping and settings of training: none of them changes a logit.
+IRRELEVANT = GENERATION_KEYS | frozenset(
     """
-    _name_or_path _attn_implementation _attn_implementation_autoset _attn_implementation_internal
-    _experts_implementation _flash_attn_2_enabled attn_implementation add_cross_attention architectures
-    attention_dropout attn_pdrop auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
-    classifier_dropout cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
-    early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
-    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout id2label
-    initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length min_length model_type
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
-    output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads remove_invalid_values
-    repetition_penalty resid_pdrop return_dict return_dict_in_generate sep_token_id suppress_tokens
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
-    torchscript transformers.js_config transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16
-    use_cache is_llama_config rope_interleaved
-    constraints dola_layers encoder_repetition_penalty epsilon_cutoff eta_cutoff force_words_ids guidance_scale
-    max_new_tokens max_time min_new_tokens min_p penalty_alpha sequence_bias stop_strings token_healing top_h
-    watermarking_config
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _experts_implementation
+    _flash_attn_2_enabled _name_or_path add_cross_attention architectures attention_dropout attn_implementation
+    attn_pdrop auto_map chunk_size_feed_forward classifier_dropout cross_attention_hidden_size dtype embd_pdrop
+    finetuning_task gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_encoder_decoder
+    is_llama_config label2id model_type prefix pretraining_tp problem_type pruned_heads remove_invalid_values
+    resid_pdrop return_dict rope_interleaved sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder
+    tokenizer_class torch_dtype torchscript transformers.js_config transformers_version unsloth_fixed
+    unsloth_version use_bfloat16
     """.split()
 )
 # rope_interleaved is written by SmolLM's training code with the value false; true is refused in Reader.finish.

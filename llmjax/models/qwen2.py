@@ -19,9 +19,9 @@ class Qwen2Config(LlamaConfig):
         return cls(**qwen_options(r), qkv_bias=True)
 
 
-def qwen_options(r: Reader, head_dim: int | None = None, kv_heads: int = 32) -> dict[str, Any]:
-    """What Qwen2 and Qwen3 read alike; ``head_dim`` and ``kv_heads`` are the defaults for absent ones."""
-    shared = dimensions(r, tied=False, context=32768, kv_heads=kv_heads, head_dim=head_dim)
+def qwen_options(r: Reader, head_dim: int | None = None) -> dict[str, Any]:
+    """What Qwen2 and Qwen3 read alike; ``head_dim`` is the default for an absent one."""
+    shared = dimensions(r, tied=False, context=32768, kv_heads=32, head_dim=head_dim)
     window = r.nullable(r.size, "sliding_window", 4096)
     if not r.flag("use_sliding_window", False):
         window = None  # published files give a width all the same

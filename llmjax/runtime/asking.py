@@ -70,7 +70,7 @@ class Asking:
         self.model, self.loras, self.truncate_prompt = model, tuple(loras), truncate_prompt
         self.seed = SamplingParams(seed=seed).seed or 0  # refused where it is none
         own = model.generation_config if generation_config == "auto" else {}
-        where = f"{model.path}: generation_config.json"
+        where = f"{model.path}: {model.generation_file}"
         self.generation = sampling_defaults(own, model.context_length, where)
         self.suppressed = suppressed(own, model.config.vocab_size, where)
         self.chat_options = _checked_chat(chat)
@@ -91,7 +91,7 @@ class Asking:
 
     def sampling_params(self, given: Params = None) -> SamplingParams:
         """Parameters as they are; or, where they are named one by one or not at all, those over the model's own
-        (``generation_config.json``), and these over llmjax's.
+        (``generation``), and these over llmjax's.
 
         Raises:
           RequestError: they are none, or out of range.
@@ -125,24 +125,15 @@ class Asking:
           lora: the name of a resident adapter.
 
         Raises:
-          RequestError: an empty prompt, one longer than the context, ids outside the vocabulary, or bad words that
-            leave nothing.
+          RequestError: an empty prompt, ids outside the vocabulary, or bad words that leave nothing.
+          TooLongError: a prompt longer than the context.
           TokenizerError: text, stop strings or bad words for a model without a tokenizer.
         """
         params = self.sampling_params(params)
         self._check_lora(lora)
         text = prompt if isinstance(prompt, str) else None
-        ids = self.ids_of(prompt, "prompt")
-        context, whole = self.model.context_length, len(ids)
-        if whole >= context:
-            if not self.truncate_prompt:
-                raise TooLongError(
-                    f"prompt: {whole} tokens, longer than the model's context of {context} less one for the answer; "
-                    "shorten it, or ask for truncation (truncate_prompt, --truncate-prompt)"
-                )
-            room = min(params.max_tokens or context, max(1, context // _ANSWER_PART))
-            bos = ids[:1] if ids[0] == (self.model.tokenizer and self.model.tokenizer.bos_id) else []
-            ids = bos + ids[whole - (context - room) + len(bos) :]
+        whole = self.ids_of(prompt, "prompt")
+        ids = self._fitting(whole, params.max_tokens)
         check_ids(ids, self.model, "prompt")
         self._warn_without_bos(ids)
         if params.stop:
@@ -161,10 +152,10 @@ class Asking:
             for token in tokens:
                 if token >= self.model.config.vocab_size:
                     raise RequestError(f"{name}: {outside(token, self.model)}")
-        row_controls(params, bad_words, self.model.config.vocab_size)
+        row_controls(params, bad_words, self.model.config.vocab_size)  # refuses what leaves nothing to draw
         if self.model.tokenizer and not params.ignore_eos:
             params = dataclasses.replace(params, stop=(*params.stop, *self.model.tokenizer.stop))
-        room = context - len(ids)
+        room = self.model.context_length - len(ids)
         params = dataclasses.replace(
             params, max_tokens=min(params.max_tokens or room, room), min_tokens=min(params.min_tokens, room)
         )
@@ -180,8 +171,22 @@ class Asking:
             tuple(forced),
             bad_words=bad_words,
             lora=lora,
-            truncated=whole - len(ids),
+            truncated=len(whole) - len(ids),
         )
+
+    def _fitting(self, ids: list[int], max_tokens: int | None) -> list[int]:
+        """A prompt's ids; of one that the context does not hold the last, behind BOS, where that was asked for."""
+        context = self.model.context_length
+        if len(ids) < context:
+            return ids
+        if not self.truncate_prompt:
+            raise TooLongError(
+                f"prompt: {len(ids)} tokens, longer than the model's context of {context} less one for the answer; "
+                "shorten it, or ask for truncation (truncate_prompt, --truncate-prompt)"
+            )
+        room = min(max_tokens or context, max(1, context // _ANSWER_PART))
+        bos = ids[:1] if ids[0] == (self.model.tokenizer and self.model.tokenizer.bos_id) else []
+        return bos + ids[len(ids) - (context - room) + len(bos) :]
 
     def score_request(self, text: Prompt, *, request_id: str, lora: str | None = None) -> Request:
         """As ``request``, for a text that is scored; it may fill the context.

@@ -104,7 +104,11 @@ class SamplingParams:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SamplingParams":
-        """From parsed JSON; a key that is no field is refused by name."""
+        """From parsed JSON.
+
+        Raises:
+          RequestError: it is no object, a key is no field, or a value is out of range.
+        """
         if not isinstance(values, Mapping):
             raise RequestError(f"sampling parameters: expected an object, found {shown(values)}")
         unknown = sorted(named(str(key)) for key in set(values) - {f.name for f in dataclasses.fields(cls)})

@@ -71,12 +71,10 @@ class Prefixes:
         logits = self._held[source].logits if length == len(ids) else None
         return Place(slot, source, length, logits)
 
-    def take(self, ids: np.ndarray, free: Collection[int], kind: Hashable = 0) -> Place:
-        """As ``find``, and notes that the slot now holds as much of the prompt as need not be computed."""
-        place = self.find(ids, free, kind)
+    def take(self, place: Place, ids: np.ndarray, kind: Hashable = 0) -> None:
+        """Notes that the slot found for a prompt now holds as much of it as need not be computed."""
         self._clock += 1
         self._held[place.slot] = Held(ids[: place.length], place.logits, self._clock, kind)
-        return place
 
     def tokens(self, slot: int) -> int:
         """How many a slot holds."""

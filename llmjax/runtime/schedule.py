@@ -67,7 +67,8 @@ class Schedule:
         if not store.room(count, {*self.rows, *([place.source] if place.length else [])}):
             if self.rows or not store.restart(max(prompt + scored, len(ids) + row.again + 1)):
                 return None
-        place = store.prefixes.take(ids, free, kind)
+            place = store.prefixes.find(ids, free, kind)  # nothing is held any longer
+        store.prefixes.take(place, ids, kind)
         copied = store.pages.lend(place.source, place.slot, place.length)
         store.pages.give(place.slot, needed(prompt))
         store.pages.give(store.aside, needed(scored))

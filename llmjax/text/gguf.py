@@ -132,7 +132,7 @@ class _Entries:
         return bool(value) if isinstance(value, bool | np.bool_) else self._refuse(key, "bool", value)
 
     def expect_false(self, key: str) -> None:
-        """A flag that llmjax has no answer to."""
+        """Raises TokenizerError for a flag that llmjax has no answer to."""
         if self.flag(key, False):
             raise TokenizerError(
                 f"{self.where}: tokenizer.ggml.{key}: true is not supported with tokenizer.ggml.model "

@@ -128,9 +128,7 @@ def for_transformers(tokenizer: MediapipeTokenizer, model: bytes) -> Tokenizer:
     Raises:
       TokenizerError: as ``read``.
     """
-    plain = sentencepiece.read(
-        model, tokenizer.where, add_bos=False, chat_template=None, bytes_to_unicode=tokenizer.bytes_to_unicode
-    )
+    plain = sentencepiece.read(model, tokenizer.where, add_bos=False, bytes_to_unicode=tokenizer.bytes_to_unicode)
     # A start token beyond the vocabulary has no text.
     prefix = tuple(i for i in tokenizer.prefix_ids if plain.piece(i))
     bos = tokenizer.bos_id if prefix else None

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmjax.text import gguf, huggingface, sentencepiece
-from llmjax.text.tokenizer import Tokenizer, read_file
+from llmjax.text import gguf, huggingface
+from llmjax.text.tokenizer import Tokenizer
 
 
 def from_huggingface(directory: str | Path) -> Tokenizer:
@@ -28,26 +28,3 @@ def from_gguf(metadata: Mapping[str, Any], path: str | Path) -> Tokenizer:
       TokenizerError: entries are missing, of the wrong type or length, or of an unknown kind.
     """
     return gguf.read(metadata, Path(path))
-
-
-def from_sentencepiece(
-    model: bytes | str | Path,
-    *,
-    add_bos: bool = True,
-    chat_template: str | None = None,
-    where: str = "tokenizer.model",
-) -> Tokenizer:
-    """The tokenizer of a ``tokenizer.model`` file, or of its bytes (as bundles carry them).
-
-    Args:
-      model: the file or its bytes.
-      add_bos: whether ``encode`` begins with BOS; the file itself does not say.
-      chat_template: Jinja source.
-      where: how messages call the bytes.
-
-    Raises:
-      TokenizerError: it is missing, damaged, or not a BPE model.
-    """
-    if not isinstance(model, bytes):
-        where, model = str(model), read_file(Path(model))
-    return sentencepiece.read(model, where, add_bos=add_bos, chat_template=chat_template)

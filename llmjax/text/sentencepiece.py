@@ -45,10 +45,18 @@ class Vocabulary:
     single_spaces: bool = False
 
 
-def read(
-    data: bytes, where: str, *, add_bos: bool, chat_template: str | None, bytes_to_unicode: bool = False
-) -> Tokenizer:
-    """See ``llmjax.text.reading.from_sentencepiece``; ``bytes_to_unicode``: see ``build``."""
+def read(data: bytes, where: str, *, add_bos: bool, bytes_to_unicode: bool = False) -> Tokenizer:
+    """The tokenizer of a ``tokenizer.model``, without a chat template.
+
+    Args:
+      data: the file's bytes.
+      where: how messages call them.
+      add_bos: whether ``encode`` begins with BOS; the file itself does not say.
+      bytes_to_unicode: see ``build``.
+
+    Raises:
+      TokenizerError: see ``parse``.
+    """
     vocabulary = parse(data, where, bytes_to_unicode=bytes_to_unicode)
     backend, dummy_prefix = build(vocabulary, where, bytes_to_unicode=bytes_to_unicode)
     bos, eos = vocabulary.bos_id, vocabulary.eos_id
@@ -58,7 +66,7 @@ def read(
         eos_ids=() if eos is None else (eos,),
         prefix_ids=(bos,) if add_bos and bos is not None else (),
         suffix_ids=(),
-        chat_template=chat_template,
+        chat_template=None,
         special=special_tokens(vocabulary),
         where=where,
         dummy_prefix=dummy_prefix,

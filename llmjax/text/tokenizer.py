@@ -193,17 +193,9 @@ class Tokenizer:
         names = {**self.special, **variables, "add_generation_prompt": add_generation_prompt}
         return chat.render(self.chat_template, messages, names, self.where, date)
 
-    def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        **variables: Any,
-    ) -> list[int]:
-        """Ids of the rendered conversation; the template writes BOS itself where it wants one."""
-        return self.encode_rendered(
-            self.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
-        )
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
+        """Ids of the rendered conversation (see ``render_chat``); the template writes BOS itself where it wants one."""
+        return self.encode_rendered(self.render_chat(messages, **variables))
 
     def encode_rendered(self, text: str) -> list[int]:
         """Ids of what a chat template wrote, BOS where it wanted one; ``always_prefix`` adds it where it did not."""

@@ -174,7 +174,11 @@ class _Run:
         self.metrics: list[dict[str, Any]] = []
 
     def finish(self, report: Callable[[Report], None], note: Callable[[str], None]) -> Training:
-        """Goes on to the end."""
+        """Goes on to the end.
+
+        Raises:
+          OutputError: the output's folder cannot be made.
+        """
         if self.output is None:
             return self._finish(report, note)
         try:

@@ -1,8 +1,6 @@
 """Continuous batching: prompts that begin alike are computed once, nothing waits for a long prompt, slots stay busy,
 nothing is compiled on the way."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -52,19 +50,15 @@ def test_shared_beginnings_leave_every_bit(model, window):
 def test_what_a_slot_holds():
     prefixes, logits = Prefixes(3, 4), object()
     ids = np.arange(11)
-    place = prefixes.take(ids, {0, 1, 2})
+    place = prefixes.find(ids, {0, 1, 2})
+    prefixes.take(place, ids)
     assert place.length == 0
     for n in (4, 8, 11):
         prefixes.add(place.slot, ids[:n], logits)
     others = {0, 1, 2} - {place.slot}
 
     def found(ids, free=others):
-        return dataclasses.replace(Prefixes.take(clone(prefixes), np.asarray(ids), free), slot=-1)
-
-    def clone(p):
-        other = Prefixes(3, 4)
-        other._held = [dataclasses.replace(h) for h in p._held]
-        return other
+        return prefixes.find(np.asarray(ids), free)
 
     assert (found(ids).length, found(ids).logits) == (11, logits)  # the whole prompt
     assert (found(ids[:10]).length, found(ids[:10]).logits) == (8, None)
@@ -72,8 +66,8 @@ def test_what_a_slot_holds():
     assert found([*ids[:9], 99, 98, 97]).length == 8
     assert found([*ids, 11, 12]).length == 8  # what follows the last whole chunk was computed with padding behind it
     assert found([5, *ids]).length == 0
-    assert prefixes.take(np.arange(9), {0, 1, 2}).slot == place.slot  # nothing to copy
-    assert prefixes.take(np.arange(20, 30), {0, 1, 2}).slot != place.slot  # the slot that rested longest
+    assert found(ids[:9], {0, 1, 2}).slot == place.slot  # nothing to copy
+    assert found(np.arange(20, 30), {0, 1, 2}).slot != place.slot  # the slot that rested longest
 
 
 def spied(llm, name, calls):

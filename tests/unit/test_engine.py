@@ -82,12 +82,19 @@ def test_each_program_is_traced_once(model):
 def test_greedy_equals_full_recompute_without_a_cache(llm, model):
     for request in requests(llm, SamplingParams(temperature=0)):
         out = results(llm, [request])[request.request_id]
-        ids = list(request.ids)
-        for token, logprob in zip(out.token_ids, out.token_logprobs, strict=True):
-            logits = model.logits([ids])[0][-1]
-            assert int(np.argmax(logits)) == token
-            assert abs(float(jax.nn.log_softmax(logits)[token]) - logprob) < 1e-5
-            ids.append(token)
+        ids = request.ids + out.token_ids
+        after = slice(len(request.ids) - 1, len(ids) - 1)
+        (logits,) = model.logits([ids + [0] * (200 - len(ids))])  # of one length, to compile once
+        assert np.argmax(logits[after], -1).tolist() == out.token_ids
+        found = np.asarray(jax.nn.log_softmax(logits))[after][range(len(out.token_ids)), out.token_ids]
+        np.testing.assert_allclose(found, out.token_logprobs, atol=1e-5, rtol=0)
+
+
+def test_logits_are_one_program_for_lengths_that_are_padded_alike(model, caplog):
+    model.logits([[1] * 200])
+    with jax.log_compiles():
+        assert [len(row) for row in model.logits([[1] * 199, [2] * 150])] == [199, 150]
+    assert not caplog.records
 
 
 def test_forced_decode_equals_prefill(llm, model):

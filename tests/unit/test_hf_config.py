@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from llmjax.errors import ConfigError
+from llmjax.models.generation_keys import HEEDED, NEUTRAL
 from llmjax.models.registry import architectures, read_config
 from llmjax.models.rope import Rope
 from llmjax.models.scalings import Dynamic, LongRope, Yarn
-from llmjax.runtime.generation import _NAMES, _NEUTRAL
 
 SIZES = {
     "vocab_size": 100,
@@ -56,7 +56,7 @@ def test_an_unknown_key_is_refused_by_name_and_value(kind):
 
 def test_what_generation_heeds_or_warns_of_is_no_business_of_the_model():
     """``config.json`` may hold it where no ``generation_config.json`` lies beside it."""
-    keys = dict.fromkeys([*_NAMES, *_NEUTRAL, "do_sample", "max_length", "suppress_tokens"], 7)
+    keys = dict.fromkeys([*HEEDED, *NEUTRAL, "do_sample", "max_length", "suppress_tokens"], 7)
     assert read("llama", **keys) == read("llama")
 
 

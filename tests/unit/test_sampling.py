@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.runtime.sampling import HEAD, Knobs, draw, key_words, row_seed, uniform
+from llmjax.runtime import sampling
+from llmjax.runtime.sampling import HEAD, Knobs, key_words, row_seed
+
+draw, uniform = jax.jit(sampling.draw), jax.jit(sampling.uniform)
+uniforms = jax.jit(jax.vmap(sampling.uniform))
 
 
 def replay(logits, temperature, top_k, top_p, min_p, u):
@@ -59,8 +63,8 @@ def test_draw_follows_its_definition(setting, vocab):
     logits[:, 7] = logits[:, 3]  # ties go to the lower id
     logits[0, [9, 11]] = logits[0].max() + 1
     k, step = knobs(rows, **setting), jnp.arange(rows, dtype=jnp.int32)
-    u = np.asarray(jax.vmap(uniform)(k.key, step), np.float64)
-    got = np.asarray(jax.jit(draw)(jnp.asarray(logits), k, step))
+    u = np.asarray(uniforms(k.key, step), np.float64)
+    got = np.asarray(draw(jnp.asarray(logits), k, step))
     full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | setting
     expected = [replay(logits[i], u=u[i], **full) for i in range(rows)]
     # float32 sums against float64: a draw that falls on the border of two candidates may take either

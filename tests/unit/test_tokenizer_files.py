@@ -12,7 +12,8 @@ import pytest
 import sentencepiece
 
 from llmjax import RequestError, TokenizerError
-from llmjax.text.reading import from_huggingface, from_sentencepiece
+from llmjax.text.reading import from_huggingface
+from llmjax.text.sentencepiece import read
 
 DATA = Path(__file__).parents[1] / "data/tokenizers"
 JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -200,7 +201,7 @@ def train(**options):
 @pytest.mark.parametrize("dummy_prefix", [True, False])
 def test_the_ids_and_texts_of_sentencepiece(dummy_prefix, byte_fallback, user_defined):
     data = train(add_dummy_prefix=dummy_prefix, byte_fallback=byte_fallback, user_defined_symbols=user_defined)
-    tokenizer, own = from_sentencepiece(data), sentencepiece.SentencePieceProcessor(model_proto=data)
+    tokenizer, own = read(data, "blob", add_bos=True), sentencepiece.SentencePieceProcessor(model_proto=data)
     rng = random.Random(1)
     for _ in range(200):
         text = random_text(rng)
@@ -213,7 +214,7 @@ def test_the_ids_and_texts_of_sentencepiece(dummy_prefix, byte_fallback, user_de
 @pytest.mark.parametrize("single_spaces", [False, True])
 def test_texts_are_normalized_as_sentencepiece_does(rule, single_spaces):
     model = train(normalization_rule_name=rule, remove_extra_whitespaces=single_spaces)
-    own, tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model), from_sentencepiece(model, add_bos=False)
+    own, tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model), read(model, "blob", add_bos=False)
     rng = random.Random(0)
     parts = ["a", "b ", " ", "  ", "\t", "\n", "é", "ﬁ", "①", "Ａ", "\u200b", "ｶﾞ", "가", "🙂"]
     for _ in range(200):
@@ -245,12 +246,7 @@ def test_the_dummy_prefix_and_special_tokens(tmp_path):
 )
 def test_sentencepiece_models_that_are_refused(options, message):
     with pytest.raises(TokenizerError, match=f"^blob: SentencePiece model not supported: .*{message}"):
-        from_sentencepiece(train(**options), where="blob")
-
-
-def test_a_missing_model_file(tmp_path):
-    with pytest.raises(TokenizerError, match="no.model: cannot read the file: No such file"):
-        from_sentencepiece(tmp_path / "no.model")
+        read(train(**options), "blob", add_bos=True)
 
 
 def test_heavy_imports_wait():

@@ -39,7 +39,6 @@ FIELDS: dict[str, dict[str, _NUMBER]] = {
     "UNPACK": {"count": (0, "i", 0), "axis": (1, "i", 0)},
 }
 COMPOSITE = "STABLEHLO_COMPOSITE"
-_MAX_BODY = 1 << 16
 
 
 def read(operator: Table, name: str) -> dict[str, Any]:
