@@ -22,7 +22,7 @@ from converters.readers.source import Source
 from llmjax.checkpoint.ends import generation
 from llmjax.checkpoint.graph_source import open_checkpoint
 from llmjax.checkpoint.loading import find_model, read_override
-from llmjax.checkpoint.parameters import OnParameter
+from llmjax.checkpoint.parameters import OnParameter, stored_values
 from llmjax.checkpoint.plan import Plan, describe
 from llmjax.checkpoint.rescue import proven_plan
 from llmjax.errors import CheckpointError, ConfigError, RequestError, TokenizerError
@@ -162,7 +162,8 @@ def _prepared(
             tokenizer = _with_stops(tokenizer, opened)
             carried = templates.around_turns(tokenizer) if to == "task" else templates.carry(tokenizer)
             _tell(tokenizer, carried)
-        adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
+        values = stored_values(opened, plan)
+        adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config, values)
         merges = tuple(Merge.of(adapter, "merged", None) for _ in range(3))  # one for each time that weights are read
         floats = 4 * sum(math.prod(assignment.shape) for assignment in plan.assignments)
         wanted = floats < _VERIFIED if verify is None else verify

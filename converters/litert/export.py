@@ -22,7 +22,7 @@ from converters.readers.litert import record
 from converters.readers.source import Source
 from llmjax.checkpoint.graph_source import open_checkpoint
 from llmjax.checkpoint.loading import find_model, read_override
-from llmjax.checkpoint.parameters import OnParameter
+from llmjax.checkpoint.parameters import OnParameter, stored_values
 from llmjax.checkpoint.plan import Override, Plan, describe
 from llmjax.checkpoint.rescue import proven_plan
 from llmjax.errors import ConfigError, shown
@@ -111,7 +111,8 @@ def export_graph(
     opened = open_checkpoint(find_model(source))
     try:
         plan = proven_plan(opened, recipe, override)
-        adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
+        values = stored_values(opened, plan)
+        adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config, values)
         merge = Merge.of(adapter, "merged", None)
         export = Export(opened, plan, recipe, merge, override, activations, context, prefill_lengths)
         announce(export.graph)

@@ -20,7 +20,7 @@ from converters.readers.source import Source
 from llmjax.checkpoint.ends import end_tokens
 from llmjax.checkpoint.graph_source import GraphSource, open_checkpoint
 from llmjax.checkpoint.loading import check_dtype, find_model, read_override, read_tokenizer
-from llmjax.checkpoint.parameters import OnParameter, Parameter, read_all
+from llmjax.checkpoint.parameters import OnParameter, Parameter, read_all, stored_values
 from llmjax.checkpoint.plan import Override, Plan, describe
 from llmjax.checkpoint.rescue import proven_plan
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
@@ -91,7 +91,8 @@ def convert(
             found = ", ".join(spec.name for spec in plan.configuring)
             raise ConfigError(f"{where}: {found}: the files to be written have no place for it; use the source itself")
         with whole_folder(Path(destination)) as folder:
-            adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
+            values = stored_values(opened, plan)
+            adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config, values)
             merge = merging.Merge.of(adapter, "merged", None)
             made_from = _made_from(opened, adapter)
             parameters = read_all(opened, plan, dtype, recipe, check_finite, merge)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import jax
 
 from llmjax.checkpoint.identity import model_facts, runtime_facts
-from llmjax.errors import ConfigError, OutputError, RequestError, ResumeError, TrainingError, shown
+from llmjax.errors import ConfigError, LoraError, OutputError, RequestError, ResumeError, TrainingError, shown
 from llmjax.lora.apply import Lora
 from llmjax.model import Model
 from llmjax.outside.interrupts import Interrupts
@@ -136,6 +136,12 @@ def finetune(
 
 def _new(model: Model, config: TrainConfig) -> Adapter:
     adapter = new_adapter(model, config.lora, seed=config.seed)
+    # Some modules are narrow (four columns of AltUp's) and take any rank, as with peft; all of them are a mistake.
+    widest = max(adapter.targets, key=lambda target: min(target.shape))
+    if all(target.rank > min(target.shape) for target in adapter.targets):
+        raise LoraError(
+            f"rank: {widest.rank} is more than any module has; the largest, {widest.module}, is {list(widest.shape)}"
+        )
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
             single = dataclasses.replace(adapter.settings, rank=None, rank_pattern={key: 1}, alpha_pattern={})

@@ -316,8 +316,10 @@ def test_targets(model):
             modules(target_modules=wrong)
     with pytest.raises(ConfigError, match="rank_pattern: 'query' matches none"):
         llmjax.finetune(model, rows(2), TrainConfig(rank_pattern={"query": 2}))
-    with pytest.raises(LoraError, match="rank: 99 is more than"):
+    with pytest.raises(LoraError, match="rank: 99 is more than any module has"):
         llmjax.finetune(model, rows(2), TrainConfig(rank=99))
+    narrow = new_adapter(model, TrainConfig(rank=20).lora)  # k and v have 16 rows: peft takes that
+    assert {t.shape[0] for t in narrow.targets if t.rank > min(t.shape)} == {16}
 
 
 @pytest.mark.parametrize(("values", "message"), [
