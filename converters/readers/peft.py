@@ -25,7 +25,7 @@ _BASE = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.(?P<lea
 _FOREIGN = (
     (r"lora_magnitude_vector", "a magnitude, so this is DoRA, which is not supported"),
     (r"lora_embedding_[AB]", "a trained embedding is not supported, expected projections alone"),
-    (r"(?<!base_layer)\.bias$|lora_bias", "a trained bias is not supported, expected bias 'none'"),
+    (r"\.bias$|lora_bias", "a trained bias is not supported, expected bias 'none'"),
     (r"\.lora_[AB]\.", "factors of several adapters, expected one adapter a file"),
     (r"\.weight$", "a whole weight (modules_to_save), not a low-rank update; it is not supported"),
 )
