@@ -9,7 +9,7 @@ from pathlib import Path
 from llmjax.device import platform_of
 from llmjax.errors import LoraError, RequestError, shown
 from llmjax.llm import LLM
-from llmjax.lora.adapter import AnyLora, checked_lora, read_adapter
+from llmjax.lora.adapter import AnyLora, checked_lora, read_adapter, values_of
 from llmjax.lora.apply import beside, with_loras
 from llmjax.numerics import FAST
 from llmjax.outside.values import POSITIVE, check, each, integer, one_of
@@ -93,7 +93,8 @@ class LlmInference:
             return ""
         key = str(Path(lora)) if isinstance(lora, str | Path) else repr(checked_lora(lora))
         if key not in self._llms:
-            adapter = read_adapter(lora, base.model.architecture, base.model.config)
+            values = values_of(base.model.params)
+            adapter = read_adapter(lora, base.model.architecture, base.model.config, values)
             supported = self._options.supported_lora_ranks
             for rank in {delta.rank for delta in adapter.deltas.values()}:
                 if supported and rank not in supported:

@@ -20,16 +20,13 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 # ``default`` is the adapter's own name, which stays in files saved from a state dict.
 _FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+# What PEFT saves of the base beside the factors of a head, unless told not to (save_embedding_layers).
+_BASE = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.(?P<leaf>weight|bias)")
 _FOREIGN = (
     (r"lora_magnitude_vector", "a magnitude, so this is DoRA, which is not supported"),
     (r"lora_embedding_[AB]", "a trained embedding is not supported, expected projections alone"),
     (r"\.bias$|lora_bias", "a trained bias is not supported, expected bias 'none'"),
     (r"\.lora_[AB]\.", "factors of several adapters, expected one adapter a file"),
-    (
-        r"\.base_layer\.weight$",
-        "a whole weight of the base, as PEFT saves it beside a head's factors, not supported; save the adapter "
-        "with save_embedding_layers=False",
-    ),
     (r"\.weight$", "a whole weight (modules_to_save), not a low-rank update; it is not supported"),
 )
 
@@ -51,13 +48,15 @@ class AdapterFile:
       config: ``adapter_config.json``; None for weights without one.
       factors: by module as the base model names it (``model.layers.0.self_attn.q_proj``), the names of its tensors
         ``A [r, in]`` and ``B [out, r]``, of which either may be missing.
-      problems: tensors that are no factors, and why they are refused.
+      bases: by module with factors, names of the base's own tensors (``weight``, ``bias``) that are saved with them.
+      problems: tensors that are neither, and why they are refused.
       files: the weights and the configuration, as they were when they were opened.
     """
 
     path: Path
     config: dict[str, Any] | None
     factors: dict[str, dict[str, str]]
+    bases: dict[str, dict[str, str]]
     problems: list[str]
     files: tuple[Stamp, ...]
     _tensors: _Tensors
@@ -91,14 +90,19 @@ def open_adapter(path: Path) -> AdapterFile:
         raise CheckpointError(f"{path / CONFIG}: no such file; copy it, or name the weights file and give alpha")
     tensors = _open(weights)
     factors: dict[str, dict[str, str]] = {}
+    bases: dict[str, dict[str, str]] = {}
     problems = []
     for name in tensors.names():
-        if not (found_factor := _FACTOR.fullmatch(name)):
+        if base := _BASE.fullmatch(name):
+            bases.setdefault(base["module"], {})[base["leaf"]] = name
+        elif not (found_factor := _FACTOR.fullmatch(name)):
             why = next((why for pattern, why in _FOREIGN if re.search(pattern, name)), "no factor of a LoRA adapter")
             problems.append(f"tensor {named(name)}: {why}")
         elif factors.setdefault(found_factor["module"], {}).setdefault(found_factor["side"], name) != name:
             problems.append(f"tensor {named(name)}: the same factor as {factors[found_factor['module']]}")
-    return AdapterFile(weights, config, factors, problems, (tensors.stamp, *configs), tensors)
+    problems += [f"tensor {named(name)}: of the base, beside which there are no factors"
+                 for module in bases.keys() - factors.keys() for name in bases[module].values()]  # fmt: skip
+    return AdapterFile(weights, config, factors, bases, problems, (tensors.stamp, *configs), tensors)
 
 
 def _open(path: Path) -> _Tensors:

@@ -11,7 +11,7 @@ from converters.readers.opening import open_source
 from llmjax.checkpoint.conversion import convert
 from llmjax.checkpoint.loading import find_model, load
 from llmjax.checkpoint.parameters import OnParameter
-from llmjax.lora.adapter import AnyLora, read_adapter
+from llmjax.lora.adapter import TABLE, AnyLora, read_adapter, values_of
 
 # Ids of the text both ways are compared on, where no prompt is given.
 _TOKENS = 16
@@ -34,14 +34,15 @@ class Check:
     Attributes:
       path: of the adapter.
       modules: what it changes.
-      difference: largest difference between the logits of the merged and of the unmerged model.
+      difference: largest difference between the logits of the merged and of the unmerged model; None where it cannot be
+        merged, for it changes a head that is the embedding's table as well.
       effect: largest difference between the logits with the adapter and without.
       size: largest logit, in absolute value.
     """
 
     path: Path
     modules: list[Module]
-    difference: float
+    difference: float | None
     effect: float
     size: float
 
@@ -53,14 +54,16 @@ class Check:
         """As text."""
         ranks, scales = sorted({m.rank for m in self.modules}), sorted({m.scale for m in self.modules})
         width = max(len(m.parameter) for m in self.modules)
+        merged = "cannot be merged: it changes the head, whose weight is the embedding's as well"
+        if self.difference is not None:
+            merged = f"merged and unmerged differ by {self.difference:.2g}"
         lines = [
             f"{self.path}: fits; {len(self.modules)} weights, rank {_listed(ranks)}, scale {_listed(scales)}",
             *(
                 f"  {m.parameter:{width}}  r {m.rank:<4} scale {m.scale:<8.4g} max |dW| {m.largest:.3g}"
                 for m in self.modules
             ),
-            f"logits: largest {self.size:.3g}; the adapter changes them by up to {self.effect:.3g}; "
-            f"merged and unmerged differ by {self.difference:.2g}",
+            f"logits: largest {self.size:.3g}; the adapter changes them by up to {self.effect:.3g}; {merged}",
         ]
         return "\n".join(lines)
 
@@ -83,7 +86,7 @@ def check(path: str | Path, lora: AnyLora, *, prompt: str | None = None, dtype: 
       LlmjaxError: the model cannot be loaded.
     """
     base = load(path, dtype=dtype)
-    adapter = read_adapter(lora, base.architecture, base.config)
+    adapter = read_adapter(lora, base.architecture, base.config, values_of(base.params))
     if prompt is not None and base.tokenizer is not None:
         ids = base.tokenizer.encode(prompt)
     else:
@@ -94,13 +97,12 @@ def check(path: str | Path, lora: AnyLora, *, prompt: str | None = None, dtype: 
     ]
     without = base.logits([ids])[0]
     del base
-    merged, unmerged = (
-        load(path, dtype=dtype, lora=adapter, lora_mode=m).logits([ids])[0] for m in ("merged", "unmerged")
-    )
+    modes = ["unmerged"] if TABLE in adapter.deltas else ["unmerged", "merged"]
+    unmerged, *merged = (load(path, dtype=dtype, lora=adapter, lora_mode=m).logits([ids])[0] for m in modes)
     return Check(
         adapter.path,
         modules,
-        difference=float(np.abs(merged - unmerged).max()),
+        difference=float(np.abs(merged[0] - unmerged).max()) if merged else None,
         effect=float(np.abs(unmerged - without).max()),
         size=float(np.abs(without).max()),
     )

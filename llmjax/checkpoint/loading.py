@@ -21,7 +21,7 @@ from llmjax import numerics as numerics_lib
 from llmjax.checkpoint.ends import end_tokens, generation
 from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.checkpoint.mediapipe_config import emulated, find
-from llmjax.checkpoint.parameters import is_packed, made, random_rows, read_all
+from llmjax.checkpoint.parameters import is_packed, made, random_rows, read_all, stored_values
 from llmjax.checkpoint.placing import put
 from llmjax.checkpoint.plan import Override, Plan, make_plan
 from llmjax.errors import CheckpointError, ConfigError, LoraError, RequestError, shown
@@ -150,7 +150,8 @@ def load(
         computed = emulated(plan.config, numerics, str(source.path))
         tokenizer = read_tokenizer(source, override)
         eos_ids = tokenizer.eos_ids if tokenizer else end_tokens(source, None, override)
-        adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
+        values = stored_values(source, plan)
+        adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config, values)
         merge = merging.Merge.of(adapter, lora_mode, numerics)
         params: dict[str, Any] = {}
         apart = {}

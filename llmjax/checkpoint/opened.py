@@ -9,6 +9,7 @@ from typing import Any
 from converters.readers.source import Source
 from llmjax.checkpoint.graph_source import open_checkpoint
 from llmjax.checkpoint.loading import find_model, read_override
+from llmjax.checkpoint.parameters import stored_values
 from llmjax.checkpoint.plan import Override, Plan
 from llmjax.checkpoint.rescue import proven_plan
 from llmjax.lora.adapter import Adapter, AnyLora, read_adapter
@@ -66,7 +67,8 @@ def opened(
     found = open_checkpoint(find_model(source))
     try:
         plan = proven_plan(found, recipe, override)
-        adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config)
+        values = stored_values(found, plan)
+        adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config, values)
         yield Checkpoint(found, plan, recipe, override, adapter)
     finally:
         found.close()

@@ -16,7 +16,7 @@ from converters.readers.source import Source, TensorSpec
 from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.checkpoint.plan import Assignment, Plan
 from llmjax.errors import CheckpointError, ConfigError, named
-from llmjax.lora.adapter import Delta
+from llmjax.lora.adapter import Delta, Values
 from llmjax.lora.merge import Merge, merged_rows
 from llmjax.models.config import DecoderConfig
 from llmjax.quant import gguf
@@ -165,6 +165,18 @@ def stored(source: Source, plan: Plan, merge: Merge) -> Iterator[Stored]:
         yield Stored(name, assignment.shape, whole, packed)
         for spec in assignment.sources:
             source.release(spec.name)
+
+
+def stored_values(source: Source, plan: Plan) -> Values:
+    """The parameters of a checkpoint that is not read yet, each as it is stored."""
+    assignments = {assignment.parameter: assignment for assignment in plan.assignments}
+
+    def value(name: str) -> Parameter | None:
+        if name not in assignments:
+            return None
+        return _read(source, assignments[name], None, None, Merge({}, None, None), False, False)
+
+    return value
 
 
 def packed_tensor(source: Source, name: str) -> QTensor | None:

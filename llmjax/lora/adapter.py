@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,20 @@ from llmjax.lora.config import LoraConfig
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.names import From, sources_of, stem
-from llmjax.models.tree import parameter_shapes
+from llmjax.models.tree import get_at, parameter_shapes, path_of
 from llmjax.outside.paths import checked_path
 from llmjax.outside.values import POSITIVE, POSITIVE_NUMBER, check
+from llmjax.quant.qtensor import QTensor
 from llmjax.quant.schemes import role_of
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = ("F32", "F16", "BF16")
 _MOST = 20
+# A tied head's weight.
+TABLE = "embed.weight"
+
+# A model's parameter by its name, packed or not; None where there is none.
+Values = Callable[[str], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,10 +143,23 @@ def checked_lora(lora: AnyLora) -> LoraSource:
     return source
 
 
-def read_adapter(lora: AnyLora | Adapter, architecture: Architecture, config: DecoderConfig) -> Adapter:
+def values_of(params: Mapping[str, Any]) -> Values:
+    """Of a model that is loaded."""
+    return lambda name: get_at(params, path_of(name))
+
+
+def read_adapter(
+    lora: AnyLora | Adapter, architecture: Architecture, config: DecoderConfig, values: Values = lambda name: None
+) -> Adapter:
     """Reads an adapter whole and fits it to a model; one that was read for the same model is taken as it is.
 
     Warns where modules would not be changed at all.
+
+    Args:
+      lora: the adapter.
+      architecture: of the model.
+      config: of the model.
+      values: its parameters, for a file that holds some of its base's.
 
     Raises:
       LoraError: it is missing, damaged, of a kind that is not supported, or made for another model; all such problems
@@ -158,7 +177,7 @@ def read_adapter(lora: AnyLora | Adapter, architecture: Architecture, config: De
         raise LoraError(str(error)) from None
     settings = _settings(source, file)
     modules = modules_of(architecture, config)
-    problems = list(file.problems)
+    problems = [*file.problems, *strange_bases(file, modules, values)]
     deltas: dict[str, Delta] = {}
     prefix = ""
     dropped = []
@@ -255,15 +274,42 @@ def modules_of(architecture: Architecture, config: DecoderConfig) -> dict[str, l
             short = stem(module)
             name = module if architecture.modules is None else architecture.modules + short
             modules.setdefault(short, []).append(Part(name, parameter, shape, entry))
+        if parameter == TABLE and config.tie_word_embeddings:  # transformers has a head all the same
+            entry, (tensor,) = sources_of("head.weight", names)
+            head = stem(tensor.removesuffix(".weight"))
+            modules[head] = [Part(head, TABLE, shape, entry)]
     return modules
+
+
+def strange_bases(file: AdapterFile, modules: Mapping[str, list[Part]], values: Values) -> list[str]:
+    """What a file holds of its base that is not the model's own: PEFT saves a head's weight beside its factors, and
+    loads it in the place of the model's."""
+    problems = []
+    for module, tensors in file.bases.items():
+        for leaf, tensor in tensors.items():
+            parameters = {part.parameter for part in modules.get(stem(module), ())}
+            parameters = {"head.bias" if leaf == "bias" else name for name in parameters & {TABLE, "head.weight"}}
+            ours = values(parameters.pop()) if parameters else None
+            if isinstance(ours, QTensor):
+                found = f"while the model has it in {ours.bits} bits, so whether it is the same is not known"
+            elif ours is None:
+                found = "and the model has none to compare it with"
+            else:
+                theirs, ours = file.read(tensor), np.asarray(ours)
+                if theirs.shape == ours.shape and np.array_equal(theirs.astype(ours.dtype), ours):
+                    continue
+                found = "which is not the model's own"
+            problems.append(
+                f"tensor {named(tensor)}: the {leaf} of a base, {found}; was it trained on this model? An adapter "
+                "saved with save_embedding_layers=False has factors alone"
+            )
+    return problems
 
 
 def _unknown(module: str, modules: Mapping[str, list[Part]], config: DecoderConfig) -> str:
     layer = re.search(r"\.(\d+)\.", module)
     if layer and stem(module).replace(layer[0], ".0.", 1) in modules:
         return f"module {named(module)}: the model has layers 0 to {config.num_hidden_layers - 1}"
-    if module.endswith("lm_head"):
-        return f"module {named(module)}: the head is the embedding's table here, which an adapter cannot change"
     endings = sorted({name.rsplit(".", 1)[-1] for name in modules})
     return f"module {named(module)} is no projection of this model; expected {', '.join(endings)}"
 

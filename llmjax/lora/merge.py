@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.errors import LoraError
-from llmjax.lora.adapter import Adapter, Delta
+from llmjax.lora.adapter import TABLE, Adapter, Delta
 from llmjax.numerics import resolve
 from llmjax.quant.arrays import row_chunks
 from llmjax.quant.qtensor import QTensor, dequantize
@@ -56,6 +56,11 @@ class Merge:
     def __post_init__(self) -> None:
         if self.mode is not None and self.mode not in MODES:
             raise LoraError(f"lora_mode: unknown {self.mode!r}; expected {' or '.join(MODES)}")
+        if self.mode == "merged" and TABLE in self.deltas:
+            raise LoraError(
+                f"{self.where}: it changes the head, whose weight is the embedding's as well (tie_word_embeddings), so "
+                "it cannot be merged without a change of what tokens go in as; keep it beside the weights"
+            )
 
     @classmethod
     def of(cls, adapter: Adapter | None, mode: str | None, numerics: str | None) -> "Merge":
@@ -64,7 +69,7 @@ class Merge:
 
     def delta(self, parameter: str, quantized: bool) -> Delta | None:
         """What is to be added to a parameter."""
-        merges = self.mode == "merged" or (self.mode is None and not quantized)
+        merges = self.mode == "merged" or (self.mode is None and not quantized and parameter != TABLE)
         return self.deltas.get(parameter) if merges else None
 
     def dtype(self, stored: np.dtype) -> np.dtype:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import jax
 
 from llmjax.errors import LoraError, shown
-from llmjax.lora.adapter import AnyLora, read_adapter
+from llmjax.lora.adapter import AnyLora, read_adapter, values_of
 from llmjax.lora.apply import Lora, together, with_loras
 from llmjax.model import AdapterOrigin, Model, Origin
 
@@ -21,7 +21,8 @@ def with_adapters(model: Model, loras: Mapping[str, AnyLora]) -> Model:
         raise LoraError(f"loras: expected adapters by name, found {shown(loras)}")
     if any(isinstance(leaf, Lora) for leaf in jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, Lora))):
         raise LoraError(f"{model.path}: loaded with an adapter beside its weights (lora); give that one a name as well")
-    adapters = {name: read_adapter(lora, model.architecture, model.config) for name, lora in loras.items()}
+    values = values_of(model.params)
+    adapters = {name: read_adapter(lora, model.architecture, model.config, values) for name, lora in loras.items()}
     parameters = sorted({name for adapter in adapters.values() for name in adapter.deltas})
     beside = {name: together([adapter.deltas.get(name) for adapter in adapters.values()]) for name in parameters}
     params = with_loras(model.params, beside)

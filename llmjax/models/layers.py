@@ -61,16 +61,22 @@ class Projection(nn.Module):
         if self.bias:
             y = y + parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         y = y.astype(ctx.numerics.activations)
-        if self.has_variable("params", "lora"):
-            delta: jax.Array | None = self.get_variable("params", "lora")(x, ctx.adapter)
-            y = y if delta is None else (y + delta).astype(y.dtype)
+        y = with_lora(self, y, x, ctx)
         if ctx.recompute is not None:
             y = checkpoint_name(y, PROJECTED)
         return tap(self, "", y)
 
 
+def with_lora(module: nn.Module, y: jax.Array, x: jax.Array, ctx: Context) -> jax.Array:
+    """A product ``y`` of ``x`` with what a leaf ``lora`` of the module adds to it."""
+    if not module.has_variable("params", "lora"):
+        return y
+    delta: jax.Array | None = module.get_variable("params", "lora")(x, ctx.adapter)
+    return y if delta is None else (y + delta).astype(y.dtype)
+
+
 class Embedding(nn.Module):
-    """Token embedding ``[V, D]``; ``attend`` uses the same table as a tied head.
+    """Token embedding ``[V, D]``; ``attend`` uses the same table as a tied head.  A leaf ``lora`` is the head's alone.
 
     Attributes:
       vocab_size: V.
@@ -95,7 +101,8 @@ class Embedding(nn.Module):
     def attend(self, x: jax.Array, ctx: Context, bias: jax.Array | None = None) -> jax.Array:
         """``[B, T, D] -> [B, T, V]``, ``bias [V]`` added where the head has one."""
         y = matmul(x, self.weight, ctx.numerics)
-        return (y if bias is None else y + bias.astype(y.dtype)).astype(ctx.numerics.activations)
+        y = (y if bias is None else y + bias.astype(y.dtype)).astype(ctx.numerics.activations)
+        return with_lora(self, y, x, ctx)
 
 
 def language_head(model: nn.Module, embed: Embedding, x: jax.Array, ctx: Context, *, tied: bool) -> jax.Array:

@@ -1,7 +1,7 @@
 """The parameter tree of a model: every parameter's canonical name, place and shape."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,6 +41,14 @@ def named(taps: Any) -> Iterator[tuple[str, jax.Array]]:
 def path_of(name: str) -> list[str]:
     """The inverse of ``canonical``: the keys that lead to a parameter."""
     return re.sub(r"\blayers\.(\d+)", r"layers_\1", name).split(".")
+
+
+def get_at(tree: Mapping[str, Any], path: Sequence[str]) -> Any:
+    """The leaf that the keys lead to; None where there is none."""
+    *parents, last = path
+    for parent in parents:
+        tree = tree.get(parent, {})
+    return tree.get(last)
 
 
 def put_at(tree: dict[str, Any], path: Sequence[str], leaf: Any) -> None:

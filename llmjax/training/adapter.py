@@ -81,16 +81,13 @@ def new_adapter(model: Model, settings: LoraConfig, *, seed: int = 0) -> Adapter
       seed: of A.  A module's draws follow from it and the module's name.
 
     Raises:
-      LoraError: a target matches no module of the model, or a rank is larger than its module.
+      LoraError: a target matches no module of the model.
     """
     if settings.rank is None:
         raise LoraError("rank: missing, expected a positive integer")
     modules = modules_of(model.architecture, model.config)
     chosen = _chosen(modules, settings)
     found = tuple(_target(parts, settings) for parts in chosen.values())
-    if large := [t for t in found if t.rank > min(t.shape)]:
-        at = large[0]
-        raise LoraError(f"rank: {at.rank} is more than module {at.module} has, whose weight is {list(at.shape)}")
     factors = {target.module: _begun(target, seed) for target in found}
     return Adapter(settings, found, factors, _names([t.module for t in found], modules, model))
 

@@ -11,6 +11,7 @@ import numpy as np
 from converters.readers.peft import CONFIG, WEIGHTS, open_adapter
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
 from llmjax.errors import CheckpointError, LoraError, OutputError, named
+from llmjax.lora.adapter import modules_of, strange_bases, values_of
 from llmjax.lora.config import LoraConfig
 from llmjax.model import Model
 from llmjax.outside.paths import checked_path
@@ -55,8 +56,9 @@ def read_trained(path: str | Path, model: Model) -> Adapter:
         file = open_adapter(checked_path("start", path, LoraError))
     except CheckpointError as error:
         raise LoraError(str(error)) from None
-    if file.problems:
-        raise LoraError("\n  ".join([f"{file.path}: this adapter cannot be trained on:", *file.problems]))
+    modules = modules_of(model.architecture, model.config)
+    if problems := [*file.problems, *strange_bases(file, modules, values_of(model.params))]:
+        raise LoraError("\n  ".join([f"{file.path}: this adapter cannot be trained on:", *problems]))
     if file.config is None:
         raise LoraError(f"{file.path}: no {CONFIG} beside it, so its rank and scale are not known")
     begun = new_adapter(model, LoraConfig.from_peft(file.config, str(file.path.parent / CONFIG)))

@@ -1,5 +1,6 @@
 """``finetune``: a whole run, from rows to an adapter, that may be killed at any time and goes on where it was."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -13,7 +14,7 @@ from typing import Any, cast
 import jax
 
 from llmjax.checkpoint.identity import model_facts, runtime_facts
-from llmjax.errors import ConfigError, OutputError, RequestError, ResumeError, TrainingError, shown
+from llmjax.errors import ConfigError, LoraError, OutputError, RequestError, ResumeError, TrainingError, shown
 from llmjax.lora.apply import Lora
 from llmjax.model import Model
 from llmjax.outside.interrupts import Interrupts
@@ -114,6 +115,7 @@ def finetune(
       RequestError: no row can be learned from.
       TrainingError: a loss or a gradient is not finite; the step and the rows are named.
       ResumeError: ``output`` holds another run.
+      OutputError: ``output`` cannot be written.
     """
     if not isinstance(model, Model):
         raise RequestError(f"model: expected what llmjax.load returns, found {shown(model)}")
@@ -136,6 +138,12 @@ def finetune(
 
 def _new(model: Model, config: TrainConfig) -> Adapter:
     adapter = new_adapter(model, config.lora, seed=config.seed)
+    # Some modules are narrow (four columns of AltUp's) and take any rank, as with peft; all of them are a mistake.
+    widest = max(adapter.targets, key=lambda target: min(target.shape))
+    if all(target.rank > min(target.shape) for target in adapter.targets):
+        raise LoraError(
+            f"rank: {widest.rank} is more than any module has; the largest, {widest.module}, is {list(widest.shape)}"
+        )
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
             single = dataclasses.replace(adapter.settings, rank=None, rank_pattern={key: 1}, alpha_pattern={})
@@ -148,6 +156,15 @@ def _data(model: Model, rows: Rows, config: TrainConfig, name: str, date: Date |
     where = str(rows) if isinstance(rows, str | Path) else name
     found = read_rows(rows) if isinstance(rows, str | Path) else rows
     return make_examples(found, model, max_length=config.max_length, where=where, date=date)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the system has against writing to a file, by the file's name."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot write it: {error.strerror or error}") from None
 
 
 class _Run:
@@ -261,7 +278,8 @@ class _Run:
         else:
             if any((self.output / name).exists() for name in ("adapter_config.json", "adapter_model.safetensors")):
                 raise OutputError(f"{self.output}: holds an adapter that no run here made; name another directory")
-            metrics.write_bytes(b"")
+            with _told(metrics):
+                metrics.write_bytes(b"")
         return identity
 
     def _widest(self) -> Batch | None:
@@ -305,7 +323,7 @@ class _Run:
             self._judge(values["eval_loss"])
         self.metrics.append(values)
         if self.output:
-            with open(self.output / METRICS, "ab") as file:
+            with _told(self.output / METRICS), open(self.output / METRICS, "ab") as file:
                 file.write(f"{json.dumps(values)}\n".encode())
                 self.progress.metrics = file.tell()
 
@@ -330,7 +348,7 @@ class _Run:
 
     def _checkpoint(self, identity: dict[str, Any]) -> None:
         assert self.output is not None
-        with open(self.output / METRICS, "ab") as file:
+        with _told(self.output / METRICS), open(self.output / METRICS, "ab") as file:
             os.fsync(file.fileno())  # the state says how many of its bytes count
         checkpoints.save(self.output, self.state, self.best, self.progress, identity)
 

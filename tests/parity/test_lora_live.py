@@ -8,6 +8,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import llmjax
+from llmjax.lora.resident import with_adapters
+from llmjax.training.files import read_trained
 from tests import gguf_kinds
 from tests.parity import checkpoints, golden
 from tests.parity.golden import TOLERANCE, error, meta
@@ -64,6 +66,40 @@ def test_all_projections(name, tmp_path):
         model = llmjax.load(base, lora=tmp_path / "adapter", lora_mode=mode)
         assert error(model.logits([ids])[0], wanted) <= TOLERANCE
     assert error(llmjax.load(base).logits([ids])[0], wanted) > 100 * TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore")  # peft warns of what is tied, and of what it saves
+@pytest.mark.parametrize("name", golden.some({"qwen2"}, ("qwen2", "phi")))
+def test_a_head(name, tmp_path):
+    """As peft saves it by default: the head's own weight (and bias) beside its factors, which leave a tied embedding
+    alone."""
+    m = meta(name)
+    base = checkpoints.write(tmp_path / "base", m["config"], m["shapes"], seed=3)
+    theirs = reference.load(base, m["config"]["model_type"])
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    theirs = peft.get_peft_model(theirs, config).eval()
+    theirs.save_pretrained(tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    own = "base_model.model.lm_head.base_layer.weight"
+    assert own in tensors
+    ids = np.random.RandomState(1).randint(0, 150, 24).tolist()
+    wanted = reference.logits(theirs, ids)
+    with theirs.disable_adapter():
+        assert error(reference.logits(theirs, ids), wanted) > 100 * TOLERANCE
+    model = llmjax.load(base, lora=tmp_path / "adapter")
+    assert error(model.logits([ids])[0], wanted) <= TOLERANCE
+    if model.config.tie_word_embeddings:
+        with pytest.raises(llmjax.LoraError, match="the embedding's as well"):
+            llmjax.load(base, lora=tmp_path / "adapter", lora_mode="merged")
+        assert read_trained(tmp_path / "adapter", llmjax.load(base)).names == ("lm_head", "q_proj")
+    with pytest.raises(llmjax.LoraError, match="while the model has it in 8 bits"):
+        with_adapters(llmjax.load(base, quantize="int8"), {"a": tmp_path / "adapter"})
+    tensors[own][0, 0] += 1
+    save_file(tensors, file)
+    with pytest.raises(llmjax.LoraError, match="lm_head.base_layer.weight: .* not the model's own"):
+        llmjax.load(base, lora=tmp_path / "adapter")
 
 
 def text_model(name: str, folder: Path) -> Path:

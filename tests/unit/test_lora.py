@@ -173,7 +173,7 @@ def extra(name):
         (None, {"peft_type": "LOHA"}, "peft_type"),
         (None, {"novelty": 3}, "novelty"),
         (extra("base_model.model.lm_head.weight"), {}, "a whole weight"),
-        (extra("base_model.model.lm_head.base_layer.weight"), {}, "save_embedding_layers=False"),
+        (extra("base_model.model.lm_head.base_layer.weight"), {}, "of the base, beside which there are no factors"),
         (extra("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"), {}, "DoRA"),
     ],
 )

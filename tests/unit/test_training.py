@@ -16,6 +16,7 @@ import pytest
 import llmjax
 from llmjax import ConfigError, LoraError, RequestError, ResumeError, TrainConfig, TrainingError, training
 from llmjax.cli.main import main
+from llmjax.errors import OutputError
 from llmjax.lora.config import LoraConfig
 from llmjax.models.recompute import recomputed
 from llmjax.models.scanned import periods
@@ -316,8 +317,10 @@ def test_targets(model):
             modules(target_modules=wrong)
     with pytest.raises(ConfigError, match="rank_pattern: 'query' matches none"):
         llmjax.finetune(model, rows(2), TrainConfig(rank_pattern={"query": 2}))
-    with pytest.raises(LoraError, match="rank: 99 is more than"):
+    with pytest.raises(LoraError, match="rank: 99 is more than any module has"):
         llmjax.finetune(model, rows(2), TrainConfig(rank=99))
+    narrow = new_adapter(model, TrainConfig(rank=20).lora)  # k and v have 16 rows: peft takes that
+    assert {t.shape[0] for t in narrow.targets if t.rank > min(t.shape)} == {16}
 
 
 @pytest.mark.parametrize(("values", "message"), [
@@ -393,6 +396,12 @@ def test_it_goes_on_from_an_adapter(model, whole):
             np.testing.assert_allclose(pair[side], result.adapter.factors[module][side], atol=1e-6)
     with pytest.raises(LoraError, match="lora_A: expected shape"):
         llmjax.finetune(random_model(num_hidden_layers=1, hidden_size=96), rows(4), start=folder)
+
+
+def test_a_full_disk_is_told(model, tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OutputError, match="metrics.jsonl: cannot write it: No space left"):
+        llmjax.finetune(model, rows(4), dataclasses.replace(CONFIG, epochs=1), output=tmp_path)
 
 
 def test_no_rows(model):

@@ -72,7 +72,7 @@ def leaf(step: str, name: str, change: Callable[[jax.Array], Any]) -> Callable[[
     """One leaf of a module's parameters changed, if it is there; a tied head's weight is the embedding's."""
 
     def edit(params: Params, path: tuple[str, ...] = tuple(step.split("."))) -> Params:
-        if path == ("head",) and "weight" not in params.get("head", {}) and name == "weight":
+        if path == ("head",) and "weight" not in params.get("head", {}) and name != "bias":
             path = ("embed",)
         if not path:
             return params | {name: change(params[name])} if name in params else params
@@ -87,7 +87,7 @@ def weight_of(scene: Scene, step: str, name: str = "weight", stage: int | None =
     for key in step.split("."):
         node = node.get(key) if isinstance(node, Mapping) else None
     if step == "head" and (node is None or "weight" not in node):
-        node = scene.stages.params(scene.stages.layers)["embed"] if name == "weight" else node
+        node = scene.stages.params(scene.stages.layers)["embed"] if name != "bias" else node
     return node.get(name) if isinstance(node, Mapping) else None
 
 
