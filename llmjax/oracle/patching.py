@@ -6,6 +6,7 @@ our module: one that is right takes the error away.
 
 import dataclasses
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,10 @@ class _Bench:
             ours |= values
         return ours
 
+    def under(self, tap: str, first: int, last: int, x: Any, at: int | None, edit: Edit) -> np.ndarray:
+        """Our value of a tap of the last of these stages, with an edit."""
+        return self.run(first, last, x, edit, at)[tap]
+
     def try_causes(self, tap: Tap, left: Sequence[Tap], proven: Sequence[tuple[str, str]]) -> list[_Tried]:
         """What each cause explains of a tap's own error, the best first."""
         steps = self.segment(tap.name)
@@ -117,7 +122,9 @@ class _Bench:
         for at in places:
             stage = last if at is None else at
             mine = {split(step)[1] for step in steps if at is None or self.stages.stage_of(step) == at}
-            scene = Scene(self.stages, stage, split(tap.name)[1] if stage == last else "", plain[tap.name], theirs)
+            step = split(tap.name)[1] if stage == last else ""
+            under = partial(self.under, tap.name, first, last, x, at)
+            scene = Scene(self.stages, stage, step, plain[tap.name], theirs, under)
             causes = catalogue(scene, mine) if at is not None else self.everywhere(scene, first, last, mine)
             for cause in sorted(causes, key=lambda c: (c.cause, c.detail) not in proven):
                 if cause.cause != "layer_order" or self.several(tap, left, steps):
