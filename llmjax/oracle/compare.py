@@ -25,7 +25,7 @@ from llmjax.oracle.names import Named, named
 from llmjax.oracle.patching import faults
 from llmjax.oracle.stages import Stages
 from llmjax.oracle.trace import Trace, trace
-from llmjax.oracle.verdict import Explained, explain
+from llmjax.oracle.verdict import Explained, caveats, explain
 from llmjax.outside.paths import checked_path
 
 # The largest error of a pair that a class may leave where no model measures floors: rough, and said to be so.
@@ -309,9 +309,8 @@ def _reason(
         why = best["cause"] if best["cause"] == "unknown" else f"{best['cause']}: {best['detail']}"
         parts.append(f"{module} ({why})")
     more = f" and {len(proven) - 3} more" if len(proven) > 3 else ""
-    unread = f"; the quantization {permitted.unread} is no class of llmjax's (--class)" if permitted.unread else ""
     advice = f"; {advice}" if (advice := _advice(missing, found)) else ""
-    return f"no allowed arithmetic explains {', '.join(parts)}{more}{declared}{unread}{advice}{bos}"
+    return f"no allowed arithmetic explains {', '.join(parts)}{more}{declared}{caveats(permitted, theirs)}{advice}{bos}"
 
 
 def _advice(missing: Sequence[str], found: Explained) -> str:

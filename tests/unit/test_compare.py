@@ -21,6 +21,7 @@ from llmjax.oracle.metrics import gap, logits_report, narrowed
 from llmjax.oracle.names import layouts, named
 from llmjax.oracle.stages import Stages
 from llmjax.oracle.steps import segment
+from llmjax.oracle.verdict import caveats
 from tests import tiny
 
 IDS = np.random.default_rng(3).integers(0, 96, 12).tolist()
@@ -308,6 +309,10 @@ def test_what_a_dump_declares_limits_the_classes():
         assert "int4" in allowed({"quantization": said}, None).singles, said
     assert "int8" in allowed({"quantization": "weight_only_wi8_afp32"}, None).singles
     assert "int4" not in allowed({"quantization": "16-bit"}, None).singles
+    half = dumps.from_arrays("d", {}, np.arange(2), {"embed": np.ones((2, 3), np.float16)})
+    said = caveats(allowed({"quantization": "fp8", "dtype": "float32"}, None), half)
+    assert "'fp8' is no class" in said and "stored as float16" in said
+    assert caveats(allowed({"dtype": "float16"}, None), half) == ""
     assert allowed({"quantization": "fp8"}, None).unread and not allowed({"quantization": "none"}, None).unread
 
 

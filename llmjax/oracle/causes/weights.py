@@ -293,7 +293,7 @@ def embedding(scene: Scene) -> Iterator[Cause]:
     )
     if 0 < len(wrong):
         table = np.asarray(scene.stages.params(-1)["embed"]["weight"])
-        rows = scene.theirs[wrong] / np.linalg.norm(scene.theirs[wrong], axis=-1, keepdims=True)
+        rows = scene.theirs[wrong] / np.maximum(np.linalg.norm(scene.theirs[wrong], axis=-1, keepdims=True), 1e-30)
         norms = np.maximum(np.linalg.norm(table, axis=-1), 1e-30)
         likely = (rows @ table.T / norms).argmax(-1)
         fed = scene.stages.ids.copy()
