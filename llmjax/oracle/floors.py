@@ -110,6 +110,11 @@ def _other_order() -> Edit:
     return Edit(lookups | {"attn": nudged} | _products(backwards), partial(_edited, mirrored))
 
 
+def _ties_upwards(x: jax.Array) -> jax.Array:
+    """Of experts with one score the last is chosen, not the first: 16 bits often tie, and who wins is no law."""
+    return x + 1e-6 * jnp.max(jnp.abs(x), -1, keepdims=True) * jnp.arange(x.shape[-1])
+
+
 def _narrow(dtype: Any) -> tuple[Edit, ...]:
     """Everything in 16 bits; products alone; weights alone."""
 
@@ -120,7 +125,9 @@ def _narrow(dtype: Any) -> tuple[Edit, ...]:
     products = Numerics("hf", jnp.dtype(jnp.float32), jnp.dtype(dtype))
     return (
         Edit(params=cast, numerics=lambda _: everything),
-        Edit(params=cast, numerics=lambda _: products),
+        Edit(
+            params=cast, numerics=lambda _: products, after=dict.fromkeys(("router", "router.project"), _ties_upwards)
+        ),
         Edit(params=weights(rounded(dtype))),
     )
 

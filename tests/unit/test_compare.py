@@ -452,3 +452,21 @@ def test_a_fault_behind_several_streams_is_found_where_it_is():
     report = llmjax.compare(model, llmjax.trace(bad, IDS))
     assert told(report) == [("layers.0.altup.prediction", "weight")]
     assert report.coverage["missing"] == [] and report.first_divergence["tap"] == "layers.0.altup.prediction"
+
+
+@pytest.mark.slow
+def test_experts_that_tie_in_sixteen_bits_are_no_fault():
+    """Either may be chosen; with float32 declared the other choice is a difference."""
+    model = tiny.random_model(
+        model_type="qwen3_moe", vocab_size=96, hidden_size=16, intermediate_size=24, moe_intermediate_size=8,
+        head_dim=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1, num_experts=4, num_experts_per_tok=1,
+        norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
+    )  # fmt: skip
+    router = model.params["layers_0"]["router"]["weight"]
+    model = broken(model, {"layers_0/router/weight": lambda w: w.at[1].set(router[0])})
+    experts = model.params["layers_0"]["experts"]
+    other = {f"layers_0/experts/{name}/weight": lambda w: w[jnp.array([1, 0, 2, 3])] for name in experts}
+    trace = llmjax.trace(broken(model, other), IDS, ["layers.0.mlp_norm", "layers.0.router", "layers.0.experts"])
+    for dtype, verdict in (("bfloat16", "equivalent"), ("float32", "different")):
+        said = llmjax.Trace(trace.activations, {"token_ids": IDS, "dtype": dtype})
+        assert llmjax.compare(model, said).verdict == verdict
