@@ -100,9 +100,13 @@ class _Bench:
             ours |= values
         return ours
 
-    def under(self, tap: str, first: int, last: int, x: Any, at: int | None, edit: Edit) -> np.ndarray:
-        """Our value of a tap of the last of these stages, with an edit."""
-        return self.run(first, last, x, edit, at)[tap]
+    def under(self, tap: str, first: int, last: int, x: Any, at: int | None, edit: Edit) -> np.ndarray | None:
+        """Our value of a tap of the last of these stages, with an edit; None for a mistake that this model's shapes
+        leave no room for."""
+        try:
+            return self.run(first, last, x, edit, at).get(tap)
+        except (TypeError, ValueError):
+            return None
 
     def try_causes(self, tap: Tap, left: Sequence[Tap], proven: Sequence[tuple[str, str]]) -> list[_Tried]:
         """What each cause explains of a tap's own error, the best first."""

@@ -459,8 +459,8 @@ def test_experts_that_tie_in_sixteen_bits_are_no_fault():
     """Either may be chosen; with float32 declared the other choice is a difference."""
     model = tiny.random_model(
         model_type="qwen3_moe", vocab_size=96, hidden_size=16, intermediate_size=24, moe_intermediate_size=8,
-        head_dim=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1, num_experts=4, num_experts_per_tok=1,
-        norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
+        head_dim=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1, num_experts=4,
+        num_experts_per_tok=1, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
     )  # fmt: skip
     router = model.params["layers_0"]["router"]["weight"]
     model = broken(model, {"layers_0/router/weight": lambda w: w.at[1].set(router[0])})

@@ -187,7 +187,9 @@ def heads(scene: Scene) -> Iterator[Cause]:
             detail = f"key/value heads are tiled (query head i has head i mod {k}), not repeated"
             yield Cause("head_mapping", detail, steps, met(np.arange(n) % k))
         if scene.step in steps and k <= _HEADS:
-            each = [scene.under(met(np.full(n, j))) - scene.theirs for j in range(k)]
+            each = [x - scene.theirs for j in range(k) if (x := scene.under(met(np.full(n, j)))) is not None]
+            if len(each) < k:
+                continue
             axes = (1, 2) if scene.step == "attn.probs" else (0, 2)
             order = np.argmin([np.square(x if x.ndim == 3 else x.reshape(len(x), n, -1)).sum(axes) for x in each], 0)
             off = np.flatnonzero(order != np.arange(n) // (n // k))

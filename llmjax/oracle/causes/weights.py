@@ -193,9 +193,8 @@ def _adapter(scene: Scene, step: str) -> Iterator[Cause]:
 
     rank, scale = lora.a.shape[0], float(lora.scale)
     factors = [0.0, rank, 1 / rank, 2.0, 0.5, rank**0.5, rank**-0.5, 1 / (scale or 1.0)]
-    if scene.step == step:
-        without = scene.under(scaled(0.0)).astype(np.float64)
-        ours, theirs = scene.ours - without, scene.theirs - without
+    if scene.step == step and (without := scene.under(scaled(0.0))) is not None:
+        ours, theirs = (x.astype(np.float64) - without for x in (scene.ours, scene.theirs))
         factors.append(float((ours * theirs).sum() / max((ours**2).sum(), 1e-300)))
     for factor in factors:
         detail = f"the adapter's scale is {scale * factor:.4g}" if factor else "the adapter is not applied"
