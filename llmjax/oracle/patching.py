@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from flax.errors import FlaxError
 
 from llmjax.oracle.causes.base import Cause, Scene
 from llmjax.oracle.causes.catalogue import EVERYWHERE, catalogue
@@ -24,6 +25,8 @@ from llmjax.oracle.verdict import Explained
 PROVEN = 0.9
 # A cause that explains less is not worth a word.
 _WORTH = 0.3
+# What a mistake raises that this model's shapes, or what its layers hand on, leave no room for.
+_NO_ROOM = (TypeError, ValueError, AttributeError, FlaxError)
 # Stages that may lie between two dumped taps for a cause to be tried in each of them.
 _FEW = 2
 
@@ -105,7 +108,7 @@ class _Bench:
         leave no room for."""
         try:
             return self.run(first, last, x, edit, at).get(tap)
-        except (TypeError, ValueError):
+        except _NO_ROOM:
             return None
 
     def try_causes(self, tap: Tap, left: Sequence[Tap], proven: Sequence[tuple[str, str]]) -> list[_Tried]:
@@ -169,7 +172,7 @@ class _Bench:
         else:
             try:
                 ours = self.run(first, last, x, cause.edit, at)
-            except (TypeError, ValueError):
+            except _NO_ROOM:
                 return None  # a mistake that this model's shapes leave no room for
         if tap.name not in ours:
             return None

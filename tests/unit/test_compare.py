@@ -470,3 +470,14 @@ def test_experts_that_tie_in_sixteen_bits_are_no_fault():
     for dtype, verdict in (("bfloat16", "equivalent"), ("float32", "different")):
         said = llmjax.Trace(trace.activations, {"token_ids": IDS, "dtype": dtype})
         assert llmjax.compare(model, said).verdict == verdict
+
+
+@pytest.mark.slow
+def test_a_layer_that_is_left_out_where_layers_share_keys():
+    from tests.unit.test_shared_keys import CONFIGS
+
+    model = tiny.random_model(**CONFIGS["gemma4"])
+    found = llmjax.trace(model, IDS, "*.resid").activations
+    found = {"layers.0.resid": found["layers.0.resid"], "layers.1.resid": found["layers.0.resid"]}
+    report = llmjax.compare(model, llmjax.Trace(found, {"token_ids": IDS, "dtype": "float32"}))
+    assert told(report) == [("layers.1", "layer_order")]

@@ -347,5 +347,7 @@ def layers(scene: Scene) -> Iterator[Cause]:
 
 class _Skip(nn.Module):
     @nn.compact
-    def __call__(self, x: jax.Array, ctx: Any) -> jax.Array:
+    def __call__(self, x: Any, ctx: Any, *own: Any) -> Any:
+        if isinstance(x, tuple):  # what later layers share goes along
+            return tap(self, "resid", x[0]), *x[1:]
         return tap(self, "resid", x)
