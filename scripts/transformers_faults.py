@@ -86,6 +86,71 @@ def theta(base: float, width: int) -> Callable[[Any], None]:
     return frequencies(lambda f: 1 / base ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
 
 
+def coarse(name: str) -> Callable[[Any], None]:
+    """Cosines and sines as a table of 16 bits."""
+    dtype = getattr(torch, name)
+
+    def make(rotary: Any) -> Any:
+        right = rotary.forward
+        return lambda x, position_ids: tuple(t.to(dtype).float() for t in right(x, position_ids))
+
+    return forward(lambda m: m.get_decoder().rotary_emb, make)
+
+
+def begin_at(place: int) -> Callable[[Any], None]:
+    """Positions that begin elsewhere."""
+
+    def make(rotary: Any) -> Any:
+        right = rotary.forward
+        return lambda x, position_ids: right(x, position_ids + place)
+
+    return forward(lambda m: m.get_decoder().rotary_emb, make)
+
+
+def rows(get: Callable[[Any], Any], to: list[int], of: list[int] | None) -> Callable[[Any], None]:
+    """Rows of a weight from others of it; from the first, upside down, without any."""
+
+    def fault(model: Any) -> None:
+        w = get(model).weight.data
+        w[to] = w[: len(to)].flip(1) if of is None else w[of].clone()
+
+    return fault
+
+
+def one_head(right: Any) -> Any:
+    """The second query head meets the last key/value head."""
+
+    def repeat(x: torch.Tensor, n: int) -> torch.Tensor:
+        y = right(x, n).clone()
+        y[:, 1] = x[:, -1]
+        return y
+
+    return repeat
+
+
+def more_bias(get: Callable[[Any], Any]) -> Callable[[Any], None]:
+    def fault(model: Any) -> None:
+        get(model).bias.data += torch.linspace(-0.05, 0.05, len(get(model).bias))
+
+    return fault
+
+
+def cache16(right: Any) -> Any:
+    """Keys and values as a cache of float16 gives them."""
+
+    def attend(module: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> Any:
+        return right(module, q, k.half().float(), v.half().float(), *args, **kwargs)
+
+    return attend
+
+
+def activation16(model: Any) -> None:
+    """Activations of the MLPs by a table of float16."""
+    for module in [m for m in model.modules() if hasattr(m, "act_fn")]:
+        right = module.act_fn.forward
+        module.act_fn.forward = lambda x, right=right: right(x.half().float()).half().float()
+
+
 def plain_rms(module: Any, x: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + module.eps) * module.weight
 
@@ -173,6 +238,14 @@ THEIRS: dict[str, tuple[str, Callable[[Any], None], str, str]] = {
     "llama norms swapped": ("llama", swapped(sub(1, "input_layernorm"), sub(1, "post_attention_layernorm")), "layers.1.attn_norm", "weight_swapped"),
     "llama rope base": ("llama", theta(5e5, 14), "layers.0.attn", "rope_theta"),
     "llama rope base 10500": ("llama", theta(10500, 14), "layers.0.attn", "rope_theta"),
+    "llama rope base 10001": ("llama", theta(10001, 14), "layers.0.attn", "rope_theta"),
+    "llama rope in bfloat16": ("llama", coarse("bfloat16"), "layers.0.attn", "precision"),
+    "llama frequencies in bfloat16": ("llama", frequencies(lambda f: f.bfloat16().float()), "layers.0.attn", "precision"),
+    "llama positions begin at 3": ("llama", begin_at(3), "layers.0.attn", "rope_positions"),
+    "llama two rows of down swapped": ("llama", rows(sub(1, "mlp.down_proj"), [3, 4], [4, 3]), "layers.1.mlp.down", "weight_swapped"),
+    "llama one row of q another": ("llama", rows(q(1), [5], None), "layers.1.attn.q", "weight"),
+    "llama one head meets another": ("llama", patched("repeat_kv", one_head), "layers.0.attn", "head_mapping"),
+    "qwen2 k bias another": ("qwen2", more_bias(sub(1, "self_attn.k_proj")), "layers.1.attn.k", "bias"),
     "llama neighbours rotate": ("llama", patched("apply_rotary_pos_emb", interleaved), "layers.0.attn", "rope_pairing"),
     "llama linear scaling ignored": ("llama_linear", theta(1e4, 14), "layers.0.attn", "rope_scaling"),
     "llama llama3 scaling ignored": ("llama_llama3", theta(5e5, 14), "layers.0.attn", "rope_scaling"),

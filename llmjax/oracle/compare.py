@@ -25,7 +25,7 @@ from llmjax.oracle.names import Named, named
 from llmjax.oracle.patching import faults
 from llmjax.oracle.stages import Stages
 from llmjax.oracle.trace import Trace, trace
-from llmjax.oracle.verdict import Explained, explain
+from llmjax.oracle.verdict import Explained, caveats, explain
 from llmjax.outside.paths import checked_path
 
 # The largest error of a pair that a class may leave where no model measures floors: rough, and said to be so.
@@ -301,16 +301,16 @@ def _reason(
     declared = f" (declared: {', '.join(permitted.singles)})" if permitted.declared else ""
     if verdict == "identical":
         return "every value is the same in every bit"
+    bos = _bos_note(theirs, model)
     if verdict == "equivalent":
-        return f"every step is within the floor of {found.name} arithmetic{declared}{_bos_note(theirs, model)}"
+        return f"every step is within the floor of {found.name} arithmetic{declared}{bos}"
     parts = []
-    for fault in proven[:3]:
-        best = fault["causes"][0]
+    for module, best in ((fault["module"], fault["causes"][0]) for fault in proven[:3]):
         why = best["cause"] if best["cause"] == "unknown" else f"{best['cause']}: {best['detail']}"
-        parts.append(f"{fault['module']} ({why})")
+        parts.append(f"{module} ({why})")
     more = f" and {len(proven) - 3} more" if len(proven) > 3 else ""
-    text = f"no allowed arithmetic explains {', '.join(parts)}{more}{declared}"
-    return text + (f"; {advice}" if (advice := _advice(missing, found)) else "") + _bos_note(theirs, model)
+    advice = f"; {advice}" if (advice := _advice(missing, found)) else ""
+    return f"no allowed arithmetic explains {', '.join(parts)}{more}{declared}{caveats(permitted, theirs)}{advice}{bos}"
 
 
 def _advice(missing: Sequence[str], found: Explained) -> str:
@@ -355,10 +355,9 @@ def _two_dumps(
             logits, positions = logits_report(a.astype(np.float32), b.astype(np.float32), theirs.token_ids, None)
     worst = max(tap.gap.error for tap in taps)
     flips = logits["flips_beyond_margin"] if logits else 0
-    holds = [c for c in permitted.singles if c in _WITHOUT_MODEL and worst <= _WITHOUT_MODEL[c] and not flips]
-    limit = _WITHOUT_MODEL[
-        (holds or [c for c in permitted.singles if c in _WITHOUT_MODEL] or ["float32"])[-1 if not holds else 0]
-    ]
+    known = [c for c in permitted.singles if c in _WITHOUT_MODEL]
+    holds = [c for c in known if worst <= _WITHOUT_MODEL[c] and not flips]
+    limit = _WITHOUT_MODEL[(holds[:1] or known[-1:] or ["float32"])[0]]
     verdict = "identical" if all(tap.equal for tap in taps) else "equivalent" if holds else "different"
     first = next((t for t in taps if t.gap.error > limit), None)
     reason = {
@@ -390,7 +389,7 @@ def _two_dumps(
 
 def _unbatched(named: Named, tap: str) -> np.ndarray:
     array, tokens = named.read(tap), len(named.dump.token_ids)
-    if array.ndim > 1 and array.shape[0] == 1 and array.shape[0] != tokens:
+    while array.ndim > 2 and array.shape[0] == 1 and tokens in array.shape[1:3]:
         array = array[0]
     if tokens not in array.shape[:2]:
         raise MismatchError(f"{named.dump.path}: {tap}: shape {list(array.shape)}, expected {tokens} tokens first")

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.errors import RequestError
+from llmjax.errors import RequestError, shown
 from llmjax.models.context import Context
 from llmjax.models.layers import Projection
 from llmjax.models.rope import Rope
@@ -110,6 +110,11 @@ def _other_order() -> Edit:
     return Edit(lookups | {"attn": nudged} | _products(backwards), partial(_edited, mirrored))
 
 
+def _ties_upwards(x: jax.Array) -> jax.Array:
+    """Of experts with one score the last is chosen, not the first: 16 bits often tie, and who wins is no law."""
+    return x + 1e-6 * jnp.max(jnp.abs(x), -1, keepdims=True) * jnp.arange(x.shape[-1])
+
+
 def _narrow(dtype: Any) -> tuple[Edit, ...]:
     """Everything in 16 bits; products alone; weights alone."""
 
@@ -120,7 +125,9 @@ def _narrow(dtype: Any) -> tuple[Edit, ...]:
     products = Numerics("hf", jnp.dtype(jnp.float32), jnp.dtype(dtype))
     return (
         Edit(params=cast, numerics=lambda _: everything),
-        Edit(params=cast, numerics=lambda _: products),
+        Edit(
+            params=cast, numerics=lambda _: products, after=dict.fromkeys(("router", "router.project"), _ties_upwards)
+        ),
         Edit(params=weights(rounded(dtype))),
     )
 
@@ -156,12 +163,14 @@ _NARROW = ("gelu16", "cache16", "float16", "bfloat16")
 _SPELLINGS = {
     "float16": r"\b(fp16|float16|f16|half)\b",
     "bfloat16": r"\b(bf16|bfloat16)\b",
-    "dynamic_int8": r"dynamic|w8a8|mediapipe_cpu|\bint8 activations",
-    "int8": r"int8|q8|w8|8.?bit",
-    "int4": r"int4|q4|q5|w4|nf4|4.?bit",
+    "dynamic_int8": r"dynamic|w[48]a8|mediapipe_cpu|\bint8 activations",
+    "int8": r"int8|q8|wi?8|8.?bit",
+    "int4": r"int[2-6]|q[2-6]|wi?4|nf4|fp4|(?<!\d)[2-6].?bit|^(?!.*8).*(gptq|awq)",
     "cache16": r"cache16",
     "gelu16": r"gelu16",
 }
+# Quantizations that are none.
+_PLAIN = r"none|no|false|null|(bf|fp?|float|bfloat)(16|32)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,17 +180,24 @@ class Allowed:
     Attributes:
       singles: each alone, from narrow to wide.
       declared: the candidate says so itself, or ``--class`` does.
+      unread: a quantization that it declares and that is no class of ours.
     """
 
     singles: tuple[str, ...]
     declared: bool
+    unread: str | None = None
 
     @property
     def together(self) -> list[tuple[str, ...]]:
-        """Classes alone, then weights of few bits with a narrow dtype."""
+        """Classes alone and what goes together: a 16-bit cache and activation, as llama.cpp has them, and weights of
+        few bits with anything narrow."""
         few = [name for name in self.singles if "int" in name]
-        dtypes = [name for name in self.singles if name in ("float16", "bfloat16")]
-        return [*((name,) for name in self.singles), *((dtype, name) for name in few for dtype in dtypes)]
+        narrow: list[tuple[str, ...]] = [(name,) for name in self.singles if name in _NARROW]
+        if {"gelu16", "cache16"} <= set(self.singles):
+            narrow.insert(2, ("gelu16", "cache16"))
+        wide = [name for name in self.singles if name not in (*_NARROW, "float32")]
+        first = [("float32",)] if "float32" in self.singles else []
+        return [*first, *narrow, *((name,) for name in wide), *((*some, name) for name in few for some in narrow)]
 
 
 def allowed(manifest: Mapping[str, Any], forced: str | None) -> Allowed:
@@ -201,7 +217,10 @@ def allowed(manifest: Mapping[str, Any], forced: str | None) -> Allowed:
     found = {name for name, pattern in _SPELLINGS.items() if re.search(pattern, text)}
     if declared["dtype"] is None and not found & {"float16", "bfloat16"}:
         found |= set(_NARROW)  # nothing is said of activations
-    return Allowed(tuple(name for name in CLASSES if name in found | {"float32"}), True)
+    given = declared["quantization"]
+    known = not given or re.fullmatch(_PLAIN, str(given).lower()) or any("int" in name for name in found)
+    singles = tuple(name for name in CLASSES if name in found | {"float32"})
+    return Allowed(singles, True, None if known else shown(given))
 
 
 def floor(measured: np.ndarray, float32: np.ndarray) -> np.ndarray:

@@ -6,9 +6,11 @@ our module: one that is right takes the error away.
 
 import dataclasses
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+from flax.errors import FlaxError
 
 from llmjax.oracle.causes.base import Cause, Scene
 from llmjax.oracle.causes.catalogue import EVERYWHERE, catalogue
@@ -23,6 +25,8 @@ from llmjax.oracle.verdict import Explained
 PROVEN = 0.9
 # A cause that explains less is not worth a word.
 _WORTH = 0.3
+# What a mistake raises that this model's shapes, or what its layers hand on, leave no room for.
+_NO_ROOM = (TypeError, ValueError, AttributeError, FlaxError)
 # Stages that may lie between two dumped taps for a cause to be tried in each of them.
 _FEW = 2
 
@@ -99,6 +103,14 @@ class _Bench:
             ours |= values
         return ours
 
+    def under(self, tap: str, first: int, last: int, x: Any, at: int | None, edit: Edit) -> np.ndarray | None:
+        """Our value of a tap of the last of these stages, with an edit; None for a mistake that this model's shapes
+        leave no room for."""
+        try:
+            return self.run(first, last, x, edit, at).get(tap)
+        except _NO_ROOM:
+            return None
+
     def try_causes(self, tap: Tap, left: Sequence[Tap], proven: Sequence[tuple[str, str]]) -> list[_Tried]:
         """What each cause explains of a tap's own error, the best first."""
         steps = self.segment(tap.name)
@@ -117,7 +129,9 @@ class _Bench:
         for at in places:
             stage = last if at is None else at
             mine = {split(step)[1] for step in steps if at is None or self.stages.stage_of(step) == at}
-            scene = Scene(self.stages, stage, split(tap.name)[1] if stage == last else "", plain[tap.name], theirs)
+            step = split(tap.name)[1] if stage == last else ""
+            under = partial(self.under, tap.name, first, last, x, at)
+            scene = Scene(self.stages, stage, step, plain[tap.name], theirs, under)
             causes = catalogue(scene, mine) if at is not None else self.everywhere(scene, first, last, mine)
             for cause in sorted(causes, key=lambda c: (c.cause, c.detail) not in proven):
                 if cause.cause != "layer_order" or self.several(tap, left, steps):
@@ -158,7 +172,7 @@ class _Bench:
         else:
             try:
                 ours = self.run(first, last, x, cause.edit, at)
-            except (TypeError, ValueError):
+            except _NO_ROOM:
                 return None  # a mistake that this model's shapes leave no room for
         if tap.name not in ours:
             return None

@@ -4,6 +4,7 @@ What another runtime computed takes the place of our values (``patches``), so th
 it inherited; an ``Edit`` changes a step, to measure what an arithmetic or a mistake does.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections import Counter
@@ -16,6 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from llmjax.errors import LoraError
+from llmjax.lora.adapter import LoraSource, read_adapter
+from llmjax.lora.apply import Lora, beside
 from llmjax.model import Model
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import PATCHES, Context
@@ -87,6 +91,19 @@ class Stages:
         self._places: dict[str, tuple[str, ...]] = {}
         self.twice: set[str] = set()
         self.shapes = self._shapes()
+
+    @functools.cached_property
+    def merged(self) -> Mapping[str, Lora]:
+        """What adapters added to weights, by parameter: read again, for a model does not keep it."""
+        origin = self.model.origin
+        found: dict[str, Lora] = {}
+        for adapter in origin.adapters if origin else ():
+            if adapter.name is None and adapter.mode != "unmerged" and adapter.files:
+                source = LoraSource(adapter.files[0].path, **adapter.options)
+                with contextlib.suppress(LoraError):  # it is not there any more
+                    deltas = read_adapter(source, self.model.architecture, self.model.config).deltas
+                    found |= {name: beside(delta) for name, delta in deltas.items()}
+        return found
 
     def _params(self, stage: int) -> Params:
         if 0 <= stage < self.layers:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llmjax.oracle.dump import Dump
 from llmjax.oracle.floors import CLASSES, TRACES, Allowed
 from llmjax.oracle.measure import Tap
 
@@ -40,6 +41,17 @@ def explain(taps: Sequence[Tap], allowed: Allowed) -> Explained:
                 return Explained(classes, ())
             found.append(Explained(classes, beyond))
     return min(found, key=lambda e: len(e.beyond))
+
+
+def caveats(allowed: Allowed, theirs: Dump) -> str:
+    """What of a dump's own doing may be why no class explains it."""
+    found = ""
+    if allowed.unread:
+        found += f"; the quantization {allowed.unread} is no class of llmjax's (--class)"
+    kinds = {stored.dtype for stored in theirs.arrays.values()} & {"float16", "bfloat16"} - set(allowed.singles)
+    if kinds:
+        found += f"; arrays are stored as {' and '.join(sorted(kinds))}, which rounds them: dump float32, or declare it"
+    return found
 
 
 def _traced(taps: Sequence[Tap], classes: Sequence[str], allowed: Allowed) -> bool:

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import llmjax
-from tests.parity import golden
+from tests.parity import golden, reference
 
 pytest.importorskip("torch", reason="parity extra not installed")
 pytest.importorskip("transformers", reason="parity extra not installed")
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "dumps" / "transformers_dump.py"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPT = SCRIPTS / "dumps" / "transformers_dump.py"
 
 
 def test_a_dump_of_transformers_is_the_model(tmp_path, monkeypatch):
@@ -25,3 +26,61 @@ def test_a_dump_of_transformers_is_the_model(tmp_path, monkeypatch):
     assert (report.verdict, report.explained_by) == ("equivalent", "float32")
     assert report.coverage["tokens"] == 12 and report.coverage["taps"] > 0.8 * report.coverage["of"]
     assert report.logits["argmax_agreement"] == 1 and report.logits["kl_max"] < 1e-9
+
+
+@pytest.fixture
+def qwen2(tmp_path, monkeypatch):
+    """``(model, compared)``: ours, and what ``compare`` says of a run of theirs with faults."""
+    import transformers.models.qwen2.modeling_qwen2 as theirs
+
+    folder = golden.write("qwen2", tmp_path / "m")
+    record = runpy.run_path(str(SCRIPT))["record"]
+    ids = np.random.default_rng(1).integers(3, 90, 24).tolist()
+
+    def compared(facts, *faults, **functions):
+        candidate = reference.load(folder, "qwen2")
+        for fault in faults:
+            fault(candidate)
+        for name, make in functions.items():
+            monkeypatch.setattr(theirs, name, make(getattr(theirs, name)))
+        arrays = {name: x.numpy() for name, x in record(candidate, ids).items()}
+        return llmjax.compare(llmjax.load(folder), llmjax.Trace(arrays, {"token_ids": ids, **facts}))
+
+    return compared
+
+
+@pytest.mark.slow
+def test_small_mistakes_of_any_size_are_named(qwen2):
+    """A base a little off, one head that meets another, rows out of order, a row and a bias that are other ones."""
+    f = runpy.run_path(str(SCRIPTS / "transformers_faults.py"))
+    sub = f["sub"]
+    report = qwen2(
+        {"dtype": "float32"},
+        f["theta"](1000100, 14),
+        f["rows"](sub(1, "mlp.down_proj"), [3, 4], [4, 3]),
+        f["rows"](sub(2, "mlp.up_proj"), [5], None),
+        f["more_bias"](sub(2, "self_attn.k_proj")),
+        repeat_kv=f["one_head"],
+    )
+    found = {}
+    for fault in report.faults:
+        found.setdefault(fault["module"], []).append((fault["causes"][0]["cause"], fault["causes"][0]["detail"]))
+    everywhere = [
+        ("rope_theta", "the base is 1.0001e+06"),
+        ("head_mapping", "1 of 4 query heads meet other key/value heads (1 meets 1)"),
+    ]
+    assert found == {
+        **{f"layers.{i}.attn": everywhere for i in range(4)},
+        "layers.1.mlp.down": [("weight_swapped", "2 of 56 rows are in another order (3: 4, 4: 3)")],
+        "layers.2.mlp.up": [("weight", "1 of 104 rows are other ones (5)")],
+        "layers.2.attn.k": [("bias", "the bias is another")],
+    }
+
+
+def test_a_cache_and_activations_of_sixteen_bits_are_one_arithmetic(qwen2):
+    """As llama.cpp computes by default."""
+    f = runpy.run_path(str(SCRIPTS / "transformers_faults.py"))
+    report = qwen2(
+        {"dtype": "float32", "numerics": "cache16, gelu16"}, f["activation16"], eager_attention_forward=f["cache16"]
+    )
+    assert (report.verdict, report.explained_by, report.faults) == ("equivalent", "cache16", [])

@@ -21,6 +21,7 @@ from llmjax.oracle.metrics import gap, logits_report, narrowed
 from llmjax.oracle.names import layouts, named
 from llmjax.oracle.stages import Stages
 from llmjax.oracle.steps import segment
+from llmjax.oracle.verdict import caveats
 from tests import tiny
 
 IDS = np.random.default_rng(3).integers(0, 96, 12).tolist()
@@ -304,6 +305,15 @@ def test_what_a_dump_declares_limits_the_classes():
     assert not allowed({}, None).declared and len(allowed({}, None).singles) == 8
     with pytest.raises(RequestError, match="unknown 'fp8'"):
         allowed({}, "fp8")
+    for said in ("Q6_K", "MXFP4", "dynamic_wi4_afp32", "awq", "6-bit"):
+        assert "int4" in allowed({"quantization": said}, None).singles, said
+    assert "int8" in allowed({"quantization": "weight_only_wi8_afp32"}, None).singles
+    assert "int4" not in allowed({"quantization": "16-bit"}, None).singles
+    half = dumps.from_arrays("d", {}, np.arange(2), {"embed": np.ones((2, 3), np.float16)})
+    said = caveats(allowed({"quantization": "fp8", "dtype": "float32"}, None), half)
+    assert "'fp8' is no class" in said and "stored as float16" in said
+    assert caveats(allowed({"dtype": "float16"}, None), half) == ""
+    assert allowed({"quantization": "fp8"}, None).unread and not allowed({"quantization": "none"}, None).unread
 
 
 def test_segments(traced):
@@ -328,32 +338,52 @@ def test_the_same_is_identical_and_float32_rounding_is_equivalent(model, traced)
     assert (report.verdict, report.explained_by, report.faults) == ("equivalent", "float32", [])
 
 
-def test_two_faults_are_both_found_and_named(model, traced):
+def test_faults_are_all_found_and_named(model, traced):
     def int8(w):
         scale = np.abs(w).max(1, keepdims=True) / 127
         return np.round(np.asarray(w) / scale) * scale
 
-    bad = broken(model, {"layers_0/attn/q/weight": lambda w: 1.1 * w, "layers_1/mlp/down/weight": int8})
+    bad = broken(
+        model,
+        {
+            "layers_0/attn/q/weight": lambda w: 1.1 * w,
+            "layers_1/mlp/up/weight": lambda w: w.at[:2].set(w[1::-1]),
+            "layers_1/mlp/down/weight": int8,
+        },
+    )
     report = llmjax.compare(model, llmjax.trace(bad, IDS))
     assert report.verdict == "different" and report.exit_code == 1
-    assert told(report) == [("layers.0.attn.q", "weight"), ("layers.1.mlp.down", "quantization")]
+    assert told(report) == [
+        ("layers.0.attn.q", "weight"), ("layers.1.mlp.up", "weight_swapped"), ("layers.1.mlp.down", "quantization"),
+    ]  # fmt: skip
     assert all(fault["causes"][0]["explains"] > 0.95 for fault in report.faults)
     assert report.first_divergence["tap"] == "layers.0.attn.q"
-    assert "1.1" in report.faults[0]["causes"][0]["detail"] and "int8" in report.faults[1]["causes"][0]["detail"]
+    assert "1.1" in report.faults[0]["causes"][0]["detail"] and "int8" in report.faults[2]["causes"][0]["detail"]
     page = report.to_html()
     assert "layers.1.mlp.down" in page and "http" not in page and "<script" not in page
-    assert 'failures="3"' in report.to_junit()
+    assert 'failures="4"' in report.to_junit()
     taps = [row["name"] for row in report.taps]
     assert taps == list(traced.activations)
 
 
 @pytest.mark.slow
 def test_residuals_alone_find_the_layer_and_the_cause(model):
-    bad = broken(model, {"layers_1/mlp/gate/weight": lambda w: model.params["layers_1"]["mlp"]["up"]["weight"]})
+    own = model.params["layers_0"]["attn"]
+    bad = broken(
+        model,
+        {
+            "layers_0/attn/k/weight": lambda w: own["v"]["weight"],
+            "layers_0/attn/v/weight": lambda w: own["k"]["weight"],
+            "layers_1/mlp/gate/weight": lambda w: model.params["layers_1"]["mlp"]["up"]["weight"],
+        },
+    )
     dump = with_arrays(llmjax.trace(bad, IDS), lambda name: name.endswith("resid"))
     report = llmjax.compare(model, dump)
-    assert told(report) == [("layers.1.mlp.gate", "weight_swapped")]
+    assert told(report) == [("layers.0.attn", "weight_swapped"), ("layers.1.mlp.gate", "weight_swapped")]
     assert report.coverage["taps"] == 2 and "embed" in report.coverage["missing"]
+    silent = broken(model, {"layers_1/attn/o/weight": jnp.zeros_like})
+    report = llmjax.compare(model, with_arrays(llmjax.trace(silent, IDS), lambda name: name.endswith("resid")))
+    assert told(report) == [("layers.1.resid_attn", "residual")]
 
 
 @pytest.mark.slow
@@ -399,6 +429,11 @@ def test_the_command(model, traced, tmp_path, capsys):
     assert found["first_divergence"]["tap"] == "logits"
     page = (tmp_path / "h.html").read_text()
     assert page.startswith("<!doctype html>") and (tmp_path / "j.xml").exists()
+    one = llmjax.Trace({"embed": np.ones((1, 24), np.float32)}, {"token_ids": [3]})  # a token, and a batch of it
+    assert (
+        llmjax.compare(one, llmjax.Trace({"embed": one.activations["embed"][None]}, one.manifest)).verdict
+        == "identical"
+    )
     assert f"<pre>llmjax compare {tmp_path / 'ref'} {tmp_path / 'bad'} --json --no-compile-cache" in page
     assert main(["compare", str(tmp_path / "ref"), "--no-compile-cache"]) == 2
 
@@ -417,3 +452,32 @@ def test_a_fault_behind_several_streams_is_found_where_it_is():
     report = llmjax.compare(model, llmjax.trace(bad, IDS))
     assert told(report) == [("layers.0.altup.prediction", "weight")]
     assert report.coverage["missing"] == [] and report.first_divergence["tap"] == "layers.0.altup.prediction"
+
+
+@pytest.mark.slow
+def test_experts_that_tie_in_sixteen_bits_are_no_fault():
+    """Either may be chosen; with float32 declared the other choice is a difference."""
+    model = tiny.random_model(
+        model_type="qwen3_moe", vocab_size=96, hidden_size=16, intermediate_size=24, moe_intermediate_size=8,
+        head_dim=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1, num_experts=4,
+        num_experts_per_tok=1, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
+    )  # fmt: skip
+    router = model.params["layers_0"]["router"]["weight"]
+    model = broken(model, {"layers_0/router/weight": lambda w: w.at[1].set(router[0])})
+    experts = model.params["layers_0"]["experts"]
+    other = {f"layers_0/experts/{name}/weight": lambda w: w[jnp.array([1, 0, 2, 3])] for name in experts}
+    trace = llmjax.trace(broken(model, other), IDS, ["layers.0.mlp_norm", "layers.0.router", "layers.0.experts"])
+    for dtype, verdict in (("bfloat16", "equivalent"), ("float32", "different")):
+        said = llmjax.Trace(trace.activations, {"token_ids": IDS, "dtype": dtype})
+        assert llmjax.compare(model, said).verdict == verdict
+
+
+@pytest.mark.slow
+def test_a_layer_that_is_left_out_where_layers_share_keys():
+    from tests.unit.test_shared_keys import CONFIGS
+
+    model = tiny.random_model(**CONFIGS["gemma4"])
+    found = llmjax.trace(model, IDS, "*.resid").activations
+    found = {"layers.0.resid": found["layers.0.resid"], "layers.1.resid": found["layers.0.resid"]}
+    report = llmjax.compare(model, llmjax.Trace(found, {"token_ids": IDS, "dtype": "float32"}))
+    assert told(report) == [("layers.1", "layer_order")]

@@ -183,6 +183,17 @@ def test_refused_by_name(base, tmp_path, change, config, message):
         llmjax.load(base, lora=lora)
 
 
+@pytest.mark.parametrize("mode", [None, pytest.param("unmerged", marks=pytest.mark.slow)])
+def test_compare_names_another_scale(base, adapter, tmp_path, mode):
+    """Merged into the weights or beside them."""
+    theirs = llmjax.load(by_hand(base, adapter, tmp_path / "other", 2.3))
+    trace = llmjax.trace(theirs, IDS, ["*.0.attn_norm", "*.0.attn.q"])
+    trace = llmjax.Trace(trace.activations, {"token_ids": trace.manifest["token_ids"], "dtype": "float32"})
+    (fault,) = llmjax.compare(llmjax.load(base, lora=adapter, lora_mode=mode), trace).faults
+    assert fault["module"] == "layers.0.attn.q"
+    assert fault["causes"][0] == {"cause": "lora_scale", "detail": "the adapter's scale is 2.3", "explains": 1.0}
+
+
 def test_an_untrained_adapter_warns(base, tmp_path):
     def untrained(tensors):
         for name in tensors:

@@ -47,6 +47,7 @@ class Scene:
       step: the tap that shows it, as named within the stage.
       ours: what our step makes of the candidate's input.
       theirs: what the candidate has.
+      under: what our step makes of it under an edit of the stage; None where its shapes leave no room for it.
     """
 
     stages: Stages
@@ -54,6 +55,7 @@ class Scene:
     step: str
     ours: np.ndarray
     theirs: np.ndarray
+    under: Callable[[Edit], np.ndarray | None]
 
 
 def field(**changes: Any) -> Hook:

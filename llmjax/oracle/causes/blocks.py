@@ -1,4 +1,4 @@
-"""Mistakes in what lies between the products: activation, rotation, scores, heads and caches, residuals."""
+"""Mistakes in what lies between the products: activation, scores, heads and caches, residuals."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.models.attention import Scores
-from llmjax.models.context import Context
 from llmjax.models.layers import ACTIVATIONS
-from llmjax.models.rope import Rope
 from llmjax.oracle.causes.base import (
     Cause,
     Scene,
@@ -39,85 +37,6 @@ def activation() -> Iterator[Cause]:
         yield Cause(
             "activation", f"the activation is {name}", ("mlp.act",), Edit({"mlp": field(activation=always(function))})
         )
-
-
-# The rotation.
-
-
-class _Pairs(Rope):
-    """Neighbours make a pair."""
-
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
-        to = np.concatenate([np.arange(0, self.dims, 2), np.arange(1, self.dims, 2), np.arange(self.dims, x.shape[-1])])
-        return super().__call__(x[..., to], ctx)[..., np.argsort(to)]
-
-
-class _Backwards(Rope):
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
-        return super().__call__(x, ctx.replace(positions=-ctx.positions))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Apart:
-    """Queries and keys rotated at positions of their own; the query is the first of the two."""
-
-    rope: Rope
-    moves: tuple[Callable[[jax.Array], jax.Array], ...]
-    calls: list[int] = dataclasses.field(default_factory=list)
-
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
-        self.calls.append(0)
-        move = self.moves[(len(self.calls) - 1) % 2]
-        return self.rope(x, ctx.replace(positions=move(ctx.positions)))
-
-
-def _rope(change: Callable[[Rope], Any]) -> Edit:
-    return Edit({"attn": field(rope=change)})
-
-
-def rotation(scene: Scene) -> Iterator[Cause]:
-    """Of the rotation."""
-    steps = ("attn.q_rot", "attn.k_rot")
-    config = scene.stages.model.config
-    ropes = {r for r in vars(config).values() if isinstance(r, Rope)}
-    if not ropes:
-        return
-
-    def cause(word: str, detail: str, change: Callable[..., Any]) -> Cause:
-        return Cause(word, detail, steps, _rope(change))
-
-    replace = dataclasses.replace
-    yield cause("rope_pairing", "neighbours are rotated together, not halves", lambda r: _Pairs(**vars(r)))
-    yield cause("rope_pairing", "the rotation turns the other way", lambda r: _Backwards(**vars(r)))
-    for name, value in {"linear": 1.0, "llama3": None, "divisors": None, "scaling": None}.items():
-        if any(getattr(r, name) != value for r in ropes):
-            yield cause("rope_scaling", f"{name} scaling is ignored", lambda r, n=name, v=value: replace(r, **{n: v}))
-    for factor in (2.0, 4.0, 8.0):
-        yield cause("rope_scaling", f"positions are divided by {factor:g}", lambda r, f=factor: replace(r, linear=f))
-    for other in ropes:
-        if len(ropes) > 1:
-            yield cause(
-                "rope_theta",
-                f"the base is {other.theta:g}, another layer's",
-                lambda r, o=other: replace(r, theta=o.theta),
-            )
-            yield cause("rope_scaling", "the rotation is another layer's", lambda r, o=other: o)
-    for theta in (1e4, 5e5, 1e6, 1e5, 5e3, 5e4, 2.5e5, 1e3):
-        yield cause("rope_theta", f"the base is {theta:g}", lambda r, t=theta: replace(r, theta=t))
-    width = config.head_dim
-    for dims in sorted({width, width // 2, width // 4, int(width * 0.4), int(width * 0.75)} - {0}):
-        if dims % 2 == 0:
-            yield cause("rope_dims", f"{dims} of {width} dimensions rotate", lambda r, d=dims: replace(r, dims=d))
-    yield cause("rope_dims", "nothing rotates", lambda r: lambda x, ctx: x)
-    moves: dict[str, Callable[[jax.Array], jax.Array]] = {
-        "as they are": lambda p: p, "one too high": lambda p: p + 1, "one too low": lambda p: p - 1,
-        "all 0": lambda p: 0 * p,
-    }  # fmt: skip
-    for q, at in moves.items():
-        for k, other_at in moves.items():
-            if (q, k) != ("as they are", "as they are"):
-                detail = f"positions are {q}" if q == k else f"positions of queries are {q}, of keys {k}"
-                yield cause("rope_positions", detail, lambda r, m=(at, other_at): _Apart(r, m))
 
 
 # Scores.
@@ -249,37 +168,49 @@ def _temperature(scene: Scene) -> float | None:
 
 # Heads and caches.
 
+# Key/value heads that are each tried for every query head.
+_HEADS = 16
+
 
 def heads(scene: Scene) -> Iterator[Cause]:
     """Of which heads meet, and of what a cache keeps."""
     config = scene.stages.model.config
     n, k, h = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    if 1 < k < n:
-        tile = np.arange(n) % k
+    for what in (("attn.k", "attn.v"), ("attn.k",), ("attn.v",)) if 1 < k <= n else ():
+        steps = ("attn.probs", "attn.out")[0 if "attn.k" in what else 1 : 2 if "attn.v" in what else 1]
 
-        def wide(x: jax.Array) -> jax.Array:  # [..., K * H] -> [..., N * H]
-            return x.reshape(*x.shape[:-1], k, h)[..., tile, :].reshape(*x.shape[:-1], n * h)
+        def met(order: np.ndarray, what: tuple[str, ...] = what) -> Edit:
+            """Query head i meets key/value head ``order[i]``."""
+            hooks = {x: _meeting(order if x in what else np.arange(n) // (n // k), k, h) for x in ("attn.k", "attn.v")}
+            return Edit({"attn": field(num_kv_heads=n), **hooks}, unpatched=("attn.k_rot", "attn.k_norm"))
 
-        def projected(module: Any, run: Any, x: Any) -> Any:
-            return wide(run(module.clone(features=k * h), x))
-
-        for what in (("attn.k", "attn.v"), ("attn.k",), ("attn.v",)):
-            tiled = {name: projected if name in what else _repeated(k, n, h) for name in ("attn.k", "attn.v")}
-            edit = Edit({"attn": field(num_kv_heads=n), **tiled}, unpatched=("attn.k_rot", "attn.k_norm"))
-            steps = ("attn.probs", "attn.out")[0 if "attn.k" in what else 1 : 2 if "attn.v" in what else 1]
+        if k < n:
             detail = f"key/value heads are tiled (query head i has head i mod {k}), not repeated"
-            yield Cause("head_mapping", detail, steps, edit)
+            yield Cause("head_mapping", detail, steps, met(np.arange(n) % k))
+        if scene.step in steps and k <= _HEADS:
+            each = [x - scene.theirs for j in range(k) if (x := scene.under(met(np.full(n, j)))) is not None]
+            if len(each) < k:
+                continue
+            axes = (1, 2) if scene.step == "attn.probs" else (0, 2)
+            order = np.argmin([np.square(x if x.ndim == 3 else x.reshape(len(x), n, -1)).sum(axes) for x in each], 0)
+            off = np.flatnonzero(order != np.arange(n) // (n // k))
+            if len(off):
+                some = ", ".join(f"{i} meets {order[i]}" for i in off[:4]) + (", ..." if len(off) > 4 else "")
+                detail = f"{len(off)} of {n} query heads meet other key/value heads ({some})"
+                yield Cause("head_mapping", detail, steps, met(order))
     for dtype in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"):
         for names, steps in ((("attn.k_rot", "attn.v"), ("attn.probs", "attn.out")),):
             after = dict.fromkeys(names, rounded(dtype))
             yield Cause("cache_precision", f"keys and values are kept in {dtype}", steps, Edit(after=after))
 
 
-def _repeated(k: int, n: int, h: int) -> Hook:
+def _meeting(order: np.ndarray, k: int, h: int) -> Hook:
+    """A projection's ``k`` heads of width ``h`` in the order in which query heads meet them."""
+
     def hook(module: Any, run: Any, x: Any) -> Any:
         y = run(module.clone(features=k * h), x)
-        heads = y.reshape(*y.shape[:-1], k, h)
-        return jnp.repeat(heads, n // k, -2).reshape(*y.shape[:-1], n * h)
+        heads = y.reshape(*y.shape[:-1], k, h)[..., order, :]
+        return heads.reshape(*y.shape[:-1], len(order) * h)
 
     return hook
 

@@ -10,7 +10,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.oracle.causes import blocks, weights
+from llmjax.oracle.causes import blocks, rotation, weights
 from llmjax.oracle.causes.base import Cause, Scene, modules
 
 # Mistakes that a runtime makes in all layers alike, where they are made in the code and not in a tensor.
@@ -27,17 +27,18 @@ def catalogue(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
 
 
 def _all(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
+    yield from blocks.residual(scene)  # before weights: a branch left out is told so, not as a weight of zeros
     for norm in modules(scene, norms=True):
         if norm in steps:
             yield from weights.norm(scene, norm)
     for projection in modules(scene, norms=False):
         if projection in steps:
             yield from weights.projection(scene, projection)
+    yield from weights.together(scene)
     yield from blocks.activation()
-    yield from blocks.rotation(scene)
+    yield from rotation.rotation(scene)
     yield from blocks.scores(scene)
     yield from blocks.heads(scene)
-    yield from blocks.residual(scene)
     yield from weights.embedding(scene)
     yield from weights.head(scene)
     yield from weights.layers(scene)

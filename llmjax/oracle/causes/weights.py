@@ -13,6 +13,7 @@ from flax import linen as nn
 from llmjax.models.context import tap
 from llmjax.models.layers import LayerNorm, RMSNorm, UnitOffsetRMSNorm, WideRMSNorm, parameter, rms_normalised
 from llmjax.oracle.causes.base import (
+    PROJECTIONS,
     SCHEMES,
     Cause,
     Scene,
@@ -26,8 +27,11 @@ from llmjax.oracle.causes.base import (
     weight_of,
 )
 from llmjax.oracle.floors import requantized, rounded
-from llmjax.oracle.stages import Edit, Hook
+from llmjax.oracle.stages import Edit, Hook, Params
 from llmjax.quant.qtensor import QTensor
+
+# Pairs of rows that are held against each other at most.
+_PAIRS = 1 << 25
 
 # Norms.
 
@@ -95,6 +99,7 @@ def norm(scene: Scene, step: str) -> Iterator[Cause]:
             yield cause(
                 "weight", f"the weight is scaled by {scale:.4g}", params=leaf(step, "weight", lambda w: w * scale)
             )
+        yield from shifted(scene, step)
     yield cause("precision", "the norm is computed in bfloat16", _narrow_norm)
 
 
@@ -142,12 +147,58 @@ def projection(scene: Scene, step: str) -> Iterator[Cause]:
         if scale is not None:
             yield cause("weight", f"the weight is scaled by {scale:.4g}", lambda w: w * scale)
         yield from _channels(scene, step)
-    lora = weight_of(scene, step, "lora")
-    if lora is not None:
-        yield cause("lora_scale", "the adapter is not applied", lambda a: a.replace(scale=a.scale * 0), "lora")
-        for factor in (lora.a.shape[0], 1 / lora.a.shape[0], 2.0, 0.5, lora.a.shape[0] ** 0.5, 1 / float(lora.scale)):
-            scaled = partial(lambda f, a: a.replace(scale=a.scale * f), factor)
-            yield cause("lora_scale", f"the adapter's scale is {float(lora.scale) * factor:.4g}", scaled, "lora")
+        yield from _rows(scene, step)
+        yield from shifted(scene, step)
+    yield from _adapter(scene, step)
+
+
+def together(scene: Scene) -> Iterator[Cause]:
+    """Of several products at once, where none of them was dumped: two in each other's place, all without biases."""
+    if not 0 <= scene.stage < scene.stages.layers or scene.step in PROJECTIONS:
+        return
+    leaves = {p: {name: weight_of(scene, p, name) for name in ("weight", "bias")} for p in PROJECTIONS if p != "head"}
+    for a, b in (("mlp.gate", "mlp.up"), ("attn.k", "attn.v"), ("attn.q", "attn.k")):
+        x, y = leaves[a]["weight"], leaves[b]["weight"]
+        if x is not None and y is not None and x.shape == y.shape:
+            edit = Edit(params=lambda p, a=a, b=b: put(a, leaves[b])(put(b, leaves[a])(p)))  # type: ignore[misc]
+            yield Cause("weight_swapped", f"the weights of {a} and {b} are swapped", (a, b), edit)
+    biased = tuple(p for p in leaves if leaves[p]["bias"] is not None)
+    for some in (tuple(p for p in biased if p in ("attn.q", "attn.k", "attn.v")), biased):
+        if len(some) > 1:
+            edit = Edit(params=partial(_without_biases, some))
+            yield Cause("bias", f"the biases of {', '.join(some)} are not added", some, edit)
+
+
+def _without_biases(steps: tuple[str, ...], params: Params) -> Params:
+    for step in steps:
+        params = leaf(step, "bias", jnp.zeros_like)(params)
+    return params
+
+
+def _adapter(scene: Scene, step: str) -> Iterator[Cause]:
+    """Of an adapter's scale, beside the weight or merged into it."""
+    apart, layer = weight_of(scene, step, "lora"), scene.stage < scene.stages.layers
+    lora = scene.stages.merged.get(f"layers.{scene.stage}.{step}.weight" if layer else f"{step}.weight")
+    lora = lora if apart is None else apart
+    if lora is None:
+        return
+
+    def scaled(factor: float) -> Edit:
+        rest = lora.replace(scale=lora.scale * (factor if apart is not None else factor - 1))
+
+        def change(w: jax.Array) -> Any:
+            return rest if apart is not None else w + rest.scale * (rest.b @ rest.a)
+
+        return Edit(params=leaf(step, "weight" if apart is None else "lora", change))
+
+    rank, scale = lora.a.shape[0], float(lora.scale)
+    factors = [0.0, rank, 1 / rank, 2.0, 0.5, rank**0.5, rank**-0.5, 1 / (scale or 1.0)]
+    if scene.step == step and (without := scene.under(scaled(0.0))) is not None:
+        ours, theirs = (x.astype(np.float64) - without for x in (scene.ours, scene.theirs))
+        factors.append(float((ours * theirs).sum() / max((ours**2).sum(), 1e-300)))
+    for factor in factors:
+        detail = f"the adapter's scale is {scale * factor:.4g}" if factor else "the adapter is not applied"
+        yield Cause("lora_scale", detail, (step,), scaled(factor))
 
 
 def _channels(scene: Scene, step: str) -> Iterator[Cause]:
@@ -164,6 +215,54 @@ def _channels(scene: Scene, step: str) -> Iterator[Cause]:
         detail = f"{off.sum()} of {len(off)} output channels are scaled"
         edit = Edit(params=leaf(step, "weight", lambda w: w * factor[:, None]))
         yield Cause("weight", detail, (step,), edit)
+
+
+def _rows(scene: Scene, step: str) -> Iterator[Cause]:
+    """Rows of the weight in another order, or a few that are other ones altogether."""
+    shape = scene.ours.shape
+    ours, theirs = (x.reshape(len(x), -1).astype(np.float64) for x in (scene.ours, scene.theirs))
+    if len(ours) < 4:
+        return
+    size, apart = np.linalg.norm(ours, axis=0), np.linalg.norm(theirs - ours, axis=0)
+    off = np.flatnonzero(apart > 1e-3 * np.maximum(size, 1e-3 * size.max()))
+    if not len(off) or len(off) * len(size) > _PAIRS:
+        return
+    # |x - y|^2 of each of theirs that is off to each of ours.
+    distances = (theirs[:, off] ** 2).sum(0)[:, None] + (size**2)[None] - 2 * theirs[:, off].T @ ours
+    order = np.arange(len(size))
+    order[off] = distances.argmin(1)
+    moved = order != np.arange(len(size))
+    if moved.any() and len(set(order)) == len(order):
+        first = ", ".join(f"{i}: {order[i]}" for i in np.flatnonzero(moved)[:4])
+        found = {name: weight_of(scene, step, name) for name in ("weight", "bias")}
+        found = {name: None if value is None else value[order] for name, value in found.items()}
+        detail = (
+            f"{moved.sum()} of {len(order)} rows are in another order ({first}{', ...' if moved.sum() > 4 else ''})"
+        )
+        yield Cause("weight_swapped", detail, (step,), Edit(params=put(step, found)))
+    along = theirs[:, off] - ours[:, off] * ((ours * theirs).sum(0) / np.maximum(size**2, 1e-300))[off]
+    if len(off) <= len(size) / 8 and (np.linalg.norm(along, axis=0) > 0.1 * apart[off]).any():
+        some = ", ".join(map(str, off[:8])) + (", ..." if len(off) > 8 else "")
+        wrong = np.isin(np.arange(len(size)), off).reshape(1, *shape[1:])
+        post = partial(_instead, wrong, scene.theirs)
+        yield Cause("weight", f"{len(off)} of {len(size)} rows are other ones ({some})", (step,), post=post)
+
+
+def _instead(wrong: np.ndarray, theirs: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return np.where(wrong, theirs, x)
+
+
+def shifted(scene: Scene, step: str) -> Iterator[Cause]:
+    """Another bias: what is the same for all tokens."""
+    apart = scene.theirs.astype(np.float64) - scene.ours
+    shift = apart.mean(0)
+    if len(apart) >= 4 and np.linalg.norm(apart - shift) < 0.1 * np.linalg.norm(apart):
+        ours = "another" if weight_of(scene, step, "bias") is not None else "one that ours lacks"
+        yield Cause("bias", f"the bias is {ours}", (step,), post=partial(_plus, shift.astype(np.float32)))
+
+
+def _plus(shift: np.ndarray, x: np.ndarray) -> np.ndarray:
+    return x + shift
 
 
 # The ends, and whole layers.
@@ -193,7 +292,7 @@ def embedding(scene: Scene) -> Iterator[Cause]:
     )
     if 0 < len(wrong):
         table = np.asarray(scene.stages.params(-1)["embed"]["weight"])
-        rows = scene.theirs[wrong] / np.linalg.norm(scene.theirs[wrong], axis=-1, keepdims=True)
+        rows = scene.theirs[wrong] / np.maximum(np.linalg.norm(scene.theirs[wrong], axis=-1, keepdims=True), 1e-30)
         norms = np.maximum(np.linalg.norm(table, axis=-1), 1e-30)
         likely = (rows @ table.T / norms).argmax(-1)
         fed = scene.stages.ids.copy()
@@ -248,5 +347,7 @@ def layers(scene: Scene) -> Iterator[Cause]:
 
 class _Skip(nn.Module):
     @nn.compact
-    def __call__(self, x: jax.Array, ctx: Any) -> jax.Array:
+    def __call__(self, x: Any, ctx: Any, *own: Any) -> Any:
+        if isinstance(x, tuple):  # what later layers share goes along
+            return tap(self, "resid", x[0]), *x[1:]
         return tap(self, "resid", x)
