@@ -79,10 +79,13 @@ def _equation(build: Builder, equation: Any, inputs: list[Value]) -> list[Value]
 
 def _unrolled(build: Builder, params: dict[str, Any], inputs: list[Value]) -> list[Value]:
     """A loop over what lies along the first dimension, one turn behind the other."""
-    fixed, carried = params["num_consts"], params["num_consts"] + params["num_carry"]
-    if params["reverse"] or len(params["jaxpr"].out_avals) > params["num_carry"]:
+    if "num_consts" in params:
+        fixed, moving = params["num_consts"], params["num_carry"]
+    else:  # as JAX 0.12 has it
+        fixed, moving, _ = map(len, params["ft_in"].unpack())
+    if params["reverse"] or len(params["jaxpr"].out_avals) > moving:
         raise ConfigError("a loop that runs backwards or keeps what each turn makes cannot be written for LiteRT")
-    consts, carry, along = inputs[:fixed], inputs[fixed:carried], inputs[carried:]
+    consts, carry, along = inputs[:fixed], inputs[fixed : fixed + moving], inputs[fixed + moving :]
     for turn in range(params["length"]):
         given = [*consts, *carry, *(build.part(x, turn) for x in along)]
         carry = lower(build, params["jaxpr"].jaxpr, params["jaxpr"].consts, given)

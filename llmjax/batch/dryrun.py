@@ -100,11 +100,11 @@ def run(
     Raises:
       LlmjaxError: the input cannot be read, or from ``load``.
     """
-    report, index = Forecast(), Index()
+    report = Forecast()
     source, output = local(source), local(output)
     begun = None if output == "-" else _begun(checked_path("output", rows_path(output), RequestError))
     date = manifests.job_date(date, begun)
-    with open_lines(source, columns, Generating.keys) as lines, contextlib.closing(index):
+    with open_lines(source, columns, Generating.keys) as lines, contextlib.closing(Index()) as index:
         llm = load()
         work = Generating(llm, params)
         store = llm.engine.store

@@ -1,5 +1,6 @@
 """Files and folders appear whole or not at all, whatever lies at the names they pass through."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -167,6 +168,6 @@ def test_a_lock_of_the_dead_is_taken_and_one_of_the_living_is_not(tmp_path):
 def test_an_unfinished_gzip_is_not_written_through_a_link(tmp_path):
     (tmp_path / "precious").write_bytes(b"precious")
     (tmp_path / "out.gz.partial").symlink_to(tmp_path / "precious")
-    with pytest.raises(OSError, match="symbolic links"):
-        Journal(tmp_path / "out.gz", Index(), lambda row: None, fresh=True)
+    with contextlib.closing(Index()) as index, pytest.raises(OSError, match="symbolic links"):
+        Journal(tmp_path / "out.gz", index, lambda row: None, fresh=True)
     assert (tmp_path / "precious").read_bytes() == b"precious"
