@@ -86,11 +86,13 @@ class GatedDelta(nn.Module):
             jnp.where(padding, 0, y.astype(jnp.float32)).reshape(batch, tokens, *heads) for y in (beta, decay)
         )
         v = v.astype(jnp.float32).reshape(batch, tokens, *heads, self.value_dim)
-        state = carried(self, "state", (self.value_heads, self.key_dim, self.value_dim), ctx)
-        state = state.reshape(batch, *heads, self.key_dim, self.value_dim)
+        # It lies as a step sums it: XLA for a card else has the whole cache turned at every call, and turned back.
+        state = carried(self, "state", (self.value_heads, self.value_dim, self.key_dim), ctx)
+        state = state.reshape(batch, *heads, self.value_dim, self.key_dim).swapaxes(-1, -2)
         q = _unit(q) * jnp.float32(self.key_dim**-0.5)
         state, y = delta_rule(state, q, _unit(k), v, jnp.exp(decay), beta, kept=ctx.recompute is None)
-        put_carried(self, "state", state.reshape(batch, self.value_heads, self.key_dim, self.value_dim), ctx)
+        state = state.swapaxes(-1, -2).reshape(batch, self.value_heads, self.value_dim, self.key_dim)
+        put_carried(self, "state", state, ctx)
         return y.reshape(batch, tokens, self.value_heads, self.value_dim)
 
 
