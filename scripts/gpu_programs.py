@@ -80,7 +80,8 @@ def on_card(name: str) -> NamedSharding:
 def shapes_of(model: str, kind: str, layers: int | None) -> tuple[Any, dict[str, Any]]:
     """A configuration and the parameters that a model of it has, as shapes."""
     facts = configs.read(model)["config"]
-    _, config = read_config(facts | ({} if layers is None else {"num_hidden_layers": layers}), model)
+    _, config = read_config(facts, model)
+    config = config if layers is None else config.shortened(layers)
     recipe = schemes.parse(kind) if kind.startswith("int") else None
     params: dict[str, Any] = {}
     for name, shape in parameter_shapes(config).items():

@@ -86,11 +86,12 @@ class GatedDelta(nn.Module):
             jnp.where(padding, 0, y.astype(jnp.float32)).reshape(batch, tokens, *heads) for y in (beta, decay)
         )
         v = v.astype(jnp.float32).reshape(batch, tokens, *heads, self.value_dim)
-        state = carried(self, "state", (self.value_heads, self.key_dim, self.value_dim), ctx)
-        state = state.reshape(batch, *heads, self.key_dim, self.value_dim)
+        # It lies as a step sums it: XLA for a card else has the whole cache turned at every call, and turned back.
+        state = carried(self, "state", (self.value_heads, self.value_dim, self.key_dim), ctx)
+        state = state.reshape(batch, *heads, self.value_dim, self.key_dim)
         q = _unit(q) * jnp.float32(self.key_dim**-0.5)
         state, y = delta_rule(state, q, _unit(k), v, jnp.exp(decay), beta, kept=ctx.recompute is None)
-        put_carried(self, "state", state.reshape(batch, self.value_heads, self.key_dim, self.value_dim), ctx)
+        put_carried(self, "state", state.reshape(batch, self.value_heads, self.value_dim, self.key_dim), ctx)
         return y.reshape(batch, tokens, self.value_heads, self.value_dim)
 
 
@@ -104,10 +105,10 @@ def delta_rule(
     *,
     kept: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
-    """The recurrence itself, a token at a time: ``S = decay * S``, ``S = S + k (beta * (v - S^T k))^T``, ``y = S^T q``.
+    """The recurrence itself, a token at a time: ``S = decay * S``, ``S = S + beta * (v - S k) k^T``, ``y = S q``.
 
     Args:
-      state: float32 ``[B, K, G, E, H]``, before the first token.
+      state: float32 ``[B, K, G, H, E]``, before the first token.
       q: float32 ``[B, T, K, E]``.
       k: as q.
       v: float32 ``[B, T, K, G, H]``.
@@ -121,11 +122,11 @@ def delta_rule(
 
     def step(state: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         q, k, v, decay, beta = token
-        q, k = q[:, :, None, :, None], k[:, :, None, :, None]
+        q, k = q[:, :, None, None], k[:, :, None, None]
         state = state * decay[..., None, None]
-        change = (v - jnp.sum(state * k, -2)) * beta[..., None]
-        state = state + k * change[..., None, :]
-        return state, jnp.sum(state * q, -2)
+        change = (v - jnp.sum(state * k, -1)) * beta[..., None]
+        state = state + change[..., None] * k
+        return state, jnp.sum(state * q, -1)
 
     run = partial(lax.scan, step)
     tokens = q.shape[1]

@@ -65,7 +65,7 @@ class Qwen3_5Config(DecoderConfig):
         return {
             "delta": {
                 "before": (self.kernel - 1, channels),
-                "state": (self.value_heads, self.key_dim, self.value_dim),
+                "state": (self.value_heads, self.value_dim, self.key_dim),
             }
         }
 

@@ -274,6 +274,8 @@ def _hugging_face(model: Model, shapes: Collection[str]) -> Table:
         if role == "attn.o":
             for name, tap in {"q_rot": "q_rot", "k_rot": "k_rot", "attn_weights": "probs"}.items():
                 table[f"{parent}.{name}"] = [(f"layers.{{}}.attn.{tap}", _whole)]
+        if role == "delta.norm":  # theirs lets the gate weigh it, too: what the last step's input has
+            table[source] = []
         if role == "mlp.down":
             for name in ("act_fn", "activation_fn", "act"):
                 table[f"{parent}.{name}"] = [("layers.{}.mlp.act", _whole)]

@@ -75,8 +75,10 @@ def grown(cache: Any, layers: int, more: int) -> Any:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _longer(buffer: jax.Array, layers: int, more: int) -> jax.Array:
-    each = buffer.reshape(layers, -1, *buffer.shape[1:])
-    return jnp.pad(each, [(0, more if axis == 1 else 0) for axis in range(each.ndim)]).reshape(-1, *buffer.shape[1:])
+    pages, *one = buffer.shape  # of which nothing may be kept: no -1 stands for their number
+    each = buffer.reshape(layers, pages // layers, *one)
+    padding = [(0, more if axis == 1 else 0) for axis in range(each.ndim)]
+    return jnp.pad(each, padding).reshape(pages + layers * more, *one)
 
 
 # What the cache of a job over many rows may take in memory.

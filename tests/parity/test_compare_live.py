@@ -14,18 +14,21 @@ pytest.importorskip("torch", reason="parity extra not installed")
 pytest.importorskip("transformers", reason="parity extra not installed")
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
+CASES = Path(__file__).parents[1] / "data" / "cases"
 SCRIPT = SCRIPTS / "dumps" / "transformers_dump.py"
 
 
-def test_a_dump_of_transformers_is_the_model(tmp_path, monkeypatch):
-    folder = golden.write("mistral", tmp_path / "m")
+@pytest.mark.parametrize("kind", ["mistral", pytest.param("qwen3_5_cond", marks=pytest.mark.slow)])
+def test_a_dump_of_transformers_is_the_model(kind, tmp_path, monkeypatch):
+    """Whose norm of linear attention is another step than ours of that name."""
+    folder = golden.write(kind, tmp_path / "m") if kind == "mistral" else CASES / kind
     ids = np.random.default_rng(1).integers(3, 90, 12).tolist()
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(folder), str(tmp_path / "d"), "--ids", ",".join(map(str, ids))])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     report = llmjax.compare(llmjax.load(folder), tmp_path / "d")
     assert (report.verdict, report.explained_by) == ("equivalent", "float32")
     assert report.coverage["tokens"] == 12 and report.coverage["taps"] > 0.8 * report.coverage["of"]
-    assert report.logits["argmax_agreement"] == 1 and report.logits["kl_max"] < 1e-9
+    assert report.logits["argmax_agreement"] == 1 and report.logits["kl_max"] < 1e-8
 
 
 @pytest.fixture

@@ -111,13 +111,13 @@ def key_heads_in_turn(right):
 
 
 def not_corrected(right):
-    """The rule of linear attention without delta: ``S + beta k v^T``."""
+    """The rule of linear attention without delta: ``S + beta v k^T``."""
 
     def fault(state, q, k, v, decay, beta, kept=True):
         def step(state, token):
             q, k, v, decay, beta = token
-            state = state * decay[..., None, None] + k[:, :, None, :, None] * (v * beta[..., None])[..., None, :]
-            return state, jnp.sum(state * q[:, :, None, :, None], -2)
+            state = state * decay[..., None, None] + (v * beta[..., None])[..., None] * k[:, :, None, None]
+            return state, jnp.sum(state * q[:, :, None, None], -1)
 
         state, y = jax.lax.scan(step, state, [jnp.moveaxis(x, 1, 0) for x in (q, k, v, decay, beta)])
         return state, jnp.moveaxis(y, 0, 1)

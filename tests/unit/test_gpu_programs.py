@@ -69,6 +69,14 @@ def test_heads_of_any_width_and_other_scores_are_the_kernels(model, profile):
             assert found["written"] < 5e6
 
 
+def test_a_state_is_carried_on_where_it_lies():
+    """Turned for a step's sums, all of it would be copied at every call, and copied back."""
+    (found,) = reports("bfloat16", "fast", "decode-1", model="config:qwen3.5-0.8b")
+    check_any(found)
+    assert found["temporaries"] < 6e6 < found["in_place"]
+    assert (found["waits"], found["written"] < 6e6) == (1, True)
+
+
 @pytest.mark.parametrize(("card", "kind"), CARDS)
 def test_other_cards(card, kind):
     """No kernel asks for more shared memory than they have."""

@@ -9,7 +9,7 @@ import pytest
 
 import llmjax
 from llmjax.models.shared_keys import GIVEN, OWN, TAKEN
-from llmjax.runtime.cache import make_cache
+from llmjax.runtime.cache import grown, make_cache
 from tests import tiny
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -188,6 +188,16 @@ def test_a_cache_that_grows_keeps_what_it_holds(kind, prompts):
     logits = llm.model.logits([text])[0].astype(np.float64)[len(prompts[0]) - 1 : -1]
     wanted = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
     np.testing.assert_allclose(logprobs, [row[t] for row, t in zip(wanted, tokens, strict=True)], atol=5e-4)
+
+
+def test_a_cache_grows_of_which_a_part_is_empty():
+    """A convolution of one token carries none before it."""
+    model = tiny.random_model(**CONFIGS["qwen3_5"], linear_conv_kernel_dim=1)
+    cache = grown(make_cache(model.config, model.numerics, 3, 16), 1, 2)
+    assert {name: x.shape for name, x in cache["layers_0"]["delta"].items()} == {
+        "before": (5, 0, 44),
+        "state": (5, 4, 6, 5),
+    }
 
 
 def test_layers_that_take_keys_and_values_keep_none():
