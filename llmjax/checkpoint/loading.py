@@ -21,14 +21,14 @@ from llmjax import numerics as numerics_lib
 from llmjax.checkpoint.ends import end_tokens, generation
 from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.checkpoint.mediapipe_config import emulated, find
-from llmjax.checkpoint.parameters import is_packed, made, random_rows, read_all, stored_values
+from llmjax.checkpoint.parameters import adapter_for, is_packed, made, random_rows, read_all
 from llmjax.checkpoint.placing import put
 from llmjax.checkpoint.plan import Override, Plan, make_plan
 from llmjax.errors import CheckpointError, ConfigError, LoraError, RequestError, shown
 from llmjax.litert import loading as graphs
 from llmjax.litert.model import GraphModel
 from llmjax.lora import merge as merging
-from llmjax.lora.adapter import Adapter, AnyLora, read_adapter
+from llmjax.lora.adapter import Adapter, AnyLora
 from llmjax.lora.apply import beside, with_loras
 from llmjax.model import AdapterOrigin, Model, Origin
 from llmjax.models.config import DecoderConfig
@@ -150,8 +150,7 @@ def load(
         computed = emulated(plan.config, numerics, str(source.path))
         tokenizer = read_tokenizer(source, override)
         eos_ids = tokenizer.eos_ids if tokenizer else end_tokens(source, None, override)
-        values = stored_values(source, plan)
-        adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config, values)
+        adapter = adapter_for(source, plan, lora)
         merge = merging.Merge.of(adapter, lora_mode, numerics)
         params: dict[str, Any] = {}
         apart = {}

@@ -9,10 +9,10 @@ from typing import Any
 from converters.readers.source import Source
 from llmjax.checkpoint.graph_source import open_checkpoint
 from llmjax.checkpoint.loading import find_model, read_override
-from llmjax.checkpoint.parameters import stored_values
+from llmjax.checkpoint.parameters import adapter_for
 from llmjax.checkpoint.plan import Override, Plan
 from llmjax.checkpoint.rescue import proven_plan
-from llmjax.lora.adapter import Adapter, AnyLora, read_adapter
+from llmjax.lora.adapter import Adapter, AnyLora
 from llmjax.lora.merge import Merge
 from llmjax.quant.schemes import Recipe, parse
 
@@ -67,8 +67,6 @@ def opened(
     found = open_checkpoint(find_model(source))
     try:
         plan = proven_plan(found, recipe, override)
-        values = stored_values(found, plan)
-        adapter = None if lora is None else read_adapter(lora, plan.architecture, plan.config, values)
-        yield Checkpoint(found, plan, recipe, override, adapter)
+        yield Checkpoint(found, plan, recipe, override, adapter_for(found, plan, lora))
     finally:
         found.close()

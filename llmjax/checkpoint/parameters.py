@@ -16,7 +16,7 @@ from converters.readers.source import Source, TensorSpec
 from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.checkpoint.plan import Assignment, Plan
 from llmjax.errors import CheckpointError, ConfigError, named
-from llmjax.lora.adapter import Delta, Values
+from llmjax.lora.adapter import Adapter, AnyLora, Delta, read_adapter
 from llmjax.lora.merge import Merge, merged_rows
 from llmjax.models.config import DecoderConfig
 from llmjax.quant import gguf
@@ -167,16 +167,18 @@ def stored(source: Source, plan: Plan, merge: Merge) -> Iterator[Stored]:
             source.release(spec.name)
 
 
-def stored_values(source: Source, plan: Plan) -> Values:
-    """The parameters of a checkpoint that is not read yet, each as it is stored."""
+def adapter_for(source: Source, plan: Plan, lora: AnyLora | Adapter | None) -> Adapter | None:
+    """An adapter that goes with a checkpoint, which is not read for it but for what the adapter's file holds of it."""
+    if lora is None:
+        return None
     assignments = {assignment.parameter: assignment for assignment in plan.assignments}
 
-    def value(name: str) -> Parameter | None:
+    def as_stored(name: str) -> Parameter | None:
         if name not in assignments:
             return None
         return _read(source, assignments[name], None, None, Merge({}, None, None), False, False)
 
-    return value
+    return read_adapter(lora, plan.architecture, plan.config, as_stored)
 
 
 def packed_tensor(source: Source, name: str) -> QTensor | None:

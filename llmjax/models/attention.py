@@ -19,7 +19,7 @@ from llmjax.models.context import Context
 from llmjax.models.pages import block as cut
 from llmjax.models.pages import whole
 from llmjax.products.sums import by_cache
-from llmjax.quant.bits import from_storage
+from llmjax.quant.bits import from_storage, rounded_off
 
 # Not -inf: the running maximum of a block that is masked for some row must stay finite, or exp(-inf - -inf) makes NaN.
 MASKED = -1e30
@@ -108,15 +108,8 @@ def _alibi_bias(slopes: jax.Array, keys: jax.Array, rounded: bool) -> jax.Array:
     """float32 ``[B, K, G, 1, S]`` for keys ``[B, S]``; ``rounded`` rounds slopes, positions and product to bfloat16
     (transformers' build_alibi_tensor)."""
     positions = keys.astype(jnp.float32)[:, None, None, None]
-    round_ = _to_bfloat16 if rounded else lambda x: x
+    round_ = partial(rounded_off, bits=16) if rounded else lambda x: x  # to bfloat16
     return round_(round_(slopes) * round_(positions))
-
-
-def _to_bfloat16(x: jax.Array) -> jax.Array:
-    """float32 x, none of it NaN, rounded to bfloat16: a pair of casts XLA may drop, and a kernel of Triton's has no
-    ``lax.reduce_precision``."""
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    return lax.bitcast_convert_type((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000, jnp.float32)
 
 
 def _grouped(q: jax.Array, num_kv: int) -> jax.Array:

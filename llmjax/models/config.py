@@ -122,6 +122,26 @@ class DecoderConfig:
         raise NotImplementedError
 
 
+@dataclasses.dataclass(frozen=True)
+class MixedConfig(DecoderConfig):
+    """Of models in which some layers attend and the others mix tokens in a way of their own.
+
+    Attributes:
+      kinds_of_layers: ``FULL``, or the name of the other way.
+    """
+
+    kinds_of_layers: tuple[str, ...]
+
+    @property
+    def kinds(self) -> tuple[Hashable, ...]:
+        """See ``DecoderConfig``."""
+        return self.kinds_of_layers
+
+    def attention(self, layer: int) -> tuple[int, int] | None:
+        """See ``DecoderConfig.attention``."""
+        return super().attention(layer) if self.kinds_of_layers[layer] == FULL else None
+
+
 def dimensions(
     r: Reader,
     *,
@@ -170,6 +190,17 @@ def check_rope_types(r: Reader) -> None:
         )
 
 
+def layer_kinds(r: Reader, allowed: tuple[str, str], default: Sequence[str]) -> tuple[str, ...]:
+    """``layer_types``, each layer's one of two; ``default`` where it is absent, ``FULL`` where it is wrong."""
+    layers = len(default)
+    found = r.get("layer_types", list(default))
+    if not isinstance(found, list) or len(found) != layers or any(kind not in allowed for kind in found):
+        expected = " or ".join(map(repr, allowed))
+        r.problem(f"layer_types: expected {layers} of {expected}, found {shown(found)}")
+        return (FULL,) * layers
+    return tuple(found)
+
+
 def layer_windows(r: Reader, kinds: Sequence[str], window: int | None) -> tuple[int | None, ...]:
     """Each layer's sliding window in tokens; None sees all of the past.
 
@@ -178,11 +209,7 @@ def layer_windows(r: Reader, kinds: Sequence[str], window: int | None) -> tuple[
       kinds: ``FULL`` or ``SLIDING`` for each layer, where ``layer_types`` is absent.
       window: of the layers that slide.
     """
-    layers = len(kinds)
-    found = r.get("layer_types", list(kinds))
-    if not isinstance(found, list) or len(found) != layers or any(kind not in (FULL, SLIDING) for kind in found):
-        r.problem(f"layer_types: expected {layers} of {SLIDING!r} or {FULL!r}, found {shown(found)}")
-        return (None,) * layers
+    found = layer_kinds(r, (SLIDING, FULL), kinds)
     if window is None and SLIDING in found:
         r.problem(f"sliding_window: null or switched off, but there are layers of type {SLIDING!r}")
     return tuple(window if kind == SLIDING else None for kind in found)

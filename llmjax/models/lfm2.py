@@ -6,7 +6,7 @@ in pages as keys are, so that whatever holds for them holds for it.
 """
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Self
 
 import jax
@@ -16,7 +16,7 @@ from flax import linen as nn
 from llmjax.errors import shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.attention import Scores
-from llmjax.models.config import FULL, MOST_LAYERS, DecoderConfig, dimensions
+from llmjax.models.config import FULL, MOST_LAYERS, MixedConfig, dimensions, layer_kinds
 from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import (
@@ -39,23 +39,13 @@ CONVOLUTION = "conv"
 
 
 @dataclasses.dataclass(frozen=True)
-class Lfm2Config(DecoderConfig):
+class Lfm2Config(MixedConfig):
     """``Lfm2ForCausalLM``."""
 
     norm_eps: float
     rope: Rope
     kernel: int  # tokens a convolution sees, the newest included
     conv_bias: bool
-    kinds_of_layers: tuple[str, ...]  # FULL or CONVOLUTION
-
-    @property
-    def kinds(self) -> tuple[Hashable, ...]:
-        """See ``DecoderConfig``."""
-        return self.kinds_of_layers
-
-    def attention(self, layer: int) -> tuple[int, int] | None:
-        """See ``DecoderConfig.attention``."""
-        return super().attention(layer) if self.kinds_of_layers[layer] == FULL else None
 
     def cache(self, layer: int) -> Mapping[str, Mapping[str, tuple[int, int]]]:
         """See ``DecoderConfig.cache``."""
@@ -101,11 +91,7 @@ def _kinds(r: Reader, layers: int) -> tuple[str, ...]:
     if not isinstance(attends, list) or not all(type(i) is int and 0 <= i < listed for i in attends):
         r.problem(f"full_attn_idxs: expected numbers of layers from 0 to {listed - 1}, found {shown(attends)}")
         attends = []
-    kinds = r.get("layer_types", [FULL if i in attends else CONVOLUTION for i in range(layers)])
-    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (FULL, CONVOLUTION) for kind in kinds):
-        r.problem(f"layer_types: expected {layers} of {FULL!r} or {CONVOLUTION!r}, found {shown(kinds)}")
-        kinds = [FULL] * layers
-    return tuple(kinds)
+    return layer_kinds(r, (FULL, CONVOLUTION), [FULL if i in attends else CONVOLUTION for i in range(layers)])
 
 
 class ShortConvolution(nn.Module):

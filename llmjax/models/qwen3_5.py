@@ -2,16 +2,15 @@
 weighs."""
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Self
 
 import jax
 from flax import linen as nn
 
-from llmjax.errors import shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.attention import Scores
-from llmjax.models.config import FULL, DecoderConfig, dimensions
+from llmjax.models.config import FULL, MOST_HEAD_DIM, MOST_HEADS, MixedConfig, dimensions, layer_kinds
 from llmjax.models.context import Context, tap
 from llmjax.models.delta import GatedDelta
 from llmjax.models.hf_config import Reader
@@ -26,7 +25,8 @@ from llmjax.models.layers import (
     language_head,
     sigmoid,
 )
-from llmjax.models.names import From, Names, depthwise, hf_names
+from llmjax.models.llama import HF_NAMES
+from llmjax.models.names import From, Names, depthwise
 from llmjax.models.rope import Rope
 from llmjax.models.stack import in_turn
 
@@ -34,7 +34,7 @@ LINEAR = "linear_attention"
 
 
 @dataclasses.dataclass(frozen=True)
-class Qwen3_5Config(DecoderConfig):
+class Qwen3_5Config(MixedConfig):
     """``Qwen3_5ForCausalLM``."""
 
     rms_norm_eps: float
@@ -46,16 +46,6 @@ class Qwen3_5Config(DecoderConfig):
     key_dim: int
     value_dim: int
     kernel: int  # tokens its convolution sees, the newest included
-    kinds_of_layers: tuple[str, ...]  # FULL or LINEAR
-
-    @property
-    def kinds(self) -> tuple[Hashable, ...]:
-        """See ``DecoderConfig``."""
-        return self.kinds_of_layers
-
-    def attention(self, layer: int) -> tuple[int, int] | None:
-        """See ``DecoderConfig.attention``."""
-        return super().attention(layer) if self.kinds_of_layers[layer] == FULL else None
 
     def carried(self, layer: int) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
         """See ``DecoderConfig.carried``."""
@@ -77,9 +67,11 @@ class Qwen3_5Config(DecoderConfig):
         r.expect("attn_output_gate", (True,), True)
         r.expect("mlp_only_layers", ([],), [])
         shared = dimensions(r, tied=False, context=32768, kv_heads=4, head_dim=256)
-        heads, most = (r.size("linear_num_key_heads", 16), r.size("linear_num_value_heads", 32)), 1 << 16
-        if max(heads) > most or heads[1] % heads[0]:
-            r.problem(f"linear_num_value_heads: {heads[1]} is not a multiple of linear_num_key_heads {heads[0]}")
+        key_heads = r.size("linear_num_key_heads", 16, MOST_HEADS)
+        value_heads = r.size("linear_num_value_heads", 32, MOST_HEADS)
+        if value_heads % key_heads:
+            r.problem(f"linear_num_value_heads: {value_heads} is not a multiple of linear_num_key_heads {key_heads}")
+        layers, every = shared["num_hidden_layers"], r.size("full_attention_interval", 4)
         return cls(
             **shared,
             rms_norm_eps=r.number("rms_norm_eps", 1e-6),
@@ -87,26 +79,19 @@ class Qwen3_5Config(DecoderConfig):
             # Parts of a head turn by an image's rows and columns, in text all by the token's position.
             rope=r.rope(shared["head_dim"], fraction=0.25, known=("mrope_section", "mrope_interleaved")),
             bias=r.flag("attention_bias", False),
-            key_heads=heads[0],
-            value_heads=heads[1],
-            key_dim=r.size("linear_key_head_dim", 128, most),
-            value_dim=r.size("linear_value_head_dim", 128, most),
-            kernel=r.size("linear_conv_kernel_dim", 4, most),
-            kinds_of_layers=_kinds(r, shared["num_hidden_layers"]),
+            key_heads=key_heads,
+            value_heads=value_heads,
+            key_dim=r.size("linear_key_head_dim", 128, MOST_HEAD_DIM),
+            value_dim=r.size("linear_value_head_dim", 128, MOST_HEAD_DIM),
+            kernel=r.size("linear_conv_kernel_dim", 4, MOST_HEAD_DIM),
+            kinds_of_layers=layer_kinds(
+                r, (LINEAR, FULL), [LINEAR if (i + 1) % every else FULL for i in range(layers)]
+            ),
         )
 
     def module(self) -> "Qwen3_5":
         """See ``DecoderConfig.module``."""
         return Qwen3_5(self)
-
-
-def _kinds(r: Reader, layers: int) -> tuple[str, ...]:
-    every = r.size("full_attention_interval", 4)
-    kinds = r.get("layer_types", [LINEAR if (i + 1) % every else FULL for i in range(layers)])
-    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in (FULL, LINEAR) for kind in kinds):
-        r.problem(f"layer_types: expected {layers} of {LINEAR!r} or {FULL!r}, found {shown(kinds)}")
-        kinds = [FULL] * layers
-    return tuple(kinds)
 
 
 class GatedAttention(nn.Module):
@@ -170,22 +155,10 @@ class Qwen3_5(nn.Module):
 
 
 def names(config: Qwen3_5Config) -> Names:
-    """As Qwen3's, and those of linear attention."""
+    """Llama's, and those of linear attention."""
     linear = "model.layers.{}.linear_attn"
     return {
-        **hf_names(
-            attn_norm="input_layernorm",
-            q="self_attn.q_proj",
-            k="self_attn.k_proj",
-            v="self_attn.v_proj",
-            o="self_attn.o_proj",
-            q_norm="self_attn.q_norm",
-            k_norm="self_attn.k_norm",
-            mlp_norm="post_attention_layernorm",
-            gate="mlp.gate_proj",
-            up="mlp.up_proj",
-            down="mlp.down_proj",
-        ),
+        **HF_NAMES,
         "layers.{}.delta.qkv": f"{linear}.in_proj_qkv",
         "layers.{}.delta.gate": f"{linear}.in_proj_z",
         "layers.{}.delta.beta": f"{linear}.in_proj_b",

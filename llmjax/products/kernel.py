@@ -24,6 +24,7 @@ from jax.experimental.pallas import triton as plt
 
 from llmjax.products.sums import total
 from llmjax.products.tiles import rows_dot
+from llmjax.quant.bits import rounded_off
 from llmjax.quant.qtensor import QTensor, columns, integers
 
 # Of one program, at most: output channels and rows, whose sums an SM's registers hold twice.
@@ -134,10 +135,7 @@ def _split(x: Any, pieces: Any, scales: Any) -> None:
         for part in range(count):
             at, there, values = load(i, part)
             values = values * factor
-            bits = lax.bitcast_convert_type(values, jnp.int32)
-            # To 11 bits, the even one of two as near: casts to and fro a compiler may drop.
-            bits = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF
-            large = lax.bitcast_convert_type(bits, jnp.float32)
+            large = rounded_off(values, 13)  # as float16 has it
             for piece, value in enumerate((values - large, large)):
                 plt.store(pieces.at[np.int32(piece), np.int32(part), row, at], value.astype(jnp.float16), mask=there)
         return carry

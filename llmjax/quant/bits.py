@@ -50,6 +50,14 @@ def from_storage(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     return lax.bitcast_convert_type(x, dtype) if x.dtype != dtype else x
 
 
+def rounded_off(x: jax.Array, bits: int) -> jax.Array:
+    """float32 x, none of it NaN, without the last ``bits`` of its mantissa: the nearest, of two the even one.  A pair
+    of casts XLA may drop, and Triton has no ``lax.reduce_precision``."""
+    found = lax.bitcast_convert_type(x, jnp.int32)
+    found = found + (1 << bits - 1) - 1 + ((found >> bits) & 1)
+    return lax.bitcast_convert_type(found & -(1 << bits), jnp.float32)
+
+
 def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
     """``table[ids]`` along the first axis, differentiable in the table."""
     return _moved(partial(jnp.take, axis=0), table, ids)

@@ -139,8 +139,8 @@ def finetune(
 def _new(model: Model, config: TrainConfig) -> Adapter:
     adapter = new_adapter(model, config.lora, seed=config.seed)
     # Some modules are narrow (four columns of AltUp's) and take any rank, as with peft; all of them are a mistake.
-    widest = max(adapter.targets, key=lambda target: min(target.shape))
     if all(target.rank > min(target.shape) for target in adapter.targets):
+        widest = max(adapter.targets, key=lambda target: min(target.shape))
         raise LoraError(
             f"rank: {widest.rank} is more than any module has; the largest, {widest.module}, is {list(widest.shape)}"
         )

@@ -13,12 +13,14 @@ from llmjax.runtime.cache import grown, make_cache
 from tests import tiny
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
-_COMMON = {
+_SIZES = {
     "vocab_size": 90,
     "hidden_size": 16,
     "intermediate_size": 24,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+}
+_COMMON = _SIZES | {
     "head_dim": 4,
     "sliding_window": 5,
     "vocab_size_per_layer_input": 90,
@@ -50,24 +52,14 @@ CONFIGS = {
         "moe_intermediate_size": 12,
     },
 }
-CONFIGS["lfm2"] = {
+CONFIGS["lfm2"] = _SIZES | {
     "model_type": "lfm2",
-    "vocab_size": 90,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "num_hidden_layers": 3,
     "block_multiple_of": 4,
     "full_attn_idxs": [1],
 }
-CONFIGS["qwen3_5"] = {
+CONFIGS["qwen3_5"] = _SIZES | {
     "model_type": "qwen3_5_text",
-    "vocab_size": 90,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "num_hidden_layers": 3,
     "head_dim": 8,
     "linear_num_key_heads": 2,
