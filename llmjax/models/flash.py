@@ -22,12 +22,15 @@ from jax.experimental.pallas import triton as plt
 from llmjax.numerics import Numerics
 from llmjax.quant.bits import from_storage
 
-# Queries of one program, by the bytes of a number, and keys in one of its turns: what an SM's registers hold of the
-# widest heads.  Tensor cores have no fewer than 16.
+# Queries of one program, by the bytes of a number, and keys in one of its turns: what an SM's registers hold of heads
+# of that width; of wider ones half as many queries.  Tensor cores have no fewer than 16.
 _QUERIES = {2: 64, 4: 16}
+_WIDTH = 256
 _KEYS = 32
 _FEWEST = 16
-_WIDEST = 256
+_WIDEST = 512
+# Bytes of a key that shared memory holds for two turns, on a card of 99 KB.
+_TWICE = 1024
 # Pages whose results are read at once: one after the other, each would wait for memory.
 _PARTS = 16
 
@@ -71,7 +74,9 @@ def flash_attention(
     batch, count, heads, width = q.shape
     num_kv, page, pages = *cache_k.shape[1:3], table.shape[1]
     rows = heads // num_kv * count
-    tile = min(_QUERIES[q.dtype.itemsize], max(_FEWEST, pl.next_power_of_2(rows)))
+    most = _QUERIES[q.dtype.itemsize] // (1 if width <= _WIDTH else 2)
+    tile = max(_FEWEST, min(most, pl.next_power_of_2(rows)))
+    stages = 2 if width * q.dtype.itemsize <= _TWICE else 1
     parts = pages if count == 1 else 1
     call = functools.partial(pl.pallas_call, interpret=interpret)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -85,7 +90,7 @@ def flash_attention(
         in_specs=[anywhere] * len(args),
         out_specs=[anywhere] * (1 if parts == 1 else 3),
         out_shape=[float32((*shape, width)), *([] if parts == 1 else [float32(shape)] * 2)],
-        compiler_params=plt.CompilerParams(num_warps=8 if tile * width > _QUERIES[2] * 128 else 4, num_stages=2),
+        compiler_params=plt.CompilerParams(num_warps=8 if tile * width > _QUERIES[2] * 128 else 4, num_stages=stages),
         name="attention",
     )(*args)
     if parts == 1:

@@ -26,6 +26,8 @@ CASES = [
     slow("hf", STEP, 70, None, 16, True),
     slow("hf", CHUNK, 40, 30.0, 8, True),
     slow("reference", CHUNK, None, None, 64, False),
+    slow("reference", STEP, None, None, 512, False),
+    slow("fast", CHUNK, 40, None, 272, False),
 ]
 
 

@@ -15,9 +15,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not knows_cuda(), reason="nee
 CARDS = [("a100", "int4"), ("b200", "int4-g32"), ("l4", "int8"), ("rtx5090", "int4")]
 
 
-def reports(kind, profile, *programs, model="config:gemma-2b", card="h100"):
-    command = [sys.executable, "scripts/gpu_programs.py", "--json", "--layers", "1", "--model", model, "--card", card]
-    command += ["--kinds", kind, "--profile", profile, "--programs", *programs]
+def reports(kind, profile, *programs, model="config:gemma-2b", card="h100", layers=1):
+    command = [sys.executable, "scripts/gpu_programs.py", "--json", "--layers", str(layers), "--model", model]
+    command += ["--card", card, "--kinds", kind, "--profile", profile, "--programs", *programs]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -67,6 +67,14 @@ def test_heads_of_any_width_and_other_scores_are_the_kernels(model, profile):
         assert found["waits"] == found["launched"] == (found["program"] == "decode-1")
         if found["program"] == "decode-1":
             assert found["written"] < 5e6
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
+def test_wide_heads_fit_into_the_smallest_memory(kind):
+    """Gemma 4's fifth layer has heads of 512; keys of packed models are float32."""
+    for found in reports(kind, "fast", "decode-1", "prefill-128", model="config:gemma-4-e2b-it", card="l4", layers=5):
+        check_any(found)
+        assert found["waits"] == found["launched"] == (found["program"] == "decode-1")
 
 
 def test_a_state_is_carried_on_where_it_lies():
