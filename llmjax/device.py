@@ -39,9 +39,11 @@ def platform_of(*trees: Any) -> str:
 
 @functools.cache
 def knows_cuda() -> bool:
-    """Whether kernels can be compiled for NVIDIA's cards: JAX's plugin is there, be there a card or not, and no card is
-    older than the first (A100) that Triton serves."""
+    """Whether kernels can be compiled for NVIDIA's cards: JAX's plugin is there, be there a card or not, and its way to
+    Triton, which JAX 0.11 says will go; and no card is older than the first (A100) that Triton serves."""
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        return False
+    if importlib.util.find_spec("jax.experimental.pallas.triton") is None:
         return False
     try:
         cards = jax.devices("cuda")

@@ -61,8 +61,12 @@ def test_cards_that_no_kernel_is_for(monkeypatch, cards, known):
         return [types.SimpleNamespace(compute_capability=card) for card in cards]
 
     monkeypatch.setattr(jax, "devices", devices)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "jax_cuda13_plugin" or None)
-    assert device.knows_cuda.__wrapped__() is known
+    for there, found in (
+        (("jax_cuda13_plugin", "jax.experimental.pallas.triton"), known),
+        (("jax_cuda13_plugin",), False),
+    ):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=there: name in there or None)
+        assert device.knows_cuda.__wrapped__() is found
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not device.knows_cuda.__wrapped__()
 
