@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax import lax
 
 from llmjax.errors import shown
 from llmjax.models.architecture import Architecture
@@ -172,6 +173,7 @@ class Laurel(nn.Module):
 
 def above_cutoff(share: float, activation: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """``activation`` of how far ``x [..., F]`` lies above the quantile ``share`` of its values, were they normal."""
+    x = lax.optimization_barrier(x)  # or a GPU's compiler computes the product that it is for each of its uses
     wide = x.astype(jnp.float32)
     mean, deviation = (f(wide, -1, keepdims=True).astype(x.dtype) for f in (jnp.mean, jnp.std))
     deviations = jnp.float32(NormalDist().inv_cdf(float(np.float32(share)))).astype(x.dtype)

@@ -77,6 +77,13 @@ def test_wide_heads_fit_into_the_smallest_memory(kind):
         assert found["waits"] == found["launched"] == (found["program"] == "decode-1")
 
 
+def test_a_gate_that_is_cut_off_is_computed_once():
+    """Gemma 3n asks for its mean and its deviation, too."""
+    (found,) = reports("bfloat16", "fast", "decode-1", model="config:gemma-3n-e2b-it")
+    check_any(found)
+    assert found["bound"]["of_limit"] > 0.97
+
+
 def test_a_state_is_carried_on_where_it_lies():
     """Turned for a step's sums, all of it would be copied at every call, and copied back."""
     (found,) = reports("bfloat16", "fast", "decode-1", model="config:qwen3.5-0.8b")
