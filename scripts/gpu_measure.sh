@@ -63,7 +63,7 @@ OPTIONS="from llmjax import device; device.knows_cuda = lambda: False" bench bf1
 OPTIONS="from llmjax import numerics as n; n.GPU_OPTIONS.clear(); n.GPU_LIBRARY.clear()" bench bf16-raced 90 --dtype bfloat16 "${one[@]}"
 XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=+WHILE" bench int4-buffered 90 --quantize int4 "${one[@]}"
 OPTIONS="from llmjax.products import defined; defined.FEW = 0" bench int4-products 90 --quantize int4 "${one[@]}"
-part table 20 "$python" - "$out" <<'EOF'
+"$python" - "$out" <<'EOF' | tee "$out/table.txt" # a second, of which there is always one
 import json, pathlib, sys
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*.txt")):
     try:
@@ -77,4 +77,3 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.txt")):
               f"  {s['bytes_per_second'] / 1e9:8.1f} GB/s  {s['flops_per_second'] / 1e12:7.2f} TFLOP/s"
               f"  {s['of_limit']:5.0%} of the limit ({s['bound']})")
 EOF
-cat "$out/table.txt"
