@@ -88,9 +88,9 @@ def shapes_of(model: str, kind: str, layers: int | None) -> tuple[Any, dict[str,
         scheme = recipe.scheme(name) if recipe else None
         leaf: Any = jax.ShapeDtypeStruct(shape, "bfloat16" if recipe else kind)
         if scheme is not None:  # of one row, which is as the others are
-            one = np.ones((1, shape[1]), np.float32)
+            one = np.ones((*(1 for _ in shape[1:]), shape[-1]), np.float32)
             row = made(lambda start, stop, one=one: one, one.shape, one.dtype, scheme, name)  # type: ignore[misc]
-            leaf = jax.tree.map(lambda x, out=shape[0]: jax.ShapeDtypeStruct((out, *x.shape[1:]), x.dtype), row)
+            leaf = jax.tree.map(lambda x, of=shape[:-1]: jax.ShapeDtypeStruct((*of, x.shape[-1]), x.dtype), row)
         put_at(params, path_of(name), leaf)
     return config, params
 
