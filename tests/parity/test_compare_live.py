@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 import llmjax
-from tests.parity import golden, reference
+from tests.parity import golden
 
 pytest.importorskip("torch", reason="parity extra not installed")
 pytest.importorskip("transformers", reason="parity extra not installed")
+reference = pytest.importorskip("tests.parity.reference")
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CASES = Path(__file__).parents[1] / "data" / "cases"
