@@ -214,14 +214,14 @@ class Reader:
         return self._build_rope(spec, theta, fraction, head_dim)
 
     def _check_kind(self, key: str, old: Any, new: Any) -> None:
-        """Refuses a scaling of some layers whose kind stands under ``type``: transformers 4 reads it there, 5 leaves
-        such layers unscaled."""
+        """Refuses a scaling of global layers alone whose kind stands under ``type``: transformers 4 reads it there, 5
+        leaves them unscaled."""
         old, new = (entries if isinstance(entries, dict) else {} for entries in (old, new))
         kind = old.get("type")
         if kind not in (None, "default") and old.get("rope_type") is None and new.get("rope_type") is None:
             self.problem(
-                f"{key}.type: {shown(kind)} scales the rotation in transformers 4 and not in 5, where layers rotate "
-                "differently; name it rope_type, or take it out"
+                f"{key}.type: {shown(kind)} scales the rotation of global layers in transformers 4 and not in 5; "
+                "name it rope_type, or take it out"
             )
 
     def _check_same(self, old: dict[str, Any], new: dict[str, Any], what: str, rest: dict[str, Any]) -> None:

@@ -148,7 +148,7 @@ def test_descriptions_of_global_layers_must_agree():
 def test_a_kind_of_scaling_that_not_every_transformers_reads_is_refused(kind):
     """5 writes its own default beside ``type`` where global layers alone are scaled, and goes by that."""
     linear = {"type": "linear", "factor": 2.0}
-    assert "rope_scaling.type: 'linear' scales the rotation in transformers 4 and" in refusal(kind, rope_scaling=linear)
+    assert "rope_scaling.type: 'linear' scales the rotation of global" in refusal(kind, rope_scaling=linear)
     assert read(kind, rope_scaling=linear | {"rope_type": "linear"}) != read(kind)
     assert read(kind, rope_scaling={"type": "default"}) == read(kind)
 
