@@ -128,6 +128,43 @@ def one_head(right: Any) -> Any:
     return repeat
 
 
+def windowed(width: int) -> Callable[[Any], Any]:
+    """Attention that sees no farther back than so many tokens."""
+
+    def make(right: Any) -> Any:
+        def attend(module: Any, q: Any, k: Any, v: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
+            far = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(-width)
+            return right(module, q, k, v, mask.masked_fill(far, -1e30), *args, **kwargs)
+
+        return attend
+
+    return make
+
+
+def in_sequence(i: int) -> Callable[[Any], None]:
+    """Gives a parallel block's MLP the norm of the sum that attention is in."""
+
+    def fault(model: Any) -> None:
+        block, seen = layer(model, i), {}
+        norm = block.input_layernorm
+
+        def normed(module: Any, args: Any) -> Any:
+            x = seen["in"] + seen["attn"]
+            return (torch.nn.functional.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps),)
+
+        block.register_forward_pre_hook(lambda module, args: seen.update({"in": args[0]}))
+        block.self_attn.register_forward_hook(lambda module, args, out: seen.update(attn=out[0]))
+        block.mlp.register_forward_pre_hook(normed)
+
+    return fault
+
+
+def one_scale(w: torch.Tensor) -> torch.Tensor:
+    """To 8 bits with one scale for all."""
+    scale = w.abs().max() / 127
+    return torch.round(w / scale) * scale
+
+
 def more_bias(get: Callable[[Any], Any]) -> Callable[[Any], None]:
     def fault(model: Any) -> None:
         get(model).bias.data += torch.linspace(-0.05, 0.05, len(get(model).bias))
@@ -285,6 +322,9 @@ THEIRS: dict[str, tuple[str, Callable[[Any], None], str, str]] = {
     "phi epsilon": ("phi", attribute(sub(1, "input_layernorm"), eps=1e-2), "layers.1.attn_norm", "norm_eps"),
     "phi norm's bias missing": ("phi", no_bias(sub(2, "input_layernorm")), "layers.2.attn_norm", "bias"),
     "phi norm takes no mean away": ("phi", forward(sub(1, "input_layernorm"), lambda n: lambda x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + n.eps) * n.weight + n.bias), "layers.1.attn_norm", "norm_kind"),
+    "phi attention and MLP in sequence": ("phi", in_sequence(1), "layers.1.mlp", "residual"),
+    "phi down in int8 with one scale": ("phi", weight(sub(1, "mlp.fc2"), one_scale), "layers.1.mlp.down", "quantization"),
+    "phi window where there is none": ("phi", patched("eager_attention_forward", windowed(6)), "layers.0.attn", "window"),
     "phi rope base": ("phi", theta(1e6, 8), "layers.0.attn", "rope_theta"),
     "falcon tanh gelu": ("falcon_6_heads_no_bias", attribute(sub(1, "mlp"), act=torch.nn.GELU(approximate="tanh")), "layers.1.mlp.act", "activation"),
     "falcon dense scaled": ("falcon_7b", scaled(sub(1, "self_attention.dense"), 0.5), "layers.1.attn.o", "weight"),

@@ -29,6 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
     words = list(sys.argv[1:] if argv is None else argv)
+    code = _run(words)
+    if code == 130 and argv is None:  # one more Ctrl-C could only stop Python's own end, which would show a traceback
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return code
+
+
+def _run(words: list[str]) -> int:
     args = _parser().parse_args(words, argparse.Namespace(command=shlex.join(["llmjax", *words])))
     try:
         with warnings.catch_warnings(), _no_interrupt_lost():

@@ -45,7 +45,7 @@ class FalconConfig(DecoderConfig):
         r.expect("head_dim", (width,), width)
         r.expect("n_embed", (hidden,), hidden)
         grouped = r.flag("new_decoder_architecture", False)
-        alibi, parallel = r.flag("alibi", False), r.flag("parallel_attn", True)
+        alibi, parallel = r.flag("alibi", False), _true(r, "parallel_attn")
         r.context = r.size("max_position_embeddings", 2048)
         if alibi:
             r.ignore("rope_theta", "rope_scaling", "rope_parameters")
@@ -58,7 +58,7 @@ class FalconConfig(DecoderConfig):
             num_key_value_heads=_kv_heads(r, heads, grouped),
             head_dim=width,
             max_position_embeddings=r.context,
-            tie_word_embeddings=r.flag("tie_word_embeddings", True),
+            tie_word_embeddings=_true(r, "tie_word_embeddings"),
             layer_norm_epsilon=r.number("layer_norm_epsilon", 1e-5),
             activation=r.activation("activation", "gelu"),
             bias=r.flag("bias", False),
@@ -72,9 +72,13 @@ class FalconConfig(DecoderConfig):
         return Falcon(self)
 
 
+def _true(r: Reader, key: str) -> bool:
+    """A flag that is set where it is absent, and not where it is null, which transformers takes for false."""
+    return bool(r.nullable(r.flag, key, True))
+
+
 def _kv_heads(r: Reader, heads: int, grouped: bool) -> int:
-    multi_query = r.flag("multi_query", True)
-    if not grouped and multi_query:
+    if _true(r, "multi_query") and not grouped:
         r.ignore("num_kv_heads")  # the files of 7B say 71
         return 1
     found = r.size("num_kv_heads", heads)

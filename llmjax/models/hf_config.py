@@ -187,6 +187,8 @@ class Reader:
             "partial_rotary_factor": self._config.get("partial_rotary_factor", 1.0 if fraction is None else fraction),
             "original_max_position_embeddings": original,
         }
+        if layer_type is not None and scaling_key is not None:
+            self._check_kind(scaling_key, *places.values())
         entries: dict[str, Any] = {}
         for key, value in places.items():
             if value is not None and not isinstance(value, dict):
@@ -203,11 +205,24 @@ class Reader:
         theta = entries.pop("rope_theta", theta if theta_key is None else self.get(theta_key, theta))
         whole = fraction is None and spec.kind != "proportional"
         fraction = 1.0 if fraction is None else fraction
-        fraction = entries.pop("partial_rotary_factor", self.get("partial_rotary_factor", fraction))
+        # Null is no default but where that is the whole head: transformers rotates all of it, or fails.
+        beside = self.nullable(self.get, "partial_rotary_factor", fraction)
+        fraction = entries.pop("partial_rotary_factor", 1.0 if beside is None and fraction == 1 else beside)
         if whole and fraction != 1:
             self.problem(f"partial_rotary_factor: {shown(fraction)} is not supported here, expected 1.0")
             fraction = 1.0
         return self._build_rope(spec, theta, fraction, head_dim)
+
+    def _check_kind(self, key: str, old: Any, new: Any) -> None:
+        """Refuses a scaling of global layers alone whose kind stands under ``type``: transformers 4 reads it there, 5
+        leaves them unscaled."""
+        old, new = (entries if isinstance(entries, dict) else {} for entries in (old, new))
+        kind = old.get("type")
+        if kind not in (None, "default") and old.get("rope_type") is None and new.get("rope_type") is None:
+            self.problem(
+                f"{key}.type: {shown(kind)} scales the rotation of global layers in transformers 4 and not in 5; "
+                "name it rope_type, or take it out"
+            )
 
     def _check_same(self, old: dict[str, Any], new: dict[str, Any], what: str, rest: dict[str, Any]) -> None:
         """Refuses two descriptions of one rope that differ (transformers takes the older), each with the ``rest`` where

@@ -22,7 +22,7 @@ from llmjax.oracle.floors import CLASSES, MARGIN, Allowed, allowed
 from llmjax.oracle.measure import MismatchError, Tap, compared, fitted, measure
 from llmjax.oracle.metrics import logits_report
 from llmjax.oracle.names import Named, named
-from llmjax.oracle.patching import faults
+from llmjax.oracle.patching import judged
 from llmjax.oracle.stages import Stages
 from llmjax.oracle.trace import Trace, trace
 from llmjax.oracle.verdict import Explained, caveats, explain
@@ -176,7 +176,7 @@ def _compare(
         )
         if not found.beyond:
             break
-    proven = faults(stages, known, taps, found) if found.beyond else []
+    found, proven = judged(stages, known, taps, found, permitted)
     identical = all(tap.equal for tap in taps)
     logits: dict[str, Any] | None = None
     positions: Sequence[Mapping[str, Any]] = ()
@@ -353,9 +353,9 @@ def _two_dumps(
         taps.append(compared(name, a, b))
         if name == "logits":
             logits, positions = logits_report(a.astype(np.float32), b.astype(np.float32), theirs.token_ids, None)
-    worst = max(tap.gap.error for tap in taps)
-    flips = logits["flips_beyond_margin"] if logits else 0
-    known = [c for c in permitted.singles if c in _WITHOUT_MODEL]
+    worst, flips = max(tap.gap.error for tap in taps), logits["flips_beyond_margin"] if logits else 0
+    few = permitted.declared or len(taps) > 1  # one array alone shows no weights of few bits
+    known = [c for c in permitted.singles if c in _WITHOUT_MODEL and (few or "int" not in c)]
     holds = [c for c in known if worst <= _WITHOUT_MODEL[c] and not flips]
     limit = _WITHOUT_MODEL[(holds[:1] or known[-1:] or ["float32"])[0]]
     verdict = "identical" if all(tap.equal for tap in taps) else "equivalent" if holds else "different"

@@ -103,7 +103,7 @@ def open_dump(path: str | Path) -> Dump:
                     names[name] += 1
                     arrays[name] = stored
             except _DAMAGED as error:
-                text = _line(error)
+                text = error.strerror if isinstance(error, OSError) and error.strerror else _line(error)
                 raise RequestError(
                     text if str(file) in text else f"{file}: not a readable array file: {text}"
                 ) from None

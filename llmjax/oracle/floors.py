@@ -164,13 +164,13 @@ _SPELLINGS = {
     "float16": r"\b(fp16|float16|f16|half)\b",
     "bfloat16": r"\b(bf16|bfloat16)\b",
     "dynamic_int8": r"dynamic|w[48]a8|mediapipe_cpu|\bint8 activations",
-    "int8": r"int8|q8|wi?8|8.?bit",
-    "int4": r"int[2-6]|q[2-6]|wi?4|nf4|fp4|(?<!\d)[2-6].?bit|^(?!.*8).*(gptq|awq)",
+    "int8": r"int8|q8|wi?8|8.?bit|\bbits\W+8\b",
+    "int4": r"int[2-6]|q[2-6]|wi?4|nf4|fp4|(?<!\d)[2-6].?bit|\bbits\W+[2-6]\b|^(?!.*8).*(gptq|awq)",
     "cache16": r"cache16",
     "gelu16": r"gelu16",
 }
-# Quantizations that are none.
-_PLAIN = r"none|no|false|null|(bf|fp?|float|bfloat)(16|32)"
+# Quantizations and dtypes that are none, or no narrower than float32.
+_PLAIN = r"none|no|false|null|(torch\.|jnp\.|np\.)?((bf|fp?|float|bfloat)(16|32|64)|single|double)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Allowed:
     Attributes:
       singles: each alone, from narrow to wide.
       declared: the candidate says so itself, or ``--class`` does.
-      unread: a quantization that it declares and that is no class of ours.
+      unread: what it declares and is no class of ours.
     """
 
     singles: tuple[str, ...]
@@ -213,16 +213,27 @@ def allowed(manifest: Mapping[str, Any], forced: str | None) -> Allowed:
     declared = {key: manifest.get(key) for key in ("dtype", "numerics", "quantization")}
     if not any(declared.values()):
         return Allowed(tuple(CLASSES), False)
-    text = " ".join(str(value).lower() for value in declared.values() if value)
-    found = {name for name, pattern in _SPELLINGS.items() if re.search(pattern, text)}
+    said = {
+        key: f"{value} bit" if type(value) is int else str(value).lower() for key, value in declared.items() if value
+    }
+    found = {name for name, pattern in _SPELLINGS.items() if re.search(pattern, " ".join(said.values()))}
     if declared["dtype"] is None and not found & {"float16", "bfloat16"}:
         found |= set(_NARROW)  # nothing is said of activations
-    given = declared["quantization"]
-    known = not given or re.fullmatch(_PLAIN, str(given).lower()) or any("int" in name for name in found)
+    read = {
+        "quantization": any("int" in name for name in found),
+        "dtype": any(re.search(pattern, said.get("dtype", "")) for pattern in _SPELLINGS.values()),
+    }
+    unread = [f"the {key} {shown(declared[key])}" for key, known in read.items()
+              if not known and not re.fullmatch(_PLAIN, said.get(key, "none"))]  # fmt: skip
     singles = tuple(name for name in CLASSES if name in found | {"float32"})
-    return Allowed(singles, True, None if known else shown(given))
+    return Allowed(singles, True, " and ".join(unread) or None)
 
 
 def floor(measured: np.ndarray, float32: np.ndarray) -> np.ndarray:
-    """The most that an error may be, from what a way does and what another order of sums does."""
-    return MARGIN * np.hypot(np.maximum(measured, float32), LEAST)
+    """The most that errors ``[whole, worst token]`` may be, from what a way does and what another order of sums does.
+
+    Of the whole the noise may be ``MARGIN`` times as strong: the error of two arrays one of which is the other and
+    noise of ``r`` times its size is ``r / sqrt(2 + r^2)``, so that values which have nothing in common (1) never pass.
+    """
+    error = np.hypot(np.maximum(measured, float32), LEAST)
+    return MARGIN * error / np.sqrt([1 + (MARGIN**2 - 1) * error[0] ** 2, 1])

@@ -14,7 +14,7 @@ from flax.errors import FlaxError
 
 from llmjax.oracle.causes.base import Cause, Scene
 from llmjax.oracle.causes.catalogue import EVERYWHERE, catalogue
-from llmjax.oracle.floors import MARGIN
+from llmjax.oracle.floors import MARGIN, Allowed
 from llmjax.oracle.measure import Tap, inner, pair, patches, stage_values
 from llmjax.oracle.names import Named
 from llmjax.oracle.stages import PLAIN, Edit, Stages
@@ -23,6 +23,9 @@ from llmjax.oracle.verdict import Explained
 
 # A cause that explains this much is taken for proven, and what it heals elsewhere for the same fault.
 PROVEN = 0.9
+# A mistake that explains this much is likelier than an arithmetic that nobody declared; these words are no mistakes.
+_SURE = 0.99
+_ARITHMETIC = ("precision", "cache_precision", "quantization")
 # A cause that explains less is not worth a word.
 _WORTH = 0.3
 # What a mistake raises that this model's shapes, or what its layers hand on, leave no room for.
@@ -39,7 +42,24 @@ class _Tried:
     stage: int | None
 
 
-def faults(stages: Stages, named: Named, taps: Sequence[Tap], found: Explained) -> list[dict[str, Any]]:
+def judged(
+    stages: Stages, named: Named, taps: Sequence[Tap], found: Explained, permitted: Allowed
+) -> tuple[Explained, list[dict[str, Any]]]:
+    """What explains a candidate, and its faults.
+
+    A wide class that nobody declared holds nearly anything where little was dumped: where known mistakes in float32
+    take the whole error away, they are what explains it.
+    """
+    if found.beyond or permitted.declared or found.classes == ("float32",):
+        return found, faults(stages, named, taps, found)
+    narrow = Explained(("float32",), tuple(tap for tap in taps if tap.excess(("float32",)) > 1))
+    proven = faults(stages, named, taps, narrow, mistakes=True)
+    return (narrow, proven) if proven else (found, [])
+
+
+def faults(
+    stages: Stages, named: Named, taps: Sequence[Tap], found: Explained, mistakes: bool = False
+) -> list[dict[str, Any]]:
     """The faults of a candidate, in the order of computation.
 
     Args:
@@ -47,6 +67,7 @@ def faults(stages: Stages, named: Named, taps: Sequence[Tap], found: Explained) 
       named: the candidate's dump.
       taps: as measured.
       found: the classes of arithmetic, and the taps beyond them.
+      mistakes: all or nothing: none where one is not a mistake for sure, but another arithmetic or unknown.
     """
     bench = _Bench(stages, named, taps, found)
     left = list(found.beyond)
@@ -54,14 +75,24 @@ def faults(stages: Stages, named: Named, taps: Sequence[Tap], found: Explained) 
     proven: list[tuple[str, str]] = []
     while left:
         first = left[0]
+        if mistakes and len(bench.places(first)) > _FEW + 1:
+            return []  # of a whole model no one cause is worth a run, unless it must be
         tried = bench.try_causes(first, left, proven)
         best = tried[0] if tried and tried[0].explains >= PROVEN else None
+        if mistakes and not _surely(tried):
+            return []
         healed = [first, *(tap for tap in left[1:] if best and tap in best.healed)]
         if best:
             proven.insert(0, (best.cause.cause, best.cause.detail))
         faults.append(bench.fault(first, healed, tried, best))
         left = [tap for tap in left if tap not in healed]
     return faults
+
+
+def _surely(tried: Sequence[_Tried]) -> bool:
+    """Whether a mistake takes the error away, and no other arithmetic does."""
+    best = [one.cause.cause for one in tried if one.explains >= _SURE]
+    return bool(best) and not any(cause in _ARITHMETIC for cause in best)
 
 
 class _Bench:
@@ -77,6 +108,11 @@ class _Bench:
         if inner(tap) != tap:
             return [tap]
         return segment(tap, self.stages.shapes, self.dumped, self.stages.layers)
+
+    def places(self, tap: Tap) -> range:
+        """The stages that may be at fault for a tap."""
+        last = self.stages.stage_of(tap.name)
+        return range(min(self.stages.stage_of(step) for step in self.segment(tap.name)), last + 1)
 
     def values(self, stage: int) -> dict[str, np.ndarray]:
         """The candidate's, of one stage."""
@@ -114,28 +150,30 @@ class _Bench:
     def try_causes(self, tap: Tap, left: Sequence[Tap], proven: Sequence[tuple[str, str]]) -> list[_Tried]:
         """What each cause explains of a tap's own error, the best first."""
         steps = self.segment(tap.name)
-        last = self.stages.stage_of(tap.name)
-        first = min(self.stages.stage_of(step) for step in steps)
-        x = self.flow(first)
-        plain = self.run(first, last, x, PLAIN, None)
+        few = self.places(tap)
+        first, last = few[0], few[-1]
+        plain = self.run(first, last, self.flow(first), PLAIN, None)
         if inner(tap.name) != tap.name:
             return []
         theirs = self.values(last)[tap.name]
         tried = []
-        # A stage of the segment alone, or a mistake that is made in all of them.
-        places: list[int | None] = list(range(first, last + 1)) if last - first <= _FEW else [None]
+        # A stage of the segment alone (of many only the model's ends), or a mistake that is made in all of them.
+        ends = {-1, self.stages.layers}
+        places: list[int | None] = [*few] if len(few) <= _FEW + 1 else [None, *(at for at in few if at in ends)]
         if last > first and None not in places:
             places.append(None)
         for at in places:
             stage = last if at is None else at
             mine = {split(step)[1] for step in steps if at is None or self.stages.stage_of(step) == at}
             step = split(tap.name)[1] if stage == last else ""
-            under = partial(self.under, tap.name, first, last, x, at)
+            begin = first if at is None else at
+            where = (begin, last, self.flow(begin), at)
+            under = partial(self.under, tap.name, *where)
             scene = Scene(self.stages, stage, step, plain[tap.name], theirs, under)
             causes = catalogue(scene, mine) if at is not None else self.everywhere(scene, first, last, mine)
             for cause in sorted(causes, key=lambda c: (c.cause, c.detail) not in proven):
                 if cause.cause != "layer_order" or self.several(tap, left, steps):
-                    one = self.try_cause(tap, left, cause, (first, last, x, at), plain, theirs)
+                    one = self.try_cause(tap, left, cause, where, plain, theirs)
                     if one is not None and one.explains > _WORTH:
                         tried.append(one)
                         if one.explains > 0.97 and (cause.cause, cause.detail) in proven:

@@ -47,7 +47,9 @@ def caveats(allowed: Allowed, theirs: Dump) -> str:
     """What of a dump's own doing may be why no class explains it."""
     found = ""
     if allowed.unread:
-        found += f"; the quantization {allowed.unread} is no class of llmjax's (--class)"
+        found += f"; {allowed.unread} is no class of llmjax's (--class)"
+    if not allowed.declared and len(theirs.arrays) == 1:
+        found += "; one array alone shows no weights of few bits: if it has them, declare its quantization (or --class)"
     kinds = {stored.dtype for stored in theirs.arrays.values()} & {"float16", "bfloat16"} - set(allowed.singles)
     if kinds:
         found += f"; arrays are stored as {' and '.join(sorted(kinds))}, which rounds them: dump float32, or declare it"
@@ -55,7 +57,10 @@ def caveats(allowed: Allowed, theirs: Dump) -> str:
 
 
 def _traced(taps: Sequence[Tap], classes: Sequence[str], allowed: Allowed) -> bool:
-    """Whether at least one way of each class moved most of the steps that it would, or need not have."""
+    """Whether at least one way of each class moved most of the steps that it would, or need not have.
+
+    Weights of few bits move any step far: what one alone shows of them is no trace.
+    """
     return all(name == "float32" or allowed.declared or _moved(taps, name) for name in classes)
 
 
@@ -63,7 +68,7 @@ def _moved(taps: Sequence[Tap], name: str) -> bool:
     for way in range(len(taps[0].ways[name])):
         marks = [tap for tap in taps if _differs(tap, name, way)]
         moved = sum(tap.excess(("float32",)) > 1 for tap in marks)
-        if marks and moved >= TRACES * len(marks):
+        if len(marks) > ("int" in name) and moved >= TRACES * len(marks):
             return True
     return False
 

@@ -1,5 +1,6 @@
 """``scripts/dumps/transformers_dump.py``: what it writes of a real Hugging Face model is what ``compare`` reads."""
 
+import importlib
 import runpy
 import sys
 from pathlib import Path
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 
 import llmjax
-from tests.parity import golden, reference
+from tests.parity import golden
 
 pytest.importorskip("torch", reason="parity extra not installed")
 pytest.importorskip("transformers", reason="parity extra not installed")
+reference = pytest.importorskip("tests.parity.reference")
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CASES = Path(__file__).parents[1] / "data" / "cases"
@@ -32,16 +34,15 @@ def test_a_dump_of_transformers_is_the_model(kind, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def qwen2(tmp_path, monkeypatch):
-    """``(model, compared)``: ours, and what ``compare`` says of a run of theirs with faults."""
-    import transformers.models.qwen2.modeling_qwen2 as theirs
-
-    folder = golden.write("qwen2", tmp_path / "m")
+def compared(tmp_path, monkeypatch):
+    """What ``compare`` says of a run of theirs with faults."""
     record = runpy.run_path(str(SCRIPT))["record"]
     ids = np.random.default_rng(1).integers(3, 90, 24).tolist()
 
-    def compared(facts, *faults, **functions):
-        candidate = reference.load(folder, "qwen2")
+    def compared(kind, facts, *faults, **functions):
+        theirs = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+        folder = golden.write(kind, tmp_path / "m")
+        candidate = reference.load(folder, kind)
         for fault in faults:
             fault(candidate)
         for name, make in functions.items():
@@ -52,12 +53,39 @@ def qwen2(tmp_path, monkeypatch):
     return compared
 
 
+def by_module(report):
+    found = {}
+    for fault in report.faults:
+        found.setdefault(fault["module"], []).append((fault["causes"][0]["cause"], fault["causes"][0]["detail"]))
+    return found
+
+
 @pytest.mark.slow
-def test_small_mistakes_of_any_size_are_named(qwen2):
+def test_a_window_a_sequence_and_one_scale_are_named(compared):
+    f = runpy.run_path(str(SCRIPTS / "transformers_faults.py"))
+    report = compared(
+        "phi",
+        {"dtype": "float32"},
+        f["in_sequence"](1),
+        f["weight"](f["sub"](1, "mlp.fc2"), f["one_scale"]),
+        eager_attention_forward=f["windowed"](6),
+    )
+    window = [("window", "the window is 6 tokens")]
+    found = by_module(report)
+    assert {m: f for m, f in found.items() if m.endswith("probs")} == {
+        f"layers.{i}.attn.probs": window for i in range(len(report.map) - 2)
+    }
+    assert found["layers.1.mlp.up"] == [("residual", "attention and MLP are sequential, not parallel")]
+    assert found["layers.1.mlp.down"] == [("quantization", "the weight is rounded to int8 with one scale")]
+
+
+@pytest.mark.slow
+def test_small_mistakes_of_any_size_are_named(compared):
     """A base a little off, one head that meets another, rows out of order, a row and a bias that are other ones."""
     f = runpy.run_path(str(SCRIPTS / "transformers_faults.py"))
     sub = f["sub"]
-    report = qwen2(
+    report = compared(
+        "qwen2",
         {"dtype": "float32"},
         f["theta"](1000100, 14),
         f["rows"](sub(1, "mlp.down_proj"), [3, 4], [4, 3]),
@@ -65,9 +93,7 @@ def test_small_mistakes_of_any_size_are_named(qwen2):
         f["more_bias"](sub(2, "self_attn.k_proj")),
         repeat_kv=f["one_head"],
     )
-    found = {}
-    for fault in report.faults:
-        found.setdefault(fault["module"], []).append((fault["causes"][0]["cause"], fault["causes"][0]["detail"]))
+    found = by_module(report)
     everywhere = [
         ("rope_theta", "the base is 1.0001e+06"),
         ("head_mapping", "1 of 4 query heads meet other key/value heads (1 meets 1)"),
@@ -80,10 +106,9 @@ def test_small_mistakes_of_any_size_are_named(qwen2):
     }
 
 
-def test_a_cache_and_activations_of_sixteen_bits_are_one_arithmetic(qwen2):
+def test_a_cache_and_activations_of_sixteen_bits_are_one_arithmetic(compared):
     """As llama.cpp computes by default."""
     f = runpy.run_path(str(SCRIPTS / "transformers_faults.py"))
-    report = qwen2(
-        {"dtype": "float32", "numerics": "cache16, gelu16"}, f["activation16"], eager_attention_forward=f["cache16"]
-    )
+    facts = {"dtype": "float32", "numerics": "cache16, gelu16"}
+    report = compared("qwen2", facts, f["activation16"], eager_attention_forward=f["cache16"])
     assert (report.verdict, report.explained_by, report.faults) == ("equivalent", "cache16", [])

@@ -2,12 +2,13 @@
 
 import hypothesis
 import pytest
-import transformers
 from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers
 
 from llmjax.text.pretokenizers import PRE_TOKENIZERS
 from llmjax.text.reading import from_gguf
+
+transformers = pytest.importorskip("transformers", reason="parity extra not installed")
 
 # Whatever splits texts, and a byte-level vocabulary without merges.
 TEXTS = st.lists(

@@ -16,12 +16,13 @@ import llmjax
 from llmjax.cli.main import main
 from llmjax.errors import RequestError
 from llmjax.oracle import dump as dumps
-from llmjax.oracle.floors import allowed
+from llmjax.oracle.floors import allowed, floor
+from llmjax.oracle.measure import Tap
 from llmjax.oracle.metrics import gap, logits_report, narrowed
 from llmjax.oracle.names import layouts, named
 from llmjax.oracle.stages import Stages
 from llmjax.oracle.steps import segment
-from llmjax.oracle.verdict import caveats
+from llmjax.oracle.verdict import caveats, explain
 from tests import tiny
 
 IDS = np.random.default_rng(3).integers(0, 96, 12).tolist()
@@ -147,6 +148,10 @@ MALFORMED = {
         "a.safetensors",
     ),
     "truncated npz": (lambda f: (f / "b.npz").write_bytes(b"PK\3\4"), "b.npz"),
+    "a link to nothing": (
+        lambda f: (f / "b.npz").symlink_to(f / "nowhere.npz"),
+        "b.npz: not a readable array file: No such file",
+    ),
     "no arrays": (lambda f: (f / "a.safetensors").unlink(), "no arrays"),
     "integers": (lambda f: np.save(f / "embed.npy", np.zeros((2, 3), np.int64)), "expected floats"),
     "objects": (object_array, "x.npy"),
@@ -309,11 +314,26 @@ def test_what_a_dump_declares_limits_the_classes():
         assert "int4" in allowed({"quantization": said}, None).singles, said
     assert "int8" in allowed({"quantization": "weight_only_wi8_afp32"}, None).singles
     assert "int4" not in allowed({"quantization": "16-bit"}, None).singles
+    for bits in (8, {"bits": 8, "group_size": 32}):
+        assert allowed({"dtype": "float32", "quantization": bits}, None).singles == ("float32", "int8"), bits
     half = dumps.from_arrays("d", {}, np.arange(2), {"embed": np.ones((2, 3), np.float16)})
     said = caveats(allowed({"quantization": "fp8", "dtype": "float32"}, None), half)
     assert "'fp8' is no class" in said and "stored as float16" in said
     assert caveats(allowed({"dtype": "float16"}, None), half) == ""
+    assert "the dtype 'tf32' is no class" in caveats(allowed({"dtype": "tf32"}, None), half)
+    assert not allowed({"dtype": "torch.float32"}, None).unread
     assert allowed({"quantization": "fp8"}, None).unread and not allowed({"quantization": "none"}, None).unread
+
+
+def test_what_is_unrelated_passes_under_no_class():
+    """However far rounding goes: logits of zeros are 1 off, and one array alone shows no weights of few bits."""
+    assert floor(np.array([0.3, 0.5]), np.zeros(2))[0] < 0.8 and floor(np.ones(2), np.zeros(2))[0] < 1.001
+    ways = {"float32": [(np.zeros(2), np.zeros(2))], "int4": [(np.full(2, 0.1), np.full(2, 0.1))]}
+    apart = gap(np.ones((2, 3)), np.full((2, 3), 1.3))
+    taps = [Tap(name, apart, 0.0, False, np.full(2, 0.13), ways) for name in ("head", "logits")]
+    assert explain(taps, allowed({}, None)).name == "int4" and not explain(taps, allowed({}, None)).beyond
+    assert explain(taps[1:], allowed({}, None)).beyond
+    assert not explain(taps[1:], allowed({"quantization": {"bits": 4}}, None)).beyond
 
 
 def test_segments(traced):
@@ -403,6 +423,11 @@ def test_few_bits_are_equivalent_unless_float32_is_declared(model):
     assert llmjax.compare(model, with_arrays(trace, dtype="bfloat16")).explained_by == "bfloat16"
     assert llmjax.compare(model, with_arrays(trace, dtype="float32")).verdict == "different"
     assert llmjax.compare(model, with_arrays(trace, dtype="float32"), arithmetic="bfloat16").verdict == "equivalent"
+    # A mistake in all layers that takes the whole error away is likelier than 16 bits.
+    other = dataclasses.replace(model, config=dataclasses.replace(model.config, rms_norm_eps=1e-3))
+    layers = with_arrays(llmjax.trace(other, IDS), lambda name: name.endswith("resid"), **nothing)
+    report = llmjax.compare(model, layers)
+    assert report.verdict == "different" and {cause for _, cause in told(report)} == {"norm_eps"}
 
 
 def test_other_tokens_are_told_in_words(model, traced):

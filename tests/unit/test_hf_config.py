@@ -144,6 +144,15 @@ def test_descriptions_of_global_layers_must_agree():
     assert "rope_scaling and rope_parameters.full_attention: two descriptions" in message
 
 
+@pytest.mark.parametrize("kind", ["gemma3_text", "gemma3n_text", "olmo3"])
+def test_a_kind_of_scaling_that_not_every_transformers_reads_is_refused(kind):
+    """5 writes its own default beside ``type`` where global layers alone are scaled, and goes by that."""
+    linear = {"type": "linear", "factor": 2.0}
+    assert "rope_scaling.type: 'linear' scales the rotation of global" in refusal(kind, rope_scaling=linear)
+    assert read(kind, rope_scaling=linear | {"rope_type": "linear"}) != read(kind)
+    assert read(kind, rope_scaling={"type": "default"}) == read(kind)
+
+
 @ROTARY
 def test_other_rope_types_are_refused(kind):
     message = refusal(kind, rope_parameters={"rope_type": "axial", "factor": 2.0})
@@ -220,7 +229,7 @@ def test_a_scale_that_transformers_saves_and_does_not_apply():
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"])
 def test_whole_heads_rotate(kind):
-    assert read(kind, partial_rotary_factor=1.0) == read(kind)
+    assert read(kind, partial_rotary_factor=1.0) == read(kind, partial_rotary_factor=None) == read(kind)
     assert "partial_rotary_factor: 0.5 is not supported here" in refusal(kind, partial_rotary_factor=0.5)
 
 
@@ -232,6 +241,7 @@ def test_partial_rotation(kind, default):
     assert read(kind, partial_rotary_factor=0.4).rope.dims == 6
     assert read(kind, rope_parameters={"partial_rotary_factor": 0.4, "rope_theta": 1e4}).rope.dims == 6
     assert "rotary width: 16 * 0.2 = 3" in refusal(kind, partial_rotary_factor=0.2)
+    assert "partial_rotary_factor: expected a number in (0, 1]" in refusal(kind, partial_rotary_factor=None)
 
 
 def test_class_defaults_of_heads():
@@ -515,6 +525,11 @@ class TestFalcon:
     @pytest.mark.parametrize("multi_query", [True, False])
     def test_40b_ignores_multi_query(self, multi_query):
         assert read("falcon", **(FORTY_B | {"multi_query": multi_query})) == read("falcon", **FORTY_B)
+
+    def test_null_is_false(self):
+        """To transformers, whose class has no checked fields."""
+        keys = ("multi_query", "parallel_attn", "tie_word_embeddings")
+        assert read("falcon", **dict.fromkeys(keys)) == read("falcon", **dict.fromkeys(keys, False))
 
     def test_7b_ignores_its_number_of_key_heads(self):
         assert read("falcon", **SEVEN_B, num_kv_heads=71) == read("falcon", **SEVEN_B)

@@ -1,5 +1,6 @@
 """The floors of the house: who may import whom."""
 
+import ast
 import graphlib
 from pathlib import Path
 
@@ -74,3 +75,19 @@ def test_faces_alone_in_the_root_and_no_long_files():
 def test_every_package_says_what_belongs_in_it():
     for folder in {f.parent for top in ("llmjax", "converters") for f in (ROOT / top).rglob("*.py")}:
         assert (folder / "__init__.py").read_text(encoding="utf-8").startswith('"""'), folder
+
+
+def test_a_test_that_needs_an_extra_skips_without_it():
+    """An import at a file's head would fail where ``scripts/test.sh --no-parity`` collects it."""
+    extras = {"accelerate", "ai_edge_litert", "litert_lm", "peft", "ray", "torch", "transformers"}
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        found = {name for node in ast.parse(file.read_text(encoding="utf-8")).body for name in imported(node)}
+        assert not {n for n in found if n.split(".")[0] in extras or n == "tests.parity.reference"}, file
+
+
+def imported(node: ast.stmt) -> list[str]:
+    """What a statement imports, by its full names."""
+    if not isinstance(node, ast.Import | ast.ImportFrom):
+        return []
+    within = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+    return [within + alias.name for alias in node.names]

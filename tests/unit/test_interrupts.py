@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 import time
 
 import pytest
@@ -54,6 +55,19 @@ def test_none_is_lost(monkeypatch, capsys, interrupt):
     finally:
         signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "llmjax: interrupted\n"
+
+
+@pytest.mark.parametrize("end", [in_a_destructor, lambda: 130])  # the latter as a job ends
+def test_when_the_process_ends_one_more_is_not_heard(monkeypatch, end):
+    """It would show where Python was in its own end."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(checkpoints, "_inspect", lambda args: end())
+    monkeypatch.setattr(sys, "argv", ["llmjax", "inspect", "x"])
+    try:
+        assert main() == 130
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_what_the_writers_say_has_our_name(monkeypatch, capsys):

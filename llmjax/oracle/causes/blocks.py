@@ -107,7 +107,8 @@ def scores(scene: Scene) -> Iterator[Cause]:
         yield cause("window", "there is no window", fields(window=None))
     near = sorted(
         {w + by for w in windows for by in (-1, 0, 1)} | {2 * w for w in windows} | {max(w // 2, 1) for w in windows}
-    )
+        | (_seen(scene.theirs) if scene.step == "attn.probs" else set())
+    )  # fmt: skip
     for window in near:
         if window > 0:
             yield cause("window", f"the window is {window} tokens", fields(window=window))
@@ -153,6 +154,13 @@ def scores(scene: Scene) -> Iterator[Cause]:
                 post=lambda x: x * rows,
             )
     yield cause("precision", "scores are rounded to bfloat16 before the softmax", _altered(_narrow_scores))
+
+
+def _seen(probs: np.ndarray) -> set[int]:
+    """The window that probabilities ``[N, T, S]`` show, if all tokens that do not see the first show the same."""
+    first = (probs > 0).any(0).argmax(-1)
+    widths = {int(w) for w in (np.arange(len(first)) - first + 1)[first > 0]}
+    return widths if len(widths) == 1 else set()
 
 
 def _temperature(scene: Scene) -> float | None:
@@ -269,8 +277,9 @@ def residual(scene: Scene) -> Iterator[Cause]:
             yield Cause("residual", "attention and MLP are sequential, not parallel", ("mlp_norm",),
                         remembering(_mlp_norm=lambda s, x: middle(s)))  # fmt: skip
         else:
+            edit = remembering(_mlp=lambda s, x: _normed_again(s, middle(s)))
             yield Cause("residual", "attention and MLP are sequential, not parallel", ("mlp.gate", "mlp.up"),
-                        remembering(_mlp=lambda s, x: _normed_again(s, middle(s))))  # fmt: skip
+                        dataclasses.replace(edit, unpatched=("attn_norm",)))  # fmt: skip
         return
     yield Cause("residual", "the residual is not added to the MLP's output", last,
                 remembering(**{mlp_end: lambda s, y: y - middle(s)}))  # fmt: skip

@@ -28,9 +28,11 @@ def catalogue(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
 
 def _all(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
     yield from blocks.residual(scene)  # before weights: a branch left out is told so, not as a weight of zeros
-    for norm in modules(scene, norms=True):
-        if norm in steps:
-            yield from weights.norm(scene, norm)
+    norms = [norm for norm in modules(scene, norms=True) if norm in steps]
+    for norm in norms:
+        yield from weights.norm(scene, norm)
+    if len(norms) > 1:
+        yield from weights.norms(norms)
     for projection in modules(scene, norms=False):
         if projection in steps:
             yield from weights.projection(scene, projection)

@@ -1,7 +1,7 @@
 """Mistakes in norms, products, the embedding, the head and the order of layers."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,10 +26,29 @@ from llmjax.oracle.causes.base import (
     scale_of,
     weight_of,
 )
-from llmjax.oracle.floors import requantized, rounded
+from llmjax.oracle.floors import Change, requantized, rounded
 from llmjax.oracle.stages import Edit, Hook, Params
 from llmjax.quant.qtensor import QTensor
 
+
+def _one_scale(most: float, narrow: Change) -> Change:
+    """To a grid whose one scale, of the whole weight, makes its largest value ``most``."""
+
+    def change(weight: jax.Array) -> jax.Array:
+        scale = jnp.maximum(jnp.max(jnp.abs(weight)), 1e-30) / most
+        return narrow(weight / scale) * scale
+
+    return change
+
+
+# What a weight may have been rounded to.
+_ROUNDINGS: dict[str, Change] = {
+    **{scheme: requantized(scheme) for scheme in SCHEMES},
+    **{dtype: rounded(dtype) for dtype in ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")},
+    "int8 with one scale": _one_scale(127, jnp.round),
+    "int4 with one scale": _one_scale(7, jnp.round),
+    "float8_e4m3fn with one scale": _one_scale(448, rounded("float8_e4m3fn")),
+}
 # Pairs of rows that are held against each other at most.
 _PAIRS = 1 << 25
 
@@ -66,6 +85,20 @@ def _other_kind(module: Any, run: Any, x: Any) -> Any:
     return run(module, x - jnp.mean(x, -1, keepdims=True))
 
 
+_EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-4, 1e-3, 1e-2, 0.0)
+
+
+def norms(steps: Sequence[str]) -> Iterator[Cause]:
+    """Of several norms at once, where one code makes them all."""
+    mistakes: dict[tuple[str, str], Hook] = {
+        ("norm_offset", "1 + w and w are confused in all norms"): _offset,
+        ("norm_kind", "root mean square and mean-and-variance norms are confused, all of them"): _other_kind,
+        **{("norm_eps", f"epsilon is {eps:g} in all norms"): field(eps=eps) for eps in _EPSILONS},
+    }
+    for (word, detail), hook in mistakes.items():
+        yield Cause(word, detail, tuple(steps), Edit(dict.fromkeys(steps, hook)))
+
+
 def norm(scene: Scene, step: str) -> Iterator[Cause]:
     """Of one norm."""
     here = (step,)
@@ -77,7 +110,7 @@ def norm(scene: Scene, step: str) -> Iterator[Cause]:
     yield cause(missing, "the norm is not applied", lambda module, run, x: run(_Identity(), x))
     yield cause("norm_offset", "1 + w and w are confused", _offset)
     yield cause("norm_kind", "root mean square and mean-and-variance norm are confused", _other_kind)
-    for eps in (1e-5, 1e-6, 1e-12, 1e-8, 1e-4, 1e-3, 1e-2, 0.0):
+    for eps in _EPSILONS:
         yield cause("norm_eps", f"epsilon is {eps:g}", field(eps=eps))
     yield cause("bias", "the norm's bias is not added", params=leaf(step, "bias", jnp.zeros_like))
     own = weight_of(scene, step)
@@ -138,10 +171,8 @@ def projection(scene: Scene, step: str) -> Iterator[Cause]:
         if same is not None and same.shape == weight.shape:
             found = {name: weight_of(scene, step, name, j) for name in ("weight", "bias")}
             yield Cause("weight_swapped", f"the weight is layer {j}'s", (step,), Edit(params=put(step, found)))
-    for scheme in SCHEMES:
-        yield cause("quantization", f"the weight is rounded to {scheme}", requantized(scheme))
-    for dtype in ("bfloat16", "float16"):
-        yield cause("quantization", f"the weight is rounded to {dtype}", rounded(dtype))
+    for what, change in _ROUNDINGS.items():
+        yield cause("quantization", f"the weight is rounded to {what}", change)
     if scene.step == step:
         scale = scale_of(scene, weight, step)
         if scale is not None:
@@ -274,17 +305,14 @@ def embedding(scene: Scene) -> Iterator[Cause]:
         return
     steps, config = ("embed",), scene.stages.model.config
     root = float(config.hidden_size) ** 0.5
-    scales = {1.0: "missing", root: f"sqrt({config.hidden_size})", float(jnp.bfloat16(root)): "rounded to bfloat16",
-              float(jnp.float16(root)): "rounded to float16", float(config.hidden_size): "applied twice",
-              1 / root: "a division"}  # fmt: skip
+    scales = {float(jnp.bfloat16(root)): "rounded to bfloat16", float(jnp.float16(root)): "rounded to float16",
+              root: f"sqrt({config.hidden_size})", float(config.hidden_size): "applied twice", 1 / root: "a division",
+              1.0: "missing"}  # fmt: skip
     for scale, text in scales.items():
         yield Cause("embedding_scale", f"the scale is {text} ({scale:g})", steps, Edit({"embed": field(scale=scale)}))
-    for scheme in SCHEMES:
-        edit = Edit(params=leaf("embed", "weight", requantized(scheme)))
-        yield Cause("quantization", f"the table is rounded to {scheme}", steps, edit)
-    for dtype in ("bfloat16", "float16"):
-        edit = Edit(params=leaf("embed", "weight", rounded(dtype)))
-        yield Cause("quantization", f"the table is rounded to {dtype}", steps, edit)
+    for what, change in _ROUNDINGS.items():
+        edit = Edit(params=leaf("embed", "weight", change))
+        yield Cause("quantization", f"the table is rounded to {what}", steps, edit)
     if scene.step != "embed":
         return
     wrong = np.flatnonzero(
