@@ -76,7 +76,8 @@ def fitted(named: Named, tap: str, shape: tuple[int, ...], near: np.ndarray | No
     """
     array = named.read(tap)
     window = named.window(tap)
-    found = layouts(array, shape if window is None else (len(window.positions), *shape[1:]))
+    shape = shape if window is None else (len(window.positions), *shape[1:])
+    found = layouts(array, shape)
     if not found:
         raise MismatchError(
             f"{named.dump.path}: {named.taps[tap].name}: shape {list(array.shape)}, expected {list(shape)} for {tap}"

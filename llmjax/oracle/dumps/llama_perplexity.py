@@ -3,7 +3,8 @@
 ``_logits_``, then int32 ``n_ctx``, ``V`` and the number of chunks, the token ids of all chunks ``[chunks, n_ctx]``
 int32, and for each chunk the log-probabilities at its positions ``n_ctx / 2`` to ``n_ctx - 2``: a row of uint16, of an
 even number of places: a float32 step and a float32 least (4 places), then ``V`` numbers of steps above the least.  What
-is less probable than the best token by more than ``e^-16`` is written as the least.  All is little-endian.
+is less probable than the best token by more than ``e^-16`` is written as the least, and counts so in what is made of
+the file, in a ``nll`` too.  All is little-endian.
 
 The model was fed BOS in the place of each chunk's first token, where its tokenizer puts one before a text: the first
 chunk's own first token shows whether.
@@ -65,7 +66,7 @@ def read(file: Path, model: Model | None) -> Sequence[Dump]:
         raise RequestError(f"{file}: token id {outside[0]} is not in its own vocabulary of {vocab}")
     rows = np.memmap(file, "<u2", "r", start, shape)
     what = f"of llama-perplexity --kl-divergence-base: log-probabilities of {shape[1]} of a text's {context} tokens"
-    what += f", in steps of at most {16 / 65535:.1e}, and nothing else"
+    what += f", in steps of at most {16 / 65535:.1e}, cut off at e^-16 of the best token's, and nothing else"
     if model is None or model.tokenizer is None:
         if count > 1:
             what += f"; without a tokenizer it is not known how the other {count - 1} texts begin"
