@@ -1,6 +1,6 @@
 """The tiny GGUF model that llama.cpp made ``tests/data/llama_cpp`` of.
 
-python -m tests.llama_files model.gguf
+python -m tests.llama_files model.gguf [Q8_0]
 """
 
 import sys
@@ -35,14 +35,14 @@ def _peaked(tensors: dict[str, np.ndarray]) -> None:
     tensors["output.weight"] *= 6
 
 
-def model(path: Path) -> Path:
-    """Writes it: a Llama of two layers, in float32."""
+def model(path: Path, kind: str = "F32") -> Path:
+    """Writes it: a Llama of two layers, its matrices of a kind of GGUF's."""
     with tempfile.TemporaryDirectory() as folder:
         changes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "rope_theta": 10000.0}
         changes |= {"vocab_size": len(_PIECES), "eos_token_id": 2}
         checkpoint = tiny.checkpoint(Path(folder), **changes)
-        return gguf_files.write(checkpoint, path, tokenizer=_tokenizer, change=_peaked)
+        return gguf_files.write(checkpoint, path, kind, tokenizer=_tokenizer, change=_peaked)
 
 
 if __name__ == "__main__":
-    model(Path(sys.argv[1]))
+    model(Path(sys.argv[1]), *sys.argv[2:])

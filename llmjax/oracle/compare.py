@@ -181,7 +181,7 @@ def _compare(
     reference = _reference(ours, theirs, model, stages)
     taps: list[Tap] = []
     value: np.ndarray | None = None
-    for classes in _batches(permitted, tried):
+    for classes in _batches(permitted, tried, bool(theirs.kind)):
         taps = []
         for both in measure(stages, known, reference, classes):
             taps.append(both[0])
@@ -226,11 +226,11 @@ def _compare(
     )
 
 
-def _batches(permitted: Allowed, tried: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """Which classes to measure: declared ones at once, else float32 alone first, which holds most often, or what held
+def _batches(permitted: Allowed, tried: Sequence[str], known: bool) -> Iterator[tuple[str, ...]]:
+    """Which classes to measure: declared ones at once, else float32 alone first, which holds most often, and what held
     of the text before."""
     base = permitted.singles if "float32" in permitted.singles else ("float32", *permitted.singles)
-    if not permitted.declared:
+    if not permitted.declared or (known and base is permitted.singles):
         yield tuple(name for name in base if name in ("float32", *tried))
     yield base
 
@@ -298,7 +298,8 @@ def _reason(
     theirs: Dump,
     model: Model,
 ) -> str:
-    declared = f" (declared: {', '.join(permitted.singles)})" if permitted.declared else ""
+    who = "known of the program" if theirs.kind and theirs.manifest.get("numerics") else "declared"
+    declared = f" ({who}: {', '.join(permitted.singles)})" if permitted.declared else ""
     if verdict == "identical":
         return "every value is the same in every bit"
     bos = _bos_note(theirs, model)

@@ -12,9 +12,11 @@ import llmjax
 from llmjax.cli.main import main
 from llmjax.errors import RequestError
 from llmjax.oracle.dumps.opening import opened
+from llmjax.oracle.floors import CLASSES, allowed
 from llmjax.oracle.measure import measure
+from llmjax.oracle.metrics import gap
 from llmjax.oracle.names import named
-from llmjax.oracle.stages import Stages
+from llmjax.oracle.stages import PLAIN, Stages
 from tests import llama_files, tiny
 
 DATA = Path(__file__).parents[1] / "data/llama_cpp"
@@ -103,6 +105,23 @@ def test_steps_of_the_file_are_no_difference_and_several_are(model, tmp_path):
         assert (tap.excess(("float32",)) <= 1) == within
         tap.rounding[:] = 0
         assert tap.excess(("float32",)) > 1  # without it the file's own steps would be a difference
+
+
+def test_blocks_of_eight_bits_are_llama_cpps(model, tmp_path):
+    """Where weights are quantized its products' inputs are, too: with ours rounded likewise nothing is left but the
+    file's own rounding, and no wider class may explain it."""
+    assert allowed(opened(BASE, model)[0].manifest, None).singles == ("float32", "gelu16", "cache16")
+    model = llmjax.load(llama_files.model(tmp_path / "q8.gguf", "Q8_0"))
+    dump = opened(DATA / "q8.kld", model)[0]
+    assert allowed(dump.manifest, None).singles == ("float32", "gelu16", "cache16", "float16", "block_int8")
+    stages = Stages(model, dump.token_ids)
+    known, errors = named(dump, stages.shapes, model), []
+    for edit in (PLAIN, CLASSES["block_int8"]()[0]):
+        flow = None
+        for stage in range(-1, stages.layers + 1):
+            flow, values = stages.run(stage, flow, {}, edit)
+        errors.append(gap(known.shown(values)["logits"], dump.read("logits")).error)
+    assert errors[0] > 5e-3 and errors[1] < 1e-5
 
 
 def damaged(folder: Path, name: str, change) -> Path:
