@@ -305,7 +305,8 @@ def _reason(
     bos = _bos_note(theirs, model)
     if verdict == "equivalent":
         lossy = " and the file's own rounding" if any(w.rounding for w in theirs.windows.values()) else ""
-        return f"every step is within the floor of {found.name} arithmetic{lossy}{declared}{bos}"
+        few = "; by logits alone, of which a fault within that floor does not show" if theirs.windows else ""
+        return f"every step is within the floor of {found.name} arithmetic{lossy}{declared}{few}{bos}"
     parts = []
     for module, best in ((fault["module"], fault["causes"][0]) for fault in proven[:3]):
         why = best["cause"] if best["cause"] == "unknown" else f"{best['cause']}: {best['detail']}"
