@@ -17,7 +17,7 @@ from llmjax.model import Model, check_ids
 from llmjax.oracle import pairs
 from llmjax.oracle.comparison import Comparison, of_file
 from llmjax.oracle.dump import Dump, from_arrays, open_dump
-from llmjax.oracle.dumps.opening import opened
+from llmjax.oracle.dumps.opening import opened, refuse_reference
 from llmjax.oracle.floors import MARGIN, Allowed, allowed
 from llmjax.oracle.measure import MismatchError, Tap, fitted, leaving, measure, row
 from llmjax.oracle.metrics import logits_report
@@ -70,6 +70,7 @@ def compare(
         and not (checked_path("compare", reference, RequestError) / "manifest.json").exists()
     ):
         if model is None and (Path(reference).exists() or str(reference) == "smollm2") and not _is_dump(reference):
+            refuse_reference(reference)
             reference = load(reference)
     if isinstance(reference, Model):
         model, reference = reference, None

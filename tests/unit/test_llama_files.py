@@ -180,6 +180,9 @@ def test_files_that_are_not_the_one(model, tmp_path):
         opened(folder, model)
     with pytest.raises(RequestError, match="texts: expected an integer from 1 to 3"):
         llmjax.compare(model, BASE, texts=4)
+    for file in (folder / LOGITS, BASE):
+        with pytest.raises(RequestError, match="is compared with a model: llmjax compare --model M"):
+            llmjax.compare(file, BASE)
     known = llmjax.trace(model, opened(BASE, model)[0].token_ids.tolist())
     with pytest.raises(RequestError, match="3 texts; a model is compared with them"):
         llmjax.compare(known, BASE, model=model)

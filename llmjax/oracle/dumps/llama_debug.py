@@ -63,6 +63,11 @@ def read(file: Path) -> Dump:
     )
 
 
+def is_logits(file: Path) -> bool:
+    """Whether token ids lie beside a file, as beside these."""
+    return file.suffix == ".bin" and _beside(file, "-tokens.bin").exists()
+
+
 def _beside(file: Path, ending: str) -> Path:
     return file.with_name(file.stem + ending)
 

@@ -42,6 +42,17 @@ def opened(path: str | Path, model: Model | None) -> Sequence[Dump]:
     return [open_dump(file)]
 
 
+def refuse_reference(path: str | Path) -> None:
+    """Raises for a file that only a candidate can be.
+
+    Raises:
+      RequestError: it is one.
+    """
+    file = Path(path)
+    if file.is_file() and (llama_perplexity.is_base(file) or llama_debug.is_logits(file)):
+        raise RequestError(f"{file}: a file of llama.cpp's is compared with a model: llmjax compare --model M {file}")
+
+
 def _as_llama_cpp(dumps: Sequence[Dump], model: Model | None) -> Sequence[Dump]:
     """With what is known of llama.cpp's arithmetic where it runs our model's own weights: in 16 bits its cache and its
     table of GELU, inputs of products as narrow as their weights are, and in blocks of 8 bits where those are quantized.
