@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+from functools import partial
 
 from llmjax.cli import loading
 from llmjax.cli.flags import Verbs, add_verb, cache_flags, id_list, load_flags, prompt_text
@@ -27,7 +28,11 @@ def _add_compare(verbs: Verbs) -> None:
     flags = load_flags("reference", required=False)
     compare = add_verb(verbs, "compare", _compare, text, flags, cache_flags())
     compare.add_argument(
-        "dumps", nargs="*", metavar="DUMP", help="REF CAND, or CAND alone with --model: directories of dumps"
+        "dumps",
+        nargs="*",
+        metavar="DUMP",
+        help="REF CAND, or CAND alone with --model: directories of dumps; CAND also a file of llama.cpp's: "
+        "llamacpp-X.bin of llama-debug --save-logits (or its directory), or of llama-perplexity --kl-divergence-base",
     )
     compare.add_argument(
         "--candidate-model", metavar="N", help="a second checkpoint instead of a dump of the candidate"
@@ -40,9 +45,10 @@ def _add_compare(verbs: Verbs) -> None:
         "--class",
         dest="arithmetic",
         metavar="CLASS",
-        help="what alone may explain differences: float32, gelu16, cache16, float16, bfloat16, int8, dynamic_int8, "
-        "int4 (default: what the dump declares, else the narrowest that holds)",
+        help="what alone may explain differences: float32, gelu16, cache16, float16, bfloat16, block_int8, int8, "
+        "dynamic_int8, int4 (default: what the dump declares, else the narrowest that holds)",
     )
+    compare.add_argument("--texts", type=int, metavar="N", help="of a file of several texts, the first N alone")
     compare.add_argument("--json", action="store_true", help="machine-readable, to stdout")
     compare.add_argument("--html", metavar="FILE", help="write a page that needs nothing else")
     compare.add_argument("--junit", metavar="FILE", help="write a test report")
@@ -90,6 +96,8 @@ def _compare(args: argparse.Namespace) -> int:
         names=args.names,
         arithmetic=args.arithmetic,
         token_ids=ids,
+        texts=args.texts,
+        progress=partial(print, file=sys.stderr, flush=True),
     )
     report = dataclasses.replace(report, subject={**report.subject, "command": args.command})
     if args.html is not None:

@@ -14,29 +14,23 @@ from llmjax.checkpoint.loading import find_model, load
 from llmjax.errors import LlmjaxError, RequestError
 from llmjax.litert.model import GraphModel
 from llmjax.model import Model, check_ids
-from llmjax.oracle import dump as dumps
 from llmjax.oracle import pairs
-from llmjax.oracle.comparison import Comparison
-from llmjax.oracle.dump import Dump, open_dump
-from llmjax.oracle.floors import CLASSES, MARGIN, Allowed, allowed
-from llmjax.oracle.measure import MismatchError, Tap, compared, fitted, measure
+from llmjax.oracle.comparison import Comparison, of_file
+from llmjax.oracle.dump import Dump, from_arrays, open_dump
+from llmjax.oracle.dumps.opening import opened, refuse_reference
+from llmjax.oracle.floors import MARGIN, Allowed, allowed
+from llmjax.oracle.measure import MismatchError, Tap, fitted, leaving, measure, row
 from llmjax.oracle.metrics import logits_report
-from llmjax.oracle.names import Named, named
+from llmjax.oracle.names import named
 from llmjax.oracle.patching import judged
 from llmjax.oracle.stages import Stages
+from llmjax.oracle.texts import together
 from llmjax.oracle.trace import Trace, trace
+from llmjax.oracle.two_dumps import two_dumps
 from llmjax.oracle.verdict import Explained, caveats, explain
 from llmjax.outside.paths import checked_path
+from llmjax.outside.values import check, integer
 
-# The largest error of a pair that a class may leave where no model measures floors: rough, and said to be so.
-_WITHOUT_MODEL = {
-    "float32": 1e-4,
-    "float16": 1e-2,
-    "bfloat16": 6e-2,
-    "int8": 1.5e-1,
-    "dynamic_int8": 2e-1,
-    "int4": 5e-1,
-}
 _GRAPH = "the reference is a graph's, so there are neither floors nor proofs"
 
 AnyDump = Dump | Trace | str | Path
@@ -51,34 +45,39 @@ def compare(
     names: str | Path | None = None,
     arithmetic: str | None = None,
     token_ids: Sequence[int] | None = None,
+    texts: int | None = None,
+    progress: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Compares what another runtime computed with the reference.
 
     Args:
       reference: our model (or a checkpoint's path), which then computes the reference for the candidate's tokens; or a
         dump of one.  None with ``model``.
-      candidate: a dump, or a model.
+      candidate: a dump, a file of llama.cpp's (``oracle.dumps``), or a model.
       model: ours, for the floors and proofs beside a reference that is a dump; by default the one that the dump names,
         if its weights are the same.
       names: a TOML file from the candidate's names to ours (see ``oracle.names``).
       arithmetic: the only class that may explain differences (``oracle.floors.CLASSES``).
       token_ids: what two models are compared on; a sentence by default.
+      texts: of a file of several texts, how many to compare: the first ones; all by default.
+      progress: is told of each text of several.
 
     Raises:
-      RequestError: a dump is malformed.
+      RequestError: a dump is malformed, or ``texts`` is none of 1, 2, ...
     """
     if (
         isinstance(reference, (str, Path))
         and not (checked_path("compare", reference, RequestError) / "manifest.json").exists()
     ):
         if model is None and (Path(reference).exists() or str(reference) == "smollm2") and not _is_dump(reference):
+            refuse_reference(reference)
             reference = load(reference)
     if isinstance(reference, Model):
         model, reference = reference, None
     if model is not None and not isinstance(model, Model):
         model = load(model)
     pairs.check_reference(model)
-    ours = None if reference is None else _dump(reference, "reference")
+    ours = None if reference is None else _dumps(reference, "reference")[0]
     if isinstance(model, GraphModel) and isinstance(candidate, Model) and not isinstance(candidate, GraphModel):
         model, candidate = candidate, model  # a graph's steps are measured by those of the model it was made of
     if isinstance(candidate, Model):
@@ -89,19 +88,27 @@ def compare(
         else:
             raise RequestError("compare: two models need a reference model")
         candidate = pairs.traced(candidate, ids)
-    theirs = _dump(candidate, "candidate")
     note = ""
-    if isinstance(model, GraphModel):
-        ours, model = ours or _dump(pairs.beside(model, theirs), "reference"), None
-        note = _GRAPH
-    elif model is None and ours is not None:
+    if model is None and ours is not None:
         model, note = _model_of(ours)
-    try:
-        return _compare(ours, theirs, model, note, names, arithmetic)
-    except MismatchError as error:
-        tokens = len(theirs.token_ids)
-        coverage = {"taps": 0, "of": len(theirs.arrays), "tokens": tokens, "missing": []}
-        return Comparison("not_comparable", None, str(error), coverage, subject=_subject(ours, theirs, model))
+    several = _dumps(candidate, "candidate", model)
+    if texts is not None:
+        check("texts", texts, integer(1, len(several)), RequestError)
+    if len(several) > 1 and ours is not None:
+        raise RequestError(f"{several[0].path}: {len(several)} texts; a model is compared with them (--model), no dump")
+
+    def one(theirs: Dump, tried: Sequence[str], prove: bool) -> Comparison:
+        before, mine, why = ours, model, note
+        if isinstance(model, GraphModel):
+            before, mine, why = ours or _dumps(pairs.beside(model, theirs), "reference")[0], None, _GRAPH
+        try:
+            return _compare(before, theirs, mine, why, names, arithmetic, tried, prove)
+        except MismatchError as error:
+            coverage = {"taps": 0, "of": len(theirs.arrays), "tokens": len(theirs.token_ids), "missing": []}
+            subject = _subject(before, theirs, mine)
+            return Comparison("not_comparable", None, str(error), coverage | of_file(theirs), subject=subject)
+
+    return together(several, texts, one, progress)
 
 
 def _is_dump(path: str | Path) -> bool:
@@ -109,13 +116,14 @@ def _is_dump(path: str | Path) -> bool:
     return folder.is_dir() and not (folder / "config.json").exists()
 
 
-def _dump(what: AnyDump, role: str) -> Dump:
+def _dumps(what: AnyDump, role: str, model: Model | None = None) -> Sequence[Dump]:
+    """One, but for a candidate's file of several texts."""
     if isinstance(what, Dump):
-        return what
+        return [what]
     if isinstance(what, Trace):
         ids = np.array(what.manifest["token_ids"], np.int32)
-        return dumps.from_arrays(role, what.manifest, ids, what.activations)
-    return open_dump(what)
+        return [from_arrays(role, what.manifest, ids, what.activations)]
+    return opened(what, model) if role == "candidate" else [open_dump(what)]
 
 
 def _model_of(reference: Dump) -> tuple[Model | None, str]:
@@ -151,22 +159,30 @@ def _subject(ours: Dump | None, theirs: Dump, model: Model | None) -> dict[str, 
 
 
 def _compare(
-    ours: Dump | None, theirs: Dump, model: Model | None, note: str, names: str | Path | None, arithmetic: str | None
+    ours: Dump | None,
+    theirs: Dump,
+    model: Model | None,
+    note: str,
+    names: str | Path | None,
+    arithmetic: str | None,
+    tried: Sequence[str],
+    prove: bool,
 ) -> Comparison:
+    """One dump, by the classes ``tried`` before all others; faults are searched for if they are to be proven."""
     permitted = allowed(theirs.manifest, arithmetic)
     subject = _subject(ours, theirs, model)
     if ours is not None:
         _same_ids(ours.token_ids, theirs.token_ids, model)
     if model is None:
         assert ours is not None
-        return _two_dumps(ours, theirs, permitted, note, names, subject)
+        return two_dumps(ours, theirs, permitted, note, names, subject)
     ids = _fed(theirs, model)
     stages = Stages(model, ids)
     known = named(theirs, stages.shapes, model, names, stages.twice)
     reference = _reference(ours, theirs, model, stages)
     taps: list[Tap] = []
     value: np.ndarray | None = None
-    for classes in _batches(permitted):
+    for classes in _batches(permitted, tried, bool(theirs.kind)):
         taps = []
         for both in measure(stages, known, reference, classes):
             taps.append(both[0])
@@ -176,13 +192,14 @@ def _compare(
         )
         if not found.beyond:
             break
-    found, proven = judged(stages, known, taps, found, permitted)
+    found, proven = judged(stages, known, taps, found, permitted) if prove else (found, [])
     identical = all(tap.equal for tap in taps)
     logits: dict[str, Any] | None = None
     positions: Sequence[Mapping[str, Any]] = ()
     if taps[-1].name == "logits" and value is not None:
         noise = taps[-1].floor(found.classes, whole=True)[0] / MARGIN
-        logits, positions = logits_report(value, fitted(known, "logits", value.shape, value), ids, noise)
+        shown = fitted(known, "logits", stages.shapes["logits"], value)
+        logits, positions = logits_report(value, shown, ids, noise, known.window("logits"))
     missing = [tap for tap in stages.shapes if tap not in known.taps]
     coverage = {
         "taps": len(taps),
@@ -190,9 +207,10 @@ def _compare(
         "tokens": len(ids),
         "missing": missing,
         "unknown": list(known.unknown),
+        **of_file(theirs),
     }
     verdict = "identical" if identical else "different" if found.beyond else "equivalent"
-    rows = [_row(tap, tap.floor(found.classes, whole=True)[0]) for tap in taps]
+    rows = [row(tap, tap.floor(found.classes, whole=True)[0]) for tap in taps]
     first = _first(taps, found)
     return Comparison(
         verdict=verdict,
@@ -205,20 +223,16 @@ def _compare(
         faults=proven,
         positions=positions,
         subject=subject,
-        map=_map(taps),
+        map={} if theirs.windows else leaving(taps),
     )
 
 
-def _map(taps: Sequence[Tap]) -> dict[str, list[float]]:
-    ends = [t for t in taps if t.name.endswith(".resid") or t.name in ("embed", "logits")]
-    return {tap.name: tap.gap.by_token.tolist() for tap in ends}
-
-
-def _batches(permitted: Allowed) -> Iterator[tuple[str, ...]]:
-    """Which classes to measure: declared ones at once, else float32 alone first, which holds most often."""
+def _batches(permitted: Allowed, tried: Sequence[str], known: bool) -> Iterator[tuple[str, ...]]:
+    """Which classes to measure: declared ones at once, else float32 alone first, which holds most often, and what held
+    of the text before."""
     base = permitted.singles if "float32" in permitted.singles else ("float32", *permitted.singles)
-    if not permitted.declared:
-        yield ("float32",)
+    if not permitted.declared or (known and base is permitted.singles):
+        yield tuple(name for name in base if name in ("float32", *tried))
     yield base
 
 
@@ -262,19 +276,6 @@ def _reference(ours: Dump | None, theirs: Dump, model: Model, stages: Stages) ->
     return lambda tap: None
 
 
-def _row(tap: Tap, floor: float) -> dict[str, Any]:
-    return {
-        "name": tap.name,
-        "error": tap.gap.error,
-        "error_narrowed": tap.narrowed,
-        "floor": float(floor),
-        "token": tap.gap.token,
-        "channel": tap.gap.channel,
-        "largest": tap.gap.largest,
-        "local_error": None if tap.local is None else float(tap.local[0]),
-    }
-
-
 def _first(taps: Sequence[Tap], found: Explained) -> dict[str, Any] | None:
     """The first tap above its floor: in the whole run, or in its own step."""
     for tap in taps:
@@ -298,12 +299,15 @@ def _reason(
     theirs: Dump,
     model: Model,
 ) -> str:
-    declared = f" (declared: {', '.join(permitted.singles)})" if permitted.declared else ""
+    who = "known of the program" if theirs.kind and theirs.manifest.get("numerics") else "declared"
+    declared = f" ({who}: {', '.join(permitted.singles)})" if permitted.declared else ""
     if verdict == "identical":
         return "every value is the same in every bit"
     bos = _bos_note(theirs, model)
     if verdict == "equivalent":
-        return f"every step is within the floor of {found.name} arithmetic{declared}{bos}"
+        lossy = " and the file's own rounding" if any(w.rounding for w in theirs.windows.values()) else ""
+        few = "; by logits alone, of which a fault within that floor does not show" if theirs.windows else ""
+        return f"every step is within the floor of {found.name} arithmetic{lossy}{declared}{few}{bos}"
     parts = []
     for module, best in ((fault["module"], fault["causes"][0]) for fault in proven[:3]):
         why = best["cause"] if best["cause"] == "unknown" else f"{best['cause']}: {best['detail']}"
@@ -333,67 +337,3 @@ def _bos_note(theirs: Dump, model: Model) -> str:
     if model.architecture.needs_bos and ids[0] != tokenizer.bos_id:
         return "; note: BOS is missing in the candidate's token ids"
     return ""
-
-
-def _two_dumps(
-    ours: Dump, theirs: Dump, permitted: Allowed, note: str, names: str | Path | None, subject: Mapping[str, Any]
-) -> Comparison:
-    """Without a model: taps of the same names, against what classes leave at most by experience."""
-    left, right = named(ours, {}, None), named(theirs, {}, None, names)
-    shared = [tap for tap in left.taps if tap in right.taps]
-    if not shared:
-        raise MismatchError(f"{ours.path} and {theirs.path} have no array in common; map the names (--names)")
-    taps: list[Tap] = []
-    logits: dict[str, Any] | None = None
-    positions: Sequence[Mapping[str, Any]] = ()
-    for name in shared:
-        a, b = _unbatched(left, name), _unbatched(right, name)
-        if a.shape != b.shape:
-            raise MismatchError(f"{theirs.path}: {name}: shape {list(b.shape)}, the reference's is {list(a.shape)}")
-        taps.append(compared(name, a, b))
-        if name == "logits":
-            logits, positions = logits_report(a.astype(np.float32), b.astype(np.float32), theirs.token_ids, None)
-    worst, flips = max(tap.gap.error for tap in taps), logits["flips_beyond_margin"] if logits else 0
-    few = permitted.declared or len(taps) > 1  # one array alone shows no weights of few bits
-    known = [c for c in permitted.singles if c in _WITHOUT_MODEL and (few or "int" not in c)]
-    holds = [c for c in known if worst <= _WITHOUT_MODEL[c] and not flips]
-    limit = _WITHOUT_MODEL[(holds[:1] or known[-1:] or ["float32"])[0]]
-    verdict = "identical" if all(tap.equal for tap in taps) else "equivalent" if holds else "different"
-    first = next((t for t in taps if t.gap.error > limit), None)
-    reason = {
-        "identical": "every value is the same in every bit",
-        "equivalent": f"the largest error is {worst:.1e}, about what {''.join(holds[:1])} arithmetic leaves; {note}",
-        "different": f"the largest error is {worst:.1e}, with {flips} best tokens beyond their margin; {note}",
-    }[verdict]
-    missing = [tap for tap in left.taps if tap not in right.taps]
-    coverage = {
-        "taps": len(taps), "of": len(left.taps), "tokens": len(theirs.token_ids), "missing": missing,
-        "unknown": sorted(set(right.taps) - set(left.taps)), "note": note,
-    }  # fmt: skip
-    divergence = None
-    if first is not None and verdict == "different":
-        divergence = {"tap": first.name, "token": first.gap.token, "error": first.gap.error, "floor": limit}
-    return Comparison(
-        verdict=verdict,
-        explained_by=holds[0] if verdict == "equivalent" else None,
-        reason=reason,
-        coverage=coverage,
-        logits=logits,
-        taps=[_row(tap, limit) for tap in taps],
-        first_divergence=divergence,
-        positions=positions,
-        subject=subject,
-        map=_map(taps),
-    )
-
-
-def _unbatched(named: Named, tap: str) -> np.ndarray:
-    array, tokens = named.read(tap), len(named.dump.token_ids)
-    while array.ndim > 2 and array.shape[0] == 1 and tokens in array.shape[1:3]:
-        array = array[0]
-    if tokens not in array.shape[:2]:
-        raise MismatchError(f"{named.dump.path}: {tap}: shape {list(array.shape)}, expected {tokens} tokens first")
-    return array
-
-
-assert set(_WITHOUT_MODEL) <= set(CLASSES)

@@ -7,11 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from llmjax.errors import RequestError
+from llmjax.oracle.dump import Dump
 from llmjax.oracle.html import page
 from llmjax.oracle.report import junit, text
 from llmjax.outside.whole import write_text
 
 SCHEMA = 1
+
+
+def of_file(theirs: Dump) -> dict[str, Any]:
+    """What coverage says of another program's file; nothing of a dump's directory."""
+    if not theirs.kind:
+        return {}
+    return {"positions": sum(len(w.positions) for w in theirs.windows.values()), "file": theirs.kind}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +30,8 @@ class Comparison:
       verdict: ``identical``, ``equivalent``, ``different`` or ``not_comparable``.
       explained_by: the class of arithmetic whose floor holds the differences, or None.
       reason: one sentence.
-      coverage: ``taps`` compared, ``of`` how many, ``tokens``, ``missing`` and what is unknown.
+      coverage: ``taps`` compared, ``of`` how many, ``tokens``, ``missing`` and what is unknown; of another program's
+        file also its kind (``file``), at how many ``positions`` it holds values, and of several ``texts``, how many.
       logits: see ``oracle.metrics``; None where they were not dumped.
       taps: each with its error beside its floor, in the order of computation.
       first_divergence: the first tap above its floor, inherited or not; None for none.

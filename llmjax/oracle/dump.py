@@ -46,6 +46,23 @@ class Stored:
 
 
 @dataclasses.dataclass(frozen=True)
+class Window:
+    """What an array shows of a tap where that is not all of it.
+
+    Attributes:
+      positions: int ``[R]``, of the tokens whose rows it has.
+      show: makes of a tap ``[T, ...]`` what the array would show of it, ``[R, ...]``, before rounding.
+      rounding: the most by which storing may have moved each value, ``[R, ...]``; None for not at all.
+      log_probs: it shows log-probabilities of logits.
+    """
+
+    positions: np.ndarray
+    show: Callable[[np.ndarray], np.ndarray]
+    rounding: Callable[[], np.ndarray] | None = None
+    log_probs: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Dump:
     """What a runtime computed.
 
@@ -54,12 +71,16 @@ class Dump:
       manifest: see ``llmjax compare``'s contract: ``token_ids``, and what it declares of itself.
       token_ids: int32 ``[T]``.
       arrays: by the runtime's own names.
+      windows: of the arrays that show a part of a tap alone; nothing can be computed from those.
+      kind: which program's file it is, and what that holds; empty for a dump's directory.
     """
 
     path: str
     manifest: Mapping[str, Any]
     token_ids: np.ndarray
     arrays: Mapping[str, Stored]
+    windows: Mapping[str, Window] = dataclasses.field(default_factory=dict)
+    kind: str = ""
 
     def read(self, name: str) -> np.ndarray:
         """One array, every value finite.
@@ -91,7 +112,10 @@ def open_dump(path: str | Path) -> Dump:
         raise RequestError(f"compare: expected a dump's directory, a Dump, a Trace or a Model, found {shown(path)}")
     folder = checked_path("compare", path, RequestError)
     if not os.path.isdir(folder):
-        raise RequestError(f"{folder}: no such directory; a dump is one, with arrays and manifest.json")
+        raise RequestError(
+            f"{folder}: no such directory; a dump is one, with arrays and manifest.json, or a file of llama.cpp's: of "
+            "llama-debug --save-logits, or of llama-perplexity --kl-divergence-base"
+        )
     manifest = _manifest(folder)
     ids = _token_ids(folder / "manifest.json", manifest)
     arrays: dict[str, Stored] = {}

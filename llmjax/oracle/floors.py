@@ -148,6 +148,16 @@ def _rows8(module: Any, run: Any, x: jax.Array) -> Any:
     return run(module, jnp.round(x / scale) * scale)
 
 
+def _blocks8(size: int, module: Any, run: Any, x: jax.Array) -> Any:
+    """A product's input in blocks of 8 bits, with scales in float16: llama.cpp's Q8_0, Q8_1 (of 32), Q8_K (of 256)."""
+    if x.shape[-1] % size:
+        return run(module, x)
+    blocks = x.reshape(*x.shape[:-1], -1, size)
+    scale = jnp.max(jnp.abs(blocks), -1, keepdims=True) / 127
+    steps = jnp.round(blocks / jnp.where(scale == 0, 1, scale))
+    return run(module, (steps * rounded(jnp.float16)(scale)).reshape(x.shape))
+
+
 # By class, from narrow to wide, the ways that are the class.
 CLASSES: dict[str, Callable[[], tuple[Edit, ...]]] = {
     "float32": lambda: (_other_order(),),
@@ -155,16 +165,20 @@ CLASSES: dict[str, Callable[[], tuple[Edit, ...]]] = {
     "cache16": lambda: (_cache(jnp.float16), _cache(jnp.bfloat16)),
     "float16": partial(_narrow, jnp.float16),
     "bfloat16": partial(_narrow, jnp.bfloat16),
+    "block_int8": lambda: tuple(Edit(_products(partial(_blocks8, size))) for size in (32, 256)),
     "int8": lambda: tuple(Edit(params=weights(requantized(s))) for s in ("int8", "int8-g32")),
     "dynamic_int8": lambda: (Edit({"experts": _rows8} | _products(_rows8), weights(requantized("int8"))),),
     "int4": lambda: tuple(Edit(params=weights(requantized(s))) for s in ("int4", "int4-g32")),
 }
+# What no runtime is taken to do that does not say so, or is known to.
+_KNOWN_ALONE = ("block_int8",)
 _NARROW = ("gelu16", "cache16", "float16", "bfloat16")
 _SPELLINGS = {
     "float16": r"\b(fp16|float16|f16|half)\b",
     "bfloat16": r"\b(bf16|bfloat16)\b",
     "dynamic_int8": r"dynamic|w[48]a8|mediapipe_cpu|\bint8 activations",
-    "int8": r"int8|q8|wi?8|8.?bit|\bbits\W+8\b",
+    "block_int8": r"block_int8",
+    "int8": r"(?<!block_)int8|q8|wi?8|8.?bit|\bbits\W+8\b",
     "int4": r"int[2-6]|q[2-6]|wi?4|nf4|fp4|(?<!\d)[2-6].?bit|\bbits\W+[2-6]\b|^(?!.*8).*(gptq|awq)",
     "cache16": r"cache16",
     "gelu16": r"gelu16",
@@ -212,7 +226,7 @@ def allowed(manifest: Mapping[str, Any], forced: str | None) -> Allowed:
         return Allowed((forced,), True)
     declared = {key: manifest.get(key) for key in ("dtype", "numerics", "quantization")}
     if not any(declared.values()):
-        return Allowed(tuple(CLASSES), False)
+        return Allowed(tuple(name for name in CLASSES if name not in _KNOWN_ALONE), False)
     said = {
         key: f"{value} bit" if type(value) is int else str(value).lower() for key, value in declared.items() if value
     }

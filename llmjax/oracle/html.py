@@ -182,11 +182,14 @@ def _positions(report: "Comparison") -> Iterator[str]:
     if not report.positions:
         return
 
+    def place(p: Mapping[str, Any]) -> str:
+        return f"text {p['text']}, {p['position']}" if "text" in p else str(p["position"])
+
     def tokens(best: Sequence[Sequence[float]]) -> str:
         return ", ".join(f"{int(i)} ({p:.3f})" for i, p in best)
 
     rows = "".join(
-        f'<tr><td class="n">{p["position"]}</td><td class="n">{p["kl"]:.2e}</td><td class="n">{p["margin"]:.3g}</td>'
+        f'<tr><td class="n">{place(p)}</td><td class="n">{p["kl"]:.2e}</td><td class="n">{p["margin"]:.3g}</td>'
         f"<td>{tokens(p['ours'])}</td><td>{tokens(p['theirs'])}</td></tr>"
         for p in report.positions
     )

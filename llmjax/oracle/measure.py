@@ -6,11 +6,13 @@ A stage of the model is in memory at a time, and of the dumps one tap.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from llmjax.errors import RequestError
+from llmjax.oracle.dump import Window
 from llmjax.oracle.floors import CLASSES, floor
 from llmjax.oracle.metrics import Gap, gap, narrowed
 from llmjax.oracle.names import Named, layouts
@@ -35,6 +37,7 @@ class Tap:
       equal: in every bit.
       local: ``[whole, worst token]`` errors to what our step makes of the candidate's input; None without a model.
       ways: by class, for each of its ways what it does to the whole run and to this step alone, both as ``local``.
+      rounding: the most that a lossy file may have moved it by, as ``local``.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Tap:
     equal: bool
     local: np.ndarray | None = None
     ways: dict[str, list[tuple[np.ndarray, np.ndarray]]] = dataclasses.field(default_factory=dict)
+    rounding: np.ndarray = dataclasses.field(default_factory=partial(np.zeros, 2))
 
     def floor(self, classes: Sequence[str], way: int | None = None, whole: bool = False) -> np.ndarray:
         """The most that the step's own error, or the ``whole`` run's, may be under classes together."""
@@ -51,7 +55,7 @@ class Tap:
         for name in classes:
             ways = self.ways[name] if way is None else self.ways[name][way : way + 1]
             total = np.hypot(total, np.max([w[at] for w in ways], 0))
-        return floor(total, self.ways["float32"][0][at])
+        return np.hypot(floor(total, self.ways["float32"][0][at]), self.rounding)
 
     def excess(self, classes: Sequence[str], way: int | None = None) -> float:
         """The step's own error over its floor; above 1 the classes do not explain it."""
@@ -71,6 +75,8 @@ def fitted(named: Named, tap: str, shape: tuple[int, ...], near: np.ndarray | No
       MismatchError: they do not fit.
     """
     array = named.read(tap)
+    window = named.window(tap)
+    shape = shape if window is None else (len(window.positions), *shape[1:])
     found = layouts(array, shape)
     if not found:
         raise MismatchError(
@@ -81,10 +87,15 @@ def fitted(named: Named, tap: str, shape: tuple[int, ...], near: np.ndarray | No
     return found[0]
 
 
-def compared(tap: str, ours: np.ndarray, theirs: np.ndarray) -> Tap:
-    """A tap of two dumps."""
+def compared(tap: str, ours: np.ndarray, theirs: np.ndarray, window: Window | None = None) -> Tap:
+    """A tap of two dumps; of a window both as it shows them."""
     axis = token_axis(tap)
-    return Tap(tap, gap(ours, theirs, axis), narrowed(ours, theirs, axis), bool(np.array_equal(ours, theirs)))
+    found = Tap(tap, gap(ours, theirs, axis), narrowed(ours, theirs, axis), bool(np.array_equal(ours, theirs)))
+    if window is not None:
+        found.gap = dataclasses.replace(found.gap, token=int(window.positions[found.gap.token]))
+        if window.rounding is not None:
+            found.rounding = pair(theirs, theirs + window.rounding(), tap)
+    return found
 
 
 def pair(x: np.ndarray, y: np.ndarray, tap: str) -> np.ndarray:
@@ -107,8 +118,9 @@ def stage_values(stages: Stages, named: Named, stage: int, ours: Mapping[str, np
     return {tap: fitted(named, tap, stages.shapes[inner(tap)], ours.get(inner(tap))) for tap in taps}
 
 
-def patches(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """What goes on from each step: a module's output where it differs from its last step's."""
+def patches(named: Named, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What goes on from each step: a module's output where it differs from its last step's; nothing from a window."""
+    values = {tap: value for tap, value in values.items() if named.window(tap) is None}
     steps = {tap: value for tap, value in values.items() if inner(tap) == tap}
     return steps | {inner(tap): value for tap, value in values.items() if inner(tap) != tap}
 
@@ -128,29 +140,60 @@ def measure(stages: Stages, named: Named, reference: Read, classes: Sequence[str
     ways: list[tuple[str, Edit]] = [("", PLAIN), *((name, edit) for name in classes for edit in CLASSES[name]())]
     xs: list[Any] = [None] * len(ways)
     locals_: list[Any] = [None] * len(ways)
+    patched = False
     for stage in range(-1, stages.layers + 1):
-        whole, apart = [], []
-        for i, (_, edit) in enumerate(ways):
-            xs[i], values = stages.run(stage, xs[i], {}, edit)
-            whole.append(values)
-        theirs = stage_values(stages, named, stage, whole[0])
-        patch = patches(theirs)
-        for i, (_, edit) in enumerate(ways):
-            locals_[i], values = stages.run(stage, locals_[i], patch, edit)
-            apart.append(values)
+        moved: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
+        for i, (name, edit) in enumerate(ways):
+            flow, values = stages.run(stage, xs[i], {}, edit)
+            if i == 0:
+                theirs = stage_values(stages, named, stage, values)
+                patch = patches(named, theirs)
+                patched = patched or bool(patch)
+            whole = apart = named.shown(values)
+            own = flow
+            if patched:  # until then the candidate's own input is ours
+                own, values = stages.run(stage, locals_[i], patch, edit)
+                apart = named.shown(values)
+            xs[i], locals_[i] = flow, own
+            if i == 0:
+                plain = whole, apart
+                continue
+            for tap in theirs:
+                step = inner(tap)
+                run = pair(whole[step], plain[0][step], tap)
+                alone = pair(apart[step], plain[1][step], tap) if patched else run
+                moved.setdefault(tap, {}).setdefault(name, []).append((run, alone))
         for tap, value in theirs.items():
             step = inner(tap)
             known = reference(step)
-            ours = whole[0][step] if known is None else known
-            found = compared(tap, ours, value)
+            ours = plain[0][step] if known is None else named.shown({step: known})[step]
+            found = compared(tap, ours, value, named.window(tap))
             if step != tap and step in theirs:
                 if np.array_equal(value, theirs[step]):
                     continue
                 found.local = pair(value, theirs[step], tap)
                 found.ways = {name: [(np.zeros(2), np.zeros(2))] * 3 for name in classes}
             else:
-                found.local = pair(value, apart[0][step], tap)
-                for (name, _), w, a in zip(ways[1:], whole[1:], apart[1:], strict=True):
-                    both = pair(w[step], whole[0][step], tap), pair(a[step], apart[0][step], tap)
-                    found.ways.setdefault(name, []).append(both)
+                found.local = pair(value, plain[1][step], tap)
+                found.ways = moved[tap]
             yield found, ours
+
+
+def row(tap: Tap, floor: float) -> dict[str, Any]:
+    """As the contract has a tap."""
+    return {
+        "name": tap.name,
+        "error": tap.gap.error,
+        "error_narrowed": tap.narrowed,
+        "floor": float(floor),
+        "token": tap.gap.token,
+        "channel": tap.gap.channel,
+        "largest": tap.gap.largest,
+        "local_error": None if tap.local is None else float(tap.local[0]),
+    }
+
+
+def leaving(taps: Sequence[Tap]) -> dict[str, list[float]]:
+    """Errors by token of what leaves each layer, for the HTML report."""
+    ends = [t for t in taps if t.name.endswith(".resid") or t.name in ("embed", "logits")]
+    return {tap.name: tap.gap.by_token.tolist() for tap in ends}

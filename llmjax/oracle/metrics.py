@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from llmjax.oracle.dump import Window
+
 # A flip is a tie where the drift of all logits explains it: its margin is at most this many standard deviations.
 TIE = 6.0
 _MANTISSA = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
@@ -79,9 +81,10 @@ def log_softmax(z: np.ndarray) -> np.ndarray:
 
 
 def logits_report(
-    ours: np.ndarray, theirs: np.ndarray, ids: np.ndarray, noise: float | None
+    ours: np.ndarray, theirs: np.ndarray, ids: np.ndarray, noise: float | None, window: Window | None = None
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Logits ``[T, V]`` position by position: the contract's numbers, and the positions of the largest KL.
+    """Logits ``[T, V]``, or a window of them, position by position: the contract's numbers, and the positions of the
+    largest KL.
 
     A flip whose margin (of the reference's best token over the candidate's) is at most ``TIE`` of the drift that
     arithmetic explains is a tie.
@@ -91,12 +94,17 @@ def logits_report(
       theirs: the candidate's.
       ids: int32 ``[T]``.
       noise: the error of a pair that arithmetic explains; None takes the candidate's own usual drift for it.
+      window: what both show, if not all.
     """
+    positions = np.arange(len(ids)) if window is None else window.positions
     if noise is not None:
         noise *= float(
             np.sqrt(np.mean(np.square(ours, dtype=np.float64)) + np.mean(np.square(theirs, dtype=np.float64)))
         )
-    p, q = log_softmax(ours), log_softmax(theirs)
+    if window is not None and window.log_probs:
+        p, q = ours.astype(np.float64), theirs.astype(np.float64)
+    else:
+        p, q = log_softmax(ours), log_softmax(theirs)
     kl = (np.exp(p) * (p - q)).sum(-1)
     apart = np.abs(p - q)
     drift = theirs.astype(np.float64) - ours
@@ -106,10 +114,11 @@ def logits_report(
     margin = (ours[rows, best] - ours[rows, other]).astype(np.float64)
     flipped = best != other
     beyond = flipped & (margin > TIE * (np.median(np.sqrt((drift**2).mean(-1))) if noise is None else noise))
-    following = ids[1:]
+    followed = positions + 1 < len(ids)
+    following = ids[positions[followed] + 1]
 
     def nll(x: np.ndarray) -> float | None:
-        return float(-x[rows[:-1], following].mean()) if len(following) else None
+        return float(-x[rows[followed], following].mean()) if len(following) else None
 
     report = {
         "kl_mean": float(max(kl.mean(), 0.0)),
@@ -123,7 +132,7 @@ def logits_report(
     }
     worst = [
         {
-            "position": int(t),
+            "position": int(positions[t]),
             "kl": float(max(kl[t], 0.0)),
             "margin": float(margin[t]),
             "ours": [[int(i), float(p[t, i])] for i in np.argsort(-p[t], kind="stable")[:3]],

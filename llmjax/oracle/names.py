@@ -19,7 +19,7 @@ import regex  # type: ignore[import-untyped]
 from llmjax.errors import RequestError, shown
 from llmjax.model import Model
 from llmjax.models.names import From, stem
-from llmjax.oracle.dump import Dump
+from llmjax.oracle.dump import Dump, Window
 from llmjax.oracle.steps import OUTER, order
 from llmjax.outside.paths import checked_path
 from llmjax.outside.patterns import Matcher, is_regex
@@ -62,6 +62,14 @@ class Named:
         """A tap's values as they are stored."""
         source = self.taps[tap]
         return source.make(self.dump.read(source.name))
+
+    def window(self, tap: str) -> Window | None:
+        """What is there of a tap, if that is not all of it."""
+        return self.dump.windows.get(self.taps[tap].name) if tap in self.taps else None
+
+    def shown(self, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What the dump would show of these values, by tap."""
+        return {tap: x if (window := self.window(tap)) is None else window.show(x) for tap, x in values.items()}
 
 
 def named(

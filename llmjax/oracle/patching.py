@@ -99,7 +99,7 @@ class _Bench:
     def __init__(self, stages: Stages, named: Named, taps: Sequence[Tap], found: Explained):
         self.stages, self.named, self.found = stages, named, found
         self.taps = {tap.name: tap for tap in taps}
-        self.dumped = {inner(tap) for tap in named.taps}
+        self.dumped = {inner(tap) for tap in named.taps if named.window(tap) is None}
         self._values: dict[int, dict[str, np.ndarray]] = {}
         self._flows: list[Any] = [None]
 
@@ -127,7 +127,7 @@ class _Bench:
         """The candidate's, into a stage: ours, with its values in the place of ours wherever it has some."""
         while len(self._flows) < stage + 2:
             last = len(self._flows) - 2
-            self._flows.append(self.stages.run(last, self._flows[-1], patches(self.values(last)))[0])
+            self._flows.append(self.stages.run(last, self._flows[-1], patches(self.named, self.values(last)))[0])
         return self._flows[stage + 1]
 
     def run(self, first: int, last: int, x: Any, edit: Edit, at: int | None) -> dict[str, np.ndarray]:
@@ -135,8 +135,8 @@ class _Bench:
         ours: dict[str, np.ndarray] = {}
         for stage in range(first, last + 1):
             changed = edit if at is None or at == stage else PLAIN
-            x, values = self.stages.run(stage, x, patches(self.values(stage)), changed)
-            ours |= values
+            x, values = self.stages.run(stage, x, patches(self.named, self.values(stage)), changed)
+            ours |= self.named.shown(values)
         return ours
 
     def under(self, tap: str, first: int, last: int, x: Any, at: int | None, edit: Edit) -> np.ndarray | None:

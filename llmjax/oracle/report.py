@@ -48,6 +48,12 @@ def coverage(report: "Comparison") -> str:
     found = report.coverage
     percent = 100 * found["taps"] / max(1, found["of"])
     line = f"{found['taps']} of {found['of']} taps ({percent:.0f} %), {found['tokens']} tokens"
+    if "file" in found:
+        line += f", {found['positions']} positions"
+    if "texts" in found:
+        line += ", {} of {} texts".format(*found["texts"])
+    if "file" in found:
+        line += f"; a file {found['file']}"
     for key in ("missing", "unknown"):
         names = found.get(key) or []
         if names:

@@ -1,0 +1,68 @@
+"""Which format a candidate's path has."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from llmjax.errors import RequestError
+from llmjax.litert.model import GraphModel
+from llmjax.model import Model
+from llmjax.oracle.dump import Dump, open_dump
+from llmjax.oracle.dumps import llama_debug, llama_perplexity
+from llmjax.outside.paths import checked_path, path_problem
+from llmjax.quant.qtensor import QTensor
+
+
+def opened(path: str | Path, model: Model | None) -> Sequence[Dump]:
+    """A candidate's dumps: one, or one for each text of a file of several.
+
+    Args:
+      path: a dump's directory, a file of llama.cpp's, or a directory that holds one.
+      model: ours, which knows what the file does not tell of its tokens.
+
+    Raises:
+      RequestError: it is none of them, or is malformed.
+    """
+    if path_problem(path):
+        return [open_dump(path)]
+    file = checked_path("compare", path, RequestError)
+    if file.is_file():
+        if llama_perplexity.is_base(file):
+            return _as_llama_cpp(llama_perplexity.read(file, model), model)
+        if file.suffix == ".bin":
+            return _as_llama_cpp([llama_debug.read(file)], model)
+        raise RequestError(
+            f"{file}: no dump: expected a directory with arrays and manifest.json, llamacpp-NAME.bin of llama-debug "
+            "--save-logits (beside its -tokens.bin), or a file of llama-perplexity --kl-divergence-base"
+        )
+    if file.is_dir() and not (file / "manifest.json").exists() and (found := llama_debug.inside(file)):
+        return _as_llama_cpp([llama_debug.read(found)], model)
+    return [open_dump(file)]
+
+
+def refuse_reference(path: str | Path) -> None:
+    """Raises for a file that only a candidate can be.
+
+    Raises:
+      RequestError: it is one.
+    """
+    file = Path(path)
+    if file.is_file() and (llama_perplexity.is_base(file) or llama_debug.is_logits(file)):
+        raise RequestError(f"{file}: a file of llama.cpp's is compared with a model: llmjax compare --model M {file}")
+
+
+def _as_llama_cpp(dumps: Sequence[Dump], model: Model | None) -> Sequence[Dump]:
+    """With what is known of llama.cpp's arithmetic where it runs our model's own weights: in 16 bits its cache and its
+    table of GELU, inputs of products as narrow as their weights are, and in blocks of 8 bits where those are quantized.
+    """
+    if model is None or isinstance(model, GraphModel) or dumps[0].manifest["runtime"] != "llama.cpp":
+        return dumps
+    leaves = jax.tree.leaves(model.params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    kinds = {"block_int8" if isinstance(x, QTensor) else x.dtype.name for x in leaves if len(x.shape) > 1}
+    if kinds & {"block_int8", "bfloat16"}:
+        kinds.add("float16")  # what some devices multiply these in
+    known = ", ".join(["gelu16", "cache16", *sorted(kinds - {"float32"})])
+    facts = {"dtype": "float32", "numerics": f"llama.cpp: {known}"}
+    return [dataclasses.replace(dump, manifest={**dump.manifest, **facts}) for dump in dumps]
