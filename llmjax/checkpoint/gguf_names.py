@@ -126,13 +126,12 @@ def unused(config: DecoderConfig, tensors: Collection[str]) -> frozenset[str]:
     """Tensors that files have all the same: those that would make the keys and values of layers which take others', and
     layers that guess tokens ahead."""
     takers = [i for i, keys in enumerate(getattr(config, "keys", ())) if keys == TAKEN]
+    known = frozenset(f"blk.{i}.attn_{part}.weight" for i in takers for part in ("k", "v", "k_norm"))
+    if not isinstance(config, Qwen3_5Config):
+        return known
     guessing = {name.split(".nextn.")[0] for name in tensors if ".nextn." in name}
-    return frozenset(
-        [
-            *(f"blk.{i}.attn_{part}.weight" for i in takers for part in ("k", "v", "k_norm")),
-            *(name for name in tensors if ".".join(name.split(".")[:2]) in guessing),
-        ]
-    )
+    guessing -= {f"blk.{i}" for i in range(config.num_hidden_layers)}
+    return known | {name for name in tensors if ".".join(name.split(".")[:2]) in guessing}
 
 
 def _in_layer(entry: str | From) -> str | From:

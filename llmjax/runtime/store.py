@@ -64,7 +64,8 @@ class Store:
         page = [b - a for a, b in zip(none, one, strict=True)]
         own = sum(none) + nbytes(lambda: states.empty_state(None, slots, self.bucket(1), model.config.vocab_size))
         total = default_budget(weights, self._device) if budget is None else budget
-        self.memory = Memory(total, weights, own, sum(page), max(page), self.tokens)
+        each = max(1, sum(page))  # where no layer keeps anything of each token, too
+        self.memory = Memory(total, weights, own, each, max(page), self.tokens)
         self.length = self._total = 0
         self.state: State | None = None
         self.clear()

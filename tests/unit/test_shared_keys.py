@@ -208,6 +208,15 @@ def test_what_is_carried_takes_memory_by_the_slot(llm):
     assert shapes == ({5, store.pages.total} if carried else {store.pages.total})
 
 
+def test_a_model_may_keep_nothing_of_each_token(prompts):
+    """All its layers carry a state: pages cost nothing."""
+    llm = llmjax.LLM(tiny.random_model(**CONFIGS["qwen3_5"] | {"num_hidden_layers": 2}), max_batch=2, chunk=8, block=8)
+    (score,) = llm.score([prompts[0]])
+    logits = llm.model.logits([prompts[0]])[0].astype(np.float64)
+    wanted = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
+    np.testing.assert_allclose(score.logprobs[1:], [wanted[i, t] for i, t in enumerate(prompts[0][1:])], atol=2e-4)
+
+
 def test_layers_that_take_keys_and_values_keep_none():
     model = tiny.random_model(**CONFIGS["gemma4"])
     assert model.config.keys == (GIVEN, GIVEN, TAKEN, TAKEN)
