@@ -144,11 +144,8 @@ def compiled(
     count = int(number or 1)
     slots = count if what in ("decode", "draw") else 1
     table = tokens // (2 * BLOCK)
-    state = jax.eval_shape(
-        lambda: empty_state(
-            make_cache(config, numerics, slots * table + 1, 2 * BLOCK), slots, tokens, config.vocab_size
-        )
-    )
+    layers = partial(make_cache, config, numerics, slots * table + 1, 2 * BLOCK, slots=slots + 1)
+    state = jax.eval_shape(lambda: empty_state(layers(), slots, tokens, config.vocab_size))
 
     def array(*shape: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype)

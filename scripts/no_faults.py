@@ -74,7 +74,8 @@ def _jitted(model: llmjax.Model) -> Callable[..., Any]:
         def taps(params: Any, ids: Any, positions: Any, cache: Any, table: Any) -> Any:
             variables = {"params": params} | ({} if cache is None else {"cache": cache})
             length = jnp.full(len(ids), TOKENS)  # of the row's text, without what it is padded with
-            ctx = Context(positions, model.numerics, block=PAGE, table=table, length=length)
+            slot = jnp.int32(0)
+            ctx = Context(positions, model.numerics, block=PAGE, table=table, slot=slot, length=length)
             return key[0].apply(variables, ids, ctx, mutable=["taps", "cache"])[1]
 
         _programs[key] = jax.jit(taps)
@@ -94,7 +95,7 @@ def batch(model: llmjax.Model, ids: np.ndarray) -> dict[str, np.ndarray]:
 
 def cached(model: llmjax.Model, ids: np.ndarray) -> dict[str, np.ndarray]:
     """In chunks of seven tokens, with a cache."""
-    cache = make_cache(model.config, model.numerics, 2 * PAGES, PAGE)
+    cache = make_cache(model.config, model.numerics, 2 * PAGES, PAGE, slots=2)
     parts = []
     for start in range(0, TOKENS, 7):
         found, cache = run(model, np.tile(ids[start : start + 7], (2, 1)), start, cache)

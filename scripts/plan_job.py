@@ -46,13 +46,14 @@ class Rows:
 @dataclasses.dataclass(frozen=True)
 class Weights:
     """Of a model: all of them, those that every token goes through, bits of each, bytes that a token leaves in the
-    cache, and slots that a job takes where memory allows."""
+    cache, slots that a job takes where memory allows, and bytes that a slot carries from token to token."""
 
     parameters: int
     used: int
     bits: float
     token_bytes: int
     slots: int
+    slot_bytes: int = 0
 
     @property
     def nbytes(self) -> float:
@@ -88,7 +89,7 @@ def rates_of(rows: Rows, weights: Weights, machine: Machine) -> Rates:
     Raises:
       RequestError: the model does not fit.
     """
-    row_bytes = weights.token_bytes * (rows.prompt + rows.answer)
+    row_bytes = weights.slot_bytes + weights.token_bytes * (rows.prompt + rows.answer)
     free = _SHARE * (machine.memory - weights.nbytes)
     if free < row_bytes:
         raise RequestError(
@@ -98,7 +99,8 @@ def rates_of(rows: Rows, weights: Weights, machine: Machine) -> Rates:
     slots = min(weights.slots, int(free / row_bytes))
     operations = 2 * weights.used
     # On the average half of its answer stands in a row's cache.
-    read = weights.used * weights.bits / 8 + slots * weights.token_bytes * (rows.prompt + rows.answer / 2)
+    cache = 2 * weights.slot_bytes + weights.token_bytes * (rows.prompt + rows.answer / 2)
+    read = weights.used * weights.bits / 8 + slots * cache  # what is carried is written as well
     step = max(read / machine.bandwidth, slots * operations / machine.flops) / machine.reach
     return Rates(slots, machine.flops * machine.reach / operations, slots / step)
 
@@ -149,8 +151,9 @@ def weights_of(name: str, bits: float) -> Weights:
     parameters = sum(map(math.prod, parameter_shapes(config).values()))
     # A table that is not the head, too, is only looked up.
     table = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    token = nbytes(lambda: make_cache(config, profile, 1, _POSITIONS)) // _POSITIONS
-    return Weights(parameters, parameters - table, bits, token, job_slots(config, profile))
+    slot, page = (nbytes(lambda n=n: make_cache(config, profile, n, _POSITIONS)) for n in (0, 1))
+    token = (page - slot) // _POSITIONS
+    return Weights(parameters, parameters - table, bits, token, job_slots(config, profile), slot)
 
 
 def main() -> None:

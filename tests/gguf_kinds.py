@@ -19,6 +19,7 @@ ARCHITECTURES = {
     "ministral3": MODEL_ARCH.MISTRAL3,
     "olmo2": MODEL_ARCH.OLMO2,
     "olmo3": MODEL_ARCH.OLMO2,
+    "qwen3_5_text": MODEL_ARCH.QWEN35,
     "qwen3_moe": MODEL_ARCH.QWEN3MOE,
     "smollm3": MODEL_ARCH.SMOLLM3,
 }
@@ -61,6 +62,10 @@ def modified(tensors: Tensors, c: Mapping[str, Any]) -> Iterator[tuple[str, np.n
             continue
         elif "conv.conv" in name:
             x = x.squeeze(1)
+        elif c["model_type"] == "qwen3_5_text":
+            if name.startswith("mtp."):
+                continue
+            name, x = _qwen35(name, x, c)
         yield name, x
     for module, found in experts.items():
         yield f"{module}.weight", np.stack([x for _, x in sorted(found, key=lambda pair: pair[0])])
@@ -121,10 +126,47 @@ def parameters(w: GGUFWriter, c: Mapping[str, Any]) -> None:
     if model_type == "ministral3":
         w.add_rope_scaling_yarn_log_mul(ropes["mscale_all_dim"])
         w.add_attn_temperature_scale(ropes["llama_4_scaling_beta"])
+    if model_type == "qwen3_5_text":
+        w.add_ssm_conv_kernel(c["linear_conv_kernel_dim"])
+        w.add_ssm_state_size(c["linear_key_head_dim"])
+        w.add_ssm_group_count(c["linear_num_key_heads"])
+        w.add_ssm_time_step_rank(c["linear_num_value_heads"])
+        w.add_ssm_inner_size(c["linear_value_head_dim"] * c["linear_num_value_heads"])
+        w.add_array("qwen35.attention.recurrent_layers", [kind == "linear_attention" for kind in c["layer_types"]])
+        w.add_full_attention_interval(c["full_attention_interval"])
+        w.add_rope_dimension_count(int(width * ropes["partial_rotary_factor"]))
+        w.add_rope_dimension_sections([*ropes["mrope_section"], 0])
     if model_type == "qwen3_moe":
         w.add_expert_count(c["num_experts"])
         w.add_expert_used_count(c["num_experts_per_tok"])
         w.add_expert_feed_forward_length(c["moe_intermediate_size"])
+
+
+def _qwen35(name: str, x: np.ndarray, c: Mapping[str, Any]) -> tuple[str, np.ndarray]:
+    """Value heads in turn by their key heads, instead of those of a key head together."""
+    keys, values = c["linear_num_key_heads"], c["linear_num_value_heads"]
+
+    def in_turn(x: np.ndarray, width: int) -> np.ndarray:
+        heads = [x[i * width : (i + 1) * width] for i in range(values)]
+        return np.concatenate([heads[k * (values // keys) + g] for g in range(values // keys) for k in range(keys)])
+
+    first, width = 2 * keys * c["linear_key_head_dim"], c["linear_value_head_dim"]
+    if "linear_attn." not in name:
+        return name, x + np.float32(1) if name.endswith("norm.weight") else x
+    if "conv1d" in name:
+        x = x.squeeze(1)
+    if "conv1d" in name or "in_proj_qkv" in name:
+        x = np.concatenate([x[:first], in_turn(x[first:], width)])
+    elif "in_proj_z" in name:
+        x = in_turn(x, width)
+    elif "out_proj" in name:
+        x = in_turn(x.T, width).T
+    elif not name.endswith("norm.weight"):
+        x = in_turn(x, 1)
+    if name.endswith("dt_bias"):
+        return name.replace("dt_bias", "dt_proj.bias"), x
+    layer = name.split(".")[2]
+    return (f"blk.{layer}.ssm_a", -np.exp(x)) if name.endswith("A_log") else (name, x)
 
 
 def _rope(w: GGUFWriter, ropes: Mapping[str, Any]) -> None:

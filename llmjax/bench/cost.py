@@ -15,7 +15,8 @@ class Cost:
     """Of one step or of a whole prompt.
 
     Attributes:
-      nbytes: weights, each once a pass, and keys and values that are attended to, each once a row.
+      nbytes: weights, each once a pass; keys and values that are attended to, each once a row; what a row carries from
+        token to token, read and written.
       flops: two for each weight of a product and each row, and those of attention.
     """
 
@@ -74,7 +75,7 @@ class Costs:
 
     def _attended(self, start: int, count: int) -> tuple[int, int]:
         """Of ``count`` tokens from position ``start`` on, over all layers: bytes of the keys and values they see, their
-        own included, and flops."""
+        own included, and of what is carried; flops of attention."""
         config = self._config
         windows = getattr(config, "windows", (None,) * config.num_hidden_layers)
         seen = {w: sum(min(p + 1, w or p + 1) for p in range(start, start + count)) for w in set(windows)}
@@ -83,6 +84,8 @@ class Costs:
             if heads := config.attention(layer):
                 nbytes += seen[window] * 2 * heads[0] * heads[1] * self._item
                 flops += seen[window] * 4 * config.num_attention_heads * heads[1]
+            carried = (size for sizes in config.carried(layer).values() for size in sizes.values())
+            nbytes += sum(2 * 4 * math.prod(size) for size in carried)
         return nbytes, flops
 
 

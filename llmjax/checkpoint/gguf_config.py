@@ -10,11 +10,14 @@ Sources: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, and llama.cp
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from llmjax.checkpoint.gguf_gemma import gemma, gemma2, gemma3, gemma3n, gemma4
 from llmjax.checkpoint.gguf_keys import Config, Keys, Shapes, rope, sliding
 from llmjax.checkpoint.gguf_ropes import LONG_FACTORS
 from llmjax.errors import ConfigError, shown
-from llmjax.models.config import FULL
+from llmjax.models.config import FULL, MOST_HEAD_DIM
+from llmjax.models.qwen3_5 import LINEAR
 
 # What may differ by layer, and then its largest value is the model's.
 _BY_LAYER = {
@@ -23,6 +26,8 @@ _BY_LAYER = {
     "lfm2": ("attention.head_count_kv",),
 }
 _MIXTURES = ("gemma4", "qwen3moe")
+# Whose last layers may guess tokens ahead, which llmjax does not (see ``gguf_names.unused``).
+_GUESSING = ("qwen35",)
 
 
 def hf_config(metadata: Mapping[str, Any], tensors: Shapes, where: str) -> Config:
@@ -43,7 +48,8 @@ def hf_config(metadata: Mapping[str, Any], tensors: Shapes, where: str) -> Confi
             f"llmjax has {', '.join(sorted(ARCHITECTURES))}"
         )
     entries = Keys(metadata, tensors, architecture)
-    config = _common(entries, _BY_LAYER.get(architecture, ()))
+    guessing = entries.count("nextn_predict_layers") if architecture in _GUESSING else 0
+    config = _common(entries, _BY_LAYER.get(architecture, ()), guessing)
     if architecture not in _MIXTURES:
         entries.expect_no_experts()
     ARCHITECTURES[architecture](entries, config)
@@ -53,8 +59,8 @@ def hf_config(metadata: Mapping[str, Any], tensors: Shapes, where: str) -> Confi
     return config
 
 
-def _common(e: Keys, by_layer: tuple[str, ...]) -> Config:
-    layers = e.size("block_count")
+def _common(e: Keys, by_layer: tuple[str, ...], guessing: int) -> Config:
+    layers = max(1, e.size("block_count") - guessing)
     last = f"blk.{layers - 1}.ffn_down"
     if not e.has(f"{last}.weight", f"{last}_exps.weight"):  # before anything is built of so many
         e.problem("block_count", f"{layers} layers, but there is no tensor {last}.weight")
@@ -155,6 +161,46 @@ def _qwen3moe(e: Keys, c: Config) -> None:
     c |= _attention_bias(e)
     e.expect("expert_weights_scale", 1.0, 0.0)
     rope(e, c, also="yarn")
+
+
+def _qwen35(e: Keys, c: Config) -> None:
+    """Qwen3.5.  Which layers attend is said one by one, or by how many lie between."""
+    layers, blocks = c["num_hidden_layers"], e.size("block_count")  # fewer than blocks where some guess
+    every, recurrent = e.size("full_attention_interval", 4), e.get("attention.recurrent_layers")
+    kinds = [LINEAR if (i + 1) % every else FULL for i in range(layers)]
+    if isinstance(recurrent, np.ndarray) and recurrent.dtype == bool and len(recurrent) == blocks >= layers:
+        kinds = [LINEAR if is_recurrent else FULL for is_recurrent in recurrent[:layers]]
+    elif recurrent is not None:
+        e.problem("attention.recurrent_layers", f"expected {blocks} booleans, found {shown(recurrent)}")
+    heads, width = e.size("ssm.time_step_rank"), e.size("ssm.inner_size")
+    if width % heads:
+        e.problem("ssm.inner_size", f"{width} is not a multiple of ssm.time_step_rank {heads}")
+    c |= {
+        "model_type": "qwen3_5_text",
+        "rms_norm_eps": e.number("attention.layer_norm_rms_epsilon"),
+        "attention_bias": e.has(*(f"blk.{i}.attn_q.bias" for i, kind in enumerate(kinds) if kind == FULL)),
+        "layer_types": kinds,
+        "full_attention_interval": every,
+        "linear_num_key_heads": e.size("ssm.group_count"),
+        "linear_num_value_heads": heads,
+        "linear_key_head_dim": e.size("ssm.state_size"),
+        "linear_value_head_dim": max(1, width // heads),
+        "linear_conv_kernel_dim": e.size("ssm.conv_kernel"),
+    }
+    rope(e, c, partial=True, also="yarn")
+    _sections(e, e.size("rope.dimension_count", c["head_dim"]) // 2)
+
+
+def _sections(e: Keys, pairs: int) -> None:
+    """Of images some pairs of a head turn by the row or the column; where they leave a pair out, llama.cpp does not
+    turn it in texts either, as no checkpoint has it."""
+    found = e.get("rope.dimension_sections")
+    if not (isinstance(found, np.ndarray) and found.shape == (4,) and found.dtype.kind in "iu" and found.sum() > 0):
+        e.problem("rope.dimension_sections", f"expected four whole numbers, found {shown(found)}")
+        return
+    places = np.arange(min(pairs, MOST_HEAD_DIM)) % found.sum()
+    if (places >= 3 * found[places % 3]).any():
+        e.problem("rope.dimension_sections", f"{found.tolist()} leaves out some of the {pairs} pairs that turn")
 
 
 def _smollm3(e: Keys, c: Config) -> None:
@@ -271,6 +317,7 @@ ARCHITECTURES: dict[str, Callable[[Keys, Config], None]] = {
     "phi3": _phi3,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "qwen35": _qwen35,
     "qwen3moe": _qwen3moe,
     "smollm3": _smollm3,
     "stablelm": _stablelm,

@@ -5,13 +5,14 @@ Source: gguf-py's ``tensor_mapping.py`` and ``modify_tensors`` of llama.cpp's co
 """
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from llmjax.models.config import DecoderConfig
-from llmjax.models.names import From, Names, fused, stacked_experts
+from llmjax.models.names import From, Names, TornError, fused, stacked_experts
+from llmjax.models.qwen3_5 import Qwen3_5Config
 from llmjax.models.shared_keys import TAKEN
 
 # Whose rotation pairs neighbours in llama.cpp.
@@ -35,6 +36,16 @@ _LAYER: dict[str, str | From] = {
     "conv.enter": "shortconv.in_proj",
     "conv.kernel": "shortconv.conv",
     "conv.leave": "shortconv.out_proj",
+    # Qwen3.5
+    "delta.qkv": "attn_qkv",
+    "delta.gate": "attn_gate",
+    "delta.beta": "ssm_beta",
+    "delta.decay": "ssm_alpha",
+    "delta.kernel": "ssm_conv1d",
+    "delta.norm": "ssm_norm",
+    "delta.o": "ssm_out",
+    "delta.a_log": From(("",), endings={"a_log": "ssm_a"}),
+    "delta.dt_bias": From(("",), endings={"dt_bias": "ssm_dt.bias"}),
     # Gemma 3n and 4
     "per_layer.gate": "inp_gate",
     "per_layer.project": "proj",
@@ -68,7 +79,9 @@ def names(config: DecoderConfig, model_type: str, tensors: Collection[str]) -> N
       tensors: all names in the file; some architectures have been written with q, k and v apart and fused.
     """
     layer: dict[str, str | From] = dict(_LAYER)
-    if "blk.0.attn_qkv.weight" in tensors:
+    if isinstance(config, Qwen3_5Config):
+        layer |= _with_heads_in_groups(config, layer)
+    elif "blk.0.attn_qkv.weight" in tensors:
         q, kv = (config.head_dim * n for n in (config.num_attention_heads, config.num_key_value_heads))
         layer |= fused("attn_qkv", {"attn.q": q, "attn.k": kv, "attn.v": kv})
     if model_type == "phi3":
@@ -102,17 +115,23 @@ def names(config: DecoderConfig, model_type: str, tensors: Collection[str]) -> N
         table[f"leave_{i}"] = _one_of("altup_unembd_proj", i, streams)
     for role, entry in layer.items():
         table[f"layers.{{}}.{role}".removesuffix(".")] = _in_layer(entry)
-    if model_type in ("gemma", "gemma2", "gemma3_text"):
+    if model_type in ("gemma", "gemma2", "gemma3_text", "qwen3_5_text"):
         for place in table:
-            if place.endswith("norm"):
+            if place.endswith("norm") and not place.endswith("delta.norm"):
                 table[place] = _then(table[place], _minus_one)
     return table
 
 
-def unused(config: DecoderConfig) -> frozenset[str]:
-    """Tensors that files have all the same: those that would make the keys and values of layers which take others'."""
+def unused(config: DecoderConfig, tensors: Collection[str]) -> frozenset[str]:
+    """Tensors that files have all the same: those that would make the keys and values of layers which take others', and
+    layers that guess tokens ahead."""
     takers = [i for i, keys in enumerate(getattr(config, "keys", ())) if keys == TAKEN]
-    return frozenset(f"blk.{i}.attn_{part}.weight" for i in takers for part in ("k", "v", "k_norm"))
+    known = frozenset(f"blk.{i}.attn_{part}.weight" for i in takers for part in ("k", "v", "k_norm"))
+    if not isinstance(config, Qwen3_5Config):
+        return known
+    guessing = {name.split(".nextn.")[0] for name in tensors if ".nextn." in name}
+    guessing -= {f"blk.{i}" for i in range(config.num_hidden_layers)}
+    return known | {name for name in tensors if ".".join(name.split(".")[:2]) in guessing}
 
 
 def _in_layer(entry: str | From) -> str | From:
@@ -148,6 +167,36 @@ def _unpermuted(heads: int) -> Callable[[np.ndarray], np.ndarray]:
         return x.reshape(heads, half, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
     return change
+
+
+def _with_heads_in_groups(config: Qwen3_5Config, layer: Mapping[str, str | From]) -> dict[str, str | From]:
+    """Qwen3.5's entries: llama.cpp has the value heads of linear attention that share a key head as far apart as there
+    are key heads, ours are neighbours; ``a_log`` is written as ``-exp(a_log)``."""
+    keys, first = config.key_heads, 2 * config.key_heads * config.key_dim
+
+    def grouped(x: np.ndarray, axis: int = 0) -> np.ndarray:
+        size = x.shape[axis]
+        if size % config.value_heads:
+            raise TornError
+        parts = x.reshape(*x.shape[:axis], config.value_heads // keys, keys, -1, *x.shape[axis + 1 :])
+        return np.swapaxes(parts, axis, axis + 1).reshape(x.shape)
+
+    def values_grouped(x: np.ndarray) -> np.ndarray:
+        return np.concatenate([x[:first], grouped(x[first:])])
+
+    def columns_grouped(x: np.ndarray) -> np.ndarray:
+        # Groups have 16 or 32 weights, so of packed ones these are the fifth bits: of even columns, then of odd ones.
+        fifth = 8 * x.shape[1] == config.value_heads * config.value_dim
+        return np.concatenate([grouped(part, 1) for part in np.split(x, 2 if fifth else 1, 1)], 1)
+
+    changes: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "delta.a_log": lambda x: np.log(-grouped(x.astype(np.float64))).astype(np.float32)
+    }
+    if config.value_heads != keys:
+        changes |= dict.fromkeys(("delta.gate", "delta.beta", "delta.decay", "delta.dt_bias"), grouped)
+        changes |= dict.fromkeys(("delta.qkv", "delta.kernel"), values_grouped)
+        changes["delta.o"] = columns_grouped
+    return {"mlp_norm": "post_attention_norm"} | {role: _then(layer[role], change) for role, change in changes.items()}
 
 
 def _minus_one(x: np.ndarray) -> Any:

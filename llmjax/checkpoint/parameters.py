@@ -19,6 +19,7 @@ from llmjax.errors import CheckpointError, ConfigError, named
 from llmjax.lora.adapter import Adapter, AnyLora, Delta, read_adapter
 from llmjax.lora.merge import Merge, merged_rows
 from llmjax.models.config import DecoderConfig
+from llmjax.models.names import TornError
 from llmjax.quant import gguf
 from llmjax.quant.arrays import aligned, row_chunks
 from llmjax.quant.qtensor import QTensor
@@ -211,8 +212,11 @@ def _packed(source: Source, assignment: Assignment, table: bool) -> QTensor | No
     kinds = [jax.tree.structure(q) for q in packed]
     if len(packed) < len(found) or len(set(kinds)) > 1:
         return None
-    leaves = zip(*map(jax.tree.leaves, packed), strict=True)
-    return jax.tree.unflatten(kinds[0], [_owned(assignment.make(list(same)), same, table) for same in leaves])
+    leaves = list(zip(*map(jax.tree.leaves, packed), strict=True))
+    try:
+        return jax.tree.unflatten(kinds[0], [_owned(assignment.make(list(same)), same, table) for same in leaves])
+    except TornError:
+        return None
 
 
 def _owned(value: np.ndarray, parts: tuple[np.ndarray, ...], table: bool) -> np.ndarray:

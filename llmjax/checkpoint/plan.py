@@ -106,7 +106,7 @@ def make_plan(source: Source, override: Override = None) -> Plan:
         config = gguf_ropes.with_ropes(config, ropes, where)
         configuring = [specs[name] for name in ropes]
         used |= set(ropes)
-        ignored = gguf_names.unused(config)
+        ignored = gguf_names.unused(config, specs)
     assignments = []
     known = min(config.num_hidden_layers, _last_layer(specs) + 2)  # one without tensors tells of all the others
     if known < config.num_hidden_layers:

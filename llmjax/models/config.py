@@ -93,7 +93,7 @@ class DecoderConfig:
 
     def carried(self, layer: int) -> Mapping[str, Mapping[str, tuple[int, ...]]]:
         """What a layer carries from token to token, see ``models.pages``: shapes of float32 arrays by module and name.
-        Rows of such a model share nothing."""
+        Such a layer keeps nothing of each token, and rows of such a model share nothing."""
         return {}
 
     def length_kind(self, tokens: int) -> int:

@@ -26,6 +26,8 @@ class Context(struct.PyTreeNode):
       block: cache positions folded at a time by cached attention (static).
       table: int32 ``[B, N]``, the pages of the cache that hold each row's positions, see ``models.pages``.  ``None``
         without a cache.
+      slot: int32 ``[]``, the entry of the cache in which lies what the first row carries from token to token, where the
+        model does (``DecoderConfig.carried``); the other rows' are behind it.  ``None`` without a cache.
       active: bool ``[B]``; rows that are False leave the cache as it is.  ``None`` means all are active.
       last: int32 ``[B]`` or ``[B, M]``; when given, the head runs on tokens ``last[b]`` of each row alone and logits
         are ``[B, 1, V]`` or ``[B, M, V]``.
@@ -47,6 +49,7 @@ class Context(struct.PyTreeNode):
     numerics: Numerics = struct.field(pytree_node=False)
     block: int = struct.field(pytree_node=False, default=128)
     table: jax.Array | None = None
+    slot: jax.Array | None = None
     active: jax.Array | None = None
     last: jax.Array | None = None
     adapter: jax.Array | None = None

@@ -19,6 +19,10 @@ def _only(arrays: list[np.ndarray]) -> np.ndarray:
     return array
 
 
+class TornError(Exception):
+    """What makes a parameter would move a part of a packed weight's group, or of its byte: it must be expanded."""
+
+
 @dataclasses.dataclass(frozen=True)
 class From:
     """How one module's parameters are made from source tensors.
@@ -151,7 +155,8 @@ def sources_of(parameter: str, names: Names) -> tuple[From, list[str]]:
     """How a parameter is made, and the names of the tensors it is made from."""
     module, ending = parameter.rsplit(".", 1)
     layer = re.match(r"layers\.(\d+)", module)
-    entry = names[re.sub(r"^layers\.\d+", "layers.{}", module)]
+    place = re.sub(r"^layers\.\d+", "layers.{}", module)
+    entry = names.get(f"{place}.{ending}") or names[place]  # of this parameter alone, or of all its module's
     if isinstance(entry, str):
         entry = From((entry,))
     ending = entry.endings.get(ending, ending)

@@ -3,7 +3,7 @@
 Shapes: ``P`` pages, ``page`` positions in one, ``K`` key/value heads, ``H`` head width.  A buffer of keys is ``[P, K,
 page, H]``, one of values (``v``) ``[P, K, H, page]``: both are then read along what is summed.  Whatever else a layer
 keeps of each token lies as keys do.  What it carries from token to token instead (``DecoderConfig.carried``) lies in
-``[P, ...]``, at the number of the row's first page.
+no page but once for each slot, ``[slots, ...]``.
 """
 
 import math
@@ -110,21 +110,32 @@ def carried(module: nn.Module, name: str, size: tuple[int, ...], ctx: Context) -
     rows = ctx.positions.shape[0]
     if not module.has_variable("cache", name):
         return jnp.zeros((rows, *size), jnp.float32)
-    assert ctx.table is not None
-    found: jax.Array = module.get_variable("cache", name)[ctx.table[:, 0]]
-    return jnp.where((ctx.positions[:, 0] == 0).reshape(rows, *(1 for _ in size)), 0, found)
+    found = _slots(module, name, ctx)
+    return jnp.where(_each(ctx.positions[:, 0] == 0, found), 0, found)
 
 
 def put_carried(module: nn.Module, name: str, new: jax.Array, ctx: Context) -> None:
     """Where there is a cache, has its buffer carry ``new [B, ...]`` on."""
     if not module.has_variable("cache", name):
         return
-    assert ctx.table is not None
-    buffer: jax.Array = module.get_variable("cache", name)
-    numbers = ctx.table[:, 0]
+    assert ctx.slot is not None
     if ctx.active is not None:
-        numbers = jnp.where(ctx.active, numbers, len(buffer))  # out of range: dropped
-    module.put_variable("cache", name, buffer.at[numbers].set(new.astype(buffer.dtype), mode="drop"))
+        new = jnp.where(_each(ctx.active, new), new, _slots(module, name, ctx))
+    buffer: jax.Array = module.get_variable("cache", name)
+    changed = lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), ctx.slot, 0)
+    module.put_variable("cache", name, changed)
+
+
+def _slots(module: nn.Module, name: str, ctx: Context) -> jax.Array:
+    """What lies in the rows' slots of a buffer."""
+    assert ctx.slot is not None
+    buffer: jax.Array = module.get_variable("cache", name)
+    return lax.dynamic_slice_in_dim(buffer, ctx.slot, ctx.positions.shape[0], 0)
+
+
+def _each(rows: jax.Array, like: jax.Array) -> jax.Array:
+    """``[B]`` with as many dimensions as ``like`` has."""
+    return rows.reshape(-1, *(1 for _ in like.shape[1:]))
 
 
 def _pages(ctx: Context, index: jax.Array) -> jax.Array:

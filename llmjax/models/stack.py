@@ -30,7 +30,8 @@ from llmjax.quant.bits import from_storage, to_storage
 from llmjax.quant.qtensor import QTensor
 
 # The entry of the ``params`` and ``cache`` collections that holds stacked layers: a tuple with one tree for each layer
-# of the pattern that repeats, leaves ``[n, ...]`` and cache buffers of ``n * P`` pages, n being the repetitions.
+# of the pattern that repeats, leaves ``[n, ...]`` and cache buffers of ``n * P`` pages or slots, n being the
+# repetitions.
 STACKED = "layers"
 # By the name of ``_traced_once``'s inner function a layer is known in a traced model, see ``layer_of``.
 _ALIKE = "alike"
@@ -113,7 +114,7 @@ def _looped(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Context,
         x, caches = carry
         new = []
         for place, (block, params, cache) in enumerate(zip(alike, pattern, caches, strict=True)):
-            placed = ctx if ctx.table is None else ctx.replace(table=ctx.table + i * _rows(cache, count))
+            placed = _placed(ctx, i * _rows(cache, count))
             variables = {"params": jax.tree.map(partial(_pick, i), params), "cache": cache}
             variables[PATCHES] = _in_turn(i, patches[place :: len(pattern)])
             own = _own(each, i * len(pattern) + place)
@@ -126,6 +127,12 @@ def _looped(model: nn.Module, blocks: Sequence[nn.Module], x: Any, ctx: Context,
     if model.has_variable("cache", STACKED):
         model.put_variable("cache", STACKED, caches)
     return x
+
+
+def _placed(ctx: Context, first: jax.Array) -> Context:
+    """The context of a layer whose pages, or slots, begin at ``first`` in buffers that several share."""
+    places = {"table": ctx.table, "slot": ctx.slot}
+    return ctx.replace(**{name: place + first for name, place in places.items() if place is not None})
 
 
 def _in_turn(i: jax.Array, each: Sequence[Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from llmjax.quant.bits import storage
 
 
 def make_cache(
-    config: DecoderConfig, numerics: Numerics, pages: int, page: int, *, stacked: bool = False
+    config: DecoderConfig, numerics: Numerics, pages: int, page: int, *, slots: int = 1, stacked: bool = False
 ) -> dict[str, Any]:
     """A zeroed ``cache`` collection in the storage of the dtype products run in.
 
@@ -25,12 +25,13 @@ def make_cache(
       numerics: the profile.
       pages: P.
       page: positions in one.
+      slots: rows of which there is what layers carry.
       stacked: as ``models.stack`` stacks layers.
 
     Returns:
       ``layers_i``, and in it what the layer keeps (``DecoderConfig.cache``): most often ``attn / {k, v}``, ``[P, K,
-      page, H]`` and ``[P, K, H, page]``; what it carries (``DecoderConfig.carried``), float32 ``[P, ...]``.  Of a model
-      with ``row_arrays`` those, ``[P, ...]``.
+      page, H]`` and ``[P, K, H, page]``; what it carries (``DecoderConfig.carried``), float32 ``[slots, ...]``.  Of a
+      model with ``row_arrays`` those, ``[P, ...]``.
     """
     if (arrays := config.row_arrays) is not None:
         return {name: jnp.zeros((pages, *shape), dtype) for name, (shape, dtype) in arrays.items()}
@@ -44,9 +45,10 @@ def make_cache(
             for module, sizes in config.cache(layer).items()
         }
         carried = {
-            module: {name: jnp.zeros((count * pages, *size), jnp.float32) for name, size in sizes.items()}
+            module: {name: jnp.zeros((count * slots, *size), jnp.float32) for name, size in sizes.items()}
             for module, sizes in config.carried(layer).items()
         }
+        assert not (kept and carried)  # see ``models.stack``
         return kept | carried
 
     count, period = config.num_hidden_layers, config.period
@@ -55,22 +57,24 @@ def make_cache(
     return {f"layers_{i}": own for i in range(count) if (own := buffers(i, 1))}
 
 
-def grown(cache: Any, layers: int, more: int) -> Any:
-    """``cache`` with ``more`` zeroed pages.  A buffer is freed before the next is copied: one of them is in memory
+def grown(cache: Any, layers: int, shapes: Any) -> Any:
+    """``cache`` with more pages, zeroed ones.  A buffer is freed before the next is copied: one of them is in memory
     twice, not all.
 
     Args:
-      cache: its buffers are gone afterwards.
+      cache: its buffers are gone afterwards, but for those that remain as they are.
       layers: in each buffer, stacked.
-      more: pages.
+      shapes: what becomes of it, as ``jax.eval_shape`` says.
     """
 
-    def longer(buffer: jax.Array) -> jax.Array:
-        new = jax.block_until_ready(_longer(buffer, layers, more))
+    def longer(buffer: jax.Array, to: jax.ShapeDtypeStruct) -> jax.Array:
+        if buffer.shape == to.shape:
+            return buffer
+        new = jax.block_until_ready(_longer(buffer, layers, (len(to) - len(buffer)) // layers))
         buffer.delete()
         return new
 
-    return jax.tree.map(longer, cache)
+    return jax.tree.map(longer, cache, shapes)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

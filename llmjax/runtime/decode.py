@@ -149,7 +149,7 @@ def _advance(
     stopped = stops & (state.step >= state.min_tokens)
     active = state.active & ~stopped & (step < state.max_tokens)
     position = jnp.where(active, state.position, 0)  # a row at rest must not lengthen the others' attention
-    ctx = Context(position[:, None], numerics, block, table, active, adapter=state.adapter)
+    ctx = Context(position[:, None], numerics, block, table, jnp.int32(0), active, adapter=state.adapter)
     logits, out = module.apply({"params": params, "cache": state.cache}, token[:, None], ctx, mutable=["cache"])
     place = jnp.where(active, state.position, state.ids.shape[1])  # out of range: dropped
     return state.replace(

@@ -48,9 +48,8 @@ def prefill(
       the state, and the logits float32 ``[V]`` that follow the chunk's last token, which are in the state as well.
     """
     positions = start + jnp.arange(ids.shape[1])[None]
-    ctx = Context(
-        positions, numerics, block, table[None], last=length[None] - 1, adapter=adapter[None], length=tokens[None]
-    )
+    ctx = Context(positions, numerics, block, table[None], slot, adapter=adapter[None], length=tokens[None])
+    ctx = ctx.replace(last=length[None] - 1)
     logits, out = module.apply({"params": params, "cache": state.cache}, ids, ctx, mutable=["cache"])
     last = logits[0, 0].astype(jnp.float32)
     return state.replace(
@@ -106,7 +105,7 @@ def score_chunk(
       numerics: static.
       block: static.
       params: the model's.
-      state: donated; but for the cache's pages it stays as it is.
+      state: donated; but for the cache it stays as it is.
       ids: int32 ``[1, C]``.
       targets: int32 ``[C]``, the token that follows each.
       table: int32 ``[N]``, the pages that the text may have.
@@ -116,7 +115,8 @@ def score_chunk(
       adapter: int32 ``[]``, see ``Context``.
     """
     positions = start + jnp.arange(ids.shape[1])[None]
-    ctx = Context(positions, numerics, block, table[None], adapter=adapter[None], length=tokens[None])
+    aside = jnp.int32(state.active.shape[0])  # see ``State``
+    ctx = Context(positions, numerics, block, table[None], aside, adapter=adapter[None], length=tokens[None])
     logits, out = module.apply({"params": params, "cache": state.cache}, ids, ctx, mutable=["cache"])
     logits = logits[0].astype(jnp.float32)
     norm = jax.nn.logsumexp(logits, -1)

@@ -16,7 +16,8 @@ class State(struct.PyTreeNode):
 
     Attributes:
       cache: the module's ``cache`` collection, see ``runtime.cache``: ``P`` pages a buffer, or ``n * P`` for n stacked
-        layers.  Whose a page is, ``runtime.pages`` knows.
+        layers.  Whose a page is, ``runtime.pages`` knows.  What layers carry lies at each slot's number, and behind the
+        slots' that of a text which is scored.
       logits: float32 ``[B, V]``, of the token each row will draw next.
       position: int32 ``[B]``, where that token will stand.
       step: int32 ``[B]``, tokens generated so far.

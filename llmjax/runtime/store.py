@@ -57,17 +57,27 @@ class Store:
         self._device = device_of(model.params)
         self.aside = slots
         self.tokens, self._stacked = PAGE_BLOCKS * block, stacked
-        page = [x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: self._cache(1)))]
-        own = nbytes(lambda: states.empty_state(None, slots, self.bucket(1), model.config.vocab_size))
+        none, one = (
+            [x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda n=n: self._cache(n)))]
+            for n in (0, 1)
+        )
+        page = [b - a for a, b in zip(none, one, strict=True)]
+        own = sum(none) + nbytes(lambda: states.empty_state(None, slots, self.bucket(1), model.config.vocab_size))
         total = default_budget(weights, self._device) if budget is None else budget
-        self.memory = Memory(total, weights, own, sum(page), max(page), self.tokens)
+        each = max(1, sum(page))  # where no layer keeps anything of each token, too
+        self.memory = Memory(total, weights, own, each, max(page), self.tokens)
         self.length = self._total = 0
         self.state: State | None = None
         self.clear()
 
     def _cache(self, pages: int) -> dict[str, object]:
         return make_cache(
-            self._model.config, self._model.numerics, pages, self.tokens, stacked=self._stacked is not None
+            self._model.config,
+            self._model.numerics,
+            pages,
+            self.tokens,
+            slots=self._slots + 1,
+            stacked=self._stacked is not None,
         )
 
     @property
@@ -138,7 +148,8 @@ class Store:
             return False
         more = min(most, max(total, 2 * self._total - 1)) - self._total
         cache, self.state = self.state.cache, self.state.replace(cache=None)
-        self.state = self.state.replace(cache=grown(cache, self.layers, more))
+        shapes = jax.eval_shape(lambda: self._cache(self._total + more))
+        self.state = self.state.replace(cache=grown(cache, self.layers, shapes))
         self._total += more
         self.pages.grow(self._total, self.length)
         return True

@@ -23,7 +23,10 @@ from llmjax.checkpoint import gguf_config, gguf_gemma, gguf_names, gguf_ropes
 from llmjax.models.gemma import GemmaConfig
 from llmjax.models.gemma2 import Gemma2Config
 from llmjax.models.gemma3 import Gemma3Config
+from llmjax.models.names import TornError
+from llmjax.models.qwen3_5 import Qwen3_5Config
 from llmjax.models.registry import architectures, read_config
+from llmjax.quant.gguf import unpack
 from llmjax.quant.qtensor import QTensor, dequantize
 from llmjax.text.reading import from_gguf, from_huggingface
 from tests import gguf_files
@@ -57,7 +60,7 @@ CASES = {
 }
 # Of the stored checkpoints, those that llama.cpp has a form for.
 KINDS = ("gemma3n_cond", "gemma4_cond", "gemma4_moe", "granite", "lfm2", "ministral3_cond", "olmo3_yarn", "qwen3_moe")
-KINDS = (*KINDS, "smollm3", "phi35_mini_longrope")
+KINDS = (*KINDS, "qwen3_5_cond", "smollm3", "phi35_mini_longrope")
 # Keys that llama.cpp reads and its converter leaves out.
 ADDED = {
     "mistral": lambda writer: writer.add_sliding_window(6),
@@ -104,7 +107,7 @@ def assert_same_model(folder, path):
     ours, expected = llmjax.load(path), llmjax.load(folder)
     assert facts(ours) == facts(expected)
     found = dict(jax.tree_util.tree_leaves_with_path(ours.params))
-    one_more = isinstance(expected.config, GemmaConfig | Gemma2Config | Gemma3Config)
+    one_more = isinstance(expected.config, GemmaConfig | Gemma2Config | Gemma3Config | Qwen3_5Config)
     for place, wanted in jax.tree_util.tree_leaves_with_path(expected.params):
         value, wanted = found.pop(place), np.asarray(wanted, np.float32)
         if "embed" in jax.tree_util.keystr(place):
@@ -113,6 +116,9 @@ def assert_same_model(folder, path):
             # w is stored as 1 + w in float32: what is lost is half a unit of 1 + w, and the model multiplies by that.
             np.testing.assert_allclose(value, wanted, rtol=0, atol=2**-24 * (1 + np.abs(wanted).max()))
             value, wanted = 1 + value, 1 + wanted
+        if "a_log" in jax.tree_util.keystr(place):  # stored as -exp(a_log), and that is rounded
+            np.testing.assert_allclose(value, wanted, rtol=0, atol=2**-23)
+            continue
         np.testing.assert_array_equal(value, wanted, err_msg=str(place))
     assert not found
 
@@ -176,6 +182,44 @@ def test_experts_stay_packed(written, name, role):
     exact = np.asarray(llmjax.load(folder).params["layers_1"]["experts"][role]["weight"], np.float32)
     assert isinstance(found, QTensor) and found.shape == exact.shape
     np.testing.assert_array_equal(dequantize(found.map(np.asarray)), gguf_files.dequantized(exact, "Q4_1"))
+
+
+def test_layers_that_guess_are_left_out(written):
+    """Behind the others, and counted with them."""
+
+    def with_guesser(tensors):
+        last = {name: x for name, x in tensors.items() if name.startswith("blk.1.")}
+        tensors |= {name.replace("blk.1.", "blk.4."): x for name, x in last.items()}
+        tensors["blk.4.nextn.eh_proj.weight"] = np.zeros((36, 72), np.float32)
+
+    def said(writer):
+        writer.kv_data[0]["qwen35.block_count"].value = 5
+        writer.kv_data[0]["qwen35.attention.recurrent_layers"].value.append(False)
+        writer.add_nextn_predict_layers(1)
+
+    folder, path = written("qwen3_5_cond", change=with_guesser, add=said)
+    assert_same_model(folder, path)
+    dropped = {t["name"].split(".")[1] for t in llmjax.inspect(path).tensors if not t["fills"]}
+    assert dropped == {"4"}
+
+
+@pytest.mark.parametrize(("kind", "width"), [("Q4_1", 32), ("Q5_0", 64), ("Q8_0", 16)])
+def test_heads_are_moved_as_they_are_packed(kind, width):
+    """Where a group lies within a head: llama.cpp has the columns of two key heads' three value heads in turn."""
+    config = json.loads((STORED / "qwen3_5_cond" / "config.json").read_text())["text_config"]
+    config |= {"linear_value_head_dim": width}
+    entry = gguf_names.names(read_config(config, "x")[1], "qwen3_5_text", ())["layers.{}.delta.o"]
+    x = np.random.default_rng(0).standard_normal((4, 6 * width)).astype(np.float32)
+    raw = gguf.quants.quantize(x, gguf.GGMLQuantizationType[kind])
+    q = unpack(raw, kind, x.shape)
+    if width < 32:
+        with pytest.raises(TornError):
+            jax.tree.map(lambda leaf: entry.make([leaf]), q)
+        return
+    found = dequantize(jax.tree.map(lambda leaf: entry.make([leaf]), q))
+    heads = gguf_files.dequantized(x, kind).reshape(4, 3, 2, width)
+    wanted = [heads[:, group, key] for key in range(2) for group in range(3)]
+    np.testing.assert_array_equal(found, np.concatenate(wanted, 1))
 
 
 @pytest.mark.slow
@@ -330,6 +374,35 @@ def test_what_llama_cpp_hard_codes():
     assert configured(other("gemma3")).windows == (None, None)
 
 
+QWEN35 = {
+    "rope.dimension_count": 8,
+    "rope.dimension_sections": np.array([2, 1, 1, 0]),
+    "ssm.conv_kernel": 4,
+    "ssm.inner_size": 32,
+    "ssm.state_size": 8,
+    "ssm.time_step_rank": 4,
+    "ssm.group_count": 2,
+    "block_count": 7,
+}
+
+
+def test_layers_that_attend_and_pairs_that_turn():
+    """Every fourth unless the file says otherwise; llama.cpp would not turn the third pair of sections (3, 1, 0)."""
+
+    def qwen35(**changes):
+        return other("qwen35", **{f"qwen35.{k}": v for k, v in (QWEN35 | changes).items()})
+
+    assert [i for i, kind in enumerate(configured(qwen35()).kinds_of_layers) if kind == "full_attention"] == [3]
+    listed = {"attention.recurrent_layers": np.array([False] * 6 + [True])}
+    assert configured(qwen35(**listed)).kinds_of_layers == ("full_attention",) * 6 + ("linear_attention",)
+    with pytest.raises(ConfigError, match=r"recurrent_layers: expected 7 booleans, found \[True\]"):
+        configured(qwen35(**{"attention.recurrent_layers": np.array([True])}))
+    with pytest.raises(ConfigError, match=r"dimension_sections: \[3, 1, 0, 0\] leaves out some of the 4 pairs"):
+        configured(qwen35(**{"rope.dimension_sections": np.array([3, 1, 0, 0])}))
+    with pytest.raises(ConfigError, match="ssm.inner_size: 30 is not a multiple of ssm.time_step_rank 4"):
+        configured(qwen35(**{"ssm.inner_size": 30}))
+
+
 def test_values_that_say_nothing_new():
     """One value a layer, defaults written out, the old name of a factor, epsilons as the decimals they stand for."""
     config = configured(
@@ -401,7 +474,9 @@ def test_metadata_that_is_refused(changes, message):
 KEYS = """block_count embedding_length attention.head_count attention.head_count_kv attention.key_length
     attention.value_length rope.dimension_count rope.freq_base rope.scaling.type rope.scaling.factor
     attention.sliding_window attention.sliding_window_pattern attn_logit_softcapping attention.scale vocab_size
-    expert_count rope.freq_base_swa use_parallel_residual tensor_data_layout""".split()
+    expert_count rope.freq_base_swa use_parallel_residual tensor_data_layout nextn_predict_layers ssm.inner_size
+    ssm.time_step_rank ssm.group_count full_attention_interval attention.recurrent_layers
+    rope.dimension_sections""".split()
 ODD = [0, 2, -1, 1 << 40, 1.5, float("nan"), 1e-200, 1e300, True, "linear", ["a"], np.array([2, 2]), np.array([]), 64]
 
 

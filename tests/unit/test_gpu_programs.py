@@ -88,8 +88,8 @@ def test_a_state_is_carried_on_where_it_lies():
     """Turned for a step's sums, all of it would be copied at every call, and copied back."""
     (found,) = reports("bfloat16", "fast", "decode-1", model="config:qwen3.5-0.8b")
     check_any(found)
-    assert found["temporaries"] < 6e6 < found["in_place"]
-    assert (found["waits"], found["written"] < 6e6) == (1, True)
+    assert found["temporaries"] < 5e6 and found["written"] < 5e6  # of which 4 are logits; the state of two slots is 2
+    assert found["waits"] == 1
 
 
 @pytest.mark.parametrize(("card", "kind"), CARDS)

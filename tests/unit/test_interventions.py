@@ -67,7 +67,7 @@ def test_every_tap_of_every_architecture_is_there_with_a_cache(name):
     table, active = jnp.zeros((1, 1), jnp.int32), jnp.array([True])
     for count, slots in ((4, {"last": jnp.array([3])}), (1, {"active": active})):
         ids = jnp.zeros((1, count), jnp.int32)
-        ctx = Context(jnp.arange(count)[None], model.numerics, table=table, **slots)
+        ctx = Context(jnp.arange(count)[None], model.numerics, table=table, slot=jnp.int32(0), **slots)
         variables = {"params": model.params, "cache": cache}
         jax.eval_shape(lambda v, ids=ids, ctx=ctx: everywhere.apply(v, ids, ctx, mutable=["cache"]), variables)
 

@@ -56,6 +56,9 @@ def test_of_a_configuration(monkeypatch, capsys):
     assert weights.token_bytes == 18 * 2 * 256 * 2 and weights.nbytes == 2_506_172_416
     phi = plan_job.weights_of("config:phi-2", 16)
     assert phi.parameters == 2_779_683_840 and phi.used == phi.parameters - 51_200 * 2560
+    carrying = plan_job.weights_of("config:qwen3.5-0.8b", 8)  # in 18 of 24 layers, the others attend
+    assert carrying.token_bytes == 6 * 2 * 2 * 256 * 2
+    assert carrying.slot_bytes == 18 * 4 * (16 * 128 * 128 + 3 * 3 * 2048)
     monkeypatch.setattr("sys.argv", ["plan_job", "--model", "config:gemma-2b", "--rows", "5"])
     with pytest.raises(SystemExit, match="plan_job: --prompt-tokens, --answer-tokens: needed where no --pilot"):
         plan_job.main()

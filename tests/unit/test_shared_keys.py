@@ -2,6 +2,7 @@
 depend on nothing but the row."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import numpy as np
@@ -183,13 +184,37 @@ def test_a_cache_that_grows_keeps_what_it_holds(kind, prompts):
 
 
 def test_a_cache_grows_of_which_a_part_is_empty():
-    """A convolution of one token carries none before it."""
+    """A convolution of one token carries none before it.  What is carried lies once for each slot."""
     model = tiny.random_model(**CONFIGS["qwen3_5"], linear_conv_kernel_dim=1)
-    cache = grown(make_cache(model.config, model.numerics, 3, 16), 1, 2)
-    assert {name: x.shape for name, x in cache["layers_0"]["delta"].items()} == {
-        "before": (5, 0, 44),
-        "state": (5, 4, 6, 5),
-    }
+    make = partial(make_cache, model.config, model.numerics, page=16, slots=4)
+    cache = grown(make(3), 1, jax.eval_shape(partial(make, 5)))
+    assert [layer for layer in cache.values() if "attn" in layer]
+    for layer in cache.values():
+        shapes = {name: x.shape for own in layer.values() for name, x in own.items()}
+        if "delta" in layer:
+            assert shapes == {"before": (4, 0, 44), "state": (4, 4, 6, 5)}
+        else:
+            assert {x[0] for x in shapes.values()} == {5}
+
+
+def test_what_is_carried_takes_memory_by_the_slot(llm):
+    """And the budget knows it."""
+    store = llm.engine.store
+    store.clear()
+    arrays = store.ensure(64, 30)
+    assert store.memory.slots + store.pages.total * store.memory.page == sum(x.nbytes for x in jax.tree.leaves(arrays))
+    carried = any(map(llm.model.config.carried, range(llm.model.config.num_hidden_layers)))
+    shapes = {len(x) for x in jax.tree.leaves(arrays.cache)}
+    assert shapes == ({5, store.pages.total} if carried else {store.pages.total})
+
+
+def test_a_model_may_keep_nothing_of_each_token(prompts):
+    """All its layers carry a state: pages cost nothing."""
+    llm = llmjax.LLM(tiny.random_model(**CONFIGS["qwen3_5"] | {"num_hidden_layers": 2}), max_batch=2, chunk=8, block=8)
+    (score,) = llm.score([prompts[0]])
+    logits = llm.model.logits([prompts[0]])[0].astype(np.float64)
+    wanted = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
+    np.testing.assert_allclose(score.logprobs[1:], [wanted[i, t] for i, t in enumerate(prompts[0][1:])], atol=2e-4)
 
 
 def test_layers_that_take_keys_and_values_keep_none():

@@ -120,6 +120,13 @@ def test_qwen_composes_characters_and_gpt2_does_not():
     assert read(byte_level("gpt-2")).encode("e\u0301") != read(byte_level("gpt-2")).encode("é")
 
 
+def test_marks_belong_to_words():
+    """Of Qwen3.5's, whose own pattern llama.cpp cites; Qwen2's cut in front of each."""
+    text = " a\u0302\u0301b !\u0302c\u0302"
+    assert parts("qwen35", text) == [" a\u0302\u0301b", " !", "\u0302c\u0302"]
+    assert parts("qwen2", text) != parts("qwen35", text)
+
+
 def test_whole_words_before_merges():
     assert pieces(read(byte_level("llama-bpe")), "cab") == ["cab"]
     assert pieces(read(byte_level("gpt-2")), "cab") == ["c", "ab"]
