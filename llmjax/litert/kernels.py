@@ -87,13 +87,17 @@ def _reducer(function: Callable[..., Any]) -> Kernel:
     return kernel
 
 
-def _mean(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
-    array = as_array(x[0])
-    axes = _axes(x[1], array.ndim)
-    last = axes == (array.ndim - 1,) and array.dtype == jnp.float32
-    if not last or numerics.digits != 1:
-        return jnp.mean(array, axis=axes, keepdims=op.options["keep_dims"])
-    return approximations.mean(array).reshape(out[0].shape)
+def _in_their_order(function: Callable[..., Any], theirs: Callable[..., Any]) -> Kernel:
+    """Adds up along dimensions; along the last one in the runtime's order where activations are rounded behind it."""
+
+    def kernel(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
+        array = as_array(x[0])
+        last = _axes(x[1], array.ndim) == (array.ndim - 1,) and array.dtype == jnp.float32
+        if not last or numerics.digits != 1:
+            return _reducer(function)(op, x, out, numerics)
+        return theirs(array).reshape(out[0].shape)
+
+    return kernel
 
 
 def _fully_connected(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
@@ -276,9 +280,7 @@ _UNARY: dict[str, Callable[..., Any]] = {
     "RELU": jax.nn.relu,
     "RELU6": lambda x: jnp.clip(x, 0, 6),
     "ROUND": jnp.round,
-    "RSQRT": lax.rsqrt,
     "SIGN": jnp.sign,
-    "SQRT": jnp.sqrt,
     "SQUARE": jnp.square,
     "ZEROS_LIKE": jnp.zeros_like,
 }
@@ -325,7 +327,7 @@ KERNELS: dict[str, Kernel] = {
     "GELU": _gelu,
     "LEAKY_RELU": lambda op, x, out, n: jax.nn.leaky_relu(as_array(x[0]), op.options["alpha"]),
     "LOGISTIC": _approximated(jax.nn.sigmoid, approximations.logistic),
-    "MEAN": _mean,
+    "MEAN": _in_their_order(jnp.mean, approximations.mean),
     "PACK": lambda op, x, out, n: jnp.stack(list(map(as_array, x)), op.options["axis"]),
     "PAD": _pad,
     "PADV2": _pad,
@@ -335,6 +337,7 @@ KERNELS: dict[str, Kernel] = {
     "REDUCE_MIN": _reducer(jnp.min),
     "REDUCE_PROD": _reducer(jnp.prod),
     "RESHAPE": _reshape,
+    "RSQRT": _approximated(lax.rsqrt, approximations.rsqrt),
     "SELECT": _select,
     "SELECT_V2": _select,
     "SIN": _approximated(jnp.sin, approximations.sin),
@@ -342,9 +345,10 @@ KERNELS: dict[str, Kernel] = {
     "SOFTMAX": _softmax,
     "SPLIT": _split,
     "SPLIT_V": _split,
+    "SQRT": _approximated(jnp.sqrt, approximations.sqrt),
     "SQUEEZE": _reshape,
     "STRIDED_SLICE": _strided_slice,
-    "SUM": _reducer(jnp.sum),
+    "SUM": _in_their_order(jnp.sum, approximations.total),
     "TANH": _approximated(jnp.tanh, approximations.tanh),
     "TILE": _tile,
     "TOPK_V2": lambda op, x, out, n: tuple(lax.top_k(as_array(x[0]), int(constant(x[1], "a number").reshape(())))),
