@@ -21,13 +21,12 @@ from llmjax.quant.qtensor import QTensor, take
 
 Kernel = Callable[[Operator, list[Value], list[Tensor], Numerics], Any]
 
-# By TFLite's numbers of fused activations.
+# By TFLite's numbers of fused activations; it has two more, which its own kernels leave out.
 _ACTIVATIONS: tuple[Callable[[Any], Any], ...] = (
     lambda x: x,
     jax.nn.relu,
     lambda x: jnp.clip(x, -1, 1),
     lambda x: jnp.clip(x, 0, 6),
-    jnp.tanh,
 )
 TYPES = {
     "FLOAT32": np.float32,
@@ -165,6 +164,7 @@ def _strided_slice(op: Operator, x: list[Value], out: list[Tensor], numerics: Nu
         raise ValueError("an ellipsis or a new axis is not supported")
     index: list[slice | int] = []
     for i, (begin, end, step) in enumerate(zip(*(constant(v, "a bound").tolist() for v in x[1:4]), strict=True)):
+        end += begin if options["offset"] else 0
         if options["shrink_axis_mask"] >> i & 1:
             index.append(begin)
         else:
@@ -247,8 +247,12 @@ def _pick(function: Callable[..., Any]) -> Kernel:
 def _cumsum(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
     array = as_array(x[0])
     (axis,) = _axes(x[1], array.ndim)
-    total = lax.cumsum(array, axis, reverse=op.options["reverse"])
-    return total - array if op.options["exclusive"] else total
+    reverse, size = op.options["reverse"], array.shape[axis]
+    if op.options["exclusive"]:  # nothing is taken away again: of large numbers no small ones would be left
+        pads = [(0, 0)] * array.ndim
+        pads[axis] = (int(not reverse), int(reverse))
+        array = lax.slice_in_dim(jnp.pad(array, pads), int(reverse), size + int(reverse), axis=axis)
+    return lax.cumsum(array, axis, reverse=reverse)
 
 
 def _divide(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -174,6 +174,34 @@ def test_a_softmax_is_added_up_in_order():
     assert np.array_equal(found[:4], np.float32([0.00433462486, 0.00449652551, 0.00501942169, 0.00602950389]))
 
 
+def test_what_a_sum_leaves_out_is_not_taken_away_again():
+    x, axis = np.float32([1, 2, 3e9, np.inf]), np.array([0])
+    for reverse, expected in ((False, [0, 1, 3, 3e9]), (True, [np.inf, np.inf, np.inf, 0])):
+        op = types.SimpleNamespace(options={"exclusive": True, "reverse": reverse})
+        assert np.array_equal(KERNELS["CUMSUM"](op, [x, axis], [], ROUNDS), np.float32(expected))
+
+
+def test_an_end_may_count_from_the_beginning():
+    op = types.SimpleNamespace(options=dict.fromkeys("ellipsis_mask new_axis_mask shrink_axis_mask".split(), 0))
+    op.options |= {"begin_mask": 0, "end_mask": 0, "offset": True}
+    found = KERNELS["STRIDED_SLICE"](op, [np.arange(5), *map(np.array, ([-3], [2], [1]))], [], ROUNDS)
+    assert found.tolist() == [2, 3]
+
+
+def test_a_fused_tanh_which_the_runtime_leaves_out_is_refused():
+    op = types.SimpleNamespace(options={"activation": 4})
+    with pytest.raises(ValueError, match="fused activation 4"):
+        KERNELS["ADD"](op, [np.float32(1), np.float32(2)], [], ROUNDS)
+
+
+def test_numbers_that_do_not_fit_are_refused(ops):
+    graph = op(ops, "emb_i2")
+    name = next(iter(graph.signatures))
+    inputs = {p: np.full(graph.tensor(name, p).shape, 2**32) for p in graph.signatures[name].inputs}
+    with pytest.raises(RequestError, match="do not fit int32"):
+        graph.run(name, inputs)
+
+
 def test_reference_does_not_round_activations(ops):
     rounded, theirs = run(op(ops, "fc_i8"), ops, "fc_i8")
     plain, _ = run(op(ops, "fc_i8", "reference"), ops, "fc_i8")
