@@ -26,7 +26,7 @@ _POWERS = (2 ** (np.arange(32) / 32)).astype(np.float32)
 _LANES = 16
 # VRSQRT14PS, the same on Intel's processors and AMD's: 32 straight lines between powers of two, of odd ones first.
 _STARTS, _SLOPES = (
-    np.fromstring(numbers, np.int32, sep=" ")
+    np.array(numbers.split(), np.int32)
     for numbers in (
         """
         370709 365049 359644 354468 349516 344759 340193 335801 331581 327515 323589 319805 316149 312618 309201 305899

@@ -71,7 +71,12 @@ def _elementwise(function: Callable[..., Any]) -> Kernel:
 
 def _approximated(exact: Callable[..., Any], theirs: Callable[..., Any]) -> Kernel:
     """The runtime's own arithmetic where activations are rounded behind it."""
-    return lambda op, x, out, numerics: activated(op, (theirs if numerics.digits == 1 else exact)(*map(as_array, x)))
+
+    def kernel(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
+        array = as_array(x[0])
+        return activated(op, (theirs if numerics.digits == 1 and array.dtype == jnp.float32 else exact)(array))
+
+    return kernel
 
 
 def _axes(value: Value, rank: int) -> tuple[int, ...]:
