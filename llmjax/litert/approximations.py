@@ -2,8 +2,8 @@
 
 They are off by a few units in the last place.  Where activations are rounded to 8 bits behind them, that decides some
 roundings, and each shows in the logits of that token and of all that see it; so there they are followed.  In all else
-exact functions serve.  Sums go in the order of processors with AVX2.  Square roots and their reciprocals alone are not
-followed: XNNPACK begins them with an approximation of the processor's own, which differs between makers.
+exact functions serve.  The sigmoid and the order of sums are those of processors with AVX-512; with AVX2 some last bits
+are others, as are square roots, which XNNPACK begins with an approximation of the processor's own.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,29 @@ _TURN = np.float32(6.28125), np.float32(2 * np.pi - 6.28125)
 
 # Added to a small number it leaves the nearest integer, plus 127, in the last bits.
 _TO_INTEGER = np.float32(1.5 * 2**23 + 127)
+# And this the nearest 32nd, as a number of them in the last bits.
+_TO_32NDS = np.float32(1.5 * 2**18)
+_POWERS = (2 ** (np.arange(32) / 32)).astype(np.float32)
+_LANES = 16
+# VRSQRT14PS, the same on Intel's processors and AMD's: 32 straight lines between powers of two, of odd ones first.
+_STARTS, _SLOPES = (
+    np.array(numbers.split(), np.int32)
+    for numbers in (
+        """
+        370709 365049 359644 354468 349516 344759 340193 335801 331581 327515 323589 319805 316149 312618 309201 305899
+        302695 299587 296575 293657 290819 288062 285380 282776 280242 277773 275367 273022 270741 268509 266336 264214
+        524265 516257 508613 501298 494286 487559 481101 474897 468922 463169 457623 452276 447106 442106 437279 432603
+        428071 423683 419423 415288 411277 407379 403592 399907 396319 392827 389430 386110 382879 379734 376655 373658
+        """,
+        """
+        707 675 647 619 595 571 549 527 509 491 473 457 441 427 413 401 389 377 365 355 345 335 325 317 309 301 293 285
+        279 271 265 259 1001 955 915 877 841 807 775 747 719 693 669 647 625 603 585 567 549 533 517 501 487 473 461 449
+        437 425 415 403 393 385 375 367
+        """,
+    )
+)
 _ADDED_UP_IN_ORDER = 32  # by XLA's reductions
+_LEAST = np.finfo(np.float32).min
 
 
 def _polynomial(x: jax.Array, *coefficients: float) -> jax.Array:
@@ -92,47 +114,89 @@ def gelu_tanh(x: jax.Array) -> jax.Array:
     return x * np.float32(0.5) * (share + 1)
 
 
-def _exp(x: jax.Array, *log_2: float) -> jax.Array:
-    """Of numbers that are not positive; the logarithm in parts."""
-    # XLA would take the constant away again before it has rounded anything.
-    shifted = lax.optimization_barrier(x * np.float32(1.442695022) + _TO_INTEGER)
-    power = lax.bitcast_convert_type(lax.bitcast_convert_type(shifted, jnp.int32) << 23, jnp.float32)
-    rest = x
-    for part in log_2:
-        rest = (shifted - _TO_INTEGER) * np.float32(-part) + rest
-    p = _polynomial(rest, 8.289290592e-03, 4.189782217e-02, 1.666765213e-01, 4.999915063e-01, 9.999997020e-01)
-    return jnp.where(x < np.float32(-87.33654022), 0, rest * power * p + power)
-
-
 def logistic(x: jax.Array) -> jax.Array:
-    """Sigmoid."""
-    e = _exp(-jnp.abs(x), 0.6931471825)
+    """Sigmoid: of an exponent's fraction five bits are looked up, the rest is for a polynomial."""
+    z = -jnp.abs(x)
+    # XLA would take the constants away again before it has rounded anything.
+    shifted = lax.optimization_barrier(z * np.float32(1.442695022) + _TO_32NDS)
+    bits = lax.bitcast_convert_type(shifted, jnp.int32) - _TO_32NDS.view(np.int32)
+    found, whole, n = jnp.asarray(_POWERS)[bits & 31], bits >> 5, shifted - _TO_32NDS
+    rest = n * np.float32(1.904654212e-09) + (n * np.float32(-0.6931471825) + z)
+    p = rest * found * _polynomial(rest, 0.5, 1.000014663) + found
+    e = jnp.where(whole < -126, 0, p * lax.bitcast_convert_type((whole + 127) << 23, jnp.float32))
     share = e / (e + 1)
     return jnp.where(x < 0, share, 1 - share)
 
 
 def softmax(x: jax.Array) -> jax.Array:
     """Along the last dimension."""
-    e = _exp(x - jnp.max(x, -1, keepdims=True), 0.693145752, 1.428606765e-06)
-    return e * (1 / _total(e, 16))
+    e = _exp(x - jnp.max(x, -1, keepdims=True))
+    return e * (1 / _total(e, 64))
+
+
+def rsqrt(x: jax.Array) -> jax.Array:
+    """One over the square root: the processor's approximation, and a step of Newton's method."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    line, along, exponent = (bits >> 18) & 63, (bits >> 8) & 1023, (bits >> 23) - 127
+    digits = (jnp.asarray(_STARTS)[line] * 128 - jnp.asarray(_SLOPES)[line] * along) >> 9
+    digits = jnp.where(bits & 0xFFFFFF == 127 << 23 & 0xFFFFFF, 1 << 17, digits)  # powers of four are exact
+    y = digits.astype(jnp.float32) * lax.bitcast_convert_type(110 - (exponent >> 1) << 23, jnp.float32)
+    # Whatever stands between a product and a difference keeps the compiler from making one rounding of both.
+    off = jnp.maximum(x * (y * y), _LEAST) - 1
+    y = y - jnp.maximum(off * (np.float32(0.5) * y), _LEAST)
+    y = jnp.where(x < np.finfo(np.float32).tiny, jnp.inf, jnp.where(x == jnp.inf, 0, y))
+    return jnp.where(jnp.isnan(x) | (x < 0), jnp.nan, y)
+
+
+def sqrt(x: jax.Array) -> jax.Array:
+    """Square root."""
+    known = jnp.where(x < 0, jnp.nan, jnp.where(x == jnp.inf, x, 0))
+    return jnp.where((x < np.finfo(np.float32).tiny) | (x == jnp.inf), known, x * rsqrt(x))
+
+
+def _exp(x: jax.Array) -> jax.Array:
+    """Of numbers that are not positive."""
+    shifted = lax.optimization_barrier(x * np.float32(1.442695022) + _TO_INTEGER)
+    power = lax.bitcast_convert_type(lax.bitcast_convert_type(shifted, jnp.int32) << 23, jnp.float32)
+    rest = x
+    for part in (0.693145752, 1.428606765e-06):
+        rest = (shifted - _TO_INTEGER) * np.float32(-part) + rest
+    p = _polynomial(rest, 8.289290592e-03, 4.189782217e-02, 1.666765213e-01, 4.999915063e-01, 9.999997020e-01)
+    return jnp.where(x < np.float32(-87.33654022), 0, rest * power * p + power)
 
 
 def mean(x: jax.Array) -> jax.Array:
     """Along the last dimension, which is kept."""
-    return _total(x, 32) * np.float32(1 / x.shape[-1])
+    return total(x) * np.float32(1 / x.shape[-1])
 
 
-def _total(x: jax.Array, lanes: int) -> jax.Array:
-    """``[..., 1]``: as many sums side by side, each in order, then halves upon halves."""
+def total(x: jax.Array) -> jax.Array:
+    """The sum along the last dimension, which is kept."""
+    return _total(x, 16)
+
+
+def _total(x: jax.Array, step: int) -> jax.Array:
+    """``[..., 1]``: two registers take turns as far as whole steps go, the sum of both takes the rest; then halves upon
+    halves."""
+    whole = x.shape[-1] // step * step
+    sums = _by_lanes(x[..., :whole], 2 * _LANES)
+    sums = sums[..., :_LANES] + sums[..., _LANES:]
+    sums = _by_lanes(jnp.concatenate([sums, x[..., whole:]], -1), _LANES)
+    lanes = _LANES
+    while lanes > 1:
+        lanes //= 2
+        sums = sums[..., :lanes] + sums[..., lanes:]
+    return sums
+
+
+def _by_lanes(x: jax.Array, lanes: int) -> jax.Array:
+    """``[..., lanes]``: as many sums side by side, each in order."""
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % lanes)])
     x = x.reshape(*x.shape[:-1], -1, lanes)
     sums = _in_order(x[..., :_ADDED_UP_IN_ORDER, :])
     for i in range(_ADDED_UP_IN_ORDER, x.shape[-2], _ADDED_UP_IN_ORDER - 1):
         more = x[..., i : i + _ADDED_UP_IN_ORDER - 1, :]
         sums = _in_order(jnp.concatenate([sums[..., None, :], more], -2))
-    while lanes > 1:
-        lanes //= 2
-        sums = sums[..., :lanes] + sums[..., lanes:]
     return sums
 
 

@@ -279,6 +279,8 @@ class Graph:
                     f"{list(array.shape)}"
                 )
             arrays[name] = array.astype(TYPES[tensor.type])
+            if array.dtype.kind in "iu" and not np.array_equal(arrays[name], array):
+                raise RequestError(f"{signature}: {name}: numbers that do not fit {arrays[name].dtype}")
         key = signature, tuple(taps)
         if key not in self._compiled:
             options = self.numerics.compiler_options(platform_of(self.weights))

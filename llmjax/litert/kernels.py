@@ -21,13 +21,12 @@ from llmjax.quant.qtensor import QTensor, take
 
 Kernel = Callable[[Operator, list[Value], list[Tensor], Numerics], Any]
 
-# By TFLite's numbers of fused activations.
+# By TFLite's numbers of fused activations; it has two more, which its own kernels leave out.
 _ACTIVATIONS: tuple[Callable[[Any], Any], ...] = (
     lambda x: x,
     jax.nn.relu,
     lambda x: jnp.clip(x, -1, 1),
     lambda x: jnp.clip(x, 0, 6),
-    jnp.tanh,
 )
 TYPES = {
     "FLOAT32": np.float32,
@@ -72,7 +71,12 @@ def _elementwise(function: Callable[..., Any]) -> Kernel:
 
 def _approximated(exact: Callable[..., Any], theirs: Callable[..., Any]) -> Kernel:
     """The runtime's own arithmetic where activations are rounded behind it."""
-    return lambda op, x, out, numerics: activated(op, (theirs if numerics.digits == 1 else exact)(*map(as_array, x)))
+
+    def kernel(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
+        array = as_array(x[0])
+        return activated(op, (theirs if numerics.digits == 1 and array.dtype == jnp.float32 else exact)(array))
+
+    return kernel
 
 
 def _axes(value: Value, rank: int) -> tuple[int, ...]:
@@ -87,13 +91,17 @@ def _reducer(function: Callable[..., Any]) -> Kernel:
     return kernel
 
 
-def _mean(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
-    array = as_array(x[0])
-    axes = _axes(x[1], array.ndim)
-    last = axes == (array.ndim - 1,) and array.dtype == jnp.float32
-    if not last or numerics.digits != 1:
-        return jnp.mean(array, axis=axes, keepdims=op.options["keep_dims"])
-    return approximations.mean(array).reshape(out[0].shape)
+def _in_their_order(function: Callable[..., Any], theirs: Callable[..., Any]) -> Kernel:
+    """Adds up along dimensions; along the last one in the runtime's order where activations are rounded behind it."""
+
+    def kernel(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
+        array = as_array(x[0])
+        last = _axes(x[1], array.ndim) == (array.ndim - 1,) and array.dtype == jnp.float32
+        if not last or numerics.digits != 1:
+            return _reducer(function)(op, x, out, numerics)
+        return theirs(array).reshape(out[0].shape)
+
+    return kernel
 
 
 def _fully_connected(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
@@ -161,6 +169,7 @@ def _strided_slice(op: Operator, x: list[Value], out: list[Tensor], numerics: Nu
         raise ValueError("an ellipsis or a new axis is not supported")
     index: list[slice | int] = []
     for i, (begin, end, step) in enumerate(zip(*(constant(v, "a bound").tolist() for v in x[1:4]), strict=True)):
+        end += begin if options["offset"] else 0
         if options["shrink_axis_mask"] >> i & 1:
             index.append(begin)
         else:
@@ -243,8 +252,12 @@ def _pick(function: Callable[..., Any]) -> Kernel:
 def _cumsum(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
     array = as_array(x[0])
     (axis,) = _axes(x[1], array.ndim)
-    total = lax.cumsum(array, axis, reverse=op.options["reverse"])
-    return total - array if op.options["exclusive"] else total
+    reverse, size = op.options["reverse"], array.shape[axis]
+    if op.options["exclusive"]:  # nothing is taken away again: of large numbers no small ones would be left
+        pads = [(0, 0)] * array.ndim
+        pads[axis] = (int(not reverse), int(reverse))
+        array = lax.slice_in_dim(jnp.pad(array, pads), int(reverse), size + int(reverse), axis=axis)
+    return lax.cumsum(array, axis, reverse=reverse)
 
 
 def _divide(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -276,9 +289,7 @@ _UNARY: dict[str, Callable[..., Any]] = {
     "RELU": jax.nn.relu,
     "RELU6": lambda x: jnp.clip(x, 0, 6),
     "ROUND": jnp.round,
-    "RSQRT": lax.rsqrt,
     "SIGN": jnp.sign,
-    "SQRT": jnp.sqrt,
     "SQUARE": jnp.square,
     "ZEROS_LIKE": jnp.zeros_like,
 }
@@ -325,7 +336,7 @@ KERNELS: dict[str, Kernel] = {
     "GELU": _gelu,
     "LEAKY_RELU": lambda op, x, out, n: jax.nn.leaky_relu(as_array(x[0]), op.options["alpha"]),
     "LOGISTIC": _approximated(jax.nn.sigmoid, approximations.logistic),
-    "MEAN": _mean,
+    "MEAN": _in_their_order(jnp.mean, approximations.mean),
     "PACK": lambda op, x, out, n: jnp.stack(list(map(as_array, x)), op.options["axis"]),
     "PAD": _pad,
     "PADV2": _pad,
@@ -335,6 +346,7 @@ KERNELS: dict[str, Kernel] = {
     "REDUCE_MIN": _reducer(jnp.min),
     "REDUCE_PROD": _reducer(jnp.prod),
     "RESHAPE": _reshape,
+    "RSQRT": _approximated(lax.rsqrt, approximations.rsqrt),
     "SELECT": _select,
     "SELECT_V2": _select,
     "SIN": _approximated(jnp.sin, approximations.sin),
@@ -342,9 +354,10 @@ KERNELS: dict[str, Kernel] = {
     "SOFTMAX": _softmax,
     "SPLIT": _split,
     "SPLIT_V": _split,
+    "SQRT": _approximated(jnp.sqrt, approximations.sqrt),
     "SQUEEZE": _reshape,
     "STRIDED_SLICE": _strided_slice,
-    "SUM": _reducer(jnp.sum),
+    "SUM": _in_their_order(jnp.sum, approximations.total),
     "TANH": _approximated(jnp.tanh, approximations.tanh),
     "TILE": _tile,
     "TOPK_V2": lambda op, x, out, n: tuple(lax.top_k(as_array(x[0]), int(constant(x[1], "a number").reshape(())))),

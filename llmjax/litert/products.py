@@ -25,6 +25,7 @@ from llmjax.quant.qtensor import QTensor, dequantize
 _FLOAT32 = resolve(REFERENCE, jnp.dtype(jnp.float32))
 _TINY = np.finfo(np.float32).tiny
 _ROWS_APART = 8
+_MOST_APART = 1 << 24  # multiplications
 
 
 class Filter(struct.PyTreeNode):
@@ -175,10 +176,17 @@ def batch_matmul(x: jax.Array, y: jax.Array, adj_x: bool, adj_y: bool, numerics:
     """``x [..., m, k] . y [..., k, n]``, either of them the other way round.
 
     XNNPACK adds up in order.  XLA does so for a row by itself, not for several; so where activations are rounded behind
-    it, the few rows of a decode step are a product each, which costs no more.  A prefill's many would.
+    it, the few rows of a decode step are a product each, which costs no more, and so are a small prefill's, one after
+    the other.  A large one's would take many times as long.
     """
     x = jnp.swapaxes(x, -1, -2) if adj_x else x
     y = jnp.swapaxes(y, -1, -2) if adj_y else y
-    apart = 1 < x.shape[-2] <= _ROWS_APART and numerics.digits == 1
-    rows = jnp.split(x, x.shape[-2], -2) if apart else [x]
-    return jnp.concatenate([jnp.matmul(row, y, precision=lax.Precision.HIGHEST) for row in rows], -2)
+    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+    if x.shape[-2] == 1 or numerics.digits != 1:
+        return product(x, y)
+    if x.shape[-2] <= _ROWS_APART:
+        return jnp.concatenate([product(row, y) for row in jnp.split(x, x.shape[-2], -2)], -2)
+    if x.size * y.shape[-1] > _MOST_APART:
+        return product(x, y)
+    rows = lax.map(lambda row: product(row[..., None, :], y), jnp.moveaxis(x, -2, 0))
+    return jnp.moveaxis(rows[..., 0, :], 0, -2)

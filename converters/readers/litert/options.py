@@ -33,8 +33,13 @@ FIELDS: dict[str, dict[str, _NUMBER]] = {
     "SOFTMAX": {"beta": (0, "f", 0)},
     "SPLIT": {"count": (0, "i", 0)},
     "STRIDED_SLICE": {
-        name: (number, "i", 0)
-        for number, name in enumerate(("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask", "shrink_axis_mask"))
+        **{
+            name: (number, "i", 0)
+            for number, name in enumerate(
+                ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask", "shrink_axis_mask")
+            )
+        },
+        "offset": (5, "?", 0),
     },
     "UNPACK": {"count": (0, "i", 0), "axis": (1, "i", 0)},
 }
