@@ -60,7 +60,7 @@ def compare(
       arithmetic: the only class that may explain differences (``oracle.floors.CLASSES``).
       token_ids: what two models are compared on; a sentence by default.
       texts: of a file of several texts, how many to compare: the first ones; all by default.
-      progress: is told of each text of several.
+      progress: is told of each text of several, and before causes are looked for, which takes longest.
 
     Raises:
       RequestError: a dump is malformed, or ``texts`` is none of 1, 2, ...
@@ -102,7 +102,7 @@ def compare(
         if isinstance(model, GraphModel):
             before, mine, why = ours or _dumps(pairs.beside(model, theirs), "reference")[0], None, _GRAPH
         try:
-            return _compare(before, theirs, mine, why, names, arithmetic, tried, prove)
+            return _compare(before, theirs, mine, why, names, arithmetic, tried, prove, progress)
         except MismatchError as error:
             coverage = {"taps": 0, "of": len(theirs.arrays), "tokens": len(theirs.token_ids), "missing": []}
             subject = _subject(before, theirs, mine)
@@ -167,6 +167,7 @@ def _compare(
     arithmetic: str | None,
     tried: Sequence[str],
     prove: bool,
+    progress: Callable[[str], None],
 ) -> Comparison:
     """One dump, by the classes ``tried`` before all others; faults are searched for if they are to be proven."""
     permitted = allowed(theirs.manifest, arithmetic)
@@ -192,6 +193,8 @@ def _compare(
         )
         if not found.beyond:
             break
+    if found.beyond and prove:
+        progress(f"{found.beyond[0].name}: beyond its floor; looking for the cause")
     found, proven = judged(stages, known, taps, found, permitted) if prove else (found, [])
     identical = all(tap.equal for tap in taps)
     logits: dict[str, Any] | None = None
