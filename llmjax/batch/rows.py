@@ -265,8 +265,9 @@ def read_row(
         if not shard.has(name):
             return None
         check_text_id(name)
+        new = index.is_new(name)  # its id is taken from here on, whatever else is wrong with it
         metadata = checked_json(form.metadata(row), "metadata")
-        if not index.is_new(name):
+        if not new:
             raise RequestError(f"id {row_id!r} was used by an earlier row; ids name rows and seed their draws")
         question = form.parse(row)
         request = work.request(question, name, date)

@@ -155,9 +155,11 @@ def test_bad_rows_say_why(llm, tmp_path):
 
 
 def test_ids_may_be_numbers_and_default_to_the_line(llm, tmp_path):
-    found = answers(llm, tmp_path, [{"id": 7, "prompt": "x"}, "", {"prompt": "x"}, {"id": "3", "prompt": "x"}])
-    assert [row["id"] for row in found] == [7, "3", "3"]
-    assert "was used by an earlier row" in found[2]["error"]
+    rows = [{"id": 7, "prompt": "x"}, "", {"prompt": "x"}, {"id": "3", "prompt": "x"}]
+    rows += [{"id": "bad", "prompt": "x", "metadata": float("nan")}, {"id": "bad", "prompt": "x"}]
+    found = answers(llm, tmp_path, rows)
+    assert [row["id"] for row in found] == [7, "3", "3", "bad", "bad"]
+    assert all("was used by an earlier row" in row["error"] for row in found[2::2])
 
 
 def test_shards_share_the_rows_out(llm, tmp_path):
