@@ -194,7 +194,7 @@ def _compare(
         if not found.beyond:
             break
     if found.beyond and prove:
-        progress(f"{found.beyond[0].name}: beyond its floor; looking for the cause")
+        progress(f"different: {found.beyond[0].name} is beyond its floor; looking for the cause")
     found, proven = judged(stages, known, taps, found, permitted) if prove else (found, [])
     identical = all(tap.equal for tap in taps)
     logits: dict[str, Any] | None = None
