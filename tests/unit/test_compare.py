@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -16,6 +17,7 @@ import llmjax
 from llmjax.cli.main import main
 from llmjax.errors import RequestError
 from llmjax.oracle import dump as dumps
+from llmjax.oracle.causes import base
 from llmjax.oracle.floors import allowed, floor
 from llmjax.oracle.measure import Tap
 from llmjax.oracle.metrics import gap, logits_report, narrowed
@@ -506,3 +508,10 @@ def test_a_layer_that_is_left_out_where_layers_share_keys():
     found = {"layers.0.resid": found["layers.0.resid"], "layers.1.resid": found["layers.0.resid"]}
     report = llmjax.compare(model, llmjax.Trace(found, {"token_ids": IDS, "dtype": "float32"}))
     assert told(report) == [("layers.1", "layer_order")]
+
+
+def test_a_norm_of_each_head_has_one_bias(monkeypatch):
+    x, bias = np.random.default_rng(0).normal(size=(5, 2, 3)), np.arange(3.0)
+    monkeypatch.setattr(base, "weight_of", lambda *_: bias)
+    scene = types.SimpleNamespace(ours=x + bias, theirs=2 * x + bias)
+    assert base.scale_of(scene, None, "attn.q_norm") == pytest.approx(2)

@@ -125,8 +125,9 @@ def always(value: Any) -> Callable[[Any], Any]:
 def scale_of(scene: Scene, weight: Any, step: str) -> float | None:
     """The factor of the weight that comes nearest; None where it is 1."""
     bias = weight_of(scene, step, "bias")
-    shift = 0.0 if bias is None else np.asarray(bias, np.float64)
-    ours, theirs = (x.reshape(len(x), -1).astype(np.float64) - shift for x in (scene.ours, scene.theirs))
+    shift = np.zeros(1) if bias is None else np.asarray(bias, np.float64)
+    # A norm of each head has one bias for all of them.
+    ours, theirs = (x.reshape(-1, len(shift)).astype(np.float64) - shift for x in (scene.ours, scene.theirs))
     scale = float((ours * theirs).sum() / max((ours**2).sum(), 1e-300))
     return None if abs(scale - 1) < 1e-6 else scale
 
