@@ -86,5 +86,5 @@ def _logits(found: Sequence[Mapping[str, Any]], weights: Sequence[int]) -> dict[
         elif name in ("flips", "flips_beyond_margin"):
             joined[name] = sum(values)
         else:
-            joined[name] = max(values) if "max" in name and name != "argmax_agreement" else mean(values)
+            joined[name] = max(values) if name in ("kl_max", "max_abs_logprob") else mean(values)
     return joined

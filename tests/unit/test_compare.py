@@ -514,4 +514,4 @@ def test_a_norm_of_each_head_has_one_bias(monkeypatch):
     x, bias = np.random.default_rng(0).normal(size=(5, 2, 3)), np.arange(3.0)
     monkeypatch.setattr(base, "weight_of", lambda *_: bias)
     scene = types.SimpleNamespace(ours=x + bias, theirs=2 * x + bias)
-    assert base.scale_of(scene, None, "attn.q_norm") == pytest.approx(2)
+    assert base.scale_of(scene, "attn.q_norm") == pytest.approx(2)

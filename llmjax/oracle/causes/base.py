@@ -122,12 +122,17 @@ def always(value: Any) -> Callable[[Any], Any]:
     return lambda _: value
 
 
-def scale_of(scene: Scene, weight: Any, step: str) -> float | None:
+def unbiased(scene: Scene, step: str) -> list[np.ndarray]:
+    """Ours and theirs, float64 ``[M, out]``, without the step's bias; a norm of each head has one for all of them."""
+    bias, both = weight_of(scene, step, "bias"), (scene.ours, scene.theirs)
+    if bias is None:
+        return [x.reshape(len(x), -1).astype(np.float64) for x in both]
+    return [x.reshape(-1, len(bias)).astype(np.float64) - np.asarray(bias, np.float64) for x in both]
+
+
+def scale_of(scene: Scene, step: str) -> float | None:
     """The factor of the weight that comes nearest; None where it is 1."""
-    bias = weight_of(scene, step, "bias")
-    shift = np.zeros(1) if bias is None else np.asarray(bias, np.float64)
-    # A norm of each head has one bias for all of them.
-    ours, theirs = (x.reshape(-1, len(shift)).astype(np.float64) - shift for x in (scene.ours, scene.theirs))
+    ours, theirs = unbiased(scene, step)
     scale = float((ours * theirs).sum() / max((ours**2).sum(), 1e-300))
     return None if abs(scale - 1) < 1e-6 else scale
 

@@ -24,6 +24,7 @@ from llmjax.oracle.causes.base import (
     other_layers,
     put,
     scale_of,
+    unbiased,
     weight_of,
 )
 from llmjax.oracle.floors import Change, requantized, rounded
@@ -127,7 +128,7 @@ def norm(scene: Scene, step: str) -> Iterator[Cause]:
     yield cause("weight", "the norm's weight is left out (1)", params=leaf(step, "weight", jnp.ones_like))
     yield cause("weight", "the norm's weight is left out (0)", params=leaf(step, "weight", jnp.zeros_like))
     if scene.step == step and own.ndim == 1:
-        scale = scale_of(scene, own, step)
+        scale = scale_of(scene, step)
         if scale is not None:
             yield cause(
                 "weight", f"the weight is scaled by {scale:.4g}", params=leaf(step, "weight", lambda w: w * scale)
@@ -174,7 +175,7 @@ def projection(scene: Scene, step: str) -> Iterator[Cause]:
     for what, change in _ROUNDINGS.items():
         yield cause("quantization", f"the weight is rounded to {what}", change)
     if scene.step == step:
-        scale = scale_of(scene, weight, step)
+        scale = scale_of(scene, step)
         if scale is not None:
             yield cause("weight", f"the weight is scaled by {scale:.4g}", lambda w: w * scale)
         yield from _channels(scene, step)
@@ -234,9 +235,7 @@ def _adapter(scene: Scene, step: str) -> Iterator[Cause]:
 
 def _channels(scene: Scene, step: str) -> Iterator[Cause]:
     """A few rows of the weight scaled, each by its own factor."""
-    bias = weight_of(scene, step, "bias")
-    shift = 0.0 if bias is None else np.asarray(bias, np.float64)
-    ours, theirs = (x.reshape(len(x), -1).astype(np.float64) - shift for x in (scene.ours, scene.theirs))
+    ours, theirs = unbiased(scene, step)
     if len(ours) < 4:
         return
     scales = (ours * theirs).sum(0) / np.maximum((ours**2).sum(0), 1e-300)
@@ -329,7 +328,7 @@ def embedding(scene: Scene) -> Iterator[Cause]:
             pairs = ", ".join(f"{int(t)}: {int(fed[t])} for {int(scene.stages.ids[t])}" for t in wrong[:4])
             edit = Edit({"embed": lambda module, run, ids: run(module, jnp.asarray(fed)[None])})
             yield Cause("token_ids", f"other ids were fed (position {pairs})", steps, edit)
-    scale = scale_of(scene, None, "nothing")
+    scale = scale_of(scene, "nothing")
     if scale is not None:
         yield Cause(
             "weight",
