@@ -12,6 +12,7 @@ from converters.readers.opening import open_source
 from llmjax.checkpoint.loading import find_model, read_tokenizer
 from llmjax.checkpoint.plan import make_plan
 from llmjax.errors import printable
+from llmjax.text.disagreement import disagreement
 from llmjax.text.tokenizer import Tokenizer
 
 # Of something that differs, by name: what the checkpoint has, and what the reference.
@@ -23,7 +24,9 @@ def differences(candidate: str | Path, reference: str | Path) -> Differences:
 
     Of numbers the first 24 bits count: some formats hold no more.  A field that one of them does not have is as one
     that is off.  A head of its own that the reference ties is no difference: the weights are another matter
-    (``weight_error.errors``).  Of vocabularies the first token that differs is named.
+    (``weight_error.errors``).  Of vocabularies the first token that differs is named,
+    of how they are used the first text that becomes other tokens (``llmjax.text.disagreement``); of tokens that end a
+    text what the candidate lacks.
 
     Args:
       candidate: a checkpoint.
@@ -79,6 +82,11 @@ def _of_tokenizers(here: Tokenizer | None, there: Tokenizer | None) -> Differenc
         for name in ("prefix_ids", "suffix_ids"):
             if getattr(here, name) != getattr(there, name):
                 found[f"tokenizer.{name}"] = getattr(here, name), getattr(there, name)
+        if parting := disagreement(here, there):
+            found[f"tokenizer.{parting.of}"] = {parting.text: parting.here}, {parting.text: parting.there}
+        stops = {i for i in there.eos_ids if there.piece(i) in here.stop}
+        if not stops.union(here.eos_ids).issuperset(there.eos_ids):  # GGUF ends a text at more tokens than others do
+            found["tokenizer.eos_ids"] = here.eos_ids, there.eos_ids
     if None not in (here.chat_template, there.chat_template) and here.chat_template != there.chat_template:
         found["tokenizer.chat_template"] = here.chat_template, there.chat_template
     return found

@@ -60,12 +60,29 @@ def test_a_tokenizer(source):
 
     copy = other(source, "copy", "tokenizer.json", swap)
     ids = json.loads((source / "tokenizer.json").read_text())["model"]["vocab"]
-    assert against.differences(copy, source) == {"tokenizer.vocabulary": ({"A": ids["B"]}, {"A": ids["A"]})}
+    assert against.differences(copy, source) == {
+        "tokenizer.vocabulary": ({"A": ids["B"]}, {"A": ids["A"]}),
+        "tokenizer.encode": ({"A": ((ids["B"], "A"),)}, {"A": ((ids["A"], "A"),)}),
+    }
     first, second = (
         other(source, name, "tokenizer_config.json", lambda c, n=name: c.update({"chat_template": n})) for name in "xy"
     )
     assert against.differences(first, second) == {"tokenizer.chat_template": ("x", "y")}
     assert against.differences(first, source) == {}  # a form without templates loses none
+
+
+def test_a_normalizer(source, capsys):
+    """The vocabulary is the same and the texts are not: the second of these two letters is a mark on the first."""
+    copy = other(source, "copy", "tokenizer.json", lambda t: t.update(normalizer={"type": "NFC"}))
+    assert main(["inspect", str(copy), "--against", str(source)]) == 1
+    here, there = '[[127, "Ã"], [102, "©"]]', '[[68, "e"], [136, "Ì"], [223, "ģ"]]'
+    assert f'  tokenizer.encode  {{"e\u0301": {here}}}, not {{"e\u0301": {there}}}\n' in capsys.readouterr().out
+
+
+def test_tokens_that_end_a_text(source):
+    end = other(source, "end", "config.json", lambda c: c.update(eos_token_id=[256, 3]))
+    assert against.differences(source, end) == {"tokenizer.eos_ids": ((256,), (3, 256))}
+    assert against.differences(end, source) == {}  # one more is what GGUF says of a vocabulary by itself
 
 
 def test_rounding_is_no_difference(source, tmp_path):
