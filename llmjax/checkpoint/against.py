@@ -1,4 +1,4 @@
-"""Whether two checkpoints are one model but for the rounding of its weights: ``llmjax inspect Q --against SRC``."""
+"""Where two checkpoints differ beside their weights: ``llmjax inspect Q --against SRC``, ``llmjax diff A B``."""
 
 import dataclasses
 import json
@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from converters.readers.opening import open_source
+from converters.readers.opening import is_graph
+from llmjax.checkpoint.graph_source import open_checkpoint
 from llmjax.checkpoint.loading import find_model, read_tokenizer
 from llmjax.checkpoint.plan import make_plan
-from llmjax.errors import printable
+from llmjax.errors import CheckpointError, TokenizerError, printable
+from llmjax.litert.loading import load_graph
+from llmjax.text import reading
 from llmjax.text.disagreement import disagreement
 from llmjax.text.tokenizer import Tokenizer
 
@@ -19,25 +22,26 @@ from llmjax.text.tokenizer import Tokenizer
 Differences = dict[str, tuple[Any, Any]]
 
 
-def differences(candidate: str | Path, reference: str | Path) -> Differences:
+def differences(candidate: str | Path, reference: str | Path, *, either: bool = False) -> Differences:
     """Fields of the configuration and what decides token ids, where two checkpoints differ in them.
 
     Of numbers the first 24 bits count: some formats hold no more.  A field that one of them does not have is as one
     that is off.  A head of its own that the reference ties is no difference: the weights are another matter
     (``weight_error.errors``).  Of vocabularies the first token that differs is named,
-    of how they are used the first text that becomes other tokens (``llmjax.text.disagreement``); of tokens that end a
-    text what the candidate lacks.
+    of how they are used the first text that becomes other tokens (``llmjax.text.disagreement``).  A form that has no
+    chat template or no tokenizer, or that ends a text at more tokens, is no difference unless ``either``.
 
     Args:
       candidate: a checkpoint.
       reference: the one it was made from.
+      either: neither was made from the other: what one of them lacks counts.
 
     Raises:
       LlmjaxError: one of them is damaged or not supported.
     """
     configs, tokenizers = [], []
     for path in (candidate, reference):
-        source = open_source(find_model(path))
+        source = open_checkpoint(find_model(path))
         try:
             config = make_plan(source).config
             facts = json.loads(json.dumps(dataclasses.asdict(config))) | {"model": type(config.module()).__name__}
@@ -53,7 +57,37 @@ def differences(candidate: str | Path, reference: str | Path) -> Differences:
     }
     if found.get("tie_word_embeddings") == (False, True):
         del found["tie_word_embeddings"]
-    return found | _of_tokenizers(*tokenizers)
+    return found | _of_tokenizers(tokenizers[0], tokenizers[1], either)
+
+
+def tokenizer_differences(candidate: str | Path, reference: str | Path) -> Differences:
+    """``differences`` of the tokenizers alone, ``either`` way; a directory needs no weights, a bundle none that can be
+    taken out.
+
+    Raises:
+      LlmjaxError: one of them has no tokenizer, or a damaged one.
+    """
+    return _of_tokenizers(_tokenizer(candidate), _tokenizer(reference), either=True)
+
+
+def _tokenizer(path: str | Path) -> Tokenizer:
+    found = find_model(path)
+    if is_graph(found):
+        tokenizer = load_graph(found).tokenizer
+    else:
+        try:
+            source = open_checkpoint(found)
+        except CheckpointError:
+            if not any((found / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+                raise
+            return reading.from_huggingface(found)
+        try:
+            tokenizer = read_tokenizer(source)
+        finally:
+            source.close()
+    if tokenizer is None:
+        raise TokenizerError(f"{path}: has no tokenizer")
+    return tokenizer
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -70,32 +104,34 @@ def _comparable(value: Any) -> Any:
     return float(np.float32(value)) if isinstance(value, int | float) and value else value or None
 
 
-def _of_tokenizers(here: Tokenizer | None, there: Tokenizer | None) -> Differences:
+def _of_tokenizers(here: Tokenizer | None, there: Tokenizer | None, either: bool) -> Differences:
     found: Differences = {}
-    if here is None or there is None:  # a file without one is used with the other's
+    if here is None or there is None:
+        if either and here is not there:
+            found["tokenizer"] = here and repr(here), there and repr(there)
         return found
     if here.fingerprint() != there.fingerprint():
         a, b = (t.backend.get_vocab(with_added_tokens=True) for t in (here, there))
         other = sorted(token for token in a.keys() | b.keys() if a.get(token) != b.get(token))
         if other:
             found["tokenizer.vocabulary"] = ({other[0]: a.get(other[0])}, {other[0]: b.get(other[0])})
-        for name in ("prefix_ids", "suffix_ids"):
-            if getattr(here, name) != getattr(there, name):
-                found[f"tokenizer.{name}"] = getattr(here, name), getattr(there, name)
         if parting := disagreement(here, there):
             found[f"tokenizer.{parting.of}"] = {parting.text: parting.here}, {parting.text: parting.there}
         stops = {i for i in there.eos_ids if there.piece(i) in here.stop}
-        if not stops.union(here.eos_ids).issuperset(there.eos_ids):  # GGUF ends a text at more tokens than others do
-            found["tokenizer.eos_ids"] = here.eos_ids, there.eos_ids
-    if None not in (here.chat_template, there.chat_template) and here.chat_template != there.chat_template:
-        found["tokenizer.chat_template"] = here.chat_template, there.chat_template
+        lacking = not stops.union(here.eos_ids).issuperset(there.eos_ids)
+        for name in ("prefix_ids", "suffix_ids", *["eos_ids"] * (either or lacking)):
+            if getattr(here, name) != getattr(there, name):
+                found[f"tokenizer.{name}"] = getattr(here, name), getattr(there, name)
+    templates = here.chat_template, there.chat_template
+    if templates[0] != templates[1] and (either or None not in templates):
+        found["tokenizer.chat_template"] = templates
     return found
 
 
-def to_text(found: Differences) -> str:
-    """For a terminal."""
+def to_text(found: Differences, of: str = "configuration and tokenizer") -> str:
+    """For a terminal; ``of`` what was looked at."""
     if not found:
-        return "configuration and tokenizer: the same"
+        return f"{of}: the same"
     width = max(map(len, found))
     lines = [f"  {name:{width}}  {_as_json(here)}, not {_as_json(there)}" for name, (here, there) in found.items()]
     return printable("\n".join(["differs in", *lines]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from converters.readers.opening import open_source
+from llmjax.checkpoint.graph_source import open_checkpoint
 from llmjax.checkpoint.loading import find_model, fitting_plan, read_override
 from llmjax.checkpoint.parameters import Parameter, read_all
 from llmjax.errors import CheckpointError, ConfigError
@@ -64,7 +64,7 @@ def errors(
       CheckpointError: one of them is damaged.
       ConfigError: they are not the same model.
     """
-    sources = [open_source(find_model(path)) for path in (candidate, reference)]
+    sources = [open_checkpoint(find_model(path)) for path in (candidate, reference)]
     try:
         plans = [fitting_plan(sources[0], None), fitting_plan(sources[1], None, read_override(config))]
         if plans[1].config.tie_word_embeddings and not plans[0].config.tie_word_embeddings:

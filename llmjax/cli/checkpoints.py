@@ -1,4 +1,4 @@
-"""``llmjax inspect``, ``llmjax convert`` and ``llmjax bundle``."""
+"""``llmjax inspect``, ``llmjax diff``, ``llmjax convert`` and ``llmjax bundle``."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from typing import Any
 from llmjax.cli.flags import Verbs, add_verb, id_list, weight_flags
 from llmjax.cli.loading import adapter_of
 from llmjax.cli.progress import report_tensors
-from llmjax.errors import RequestError
+from llmjax.errors import ConfigError, RequestError
 
 # Roles with bits of their own; the head has the embedding's.
 _BITS = ("attention", "feed_forward", "embedding")
@@ -33,6 +33,12 @@ def add(verbs: Verbs) -> None:
         "--against", metavar="SRC", help="what it was made from: report each weight's error; 1 where more differs"
     )
     inspect.add_argument("--json", action="store_true")
+    text = "Say where two checkpoints differ: settings, tokenizers, weights; 0 the same, 1 different."
+    diff = add_verb(verbs, "diff", _diff, text)
+    for name in ("a", "b"):
+        diff.add_argument(name, metavar=name.upper(), help="anything that inspect reads")
+    diff.add_argument("--tokenizer", action="store_true", help="the tokenizers alone; directories need no weights")
+    diff.add_argument("--json", action="store_true")
     text = "Write a checkpoint in another form, quantized or expanded."
     convert = add_verb(verbs, "convert", _convert, text)
     convert.add_argument("source", metavar="SRC", help="a checkpoint's path, or smollm2")
@@ -76,6 +82,31 @@ def _inspect(args: argparse.Namespace) -> int:
         text, same = f"{text}\n\n{error.to_text(found)}\n\n{against.to_text(other)}", not other
     print(json.dumps(values, indent=2) if args.json else text)
     return 0 if report.supported and same else 1
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from llmjax.checkpoint import against
+    from llmjax.checkpoint import weight_error as error
+
+    values: dict[str, Any] = {}
+    if args.tokenizer:
+        other = against.tokenizer_differences(args.a, args.b)
+        text, same = against.to_text(other, "tokenizer"), not other
+    else:
+        other = against.differences(args.a, args.b, either=True)
+        text = against.to_text(other)
+        try:
+            found = error.errors(args.a, args.b)
+        except ConfigError as unlike:
+            if not other:
+                raise
+            text, same = f"{text}\n\nweights: {unlike}", False
+        else:
+            values["error"] = error.to_dict(found)
+            text, same = f"{text}\n\n{error.to_text(found)}", not other and not any(e.squares for e in found)
+    values |= {"same": same, "differences": against.to_dict(other)}
+    print(json.dumps(values, indent=2) if args.json else text)
+    return 0 if same else 1
 
 
 def _convert(args: argparse.Namespace) -> int:

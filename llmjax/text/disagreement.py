@@ -42,7 +42,7 @@ TEXTS = (
     "𝔘𝔫𝔦 𐍈 \U000e0001 \ue000",
     "\x01\x07\x1b[0m\x7f\x85",
     "x\x00y",
-    "▁ a▁b ▁▁ Ġ Ċ <0x0A> <unk> <s> [INST] <|im_start|>user <start_of_turn>",
+    "a▁b Ġ Ċ <0x0A> [INST] <|im_start|>user <start_of_turn>",
     "a" * 40 + " Donaudampfschifffahrtsgesellschaftskapitän antidisestablishmentarianism",
 )
 
@@ -91,7 +91,8 @@ def _parting(text: str, here: Tokenizer, there: Tokenizer) -> Disagreement | Non
 def _texts(here: Tokenizer, there: Tokenizer) -> Iterator[str]:
     yield from TEXTS
     for tokenizer in (here, there):
-        yield from (form for token in tokenizer.special_tokens for form in (f"a{token}b", f" {token} x"))
+        known = tokenizer.special_tokens.keys() - {tokenizer.special.get("unk_token")}  # whose name nobody writes
+        yield from (form for token in sorted(known) for form in (f"a{token}b", f" {token} x"))
         for start in range(0, tokenizer.vocab_size, _CHUNK):
             some = [[i] for i in range(start, min(start + _CHUNK, tokenizer.vocab_size))]
             texts = tokenizer.backend.decode_batch(some, skip_special_tokens=False)

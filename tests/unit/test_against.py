@@ -1,7 +1,9 @@
-"""``inspect Q --against SRC``: what is not rounding is named, and shows in the exit code."""
+"""``inspect Q --against SRC`` and ``diff A B``: what differs is named, and shows in the exit code."""
 
 import json
+import lzma
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,8 @@ import llmjax
 from llmjax.checkpoint import against
 from llmjax.cli.main import main
 from tests import tiny
+
+DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture
@@ -89,3 +93,48 @@ def test_rounding_is_no_difference(source, tmp_path):
     for to, quantize in (("llmjax", "int8"), ("hf", None)):
         llmjax.convert(source, tmp_path / to, to=to, quantize=quantize)
         assert main(["inspect", str(tmp_path / to), "--against", str(source)]) == 0
+
+
+def test_two_checkpoints(source, tmp_path, capsys):
+    """Neither was made from the other: whatever one of them lacks is a difference, and so is rounding."""
+    assert main(["diff", str(source), str(source)]) == 0
+    assert "21 tensors are equal" in capsys.readouterr().out
+    llmjax.convert(source, tmp_path / "q", to="llmjax", quantize="int8")
+    assert main(["diff", str(tmp_path / "q"), str(source), "--json"]) == 1
+    values = json.loads(capsys.readouterr().out)
+    assert values["differences"] == {} and not values["same"]
+    assert max(e["max"] for e in values["error"]["tensors"] if e["kept"] == "int8") > 0
+    end = other(source, "end", "config.json", lambda c: c.update(eos_token_id=[256, 3]))
+    talk = other(source, "talk", "tokenizer_config.json", lambda c: c.update(chat_template="x"))
+    (bare := shutil.copytree(source, tmp_path / "bare") / "tokenizer.json").unlink()
+    for name, copy, values in (
+        ("tokenizer.eos_ids", end, ((3, 256), (256,))),
+        ("tokenizer.chat_template", talk, ("x", None)),
+        ("tokenizer", bare.parent, (None, repr(llmjax.load(source).tokenizer))),
+    ):
+        assert against.differences(copy, source, either=True) == {name: values}
+        assert against.differences(copy, source) == {}
+        assert main(["diff", str(copy), str(source)]) == 1
+
+
+def test_other_models(source, tmp_path, capsys):
+    short = tiny.checkpoint(tmp_path / "short", num_hidden_layers=1)
+    assert main(["diff", str(short), str(source)]) == 1
+    text = capsys.readouterr().out
+    assert "  num_hidden_layers  1, not 2\n" in text and "are not the same model: 9 parameters differ" in text
+
+
+def test_tokenizers_alone(source, tmp_path, capsys):
+    """Of directories without weights, and of a bundle with an architecture whose weights stay in it."""
+    first = shutil.copytree(DATA / "tokenizers/llama", tmp_path / "first")
+    second = shutil.copytree(DATA / "tokenizers/qwen2", tmp_path / "second")
+    assert main(["diff", str(first), str(first), "--tokenizer"]) == 0
+    assert capsys.readouterr().out == "tokenizer: the same\n"
+    assert main(["diff", str(first), str(second), "--tokenizer"]) == 1
+    assert "  tokenizer.vocabulary " in capsys.readouterr().out
+    assert main(["diff", str(first), str(tmp_path), "--tokenizer"]) == 2
+    assert "no weights; looked for" in capsys.readouterr().err
+    bundle = tmp_path / "gemma4.litertlm"
+    bundle.write_bytes(lzma.decompress((DATA / "litert/gemma4.litertlm.xz").read_bytes()))
+    assert main(["diff", str(bundle), str(bundle), "--tokenizer"]) == 0
+    assert main(["diff", str(bundle), str(first), "--tokenizer"]) == 1

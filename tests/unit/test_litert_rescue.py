@@ -11,6 +11,7 @@ import pytest
 
 import llmjax
 from converters.readers.litert import tflite
+from llmjax.checkpoint import against, weight_error
 from llmjax.checkpoint.graph_config import _ropes
 from llmjax.errors import CheckpointError
 from llmjax.models.rope import Rope
@@ -34,6 +35,9 @@ def test_a_float_graph_gives_its_checkpoint_back(tmp_path):
     found, known = (json.loads((p / "config.json").read_text()) for p in (tmp_path / "out", DATA / "qwen2"))
     # A cache is as long as the exporter was told; the rest is the model's own.
     assert {k for k in found if found[k] != known.get(k)} == {"max_position_embeddings"}
+    graph = tmp_path / "qwen2.tflite"
+    assert against.differences(graph, DATA / "qwen2") == {"max_position_embeddings": (64, 512)}
+    assert all(e.max == 0 for e in weight_error.errors(graph, DATA / "qwen2"))
 
 
 @pytest.fixture(scope="module")
