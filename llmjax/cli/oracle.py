@@ -1,4 +1,4 @@
-"""``llmjax trace`` and ``llmjax compare``."""
+"""``llmjax trace``, ``llmjax vectors`` and ``llmjax compare``."""
 
 import argparse
 import dataclasses
@@ -20,6 +20,11 @@ def add(verbs: Verbs) -> None:
     what.add_argument("--ids", type=id_list, metavar="ID,ID", help="token ids, taken as they are")
     trace.add_argument("--output", required=True, metavar="DIR", help="a new directory")
     trace.add_argument("--taps", action="append", metavar="GLOB", help="names to keep, * by default; may be repeated")
+    text = "Write texts on which mistakes of a runtime show, and what the model computes of each."
+    vectors = add_verb(verbs, "vectors", _vectors, text, load_flags(None), cache_flags())
+    vectors.add_argument("--output", required=True, metavar="DIR", help="a new directory, of a folder for each text")
+    vectors.add_argument("--taps", action="append", metavar="GLOB", help="names to keep; may be repeated (logits)")
+    vectors.add_argument("--longest", type=int, default=512, metavar="N", help="tokens of a text at most (512)")
     _add_compare(verbs)
 
 
@@ -68,6 +73,19 @@ def _trace(args: argparse.Namespace) -> int:
     result = trace(model, ids, args.taps or ["*"])
     result.save(args.output)
     print(f"{len(result.activations)} activations of {len(ids)} tokens in {args.output}", file=sys.stderr)
+    return 0
+
+
+def _vectors(args: argparse.Namespace) -> int:
+    from llmjax.oracle.vectors import write
+
+    tell = partial(print, file=sys.stderr, flush=True)
+    index = write(loading.load_model(args), args.output, args.taps or "logits", longest=args.longest, progress=tell)
+    for left in index["left_out"]:
+        tell(
+            f"left out: {left['name']} of {left['tokens']:,} tokens: {left['shows']}; --longest {left['tokens']} has it"
+        )
+    tell(f"{len(index['vectors'])} texts in {args.output}")
     return 0
 
 

@@ -16,8 +16,8 @@ from llmjax.litert.model import GraphModel
 from llmjax.model import Model, check_ids
 from llmjax.oracle import pairs
 from llmjax.oracle.comparison import Comparison, of_file
-from llmjax.oracle.dump import Dump, from_arrays, open_dump
-from llmjax.oracle.dumps.opening import opened, refuse_reference
+from llmjax.oracle.dump import Dump, from_arrays
+from llmjax.oracle.dumps.opening import each, opened, refuse_reference
 from llmjax.oracle.floors import MARGIN, Allowed, allowed
 from llmjax.oracle.measure import MismatchError, Tap, fitted, leaving, measure, row
 from llmjax.oracle.metrics import logits_report
@@ -52,14 +52,14 @@ def compare(
 
     Args:
       reference: our model (or a checkpoint's path), which then computes the reference for the candidate's tokens; or a
-        dump of one.  None with ``model``.
-      candidate: a dump, a file of llama.cpp's (``oracle.dumps``), or a model.
+        dump of one, or a directory of such dumps (``oracle.vectors``).  None with ``model``.
+      candidate: a dump, a directory of dumps, a file of llama.cpp's (``oracle.dumps``), or a model.
       model: ours, for the floors and proofs beside a reference that is a dump; by default the one that the dump names,
         if its weights are the same.
       names: a TOML file from the candidate's names to ours (see ``oracle.names``).
       arithmetic: the only class that may explain differences (``oracle.floors.CLASSES``).
       token_ids: what two models are compared on; a sentence by default.
-      texts: of a file of several texts, how many to compare: the first ones; all by default.
+      texts: of a candidate of several texts, how many to compare: the first ones; all by default.
       progress: is told of each text of several, and before causes are looked for, which takes longest.
 
     Raises:
@@ -77,10 +77,13 @@ def compare(
     if model is not None and not isinstance(model, Model):
         model = load(model)
     pairs.check_reference(model)
-    ours = None if reference is None else _dumps(reference, "reference")[0]
+    given = [] if reference is None else _dumps(reference, "reference")
+    ours = given[0] if given else None
     if isinstance(model, GraphModel) and isinstance(candidate, Model) and not isinstance(candidate, GraphModel):
         model, candidate = candidate, model  # a graph's steps are measured by those of the model it was made of
     if isinstance(candidate, Model):
+        if len(given) > 1:
+            raise RequestError(f"{reference}: {len(given)} texts; a model is compared with one of them")
         if ours is not None:
             ids = ours.token_ids.tolist()
         elif model is not None:
@@ -94,11 +97,14 @@ def compare(
     several = _dumps(candidate, "candidate", model)
     if texts is not None:
         check("texts", texts, integer(1, len(several)), RequestError)
-    if len(several) > 1 and ours is not None:
+    if len(several) > 1 and len(given) == 1:
         raise RequestError(f"{several[0].path}: {len(several)} texts; a model is compared with them (--model), no dump")
+    by_name = {Path(dump.path).name: dump for dump in given}
 
     def one(theirs: Dump, tried: Sequence[str], prove: bool) -> Comparison:
         before, mine, why = ours, model, note
+        if len(given) > 1 and (before := by_name.get(Path(theirs.path).name)) is None:
+            raise RequestError(f"{theirs.path}: expected one of the reference's names ({', '.join(by_name)})")
         if isinstance(model, GraphModel):
             before, mine, why = ours or _dumps(pairs.beside(model, theirs), "reference")[0], None, _GRAPH
         try:
@@ -108,7 +114,7 @@ def compare(
             subject = _subject(before, theirs, mine)
             return Comparison("not_comparable", None, str(error), coverage | of_file(theirs), subject=subject)
 
-    return together(several, texts, one, progress)
+    return together(several, texts, max(len(several), len(given)), one, progress)
 
 
 def _is_dump(path: str | Path) -> bool:
@@ -117,13 +123,13 @@ def _is_dump(path: str | Path) -> bool:
 
 
 def _dumps(what: AnyDump, role: str, model: Model | None = None) -> Sequence[Dump]:
-    """One, but for a candidate's file of several texts."""
+    """One, or one for each text of a directory of dumps, or of a candidate's file."""
     if isinstance(what, Dump):
         return [what]
     if isinstance(what, Trace):
         ids = np.array(what.manifest["token_ids"], np.int32)
         return [from_arrays(role, what.manifest, ids, what.activations)]
-    return opened(what, model) if role == "candidate" else [open_dump(what)]
+    return opened(what, model) if role == "candidate" else each(what)
 
 
 def _model_of(reference: Dump) -> tuple[Model | None, str]:

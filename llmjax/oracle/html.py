@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmjax.oracle.report import coverage, value
+from llmjax.oracle.report import coverage, label, value
 from llmjax.oracle.steps import split
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def _positions(report: "Comparison") -> Iterator[str]:
         return
 
     def place(p: Mapping[str, Any]) -> str:
-        return f"text {p['text']}, {p['position']}" if "text" in p else str(p["position"])
+        return f"{label(p['text'])}, {p['position']}" if "text" in p else str(p["position"])
 
     def tokens(best: Sequence[Sequence[float]]) -> str:
         return ", ".join(f"{int(i)} ({p:.3f})" for i, p in best)

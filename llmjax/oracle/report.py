@@ -43,6 +43,11 @@ def text(report: "Comparison") -> str:
     return "\n".join(lines)
 
 
+def label(place: str | int) -> str:
+    """What a text is called, by its folder or its place in a file."""
+    return place if isinstance(place, str) else f"text {place}"
+
+
 def coverage(report: "Comparison") -> str:
     """One line."""
     found = report.coverage

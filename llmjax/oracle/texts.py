@@ -1,12 +1,14 @@
-"""A candidate of several texts: each is compared alone, and what was found is told together."""
+"""A candidate of several texts, in one file or in folders: each is compared alone, what was found is told together."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from llmjax.oracle.comparison import Comparison
 from llmjax.oracle.dump import Dump
 from llmjax.oracle.floors import CLASSES
+from llmjax.oracle.report import label
 
 # Positions told of, as of one text.
 _WORST = 5
@@ -15,6 +17,7 @@ _WORST = 5
 def together(
     texts: Sequence[Dump],
     most: int | None,
+    of: int,
     compare: Callable[[Dump, Sequence[str], bool], Comparison],
     progress: Callable[[str], None],
 ) -> Comparison:
@@ -25,11 +28,15 @@ def together(
     Args:
       texts: one or more.
       most: how many, None for all.
+      of: how many there are, those that the candidate lacks among them.
       compare: compares one: by which classes first, and whether faults are to be proven.
       progress: is told of each of several.
     """
-    if len(texts) == 1:
+    if of == 1:
         return compare(texts[0], (), True)
+    names = [Path(text.path).name for text in texts]
+    # A folder for each, or all of one file.
+    places: Sequence[str | int] = names if len({*names}) == len(names) else range(len(names))
     found: list[Comparison] = []
     tried: set[str] = set()
     for text in texts[:most]:
@@ -39,8 +46,9 @@ def together(
         if last.verdict == "not_comparable":
             return last
         tried |= {last.explained_by} if last.explained_by else set()
-        progress(f"text {len(found) - 1} of {len(texts)}: {last.verdict}" + _by(last))
-    return _joined(found, len(texts))
+        place, count = label(places[len(found) - 1]), f"{len(found)} of {of}"
+        progress(f"{place} ({count}): {last.verdict}" + _by(last))
+    return _joined(found, places, of)
 
 
 def _by(one: Comparison) -> str:
@@ -48,43 +56,50 @@ def _by(one: Comparison) -> str:
     return (f" (explained by {one.explained_by})" if one.explained_by else "") + kl
 
 
-def _joined(found: Sequence[Comparison], of: int) -> Comparison:
+def _joined(found: Sequence[Comparison], places: Sequence[str | int], of: int) -> Comparison:
     different = [i for i, one in enumerate(found) if one.verdict == "different"]
     widest = max(found, key=lambda one: list(CLASSES).index(one.explained_by) if one.explained_by else -1)
     first = found[different[0]] if different else widest
     if different:
-        reason = f"{len(different)} of {len(found)} texts are different; text {different[0]}: {first.reason}"
+        reason = f"{len(different)} of {len(found)} texts are different; {label(places[different[0]])}: {first.reason}"
     else:
         reason = f"of all {len(found)} texts, {first.reason}"
-    weights = [one.coverage["positions"] for one in found]
-    totals = {key: sum(one.coverage[key] for one in found) for key in ("tokens", "positions")}
-    positions = [{"text": i, **p} for i, one in enumerate(found) for p in one.positions]
+    shown = [one.coverage.get("positions", one.coverage["tokens"]) for one in found]
+    totals = {"tokens": sum(one.coverage["tokens"] for one in found), "positions": sum(shown)}
+    positions = [{"text": place, **p} for place, one in zip(places, found, strict=False) for p in one.positions]
+    with_logits = [(one.logits, weight) for one, weight in zip(found, shown, strict=True) if one.logits]
+    taps: dict[str, Mapping[str, Any]] = {}
+    for tap in (tap for one in found for tap in one.taps):
+        worst = taps.setdefault(tap["name"], tap)
+        if tap["error"] / tap["floor"] > worst["error"] / worst["floor"]:
+            taps[tap["name"]] = tap
+    verdicts = {label(place): one.verdict for place, one in zip(places, found, strict=False)}
     return dataclasses.replace(
         first,
         reason=reason,
         coverage={**first.coverage, **totals, "texts": [len(found), of]},
-        logits=_logits([one.logits for one in found if one.logits], weights),
-        taps=[max(same, key=lambda t: t["error"] / t["floor"]) for same in zip(*(o.taps for o in found), strict=True)],
+        logits=_logits(*zip(*with_logits, strict=True)) if with_logits else None,
+        taps=list(taps.values()),
         positions=sorted(positions, key=lambda p: -p["kl"])[:_WORST],
-        subject={**first.subject, "text": found.index(first)},
+        subject={**first.subject, "text": places[found.index(first)], "verdicts": verdicts},
     )
 
 
-def _logits(found: Sequence[Mapping[str, Any]], weights: Sequence[int]) -> dict[str, Any] | None:
+def _logits(found: Sequence[Mapping[str, Any]], weights: Sequence[int]) -> dict[str, Any]:
     """Means by the texts' weights, sums of counts, and the largest of the rest."""
-    if not found:
-        return None
 
-    def mean(values: Sequence[float]) -> float:
-        return sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+    def mean(values: Sequence[tuple[float, int]]) -> float | None:
+        return sum(w * v for v, w in values) / sum(w for _, w in values) if values else None
 
     joined: dict[str, Any] = {}
     for name in found[0]:
         values = [one[name] for one in found]
-        if name == "nll":
-            joined[name] = [mean([v[side] for v in values]) for side in (0, 1)]
+        if name == "nll":  # a first token has none
+            told = [(pair, weight) for pair, weight in zip(values, weights, strict=True) if pair[0] is not None]
+            joined[name] = [mean([(pair[side], weight) for pair, weight in told]) for side in (0, 1)]
         elif name in ("flips", "flips_beyond_margin"):
             joined[name] = sum(values)
         else:
-            joined[name] = max(values) if name in ("kl_max", "max_abs_logprob") else mean(values)
+            largest = name in ("kl_max", "max_abs_logprob")
+            joined[name] = max(values) if largest else mean(list(zip(values, weights, strict=True)))
     return joined

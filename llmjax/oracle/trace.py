@@ -155,6 +155,16 @@ def trace(
     return traces if many else traces[0]
 
 
+def bytes_of(model: Model, tokens: int, taps: str | Sequence[str]) -> int:
+    """Memory of a trace of so many tokens; of a graph's only if it is of the logits, else 0: nothing tells before."""
+    globs = (taps,) if isinstance(taps, str) else tuple(taps)
+    if isinstance(model, GraphModel):
+        return 4 * tokens * model.config.vocab_size if globs == ("logits",) else 0
+    shape = functools.partial(_matching, model.module, model.numerics, globs)
+    found = jax.eval_shape(shape, model.params, jnp.zeros((1, tokens), jnp.int32))
+    return sum(4 * x.size for x in found.values())
+
+
 def _trace(
     model: Model, ids: np.ndarray, globs: tuple[str, ...], found: dict[str, jax.Array], slopes: dict[str, jax.Array]
 ) -> Trace:

@@ -16,10 +16,10 @@ from llmjax.quant.qtensor import QTensor
 
 
 def opened(path: str | Path, model: Model | None) -> Sequence[Dump]:
-    """A candidate's dumps: one, or one for each text of a file of several.
+    """A candidate's dumps: one, or one for each text of a file of several, or of a directory of dumps.
 
     Args:
-      path: a dump's directory, a file of llama.cpp's, or a directory that holds one.
+      path: a dump's directory, one of such directories, a file of llama.cpp's, or a directory that holds one.
       model: ours, which knows what the file does not tell of its tokens.
 
     Raises:
@@ -39,7 +39,20 @@ def opened(path: str | Path, model: Model | None) -> Sequence[Dump]:
         )
     if file.is_dir() and not (file / "manifest.json").exists() and (found := llama_debug.inside(file)):
         return _as_llama_cpp([llama_debug.read(found)], model)
-    return [open_dump(file)]
+    return each(file)
+
+
+def each(path: str | Path) -> Sequence[Dump]:
+    """A dump's directory, or the directories of dumps in one that is none itself (``oracle.vectors``), by their names.
+
+    Raises:
+      RequestError: there is no dump, or one is malformed.
+    """
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "manifest.json").exists():
+        inner = sorted(file.parent for file in folder.glob("*/manifest.json"))
+        return [open_dump(one) for one in inner] or [open_dump(path)]
+    return [open_dump(path)]
 
 
 def refuse_reference(path: str | Path) -> None:
