@@ -1,7 +1,10 @@
-"""Dumps what a Hugging Face model computes for one prompt, for `llmjax compare`.  Needs only torch and transformers.
+"""Dumps what a Hugging Face model computes for a prompt, for `llmjax compare`.  Needs only torch and transformers.
 
     python transformers_dump.py MODEL OUTPUT --prompt "Once upon a time" [--dtype bfloat16]
     llmjax compare --model MODEL OUTPUT
+
+    python transformers_dump.py MODEL theirs/ --vectors vectors/     # of each text that `llmjax vectors` wrote
+    llmjax compare vectors/ theirs/
 
 Every module's output is written under the module's own name, in its own dtype; beside them the logits and, where the
 model shows them, attention weights (`NAME.attn_weights`), what goes into an attention's last projection (`NAME.input`)
@@ -116,6 +119,7 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt")
     what.add_argument("--ids", help="token ids: 1,2,3")
+    what.add_argument("--vectors", type=Path, help="what `llmjax vectors` wrote: a folder in OUTPUT for each text")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument(
         "--attention", default="eager", help="eager shows attention weights; falcon is right under sdpa"
@@ -127,11 +131,17 @@ def main() -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         args.model, dtype=getattr(torch, args.dtype), attn_implementation=args.attention, **options
     )
+    model = model.to(args.device).eval()
+    if args.vectors:
+        for vector in json.loads((args.vectors / "vectors.json").read_text())["vectors"]:
+            ids = json.loads((args.vectors / vector["name"] / "manifest.json").read_text())["token_ids"]
+            write(args.output / vector["name"], model, ids, model=str(args.model))
+        return
     if args.ids:
         ids = [int(i) for i in args.ids.split(",")]
     else:
         ids = transformers.AutoTokenizer.from_pretrained(args.model, **options)(args.prompt)["input_ids"]
-    write(args.output, model.to(args.device).eval(), ids, model=str(args.model))
+    write(args.output, model, ids, model=str(args.model))
     print(f"{len(ids)} tokens in {args.output}", file=sys.stderr)
 
 

@@ -1,6 +1,7 @@
 """``scripts/dumps/transformers_dump.py``: what it writes of a real Hugging Face model is what ``compare`` reads."""
 
 import importlib
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import llmjax
+from llmjax.cli.main import main
 from tests.parity import golden
 
 pytest.importorskip("torch", reason="parity extra not installed")
@@ -31,6 +33,21 @@ def test_a_dump_of_transformers_is_the_model(kind, tmp_path, monkeypatch):
     assert (report.verdict, report.explained_by) == ("equivalent", "float32")
     assert report.coverage["tokens"] == 12 and report.coverage["taps"] > 0.8 * report.coverage["of"]
     assert report.logits["argmax_agreement"] == 1 and report.logits["kl_max"] < 1e-8
+
+
+@pytest.mark.slow
+def test_every_vector_of_transformers_is_the_model(tmp_path, monkeypatch, capsys):
+    folder = golden.write("mistral", tmp_path / "m")
+    vectors, theirs = str(tmp_path / "vectors"), str(tmp_path / "theirs")
+    assert main(["vectors", "--model", str(folder), "--output", vectors]) == 0
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(folder), theirs, "--vectors", vectors])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    capsys.readouterr()
+    assert main(["compare", vectors, theirs, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["verdict"], found["explained_by"]) == ("equivalent", "float32")
+    names = [v["name"] for v in json.loads(Path(vectors, "vectors.json").read_text())["vectors"]]
+    assert found["subject"]["verdicts"] == dict.fromkeys(sorted(names), "equivalent") and len(names) > 4
 
 
 @pytest.fixture
