@@ -71,7 +71,7 @@ def disagreement(here: Tokenizer, there: Tokenizer) -> Disagreement | None:
     both, and each token of the vocabularies as a text of its own.  What stands before and behind a text by the
     checkpoint's policy (``prefix_ids``, ``suffix_ids``) does not count here.
     """
-    for text in dict.fromkeys(_texts(here, there)):
+    for text in _texts(here, there):
         if _parting(text, here, there):
             end = next(n for n in range(len(text) + 1) if _parting(text[:n], here, there))
             start = next(n for n in range(end, -1, -1) if _parting(text[n:end], here, there))
@@ -89,13 +89,18 @@ def _parting(text: str, here: Tokenizer, there: Tokenizer) -> Disagreement | Non
 
 
 def _texts(here: Tokenizer, there: Tokenizer) -> Iterator[str]:
+    """One after the other, so that the first on which they part is the last that is made; tokens of both once."""
     yield from TEXTS
     for tokenizer in (here, there):
         known = tokenizer.special_tokens.keys() - {tokenizer.special.get("unk_token")}  # whose name nobody writes
         yield from (form for token in sorted(known) for form in (f"a{token}b", f" {token} x"))
+    asked: set[str] = set()
+    for tokenizer in (here, there):
         for start in range(0, tokenizer.vocab_size, _CHUNK):
             some = [[i] for i in range(start, min(start + _CHUNK, tokenizer.vocab_size))]
-            texts = tokenizer.backend.decode_batch(some, skip_special_tokens=False)
+            found = set(tokenizer.backend.decode_batch(some, skip_special_tokens=False)) - asked
+            asked |= found
+            texts = sorted(found)
             texts += [text + text for text in texts]  # one that is a token may be taken whole, whatever is joined
             ours, theirs = (t.backend.encode_batch(texts, add_special_tokens=False) for t in (here, there))
             yield from (text for text, a, b in zip(texts, ours, theirs, strict=True) if a.ids != b.ids)
