@@ -44,7 +44,7 @@ def together(
         found.append(compare(text, sorted(tried), not different))
         last = found[-1]
         if last.verdict == "not_comparable":
-            return last
+            return dataclasses.replace(last, reason=f"{label(places[len(found) - 1])}: {last.reason}")
         tried |= {last.explained_by} if last.explained_by else set()
         place, count = label(places[len(found) - 1]), f"{len(found)} of {of}"
         progress(f"{place} ({count}): {last.verdict}" + _by(last))
@@ -67,9 +67,16 @@ def _joined(found: Sequence[Comparison], places: Sequence[str | int], of: int) -
     shown = [one.coverage.get("positions", one.coverage["tokens"]) for one in found]
     totals = {"tokens": sum(one.coverage["tokens"] for one in found), "positions": sum(shown)}
     positions = [{"text": place, **p} for place, one in zip(places, found, strict=False) for p in one.positions]
-    with_logits = [(one.logits, weight) for one, weight in zip(found, shown, strict=True) if one.logits]
+    # What follows the last token is not known, so it has no part in a mean of nll; a file holds none of it.
+    with_logits = [
+        (one.logits, weight, weight - ("positions" not in one.coverage))
+        for one, weight in zip(found, shown, strict=True)
+        if one.logits
+    ]
+    # Of the text that shows least; in the order of the one that shows most.
+    least = min(found, key=lambda one: one.coverage["taps"])
     taps: dict[str, Mapping[str, Any]] = {}
-    for tap in (tap for one in found for tap in one.taps):
+    for tap in (tap for one in sorted(found, key=lambda one: -len(one.taps)) for tap in one.taps):
         worst = taps.setdefault(tap["name"], tap)
         if tap["error"] / tap["floor"] > worst["error"] / worst["floor"]:
             taps[tap["name"]] = tap
@@ -77,7 +84,7 @@ def _joined(found: Sequence[Comparison], places: Sequence[str | int], of: int) -
     return dataclasses.replace(
         first,
         reason=reason,
-        coverage={**first.coverage, **totals, "texts": [len(found), of]},
+        coverage={**least.coverage, **totals, "texts": [len(found), of]},
         logits=_logits(*zip(*with_logits, strict=True)) if with_logits else None,
         taps=list(taps.values()),
         positions=sorted(positions, key=lambda p: -p["kl"])[:_WORST],
@@ -85,8 +92,8 @@ def _joined(found: Sequence[Comparison], places: Sequence[str | int], of: int) -
     )
 
 
-def _logits(found: Sequence[Mapping[str, Any]], weights: Sequence[int]) -> dict[str, Any]:
-    """Means by the texts' weights, sums of counts, and the largest of the rest."""
+def _logits(found: Sequence[Mapping[str, Any]], weights: Sequence[int], followed: Sequence[int]) -> dict[str, Any]:
+    """Means by the texts' weights (of nll by what is followed), sums of counts, and the largest of the rest."""
 
     def mean(values: Sequence[tuple[float, int]]) -> float | None:
         return sum(w * v for v, w in values) / sum(w for _, w in values) if values else None
@@ -95,7 +102,7 @@ def _logits(found: Sequence[Mapping[str, Any]], weights: Sequence[int]) -> dict[
     for name in found[0]:
         values = [one[name] for one in found]
         if name == "nll":  # a first token has none
-            told = [(pair, weight) for pair, weight in zip(values, weights, strict=True) if pair[0] is not None]
+            told = [(pair, weight) for pair, weight in zip(values, followed, strict=True) if pair[0] is not None]
             joined[name] = [mean([(pair[side], weight) for pair, weight in told]) for side in (0, 1)]
         elif name in ("flips", "flips_beyond_margin"):
             joined[name] = sum(values)

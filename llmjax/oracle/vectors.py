@@ -77,7 +77,10 @@ def vectors(model: Model) -> Iterator[Vector]:
                 return Vector(name, shows, tuple(ids), text)
         return Vector(name, shows, some(min(longest, most)))
 
-    ends = [*range(4), *range(rows - 4, rows), *sorted(i for i in special if i < rows)]
+    named = sorted(i for i in special if i < rows)
+    if len(named) > 2 * _PROMPT:  # names kept for later, by the hundred
+        named = named[:_PROMPT] + named[-_PROMPT:]
+    ends = [*range(4), *range(rows - 4, rows), *named]
     found = [
         Vector("first", "a token that attends to itself alone", some(max(1, len(begin)))),
         Vector("repeated", "positions alone: one token again and again", (*begin, *[plain[-1]] * 48)),
@@ -89,7 +92,7 @@ def vectors(model: Model) -> Iterator[Vector]:
         found.append(of_text("text", "an ordinary text", _TEXT.split(" "), " ", _LONG))
         found.append(of_text("hard", "how a text becomes ids: spaces, digits, scripts, code", hard, "\n", _LONG))
     else:
-        found.append(Vector("text", "an ordinary text", some(_PROMPT)))
+        found.append(Vector("text", "an ordinary text", some(min(_PROMPT, most))))
     windows = {w for w in getattr(model.config, "windows", ()) if w is not None}
     found += [Vector(f"window_{w}", f"what lies behind a window of {w}", some(w + _BEHIND)) for w in windows]
     ropes = (getattr(model.config, field.name) for field in dataclasses.fields(model.config))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ import pytest
 import llmjax
 from llmjax.cli.main import main
 from llmjax.oracle import vectors
+from llmjax.oracle.comparison import Comparison
+from llmjax.oracle.dump import from_arrays
+from llmjax.oracle.texts import together
 from tests import tiny
 
 # A window, and rows of the embedding, that no ordinary text reaches.
@@ -85,9 +89,47 @@ def test_a_runtime_that_did_some(source, written, tmp_path, capsys):
     (tmp_path / "theirs/first").rename(tmp_path / "theirs/second")
     assert main(["compare", str(folder), str(tmp_path / "theirs")]) == 2
     assert "second: expected one of the reference's names (drawn, ends, " in capsys.readouterr().err
+    (tmp_path / "theirs/second/manifest.json").unlink()
+    assert main(["compare", str(folder), str(tmp_path / "theirs")]) == 2
+    assert "second: manifest.json is missing" in capsys.readouterr().err
 
 
 def test_none_too_long(source, tmp_path, capsys):
     index = vectors.write(llmjax.load(source), tmp_path / "short", longest=30)
     assert {v["name"] for v in index["vectors"]} == {"first", "ends"}
     assert {v["name"]: v["tokens"] for v in index["left_out"]}[f"window_{WINDOW}"] == WINDOW + 32
+
+
+def test_what_is_told_of_several():
+    """A mean is of all texts' tokens at once, coverage of the text that shows least, the order of the one that shows
+    most; a text that cannot be compared is named."""
+    texts = [from_arrays(name, {}, np.arange(2), {}) for name in ("x", "y")]
+    tap = {"name": "logits", "error": 1e-7, "floor": 1e-6}
+    logits = dict.fromkeys(("kl_mean", "kl_max", "flips"), 0)
+    short, long = (
+        Comparison("identical", None, "", {"taps": n, "of": 2, "tokens": tokens}, logits | {"nll": [nll, nll]}, taps)
+        for n, tokens, nll, taps in ((1, 2, 3.0, [tap]), (2, 4, 7.0, [tap | {"name": "embed"}, tap]))
+    )
+
+    def told(*found):
+        rest = iter(found)
+        return together(texts, None, 2, lambda *a: next(rest), lambda line: None)
+
+    both = told(short, long)
+    assert both.logits["nll"] == [(1 * 3 + 3 * 7) / 4] * 2
+    assert both.coverage == {"taps": 1, "of": 2, "tokens": 6, "positions": 6, "texts": [2, 2]}
+    assert [t["name"] for t in both.taps] == ["embed", "logits"]
+    assert told(short, Comparison("not_comparable", None, "no", {})).reason == "y: no"
+
+
+def test_small_contexts_and_many_names(source):
+    model = llmjax.load(source)
+    special = {"special_tokens": {str(i): i for i in range(200)}, "eos_ids": (256,), "prefix_ids": (256,)}
+    many = SimpleNamespace(**special, vocab_size=ROWS, encode=lambda text: [256, 201])
+    ends = {
+        v.name: v.ids
+        for v in vectors.vectors(SimpleNamespace(tokenizer=many, config=model.config, context_length=400, eos_ids=()))
+    }["ends"]
+    assert len(ends) < 80 and {256, 0, 199, ROWS - 1} <= {*ends}
+    bare = SimpleNamespace(tokenizer=None, config=model.config, context_length=16, eos_ids=(256,))
+    assert {v.name: len(v.ids) for v in vectors.vectors(bare)} == {"first": 1, "ends": 9, "text": 16}

@@ -50,7 +50,10 @@ def each(path: str | Path) -> Sequence[Dump]:
     """
     folder = Path(path)
     if folder.is_dir() and not (folder / "manifest.json").exists():
-        inner = sorted(file.parent for file in folder.glob("*/manifest.json"))
+        inner = sorted(file.parent for file in folder.glob("[!.]*/manifest.json"))
+        arrays = sorted(file for kind in ("safetensors", "npz", "npy") for file in folder.glob(f"[!.]*/*.{kind}"))
+        if inner and (bare := [file.parent for file in arrays if file.parent not in inner]):
+            open_dump(bare[0])  # which says what it lacks
         return [open_dump(one) for one in inner] or [open_dump(path)]
     return [open_dump(path)]
 
