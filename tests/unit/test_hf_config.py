@@ -418,6 +418,11 @@ class TestGemma3Multimodal:
         message = self.refusal({"tie_word_embeddings": True}, tie_word_embeddings=False)
         assert "text_config.tie_word_embeddings: True is not supported, expected False" in message
 
+    def test_a_cap_that_transformers_applies_to_the_text_model_alone(self):
+        assert "text_config.final_logit_softcapping: transformers applies" in self.refusal(
+            {"final_logit_softcapping": 30.0}
+        )
+
     def test_another_text_model(self):
         assert "text_config.model_type: 'gemma2' is not supported" in self.refusal({"model_type": "gemma2"})
 
