@@ -19,7 +19,7 @@ from llmjax.errors import CheckpointError, ConfigError, named
 from llmjax.lora.adapter import Adapter, AnyLora, Delta, read_adapter
 from llmjax.lora.merge import Merge, merged_rows
 from llmjax.models.config import DecoderConfig
-from llmjax.models.names import TornError
+from llmjax.models.names import DamagedError, TornError
 from llmjax.quant import gguf
 from llmjax.quant.arrays import aligned, row_chunks
 from llmjax.quant.qtensor import QTensor
@@ -65,7 +65,8 @@ def read_all(
       narrowed: float64 becomes float32, the widest that JAX computes with here.
 
     Raises:
-      CheckpointError: NaN or infinite values (all of them named), or a tied head that differs from the embedding.
+      CheckpointError: NaN or infinite values (all of them named), others that no parameter has, or a tied head that
+        differs from the embedding.
       ConfigError: a tensor that does not fit its scheme, or values that do not fit the dtype (all of them named).
     """
     bad, too_large = [], []
@@ -77,6 +78,8 @@ def read_all(
         except _TooLargeError as error:
             too_large.append(f"{where}: {error}")
             continue
+        except DamagedError as error:
+            raise CheckpointError(f"{source.path}: {where}: {error}") from None
         if check_finite and not _finite(value):
             bad.append(where)
         yield assignment.parameter, value
