@@ -96,8 +96,8 @@ def test_config_is_hashable(kind):
     assert hash(read(kind)) == hash(read(kind))
 
 
-# Others have a rotation for each kind of layer, or one that is more than a rotation.
-SEVERAL = {"gemma3_text", "gemma3n_text", "gemma4_text", "olmo3", "ministral3"}
+# Others have a rotation for each kind of layer, one that is more than a rotation, or of one type alone.
+SEVERAL = {"gemma3_text", "gemma3n_text", "gemma4_text", "olmo3", "ministral3", "phi3"}
 ROTARY = pytest.mark.parametrize("kind", sorted(set(MINIMAL) - {"falcon"} - SEVERAL))
 
 
@@ -489,6 +489,12 @@ class TestPhi3:
         scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
         rope = read("phi3", rope_scaling=scaling | {"original_max_position_embeddings": 16}).rope
         assert rope.scaling.original == 4096
+
+    @pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 2.0}])
+    def test_other_scalings(self, scaling):
+        """transformers, and what reads configs by it, has none for this model, and yarn is a name of longrope there."""
+        assert "rope_scaling: no version of transformers" in refusal("phi3", rope_scaling=scaling)
+        assert "rope_scaling: no version of transformers" in refusal("phi3", rope_parameters=scaling)
 
     def test_no_biases(self):
         assert read("phi3", attention_bias=False, original_max_position_embeddings=4096) == read("phi3")
