@@ -181,7 +181,7 @@ class TestRopeTypes:
 
     def test_the_declared_context_of_every_kind(self):
         """Where ropes are one for all layers."""
-        for kind in sorted(set(MINIMAL) - SEVERAL - {"phi3"}):
+        for kind in sorted(set(MINIMAL) - SEVERAL):
             config = read(kind, rope_scaling={"type": "dynamic", "factor": 4.0}, max_position_embeddings=64, alibi=None)
             assert config.rope.scaling == Dynamic(4.0, 64), kind
 

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 from llmjax.models.context import Context
+from llmjax.models.ministral3 import GrowingScores
 from llmjax.models.rope import Rope
 from llmjax.numerics import PROFILES, resolve
 
@@ -35,6 +36,13 @@ def test_functions_keep_their_accuracy(name):
     y = np.asarray(jax.jit(function, compiler_options=FAST)(x))
     truth = definition(x.astype(np.float64))
     np.testing.assert_array_less(np.abs(y - truth) / np.maximum(1, np.abs(truth)), error)
+
+
+def test_ministral3_rounds_its_queries():
+    """As transformers: the factor to 16 bits, and then the product."""
+    q = jnp.full((1, 5, 1, 1), 1.3, jnp.bfloat16)
+    grown = GrowingScores(1.0, beta=0.1, original=8).grown(q, jnp.array([[0, 7, 8, 40, 3000]]))
+    assert grown.ravel().tolist() == [1.296875, 1.296875, 1.390625, 1.53125, 2.0625]
 
 
 def test_rotations_keep_their_accuracy():
