@@ -71,15 +71,13 @@ def read_all(
     """
     bad, too_large = [], []
     for assignment in plan.assignments:
-        where = f"{assignment.parameter} (from {', '.join(s.name for s in assignment.sources)})"
+        where = _where(assignment)
         try:
             table = _is_table(assignment.parameter, plan.config)
             value = _read(source, assignment, dtype, recipe, merge or Merge({}, None, "reference"), narrowed, table)
         except _TooLargeError as error:
             too_large.append(f"{where}: {error}")
             continue
-        except DamagedError as error:
-            raise CheckpointError(f"{source.path}: {where}: {error}") from None
         if check_finite and not _finite(value):
             bad.append(where)
         yield assignment.parameter, value
@@ -96,6 +94,17 @@ def read_all(
     if bad:
         raise CheckpointError(f"{source.path}: " + "\n  ".join(["NaN or infinite values in:", *bad]))
     check_tied(source, plan)
+
+
+def _where(assignment: Assignment) -> str:
+    return f"{assignment.parameter} (from {', '.join(s.name for s in assignment.sources)})"
+
+
+def _floats(source: Source, assignment: Assignment) -> np.ndarray:
+    try:
+        return assignment.make([source.read(s.name) for s in assignment.sources])
+    except DamagedError as error:
+        raise CheckpointError(f"{source.path}: {_where(assignment)}: {error}") from None
 
 
 def _is_table(parameter: str, config: DecoderConfig) -> bool:
@@ -118,7 +127,7 @@ def _read(
         if scheme is None and dtype is None and (packed := _packed(source, assignment, table)) is not None:
             delta = merge.delta(name, quantized=True)
             return packed if delta is None else merge.into_packed(packed, delta, name)
-        value = assignment.make([source.read(s.name) for s in assignment.sources])
+        value = _floats(source, assignment)
         rows, stored = _releasing(source, assignment, value), jnp.dtype(dtype) if dtype else value.dtype
         if narrowed and stored == np.float64:
             stored = np.dtype(np.float32)
@@ -158,7 +167,7 @@ def stored(source: Source, plan: Plan, merge: Merge) -> Iterator[Stored]:
 
         def rows(start: int, stop: int, assignment: Assignment = assignment, values: Any = values) -> np.ndarray:
             if not values:
-                values.append(assignment.make([source.read(s.name) for s in assignment.sources]))
+                values.append(_floats(source, assignment))
             return _releasing(source, assignment, values[0])(start, stop)
 
         def packed(assignment: Assignment = assignment, delta: Delta | None = delta) -> QTensor | None:
