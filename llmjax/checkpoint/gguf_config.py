@@ -16,7 +16,8 @@ from llmjax.checkpoint.gguf_gemma import gemma, gemma2, gemma3, gemma3n, gemma4
 from llmjax.checkpoint.gguf_keys import Config, Keys, Shapes, rope, sliding
 from llmjax.checkpoint.gguf_ropes import LONG_FACTORS
 from llmjax.errors import ConfigError, shown
-from llmjax.models.config import FULL, MOST_HEAD_DIM
+from llmjax.models import olmo3
+from llmjax.models.config import FULL, MOST_HEAD_DIM, SLIDING
 from llmjax.models.qwen3_5 import LINEAR
 
 # What may differ by layer, and then its largest value is the model's.
@@ -222,14 +223,18 @@ def _granite(e: Keys, c: Config) -> None:
 
 
 def _olmo2(e: Keys, c: Config) -> None:
-    """OLMo 2, and OLMo 3 if there is a window; its local layers' rotation is never scaled."""
+    """OLMo 2, and OLMo 3 if there is a window; its local layers' rotation has the same base, and is never scaled."""
     c |= {"model_type": "olmo2", "rms_norm_eps": e.number("attention.layer_norm_rms_epsilon")}
     c |= _attention_bias(e)
     rope(e, c, also="yarn")
     if window := e.count("attention.sliding_window"):
         c["model_type"] = "olmo3"
         sliding(e, c, window, period=4)
-        e.expect("rope.freq_base_swa", c["rope_theta"])
+        base = c["rope_theta"]
+        e.expect("rope.freq_base_swa", base)  # llama.cpp reads another and does not apply it
+        if base != olmo3.THETA:  # which transformers has for local layers in the older spelling, whatever the base is
+            whole = {**c.pop("rope_scaling", {"rope_type": "default"}), "rope_theta": c.pop("rope_theta")}
+            c["rope_parameters"] = {FULL: whole, SLIDING: {"rope_type": "default", "rope_theta": base}}
 
 
 def _mistral3(e: Keys, c: Config) -> None:

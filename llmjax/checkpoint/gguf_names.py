@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmjax.models.config import DecoderConfig
-from llmjax.models.names import From, Names, TornError, fused, stacked_experts
+from llmjax.models.names import DamagedError, From, Names, TornError, fused, stacked_experts
 from llmjax.models.qwen3_5 import Qwen3_5Config
 from llmjax.models.shared_keys import TAKEN
 
@@ -189,9 +189,12 @@ def _with_heads_in_groups(config: Qwen3_5Config, layer: Mapping[str, str | From]
         fifth = 8 * x.shape[1] == config.value_heads * config.value_dim
         return np.concatenate([grouped(part, 1) for part in np.split(x, 2 if fifth else 1, 1)], 1)
 
-    changes: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-        "delta.a_log": lambda x: np.log(-grouped(x.astype(np.float64))).astype(np.float32)
-    }
+    def logarithm(x: np.ndarray) -> np.ndarray:
+        if not (x < 0).all():
+            raise DamagedError(f"expected numbers below 0, as -exp(A_log) is, found {x.max():g}; is the file damaged?")
+        return np.log(-grouped(x.astype(np.float64))).astype(np.float32)
+
+    changes: dict[str, Callable[[np.ndarray], np.ndarray]] = {"delta.a_log": logarithm}
     if config.value_heads != keys:
         changes |= dict.fromkeys(("delta.gate", "delta.beta", "delta.decay", "delta.dt_bias"), grouped)
         changes |= dict.fromkeys(("delta.qkv", "delta.kernel"), values_grouped)

@@ -19,7 +19,7 @@ from llmjax.errors import CheckpointError, ConfigError, named
 from llmjax.lora.adapter import Adapter, AnyLora, Delta, read_adapter
 from llmjax.lora.merge import Merge, merged_rows
 from llmjax.models.config import DecoderConfig
-from llmjax.models.names import TornError
+from llmjax.models.names import DamagedError, TornError
 from llmjax.quant import gguf
 from llmjax.quant.arrays import aligned, row_chunks
 from llmjax.quant.qtensor import QTensor
@@ -65,12 +65,13 @@ def read_all(
       narrowed: float64 becomes float32, the widest that JAX computes with here.
 
     Raises:
-      CheckpointError: NaN or infinite values (all of them named), or a tied head that differs from the embedding.
+      CheckpointError: NaN or infinite values (all of them named), others that no parameter has, or a tied head that
+        differs from the embedding.
       ConfigError: a tensor that does not fit its scheme, or values that do not fit the dtype (all of them named).
     """
     bad, too_large = [], []
     for assignment in plan.assignments:
-        where = f"{assignment.parameter} (from {', '.join(s.name for s in assignment.sources)})"
+        where = _where(assignment)
         try:
             table = _is_table(assignment.parameter, plan.config)
             value = _read(source, assignment, dtype, recipe, merge or Merge({}, None, "reference"), narrowed, table)
@@ -95,6 +96,17 @@ def read_all(
     check_tied(source, plan)
 
 
+def _where(assignment: Assignment) -> str:
+    return f"{assignment.parameter} (from {', '.join(s.name for s in assignment.sources)})"
+
+
+def _floats(source: Source, assignment: Assignment) -> np.ndarray:
+    try:
+        return assignment.make([source.read(s.name) for s in assignment.sources])
+    except DamagedError as error:
+        raise CheckpointError(f"{source.path}: {_where(assignment)}: {error}") from None
+
+
 def _is_table(parameter: str, config: DecoderConfig) -> bool:
     """Whether it is never multiplied with."""
     return parameter == "per_layer.embed.weight" or (parameter == "embed.weight" and not config.tie_word_embeddings)
@@ -115,7 +127,7 @@ def _read(
         if scheme is None and dtype is None and (packed := _packed(source, assignment, table)) is not None:
             delta = merge.delta(name, quantized=True)
             return packed if delta is None else merge.into_packed(packed, delta, name)
-        value = assignment.make([source.read(s.name) for s in assignment.sources])
+        value = _floats(source, assignment)
         rows, stored = _releasing(source, assignment, value), jnp.dtype(dtype) if dtype else value.dtype
         if narrowed and stored == np.float64:
             stored = np.dtype(np.float32)
@@ -155,7 +167,7 @@ def stored(source: Source, plan: Plan, merge: Merge) -> Iterator[Stored]:
 
         def rows(start: int, stop: int, assignment: Assignment = assignment, values: Any = values) -> np.ndarray:
             if not values:
-                values.append(assignment.make([source.read(s.name) for s in assignment.sources]))
+                values.append(_floats(source, assignment))
             return _releasing(source, assignment, values[0])(start, stop)
 
         def packed(assignment: Assignment = assignment, delta: Delta | None = delta) -> QTensor | None:

@@ -61,6 +61,10 @@ class Scores:
     alibi: bool = False
     fused: bool = False
 
+    def grown(self, q: jax.Array, positions: jax.Array) -> jax.Array:
+        """Queries ``[B, T, N, H]`` at positions ``[B, T]`` as they meet keys."""
+        return q
+
     def __call__(
         self,
         products: jax.Array,

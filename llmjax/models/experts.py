@@ -60,7 +60,7 @@ class Experts(nn.Module):
 
         Args:
           x: ``[B, T, D]``.
-          weights: float32 ``[B, T, k]``.
+          weights: ``[B, T, k]``, in x's dtype or float32: a product with them is rounded as both ask, their sum is not.
           chosen: int32 ``[B, T, k]``, numbers of experts.
           ctx: rows at rest go through none.
         """
@@ -80,7 +80,7 @@ class Experts(nn.Module):
             chosen = jnp.where(ctx.active[:, None, None], chosen, self.count)
         tile = 1 if x.shape[1] == 1 else _TILE
         y = by_expert(expert, stack, self.count, x.reshape(-1, features), chosen.reshape(-1, chosen.shape[-1]), tile)
-        y = jnp.sum(y.reshape(*chosen.shape, features).astype(jnp.float32) * weights[..., None], 2)
+        y = jnp.sum((y.reshape(*chosen.shape, features) * weights[..., None]).astype(jnp.float32), 2)
         return tap(self, "", y.astype(x.dtype))
 
 
@@ -93,7 +93,7 @@ def by_share(
       expert: from an expert's weights and ``[B, T, D]`` to ``[B, T, D]``.
       stack: the weights of all, leaves ``[E, ...]``.
       x: ``[B, T, D]``.
-      weights: float32 ``[B, T, k]``.
+      weights: ``[B, T, k]``, see ``Experts``.
       chosen: int32 ``[B, T, k]``.
     """
     numbers = jnp.arange(len(jax.tree.leaves(stack)[0]))
@@ -101,7 +101,7 @@ def by_share(
 
     def one(total: jax.Array, of: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
         weights, share = of
-        return total + expert(weights, x).astype(jnp.float32) * share[..., None], None
+        return total + (expert(weights, x) * share[..., None]).astype(jnp.float32), None
 
     total, _ = lax.scan(one, jnp.zeros(x.shape, jnp.float32), (stack, jnp.moveaxis(shares, -1, 0)))
     return total.astype(x.dtype)

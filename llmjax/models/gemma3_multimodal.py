@@ -14,7 +14,13 @@ class Gemma3MultimodalConfig(gemma3.Gemma3Config):
     def from_hf(cls, r: Reader) -> Self:
         """See ``DecoderConfig.from_hf``."""
         r.ignore("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index")
-        return super().from_hf(r.text_section("gemma3_text", {"vocab_size": 262208, "num_attention_heads": 8}))
+        text = r.text_section("gemma3_text", {"vocab_size": 262208, "num_attention_heads": 8})
+        if text.get("final_logit_softcapping") is not None:
+            text.problem(
+                "final_logit_softcapping: transformers applies it to the text model, not beside a vision tower; take "
+                "it out, or save the text model alone (model_type 'gemma3_text')"
+            )
+        return super().from_hf(text)
 
 
 ARCHITECTURE = Architecture(

@@ -220,6 +220,7 @@ class Attention(nn.Module):
         if self.rope is not None:
             q = tap(self, "q_rot", self.rope(q, ctx))
             k = tap(self, "k_rot", self.rope(k, ctx))
+        q = self.scores.grown(q, ctx.positions)
         out = attended(self, q, kept(self, "k", k, ctx), kept(self, "v", v, ctx), self.scores, ctx)
         return self.projection(x.shape[-1], self.out_bias, name="o")(out, ctx)
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from llmjax.models.architecture import Architecture
 from llmjax.models.attention import Scores
 from llmjax.models.config import dimensions
-from llmjax.models.context import Context
 from llmjax.models.hf_config import Reader
 from llmjax.models.llama import HF_NAMES, LlamaConfig
 from llmjax.outside.values import INT32, MOST_FLOAT, integer, number
@@ -26,17 +25,10 @@ class GrowingScores(Scores):
     beta: float = 0.0
     original: int = 1
 
-    def __call__(
-        self,
-        products: jax.Array,
-        queries: jax.Array,
-        keys: jax.Array,
-        ctx: Context,
-        slopes: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """See ``Scores``."""
-        factor = 1 + jnp.float32(self.beta) * jnp.log1p((queries // self.original).astype(jnp.float32))
-        return super().__call__(products * factor[:, None, None, :, None], queries, keys, ctx, slopes)
+    def grown(self, q: jax.Array, positions: jax.Array) -> jax.Array:
+        """See ``Scores``; the factor is rounded to q's dtype."""
+        factor = 1 + jnp.float32(self.beta) * jnp.log1p((positions // self.original).astype(jnp.float32))
+        return q * factor[..., None, None].astype(q.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

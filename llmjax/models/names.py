@@ -23,6 +23,10 @@ class TornError(Exception):
     """What makes a parameter would move a part of a packed weight's group, or of its byte: it must be expanded."""
 
 
+class DamagedError(Exception):
+    """A tensor's values are none that its parameter can be made from."""
+
+
 @dataclasses.dataclass(frozen=True)
 class From:
     """How one module's parameters are made from source tensors.

@@ -9,14 +9,14 @@ from llmjax.models.hf_config import Reader
 from llmjax.models.olmo2 import HF_NAMES, Olmo2Config, WideRope, wide
 from llmjax.models.rope import Rope
 
-_THETA = 500000.0
+THETA = 500000.0  # the base where a config does not say it
 
 
 @dataclasses.dataclass(frozen=True)
 class Olmo3Config(Olmo2Config):
     """``Olmo3ForCausalLM``; ``rope`` is that of global layers."""
 
-    local_rope: WideRope = WideRope(_THETA, 2)
+    local_rope: WideRope = WideRope(THETA, 2)
 
     @property
     def ropes(self) -> tuple[Rope | None, ...]:
@@ -34,9 +34,9 @@ class Olmo3Config(Olmo2Config):
             **shared,
             rms_norm_eps=r.number("rms_norm_eps", 1e-5),
             hidden_act=r.activation("hidden_act", "silu"),
-            rope=wide(r.rope(width, theta=_THETA, layer_type=FULL)),
+            rope=wide(r.rope(width, theta=THETA, layer_type=FULL)),
             # transformers 4's one base, too, is for global layers alone.
-            local_rope=wide(r.rope(width, theta=_THETA, theta_key=None, scaling_key=None, layer_type=SLIDING)),
+            local_rope=wide(r.rope(width, theta=THETA, theta_key=None, scaling_key=None, layer_type=SLIDING)),
             windows=layer_windows(r, kinds, r.nullable(r.size, "sliding_window", 4096)),
             qkv_bias=bias,
             out_bias=bias,

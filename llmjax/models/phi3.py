@@ -8,6 +8,8 @@ from llmjax.models.config import dimensions
 from llmjax.models.hf_config import Reader
 from llmjax.models.llama import LlamaConfig
 from llmjax.models.names import Names, fused, hf_names
+from llmjax.models.rope import Rope
+from llmjax.models.scalings import LongRope
 
 
 class Phi3Config(LlamaConfig):
@@ -23,11 +25,14 @@ class Phi3Config(LlamaConfig):
         # What Phi-4's files have beside, and no version of transformers reads.
         r.ignore("interpolate_factor", "full_attn_mod", "lm_head_bias", "mlp_bias", "embd_layer")
         window = None if r.get("sliding_window") is None else r.size("sliding_window")
+        rope = r.rope(shared["head_dim"], fraction=1.0)
+        if rope != Rope(rope.theta, rope.dims) and not isinstance(rope.scaling, LongRope):
+            r.problem("rope_scaling: no version of transformers scales a Phi-3 but by longrope; expected that, or none")
         return cls(
             **shared,
             rms_norm_eps=r.number("rms_norm_eps", 1e-5),
             hidden_act=r.activation("hidden_act", "silu"),
-            rope=r.rope(shared["head_dim"], fraction=1.0),
+            rope=rope,
             windows=(window,) * shared["num_hidden_layers"],
         )
 

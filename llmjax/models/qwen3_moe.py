@@ -103,8 +103,8 @@ class Block(nn.Module):
             weights, chosen = largest(jax.nn.softmax(scores.astype(jnp.float32), -1), c.experts_used)
             if c.normalised:
                 weights = weights / jnp.sum(weights, -1, keepdims=True)
-            weights = weights.astype(h.dtype).astype(jnp.float32)
-            h = Experts(c.experts, c.expert_size, activation, name="experts")(h, weights, chosen, ctx)
+            experts = Experts(c.experts, c.expert_size, activation, name="experts")
+            h = experts(h, weights.astype(h.dtype), chosen, ctx)
         else:
             h = GatedMLP(c.intermediate_size, activation, name="mlp")(h, ctx)
         return tap(self, "resid", x + h)

@@ -14,6 +14,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from llmjax.errors import TokenizerError
 from llmjax.text import sentencepiece
+from llmjax.text.detokenize import byte_level_bytes
 from llmjax.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from llmjax.text.sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary
 from llmjax.text.tokenizer import Tokenizer, add_tokens, load_backend
@@ -52,7 +53,7 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     }
     ends = _ends(tokens, metadata) | {i for n in _END_IDS if (i := ids[n]) is not None}
     types = [CONTROL if i in ends else kind for i, kind in enumerate(types)]
-    dummy_prefix = False
+    dummy_prefix, verbatim = False, frozenset[int]()
     if model == "llama":
         entries.expect_false("remove_extra_whitespaces")
         vocabulary = Vocabulary(
@@ -78,6 +79,8 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
         else:
             kind = _pre_tokenizer(entries)
             backend, add_bos = _byte_level(tokens, merges, kind, str(path)), kind.add_bos
+            own = {i for i, token_type in enumerate(types) if token_type == USER_DEFINED}
+            verbatim = frozenset(i for i in own if byte_level_bytes(tokens[i]) != tokens[i].encode())
         for wanted, hidden in ((CONTROL, UNKNOWN), True), ((USER_DEFINED,), False):
             found = [t for t, token_type in zip(tokens, types, strict=True) if token_type in wanted]
             add_tokens(backend, [tokenizers.AddedToken(t, normalized=False) for t in found], special=hidden)
@@ -103,6 +106,7 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
         special=special,
         where=str(path),
         dummy_prefix=dummy_prefix,
+        verbatim=verbatim,
     )
 
 

@@ -30,7 +30,7 @@ _NAMED = (
 # says nothing, and the models that come so (Gemma, Llama) need it.
 _ADD_BOS = ("GemmaTokenizer", "LlamaTokenizer", "CodeLlamaTokenizer", "")
 # These make a pre-tokenizer of their own, whatever that of tokenizer.json does.
-_PREFIX_SPACE = ("GPT2Tokenizer", "Qwen2Tokenizer")
+_PREFIX_SPACE = ("CodeGenTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer")
 # Special by the class alone, whatever the files say.
 _CLASS_SPECIAL = {"GemmaTokenizer": {"mask_token": "<mask>"}}
 

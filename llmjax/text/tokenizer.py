@@ -39,6 +39,7 @@ class Tokenizer:
         (SentencePiece's ``add_dummy_prefix``, where ``backend`` does not do it itself).
       stop: strings that end a text as ``eos_ids`` do, whatever tokens they are made of (MediaPipe's files).
       always_prefix: ``prefix_ids`` stand before a text that a chat template wrote, too (LiteRT-LM's bundles).
+      verbatim: tokens of a byte-level vocabulary that stand for the text they are, not for bytes (GGUF's user-defined).
     """
 
     backend: tokenizers.Tokenizer
@@ -52,6 +53,7 @@ class Tokenizer:
     dummy_prefix: bool = False
     stop: tuple[str, ...] = ()
     always_prefix: bool = False
+    verbatim: frozenset[int] = frozenset()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.where!r}: {self.kind}, {self.vocab_size:,} tokens)"
@@ -122,8 +124,8 @@ class Tokenizer:
             raise RequestError(f"ids: expected token ids from 0 on, found {min(known)}")
         form, strip = self._decoder
         stream: IncrementalDetokenizer
-        if form == "bytes" and skip_special_tokens and self._special_ids < self._skipped_ids:
-            stream = detokenize.ByteStream(self.token_bytes)
+        if form == "bytes" and (self.verbatim or (skip_special_tokens and self._special_ids < self._skipped_ids)):
+            stream = detokenize.ByteStream(self.token_bytes if skip_special_tokens else self._any_bytes)
         elif form != "pieces":
             return self.backend.decode(known, skip_special_tokens=skip_special_tokens)
         else:
@@ -140,7 +142,7 @@ class Tokenizer:
             return b""
         form, _ = self._decoder
         if form == "bytes":
-            return detokenize.byte_level_bytes(self.piece(token))
+            return self._any_bytes(token)
         if form == "whole":
             return self.decode([token]).encode()
         part = detokenize.sentencepiece_piece(self.piece(token))
@@ -229,6 +231,10 @@ class Tokenizer:
     def special_tokens(self) -> Mapping[str, int]:
         """Ids of the tokens that a decoded text leaves out, by their own text."""
         return {text: i for i in sorted(self._special_ids) if (text := self.piece(i))}
+
+    def _any_bytes(self, token: int) -> bytes:
+        piece = self.piece(token)
+        return piece.encode() if token in self.verbatim else detokenize.byte_level_bytes(piece)
 
     def _part(self, token: int) -> str | bytes | None:
         return None if token in self._special_ids else self._any_part(token)

@@ -31,7 +31,7 @@ def save_adapter(adapter: Adapter, folder: str | Path, base: str = "") -> Path:
       base: what the configuration says of the base model.
     """
     folder = Path(folder)
-    text = json.dumps(_peft_config(adapter, base), indent=2, sort_keys=True)
+    text = json.dumps(dict(sorted(_peft_config(adapter, base).items())), indent=2)  # patterns keep their order
     with whole_files(folder, OutputError) as place:
         _write_factors(place / WEIGHTS[0], adapter.factors)
         (place / CONFIG).write_text(f"{text}\n", encoding="utf-8")

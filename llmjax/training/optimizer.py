@@ -54,7 +54,11 @@ def _rmsprop(c: "TrainConfig") -> optax.GradientTransformation:
 
 
 def _adafactor(c: "TrainConfig") -> optax.GradientTransformation:
-    return optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    """As transformers' Adafactor by a given rate: ``scale_parameter`` and ``relative_step`` off.
+
+    Every matrix is factored; optax leaves those below 128 whole, as a rank is.
+    """
+    return optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=1), optax.clip_by_block_rms(1.0))
 
 
 # What each makes of the gradients; weight decay comes after, apart from them, in all (Loshchilov & Hutter 2019,

@@ -374,6 +374,19 @@ def test_what_llama_cpp_hard_codes():
     assert configured(other("gemma3")).windows == (None, None)
 
 
+@pytest.mark.parametrize("scaling", ["none", "yarn"])
+def test_the_base_of_olmo3s_local_layers(scaling):
+    """The file's one, as in llama.cpp; what transformers has there where a config does not say it is another."""
+    values = {"attention.sliding_window": 512, "rope.freq_base": 1e4, "rope.scaling.factor": 4.0}
+    values["rope.scaling.type"] = scaling
+    metadata = other("olmo2", **{f"olmo2.{k}": v for k, v in values.items()})
+    config = configured(metadata)
+    assert (config.rope.theta, config.local_rope.theta, config.local_rope.scaling) == (1e4, 1e4, None)
+    assert (config.rope.scaling is None) == (scaling == "none")
+    with pytest.raises(ConfigError, match="rope.freq_base_swa: 77.0 is not supported, expected 10000.0"):
+        configured(metadata | {"olmo2.rope.freq_base_swa": 77.0})
+
+
 QWEN35 = {
     "rope.dimension_count": 8,
     "rope.dimension_sections": np.array([2, 1, 1, 0]),
@@ -520,6 +533,14 @@ def test_tensors_that_do_not_fit(written, name, shape, message):
 
     _, path = written("llama", change=change)
     with pytest.raises(CheckpointError, match=message):
+        llmjax.load(path)
+
+
+def test_decays_that_are_none(written):
+    _, path = written("qwen3_5_cond", change=lambda t: np.negative(t["blk.0.ssm_a"], out=t["blk.0.ssm_a"]))
+    with pytest.raises(
+        CheckpointError, match=r"model.gguf: layers.0.delta.a_log \(from blk.0.ssm_a\): expected numbers below 0"
+    ):
         llmjax.load(path)
 
 

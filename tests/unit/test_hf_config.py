@@ -96,8 +96,8 @@ def test_config_is_hashable(kind):
     assert hash(read(kind)) == hash(read(kind))
 
 
-# Others have a rotation for each kind of layer, or one that is more than a rotation.
-SEVERAL = {"gemma3_text", "gemma3n_text", "gemma4_text", "olmo3", "ministral3"}
+# Others have a rotation for each kind of layer, one that is more than a rotation, or of one type alone.
+SEVERAL = {"gemma3_text", "gemma3n_text", "gemma4_text", "olmo3", "ministral3", "phi3"}
 ROTARY = pytest.mark.parametrize("kind", sorted(set(MINIMAL) - {"falcon"} - SEVERAL))
 
 
@@ -181,7 +181,7 @@ class TestRopeTypes:
 
     def test_the_declared_context_of_every_kind(self):
         """Where ropes are one for all layers."""
-        for kind in sorted(set(MINIMAL) - SEVERAL - {"phi3"}):
+        for kind in sorted(set(MINIMAL) - SEVERAL):
             config = read(kind, rope_scaling={"type": "dynamic", "factor": 4.0}, max_position_embeddings=64, alibi=None)
             assert config.rope.scaling == Dynamic(4.0, 64), kind
 
@@ -418,6 +418,11 @@ class TestGemma3Multimodal:
         message = self.refusal({"tie_word_embeddings": True}, tie_word_embeddings=False)
         assert "text_config.tie_word_embeddings: True is not supported, expected False" in message
 
+    def test_a_cap_that_transformers_applies_to_the_text_model_alone(self):
+        assert "text_config.final_logit_softcapping: transformers applies" in self.refusal(
+            {"final_logit_softcapping": 30.0}
+        )
+
     def test_another_text_model(self):
         assert "text_config.model_type: 'gemma2' is not supported" in self.refusal({"model_type": "gemma2"})
 
@@ -484,6 +489,12 @@ class TestPhi3:
         scaling = {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
         rope = read("phi3", rope_scaling=scaling | {"original_max_position_embeddings": 16}).rope
         assert rope.scaling.original == 4096
+
+    @pytest.mark.parametrize("scaling", [{"type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 2.0}])
+    def test_other_scalings(self, scaling):
+        """transformers, and what reads configs by it, has none for this model, and yarn is a name of longrope there."""
+        assert "rope_scaling: no version of transformers" in refusal("phi3", rope_scaling=scaling)
+        assert "rope_scaling: no version of transformers" in refusal("phi3", rope_parameters=scaling)
 
     def test_no_biases(self):
         assert read("phi3", attention_bias=False, original_max_position_embeddings=4096) == read("phi3")

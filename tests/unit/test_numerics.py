@@ -9,6 +9,8 @@ import pytest
 from jax import lax
 
 from llmjax.models.context import Context
+from llmjax.models.experts import Experts
+from llmjax.models.ministral3 import GrowingScores
 from llmjax.models.rope import Rope
 from llmjax.numerics import PROFILES, resolve
 
@@ -35,6 +37,26 @@ def test_functions_keep_their_accuracy(name):
     y = np.asarray(jax.jit(function, compiler_options=FAST)(x))
     truth = definition(x.astype(np.float64))
     np.testing.assert_array_less(np.abs(y - truth) / np.maximum(1, np.abs(truth)), error)
+
+
+def test_ministral3_rounds_its_queries():
+    """As transformers: the factor to 16 bits, and then the product."""
+    q = jnp.full((1, 5, 1, 1), 1.3, jnp.bfloat16)
+    grown = GrowingScores(1.0, beta=0.1, original=8).grown(q, jnp.array([[0, 7, 8, 40, 3000]]))
+    assert grown.ravel().tolist() == [1.296875, 1.296875, 1.390625, 1.53125, 2.0625]
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [(jnp.bfloat16, 1.296875), (jnp.float32, 1.2890625)])
+def test_what_experts_say_is_rounded_as_their_weights_are(dtype, wanted):
+    """As torch multiplies, whose sum is in float32: Qwen3's weights have 16 bits there, Gemma 4's have 32."""
+    one, down = jnp.ones((2, 1, 1), jnp.bfloat16), jnp.array([[[1.46]], [[0.9]]], jnp.bfloat16)
+    params = {"gate": {"weight": one}, "up": {"weight": one}, "down": {"weight": down}}
+    x, share = jnp.ones((1, 1, 1), jnp.bfloat16), jnp.array([[[0.7, 0.3]]], jnp.bfloat16).astype(dtype)
+    profile = resolve("hf", jnp.bfloat16)
+    for every in (False, True):
+        ctx = Context.whole(jnp.zeros((1, 1), jnp.int32), profile).replace(all_experts=every)
+        apply = jax.jit(Experts(2, 1, lambda x: x).apply, compiler_options=profile.compiler_options("cpu"))
+        assert apply({"params": params}, x, share, jnp.array([[[0, 1]]]), ctx).item() == wanted
 
 
 def test_rotations_keep_their_accuracy():

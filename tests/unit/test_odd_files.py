@@ -95,11 +95,11 @@ def test_letters_are_no_special_tokens(tmp_path, name):
     assert byte_level(tmp_path, {name: ["<x>"]}).special_tokens == {"<x>": 256}
 
 
-@pytest.mark.parametrize("wanted", [True, False])
-def test_a_space_before_the_text(tmp_path, wanted):
-    """As GPT2Tokenizer of transformers 5 has it, which makes its own pre-tokenizer; other classes keep the file's."""
+@pytest.mark.parametrize(("wanted", "name"), [(True, "GPT2Tokenizer"), (False, "CodeGenTokenizerFast")])
+def test_a_space_before_the_text(tmp_path, wanted, name):
+    """As these classes of transformers 5 have it, which make their own pre-tokenizer; others keep the file's."""
     space = [220] * wanted
-    made = byte_level(tmp_path, {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": wanted}, prefix=not wanted)
+    made = byte_level(tmp_path, {"tokenizer_class": name, "add_prefix_space": wanted}, prefix=not wanted)
     assert made.encode("ab") == [*space, 64, 65] and made.decode(made.encode("ab")) == " " * wanted + "ab"
     with pytest.warns(UserWarning, match=f"add_prefix_space {str(wanted).lower()}: not heeded"):
         kept = byte_level(tmp_path, {"add_prefix_space": wanted}, prefix=not wanted)

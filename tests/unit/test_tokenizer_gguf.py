@@ -87,6 +87,7 @@ def test_every_kind_keeps_all_of_a_text(name):
         ("falcon", ["I", "'", "m", " ", "123", "45", "  ", " x", "!?", "\n", "\n", "y"]),
         ("default", ["I", "'", "m", " ", "123", "45", "  ", " x", "!?", "\n", "\n", "y"]),
         ("deepseek-v3", ["I", "'m", " ", "123", "45", "  ", " x", "!?\n\n", "y"]),
+        ("deepseek-llm", ["I", "'", "m", " ", "12345", "  ", " x", "!?", "\n", "\n", "y"]),
         ("deepseek-coder", ["I", "'", "m", " ", "1", "2", "3", "4", "5", "  ", " x", "!?", "\n", "\n", "y"]),
         ("gpt-4o", ["I'm", " ", "123", "45", "  ", " x", "!?\n\n", "y"]),
         ("tekken", ["I", "'m", " ", "1", "2", "3", "4", "5", "  ", " x", "!?\n\n", "y"]),
@@ -143,6 +144,17 @@ def test_special_and_user_defined_tokens():
         b"<tool>",
         b" ab",
     )
+
+
+def test_user_defined_tokens_are_no_bytes():
+    """DeepSeek Coder's "ü", as llama.cpp writes it; in a byte-level vocabulary ü spells the byte FC."""
+    changes = {n: v[f"tokenizer.ggml.{n}"] for v in [byte_level()] for n in ("tokens", "token_type")}
+    tokens = [t for t in changes["tokens"] if t != "ü"]
+    tokenizer = read(byte_level(tokens=[*tokens, "ü"], token_type=[*changes["token_type"][1:], 4]))
+    ids = tokenizer.encode("abü é<|end|>")
+    assert ids[1] == 260 and tokenizer.decode(ids) == "abü é"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "abü é<|end|>"
+    assert "".join(map(tokenizer.detokenizer().push, ids)) == "abü é"
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from llmjax.models.recompute import recomputed
 from llmjax.models.scanned import periods
 from llmjax.training.adapter import adapted, new_adapter
 from llmjax.training.batches import Example, batches, bucket, from_labels, make_batch
-from llmjax.training.files import read_trained
+from llmjax.training.files import read_trained, save_adapter
 from llmjax.training.optimizer import optimizer, schedule
 from llmjax.training.step import Programs, first_state, loss, train_step
 from tests.tiny import checkpoint, random_model, slow
@@ -301,7 +301,20 @@ def test_optimizers(name, wanted):
         np.testing.assert_allclose(direction, expected, rtol=1e-5)
 
 
-def test_targets(model):
+def test_adafactor_factors_every_matrix():
+    """As ``transformers.Adafactor(lr=1.0, scale_parameter=False, relative_step=False)`` in two steps."""
+    wanted = [[1.0910895, -0.6766649, 1.1834527], [0.7808688, 1.4528229, -0.4234856]], [
+        [1.0470455, -0.4751176, 1.2052113], [0.9519616, 1.5118997, -0.1826274]]  # fmt: skip
+    transformation = optimizer(TrainConfig(optimizer="adafactor"))
+    params = jnp.zeros((2, 3))
+    state = transformation.init(params)
+    for k, expected in enumerate(wanted):
+        gradient = jnp.asarray([[1.0, -2.0, 4.0], [0.5, 3.0, -1.0]]) * (k + 1) + k
+        direction, state = transformation.update(gradient, state, params)
+        np.testing.assert_allclose(direction, expected, rtol=1e-5)
+
+
+def test_targets(model, tmp_path):
     def modules(**settings):
         adapter = new_adapter(model, LoraConfig(4, 8.0, **settings))
         return {t.module.rsplit(".", 1)[-1]: (t.rank, t.scale) for t in adapter.targets}, adapter.names
@@ -319,6 +332,11 @@ def test_targets(model):
         llmjax.finetune(model, rows(2), TrainConfig(rank_pattern={"query": 2}))
     with pytest.raises(LoraError, match="rank: 99 is more than any module has"):
         llmjax.finetune(model, rows(2), TrainConfig(rank=99))
+    patterns = {"q_proj": 4, ".*proj": 2}  # the first that matches wins
+    adapter = new_adapter(model, TrainConfig(rank_pattern=patterns, alpha_pattern=patterns).lora)
+    again = read_trained(save_adapter(adapter, tmp_path), model)
+    kept, made = ({t.module: (t.rank, t.scale) for t in a.targets} for a in (again, adapter))
+    assert kept == made and set(kept.values()) == {(4, 1.0), (2, 1.0)}
     narrow = new_adapter(model, TrainConfig(rank=20).lora)  # k and v have 16 rows: peft takes that
     assert {t.shape[0] for t in narrow.targets if t.rank > min(t.shape)} == {16}
 
