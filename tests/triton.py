@@ -78,10 +78,11 @@ def kernel(
         memory += [Memory(f"result {i}", np.full(s.shape, poison(np.dtype(s.dtype)), s.dtype))
                    for i, s in enumerate(shapes)]  # fmt: skip
         (body,) = (op for op in module.body.operations if op.operation.name == "tt.func")
-        for number, program in enumerate(np.ndindex(*reversed(its_grid))):
-            Program(program[::-1], number, memory).block(
-                body.regions[0].blocks[0], [Pointers(m, np.int64(0)) for m in memory]
-            )
+        with np.errstate(over="ignore"):  # of what a mask leaves out
+            for number, program in enumerate(np.ndindex(*reversed(its_grid))):
+                Program(program[::-1], number, memory).block(
+                    body.regions[0].blocks[0], [Pointers(m, np.int64(0)) for m in memory]
+                )
         for result in memory[len(args) :]:
             assert (result.writer >= 0).all(), f"{result.name}: {np.argmin(result.writer)} is not written"
         results = [m.values.reshape(s.shape) for m, s in zip(memory[len(args) :], shapes, strict=True)]
@@ -246,8 +247,7 @@ class Program:
             return np.trunc(x[0].astype(np.float64) / x[1]).astype(dtype)
         if what == "remsi":
             return np.fmod(*x)
-        with np.errstate(over="ignore"):
-            return simple[what](*x)
+        return simple[what](*x)
 
 
 def unsigned(x: Any) -> Any:
