@@ -176,7 +176,7 @@ class Worker:
         timer.cancel()
         if not line:
             code = self._process.wait()
-            how = f"was killed after {MOST} s" if code == -signal.SIGKILL else f"ended with code {code}"
+            how = f"was killed (no check may take {MOST} s)" if code == -signal.SIGKILL else f"ended with code {code}"
             lines = self._log.read_text(errors="replace").splitlines() if self._log else []
             last = next((line for line in reversed(lines) if "rror" in line or line.startswith("F")), "")
             raise ValueError(f"the process {how}{': ' if last else ''}{last[:160]}")

@@ -92,6 +92,13 @@ def test_a_state_is_carried_on_where_it_lies():
     assert found["waits"] == 1
 
 
+def test_a_mixture_asks_only_whether_a_tile_is_in_use():
+    """For each of a step's experts; which one, is known before."""
+    (found,) = reports("bfloat16", "fast", "decode-1", model="config:qwen3-30b-a3b")
+    check_any(found)
+    assert found["waits"] == 2 and found["launched"] <= 3
+
+
 @pytest.mark.parametrize(("card", "kind"), CARDS)
 def test_other_cards(card, kind):
     """No kernel asks for more shared memory than they have."""
