@@ -308,7 +308,9 @@ def table(results: dict[str, Any]) -> str:
         if "failed" in found:
             lines.append(f"{name}: {found['failed']}")
         if "checked" in found:
-            lines.append(f"{name}: {found['checked']} checked, wrong: {found['wrong']}, not run: {found['not_run']}")
+            lines.append(
+                f"{name}: {found['checked']} checked, {len(found['not_run'])} not run, wrong: {found['wrong']}"
+            )
         if rates := found.get("transformers"):
             speeds = [f"{phase} {rate:.1f} tok/s" for phase, rate in rates.items() if " " in phase]
             peaks = f"copies {rates['copies'] / 1e9:.0f} GB/s, bfloat16 products {rates['products'] / 1e12:.1f} TFLOP/s"
