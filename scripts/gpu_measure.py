@@ -102,7 +102,7 @@ def main() -> int:
 
 def is_done(found: dict[str, Any]) -> bool:
     """Whether there is nothing to try again."""
-    return not found["not_run"] if "checked" in found else "failed" not in found
+    return bool(found["checked"] and not found["not_run"]) if "checked" in found else "failed" not in found
 
 
 class Run:
@@ -152,12 +152,13 @@ class Run:
             command.append("--dry-run")
             environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=2"
         began = time.monotonic()
+        file = self.keep / "gpu_check.json"
+        file.unlink(missing_ok=True)
         code: int | str
         try:
             code = subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds + 130).returncode
         except subprocess.TimeoutExpired:
             code = "cut off"
-        file = self.keep / "gpu_check.json"
         rows = json.loads(file.read_text()) if file.exists() else {"checks": [], "not_run": []}
         (self.args.folder / "gpu_check.json").write_text(json.dumps(rows, indent=1) + "\n")
         wrong = [row["check"] for row in rows["checks"] if not row["fine"]]
@@ -177,7 +178,9 @@ class Run:
             again = {
                 f"{name}, no kernels": dataclasses.replace(part, before=NO_KERNELS)
                 for name, part in some.items()
-                if "failed" in self.results.get(name, {}) and not part.before and part.kind != "transformers"
+                if self.results[name].get("failed", "").startswith("exit code")
+                and not part.before
+                and part.kind != "transformers"
             }
             if again and self.left > 60:
                 self._together(again)
