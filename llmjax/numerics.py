@@ -37,9 +37,10 @@ REFERENCE, FAST = "reference", "fast"
 # job that goes on other bits than it had.
 GPU_OPTIONS: dict[str, bool | int] = {"xla_gpu_deterministic_ops": True}
 # Without a race XLA takes the first tiles there are for products that it compiles itself: 16 by 8 of a result, as seen
-# for an H100, so that each operand is read a hundred times over.  cuBLAS knows its tiles.  For products of 16 bits
-# alone, whose weights are there as they are multiplied: what must be converted would be so in memory first.  The second
-# keeps weights that meet the same x from being copied into one.
+# for an H100, so that each operand is read a hundred times over; of float32 in full precision it knows none from JAX
+# 0.11 on, and does not compile without a card to try the library on.  cuBLAS knows its tiles; what must be converted
+# for it is so in memory first, one weight at a time.  The second keeps weights that meet the same x from being copied
+# into one.
 GPU_LIBRARY: dict[str, bool | int] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 
 
@@ -84,7 +85,7 @@ class Numerics:
             # Sums of four bits are short of arithmetic: half as fast again in whole registers of AVX-512.
             options |= {"xla_cpu_enable_fast_math": True, "xla_cpu_prefer_vector_width": 512}
         if platform == "gpu":
-            options |= GPU_OPTIONS | (GPU_LIBRARY if self.products.itemsize == 2 else {})
+            options |= GPU_OPTIONS | GPU_LIBRARY
         return options
 
 

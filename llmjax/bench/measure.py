@@ -199,6 +199,7 @@ def run(load: Callable[[], Model], options: Options, report: Callable[[str], Non
     device = device_of(model.params)
     peak = _peak_bytes(device)  # before the probes take theirs
 
+    report("measuring the machine")
     with jax.default_device(device):
         probes = {"read": read_probe()} | {dtype: matmul_probe(dtype) for dtype in _product_dtypes(model)}
     rates: dict[str, list[float]] = {name: [] for name in probes}

@@ -60,10 +60,15 @@ def matmul_probe(dtype: str, size: int | None = None) -> Callable[[], float]:
         int32).
       size: of each side; None takes what suits the device.
     """
-    size = size or _MATMUL_SIZE.get(device_of().platform, _MATMUL_SIZE["gpu"])
-    a, b = (jnp.full((size, size), value, dtype) for value in (1, 2))
+    platform = device_of().platform
+    size = size or _MATMUL_SIZE.get(platform, _MATMUL_SIZE["gpu"])
+    # Random, for a card's clock follows the bits that change: with constants it would be faster than any model.
+    a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.float32) for i in (0, 1))
+    a, b = ((32 * x).astype(dtype) for x in (a, b))
     sums = jnp.int32 if dtype == "int8" else jnp.float32
-    multiply = jax.jit(functools.partial(_product, sums=sums))
+    # On a card the library's: what else XLA would try takes it as long to compile as a model.
+    options: dict[str, bool | int] = {"xla_gpu_enable_triton_gemm": False} if platform == "gpu" else {}
+    multiply = jax.jit(functools.partial(_product, sums=sums), compiler_options=options)
     return functools.partial(_rate, functools.partial(multiply, a, b), 2 * size**3)
 
 
@@ -75,7 +80,9 @@ def _product(x: jax.Array, weight: jax.Array, sums: jnp.dtype) -> jax.Array:
 
 def _rate(call: Callable[[], object], amount: int) -> float:
     """``amount`` a second, over a few calls that wait for each other only at the end."""
-    calls = 4
+    calls = 4 if device_of().platform == "cpu" else 10
     began = time.perf_counter()
-    jax.block_until_ready([call() for _ in range(calls)])
+    for _ in range(calls):
+        result = call()  # the one before is freed: it must not take a card's memory
+    jax.block_until_ready(result)
     return calls * amount / (time.perf_counter() - began)

@@ -132,19 +132,23 @@ def by_expert(
     starts = jnp.cumsum(counts) - counts  # of each expert, among the sorted
     tiles = jnp.cumsum(-(-counts // tile))  # of the experts up to each
     most = min(tokens * k, tokens * k // tile + count)
+    # Of each tile its expert and its rows: not in the loop, where a GPU's host would wait for each search.
+    at = jnp.arange(most)
+    numbers_of = jnp.minimum(jnp.searchsorted(tiles, at, side="right", method="compare_all"), count - 1)
+    before = jnp.where(numbers_of > 0, tiles[numbers_of - 1], 0)
+    places = (starts[numbers_of] + (at - before) * tile)[:, None] + jnp.arange(tile)
+    tokens_of = order[jnp.minimum(places, tokens * k - 1)] // k
 
-    def one(_: None, i: jax.Array) -> tuple[None, jax.Array]:
-        number = jnp.minimum(jnp.searchsorted(tiles, i, side="right"), count - 1)
-        before = jnp.where(number > 0, tiles[number - 1], 0)
-        places = jnp.minimum(starts[number] + (i - before) * tile + jnp.arange(tile), tokens * k - 1)
-        rows = jnp.take(x, order[places] // k, axis=0)
+    def one(_: None, of: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        i, number, which = of
+        rows = jnp.take(x, which, axis=0)
 
         def computed(rows: jax.Array) -> jax.Array:
             return expert(jax.tree.map(lambda leaf: cut(leaf, number, 1)[0], stack), rows)
 
         return None, lax.cond(i < tiles[-1], computed, jnp.zeros_like, rows)
 
-    _, y = lax.scan(one, None, jnp.arange(most))
+    _, y = lax.scan(one, None, (at, numbers_of, tokens_of))
     rank = jnp.argsort(order) - starts[jnp.minimum(numbers, count - 1)]  # of each pair, among its expert's
     first = (tiles - -(-counts // tile))[jnp.minimum(numbers, count - 1)]
     place = (first + rank // tile) * tile + rank % tile

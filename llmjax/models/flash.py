@@ -31,6 +31,8 @@ _FEWEST = 16
 _WIDEST = 512
 # Bytes of a key that shared memory holds for two turns, on a card of 99 KB.
 _TWICE = 1024
+# Bytes of queries that four warps hold: of 16 float32 heads of 512 their registers spill.
+_FEW_BYTES = 16 << 10
 # Pages whose results are read at once: one after the other, each would wait for memory.
 _PARTS = 16
 
@@ -77,6 +79,7 @@ def flash_attention(
     most = _QUERIES[q.dtype.itemsize] // (1 if width <= _WIDTH else 2)
     tile = max(_FEWEST, min(most, pl.next_power_of_2(rows)))
     stages = 2 if width * q.dtype.itemsize <= _TWICE else 1
+    warps = 8 if tile * width * q.dtype.itemsize > _FEW_BYTES else 4
     parts = pages if count == 1 else 1
     call = functools.partial(pl.pallas_call, interpret=interpret)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -90,7 +93,7 @@ def flash_attention(
         in_specs=[anywhere] * len(args),
         out_specs=[anywhere] * (1 if parts == 1 else 3),
         out_shape=[float32((*shape, width)), *([] if parts == 1 else [float32(shape)] * 2)],
-        compiler_params=plt.CompilerParams(num_warps=8 if tile * width > _QUERIES[2] * 128 else 4, num_stages=stages),
+        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
         name="attention",
     )(*args)
     if parts == 1:

@@ -1,6 +1,7 @@
 """What must be true of a device, each asked of it and of the CPU's own path beside it in one process.
 
-``scripts/gpu_check.py`` prints them as a table, ``test_gpu.py`` runs them where there is a GPU.
+Kernels at a model's own size come first, then whole models, which are tiny.  ``scripts/gpu_check.py`` prints them as a
+table, ``test_gpu.py`` runs them where there is a GPU.
 """
 
 import functools
@@ -11,21 +12,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import llmjax
 from llmjax import LLM, SamplingParams, TrainConfig
 from llmjax.batch import job
 from llmjax.lora.config import LoraConfig
+from llmjax.models.attention import Scores, cached_attention
+from llmjax.models.context import Context
+from llmjax.numerics import resolve
+from llmjax.products.defined import FEW
+from llmjax.products.matmul import matmul
+from llmjax.quant.bits import to_storage
+from llmjax.quant.qtensor import dequantize
 from llmjax.training.adapter import new_adapter
 from llmjax.training.batches import from_labels
 from llmjax.training.step import Programs
 from tests import tiny
 from tests.mediapipe_files import GEMMA
 from tests.parity import golden
+from tests.unit.test_quant import on_device, quantized
 
 # Of the largest logit: sums in another order, or roundings that go the other way for one.
 EXACT, NARROW, ROUNDED = 3e-5, 2e-2, 5e-2
+# Of what is summed: products of packed weights, as `tests/unit/test_kernel.py` has it; of the three pieces of bfloat16.
+SUMMED = {"fast": 5e-6, "hf": 5e-6, "reference": 1e-6}
 MARGIN = 1e-3  # between the two best logits, below which greedy is a matter of rounding
 
 
@@ -75,6 +87,49 @@ def logits(name: str, profile: str, dtype: str, quantize: str | None, allowed: f
     if profile == "reference" and quantize is None and not found.error > allowed:
         found = compared(iter((expected["logits_short"], theirs)), allowed)
     return found
+
+
+def product(
+    kind: str, rows: int, out: int, width: int, profile: str, dtype: str, shown: list[str], *devices: jax.Device
+) -> Found:
+    """``x . W`` at a model's size, whose tiles are not those of the tiny ones, beside float64."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((out, width)).astype(np.float32)
+    weight = w if kind == "float" else quantized(w, kind)
+    numerics = resolve(profile, jnp.dtype(dtype))
+    given = rng.standard_normal((rows, width)) * np.exp(3 * rng.standard_normal((rows, 1)))
+    x = np.asarray(jnp.asarray(given, numerics.activations), np.float64)
+    floats = np.asarray(w if kind == "float" else dequantize(weight), np.float64)
+    options = numerics.compiler_options(devices[-1].platform)
+    with jax.default_device(devices[-1]):
+        args = jnp.asarray(given, numerics.activations), jnp.asarray(w) if kind == "float" else on_device(weight)
+        program = jax.jit(lambda x, w: matmul(x, w, numerics), compiler_options=options).lower(*args).compile()
+        found = np.asarray(program(*args), np.float64)
+    missing = [] if devices[-1].platform == "cpu" else [s for s in shown if s not in (program.as_text() or "")]
+    error = float((np.abs(found - x @ floats.T) / (np.abs(x) @ np.abs(floats).T)).max())
+    note = f"not in the program: {missing}" if missing else ""
+    return Found(error <= SUMMED[profile] and not missing, error, SUMMED[profile], note)
+
+
+def attention(
+    profile: str, width: int, heads: tuple[int, int], positions: list[list[int]], scores: Scores, *devices: jax.Device
+) -> Found:
+    """Over a cache at a model's size, its pages in any order; beside the CPU's fold of blocks."""
+    numerics = resolve(profile, jnp.dtype(jnp.float32 if profile == "reference" else jnp.bfloat16))
+    rng, page, (queries, kept) = np.random.default_rng(0), 256, heads
+    rows, pages = len(positions), -(-max(map(max, positions)) // page) + 1
+    table = (1 + rng.permutation(rows * pages)).reshape(rows, pages).astype(np.int32)
+    cache = [rng.standard_normal((rows * pages + 1, kept, *size)) for size in ((page, width), (width, page))]
+    q = rng.standard_normal((rows, len(positions[0]), queries, width))
+
+    def run() -> np.ndarray:
+        keys, values = (to_storage(jnp.asarray(x, numerics.products)) for x in cache)
+        ctx = Context(jnp.asarray(positions, jnp.int32), numerics, page // 2, jnp.asarray(table))
+        options = numerics.compiler_options(jax.config.jax_default_device.platform)  # type: ignore[attr-defined]
+        program = jax.jit(lambda q, k, v: cached_attention(q, k, v, scores, ctx), compiler_options=options)
+        return np.asarray(program(jnp.asarray(q, numerics.activations), keys, values), np.float64)
+
+    return compared(both(run, devices), EXACT if profile == "reference" else NARROW)
 
 
 def mediapipe(*devices: jax.Device) -> Found:
@@ -191,10 +246,48 @@ def demo(path: Path, profile: str, allowed: float, *devices: jax.Device) -> Foun
     return compared(both(lambda: llmjax.load(path, numerics=profile).logits([ids])[0], devices), allowed)
 
 
+# Kind, rows, outputs and inputs, profile and stored dtype: Gemma 2B's widths, no whole number of tiles; steps of a few
+# rows in sums, of many in the kernel, in parts of the columns where the tiles are few.
+PRODUCTS = [
+    ("int8", 1, 2000, 2048, "fast", "float32"),
+    ("int4", 1, 2000, 16384, "fast", "float32"),
+    ("int4", 64, 2000, 2048, "fast", "float32"),
+    ("int8", 300, 1000, 2048, "fast", "float32"),
+    ("int4-g32-asym", 64, 520, 16384, "fast", "float32"),
+    ("int4-g128", 200, 1000, 2048, "hf", "bfloat16"),
+    ("int8-asym", 5, 2000, 2048, "hf", "bfloat16"),
+    ("int4", 64, 1000, 2048, "reference", "float32"),
+    ("float", 64, 1000, 2048, "reference", "float32"),
+]
+# Profile, a head's width, heads of queries and of keys, positions and rule: steps at several places, and chunks.
+_STEP, _CHUNK = [[3], [255], [256], [1500]], [list(range(256, 512))]
+ATTENTION = [
+    ("fast", 256, (8, 1), _STEP, Scores(0.0625)),
+    ("fast", 256, (8, 1), _CHUNK, Scores(0.0625)),
+    ("reference", 256, (8, 4), _STEP, Scores(0.0625, softcap=50.0, window=300)),
+    ("reference", 256, (8, 4), _CHUNK, Scores(0.0625, softcap=50.0, window=100)),
+    ("hf", 80, (32, 32), _CHUNK, Scores(80**-0.5)),
+    ("reference", 80, (32, 32), _STEP, Scores(80**-0.5)),
+    ("fast", 64, (9, 3), _CHUNK, Scores(0.125)),
+    ("reference", 64, (32, 32), _CHUNK, Scores(0.125, alibi=True)),
+    ("reference", 128, (32, 8), [list(range(40))], Scores(128**-0.5)),
+    ("reference", 512, (8, 1), _CHUNK, Scores(1.0)),
+]
+
+
 def checks(path: Path | None = None) -> dict[str, Check]:
     """All, by name, the quickest and most telling first; those of the demo model where ``path`` says where it is."""
     one = "llama_llama3"
-    found: dict[str, Check] = {
+    found: dict[str, Check] = {}
+    for kind, rows, out, width, profile, dtype in PRODUCTS:
+        shown = ["packed_product"] if rows > FEW and kind != "float" and profile != "reference" else []
+        name = f"product {profile} {dtype} {kind} {rows} x {out} x {width}"
+        found[name] = functools.partial(product, kind, rows, out, width, profile, dtype, shown)
+    for profile, width, heads, positions, scores in ATTENTION:
+        what = f"{len(positions)} x {len(positions[0])} at {max(map(max, positions))}"
+        name = f"attention {profile} {width} {what}"
+        found[name] = functools.partial(attention, profile, width, heads, positions, scores)
+    found |= {
         "logits reference llama": functools.partial(logits, one, "reference", "float32", None, EXACT),
         "logits fast int8": functools.partial(logits, one, "fast", "float32", "int8", EXACT),
         "logits fast int4": functools.partial(logits, one, "fast", "float32", "int4", EXACT),

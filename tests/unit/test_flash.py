@@ -12,6 +12,7 @@ from llmjax.models.attention import Scores, cached_attention
 from llmjax.models.context import Context
 from llmjax.numerics import resolve
 from llmjax.quant.bits import to_storage
+from tests import triton
 from tests.tiny import slow
 
 PAGE, PAGES = 32, 18
@@ -31,21 +32,26 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("profile", "positions", "window", "cap", "width", "alibi"), CASES)
-def test_the_kernel_is_the_folded_attention(profile, positions, window, cap, width, alibi, monkeypatch):
-    monkeypatch.setattr(flash, "flash_attention", partial(flash.flash_attention, interpret=True))
+def example(profile, positions, window, cap, width, alibi, pages_each=PAGES):
+    """A rule, and what it is asked about."""
     numerics = resolve(profile, jnp.dtype(jnp.float32 if profile == "reference" else jnp.bfloat16))
     rng = np.random.default_rng(0)
     rows, heads, groups = len(positions), 2, 3
-    pages = rows * PAGES + 1
-    table = rng.permutation(pages)[: rows * PAGES].reshape(rows, PAGES).astype(np.int32)
+    pages = rows * pages_each + 1
+    table = rng.permutation(pages)[: rows * pages_each].reshape(rows, pages_each).astype(np.int32)
     keys, values = (
         to_storage(jnp.asarray(rng.normal(size=(pages, heads, *size)), numerics.products))
         for size in ((PAGE, width), (width, PAGE))
     )
     queries = jnp.asarray(rng.normal(size=(rows, len(positions[0]), heads * groups, width)), numerics.activations)
     ctx = Context(jnp.asarray(positions, jnp.int32), numerics, 32, jnp.asarray(table))
-    scores = Scores(width**-0.5, softcap=cap, window=window, alibi=alibi)
+    return Scores(width**-0.5, softcap=cap, window=window, alibi=alibi), (queries, keys, values, ctx)
+
+
+@pytest.mark.parametrize(("profile", "positions", "window", "cap", "width", "alibi"), CASES)
+def test_the_kernel_is_the_folded_attention(profile, positions, window, cap, width, alibi, monkeypatch):
+    monkeypatch.setattr(flash, "flash_attention", partial(flash.flash_attention, interpret=True))
+    scores, (queries, keys, values, ctx) = example(profile, positions, window, cap, width, alibi)
     assert flash.can_serve(keys)
     kernel = jax.jit(partial(attention._in_a_kernel, scores))
     found = kernel(queries, keys, values, ctx)
@@ -55,3 +61,26 @@ def test_the_kernel_is_the_folded_attention(profile, positions, window, cap, wid
     if profile == "reference":  # neither a neighbour nor a longer table moves a bit
         longer = ctx.replace(positions=ctx.positions[-1:], table=jnp.pad(ctx.table[-1:], ((0, 0), (0, 3))))
         np.testing.assert_array_equal(kernel(queries[-1:], keys, values, longer), found[-1:])
+
+
+@pytest.mark.parametrize(
+    ("profile", "positions", "window", "cap", "width", "alibi"),
+    [
+        ("hf", [[7], [70]], 40, None, 24, True),
+        slow("reference", CHUNK, 40, 30.0, 100, True),
+        slow("fast", CHUNK, None, None, 80, False),
+        slow("reference", [[7], [95]], None, None, 512, False),
+        slow("hf", CHUNK, 40, 30.0, 8, True),
+    ],
+)
+def test_what_triton_is_given_reads_and_writes_what_it_may(profile, positions, window, cap, width, alibi, monkeypatch):
+    """And it is the folded attention, under the roundings of ``hf`` to the last bit of a result, or one more."""
+    monkeypatch.setattr(flash.pl, "pallas_call", triton.kernel)
+    scores, args = example(
+        profile, positions, window, cap, width, alibi, pages_each=1 + max(map(max, positions)) // PAGE
+    )
+    found = attention._in_a_kernel(scores, *args)
+    options = args[-1].numerics.compiler_options("cpu")
+    wanted = jax.jit(lambda *args: cached_attention(*args[:3], scores, args[3]), compiler_options=options)(*args)
+    error = np.abs(np.asarray(found - wanted, np.float64)).max()
+    assert error < (2e-6 if profile == "reference" else 8e-3)

@@ -92,6 +92,13 @@ def test_a_state_is_carried_on_where_it_lies():
     assert found["waits"] == 1
 
 
+def test_a_mixture_asks_only_whether_a_tile_is_in_use():
+    """For each of a step's experts; which one, is known before."""
+    (found,) = reports("bfloat16", "fast", "decode-1", model="config:qwen3-30b-a3b")
+    check_any(found)
+    assert found["waits"] == 2 and found["launched"] <= 3
+
+
 @pytest.mark.parametrize(("card", "kind"), CARDS)
 def test_other_cards(card, kind):
     """No kernel asks for more shared memory than they have."""
@@ -105,7 +112,7 @@ def test_other_cards(card, kind):
 def test_other_profiles(kind, profile):
     for found in reports(kind, profile, "decode-1", "prefill-128", "score-2", model="config:smollm2-135m-instruct"):
         check_any(found) if found["state"] else None
-        assert found["waits"] == (found["program"] == "decode-1")
+        assert found["waits"] == (found["program"] == "decode-1") and not found["tiled"]
         if found["program"] == "decode-1":
             assert not found["copied_weights"] and found["reads_of_a_weight"] == [1]
 

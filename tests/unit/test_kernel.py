@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
 
 from llmjax.products import kernel
 from llmjax.products.defined import _in_bfloat16
 from llmjax.quant.qtensor import dequantize
+from tests import triton
 from tests.tiny import slow
 from tests.unit.test_quant import on_device, quantized
 
@@ -42,6 +45,35 @@ def test_the_kernel_is_the_plain_product(scheme, rows, out, width, dtype):
     assert (np.abs(np.asarray(found, np.float64) - jax.jit(_in_bfloat16)(given, q)) / size).max() < 5e-6
     # Other neighbours, the same bits.
     np.testing.assert_array_equal(run(given.at[1:].set(1), q)[0], found[0])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "rows", "out", "width", "dtype"),
+    [
+        ("int4-g32-asym", 5, 40, 64, "float32"),
+        slow("int8", 150, 40, 2048, "bfloat16"),
+        slow("int4", 150, 200, 512, "float32"),
+        slow("int8-asym", 7, 130, 2048, "float32"),
+    ],
+)
+def test_what_triton_is_given_reads_and_writes_what_it_may(scheme, rows, out, width, dtype, monkeypatch):
+    """And all of the result."""
+    monkeypatch.setattr(kernel.pl, "pallas_call", triton.kernel)
+    rng = np.random.default_rng(0)
+    q = quantized(rng.standard_normal((out, width)).astype(np.float32), scheme)
+    given = jnp.asarray(rng.standard_normal((rows, width)) * np.exp(9 * rng.standard_normal((rows, 1))), dtype)
+    x, w = np.asarray(given, np.float64), np.asarray(dequantize(q), np.float64)
+    found = kernel.packed_product(given, on_device(q))
+    assert (np.abs(found - x @ w.T) / (np.abs(x) @ np.abs(w).T)).max() < 3e-7
+
+
+def test_what_is_out_of_bounds_is_seen():
+    def read(x, y):
+        y[0] = x[pl.program_id(0) + 4]
+
+    options = {"out_shape": jax.ShapeDtypeStruct((1,), jnp.float32), "compiler_params": plt.CompilerParams()}
+    with pytest.raises(AssertionError, match="argument 0: offset 4 of 4"):
+        triton.kernel(read, grid=(1,), **options)(jnp.zeros(4))
 
 
 @pytest.mark.parametrize("count", [1, 2])
