@@ -24,6 +24,7 @@ from llmjax.errors import LlmjaxError, OutputError, TrainingError, printable
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
+    _open_closed()
     # What cannot be read or written as it stands must not end in a traceback.
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if isinstance(stream, io.TextIOWrapper):
@@ -36,8 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    args = _parser().parse_args(words, argparse.Namespace(command=shlex.join(["llmjax", *words])))
     try:
+        try:
+            args = _parser().parse_args(words, argparse.Namespace(command=shlex.join(["llmjax", *words])))
+        finally:
+            sys.stdout.flush()  # of --help
         with warnings.catch_warnings(), _no_interrupt_lost():
             warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
             _tell_log()
@@ -57,10 +61,20 @@ def _run(words: list[str]) -> int:
     except BrokenPipeError:  # the reader of our output left: not an error, and nothing more can be told
         _drop_stdout()
         return 0
-    except OSError as error:  # a full disk behind stdout, say
-        _tell(str(error))
+    except OSError as error:  # a full disk behind stdout, say, which has no name
+        _tell(str(error) if error.filename else f"writing to stdout or a file failed: {error.strerror or error}")
         _drop_stdout()
         return 1
+
+
+def _open_closed() -> None:
+    """A stream that is closed would leave its number to the next file that is opened, and what is for stderr would be
+    printed to stdout; to a closed stdout no data are lost in silence."""
+    for name, flags in (("stdin", os.O_RDONLY), ("stdout", os.O_RDONLY), ("stderr", os.O_WRONLY)):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, flags)
+            if name != "stdin":
+                setattr(sys, name, open(number, "w", encoding="utf-8"))
 
 
 @contextlib.contextmanager

@@ -59,10 +59,16 @@ def _in_pieces(axis: int, size: int, cache: jax.Array, part: jax.Array, ctx: Con
     page = cache.shape[axis]
     for start in range(0, part.shape[axis], size):
         position = ctx.positions[0, start]
-        begin: list[jax.Array | int] = [_pages(ctx, position[None, None] // page)[0, 0], 0, 0, 0]
-        begin[axis] = position % page
+        begin = _place(axis, position % page, _pages(ctx, position[None, None] // page)[0, 0])
         cache = lax.dynamic_update_slice(cache, lax.slice_in_dim(part, start, start + size, axis=axis), begin)
     return cache
+
+
+def _place(axis: int, offset: jax.Array | int, page: jax.Array) -> list[jax.Array]:
+    """Where a piece of a buffer begins; all of one type, also where numbers without one have 64 bits."""
+    begin: list[jax.Array | int] = [page, 0, 0, 0]
+    begin[axis] = offset
+    return [jnp.asarray(number, jnp.int32) for number in begin]
 
 
 def _in_pages(axis: int, cache: jax.Array, part: jax.Array, ctx: Context) -> jax.Array:
@@ -80,8 +86,7 @@ def block(cache: jax.Array, name: str, start: jax.Array, size: int, ctx: Context
     page = cache.shape[axis]
 
     def one(number: jax.Array, offset: jax.Array | int) -> jax.Array:
-        begin: list[jax.Array | int] = [number, 0, 0, 0]
-        begin[axis] = offset
+        begin = _place(axis, offset, number)
         return lax.dynamic_slice(cache, begin, [1, *(size if i == axis else cache.shape[i] for i in (1, 2, 3))])[0]
 
     numbers = _pages(ctx, start[:, None] // page)[:, 0]

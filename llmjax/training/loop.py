@@ -194,7 +194,7 @@ class _Run:
         """Goes on to the end.
 
         Raises:
-          OutputError: the output's folder cannot be made.
+          OutputError: the output's folder cannot be made, or written to.
         """
         if self.output is None:
             return self._finish(report, note)
@@ -202,7 +202,10 @@ class _Run:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.output}: cannot be made: {error.strerror}") from None
-        with locked(self.output / METRICS), Interrupts() as interrupts:
+        with contextlib.ExitStack() as stack:
+            with _told(self.output / METRICS):
+                stack.enter_context(locked(self.output / METRICS))
+            interrupts = stack.enter_context(Interrupts())
             return self._finish(report, note, lambda: interrupts.asked)
 
     def _finish(

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shlex
 import struct
 import subprocess
 import sys
@@ -281,6 +282,19 @@ def test_wrong_usage(args):
     with pytest.raises(SystemExit) as stopped:
         main(args)
     assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "words, code, out, err",
+    [
+        ("--version >&-", 1, "", "llmjax: writing to stdout or a file failed: Bad file descriptor\n"),
+        ("inspect {} 2>&-", 2, "", ""),  # a message must not go among the data
+    ],
+)
+def test_closed_streams(tmp_path, words, code, out, err):
+    command = f"{shlex.quote(sys.executable)} -m llmjax {words.format(shlex.quote(str(tmp_path / 'nowhere')))}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
 
 
 def test_importing_llmjax_loads_no_jax():

@@ -2,7 +2,9 @@
 ``tests/parity/test_training_live.py``."""
 
 import dataclasses
+import errno
 import json
+import os
 import signal
 import textwrap
 from functools import partial
@@ -416,10 +418,19 @@ def test_it_goes_on_from_an_adapter(model, whole):
         llmjax.finetune(random_model(num_hidden_layers=1, hidden_size=96), rows(4), start=folder)
 
 
-def test_a_full_disk_is_told(model, tmp_path):
+def test_a_full_disk_is_told(model, tmp_path, monkeypatch):
+    def told():
+        with pytest.raises(OutputError, match="metrics.jsonl: cannot write it: No space left"):
+            llmjax.finetune(model, rows(4), dataclasses.replace(CONFIG, epochs=1), output=tmp_path)
+
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with pytest.raises(OutputError, match="metrics.jsonl: cannot write it: No space left"):
-        llmjax.finetune(model, rows(4), dataclasses.replace(CONFIG, epochs=1), output=tmp_path)
+    told()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "ftruncate", full)  # which the lock is written with
+    told()
 
 
 def test_no_rows(model):
