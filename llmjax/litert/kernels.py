@@ -196,6 +196,11 @@ def _gather(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics)
     return take_along(array, ids)
 
 
+def _gather_nd(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
+    array, places = as_array(x[0]), jnp.moveaxis(as_array(x[1]), -1, 0)
+    return array.at[tuple(places)].get(mode="fill", wrap_negative_indices=False)
+
+
 def _select(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
     condition, yes, no = map(as_array, x)
     if op.name == "SELECT" and condition.ndim == 1 < yes.ndim:
@@ -333,6 +338,7 @@ KERNELS: dict[str, Kernel] = {
     "FILL": _broadcast,
     "FULLY_CONNECTED": _fully_connected,
     "GATHER": _gather,
+    "GATHER_ND": _gather_nd,
     "GELU": _gelu,
     "LEAKY_RELU": lambda op, x, out, n: jax.nn.leaky_relu(as_array(x[0]), op.options["alpha"]),
     "LOGISTIC": _approximated(jax.nn.sigmoid, approximations.logistic),
