@@ -21,8 +21,8 @@ NAME = "odml.scaled_dot_product_attention"
 def is_taken(inputs: list[Tensor]) -> bool:
     """Whether the delegate takes the composite: queries ``[B, T, N, H]``, keys and values ``[B, S, K, H]``, and a mask
     of S positions or none; else its body is run."""
-    shapes = [tensor.shape for tensor in inputs]
-    if len(shapes) not in (3, 4) or any(len(s) != 4 or t.type != "FLOAT32" for s, t in zip(shapes, inputs, strict=True)):
+    shapes = [tensor.shape for tensor in inputs if tensor.type == "FLOAT32" and len(tensor.shape) == 4]
+    if len(shapes) != len(inputs) or len(shapes) not in (3, 4):
         return False
     (_, _, heads, width), keys, values = shapes[:3]
     fits = width == keys[3] == values[3] and keys[2] == values[2] > 0 and heads % keys[2] == 0

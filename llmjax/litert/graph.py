@@ -227,7 +227,11 @@ class Graph:
     def _step(self, weights: Any, graph: Subgraph, op: Operator, inputs: list[Value], values: dict[int, Value]) -> None:
         tensors = [graph.tensors[i] for i in op.outputs]
         found: Any
-        if op.name == COMPOSITE and op.options["name"] == attention.NAME and attention.is_taken([graph.tensors[i] for i in op.inputs]):
+        if (
+            op.name == COMPOSITE
+            and op.options["name"] == attention.NAME
+            and attention.is_taken([graph.tensors[i] for i in op.inputs])
+        ):
             found = attention.attention(op, inputs, self.numerics)
         elif op.name == COMPOSITE:
             body = self.file.subgraphs[op.options["body"]]

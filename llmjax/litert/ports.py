@@ -162,7 +162,19 @@ def _ports(file: TfliteFile, name: str, axes: dict[str, int], problems: list[str
     vocabulary = outputs[LOGITS].shape[-1] if LOGITS in outputs and outputs[LOGITS].shape else 0
     rewinds = all(len(shape) == 4 for shape, _ in states.values())
     return Ports(
-        name, length, context, tokens, embeddings, per_layer, positions, mask, states, axes, rewinds, tensors, vocabulary
+        name,
+        length,
+        context,
+        tokens,
+        embeddings,
+        per_layer,
+        positions,
+        mask,
+        states,
+        axes,
+        rewinds,
+        tensors,
+        vocabulary,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 _MAX_TEXT = 1 << 16
-_FLOAT, _MAP = 3, 9  # types in a flexbuffer
+_FLOAT, _MAP, _MAX_ENTRIES = 3, 9, 1 << 12  # of a flexbuffer
 _SCALARS = {code: struct.Struct(f"<{code}") for code in "bBhHiIqQfd?"}
 
 
@@ -120,6 +120,8 @@ def map_of_floats(data: bytes) -> dict[str, float]:
     root, width = len(data) - 2 - data[-1], 1 << (data[-2] & 3)
     values = root - number(root, data[-1])
     count, names = number(values - width, width), values - 3 * width
+    if count > _MAX_ENTRIES:
+        raise ValueError(f"a map: expected at most {_MAX_ENTRIES} entries, found {count}")
     names, step = names - number(names, width), number(values - 2 * width, width)
     found = {}
     for i in range(count):

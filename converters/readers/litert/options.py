@@ -47,8 +47,8 @@ COMPOSITE = "STABLEHLO_COMPOSITE"
 
 
 def read(operator: Table, name: str) -> dict[str, Any]:
-    """Of an ``Operator``: its options by name; a composite's ``name``, ``body``, the number of a subgraph, and ``floats``
-    by name."""
+    """Of an ``Operator``: its options by name; a composite's ``name``, ``body``, the number of a subgraph, and
+    ``floats`` by name."""
     if name == COMPOSITE:
         options = operator.table(12)
         if options is None:
