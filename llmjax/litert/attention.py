@@ -9,7 +9,8 @@ Source: VisitDotAttentionNode of TensorFlow Lite's XNNPACK delegate (``tensorflo
 import jax
 import jax.numpy as jnp
 
-from converters.readers.litert.tflite import Operator, Tensor
+from converters.readers.litert.options import COMPOSITE
+from converters.readers.litert.tflite import Operator, Subgraph
 from llmjax.litert import products
 from llmjax.litert.kernels import KERNELS
 from llmjax.litert.products import Value, as_array
@@ -18,9 +19,12 @@ from llmjax.numerics import Numerics
 NAME = "odml.scaled_dot_product_attention"
 
 
-def is_taken(inputs: list[Tensor]) -> bool:
-    """Whether the delegate takes the composite: queries ``[B, T, N, H]``, keys and values ``[B, S, K, H]``, and a mask
-    of S positions or none; else its body is run."""
+def is_taken(op: Operator, graph: Subgraph) -> bool:
+    """Whether an operator is the composite and the delegate takes it: queries ``[B, T, N, H]``, keys and values
+    ``[B, S, K, H]``, and a mask of S positions or none; else its body is run."""
+    if op.name != COMPOSITE or op.options["name"] != NAME:
+        return False
+    inputs = [graph.tensors[i] for i in op.inputs]
     shapes = [tensor.shape for tensor in inputs if tensor.type == "FLOAT32" and len(tensor.shape) == 4]
     if len(shapes) != len(inputs) or len(shapes) not in (3, 4):
         return False

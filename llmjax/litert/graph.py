@@ -91,7 +91,8 @@ def _check(file: TfliteFile, number: int, name: str, problems: list[str], above:
         elif op.name not in KERNELS:
             problems.append(f"{where} is not supported")
         if missing := [i for i in op.inputs if i >= 0 and i not in known]:
-            problems.append(f"{where}: nothing gives its input, tensor {missing[0]}")
+            kind = graph.tensors[missing[0]].type
+            problems.append(f"{where}: nothing gives its input, tensor {missing[0]}, {kind}")
         if again := known.intersection(op.outputs):
             problems.append(f"{where}: tensor {min(again)} is given twice")
         known.update(op.outputs)
@@ -227,11 +228,7 @@ class Graph:
     def _step(self, weights: Any, graph: Subgraph, op: Operator, inputs: list[Value], values: dict[int, Value]) -> None:
         tensors = [graph.tensors[i] for i in op.outputs]
         found: Any
-        if (
-            op.name == COMPOSITE
-            and op.options["name"] == attention.NAME
-            and attention.is_taken([graph.tensors[i] for i in op.inputs])
-        ):
+        if attention.is_taken(op, graph):
             found = attention.attention(op, inputs, self.numerics)
         elif op.name == COMPOSITE:
             body = self.file.subgraphs[op.options["body"]]

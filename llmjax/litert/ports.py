@@ -68,9 +68,21 @@ def is_language_model(file: TfliteFile) -> bool:
     return DECODE in file.signatures
 
 
+def cache_lengths(file: TfliteFile) -> str | None:
+    """Why a graph without ``decode`` that has one for each of several lengths of its caches does not run."""
+    several = [name for name in file.signatures if re.fullmatch(rf"{DECODE}_cache_\d+", name)]
+    if not several or is_language_model(file):
+        return None
+    return (
+        f"caches of several lengths ({', '.join(several)}) and no {DECODE} are not supported, nor by LiteRT-LM 0.18.1: "
+        "export it with one cache_length"
+    )
+
+
 def wanted(file: TfliteFile) -> list[str]:
-    """The signatures that generating runs, the shortest prefill first and decode last."""
-    return [*(name for name in file.signatures if name.startswith(PREFILL)), DECODE]
+    """The signatures that generating runs, decode last; none that takes an adapter (``prefill_8_lora_r16``)."""
+    names = [name for name in file.signatures if name.startswith(PREFILL) and not re.search(r"_lora_r\d+$", name)]
+    return [*names, DECODE]
 
 
 def read(file: TfliteFile) -> tuple[list[Ports], Ports]:
@@ -93,7 +105,8 @@ def read(file: TfliteFile) -> tuple[list[Ports], Ports]:
             problems.append(f"decode: no output {LOGITS}")
     if problems:
         raise problems_error(file.where, "llmjax does not run this model", problems)
-    return sorted(found[:-1], key=lambda p: p.length), decode
+    by_length = {p.length: p for p in found[:-1]}  # of several the last in the file, as in LiteRT-LM
+    return [by_length[length] for length in sorted(by_length)], decode
 
 
 def _axes(file: TfliteFile) -> dict[str, int]:

@@ -302,9 +302,16 @@ def test_what_does_not_run_is_named_before_anything_runs(file):
     tensor = decode.tensors[decode.operators[place].outputs[0]]
     object.__setattr__(tensor, "quantization", tflite.Quantization(np.ones(1, np.float32), np.zeros(1, np.int64), 0))
     assert f"decode: operator {place} (CUSTOM:mine): static activations of FLOAT32" in problems_of(graph, ["decode"])[1]
+    graph.signatures |= {"prefill_16_lora_r4": graph.signatures["decode"], "prefill_16": graph.signatures["prefill_4"]}
+    assert [(p.name, p.length) for p in ports.read(graph)[0]] == [("prefill_16", 4)]  # the last of a length
     graph.signatures["decode"].inputs["local_mask"] = graph.signatures["decode"].inputs.pop("mask")
     with pytest.raises(CheckpointError, match=r"decode: input \d+ \(local_mask\): ring-buffer caches"):
         ports.read(graph)
+    graph.signatures["decode_cache_32"] = graph.signatures.pop("decode")
+    with pytest.raises(
+        CheckpointError, match=r"of several lengths \(decode_cache_32\) and no decode .* one cache_length"
+    ):
+        loading.model_of({"model": graph}, file)
 
 
 def test_a_graph_that_is_no_model_says_how_to_run_it(ops, tmp_path):
