@@ -14,7 +14,7 @@ from converters.readers.mediapipe.package import Package, Part
 from llmjax.errors import CheckpointError, LlmjaxError, named, printable
 from llmjax.litert import ports
 from llmjax.litert.graph import problems_of
-from llmjax.litert.loading import kind_of_part, read_tokenizer
+from llmjax.litert.loading import described, kind_of_part, read_tokenizer, tokenizers_of
 from llmjax.litert.module import MAIN
 
 
@@ -32,6 +32,7 @@ class BundleReport:
       notes: the file's own keys and values.
       metadata: start and stop tokens, prompt templates and so on; None where there are none.
       tokenizer: its facts; None where there is none.
+      unused: graphs that are not run: for images, sounds, drafts.
       graphs: each with ``part, subgraphs, operators``; ``kinds``, how many operators of each there are, and
         ``quantization``, how many tensors; ``context`` and ``caches`` of a language model; and ``signatures``: ``name,
         operators, inputs, outputs``, whose entries have ``name, type, shape``.
@@ -46,6 +47,7 @@ class BundleReport:
     notes: dict[str, Any]
     metadata: dict[str, Any] | None
     tokenizer: dict[str, Any] | None
+    unused: list[str]
     graphs: list[dict[str, Any]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -60,6 +62,8 @@ class BundleReport:
         for part in self.parts:
             notes = "".join(f"  {key}={value}" for key, value in part["notes"].items())
             lines.append(f"  {part['name']:26} {part['kind']:13} {part['nbytes']:>14,} B{notes}")
+        if self.unused:
+            lines.append(f"  not run: {', '.join(self.unused)}")
         for title, facts in (("metadata", self.metadata), ("tokenizer", self.tokenizer)):
             if facts:
                 lines += ["", title, *(f"  {key:28} {value!r}" for key, value in facts.items())]
@@ -90,20 +94,28 @@ def inspect(path: Path) -> BundleReport:
     """
     if package.kind_of(path) is None:
         graph, problems = _graph(tflite.read_file(path), path.name, True)
-        return BundleReport(str(path), "tflite", "", not problems, problems, [], {}, None, None, [graph])
+        return BundleReport(str(path), "tflite", "", not problems, problems, [], {}, None, None, [], [graph])
     found = Package(path)
-    problems = []
-    graphs = []
-    for part in found.parts:
-        if part.kind == package.GRAPH:
+    problems, graphs, unused = list[str](), list[dict[str, Any]](), list[str]()
+    kinds = [(part, kind_of_part(found, part)) for part in found.parts if part.kind == package.GRAPH]
+    for part, kind in kinds:
+        unused += [described(part)] if kind is None else []
+        try:
             file = tflite.read(found.view(part), f"{found.path}: {part.name}")
-            graph, wrong = _graph(file, part.name, kind_of_part(found, part) == MAIN)
-            graphs.append(graph)
-            problems += wrong
+        except CheckpointError:
+            if kind is None:
+                continue
+            raise
+        graph, wrong = _graph(file, part.name, kind == MAIN)
+        graphs.append(graph)
+        problems += wrong
+    if MAIN not in (kind for _, kind in kinds):
+        problems.append("there is no model's graph")
     facts = [found.metadata(part) for part in found.parts if part.kind == package.FACTS]
-    tokenizers = [t for part in found.parts if (t := _tokenizer(found, part))]
+    tokenizers = [_tokenizer(found, part) for part in tokenizers_of(found)]
     if not graphs:
-        raise CheckpointError(f"{path}: a .{found.format} bundle without a TFLite graph; it holds {_names(found)}")
+        names = ", ".join(map(described, found.parts)) or "nothing"
+        raise CheckpointError(f"{path}: a .{found.format} bundle without a TFLite graph; it holds {names}")
     try:
         read_tokenizer(found)
     except LlmjaxError as error:
@@ -118,12 +130,9 @@ def inspect(path: Path) -> BundleReport:
         notes=found.notes,
         metadata=_as_dict(facts[0]) if facts else None,
         tokenizer=tokenizers[0] if tokenizers else None,
+        unused=unused,
         graphs=graphs,
     )
-
-
-def _names(found: Package) -> str:
-    return ", ".join(part.name for part in found.parts) or "nothing"
 
 
 def _as_dict(message: Any) -> dict[str, Any]:
@@ -142,6 +151,8 @@ def _graph(file: TfliteFile, name: str, is_model: bool) -> tuple[dict[str, Any],
         problems.append(
             f"{name} is no graph but named weights, as in a .bin file: unpack it, and llmjax loads it as that"
         )
+    elif is_model and (problem := ports.cache_lengths(file)):
+        problems.append(f"{name}: {problem}")
     elif is_model and not ports.is_language_model(file):
         problems.append(f"{name} has no signature decode: it is no language model's graph")
     elif is_model:
@@ -179,16 +190,14 @@ def _port(name: str, tensor: Tensor) -> dict[str, Any]:
     return {"name": named(name), "type": tensor.type, "shape": tensor.dims}
 
 
-def _tokenizer(found: Package, part: Part) -> dict[str, Any] | None:
+def _tokenizer(found: Package, part: Part) -> dict[str, Any]:
     """A vocabulary's facts, and whether llmjax reads it."""
     from llmjax.text import sentencepiece, tokenizer
 
     if part.kind == package.SENTENCEPIECE:
         kind, data = "sentencepiece", found.read(part)
-    elif part.kind == package.HUGGINGFACE:
-        kind, data = "huggingface", found.unpacked(part)
     else:
-        return None
+        kind, data = "huggingface", found.unpacked(part)
     where = f"{found.path}: {part.name}"
     try:
         if kind == "sentencepiece":

@@ -18,7 +18,7 @@ from converters.readers.opening import is_graph, open_source
 from converters.readers.source import Source, TensorSpec
 from llmjax.checkpoint import graph_config
 from llmjax.errors import CheckpointError
-from llmjax.litert.loading import load_graph
+from llmjax.litert.loading import load_graph, tokenizers_of
 from llmjax.litert.model import GraphModel
 from llmjax.litert.module import EMBEDDER, MAIN
 from llmjax.litert.products import Filter
@@ -90,7 +90,8 @@ class GraphSource:
         self.recorded = record.NAME in self.model.module.graphs[MAIN].file.metadata
         # A graph alone knows no end of texts; what it was made of may.
         self.generation_config: dict[str, Any] | None = None if self.recorded and bundle is None else ends
-        vocabularies = [part for part in bundle.parts if part.kind == package.SENTENCEPIECE] if bundle else []
+        parts = tokenizers_of(bundle) if bundle else []
+        vocabularies = [part for part in parts if part.kind == package.SENTENCEPIECE]
         self.vocabulary = bytes(bundle.read(vocabularies[0])) if bundle and vocabularies else None
         self.files: tuple[Stamp, ...] = self.model.origin.files
         self.config: dict[str, Any]

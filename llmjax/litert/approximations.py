@@ -42,7 +42,7 @@ _STARTS, _SLOPES = (
     )
 )
 _ADDED_UP_IN_ORDER = 32  # by XLA's reductions
-_LEAST = np.finfo(np.float32).min
+LEAST = np.finfo(np.float32).min
 
 
 def _polynomial(x: jax.Array, *coefficients: float) -> jax.Array:
@@ -142,8 +142,8 @@ def rsqrt(x: jax.Array) -> jax.Array:
     digits = jnp.where(bits & 0xFFFFFF == 127 << 23 & 0xFFFFFF, 1 << 17, digits)  # powers of four are exact
     y = digits.astype(jnp.float32) * lax.bitcast_convert_type(110 - (exponent >> 1) << 23, jnp.float32)
     # Whatever stands between a product and a difference keeps the compiler from making one rounding of both.
-    off = jnp.maximum(x * (y * y), _LEAST) - 1
-    y = y - jnp.maximum(off * (np.float32(0.5) * y), _LEAST)
+    off = jnp.maximum(x * (y * y), LEAST) - 1
+    y = y - jnp.maximum(off * (np.float32(0.5) * y), LEAST)
     y = jnp.where(x < np.finfo(np.float32).tiny, jnp.inf, jnp.where(x == jnp.inf, 0, y))
     return jnp.where(jnp.isnan(x) | (x < 0), jnp.nan, y)
 
@@ -165,14 +165,34 @@ def _exp(x: jax.Array) -> jax.Array:
     return jnp.where(x < np.float32(-87.33654022), 0, rest * power * p + power)
 
 
-def mean(x: jax.Array) -> jax.Array:
-    """Along the last dimension, which is kept."""
-    return total(x) * np.float32(1 / x.shape[-1])
+def mean(x: jax.Array, squares: bool = False) -> jax.Array:
+    """Along the last dimension, which is kept; of what is given or of its squares."""
+    return total(x, squares) * np.float32(1 / x.shape[-1])
 
 
-def total(x: jax.Array) -> jax.Array:
-    """The sum along the last dimension, which is kept."""
-    return _total(x, 16)
+def total(x: jax.Array, squares: bool = False) -> jax.Array:
+    """The sum along the last dimension, which is kept; of what is given or of its squares."""
+    return _total_of_squares(x) if squares else _total(x, 16)
+
+
+def _total_of_squares(x: jax.Array) -> jax.Array:
+    """``[..., 1]``: a square and what it is added to are rounded once, not twice.  Four registers take turns as far as
+    whole ones go, the sum of all takes the rest; then halves upon halves."""
+    sums, whole = jnp.zeros((*x.shape[:-1], 4 * _LANES), x.dtype), x.shape[-1] // _LANES * _LANES
+    for at in range(0, whole, 4 * _LANES):
+        sums = _with_squares(sums, x[..., at : min(at + 4 * _LANES, whole)])
+    return _halved(_with_squares(_halved(sums, _LANES), x[..., whole:]))
+
+
+def _with_squares(sums: jax.Array, x: jax.Array) -> jax.Array:
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, sums.shape[-1] - x.shape[-1])])
+    return jnp.maximum(x * x + sums, LEAST)  # and no other sum joins in
+
+
+def _halved(sums: jax.Array, lanes: int = 1) -> jax.Array:
+    while (half := sums.shape[-1] // 2) >= lanes:
+        sums = sums[..., :half] + sums[..., half:]
+    return sums
 
 
 def _total(x: jax.Array, step: int) -> jax.Array:
@@ -182,11 +202,7 @@ def _total(x: jax.Array, step: int) -> jax.Array:
     sums = _by_lanes(x[..., :whole], 2 * _LANES)
     sums = sums[..., :_LANES] + sums[..., _LANES:]
     sums = _by_lanes(jnp.concatenate([sums, x[..., whole:]], -1), _LANES)
-    lanes = _LANES
-    while lanes > 1:
-        lanes //= 2
-        sums = sums[..., :lanes] + sums[..., lanes:]
-    return sums
+    return _halved(sums)
 
 
 def _by_lanes(x: jax.Array, lanes: int) -> jax.Array:

@@ -17,6 +17,7 @@ from converters.readers.litert.tflite import Operator, Signature, Subgraph, Tens
 from converters.readers.source import problems_error
 from llmjax.device import platform_of
 from llmjax.errors import CheckpointError, ConfigError, RequestError, named
+from llmjax.litert import attention
 from llmjax.litert.constants import Constants
 from llmjax.litert.kernels import KERNELS, TYPES, put_results
 from llmjax.litert.products import Value, as_array
@@ -90,7 +91,8 @@ def _check(file: TfliteFile, number: int, name: str, problems: list[str], above:
         elif op.name not in KERNELS:
             problems.append(f"{where} is not supported")
         if missing := [i for i in op.inputs if i >= 0 and i not in known]:
-            problems.append(f"{where}: nothing gives its input, tensor {missing[0]}")
+            kind = graph.tensors[missing[0]].type
+            problems.append(f"{where}: nothing gives its input, tensor {missing[0]}, {kind}")
         if again := known.intersection(op.outputs):
             problems.append(f"{where}: tensor {min(again)} is given twice")
         known.update(op.outputs)
@@ -225,10 +227,13 @@ class Graph:
 
     def _step(self, weights: Any, graph: Subgraph, op: Operator, inputs: list[Value], values: dict[int, Value]) -> None:
         tensors = [graph.tensors[i] for i in op.outputs]
-        if op.name == COMPOSITE:
+        found: Any
+        if attention.is_taken(op, graph):
+            found = attention.attention(op, inputs, self.numerics)
+        elif op.name == COMPOSITE:
             body = self.file.subgraphs[op.options["body"]]
             inner = self._run(weights, op.options["body"], dict(zip(body.inputs, inputs, strict=True)))
-            found: Any = tuple(inner[i] for i in body.outputs)
+            found = tuple(inner[i] for i in body.outputs)
         else:
             found = KERNELS[op.name](op, inputs, tensors, self.numerics)
         put_results(op, found, tensors, values)

@@ -15,7 +15,7 @@ from jax import lax
 
 from converters.readers.litert.tflite import Operator, Tensor
 from llmjax.litert import approximations, products
-from llmjax.litert.products import Dequantized, Filter, Value, as_array
+from llmjax.litert.products import Dequantized, Filter, Square, Value, as_array
 from llmjax.numerics import Numerics
 from llmjax.quant.qtensor import QTensor, take
 
@@ -99,7 +99,8 @@ def _in_their_order(function: Callable[..., Any], theirs: Callable[..., Any]) ->
         last = _axes(x[1], array.ndim) == (array.ndim - 1,) and array.dtype == jnp.float32
         if not last or numerics.digits != 1:
             return _reducer(function)(op, x, out, numerics)
-        return theirs(array).reshape(out[0].shape)
+        found = theirs(x[0].root, squares=True) if isinstance(x[0], Square) else theirs(array)
+        return found.reshape(out[0].shape)
 
     return kernel
 
@@ -196,6 +197,11 @@ def _gather(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics)
     return take_along(array, ids)
 
 
+def _gather_nd(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
+    array, places = as_array(x[0]), jnp.moveaxis(as_array(x[1]), -1, 0)
+    return array.at[tuple(places)].get(mode="fill", wrap_negative_indices=False)
+
+
 def _select(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
     condition, yes, no = map(as_array, x)
     if op.name == "SELECT" and condition.ndim == 1 < yes.ndim:
@@ -273,9 +279,20 @@ def _kept_apart(kernel: Kernel) -> Kernel:
     def kept(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
         y = kernel(op, x, out, numerics)
         # Whatever stands between the two keeps the compiler from making one operation of them.
-        return jnp.maximum(y, _LEAST) if numerics.digits == 1 and y.dtype == jnp.float32 else y
+        return jnp.maximum(y, approximations.LEAST) if numerics.digits == 1 and y.dtype == jnp.float32 else y
 
     return kept
+
+
+def _squared(kernel: Kernel) -> Kernel:
+    """Of one that may multiply something with itself."""
+
+    def squared(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
+        y = kernel(op, x, out, numerics)
+        alone = len(set(op.inputs)) == 1 and not op.options.get("activation")
+        return Square(as_array(x[0]), y) if alone and numerics.digits == 1 and y.dtype == jnp.float32 else y
+
+    return squared
 
 
 _UNARY: dict[str, Callable[..., Any]] = {
@@ -313,7 +330,6 @@ _BINARY: dict[str, Callable[..., Any]] = {
     "SQUARED_DIFFERENCE": lambda x, y: jnp.square(x - y),
     "SUB": operator.sub,
 }
-_LEAST = jnp.finfo(jnp.float32).min
 _PRODUCTS = ("DEPTHWISE_CONV_2D", "EMBEDDING_LOOKUP", "FULLY_CONNECTED", "GELU", "MEAN", "MUL", "SOFTMAX", "SQUARE")
 KERNELS: dict[str, Kernel] = {
     **{name: _elementwise(function) for name, function in (_UNARY | _BINARY).items()},
@@ -333,6 +349,7 @@ KERNELS: dict[str, Kernel] = {
     "FILL": _broadcast,
     "FULLY_CONNECTED": _fully_connected,
     "GATHER": _gather,
+    "GATHER_ND": _gather_nd,
     "GELU": _gelu,
     "LEAKY_RELU": lambda op, x, out, n: jax.nn.leaky_relu(as_array(x[0]), op.options["alpha"]),
     "LOGISTIC": _approximated(jax.nn.sigmoid, approximations.logistic),
@@ -365,6 +382,7 @@ KERNELS: dict[str, Kernel] = {
     "UNPACK": _unpack,
 }
 KERNELS |= {name: _kept_apart(KERNELS[name]) for name in _PRODUCTS}
+KERNELS |= {name: _squared(KERNELS[name]) for name in ("MUL", "SQUARE")}
 
 
 def put_results(op: Operator, found: Any, tensors: list[Tensor], values: dict[int, Value]) -> None:

@@ -20,15 +20,8 @@ from llmjax.text import bundle
 from llmjax.text.bundle import Ends
 from llmjax.text.tokenizer import Tokenizer
 
-# A part by its name in a .task, or by the model_type of a section.
-_PARTS = {
-    package.MODEL: MAIN,
-    "tf_lite_prefill_decode": MAIN,
-    "TF_LITE_EMBEDDER": EMBEDDER,
-    "tf_lite_embedder": EMBEDDER,
-    "TF_LITE_PER_LAYER_EMBEDDER": PER_LAYER,
-    "tf_lite_per_layer_embedder": PER_LAYER,
-}
+# A part by its name in a .task, or by the model_type of a section, in small letters.
+_PARTS = {package.MODEL.lower(): MAIN, "tf_lite_embedder": EMBEDDER, "tf_lite_per_layer_embedder": PER_LAYER}
 
 
 def open_graph(path: str | Path, *, numerics: str | None = None) -> Graph:
@@ -87,6 +80,8 @@ def model_of(files: Mapping[str, TfliteFile], path: Path, numerics: str | None =
       CheckpointError: none of them steps from token to token.
     """
     main, profile = files[MAIN], numerics_for(numerics)
+    if problem := ports.cache_lengths(main):
+        raise CheckpointError(f"{path}: {problem}")
     if not ports.is_language_model(main):
         known = ", ".join(map(repr, main.signatures))
         raise CheckpointError(
@@ -113,12 +108,26 @@ def model_of(files: Mapping[str, TfliteFile], path: Path, numerics: str | None =
 
 
 def kind_of_part(found: Package, part: Part) -> str | None:
-    """What a graph of a bundle is for; None for what text does not need: vision, audio, drafts.
+    """What a graph of a bundle is for; None for what text does not need: vision, audio, drafts."""
+    return _PARTS.get(part.name.lower() if found.format == "task" else _model_type(part))
 
-    A section that does not say what it is for is the model.
-    """
-    name = part.name if found.format == "task" else part.notes.get("model_type", "tf_lite_prefill_decode")
-    return _PARTS.get(name)
+
+def _model_type(part: Part) -> str:
+    """Of a section; one that does not say is the model's."""
+    said = (value for key, value in part.notes.items() if key.lower() == "model_type")
+    return str(next(said, package.MODEL)).lower()
+
+
+def tokenizers_of(found: Package) -> list[Part]:
+    """The model's vocabularies; those of other models, such as an encoder of texts, left out."""
+    kinds = package.SENTENCEPIECE, package.HUGGINGFACE
+    return [part for part in found.parts if part.kind in kinds and _PARTS.get(_model_type(part)) == MAIN]
+
+
+def described(part: Part) -> str:
+    """A part's name, with what it is for where a section says so."""
+    said = _model_type(part)
+    return part.name if said == package.MODEL.lower() else f"{part.name} ({said})"
 
 
 def _files(found: Package) -> dict[str, TfliteFile]:
@@ -132,7 +141,7 @@ def _files(found: Package) -> dict[str, TfliteFile]:
             raise CheckpointError(f"{found.path}: two graphs for {kind}")
         files[kind] = tflite.read(found.view(part), f"{found.path}: {part.name}")
     if MAIN not in files:
-        names = ", ".join(part.name for part in found.parts) or "nothing"
+        names = ", ".join(map(described, found.parts)) or "nothing"
         raise CheckpointError(f"{found.path}: a .{found.format} bundle without a model's graph; it holds {names}")
     return files
 
@@ -158,7 +167,7 @@ def read_tokenizer(found: Package) -> Tokenizer | None:
     Raises:
       TokenizerError: it is damaged, or lacks these tokens.
     """
-    parts = [p for p in found.parts if p.kind in (package.SENTENCEPIECE, package.HUGGINGFACE)]
+    parts = tokenizers_of(found)
     if not parts:
         return None
     if len(parts) > 1:

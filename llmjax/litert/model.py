@@ -58,8 +58,12 @@ class GraphConfig(DecoderConfig):
     @classmethod
     def of(cls, prefills: Sequence[Ports], decode: Ports) -> "GraphConfig":
         """From the signatures."""
-        keys = [shape for name, (shape, _) in decode.states.items() if holds_keys(name, shape)]
-        _, heads, _, width = keys[0] if keys else (1, 0, 0, 0)
+        keys = [
+            shape[1 : (axis := decode.axes.get(name, 2))] + shape[axis + 1 :]
+            for name, (shape, _) in decode.states.items()
+            if holds_keys(name, shape)
+        ]
+        heads, width = keys[0] if keys else (0, 0)
         embeddings = decode.tensors[decode.embeddings].shape[-1] if decode.embeddings else 0
         return cls(
             vocab_size=decode.vocab_size,

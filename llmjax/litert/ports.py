@@ -34,6 +34,7 @@ class Ports:
       positions: that takes the tokens' positions.
       mask: that takes the mask, or None.
       states: inputs that come out again, caches and the like: shape and type by name.
+      axes: of caches: the dimension of positions, where new tokens are written.
       rewinds: all of them are caches: what they hold of a token depends on its position alone.
       tensors: of the inputs by name.
       vocab_size: of the logits; 0 where there are none.
@@ -48,6 +49,7 @@ class Ports:
     positions: str
     mask: str | None
     states: dict[str, tuple[tuple[int, ...], Any]]
+    axes: dict[str, int]
     rewinds: bool
     tensors: dict[str, Tensor]
     vocab_size: int
@@ -66,9 +68,21 @@ def is_language_model(file: TfliteFile) -> bool:
     return DECODE in file.signatures
 
 
+def cache_lengths(file: TfliteFile) -> str | None:
+    """Why a graph without ``decode`` that has one for each of several lengths of its caches does not run."""
+    several = [name for name in file.signatures if re.fullmatch(rf"{DECODE}_cache_\d+", name)]
+    if not several or is_language_model(file):
+        return None
+    return (
+        f"caches of several lengths ({', '.join(several)}) and no {DECODE} are not supported, nor by LiteRT-LM 0.18.1: "
+        "export it with one cache_length"
+    )
+
+
 def wanted(file: TfliteFile) -> list[str]:
-    """The signatures that generating runs, the shortest prefill first and decode last."""
-    return [*(name for name in file.signatures if name.startswith(PREFILL)), DECODE]
+    """The signatures that generating runs, decode last; none that takes an adapter (``prefill_8_lora_r16``)."""
+    names = [name for name in file.signatures if name.startswith(PREFILL) and not re.search(r"_lora_r\d+$", name)]
+    return [*names, DECODE]
 
 
 def read(file: TfliteFile) -> tuple[list[Ports], Ports]:
@@ -78,7 +92,8 @@ def read(file: TfliteFile) -> tuple[list[Ports], Ports]:
       CheckpointError: one is not a language model's, or of a kind that llmjax does not run.
     """
     problems: list[str] = []
-    found = [ports for name in wanted(file) if (ports := _ports(file, name, problems))]
+    axes = _axes(file)
+    found = [ports for name in wanted(file) if (ports := _ports(file, name, axes, problems))]
     if not problems:
         decode = found[-1]
         for other in found:
@@ -90,10 +105,26 @@ def read(file: TfliteFile) -> tuple[list[Ports], Ports]:
             problems.append(f"decode: no output {LOGITS}")
     if problems:
         raise problems_error(file.where, "llmjax does not run this model", problems)
-    return sorted(found[:-1], key=lambda p: p.length), decode
+    by_length = {p.length: p for p in found[:-1]}  # of several the last in the file, as in LiteRT-LM
+    return [by_length[length] for length in sorted(by_length)], decode
 
 
-def _ports(file: TfliteFile, name: str, problems: list[str]) -> Ports | None:
+def _axes(file: TfliteFile) -> dict[str, int]:
+    """Of each cache the dimension of positions: that along which ``decode`` writes its one token."""
+    signature = file.signatures[DECODE]
+    graph = file.subgraphs[signature.subgraph]
+    names = {i: name for name, i in signature.inputs.items()}
+    found: dict[str, int] = {}
+    for op in graph.operators:
+        if op.name == "DYNAMIC_UPDATE_SLICE" and len(op.inputs) == 3 and op.inputs[0] in names:
+            whole, part = (graph.tensors[i].shape for i in op.inputs[:2])
+            along = [axis for axis, (n, m) in enumerate(zip(whole, part, strict=False)) if n != m]
+            if len(along) == 1:
+                found[names[op.inputs[0]]] = along[0]
+    return found
+
+
+def _ports(file: TfliteFile, name: str, axes: dict[str, int], problems: list[str]) -> Ports | None:
     signature, before = file.signatures[name], len(problems)
     tensors = {port: file.subgraphs[signature.subgraph].tensors[i] for port, i in signature.inputs.items()}
     outputs = {port: file.subgraphs[signature.subgraph].tensors[i] for port, i in signature.outputs.items()}
@@ -121,11 +152,13 @@ def _ports(file: TfliteFile, name: str, problems: list[str]) -> Ports | None:
     if len(problems) > before or positions is None:
         return None
     length = int(np.prod(tensors[positions].shape))
-    context = _context(tensors, mask, states)
+    axes = {port: axis for port, axis in axes.items() if port in states and axis < len(states[port][0])}
+    context = _context(tensors, mask, states, axes)
     if mask and (tensors[mask].shape != (1, 1, length, context) or tensors[mask].type not in (*_HIDDEN, "BOOL")):
         problems.append(f"{name}: {mask}: expected [1, 1, {length}, C], found {list(tensors[mask].shape)}")
     for number, (port, tensor) in enumerate(tensors.items()):
-        if port in states and len(tensor.shape) == 4 and context not in tensor.shape[2:]:
+        lengths = tensor.shape[axes[port] :][:1] if port in axes else tensor.shape[2:]
+        if port in states and len(tensor.shape) == 4 and context not in lengths:
             problems.append(
                 f"{name}: input {number} ({named(port)}): a ring-buffer cache, {list(tensor.shape)} where the mask has "
                 f"{context} positions, is not supported"
@@ -142,15 +175,28 @@ def _ports(file: TfliteFile, name: str, problems: list[str]) -> Ports | None:
     vocabulary = outputs[LOGITS].shape[-1] if LOGITS in outputs and outputs[LOGITS].shape else 0
     rewinds = all(len(shape) == 4 for shape, _ in states.values())
     return Ports(
-        name, length, context, tokens, embeddings, per_layer, positions, mask, states, rewinds, tensors, vocabulary
+        name,
+        length,
+        context,
+        tokens,
+        embeddings,
+        per_layer,
+        positions,
+        mask,
+        states,
+        axes,
+        rewinds,
+        tensors,
+        vocabulary,
     )
 
 
-def _context(tensors: dict[str, Tensor], mask: str | None, states: dict[str, Any]) -> int:
+def _context(tensors: dict[str, Tensor], mask: str | None, states: dict[str, Any], axes: dict[str, int]) -> int:
     """Positions that the caches hold."""
     if mask and len(tensors[mask].shape) == 4:
         return tensors[mask].shape[3]
-    return next((shape[2] for name, (shape, _) in states.items() if holds_keys(name, shape)), 0)
+    keys = [name for name, (shape, _) in states.items() if holds_keys(name, shape)]
+    return next((tensors[name].shape[axes.get(name, 2)] for name in keys), 0)
 
 
 def holds_keys(name: str, shape: tuple[int, ...]) -> bool:

@@ -51,7 +51,19 @@ class Dequantized(struct.PyTreeNode):
         return self.weight.shape
 
 
-Value = Any  # jax.Array | np.ndarray | QTensor | Filter | Dequantized
+class Square(struct.PyTreeNode):
+    """What was multiplied with itself, and the product: XNNPACK sums squares without rounding them first."""
+
+    root: jax.Array
+    product: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of both."""
+        return self.root.shape
+
+
+Value = Any  # jax.Array | np.ndarray | QTensor | Filter | Dequantized | Square
 
 
 def has_blocks(weight: QTensor) -> bool:
@@ -69,6 +81,8 @@ def as_array(value: Value) -> jax.Array:
         return as_array(value.weight)
     if isinstance(value, QTensor):
         return jnp.asarray(dequantize(value))
+    if isinstance(value, Square):
+        return value.product
     if isinstance(value, Filter):
         return value.values.astype(jnp.float32) * value.scales
     return value

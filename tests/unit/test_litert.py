@@ -2,6 +2,7 @@
 its default delegate and by LiteRT-LM 0.18.1), and files that cannot be trusted cost one line."""
 
 import dataclasses
+import functools
 import json
 import lzma
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 import llmjax
 from converters.readers.litert import tflite
+from converters.readers.litert.tflite import Operator
 from converters.readers.mediapipe.package import Package
 from llmjax.errors import CheckpointError, ConfigError, LlmjaxError, RequestError
 from llmjax.litert import loading, ports, products
@@ -67,7 +69,8 @@ def run(graph: Graph, ops, name: str):
 
 @pytest.mark.parametrize(
     "name",
-    "fc_i8 fc_i4 fc_i2 fc_i4b32f emb_i2 emb_i4b32f deq_fc_i4 dus_-2 softmax_masked gelu_erf".split(),
+    "fc_i8 fc_i4 fc_i2 fc_i4b32f emb_i2 emb_i4b32f deq_fc_i4 dus_-2 softmax_masked gelu_erf gather_nd attention "
+    "attention_one_head attention_body".split(),  # the last is none that the delegate takes
 )
 def test_an_operator_is_that_of_the_runtime(ops, name):
     ours, theirs = run(op(ops, name), ops, name)
@@ -89,6 +92,7 @@ APPROXIMATED = {
     "SUM": ([(i * 103 % 101 - 20) / 37 for i in range(71)], (41.3513489,)),
     "SOFTMAX": ((-0.87, -1.47, 0.5, 2.06), (0.0413021930, 0.0226671230, 0.1625386029, 0.7734921575)),
     "MEAN": ([(i * 103 % 101 - 20) / 37 for i in range(71)], (0.582413375,)),
+    "MEAN of squares": ([(i * 137 % 211 - 90) / 53 for i in range(232)], (1.41166186,)),
 }
 
 
@@ -97,12 +101,18 @@ def test_functions_before_rounded_activations_are_the_runtimes(name):
     x, theirs = (np.array(values, np.float32) for values in APPROXIMATED[name])
     op = types.SimpleNamespace(options={"approximate": "tanh" in name, "beta": 1.0, "keep_dims": True})
     tensors = [types.SimpleNamespace(shape=theirs.shape)]
-    more = [np.array([0])] if name in ("MEAN", "SUM") else []
+    more = [np.array([0])] if name.startswith(("MEAN", "SUM")) else []
 
     def found(digits):
         numerics = dataclasses.replace(numerics_for(None), digits=digits)
         kernel = KERNELS[name.split()[0]]
-        return np.asarray(jax.jit(lambda x: kernel(op, [x, *more], tensors, numerics))(x))
+        square = functools.partial(KERNELS["MUL"], Operator("MUL", (0, 0), (1,), {"activation": 0}), out=[])
+
+        def computed(x):
+            given = square([x, x], numerics=numerics) if "squares" in name else x
+            return kernel(op, [given, *more], tensors, numerics)
+
+        return np.asarray(jax.jit(computed)(x))
 
     assert np.abs(found(1) - theirs).max() < 2e-8
     assert np.abs(found(None) - theirs).max() > 5e-8  # exact where nothing is rounded behind them
@@ -119,7 +129,7 @@ def test_quotients_are_exact():
 def test_a_product_is_rounded_before_another_operator_adds_to_it():
     """The compiler would make one rounding of both; XNNPACK's operators are two."""
     x, less = np.float32(1 + 2**-12), np.float32(-1 - 2**-11)
-    op = types.SimpleNamespace(options={})
+    op = types.SimpleNamespace(options={}, inputs=(0, 1))
 
     def both(x, less):
         return KERNELS["ADD"](op, [KERNELS["MUL"](op, [x, x], [], ROUNDS), less], [], ROUNDS)
@@ -219,6 +229,14 @@ def test_logits_behind_prefill_are_those_of_the_runtime(model, stored, run, ids,
     assert np.sort(far)[-3] <= 1e-5 and far.max() <= 0.1  # two roundings may go the other way
 
 
+def test_a_graph_of_the_older_converter(tmp_path):
+    """litert_torch/generative/examples 0.10.0: caches ``[1, C, K, H]``, no mask that is given, attention with a single
+    key head whose body transposes it wrongly and the runtime does not look at."""
+    model, stored = llmjax.load(unpacked("older.tflite", tmp_path)), np.load(DATA / "older.npz")
+    assert (model.context_length, model.config.num_key_value_heads, model.config.head_dim) == (12, 1, 8)
+    assert np.abs(model.logits([stored["ids"].tolist()], prefill=7)[0] - stored["logits"]).max() < 5e-5
+
+
 def test_what_a_graph_says_of_itself(model, stored):
     assert (model.config.vocab_size, model.context_length, model.config.prefill_lengths) == (304, 64, (4, 16))
     assert model.tokenizer is None and model.numerics.label == "litert"
@@ -284,9 +302,16 @@ def test_what_does_not_run_is_named_before_anything_runs(file):
     tensor = decode.tensors[decode.operators[place].outputs[0]]
     object.__setattr__(tensor, "quantization", tflite.Quantization(np.ones(1, np.float32), np.zeros(1, np.int64), 0))
     assert f"decode: operator {place} (CUSTOM:mine): static activations of FLOAT32" in problems_of(graph, ["decode"])[1]
+    graph.signatures |= {"prefill_16_lora_r4": graph.signatures["decode"], "prefill_16": graph.signatures["prefill_4"]}
+    assert [(p.name, p.length) for p in ports.read(graph)[0]] == [("prefill_16", 4)]  # the last of a length
     graph.signatures["decode"].inputs["local_mask"] = graph.signatures["decode"].inputs.pop("mask")
     with pytest.raises(CheckpointError, match=r"decode: input \d+ \(local_mask\): ring-buffer caches"):
         ports.read(graph)
+    graph.signatures["decode_cache_32"] = graph.signatures.pop("decode")
+    with pytest.raises(
+        CheckpointError, match=r"of several lengths \(decode_cache_32\) and no decode .* one cache_length"
+    ):
+        loading.model_of({"model": graph}, file)
 
 
 def test_a_graph_that_is_no_model_says_how_to_run_it(ops, tmp_path):

@@ -213,6 +213,21 @@ def test_litertlm_of_the_real_builder():
     assert not any("named weights" in problem for problem in found.problems)
 
 
+def test_what_other_models_in_a_bundle_have_is_left_out(tmp_path):
+    """As LiteRT-LM 0.18.1 does, tried with bundles of its builder: a vocabulary goes with the model that it names."""
+    ours, others = {"Model_Type": "TF_LITE_PREFILL_DECODE"}, {"model_type": "tf_lite_text_encoder"}
+    sections = [(3, b"no graph", others), (3, tflite_file(), ours), (4, b"no vocabulary", others)]
+    found = inspect(litertlm_file(tmp_path / "x.litertlm", sections))
+    assert (found.unused, len(found.graphs), found.tokenizer) == (["TFLiteModel (tf_lite_text_encoder)"], 1, None)
+    assert "not run: TFLiteModel (tf_lite_text_encoder)" in found.to_text()
+    sections.append((4, vocabulary(tmp_path).read_bytes(), ours))
+    assert inspect(litertlm_file(tmp_path / "x.litertlm", sections)).tokenizer["vocab_size"] == 100
+    path = litertlm_file(tmp_path / "y.litertlm", [(3, tflite_file(), {"model_type": "tf_lite_artisan_text_decoder"})])
+    assert inspect(path).problems == ["there is no model's graph"]
+    with pytest.raises(CheckpointError, match=r"holds TFLiteModel \(tf_lite_artisan_text_decoder\)"):
+        llmjax.load(path)
+
+
 @pytest.mark.parametrize("make", [_task, _litertlm])
 def test_not_to_be_loaded(make, tmp_path, capsys):
     path = make(tmp_path)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 _MAX_TEXT = 1 << 16
+_FLOAT, _MAP, _MAX_ENTRIES = 3, 9, 1 << 12  # of a flexbuffer
 _SCALARS = {code: struct.Struct(f"<{code}") for code in "bBhHiIqQfd?"}
 
 
@@ -97,3 +98,36 @@ class Table:
         if size > _MAX_TEXT or start + size > len(self._data):
             raise ValueError(f"a text of {size} bytes at byte {start} of {len(self._data)}")
         return str(self._data[start : start + size], "utf-8", "replace")
+
+
+def map_of_floats(data: bytes) -> dict[str, float]:
+    """The floats in the map that a flexbuffer is; nothing of one that is no map.
+
+    Format: https://flatbuffers.dev/flexbuffers.  Of a float of 8 bytes the first 4 count, as to XNNPACK.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    sizes = "BHIQ"
+
+    def number(position: int, width: int) -> int:
+        if width not in (1, 2, 4, 8) or not 0 <= position <= len(data) - width:
+            raise ValueError(f"a number of {width} bytes at byte {position} of {len(data)}")
+        return int(struct.unpack_from(f"<{sizes[width.bit_length() - 1]}", data, position)[0])
+
+    if len(data) < 3 or data[-2] >> 2 != _MAP:
+        return {}
+    root, width = len(data) - 2 - data[-1], 1 << (data[-2] & 3)
+    values = root - number(root, data[-1])
+    count, names = number(values - width, width), values - 3 * width
+    if count > _MAX_ENTRIES:
+        raise ValueError(f"a map: expected at most {_MAX_ENTRIES} entries, found {count}")
+    names, step = names - number(names, width), number(values - 2 * width, width)
+    found = {}
+    for i in range(count):
+        place = names + i * step
+        start = place - number(place, step)
+        if number(values + count * width + i, 1) >> 2 == _FLOAT and width >= 4:
+            name = data[max(start, 0) : data.index(0, max(start, 0))].decode("utf-8", "replace")
+            found[name] = struct.unpack("<f", struct.pack("<I", number(values + i * width, 4)))[0]
+    return found

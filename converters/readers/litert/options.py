@@ -5,7 +5,7 @@ Schema: https://github.com/google-ai-edge/LiteRT (``tflite/converter/schema/sche
 
 from typing import Any
 
-from converters.readers.litert.flatbuffer import Table
+from converters.readers.litert.flatbuffer import Table, map_of_floats
 
 _NUMBER = tuple[int, str, float]
 _ACTIVATION: dict[str, _NUMBER] = {"activation": (0, "b", 0)}
@@ -47,12 +47,14 @@ COMPOSITE = "STABLEHLO_COMPOSITE"
 
 
 def read(operator: Table, name: str) -> dict[str, Any]:
-    """Of an ``Operator``: its options by name; a composite's ``name`` and ``body``, the number of a subgraph."""
+    """Of an ``Operator``: its options by name; a composite's ``name``, ``body``, the number of a subgraph, and
+    ``floats`` by name."""
     if name == COMPOSITE:
         options = operator.table(12)
         if options is None:
             raise ValueError("a composite without a body")
-        return {"name": options.text(0), "body": options.number(1, "i")}
+        floats = map_of_floats(options.array(2, "u1").tobytes())
+        return {"name": options.text(0), "body": options.number(1, "i"), "floats": floats}
     fields, options = FIELDS.get(name, {}), operator.table(4)
     return {
         key: default if options is None else options.number(number, code, default)

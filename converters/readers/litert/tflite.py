@@ -341,6 +341,8 @@ def _tensor(table: Table, buffers: int) -> Tensor:
     kind = _names()[1].get(number, f"type {number}")
     if table.table(6) is not None:
         kind = f"sparse {kind}"
+    if table.number(10, "I"):
+        kind = f"{kind} of another file"  # a TFLiteWeights section, or a file beside this one
     free = tuple(table.array(7, "<i4").tolist()) or dims
     if len(free) != len(dims):
         raise ValueError(f"a tensor of shape {list(dims)} and {len(free)} dimensions")
