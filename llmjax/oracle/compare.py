@@ -22,14 +22,14 @@ from llmjax.oracle.floors import MARGIN, Allowed, allowed
 from llmjax.oracle.measure import MismatchError, Tap, fitted, leaving, measure, row
 from llmjax.oracle.metrics import logits_report
 from llmjax.oracle.names import named
-from llmjax.oracle.patching import judged
+from llmjax.oracle.patching import SEARCH, judged
 from llmjax.oracle.stages import Stages
 from llmjax.oracle.texts import together
 from llmjax.oracle.trace import Trace, trace
 from llmjax.oracle.two_dumps import two_dumps
 from llmjax.oracle.verdict import Explained, caveats, explain
 from llmjax.outside.paths import checked_path
-from llmjax.outside.values import check, integer
+from llmjax.outside.values import MOST_FLOAT, check, integer, number
 
 _GRAPH = "the reference is a graph's, so there are neither floors nor proofs"
 
@@ -46,6 +46,7 @@ def compare(
     arithmetic: str | None = None,
     token_ids: Sequence[int] | None = None,
     texts: int | None = None,
+    search: float = SEARCH,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Compares what another runtime computed with the reference.
@@ -60,11 +61,14 @@ def compare(
       arithmetic: the only class that may explain differences (``oracle.floors.CLASSES``).
       token_ids: what two models are compared on; a sentence by default.
       texts: of a file of several texts, how many to compare: the first ones; all by default.
+      search: for how many seconds causes of a difference are looked for, 0 for until all are tried.  What is left
+        untried is told; the verdict does not hang on it.
       progress: is told of each text of several, and before causes are looked for, which takes longest.
 
     Raises:
-      RequestError: a dump is malformed, or ``texts`` is none of 1, 2, ...
+      RequestError: a dump is malformed, ``texts`` is none of 1, 2, ..., or ``search`` is no time.
     """
+    check("search", search, number(0, MOST_FLOAT, "seconds, 0 for no end"), RequestError)
     if (
         isinstance(reference, (str, Path))
         and not (checked_path("compare", reference, RequestError) / "manifest.json").exists()
@@ -102,7 +106,7 @@ def compare(
         if isinstance(model, GraphModel):
             before, mine, why = ours or _dumps(pairs.beside(model, theirs), "reference")[0], None, _GRAPH
         try:
-            return _compare(before, theirs, mine, why, names, arithmetic, tried, prove, progress)
+            return _compare(before, theirs, mine, why, names, arithmetic, tried, prove, search, progress)
         except MismatchError as error:
             coverage = {"taps": 0, "of": len(theirs.arrays), "tokens": len(theirs.token_ids), "missing": []}
             subject = _subject(before, theirs, mine)
@@ -167,6 +171,7 @@ def _compare(
     arithmetic: str | None,
     tried: Sequence[str],
     prove: bool,
+    search: float,
     progress: Callable[[str], None],
 ) -> Comparison:
     """One dump, by the classes ``tried`` before all others; faults are searched for if they are to be proven."""
@@ -194,8 +199,9 @@ def _compare(
         if not found.beyond:
             break
     if found.beyond and prove:
-        progress(f"different: {found.beyond[0].name} is beyond its floor; looking for the cause")
-    found, proven = judged(stages, known, taps, found, permitted) if prove else (found, [])
+        most = f", for {search:g} s at most" if search else ""
+        progress(f"different: {found.beyond[0].name} is beyond its floor; looking for the cause{most}")
+    found, proven = judged(stages, known, taps, found, permitted, search) if prove else (found, [])
     identical = all(tap.equal for tap in taps)
     logits: dict[str, Any] | None = None
     positions: Sequence[Mapping[str, Any]] = ()
@@ -316,6 +322,8 @@ def _reason(
         why = best["cause"] if best["cause"] == "unknown" else f"{best['cause']}: {best['detail']}"
         parts.append(f"{module} ({why})")
     more = f" and {len(proven) - 3} more" if len(proven) > 3 else ""
+    count, of = (sum(fault["tried"][i] for fault in proven) for i in (0, 1))
+    more += f"; in the time given {count} of {of} causes were tried (--search)" if count < of else ""
     advice = f"; {advice}" if (advice := _advice(missing, found)) else ""
     return f"no allowed arithmetic explains {', '.join(parts)}{more}{declared}{caveats(permitted, theirs)}{advice}{bos}"
 
