@@ -160,8 +160,7 @@ class _Finder:
         count = len(again)
         if any(one.explains > _AGAIN for one in tried):
             return _Search(_sorted(tried), count, count)
-        # There may not be time for all: what the last stage alone is computed for is cheap.
-        new = sorted((t for t in trials if t.words not in proven), key=lambda t: t.place.first < t.place.last)
+        new = sorted((trial for trial in trials if trial.words not in proven), key=_cost)
         for batch in self.batches(new, self.clock):
             tried += self.tried(tap, left, ours, batch)
             count += len(batch)
@@ -286,6 +285,11 @@ class _Finder:
             "tried": [search.count, search.of],
             "causes": causes or [{"cause": "unknown", "detail": _unknown(len(steps), search), "explains": 0.0}],
         }
+
+
+def _cost(trial: _Trial) -> int:
+    """Of a trial, where there may not be time for all: one stage is cheap, but not to round a head's weight."""
+    return 2 if trial.cause.cause == "quantization" else int(trial.place.first < trial.place.last)
 
 
 def _apart(ours: np.ndarray, theirs: np.ndarray, tap: str) -> np.ndarray:
