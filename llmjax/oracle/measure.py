@@ -149,11 +149,11 @@ def measure(stages: Stages, named: Named, reference: Read, classes: Sequence[str
                 theirs = stage_values(stages, named, stage, values)
                 patch = patches(named, theirs)
                 patched = patched or bool(patch)
-            whole = apart = named.shown(values)
+            values = whole = apart = named.shown(values)  # logits of all tokens are large: no two ways' at a time
             own = flow
             if patched:  # until then the candidate's own input is ours
                 own, values = stages.run(stage, locals_[i], patch, edit, wanted)
-                apart = named.shown(values)
+                values = apart = named.shown(values)
             xs[i], locals_[i] = flow, own
             if i == 0:
                 plain = whole, apart
