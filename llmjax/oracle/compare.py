@@ -30,7 +30,10 @@ from llmjax.oracle.two_dumps import two_dumps
 from llmjax.oracle.verdict import Explained, caveats, explain
 from llmjax.outside.paths import checked_path
 from llmjax.outside.values import MOST_FLOAT, check, integer, number
+from llmjax.runtime.memory import size
 
+# Of logits at a time: the reference's, the candidate's, a trial's, ...; and bytes that are worth a word.
+_COPIES, _LARGE = 6, 10**9
 _GRAPH = "the reference is a graph's, so there are neither floors nor proofs"
 
 AnyDump = Dump | Trace | str | Path
@@ -63,7 +66,8 @@ def compare(
       texts: of a file of several texts, how many to compare: the first ones; all by default.
       search: for how many seconds causes of a difference are looked for, 0 for until all are tried.  What is left
         untried is told; the verdict does not hang on it.
-      progress: is told of each text of several, and before causes are looked for, which takes longest.
+      progress: is told of each text of several, of memory where logits take much, and before causes are looked for,
+        which takes longest.
 
     Raises:
       RequestError: a dump is malformed, ``texts`` is none of 1, 2, ..., or ``search`` is no time.
@@ -186,6 +190,8 @@ def _compare(
     stages = Stages(model, ids)
     known = named(theirs, stages.shapes, model, names, stages.twice)
     reference = _reference(ours, theirs, model, stages)
+    if (need := _COPIES * 4 * int(np.prod(stages.shapes["logits"]))) > _LARGE and "logits" in known.taps:
+        progress(f"memory: up to {size(need)} for logits {stages.shapes['logits']}, beside the weights")
     taps: list[Tap] = []
     value: np.ndarray | None = None
     for classes in _batches(permitted, tried, bool(theirs.kind)):

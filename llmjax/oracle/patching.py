@@ -206,9 +206,9 @@ class _Finder:
     def batches(self, trials: Sequence[_Trial], clock: Clock) -> Iterator[list[_Trial]]:
         """Trials to be made side by side, as many as there is time for."""
         for place, some in itertools.groupby(trials, key=lambda trial: trial.place):
-            rest, size = list(some), 2
             self.bench.hold(place)
-            most = self.bench.together(place)
+            rest, most = list(some), self.bench.together(place)
+            size = min(2, most)
             while rest and clock.left:
                 began = time.monotonic()
                 batch, rest = rest[:size], rest[size:]

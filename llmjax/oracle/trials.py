@@ -108,9 +108,9 @@ class Bench:
         return found.get(tap)
 
     def together(self, place: Place) -> int:
-        """How many edits may go side by side."""
+        """How many edits may go side by side; in one stage alone nothing is won by it."""
         if place.first == place.last:
-            return _TOGETHER
+            return 1
         size = sum(x.nbytes for x in jax.tree.leaves(self.flow(max(place.first, 0))))
         return int(np.clip(_ROOM // max(size, 1), 1, _TOGETHER))
 
