@@ -52,9 +52,8 @@ def _add_compare(verbs: Verbs) -> None:
     compare.add_argument(
         "--search",
         type=float,
-        default=300.0,
         metavar="SECONDS",
-        help="for how long to look for the causes of a difference, 0 for until all are tried (default: 300)",
+        help="for how long to look for the causes of a difference, 0 for until all are tried (default: five minutes)",
     )
     compare.add_argument("--json", action="store_true", help="machine-readable, to stdout")
     compare.add_argument("--html", metavar="FILE", help="write a page that needs nothing else")
@@ -80,7 +79,7 @@ def _trace(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from llmjax.checkpoint.loading import load
-    from llmjax.oracle.compare import compare
+    from llmjax.oracle.compare import SEARCH, compare
 
     dumps = list(args.dumps)
     wanted = (args.model is None) + (args.candidate_model is None)
@@ -104,7 +103,7 @@ def _compare(args: argparse.Namespace) -> int:
         arithmetic=args.arithmetic,
         token_ids=ids,
         texts=args.texts,
-        search=args.search,
+        search=SEARCH if args.search is None else args.search,
         progress=partial(print, file=sys.stderr, flush=True),
     )
     report = dataclasses.replace(report, subject={**report.subject, "command": args.command})
