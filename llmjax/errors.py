@@ -4,6 +4,8 @@ A message names the file, the thing, what was expected, what was found and the l
 message alone and exits with 2 (bad input) or 1 (the work failed); a traceback means a bug in llmjax.
 """
 
+import os
+import stat
 from typing import Any
 
 # Of a message, whatever names and values of a file are in it.
@@ -46,6 +48,20 @@ def lfs_pointer(begin: bytes) -> str:
     if not begin.startswith(b"version https://git-lfs.github.com/spec/"):
         return ""
     return "a git-lfs pointer, not the file itself; fetch that with git lfs pull"
+
+
+def lies_at(path: str | os.PathLike[str]) -> str:
+    """What is to be said of what lies at a path where something else was expected."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "no such file or directory"
+    except (OSError, ValueError) as error:
+        return f"cannot be looked at: {getattr(error, 'strerror', None) or error}"
+    if stat.S_ISFIFO(mode):
+        return "a pipe, which is read but once, from its beginning to its end; write what comes from it to a file first"
+    kinds = ((stat.S_ISREG, "a file"), (stat.S_ISDIR, "a directory"), (stat.S_ISSOCK, "a socket"))
+    return next((text for is_it, text in kinds if is_it(mode)), "a device")
 
 
 class LlmjaxError(Exception):

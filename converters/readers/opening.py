@@ -10,7 +10,7 @@ from converters.readers.llmjax_directory import LlmjaxSource, is_llmjax
 from converters.readers.mediapipe.package import kind_of
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.source import Source, problems_error
-from llmjax.errors import CheckpointError, named
+from llmjax.errors import CheckpointError, lies_at, named
 
 
 def open_source(path: str | Path) -> Source:
@@ -32,7 +32,7 @@ def open_source(path: str | Path) -> Source:
             return _open_directory(matches[0])
         if matches:
             return _open_files(path, matches)
-        found = "neither a file nor a directory" if path.exists() else "no such file or directory"
+        found = lies_at(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read it: {error.strerror}") from None
     if glob.has_magic(str(path)):

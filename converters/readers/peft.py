@@ -13,7 +13,7 @@ import numpy as np
 from converters.readers.digest import Stamp, stamp
 from converters.readers.jsonfile import read_json
 from converters.readers.source import TensorSpec
-from llmjax.errors import CheckpointError, named
+from llmjax.errors import CheckpointError, lies_at, named
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -83,7 +83,7 @@ def open_adapter(path: Path) -> AdapterFile:
             raise CheckpointError(f"{path}: no adapter here; expected {' or '.join(WEIGHTS)} with {CONFIG} beside it")
         weights = found[0]
     elif not path.is_file():
-        raise CheckpointError(f"{path}: no such file or directory; expected a PEFT adapter's directory or its weights")
+        raise CheckpointError(f"{path}: {lies_at(path)}; expected a PEFT adapter's directory or its weights")
     configs = [stamp(weights.parent / CONFIG)] if (weights.parent / CONFIG).is_file() else []
     config = read_json(weights.parent / CONFIG)
     if config is None and path.is_dir():

@@ -43,6 +43,7 @@ def _run(words: list[str]) -> int:
         finally:
             sys.stdout.flush()  # of --help
         with warnings.catch_warnings(), _no_interrupt_lost():
+            args = _parser().parse_args(words, argparse.Namespace(command=shlex.join(["llmjax", *words])))
             warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
             _tell_log()
             loading.keep_compiled(args)
@@ -80,18 +81,27 @@ def _open_closed() -> None:
 @contextlib.contextmanager
 def _no_interrupt_lost() -> Iterator[None]:
     """A Ctrl-C that Python drops, in the middle of a destructor or of JAX's part in the collection of garbage, is sent
-    once more; one that a module under way takes for a fault of its own is a Ctrl-C.  So is the system's request to end,
-    by which Python would leave behind what is half written."""
+    once more, and so is one that comes while a module is imported: an extension that is half loaded may print where it
+    is, or crash.  One that such a module takes for a fault of its own is a Ctrl-C, too, and the system's request to
+    end, by which Python would leave behind what is half written."""
     heard: list[int] = []
+    later = threading.Timer(0, print)
+
+    def send_again(number: int) -> None:
+        nonlocal later
+        later = threading.Timer(0.05, os.kill, (os.getpid(), number))
+        later.start()
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if _importing(frame):
+            return send_again(number)
         heard.append(number)
         signal.default_int_handler(number, frame)
 
     def hook(ignored: "sys.UnraisableHookArgs") -> None:
         if not issubclass(ignored.exc_type, KeyboardInterrupt):
             return unraisable(ignored)
-        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()  # when that is over
+        send_again(signal.SIGINT)  # when that is over
 
     unraisable, sys.unraisablehook = sys.unraisablehook, hook
     # Handlers are the main thread's, and a process that runs in the background may hear none.
@@ -107,9 +117,19 @@ def _no_interrupt_lost() -> Iterator[None]:
             raise KeyboardInterrupt from None
         raise
     finally:
+        later.cancel()
         sys.unraisablehook = unraisable
         for number, usual in before.items():
             signal.signal(number, usual)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether a verb is in the middle of an import."""
+    while frame is not None and frame.f_code is not _run.__code__:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _tell(message: str) -> None:

@@ -54,6 +54,12 @@ def _add_compare(verbs: Verbs) -> None:
         "dynamic_int8, int4 (default: what the dump declares, else the narrowest that holds)",
     )
     compare.add_argument("--texts", type=int, metavar="N", help="of a file of several texts, the first N alone")
+    compare.add_argument(
+        "--search",
+        type=float,
+        metavar="SECONDS",
+        help="for how long to look for the causes of a difference, 0 for until all are tried (default: five minutes)",
+    )
     compare.add_argument("--json", action="store_true", help="machine-readable, to stdout")
     compare.add_argument("--html", metavar="FILE", help="write a page that needs nothing else")
     compare.add_argument("--junit", metavar="FILE", help="write a test report")
@@ -91,7 +97,7 @@ def _vectors(args: argparse.Namespace) -> int:
 
 def _compare(args: argparse.Namespace) -> int:
     from llmjax.checkpoint.loading import load
-    from llmjax.oracle.compare import compare
+    from llmjax.oracle.compare import SEARCH, compare
 
     dumps = list(args.dumps)
     wanted = (args.model is None) + (args.candidate_model is None)
@@ -115,6 +121,7 @@ def _compare(args: argparse.Namespace) -> int:
         arithmetic=args.arithmetic,
         token_ids=ids,
         texts=args.texts,
+        search=SEARCH if args.search is None else args.search,
         progress=partial(print, file=sys.stderr, flush=True),
     )
     report = dataclasses.replace(report, subject={**report.subject, "command": args.command})

@@ -22,15 +22,18 @@ from llmjax.oracle.floors import MARGIN, Allowed, allowed
 from llmjax.oracle.measure import MismatchError, Tap, fitted, leaving, measure, row
 from llmjax.oracle.metrics import logits_report
 from llmjax.oracle.names import named
-from llmjax.oracle.patching import judged
+from llmjax.oracle.patching import SEARCH, judged
 from llmjax.oracle.stages import Stages
 from llmjax.oracle.texts import together
 from llmjax.oracle.trace import Trace, trace
 from llmjax.oracle.two_dumps import two_dumps
 from llmjax.oracle.verdict import Explained, caveats, explain
 from llmjax.outside.paths import checked_path
-from llmjax.outside.values import check, integer
+from llmjax.outside.values import MOST_FLOAT, check, integer, number
+from llmjax.runtime.memory import size
 
+# Of logits at a time: the reference's, the candidate's, a trial's, ...; and bytes that are worth a word.
+_COPIES, _LARGE = 6, 10**9
 _GRAPH = "the reference is a graph's, so there are neither floors nor proofs"
 
 AnyDump = Dump | Trace | str | Path
@@ -46,6 +49,7 @@ def compare(
     arithmetic: str | None = None,
     token_ids: Sequence[int] | None = None,
     texts: int | None = None,
+    search: float = SEARCH,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Compares what another runtime computed with the reference.
@@ -60,11 +64,15 @@ def compare(
       arithmetic: the only class that may explain differences (``oracle.floors.CLASSES``).
       token_ids: what two models are compared on; a sentence by default.
       texts: of a candidate of several texts, how many to compare: the first ones; all by default.
-      progress: is told of each text of several, and before causes are looked for, which takes longest.
+      search: for how many seconds causes of a difference are looked for, 0 for until all are tried.  What is left
+        untried is told; the verdict does not hang on it.
+      progress: is told of each text of several, of memory where logits take much, and before causes are looked for,
+        which takes longest.
 
     Raises:
-      RequestError: a dump is malformed, or ``texts`` is none of 1, 2, ...
+      RequestError: a dump is malformed, ``texts`` is none of 1, 2, ..., or ``search`` is no time.
     """
+    check("search", search, number(0, MOST_FLOAT, "seconds, 0 for no end"), RequestError)
     if (
         isinstance(reference, (str, Path))
         and not (checked_path("compare", reference, RequestError) / "manifest.json").exists()
@@ -108,7 +116,7 @@ def compare(
         if isinstance(model, GraphModel):
             before, mine, why = ours or _dumps(pairs.beside(model, theirs), "reference")[0], None, _GRAPH
         try:
-            return _compare(before, theirs, mine, why, names, arithmetic, tried, prove, progress)
+            return _compare(before, theirs, mine, why, names, arithmetic, tried, prove, search, progress)
         except MismatchError as error:
             coverage = {"taps": 0, "of": len(theirs.arrays), "tokens": len(theirs.token_ids), "missing": []}
             subject = _subject(before, theirs, mine)
@@ -173,6 +181,7 @@ def _compare(
     arithmetic: str | None,
     tried: Sequence[str],
     prove: bool,
+    search: float,
     progress: Callable[[str], None],
 ) -> Comparison:
     """One dump, by the classes ``tried`` before all others; faults are searched for if they are to be proven."""
@@ -187,6 +196,8 @@ def _compare(
     stages = Stages(model, ids)
     known = named(theirs, stages.shapes, model, names, stages.twice)
     reference = _reference(ours, theirs, model, stages)
+    if (need := _COPIES * 4 * int(np.prod(stages.shapes["logits"]))) > _LARGE and "logits" in known.taps:
+        progress(f"memory: up to {size(need)} for logits {stages.shapes['logits']}, beside the weights")
     taps: list[Tap] = []
     value: np.ndarray | None = None
     for classes in _batches(permitted, tried, bool(theirs.kind)):
@@ -200,8 +211,9 @@ def _compare(
         if not found.beyond:
             break
     if found.beyond and prove:
-        progress(f"different: {found.beyond[0].name} is beyond its floor; looking for the cause")
-    found, proven = judged(stages, known, taps, found, permitted) if prove else (found, [])
+        most = f", for {search:g} s at most" if search else ""
+        progress(f"different: {found.beyond[0].name} is beyond its floor; looking for the cause{most}")
+    found, proven = judged(stages, known, taps, found, permitted, search) if prove else (found, [])
     identical = all(tap.equal for tap in taps)
     logits: dict[str, Any] | None = None
     positions: Sequence[Mapping[str, Any]] = ()
@@ -322,6 +334,8 @@ def _reason(
         why = best["cause"] if best["cause"] == "unknown" else f"{best['cause']}: {best['detail']}"
         parts.append(f"{module} ({why})")
     more = f" and {len(proven) - 3} more" if len(proven) > 3 else ""
+    count, of = (sum(fault["tried"][i] for fault in proven) for i in (0, 1))
+    more += f"; in the time given {count} of {of} causes were tried (--search)" if count < of else ""
     advice = f"; {advice}" if (advice := _advice(missing, found)) else ""
     return f"no allowed arithmetic explains {', '.join(parts)}{more}{declared}{caveats(permitted, theirs)}{advice}{bos}"
 

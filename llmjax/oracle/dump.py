@@ -19,7 +19,7 @@ import numpy as np
 
 from converters.readers.jsonfile import read_json
 from converters.readers.safetensors import SafetensorsFile
-from llmjax.errors import CheckpointError, LlmjaxError, RequestError, shown
+from llmjax.errors import CheckpointError, LlmjaxError, RequestError, lies_at, shown
 from llmjax.outside.paths import checked_path
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -113,8 +113,8 @@ def open_dump(path: str | Path) -> Dump:
     folder = checked_path("compare", path, RequestError)
     if not os.path.isdir(folder):
         raise RequestError(
-            f"{folder}: no such directory; a dump is one, with arrays and manifest.json, or a file of llama.cpp's: of "
-            "llama-debug --save-logits, or of llama-perplexity --kl-divergence-base"
+            f"{folder}: {lies_at(folder)}; expected a dump, a directory with arrays and manifest.json, or a file of "
+            "llama.cpp's: of llama-debug --save-logits, or of llama-perplexity --kl-divergence-base"
         )
     manifest = _manifest(folder)
     ids = _token_ids(folder / "manifest.json", manifest)

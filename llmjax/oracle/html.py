@@ -94,6 +94,8 @@ def _faults(report: "Comparison") -> Iterator[str]:
             f'<b>{_e(c["cause"])}</b> {_e(c["detail"])} <span class="dim">explains {c["explains"]:.0%}</span></div>'
             for c in fault["causes"]
         )
+        if fault["tried"][0] < fault["tried"][1]:
+            causes += '<p class="dim">{} of {} causes tried</p>'.format(*fault["tried"])
         also = f'<p class="dim">Takes along: {_e(", ".join(fault["also"]))}</p>' if fault["also"] else ""
         yield (
             f'<div class="card bad"><b>{number}. <code>{_e(fault["module"])}</code></b><p>{_e(fault["proof"])}.</p>'

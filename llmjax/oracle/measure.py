@@ -140,20 +140,20 @@ def measure(stages: Stages, named: Named, reference: Read, classes: Sequence[str
     ways: list[tuple[str, Edit]] = [("", PLAIN), *((name, edit) for name in classes for edit in CLASSES[name]())]
     xs: list[Any] = [None] * len(ways)
     locals_: list[Any] = [None] * len(ways)
-    patched = False
+    patched, wanted = False, {inner(tap) for tap in named.taps}
     for stage in range(-1, stages.layers + 1):
         moved: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
         for i, (name, edit) in enumerate(ways):
-            flow, values = stages.run(stage, xs[i], {}, edit)
+            flow, values = stages.run(stage, xs[i], {}, edit, wanted)
             if i == 0:
                 theirs = stage_values(stages, named, stage, values)
                 patch = patches(named, theirs)
                 patched = patched or bool(patch)
-            whole = apart = named.shown(values)
+            values = whole = apart = named.shown(values)  # logits of all tokens are large: no two ways' at a time
             own = flow
             if patched:  # until then the candidate's own input is ours
-                own, values = stages.run(stage, locals_[i], patch, edit)
-                apart = named.shown(values)
+                own, values = stages.run(stage, locals_[i], patch, edit, wanted)
+                values = apart = named.shown(values)
             xs[i], locals_[i] = flow, own
             if i == 0:
                 plain = whole, apart

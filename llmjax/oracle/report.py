@@ -30,6 +30,8 @@ def text(report: "Comparison") -> str:
         if fault["also"]:
             lines.append(f"  the same takes {', '.join(fault['also'])} along")
         lines += [f"  {c['cause']}: {c['detail']} (explains {c['explains']:.0%})" for c in fault["causes"]]
+        if fault["tried"][0] < fault["tried"][1]:
+            lines.append("  {} of {} causes tried (--search gives more time)".format(*fault["tried"]))
     worst = sorted(report.taps, key=lambda t: -t["error"] / t["floor"])[:_WORST]
     shown = [t for t in report.taps if t in worst]
     lines.append(f"taps nearest to or beyond their floors ({len(shown)} of {len(report.taps)}):")

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -107,9 +107,9 @@ class Stages:
 
     def _params(self, stage: int) -> Params:
         if 0 <= stage < self.layers:
-            return _floats(self.model.params[f"layers_{stage}"])
+            return floats(self.model.params[f"layers_{stage}"])
         read = {name for name, _ in self._before} if stage < 0 else {*self._after, "embed"}
-        return {name: _floats(leaf) for name, leaf in self.model.params.items() if name in read}
+        return {name: floats(leaf) for name, leaf in self.model.params.items() if name in read}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         """Of all taps, in the order of computation; notes modules on the way.  The first layers are repeated
@@ -163,7 +163,12 @@ class Stages:
         return layer if layer is not None else -1 if before else self.layers
 
     def run(
-        self, stage: int, flow: Any, patches: Mapping[str, np.ndarray], edit: Edit = PLAIN
+        self,
+        stage: int,
+        flow: Any,
+        patches: Mapping[str, np.ndarray],
+        edit: Edit = PLAIN,
+        wanted: Collection[str] | None = None,
     ) -> tuple[Any, dict[str, np.ndarray]]:
         """Computes one stage.
 
@@ -172,6 +177,7 @@ class Stages:
           flow: what goes into it; None for the first.
           patches: by tap, what is computed with instead of our value, from that tap on.
           edit: how.
+          wanted: the taps whose values are; None for all.
 
         Returns:
           what goes into the next stage, and what was computed at each of its taps, before patches.
@@ -219,11 +225,11 @@ class Stages:
         given = (flow[0], self._context(edit), *flow[1][stage]) if inner else (self.ids[None], self._context(edit))
         with nn.intercept_methods(intercept):
             y, made = module.apply(variables, *given, mutable=["taps"])
-        taps = {prefix + n: to_numpy(leaf) for n, leaf in named(made["taps"])}
+        taps = {prefix + n: leaf for n, leaf in named(made["taps"]) if wanted is None or prefix + n in wanted}
         if not inner:
             y = entering[0][0] if stage < 0 else None
         own = tuple(args[2:] for args in entering) if stage < 0 else flow[1]
-        return (y, own), {n: value for n, value in taps.items() if self.stage_of(n) == stage}
+        return (y, own), {n: to_numpy(leaf) for n, leaf in taps.items() if self.stage_of(n) == stage}
 
     def _patches(self, stage: int, patches: Mapping[str, np.ndarray], edit: Edit) -> dict[str, Any]:
         """The collection that ``models.context.tap`` looks into."""
@@ -249,7 +255,9 @@ def _then(change: Callable[[jax.Array], jax.Array], given: jax.Array | None, val
     return change(value if given is None else given.reshape(value.shape).astype(value.dtype))
 
 
-def _floats(tree: Any) -> Any:
+def floats(tree: Any) -> Any:
+    """Parameters as arrays of floats, packed ones as what they mean."""
+
     def convert(leaf: Any) -> Any:
         if isinstance(leaf, QTensor):
             return dequantize(leaf.map(jnp.asarray))

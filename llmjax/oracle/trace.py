@@ -268,7 +268,7 @@ def _listed(names: Iterable[str]) -> str:
 
 def to_numpy(x: jax.Array) -> np.ndarray:
     """Without the batch dimension; ``probs [1, K, G, T, T]`` as ``[N, T, T]``."""
-    array = np.asarray(x[0], np.float32)
+    array = np.asarray(x, np.float32)[0]  # on the CPU no copy
     return array.reshape(-1, *array.shape[2:]) if array.ndim == 4 else array
 
 

@@ -410,10 +410,20 @@ def test_residuals_alone_find_the_layer_and_the_cause(model):
 
 @pytest.mark.slow
 def test_logits_alone_say_what_to_dump_next(model):
+    # Without its norms this model overflows, which explains nothing.
+    small, large = (lambda w: w * np.float32(1e-25)), (lambda w: w * np.float32(1e25))
+    mlp = {"layers_0/mlp/gate/weight": large, "layers_0/mlp/up/weight": large}
+    model = broken(model, {"layers_0/mlp_norm/weight": small, **mlp})
     bad = broken(model, {"layers_0/attn/v/weight": lambda w: w[::-1]})
-    report = llmjax.compare(model, with_arrays(llmjax.trace(bad, IDS), lambda name: name == "logits"))
+    logits = with_arrays(llmjax.trace(bad, IDS), lambda name: name == "logits")
+    report = llmjax.compare(model, logits)
     assert report.verdict == "different" and "layers.*.resid" in report.reason
     assert told(report) == [("logits", "unknown")]
+    count, of = report.faults[0]["tried"]
+    assert count == of > 100 and "tried" not in report.to_text()
+    report = llmjax.compare(model, logits, search=1e-9)
+    assert report.faults[0]["tried"] == [0, of] and told(report) == [("logits", "unknown")]
+    assert f"0 of {of} causes were tried" in report.reason and f"0 of {of} causes tried" in report.to_text()
 
 
 @pytest.mark.slow

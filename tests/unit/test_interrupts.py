@@ -4,8 +4,11 @@ import gc
 import logging
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 
@@ -39,12 +42,25 @@ def in_a_module() -> None:
         raise ImportError("encountered an error while initializing the extension") from None
 
 
+def in_an_import() -> None:
+    """An extension that is half loaded may crash: it is let be."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        kill = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.2)\n"
+        Path(folder, "half_loaded.py").write_text(kill)
+        try:
+            import half_loaded  # noqa: F401
+        except KeyboardInterrupt:
+            pytest.fail("interrupted while it was loaded")
+    wait()
+
+
 def by_the_system() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     wait()
 
 
-@pytest.mark.parametrize("interrupt", [in_a_destructor, in_a_module, by_the_system])
+@pytest.mark.parametrize("interrupt", [in_a_destructor, in_a_module, in_an_import, by_the_system])
 def test_none_is_lost(monkeypatch, capsys, interrupt):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     monkeypatch.setattr(checkpoints, "_inspect", lambda args: interrupt())
@@ -85,3 +101,14 @@ def test_a_module_that_is_missing_is_no_interrupt(monkeypatch):
     monkeypatch.setattr(checkpoints, "_inspect", missing)
     with pytest.raises(ImportError, match="^x$"):
         main(["inspect", "x"])
+
+
+def test_one_that_comes_before_the_command_is_loaded():
+    code = (
+        "import os, signal, sys\nfrom llmjax.__main__ import main\n"
+        "class Interrupts:\n    find_spec = staticmethod(lambda *_: os.kill(os.getpid(), signal.SIGINT))\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.meta_path.insert(0, Interrupts)\nsys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "inspect", "x"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "llmjax: interrupted\n")

@@ -1,7 +1,9 @@
 """Files that are not what their names say, or say something nobody reads: told, or heeded, never passed over."""
 
 import json
+import os
 import shutil
+import socket
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,10 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 import llmjax
+from converters.readers.peft import open_adapter
 from llmjax.errors import CheckpointError, ConfigError, LlmjaxError, TokenizerError
+from llmjax.oracle.dump import open_dump
+from llmjax.oracle.dumps.opening import opened
 from llmjax.runtime.asking import warn_of_two_starts
 from llmjax.text.reading import from_huggingface
 from tests import tiny
@@ -42,6 +47,20 @@ def test_git_lfs_pointers_of_other_formats(copied):
         with pytest.raises(CheckpointError, match=rf"{name}: a git-lfs pointer, not the file itself"):
             llmjax.load(copied if name == "pytorch_model.bin" else copied / name)
         (copied / name).unlink()
+
+
+@pytest.mark.parametrize(
+    "door", [llmjax.load, lambda path: open_adapter(Path(path)), open_dump, lambda path: opened(path, None)]
+)
+def test_what_is_neither_a_file_nor_a_directory(door, tmp_path, monkeypatch):
+    """``<(zcat base.kld.gz)``, say: no reader waits for it, or calls it missing."""
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    os.mkfifo("pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        for path, found in {"pipe": "a pipe, .* to a file first", "socket": "a socket", "none": "no such file"}.items():
+            with pytest.raises(LlmjaxError, match=rf"^{path}: {found}.*; expected a"):
+                door(path)
 
 
 def test_byte_order_marks(copied):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from llmjax.oracle.stages import Edit, Hook, Params, Stages
+from llmjax.oracle.stages import Edit, Hook, Params, Stages, floats
 
 NORMS = ("attn_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm", "attn.q_norm", "attn.k_norm", "final_norm")
 PROJECTIONS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down", "head")
@@ -83,14 +83,28 @@ def leaf(step: str, name: str, change: Callable[[jax.Array], Any]) -> Callable[[
     return edit
 
 
-def weight_of(scene: Scene, step: str, name: str = "weight", stage: int | None = None) -> Any:
-    """A leaf of a module's parameters, in the scene's stage or another; None where there is none."""
-    node: Any = scene.stages.params(scene.stage if stage is None else stage)
-    for key in step.split("."):
-        node = node.get(key) if isinstance(node, Mapping) else None
+def weight_of(scene: Scene, step: str, name: str = "weight") -> Any:
+    """A leaf of a module's parameters; None where there is none."""
+    node = _module(scene.stages.params(scene.stage), step)
     if step == "head" and (node is None or "weight" not in node):
         node = scene.stages.params(scene.stages.layers)["embed"] if name != "bias" else node
     return node.get(name) if isinstance(node, Mapping) else None
+
+
+def _module(node: Any, step: str) -> Any:
+    """A module's parameters; None where there is none."""
+    for key in step.split("."):
+        node = node.get(key) if isinstance(node, Mapping) else None
+    return node
+
+
+def borrowed(scene: Scene, step: str, layer: int, *names: str) -> Callable[[Params], Params] | None:
+    """Leaves of a module that are another layer's, read when they are put there: there may be many layers.  None where
+    its weight is of another shape."""
+    own, node = weight_of(scene, step), _module(scene.stages.model.params[f"layers_{layer}"], step)
+    if node is None or "weight" not in node or node["weight"].shape != own.shape:
+        return None
+    return lambda params: put(step, {name: floats(node[name]) for name in names if name in node})(params)
 
 
 def other_layers(scene: Scene) -> Iterable[int]:

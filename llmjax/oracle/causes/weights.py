@@ -18,6 +18,7 @@ from llmjax.oracle.causes.base import (
     Cause,
     Scene,
     always,
+    borrowed,
     field,
     leaf,
     modules,
@@ -122,9 +123,8 @@ def norm(scene: Scene, step: str) -> Iterator[Cause]:
         if weight is not None and weight.shape == own.shape and scene.stage < scene.stages.layers:
             yield cause("weight_swapped", f"the weight is that of {other}", params=leaf(step, "weight", always(weight)))
     for j in other_layers(scene):
-        weight = weight_of(scene, step, stage=j)
-        if weight is not None and weight.shape == own.shape:
-            yield cause("weight_swapped", f"the weight is layer {j}'s", params=leaf(step, "weight", always(weight)))
+        if (theirs := borrowed(scene, step, j, "weight")) is not None:
+            yield cause("weight_swapped", f"the weight is layer {j}'s", params=theirs)
     yield cause("weight", "the norm's weight is left out (1)", params=leaf(step, "weight", jnp.ones_like))
     yield cause("weight", "the norm's weight is left out (0)", params=leaf(step, "weight", jnp.zeros_like))
     if scene.step == step and own.ndim == 1:
@@ -162,16 +162,14 @@ def projection(scene: Scene, step: str) -> Iterator[Cause]:
     yield cause("bias", "the bias is added twice", lambda b: 2 * b, "bias")
     if weight.shape[0] == weight.shape[1]:
         yield cause("weight_transposed", "the weight is transposed", lambda w: w.T)
-    for other in (p for p in modules(scene, norms=False) if p != step and step != "head"):
+    for other in (p for p in modules(scene, norms=False) if p not in (step, "head") and step != "head"):
         theirs = weight_of(scene, other)
-        if theirs is not None and theirs.shape == weight.shape and other != "head":
+        if theirs is not None and theirs.shape == weight.shape:
             found = {name: weight_of(scene, other, name) for name in ("weight", "bias")}
             yield Cause("weight_swapped", f"the weight is that of {other}", (step,), Edit(params=put(step, found)))
     for j in other_layers(scene):
-        same = weight_of(scene, step, stage=j)
-        if same is not None and same.shape == weight.shape:
-            found = {name: weight_of(scene, step, name, j) for name in ("weight", "bias")}
-            yield Cause("weight_swapped", f"the weight is layer {j}'s", (step,), Edit(params=put(step, found)))
+        if (layers := borrowed(scene, step, j, "weight", "bias")) is not None:
+            yield Cause("weight_swapped", f"the weight is layer {j}'s", (step,), Edit(params=layers))
     for what, change in _ROUNDINGS.items():
         yield cause("quantization", f"the weight is rounded to {what}", change)
     if scene.step == step:
@@ -367,7 +365,8 @@ def layers(scene: Scene) -> Iterator[Cause]:
         return
     every = tuple({tap.split(".", 2)[2] for tap in scene.stages.shapes if tap.startswith(f"layers.{scene.stage}.")})
     for j in other_layers(scene):
-        yield Cause("layer_order", f"the layer is layer {j}", every, Edit(params=always(scene.stages.params(j))))
+        edit = Edit(params=lambda _, j=j: scene.stages.params(j))  # type: ignore[misc]
+        yield Cause("layer_order", f"the layer is layer {j}", every, edit)
     skipped = Edit({"": lambda module, run, x: run(_Skip(), x)})
     yield Cause("layer_order", "the layer is left out", every, skipped)
 

@@ -20,6 +20,7 @@ import numpy as np
 from llmjax.errors import RequestError
 from llmjax.model import Model
 from llmjax.oracle.dump import Dump, Stored, Window
+from llmjax.oracle.metrics import blocks
 
 _MAGIC = b"_logits_"
 _HEAD = 20
@@ -98,20 +99,27 @@ class _Chunk:
     def log_probs(self) -> np.ndarray:
         """float32 ``[R, V]``, by llama.cpp's own formula."""
         step, least = self.scales()
-        return step * self.steps() + least
+        found = np.empty(self.steps().shape, np.float32)
+        for some in blocks(found):
+            found[some] = step[some] * self.steps()[some] + least[some]
+        return found
 
     def rounding(self) -> np.ndarray:
         """Half a step, but for what is at the least on both sides (see ``show``)."""
-        return np.where(self.steps() > 0, self.scales()[0] / 2, 0)
+        return np.where(self.steps() > 0, self.scales()[0] / 2, np.float32(0))
 
     def show(self, logits: np.ndarray) -> np.ndarray:
         """Log-probabilities of our logits ``[T, V]`` at these positions, the least where the file has it and ours are
         no more."""
         step, least = self.scales()
-        z = logits[len(logits) // 2 : -1]
-        z = z - z.max(-1, keepdims=True)
-        z -= np.log(np.exp(z).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
-        return np.where((self.steps() == 0) & (z < least + step / 2), least, z)
+        logits = logits[len(logits) // 2 : -1]
+        found = np.empty(logits.shape, np.float32)
+        for some in blocks(found):
+            z = logits[some]
+            z = z - z.max(-1, keepdims=True)
+            z -= np.log(np.exp(z).sum(-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+            found[some] = np.where((self.steps()[some] == 0) & (z < least[some] + step[some] / 2), least[some], z)
+        return found
 
 
 def _dump(path: str, ids: np.ndarray, chunk: _Chunk, what: str) -> Dump:
