@@ -22,7 +22,7 @@ from llmjax.oracle.floors import MARGIN, Allowed, allowed
 from llmjax.oracle.measure import MismatchError, Tap, fitted, leaving, measure, row
 from llmjax.oracle.metrics import logits_report
 from llmjax.oracle.names import named
-from llmjax.oracle.patching import SEARCH, judged
+from llmjax.oracle.patching import PROVEN, SEARCH, judged
 from llmjax.oracle.stages import Stages
 from llmjax.oracle.texts import together
 from llmjax.oracle.trace import Trace, trace
@@ -332,6 +332,8 @@ def _reason(
     parts = []
     for module, best in ((fault["module"], fault["causes"][0]) for fault in proven[:3]):
         why = best["cause"] if best["cause"] == "unknown" else f"{best['cause']}: {best['detail']}"
+        if 0 < best["explains"] < PROVEN:
+            why += f", which explains {best['explains']:.0%} of it"
         parts.append(f"{module} ({why})")
     more = f" and {len(proven) - 3} more" if len(proven) > 3 else ""
     count, of = (sum(fault["tried"][i] for fault in proven) for i in (0, 1))

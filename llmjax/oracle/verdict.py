@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llmjax.oracle.dump import Dump
-from llmjax.oracle.floors import CLASSES, TRACES, Allowed
+from llmjax.oracle.floors import CLASSES, FINER, TRACES, Allowed
 from llmjax.oracle.measure import Tap
 
 
@@ -68,9 +68,16 @@ def _moved(taps: Sequence[Tap], name: str) -> bool:
     for way in range(len(taps[0].ways[name])):
         marks = [tap for tap in taps if _differs(tap, name, way)]
         moved = sum(tap.excess(("float32",)) > 1 for tap in marks)
-        if len(marks) > ("int" in name) and moved >= TRACES * len(marks):
+        far = sum(_as_far(tap, name, way) for tap in marks)  # of mixed weights those of the fewest bits alone
+        if len(marks) > ("int" in name) and moved >= TRACES * len(marks) and far >= TRACES / 2 * len(marks):
             return True
     return False
+
+
+def _as_far(tap: Tap, name: str, way: int) -> bool:
+    """Whether weights of few bits may have moved a step: those of more bits move it less."""
+    assert tap.local is not None
+    return "int" not in name or bool(tap.local[0] * FINER > tap.ways[name][way][1][0])
 
 
 def _differs(tap: Tap, name: str, way: int) -> bool:

@@ -18,13 +18,14 @@ from llmjax.cli.main import main
 from llmjax.errors import RequestError
 from llmjax.oracle import dump as dumps
 from llmjax.oracle.causes import base
+from llmjax.oracle.compare import _reason
 from llmjax.oracle.floors import allowed, floor
 from llmjax.oracle.measure import Tap
 from llmjax.oracle.metrics import gap, logits_report, narrowed
 from llmjax.oracle.names import layouts, named
 from llmjax.oracle.stages import Stages
 from llmjax.oracle.steps import segment
-from llmjax.oracle.verdict import caveats, explain
+from llmjax.oracle.verdict import Explained, caveats, explain
 from tests import tiny
 
 IDS = np.random.default_rng(3).integers(0, 96, 12).tolist()
@@ -315,6 +316,8 @@ def test_what_a_dump_declares_limits_the_classes():
     for said in ("Q6_K", "MXFP4", "dynamic_wi4_afp32", "awq", "6-bit"):
         assert "int4" in allowed({"quantization": said}, None).singles, said
     assert "int8" in allowed({"quantization": "weight_only_wi8_afp32"}, None).singles
+    for said in ("mixed-8-4-8", "mixed-8-4g32-8"):  # recipes of ours
+        assert {"int8", "int4"} <= set(allowed({"quantization": said}, None).singles), said
     assert "int4" not in allowed({"quantization": "16-bit"}, None).singles
     for bits in (8, {"bits": 8, "group_size": 32}):
         assert allowed({"dtype": "float32", "quantization": bits}, None).singles == ("float32", "int8"), bits
@@ -336,6 +339,22 @@ def test_what_is_unrelated_passes_under_no_class():
     assert explain(taps, allowed({}, None)).name == "int4" and not explain(taps, allowed({}, None)).beyond
     assert explain(taps[1:], allowed({}, None)).beyond
     assert not explain(taps[1:], allowed({"quantization": {"bits": 4}}, None)).beyond
+
+
+def test_weights_of_eight_bits_and_a_fault_are_not_weights_of_four():
+    """Where most steps are moved as little as 8 bits move them, one that is 20 times further off is none of 4 bits'."""
+    none, eight, four = np.zeros(2), np.full(2, 0.006), np.full(2, 0.1)
+    ways = {"float32": [(none, none)], "int8": [(eight, eight)], "int4": [(four, four)]}
+    apart = gap(np.ones((2, 3)), np.full((2, 3), 1.3))
+
+    def told(*errors: float):
+        taps = [Tap(f"layers.{i}.resid", apart, 0.0, False, np.full(2, e), ways) for i, e in enumerate(errors)]
+        return explain(taps, allowed({}, None))
+
+    assert told(0.007, 0.006, 0.007).name == "int8" and told(0.025, 0.03, 0.12).name == "int4"  # 6 bits are few bits
+    assert told(0.007, 0.006, 0.1, 0.006, 0.007, 0.12).name == "int4"  # 8 and 4 are mixed
+    found = told(0.007, 0.006, 0.17, 0.007, 0.005)
+    assert found.name == "int8" and [tap.name for tap in found.beyond] == ["layers.2.resid"]
 
 
 def test_segments(traced):
@@ -406,6 +425,17 @@ def test_residuals_alone_find_the_layer_and_the_cause(model):
     silent = broken(model, {"layers_1/attn/o/weight": jnp.zeros_like})
     report = llmjax.compare(model, with_arrays(llmjax.trace(silent, IDS), lambda name: name.endswith("resid")))
     assert told(report) == [("layers.1.resid_attn", "residual")]
+
+
+def test_a_cause_of_a_part_is_told_as_one(model):
+    theirs, tap = (
+        dumps.from_arrays("d", {}, np.arange(2), {}),
+        Tap("mlp", gap(np.ones((2, 3)), np.zeros((2, 3))), 0, False),
+    )
+    for share, told in ((0.99, "m (mask: all)"), (0.3, "m (mask: all, which explains 30% of it)")):
+        faults = [{"module": "m", "causes": [{"cause": "mask", "detail": "all", "explains": share}]}]
+        beyond = Explained(("float32",), (tap,))
+        assert told in _reason("different", beyond, allowed({}, None), faults, [], theirs, model)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ BASE = DATA / "base.kld"
 PERPLEXITY = 2450.6389 * np.exp(-0.17254)
 CONTEXT, VOCAB, CHUNKS = 32, 35, 3
 ROWS = 20 + 4 * CHUNKS * CONTEXT
-LOGITS, TOKENS = "llamacpp-tiny.bin", "llamacpp-tiny-tokens.bin"
+LOGITS, TOKENS, PROMPT = "llamacpp-tiny.bin", "llamacpp-tiny-tokens.bin", "llamacpp-tiny-prompt.txt"
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +110,19 @@ def test_steps_of_the_file_are_no_difference_and_several_are(model, tmp_path):
 def test_blocks_of_eight_bits_are_llama_cpps(model, tmp_path):
     """Where weights are quantized its products' inputs are, too: with ours rounded likewise nothing is left but the
     file's own rounding, and no wider class may explain it."""
-    assert allowed(opened(BASE, model)[0].manifest, None).singles == ("float32", "gelu16", "cache16")
-    model = llmjax.load(llama_files.model(tmp_path / "q8.gguf", "Q8_0"))
+    path = llama_files.model(tmp_path / "q8.gguf", "Q8_0")
+    gelu = dataclasses.replace(model, config=dataclasses.replace(model.config, hidden_act="gelu_new"))
+    wide = ("float32", "cache16", "float16", "block_int8")
+    # Expanded to floats the weights are those of the same file.
+    for one, file, classes in (
+        (model, BASE, ("float32", "cache16")),
+        (gelu, BASE, ("float32", "gelu16", "cache16")),
+        (llmjax.load(path), DATA / "q8.kld", wide),
+        (llmjax.load(path, dtype="float32"), DATA / "q8.kld", wide),
+    ):
+        assert allowed(opened(file, one)[0].manifest, None).singles == classes
+    model = llmjax.load(path)
     dump = opened(DATA / "q8.kld", model)[0]
-    assert allowed(dump.manifest, None).singles == ("float32", "gelu16", "cache16", "float16", "block_int8")
     stages = Stages(model, dump.token_ids)
     known, errors = named(dump, stages.shapes, model), []
     for edit in (PLAIN, CLASSES["block_int8"]()[0]):
@@ -147,6 +156,9 @@ def put(at: int, value, dtype: str):
         (TOKENS, lambda raw: raw[:-4], "token ids, but llamacpp-tiny-prompt.txt says"),
         (TOKENS, put(4, 7, "<i4"), "the token ids are not those of llamacpp-tiny-prompt.txt"),
         (TOKENS, put(4, -7, "<i4"), "expected token ids, found -7"),
+        (PROMPT, lambda raw: raw.replace(b"n_tokens: 40", b"n_tokens: " + 5000 * b"4"), "prompt.txt says 44444444"),
+        (PROMPT, lambda raw: raw.replace(b", ", b" ").replace(b": 1 ", b": 2 "), "the token ids are not those of"),
+        (PROMPT, lambda raw: raw.replace(b": 1, ", b": " + 5000 * b"1" + b", "), "the token ids are not those of"),
         ("base.kld", lambda raw: raw[:-1], "llama-perplexity was stopped before its end"),
         ("base.kld", lambda raw: raw[:11], "cut off: 11 bytes"),
         ("base.kld", lambda raw: raw + b"12", "it is damaged"),
@@ -155,7 +167,18 @@ def put(at: int, value, dtype: str):
         ("base.kld", put(12, VOCAB + 1, "<i4"), "shape [15, 36], expected [15, 35]"),
         ("base.kld", put(28, VOCAB, "<i4"), "token id 35 is not in its own vocabulary of 35"),
         ("base.kld", put(ROWS, np.nan, "<f4"), "text 0: a step or a least log-probability is NaN"),
-        ("base.kld", put(ROWS, -1.0, "<f4"), "text 0: a step or a least log-probability is NaN, infinite or of the"),
+        (
+            "base.kld",
+            put(ROWS, -1.0, "<f4"),
+            "text 0: a step or a least log-probability is NaN, infinite, too large or",
+        ),
+        (
+            "base.kld",
+            put(ROWS, 1e30, "<f4"),
+            "text 0: a step or a least log-probability is NaN, infinite, too large or",
+        ),
+        ("base.kld", put(ROWS, 0.0, "<f4"), "text 0: the probabilities of row 0 make"),
+        ("base.kld", put(ROWS + 4, -1e38, "<f4"), "text 0: the probabilities of row 0 make 0 together, not 1"),
     ],
 )
 def test_bad_files_are_one_line(path, tmp_path, capsys, name, change, said):
@@ -170,6 +193,9 @@ def test_files_that_are_not_the_one(model, tmp_path):
     folder = damaged(tmp_path, LOGITS, lambda raw: raw)
     with pytest.raises(RequestError, match="the token ids; give the logits' file: llamacpp-tiny.bin"):
         opened(folder / TOKENS, model)
+    shutil.copy(folder / LOGITS, folder / "model.bin")
+    with pytest.raises(RequestError, match="model.bin: no dump: expected .*; a model is compared by --candidate-model"):
+        opened(folder / "model.bin", model)
     shutil.copy(folder / LOGITS, folder / "llamacpp-tiny-embeddings.bin")
     shutil.copy(folder / TOKENS, folder / "llamacpp-tiny-embeddings-tokens.bin")
     with pytest.raises(RequestError, match="embeddings, not logits"):

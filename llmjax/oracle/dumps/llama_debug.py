@@ -64,8 +64,8 @@ def read(file: Path) -> Dump:
 
 
 def is_logits(file: Path) -> bool:
-    """Whether token ids lie beside a file, as beside these."""
-    return file.suffix == ".bin" and _beside(file, "-tokens.bin").exists()
+    """Whether a file is called as these are, or token ids lie beside it, as beside these."""
+    return file.suffix == ".bin" and (file.name.startswith(tuple(_RUNTIMES)) or _beside(file, "-tokens.bin").exists())
 
 
 def _beside(file: Path, ending: str) -> Path:
@@ -90,12 +90,14 @@ def _as_in_prompt(file: Path, tokens: Path, ids: np.ndarray) -> None:
     """The ids stand in two files: they are of one run if they agree."""
     if not file.is_file():
         return
-    text = file.read_text(encoding="utf-8", errors="replace")
-    found = re.search(r"\nn_tokens: (\d+)\ntoken ids: ([\d, ]*)\s*\Z", text)
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise RequestError(f"{file}: cannot be read: {error.strerror}") from None
+    found = re.search(r"\nn_tokens: ([0-9]+)\ntoken ids: ([0-9, ]*)\s*\Z", text)
     if found is None:
         return
-    told = [int(i) for i in found[2].split(",") if i.strip()]
-    if int(found[1]) != len(ids):
-        raise RequestError(f"{tokens}: {len(ids)} token ids, but {file.name} says {found[1]}: not of one run")
-    if told != ids.tolist():
+    if found[1] != str(len(ids)):
+        raise RequestError(f"{tokens}: {len(ids)} token ids, but {file.name} says {found[1][:20]}: not of one run")
+    if re.split(r"[, ]+", found[2].strip(", ")) != [str(i) for i in ids]:
         raise RequestError(f"{tokens}: the token ids are not those of {file.name}: not of one run")

@@ -24,6 +24,8 @@ from llmjax.oracle.metrics import blocks
 
 _MAGIC = b"_logits_"
 _HEAD = 20
+# The largest step: from the best token's log-probability to what is cut off.
+_STEP = 16 / 65535
 
 
 def is_base(file: Path) -> bool:
@@ -67,7 +69,7 @@ def read(file: Path, model: Model | None) -> Sequence[Dump]:
         raise RequestError(f"{file}: token id {outside[0]} is not in its own vocabulary of {vocab}")
     rows = np.memmap(file, "<u2", "r", start, shape)
     what = f"of llama-perplexity --kl-divergence-base: log-probabilities of {shape[1]} of a text's {context} tokens"
-    what += f", in steps of at most {16 / 65535:.1e}, cut off at e^-16 of the best token's, and nothing else"
+    what += f", in steps of at most {_STEP:.1e}, cut off at e^-16 of the best token's, and nothing else"
     if model is None or model.tokenizer is None:
         if count > 1:
             what += f"; without a tokenizer it is not known how the other {count - 1} texts begin"
@@ -92,16 +94,26 @@ class _Chunk:
     def scales(self) -> tuple[np.ndarray, np.ndarray]:
         """A row's step and its least, each float32 ``[R, 1]``."""
         found = np.ascontiguousarray(self.rows[:, :4]).view("<f4").astype(np.float32)
-        if not (np.isfinite(found).all() and (found[:, 0] >= 0).all() and (found[:, 1] <= 0).all()):
-            raise RequestError(f"{self.where}: a step or a least log-probability is NaN, infinite or of the wrong sign")
+        if not (
+            (found[:, 0] >= 0) & (found[:, 0] <= 1.001 * _STEP) & (found[:, 1] <= 0) & np.isfinite(found[:, 1])
+        ).all():
+            raise RequestError(
+                f"{self.where}: a step or a least log-probability is NaN, infinite, too large or of the wrong sign"
+            )
         return found[:, :1], found[:, 1:]
 
     def log_probs(self) -> np.ndarray:
         """float32 ``[R, V]``, by llama.cpp's own formula."""
         step, least = self.scales()
         found = np.empty(self.steps().shape, np.float32)
+        total = np.empty(len(found), np.float64)
         for some in blocks(found):
             found[some] = step[some] * self.steps()[some] + least[some]
+            total[some] = np.exp(found[some]).sum(-1, dtype=np.float64)
+        # What is cut off counts as the least, e^-16 of the best token's.
+        if (wrong := (total < 0.999) | (total > 1.001 + self.vocab * np.exp(-16))).any():
+            row = int(wrong.argmax())
+            raise RequestError(f"{self.where}: the probabilities of row {row} make {total[row]:.4g} together, not 1")
         return found
 
     def rounding(self) -> np.ndarray:

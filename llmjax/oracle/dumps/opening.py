@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from converters.readers.opening import open_source
 from llmjax.errors import RequestError
 from llmjax.litert.model import GraphModel
 from llmjax.model import Model
@@ -13,6 +14,8 @@ from llmjax.oracle.dump import Dump, open_dump
 from llmjax.oracle.dumps import llama_debug, llama_perplexity
 from llmjax.outside.paths import checked_path, path_problem
 from llmjax.quant.qtensor import QTensor
+
+_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def opened(path: str | Path, model: Model | None) -> Sequence[Dump]:
@@ -31,11 +34,12 @@ def opened(path: str | Path, model: Model | None) -> Sequence[Dump]:
     if file.is_file():
         if llama_perplexity.is_base(file):
             return _as_llama_cpp(llama_perplexity.read(file, model), model)
-        if file.suffix == ".bin":
+        if llama_debug.is_logits(file):
             return _as_llama_cpp([llama_debug.read(file)], model)
         raise RequestError(
             f"{file}: no dump: expected a directory with arrays and manifest.json, llamacpp-NAME.bin of llama-debug "
-            "--save-logits (beside its -tokens.bin), or a file of llama-perplexity --kl-divergence-base"
+            "--save-logits (beside its -tokens.bin), or a file of llama-perplexity --kl-divergence-base; a model is "
+            "compared by --candidate-model"
         )
     if file.is_dir() and not (file / "manifest.json").exists() and (found := llama_debug.inside(file)):
         return _as_llama_cpp([llama_debug.read(found)], model)
@@ -70,15 +74,28 @@ def refuse_reference(path: str | Path) -> None:
 
 
 def _as_llama_cpp(dumps: Sequence[Dump], model: Model | None) -> Sequence[Dump]:
-    """With what is known of llama.cpp's arithmetic where it runs our model's own weights: in 16 bits its cache and its
-    table of GELU, inputs of products as narrow as their weights are, and in blocks of 8 bits where those are quantized.
-    """
+    """With what is known of llama.cpp's arithmetic where it runs our model's own weights: its cache in 16 bits, and so
+    its table of GELU for a model that has one; inputs of products as narrow as their weights are, and in blocks of
+    8 bits where those are quantized."""
     if model is None or isinstance(model, GraphModel) or dumps[0].manifest["runtime"] != "llama.cpp":
         return dumps
-    leaves = jax.tree.leaves(model.params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
-    kinds = {"block_int8" if isinstance(x, QTensor) else x.dtype.name for x in leaves if len(x.shape) > 1}
+    kinds = _kinds(model)
     if kinds & {"block_int8", "bfloat16"}:
         kinds.add("float16")  # what some devices multiply these in
-    known = ", ".join(["gelu16", "cache16", *sorted(kinds - {"float32"})])
+    acts = (getattr(model.config, name, "") for name in ("hidden_act", "hidden_activation", "activation"))
+    table = ["gelu16"] if any("gelu" in str(act) for act in acts) else []
+    known = ", ".join([*table, "cache16", *sorted(kinds - {"float32"})])
     facts = {"dtype": "float32", "numerics": f"llama.cpp: {known}"}
     return [dataclasses.replace(dump, manifest={**dump.manifest, **facts}) for dump in dumps]
+
+
+def _kinds(model: Model) -> set[str]:
+    """How the matrices of a model are stored, and those of a GGUF file in that, whatever ours were expanded to."""
+    leaves = jax.tree.leaves(model.params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    kinds = {"block_int8" if isinstance(x, QTensor) else x.dtype.name for x in leaves if len(x.shape) > 1}
+    if model.path.suffix == ".gguf" and model.path.is_file():
+        source = open_source(model.path)
+        specs = [source.spec(name) for name in source.names()]
+        kinds |= {_FLOATS.get(spec.dtype, "block_int8") for spec in specs if len(spec.shape) > 1}
+        source.close()
+    return kinds
