@@ -53,6 +53,10 @@ class Comparison:
     subject: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     map: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        by = f", explained by {self.explained_by}" if self.explained_by else ""
+        return f"Comparison({self.verdict}{by}: {self.reason})"
+
     @property
     def exit_code(self) -> int:
         """As ``diff`` has it: 0 the same, 1 different, 2 not comparable."""

@@ -22,7 +22,7 @@ from llmjax.oracle.trace import bytes_of, trace
 from llmjax.outside.values import POSITIVE, check
 from llmjax.outside.whole import whole_folder
 from llmjax.runtime.params import SamplingParams
-from llmjax.text.disagreement import TEXTS
+from llmjax.text.disagreement import PLAIN, SCRIPTS
 
 LONGEST = 512
 _TEXT = (
@@ -69,13 +69,16 @@ def vectors(model: Model) -> Iterator[Vector]:
         return (*begin, *random.choice(plain, max(0, count - len(begin))).tolist())
 
     def of_text(name: str, shows: str, parts: Sequence[str], between: str, longest: int) -> Vector:
-        """Of as many parts as fit."""
+        """Of the parts that fit, one after the other."""
         assert tokenizer is not None
-        for count in range(len(parts), 0, -1):
-            ids = tokenizer.encode(text := between.join(parts[:count]))
+        kept: list[str] = []
+        for part in parts:
+            ids = tokenizer.encode(between.join([*kept, part]))
             if len(ids) <= min(longest, most) and max(ids, default=rows) < rows:
-                return Vector(name, shows, tuple(ids), text)
-        return Vector(name, shows, some(min(longest, most)))
+                kept.append(part)
+        if not kept:
+            return Vector(name, shows, some(min(longest, most)))
+        return Vector(name, shows, tuple(tokenizer.encode(text := between.join(kept))), text)
 
     named = sorted(i for i in special if i < rows)
     if len(named) > 2 * _PROMPT:  # names kept for later, by the hundred
@@ -88,9 +91,13 @@ def vectors(model: Model) -> Iterator[Vector]:
         Vector("far", f"positions past {_FAR}", some(_FAR + _BEHIND)),
     ]
     if tokenizer:
-        hard = [text for text in TEXTS if text.strip()]
         found.append(of_text("text", "an ordinary text", _TEXT.split(" "), " ", _LONG))
-        found.append(of_text("hard", "how a text becomes ids: spaces, digits, scripts, code", hard, "\n", _LONG))
+        for name, texts, what in (
+            ("hard", PLAIN, "spaces, marks, digits, code"),
+            ("scripts", SCRIPTS, "other letters"),
+        ):
+            parts = [text for text in texts if text.strip()]
+            found.append(of_text(name, f"how a text becomes ids: {what}", parts, "\n", _LONG))
     else:
         found.append(Vector("text", "an ordinary text", some(min(_PROMPT, most))))
     windows = {w for w in getattr(model.config, "windows", ()) if w is not None}
@@ -158,7 +165,7 @@ def _entry(vector: Vector) -> dict[str, Any]:
 
 def _drawn(model: Model, text: Vector, longest: int) -> Iterator[Vector]:
     """What the model goes on with, after the beginning of a text; none where there is no room for it."""
-    prompt = text.ids[:_PROMPT]
+    prompt = text.ids[: min(_PROMPT, max(1, model.context_length // 2))]
     count = min(_DRAWN, min(longest, model.context_length) - len(prompt))
     if count > 0:
         llm = LLM(model, numerics=model.numerics.name, max_batch=1, generation_config="none")

@@ -10,7 +10,8 @@ _CHUNK = 4096
 
 _DIGITS = "7 42 365 2026 10000 1234567 3.14159 1,000,000.50 -273.15 1e-05 ½ ² ٣٤ １２ 0x7F 12:30 2026-02-29"
 _CODE = "def f(x_1, *args):\n    return {'a': x_1[-1]} # no-op\n\n\n\tif (a!=b && c->d) { i++; }\r\n</s><a href=\"x\">"
-TEXTS = (
+# What is written in plain letters: spaces, marks, digits, code.
+PLAIN = (
     "",
     " ",
     "a",
@@ -22,7 +23,7 @@ TEXTS = (
     "\na\n\nb\n\n\nc",
     "\r\na\r\nb",
     "\t\ta\t b \t c",
-    *(" " * n + "x" for n in (3, 4, 7, 8, 16, 31, 40)),
+    *(" " * n + "x" for n in (3, 4, 7, 8)),
     *("x" + "\n" * n for n in (3, 4, 8)),
     "The quick brown fox jumps over the lazy dog.",
     "I'm, you're, it's, we'll, they've, he'd, I'M, YOU'RE, don't 'tis ’s ‘quoted’ “so”",
@@ -31,6 +32,10 @@ TEXTS = (
     _DIGITS,
     "".join(_DIGITS.split()),
     _CODE,
+    *(" " * n + "x" for n in (16, 31, 40)),
+)
+# Other letters, and what looks like them.
+SCRIPTS = (
     "Ünïcödé naïve café façade Straße Œuvre Łódź İstanbul ǅ",
     "cafe\u0301 a\u030a o\u0308\u0304 n\u0303",  # combining marks: what normalizes composes them
     "ﬁne ofﬁce Ⅳ ℌ ㎞ ｆｕｌｌ ①",  # compatibility forms: what folds them changes them
@@ -45,6 +50,7 @@ TEXTS = (
     "a▁b Ġ Ċ <0x0A> [INST] <|im_start|>user <start_of_turn>",
     "a" * 40 + " Donaudampfschifffahrtsgesellschaftskapitän antidisestablishmentarianism",
 )
+TEXTS = PLAIN + SCRIPTS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +90,8 @@ def _parting(text: str, here: Tokenizer, there: Tokenizer) -> Disagreement | Non
     if ours != theirs:
         a, b = (tuple((i, t.piece(i)) for i in ids) for t, ids in ((here, ours), (there, theirs)))
         return Disagreement("encode", text, a, b)
-    written, other = here.decode(ours), there.decode(theirs)
+    # Special tokens by name: whether a text is shown without them depends on the form of the file.
+    written, other = (t.decode(ids, skip_special_tokens=False) for t, ids in ((here, ours), (there, theirs)))
     return None if written == other else Disagreement("decode", text, written, other)
 
 

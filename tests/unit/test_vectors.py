@@ -41,14 +41,14 @@ def manifest(folder):
 
 def test_which_there_are(source, written):
     folder, names = written
-    assert sorted(names) == ["drawn", "ends", "far", "first", "hard", "repeated", "text", f"window_{WINDOW}"]
+    assert sorted(names) == ["drawn", "ends", "far", "first", "hard", "repeated", "scripts", "text", f"window_{WINDOW}"]
     assert sorted(names) == sorted(p.name for p in folder.iterdir() if p.is_dir())
     model = llmjax.load(source)
-    for name in ("text", "hard"):
+    for name in ("text", "hard", "scripts"):
         facts = manifest(folder / name)
         assert model.tokenizer.encode(facts["text"]) == facts["token_ids"]
     report = llmjax.compare(model, folder, texts=2)
-    assert (report.verdict, report.coverage["texts"]) == ("identical", [2, 8])
+    assert (report.verdict, report.coverage["texts"]) == ("identical", [2, 9])
     assert report.subject["verdicts"] == {"drawn": "identical", "ends": "identical"}
 
 
@@ -85,7 +85,7 @@ def test_a_runtime_that_did_some(source, written, tmp_path, capsys):
         shutil.copytree(folder / name, tmp_path / "theirs" / name)
     assert main(["compare", str(folder), str(tmp_path / "theirs")]) == 0
     text = capsys.readouterr().out
-    assert "of all 2 texts, " in text and ", 2 of 8 texts" in text
+    assert "of all 2 texts, " in text and ", 2 of 9 texts" in text
     (tmp_path / "theirs/first").rename(tmp_path / "theirs/second")
     assert main(["compare", str(folder), str(tmp_path / "theirs")]) == 2
     assert "second: expected one of the reference's names (drawn, ends, " in capsys.readouterr().err
