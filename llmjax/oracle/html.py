@@ -48,7 +48,8 @@ def page(report: "Comparison") -> str:
     """The whole page."""
     parts = [_verdict(report)]
     if report.verdict != "not_comparable":
-        parts += [*_logits(report), *_faults(report), *_strip(report), *_token_map(report), *_positions(report)]
+        parts += [*_texts(report), *_logits(report), *_faults(report), *_strip(report)]
+        parts += [*_token_map(report), *_positions(report)]
         parts += _taps(report)
     parts += _reproduce(report)
     title = f"llmjax compare: {report.verdict}"
@@ -76,6 +77,12 @@ def _verdict(report: "Comparison") -> str:
         f'<div class="card {_TONE[report.verdict]}"><h1>{_e(report.verdict.replace("_", " "))}{by}</h1>'
         f'<p>{_e(report.reason)}</p>{begins}<p class="dim">{_e(coverage(report))}</p></div>'
     )
+
+
+def _texts(report: "Comparison") -> Iterator[str]:
+    if verdicts := report.subject.get("verdicts"):
+        cells = "".join(f"<div>{_e(name)}<b>{_e(verdict)}</b></div>" for name, verdict in verdicts.items())
+        yield f'<h2>Texts</h2><div class="facts">{cells}</div>'
 
 
 def _logits(report: "Comparison") -> Iterator[str]:
@@ -171,7 +178,8 @@ def _token_map(report: "Comparison") -> Iterator[str]:
                 f'<rect x="{left + i * size:.1f}" y="{j * tall}" width="{size - 0.5:.1f}" height="{tall - 1}" '
                 f'fill="rgba(var(--cell), {shade:.2f})"><title>{_e(name)}, token {i * per}: {worst:.1e}</title></rect>'
             )
-    yield "<h2>Tokens and layers</h2>"
+    of = f" of {label(report.subject['text'])}" if "text" in report.subject else ""
+    yield f"<h2>Tokens and layers{_e(of)}</h2>"
     yield f'<p class="dim">Error of each token as it leaves each layer, on a logarithmic scale up to {largest:.1e}.</p>'
     yield (
         '<div class="scroll"><svg role="img" aria-label="errors by token and layer" '
@@ -226,4 +234,5 @@ def _reproduce(report: "Comparison") -> Iterator[str]:
     yield f"<pre>{_e(json.dumps(found.get('declared', {}), indent=1))}</pre>"
     ids = found.get("token_ids", [])
     shown = ", ".join(map(str, ids[:64])) + (" ..." if len(ids) > 64 else "")
-    yield f'<p class="dim mono">token ids ({len(ids)}): {_e(shown)}</p>'
+    of = f" of {label(found['text'])}" if "text" in found else ""
+    yield f'<p class="dim mono">token ids{_e(of)} ({len(ids)}): {_e(shown)}</p>'

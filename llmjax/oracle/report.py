@@ -16,6 +16,8 @@ def text(report: "Comparison") -> str:
     if report.verdict == "not_comparable":
         return "\n".join(lines)
     lines.append(f"coverage: {coverage(report)}")
+    if verdicts := report.subject.get("verdicts"):
+        lines += ["texts:", *(f"  {name:22}{verdict}" for name, verdict in verdicts.items())]
     if report.logits:
         lines += ["logits:", *(f"  {name:22}{value(found)}" for name, found in report.logits.items())]
     if report.first_divergence:

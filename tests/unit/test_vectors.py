@@ -83,9 +83,14 @@ def test_a_runtime_that_did_some(source, written, tmp_path, capsys):
     folder, _ = written
     for name in ("first", "ends"):
         shutil.copytree(folder / name, tmp_path / "theirs" / name)
-    assert main(["compare", str(folder), str(tmp_path / "theirs")]) == 0
+    page = tmp_path / "page.html"
+    assert main(["compare", str(folder), str(tmp_path / "theirs"), "--html", str(page)]) == 0
     text = capsys.readouterr().out
     assert "of all 2 texts, " in text and ", 2 of 9 texts" in text
+    assert (
+        "texts:\n  ends                  identical\n  first " in text
+        and "<div>ends<b>identical</b>" in page.read_text()
+    )
     (tmp_path / "theirs/first").rename(tmp_path / "theirs/second")
     assert main(["compare", str(folder), str(tmp_path / "theirs")]) == 2
     assert "second: expected one of the reference's names (drawn, ends, " in capsys.readouterr().err
