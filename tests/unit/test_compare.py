@@ -433,7 +433,8 @@ def test_a_cause_of_a_part_is_told_as_one(model):
         Tap("mlp", gap(np.ones((2, 3)), np.zeros((2, 3))), 0, False),
     )
     for share, told in ((0.99, "m (mask: all)"), (0.3, "m (mask: all, which explains 30% of it)")):
-        faults = [{"module": "m", "causes": [{"cause": "mask", "detail": "all", "explains": share}]}]
+        causes = [{"cause": "mask", "detail": "all", "explains": share}]
+        faults = [{"module": "m", "tried": [1, 1], "causes": causes}]
         beyond = Explained(("float32",), (tap,))
         assert told in _reason("different", beyond, allowed({}, None), faults, [], theirs, model)
 

@@ -166,7 +166,11 @@ def test_a_gpu_takes_no_trick_of_the_cpus(monkeypatch):
     )
     monkeypatch.setattr("llmjax.device.device_of", lambda *_: SimpleNamespace(platform="gpu"))
     assert stacked(model.params, 1, 1, model.numerics) is None
-    assert model.compiler_options == {"xla_gpu_deterministic_ops": True}
+    assert model.compiler_options == {
+        "xla_gpu_deterministic_ops": True,
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_gpu_dot_merger_threshold_mb": 0,
+    }
 
 
 @pytest.mark.parametrize(

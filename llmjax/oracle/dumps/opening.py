@@ -52,6 +52,8 @@ def each(path: str | Path) -> Sequence[Dump]:
     Raises:
       RequestError: there is no dump, or one is malformed.
     """
+    if path_problem(path):
+        return [open_dump(path)]
     folder = Path(path)
     if folder.is_dir() and not (folder / "manifest.json").exists():
         inner = sorted(file.parent for file in folder.glob("[!.]*/manifest.json"))
