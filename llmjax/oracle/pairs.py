@@ -27,13 +27,22 @@ def check_reference(model: Model | None) -> None:
 
 
 def text(model: Model, candidate: Model, given: Sequence[int] | None) -> list[int]:
-    """What two models are compared on, where it is not ``given``."""
-    if given is not None:
-        return check_ids(given, model, "token_ids").tolist()
+    """What two models are compared on, where it is not ``given``.
+
+    Raises:
+      RequestError: one of them has no such token, or too short a context.
+    """
     most = min(model.context_length, candidate.context_length)
-    if model.tokenizer is not None:
-        return model.tokenizer.encode(_PROMPT)[:most]
-    return np.random.default_rng(0).integers(0, model.config.vocab_size, min(32, most)).tolist()
+    ids: Sequence[int]
+    if given is not None:
+        ids = given
+    elif model.tokenizer is not None:
+        ids = model.tokenizer.encode(_PROMPT)[:most]
+    else:
+        ids = np.random.default_rng(0).integers(0, model.config.vocab_size, min(32, most)).tolist()
+    for one in (model, candidate):
+        checked = check_ids(ids, one, f"{one.path}: token_ids")
+    return checked.tolist()
 
 
 def traced(model: Model, ids: Sequence[int]) -> Trace:

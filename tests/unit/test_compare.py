@@ -480,6 +480,12 @@ def test_other_tokens_are_told_in_words(model, traced):
         assert report.verdict == "not_comparable" and report.exit_code == 2 and words in report.reason, report.reason
 
 
+def test_a_model_without_a_token_is_named(model):
+    few = dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_size=3), path=Path("few"))
+    with pytest.raises(RequestError, match="few: token_ids: token id 5 is outside the vocabulary"):
+        llmjax.compare(model, few, token_ids=[1, 5])
+
+
 def test_the_command(model, traced, tmp_path, capsys):
     traced.save(tmp_path / "ref")
     bad = dataclasses.replace(traced, activations={**traced.activations, "logits": traced.activations["logits"][::-1]})
