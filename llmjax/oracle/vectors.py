@@ -177,7 +177,6 @@ def _drawn(model: Model, text: Vector, longest: int) -> Iterator[Vector]:
 
 
 def _margins(vector: Vector, logits: np.ndarray) -> list[float]:
-    """Of logits ``[T, V]``."""
-    behind = len(vector.ids) - vector.drawn
-    best = np.sort(logits[behind - 1 : -1], -1)[:, -2:] if vector.drawn else np.zeros((0, 2))
-    return [float(a - b) for b, a in best]
+    """Of those of the whole text, ``[T, V]``: what stands before each drawn token."""
+    best = np.sort(logits[-vector.drawn - 1 : -1], -1)
+    return (best[:, -1] - best[:, -2]).tolist()
