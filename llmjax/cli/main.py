@@ -38,12 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     try:
-        try:
-            args = _parser().parse_args(words, argparse.Namespace(command=shlex.join(["llmjax", *words])))
-        finally:
-            sys.stdout.flush()  # of --help
         with warnings.catch_warnings(), _no_interrupt_lost():
-            args = _parser().parse_args(words, argparse.Namespace(command=shlex.join(["llmjax", *words])))
+            try:
+                args = _parser().parse_args(words, argparse.Namespace(command=shlex.join(["llmjax", *words])))
+            finally:
+                sys.stdout.flush()  # of --help
             warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
             _tell_log()
             loading.keep_compiled(args)
