@@ -10,6 +10,9 @@ import numpy as np
 from converters.readers.digest import Stamp
 from llmjax.errors import CheckpointError
 
+# How headers call floats, and how NumPy and JAX do.
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
 
 @dataclass(frozen=True)
 class TensorSpec:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from converters.readers.opening import is_graph
+from converters.readers.opening import is_graph, open_source
 from llmjax.checkpoint.graph_source import open_checkpoint
 from llmjax.checkpoint.loading import find_model, read_tokenizer
 from llmjax.checkpoint.plan import make_plan
@@ -27,9 +27,9 @@ def differences(candidate: str | Path, reference: str | Path, *, either: bool = 
 
     Of numbers the first 24 bits count: some formats hold no more.  A field that one of them does not have is as one
     that is off.  A head of its own that the reference ties is no difference: the weights are another matter
-    (``weight_error.errors``).  Of vocabularies the first token that differs is named,
-    of how they are used the first text that becomes other tokens (``llmjax.text.disagreement``).  A form that has no
-    chat template or no tokenizer, or that ends a text at more tokens, is no difference unless ``either``.
+    (``weight_error.errors``).  Of vocabularies the first token that differs is named, of how they are used the first
+    text that becomes other tokens (``llmjax.text.disagreement``).  A form that has no chat template or no tokenizer, or
+    that ends a text at more tokens, is no difference unless ``either``.
 
     Args:
       candidate: a checkpoint.
@@ -76,9 +76,9 @@ def _tokenizer(path: str | Path) -> Tokenizer:
         tokenizer = load_graph(found).tokenizer
     else:
         try:
-            source = open_checkpoint(found)
+            source = open_source(found)
         except CheckpointError:
-            if not any((found / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+            if not reading.is_in(found):
                 raise
             return reading.from_huggingface(found)
         try:

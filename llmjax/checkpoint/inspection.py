@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.readers.opening import is_graph, open_source
-from converters.readers.source import Source, TensorSpec
+from converters.readers.source import FLOATS, Source, TensorSpec
 from llmjax.checkpoint import bundles
 from llmjax.checkpoint.bundles import BundleReport
 from llmjax.checkpoint.loading import find_model, read_tokenizer
@@ -71,7 +71,7 @@ class CheckpointReport:
         names = [named(t["name"]) for t in listed]
         width = max(map(len, names), default=0)
         for name, t in zip(names, listed, strict=True):
-            kept = "" if t["dtype"] in _FLOATS else f", {t['kept']}"
+            kept = "" if t["dtype"] in FLOATS else f", {t['kept']}"
             use = (", ".join(t["fills"]) + kept) if t["fills"] else t["use"]
             lines.append(f"  {name:{width}}  {t['dtype']:8} {str(t['shape']):16} -> {use}")
         if len(self.tensors) > _MOST_LISTED:
@@ -169,12 +169,9 @@ def _tensors(source: Source, plan: Plan | None) -> list[dict[str, Any]]:
     ]
 
 
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-
-
 def _kept(source: Source, spec: TensorSpec) -> str:
-    if spec.dtype in _FLOATS:
-        return _FLOATS[spec.dtype]
+    if spec.dtype in FLOATS:
+        return FLOATS[spec.dtype]
     return "packed" if is_packed(source, spec) else "expanded to float32"
 
 

@@ -362,7 +362,7 @@ def _tokenizer(source: Source) -> Tokenizer | None:
         return source.model.tokenizer
     if isinstance(source, MediapipeSource):
         return _mediapipe_tokenizer(source)
-    if not any((source.directory / f).exists() for f in ("tokenizer.json", "tokenizer.model")):
+    if not reading.is_in(source.directory):
         return None
     return reading.from_huggingface(source.directory)
 

@@ -84,7 +84,7 @@ def _no_interrupt_lost() -> Iterator[None]:
     is, or crash.  One that such a module takes for a fault of its own is a Ctrl-C, too, and the system's request to
     end, by which Python would leave behind what is half written."""
     heard: list[int] = []
-    later = threading.Timer(0, print)
+    later: threading.Timer | None = None
 
     def send_again(number: int) -> None:
         nonlocal later
@@ -116,7 +116,8 @@ def _no_interrupt_lost() -> Iterator[None]:
             raise KeyboardInterrupt from None
         raise
     finally:
-        later.cancel()
+        if later is not None:
+            later.cancel()
         sys.unraisablehook = unraisable
         for number, usual in before.items():
             signal.signal(number, usual)

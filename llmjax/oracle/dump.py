@@ -19,6 +19,7 @@ import numpy as np
 
 from converters.readers.jsonfile import read_json
 from converters.readers.safetensors import SafetensorsFile
+from converters.readers.source import FLOATS
 from llmjax.errors import CheckpointError, LlmjaxError, RequestError, lies_at, shown
 from llmjax.outside.paths import checked_path
 
@@ -191,7 +192,7 @@ def _token_ids(file: Path, manifest: Mapping[str, Any]) -> np.ndarray:
 
 def _safetensors(file: Path) -> Iterator[tuple[str, Stored]]:
     source = SafetensorsFile(file)
-    kinds = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    kinds = {"F64": "float64", **FLOATS}
     for name in source.names():
         spec = source.spec(name)
 

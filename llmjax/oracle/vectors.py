@@ -151,7 +151,8 @@ def write(
             result = trace(model, vector.ids, taps)
             facts = {**_entry(vector), "text": vector.text}
             if vector.drawn:
-                facts["margins"] = _margins(vector, trace(model, vector.ids, "logits").activations["logits"])
+                full = result if "logits" in result.activations else trace(model, vector.ids, "logits")
+                facts["margins"] = _margins(vector, full.activations["logits"])
             dataclasses.replace(result, manifest={**result.manifest, **facts}).save(folder / vector.name)
             index["vectors"].append(_entry(vector))
             progress(f"{vector.name}: {len(vector.ids)} tokens: {vector.shows}")

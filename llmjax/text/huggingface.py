@@ -26,6 +26,8 @@ _NAMED = (
     "cls_token",
     "mask_token",
 )
+# The files of a vocabulary; the first that is there is read.
+VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 # The documented default of these classes is to add BOS; a directory without tokenizer_config.json
 # says nothing, and the models that come so (Gemma, Llama) need it.
 _ADD_BOS = ("GemmaTokenizer", "LlamaTokenizer", "CodeLlamaTokenizer", "")
@@ -39,7 +41,7 @@ def read(directory: Path) -> Tokenizer:
     """See ``llmjax.text.reading.from_huggingface``."""
     config_file = directory / "tokenizer_config.json"
     config = _object(config_file)
-    file = next((f for n in ("tokenizer.json", "tokenizer.model") if (f := directory / n).exists()), None)
+    file = next((f for n in VOCABULARIES if (f := directory / n).exists()), None)
     if file is None:
         hint = ""
         if (directory / "vocab.json").exists():

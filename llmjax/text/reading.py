@@ -8,6 +8,11 @@ from llmjax.text import gguf, huggingface
 from llmjax.text.tokenizer import Tokenizer
 
 
+def is_in(directory: Path) -> bool:
+    """Whether a Hugging Face directory has a tokenizer."""
+    return any((directory / name).exists() for name in huggingface.VOCABULARIES)
+
+
 def from_huggingface(directory: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory: ``tokenizer.json``, else ``tokenizer.model``.
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from converters.readers.opening import open_source
+from converters.readers.source import FLOATS
 from llmjax.errors import RequestError
 from llmjax.litert.model import GraphModel
 from llmjax.model import Model
@@ -14,8 +15,6 @@ from llmjax.oracle.dump import Dump, open_dump
 from llmjax.oracle.dumps import llama_debug, llama_perplexity
 from llmjax.outside.paths import checked_path, path_problem
 from llmjax.quant.qtensor import QTensor
-
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def opened(path: str | Path, model: Model | None) -> Sequence[Dump]:
@@ -98,6 +97,6 @@ def _kinds(model: Model) -> set[str]:
     if model.path.suffix == ".gguf" and model.path.is_file():
         source = open_source(model.path)
         specs = [source.spec(name) for name in source.names()]
-        kinds |= {_FLOATS.get(spec.dtype, "block_int8") for spec in specs if len(spec.shape) > 1}
+        kinds |= {FLOATS.get(spec.dtype, "block_int8") for spec in specs if len(spec.shape) > 1}
         source.close()
     return kinds
