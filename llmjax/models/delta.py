@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -21,8 +22,8 @@ from llmjax.models.layers import Kernel, Projection, RMSNorm, parameter, sigmoid
 from llmjax.models.pages import carried, put_carried
 
 _L2_EPS = 1e-6
-# Tokens between the states that are kept on the way to a gradient.
-_SEGMENT = 32
+# Tokens that are computed at once.
+_CHUNK = 64
 
 
 class GatedDelta(nn.Module):
@@ -91,53 +92,102 @@ class GatedDelta(nn.Module):
         state = carried(self, "state", (self.value_heads, self.value_dim, self.key_dim), ctx)
         state = state.reshape(batch, *heads, self.value_dim, self.key_dim)
         q = _unit(q) * jnp.float32(self.key_dim**-0.5)
-        state, y = delta_rule(state, q, _unit(k), v, jnp.exp(decay), beta, kept=ctx.recompute is None)
+        state, y = delta_rule(state, q, _unit(k), v, decay, beta)
         put_carried(self, "state", state.reshape(batch, self.value_heads, self.value_dim, self.key_dim), ctx)
         return y.reshape(batch, tokens, self.value_heads, self.value_dim)
 
 
 def delta_rule(
-    state: jax.Array,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    decay: jax.Array,
-    beta: jax.Array,
-    *,
-    kept: bool = True,
+    state: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, beta: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The recurrence itself, a token at a time: ``S = decay * S``, ``S = S + beta * (v - S k) k^T``, ``y = S q``.
+    """The recurrence itself: ``S = exp(decay) * S``, ``S = S + beta * (v - S k) k^T``, ``y = S q`` for token by token.
+
+    Several tokens are computed in chunks, as products of matrices (Yang et al. 2024, arXiv:2406.06484, section 3): from
+    one chunk to the next goes the state alone.
 
     Args:
       state: float32 ``[B, K, G, H, E]``, before the first token.
       q: float32 ``[B, T, K, E]``.
       k: as q.
       v: float32 ``[B, T, K, G, H]``.
-      decay: float32 ``[B, T, K, G]``.
+      decay: float32 ``[B, T, K, G]``, 0 or less.
       beta: as decay.
-      kept: on the way to a gradient every state is; otherwise few are, and the others computed again.
 
     Returns:
       the state behind the last token, and y ``[B, T, K, G, H]``.
     """
+    if q.shape[1] == 1:
+        state, y = _one(state, *(x[:, 0] for x in (q, k, v, decay, beta)))
+        return state, y[:, None]
+    return _in_chunks(state, q, k, v, decay, beta)
 
-    def step(state: jax.Array, token: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        q, k, v, decay, beta = token
-        state = state * decay[..., None, None]
-        change = (v - _read_at(state, k)) * beta[..., None]
-        state = state + change[..., None] * k[:, :, None, None]
-        return state, _read_at(state, q)
 
-    run = partial(lax.scan, step)
-    tokens = q.shape[1]
-    each = tuple(jnp.moveaxis(x, 1, 0) for x in (q, k, v, decay, beta))
-    if kept or tokens % _SEGMENT:
-        state, y = run(state, each)
-    else:
-        parts = tuple(x.reshape(-1, _SEGMENT, *x.shape[1:]) for x in each)
-        state, y = lax.scan(jax.checkpoint(run), state, parts)
-        y = y.reshape(tokens, *y.shape[2:])
-    return state, jnp.moveaxis(y, 0, 1)
+def _one(
+    state: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, beta: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A token, as ``delta_rule`` has it written."""
+    state = state * jnp.exp(decay)[..., None, None]
+    change = (v - _read_at(state, k)) * beta[..., None]
+    state = state + change[..., None] * k[:, :, None, None]
+    return state, _read_at(state, q)
+
+
+def _in_chunks(
+    state: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, beta: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Many tokens: ``N`` chunks of ``C``, filled up with tokens that change nothing."""
+    batch, tokens = q.shape[:2]
+    size = min(_CHUNK, 1 << (tokens - 1).bit_length())
+
+    def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] to [N, B, ..., C, width]
+        x = jnp.pad(x, [(0, 0), (0, -tokens % size), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), (1, 2), (0, -2))
+
+    q, k = (cut(x)[:, :, :, None] for x in (q, k))  # [N, B, K, 1, C, E]
+    v = cut(v)  # [N, B, K, G, C, H]
+    decay, beta = (cut(x[..., None]) for x in (decay, beta))  # [N, B, K, G, C, 1]
+    since = jnp.cumsum(decay, -2)  # of the state before the chunk
+    left = jnp.exp(since)
+    # Between one token and another: summed for each pair, as a difference of large sums would be no longer exact.
+    after = np.tri(size, k=-1, dtype=bool)
+    between = jnp.where(np.tri(size, dtype=bool), jnp.exp(jnp.cumsum(jnp.where(after, decay, 0), -2)), 0)
+
+    # What a token changes follows from what the others before it did: (1 + A) change = beta (v - left k S).
+    alike = _product(k, _turned(k)) * between
+    solved = _inverse(jnp.where(after, alike * beta, 0)) * _turned(beta)
+    fresh, replaced = _product(solved, v), _product(solved, left * k)
+    weights = _product(q, _turned(k)) * between
+    kept = _turned(between[..., -1:, :])  # of each token's change, at the chunk's end
+    each = fresh, replaced, weights, left * q, kept * k, left[..., -1:, :]
+
+    def step(state: jax.Array, chunk: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        fresh, replaced, weights, q, k, left = chunk
+        change = fresh - _product(replaced, _turned(state))
+        y = _product(q, _turned(state)) + _product(weights, change)
+        return left * state + _product(_turned(change), k), y
+
+    state, y = lax.scan(step, state, each)
+    return state, jnp.moveaxis(y, (0, -2), (1, 2)).reshape(batch, -1, *y.shape[2:4], y.shape[-1])[:, :tokens]
+
+
+def _inverse(lower: jax.Array) -> jax.Array:
+    """``(1 + lower)^-1`` of matrices ``[..., C, C]`` with nothing on and above their diagonals, C a power of two: the
+    diagonal's blocks, two by two, make those twice as large."""
+    size, blocks = lower.shape[-1], jnp.ones((*lower.shape[:-1], 1, 1), lower.dtype)
+    while (width := blocks.shape[-1]) < size:
+        below = jnp.stack([lower[..., i + width : i + 2 * width, i : i + width] for i in range(0, size, 2 * width)], -3)
+        first, second = blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
+        corner = -_product(_product(second, below), first)
+        upper = jnp.concatenate([first, jnp.zeros_like(first)], -1)
+        blocks = jnp.concatenate([upper, jnp.concatenate([corner, second], -1)], -2)
+    return blocks[..., 0, :, :]
+
+
+_product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def _turned(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)
 
 
 def _summed(state: jax.Array, key: jax.Array) -> jax.Array:

@@ -98,10 +98,10 @@ def values_as_they_are(right):
 def key_heads_in_turn(right):
     """Value head ``g * K + k`` with key head ``k``."""
 
-    def fault(state, q, k, *rest, **kept):
+    def fault(state, q, k, *rest):
         v, decay, beta = rest
         turned = [x.reshape(*x.shape[:2], x.shape[3], x.shape[2], *x.shape[4:]).swapaxes(2, 3) for x in rest]
-        state, y = right(state, q, k, *turned, **kept)
+        state, y = right(state, q, k, *turned)
         return state, y.swapaxes(2, 3).reshape(v.shape)
 
     return fault
@@ -110,10 +110,10 @@ def key_heads_in_turn(right):
 def not_corrected(right):
     """The rule of linear attention without delta: ``S + beta v k^T``."""
 
-    def fault(state, q, k, v, decay, beta, kept=True):
+    def fault(state, q, k, v, decay, beta):
         def step(state, token):
             q, k, v, decay, beta = token
-            state = state * decay[..., None, None] + (v * beta[..., None])[..., None] * k[:, :, None, None]
+            state = state * jnp.exp(decay)[..., None, None] + (v * beta[..., None])[..., None] * k[:, :, None, None]
             return state, jnp.sum(state * q[:, :, None, None], -1)
 
         state, y = jax.lax.scan(step, state, [jnp.moveaxis(x, 1, 0) for x in (q, k, v, decay, beta)])
