@@ -22,6 +22,7 @@ from llmjax.checkpoint.hashes import array_sha256
 from llmjax.device import device_of
 from llmjax.lora.apply import Lora
 from llmjax.model import Model
+from llmjax.models.sharding import mesh_of
 from llmjax.models.tree import canonical
 from llmjax.quant.qtensor import QTensor
 from llmjax.quant.schemes import Recipe, role_of
@@ -99,6 +100,7 @@ def runtime_facts(params: Any = None) -> dict[str, Any]:
         "versions": versions,
         "platform": device.platform,
         "device": device.device_kind,
+        **({"mesh": dict(mesh.shape)} if (mesh := mesh_of(params)) else {}),
         "cpu": _processor(),
         **({"xla_flags": flags} if (flags := _compiler_flags()) else {}),
     }

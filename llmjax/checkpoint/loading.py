@@ -11,6 +11,7 @@ from typing import Any, TypedDict
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from converters.readers.jsonfile import read_json
 from converters.readers.mediapipe.source import MediapipeSource
@@ -33,6 +34,7 @@ from llmjax.lora.apply import beside, with_loras
 from llmjax.model import AdapterOrigin, Model, Origin
 from llmjax.models.config import DecoderConfig
 from llmjax.models.registry import read_config
+from llmjax.models.sharding import as_mesh, of_parameter
 from llmjax.models.tree import parameter_shapes
 from llmjax.numerics import FAST
 from llmjax.outside.paths import checked_path
@@ -71,6 +73,7 @@ class LoadOptions(TypedDict, total=False):
     random_weights: bool
     config: str | Path | Mapping[str, Any] | None
     context_length: int | None
+    mesh: int | Mesh | None
 
 
 def load(
@@ -85,6 +88,7 @@ def load(
     random_weights: bool = False,
     config: str | Path | Mapping[str, Any] | None = None,
     context_length: int | None = None,
+    mesh: int | Mesh | None = None,
 ) -> Model:
     """Loads a checkpoint: a Hugging Face or llmjax directory, a ``*.gguf`` file, a MediaPipe ``*.bin``, or ``smollm2``
     for the installed demo model; or a model whose op graph is run: a ``.tflite``, ``.task`` or ``.litertlm`` file.
@@ -107,6 +111,8 @@ def load(
         mapping, a JSON file or ``config:NAME``.  ``eos_token_id`` wins over ``generation_config.json``, too.
       context_length: the most tokens of a text, instead of as many as the configuration says; the angles of its
         positions stay what they are.
+      mesh: devices to spread weights and cache over, each weight by its role (``models.sharding``): their number, or a
+        mesh with an axis ``model``.  None keeps all on one.
 
     Raises:
       CheckpointError: the file is missing, damaged, or its tensors do not fit its configuration; all such problems at
@@ -122,6 +128,7 @@ def load(
         check(option, plain(switch), FLAG, ConfigError)
     if numerics is not None:
         check("numerics", numerics, STRING, ConfigError)
+    devices = as_mesh(mesh)
     recipe = None if quantize is None else parse(quantize)
     chosen = numerics is not None
     numerics = numerics_lib.REFERENCE if numerics is None else numerics
@@ -135,11 +142,11 @@ def load(
             raise LoraError(f"{path}: an adapter goes with a checkpoint, not with random weights")
         if override is not None:
             raise ConfigError("config: goes with a checkpoint, not with random weights")
-        model = _random_model(str(path), dtype or "float32", recipe, numerics, random_weights)
+        model = _random_model(str(path), dtype or "float32", recipe, numerics, random_weights, devices)
         return dataclasses.replace(model, config=_of_length(model.config, context_length), numerics_chosen=chosen)
     found = find_model(path)
     if is_graph(found):
-        options: dict[str, Any] = dict(dtype=dtype, quantize=quantize, lora=lora, config=config)
+        options: dict[str, Any] = dict(dtype=dtype, quantize=quantize, lora=lora, config=config, mesh=mesh)
         options |= dict(check_finite=check_finite or None, context_length=context_length)
         if given := [name for name, value in options.items() if value is not None]:
             raise ConfigError(f"{found}: {', '.join(given)}: an op graph is run as it is, with its own weights")
@@ -155,7 +162,7 @@ def load(
         params: dict[str, Any] = {}
         apart = {}
         for name, parameter in read_all(source, plan, dtype, recipe, check_finite, merge, narrowed=True):
-            put(params, name, parameter)
+            put(params, name, parameter, where=devices and of_parameter(devices, name, parameter, plan.config))
             if name in merge.deltas and merge.delta(name, isinstance(parameter, QTensor)) is None:
                 apart[name] = beside(merge.deltas[name])
     finally:
@@ -320,7 +327,9 @@ def _numerics(name: str, params: dict[str, Any], path: Path) -> numerics_lib.Num
     return numerics_lib.resolve(name, params["embed"]["weight"].dtype)
 
 
-def _random_model(name: str, dtype: str, recipe: Recipe | None, numerics: str, random_weights: bool) -> Model:
+def _random_model(
+    name: str, dtype: str, recipe: Recipe | None, numerics: str, random_weights: bool, mesh: Mesh | None
+) -> Model:
     if not random_weights:
         raise ConfigError(f"{name}: a configuration has no weights; ask for random ones (random_weights=True)")
     if not name.startswith(configs.PREFIX):
@@ -337,7 +346,8 @@ def _random_model(name: str, dtype: str, recipe: Recipe | None, numerics: str, r
         rows = random_rows(random, parameter, shape)
         scheme = recipe.scheme(parameter) if recipe else None
         leaf = made(rows, shape, jnp.dtype(dtype), scheme, parameter)
-        put(params, parameter, leaf, is_named_by_hash=True)
+        where = mesh and of_parameter(mesh, parameter, leaf, config)
+        put(params, parameter, leaf, where=where, is_named_by_hash=True)
     config = emulated(config, numerics, name)
     eos = (facts["special_tokens"]["eos"]["id"],)
     return Model(architecture, config, params, _numerics(numerics, params, Path(name)), None, eos, Path(name))

@@ -64,6 +64,7 @@ def load_flags(numerics: str | None = "fast", required: bool = True) -> argparse
     group.add_argument(
         "--lora-alpha", type=float, metavar="A", help="scale = A / rank, for an adapter whose files do not say"
     )
+    group.add_argument("--mesh", type=int, metavar="N", help="devices to spread weights and cache over (default: one)")
     group.add_argument("--check-finite", action="store_true", help="refuse weights that are NaN or infinite")
     group.add_argument("--random-weights", action="store_true", help="with --model config:NAME, which has none")
     return flags

@@ -56,6 +56,7 @@ def load_model(args: argparse.Namespace) -> "Model":
         random_weights=args.random_weights,
         config=args.config,
         context_length=args.context_length,
+        mesh=args.mesh,
     )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import math
 import os
 import re
 from pathlib import Path
@@ -140,5 +141,10 @@ def _status(path: str) -> dict[str, int]:
 
 
 def weight_bytes(*trees: Any) -> int:
-    """Of all arrays in them, each counted once."""
-    return sum({id(x): x.nbytes for x in jax.tree.leaves(trees)}.values())
+    """Of all arrays in them, each counted once; of those that are spread over devices, what one device has."""
+
+    def one(x: Any) -> int:
+        whole = not isinstance(x, jax.Array) or x.is_fully_replicated
+        return int(x.nbytes if whole else math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize)
+
+    return sum({id(x): one(x) for x in jax.tree.leaves(trees)}.values())

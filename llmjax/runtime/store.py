@@ -8,6 +8,7 @@ import numpy as np
 from llmjax.device import device_of
 from llmjax.model import Model
 from llmjax.models.attention import PAGE_BLOCKS
+from llmjax.models.sharding import everywhere, mesh_of, of_cache
 from llmjax.runtime import state as states
 from llmjax.runtime.cache import bucket, grown, make_cache, nbytes
 from llmjax.runtime.memory import FEWEST_PAGES, Memory, default_budget
@@ -57,10 +58,8 @@ class Store:
         self._device = device_of(model.params)
         self.aside = slots
         self.tokens, self._stacked = PAGE_BLOCKS * block, stacked
-        none, one = (
-            [x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda n=n: self._cache(n)))]
-            for n in (0, 1)
-        )
+        self._mesh = mesh_of(model.params)
+        none, one = map(self._sizes, (0, 1))
         page = [b - a for a, b in zip(none, one, strict=True)]
         own = sum(none) + nbytes(lambda: states.empty_state(None, slots, self.bucket(1), model.config.vocab_size))
         total = default_budget(weights, self._device) if budget is None else budget
@@ -79,6 +78,14 @@ class Store:
             slots=self._slots + 1,
             stacked=self._stacked is not None,
         )
+
+    def _sizes(self, pages: int) -> list[int]:
+        """Bytes of the cache's buffers, of each what one device has."""
+        buffers = jax.eval_shape(lambda: self._cache(pages))
+        if self._mesh is not None:
+            where = of_cache(self._mesh, buffers, self._model.config)
+            buffers = jax.tree.map(lambda x, at: x.update(shape=at.shard_shape(x.shape)), buffers, where)
+        return [x.size * x.dtype.itemsize for x in jax.tree.leaves(buffers)]
 
     @property
     def layers(self) -> int:
@@ -130,8 +137,13 @@ class Store:
                 cache, vocab = self._cache(self._total), self._model.config.vocab_size
                 return states.empty_state(cache, self._slots, length, vocab)
 
-            with jax.default_device(self._device):
-                self.state = jax.jit(empty)()  # one program instead of one for each kind of buffer
+            where = None
+            if (mesh := self._mesh) is not None:
+                found = jax.eval_shape(empty)
+                where = jax.tree.map(lambda _: everywhere(mesh), found)
+                where = where.replace(cache=of_cache(mesh, found.cache, self._model.config))
+            with jax.default_device(self._device):  # one program instead of one for each kind of buffer
+                self.state = jax.jit(empty, out_shardings=where)()
         elif length > self.length:
             self.state = states.lengthened(self.state, length - self.length)
         self.length = length

@@ -1,4 +1,4 @@
-"""Weights on several devices, in a process that has four."""
+"""Weights on several devices, in a process that has four: spread by role (``mesh``), and in ways of one's own."""
 
 import json
 import os
@@ -6,17 +6,27 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
+import llmjax
+from llmjax.errors import ConfigError
 from tests.tiny import slow
+
+ROOT = Path(__file__).parents[2]
+CASES = ROOT / "tests" / "data" / "cases"
 
 PROGRAM = """
 import dataclasses, json, sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from llmjax import LLM, SamplingParams
+from llmjax.models.sharding import of_parameter
 from llmjax.models.stack import STACKED
+from llmjax.models.tree import canonical
+from llmjax.quant.qtensor import QTensor
 from tests.tiny import random_model
 from tests.unit.test_stack import packed_model
 
@@ -36,8 +46,16 @@ def spread(leaf, *axes):
     return jax.device_put(leaf, NamedSharding(mesh, P(*fits) if leaf.ndim == 2 else P()))
 
 
-for axes in ([], [None, None], ["x", "y"]):
+def by_role(path, leaf):
+    roles = Mesh(np.array(jax.devices()[:2]), ("model",))
+    return jax.device_put(leaf, of_parameter(roles, canonical(path), leaf, model.config))
+
+
+for axes in ([], [None, None], ["x", "y"], ["model"]):
     placed = jax.tree.map(lambda leaf: spread(leaf, *axes), model.params) if axes else model.params
+    if axes == ["model"]:
+        packed = lambda leaf: isinstance(leaf, QTensor)
+        placed = jax.tree_util.tree_map_with_path(by_role, model.params, is_leaf=packed)
     llm = LLM(dataclasses.replace(model, params=placed), max_batch=2, chunk=16, block=16)
     rows = [r.outputs[0] for r in llm.generate(prompts, params)]
     print(json.dumps({
@@ -47,6 +65,15 @@ for axes in ([], [None, None], ["x", "y"]):
         "logits": llm.model.logits([prompts[0]])[0].tolist(),
     }))
 """
+
+
+def in_process(program, *args):
+    """What it prints, of a process with four devices."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", program, *args]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -67,14 +94,8 @@ for axes in ([], [None, None], ["x", "y"]):
 )
 def test_a_model_on_four_devices_says_what_it_says_on_one(kind):
     """Replicated, and in blocks of rows and columns: the same tokens, drawn ones too."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", PROGRAM, *kind]
-    done = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=1200
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, *spread = map(json.loads, done.stdout.splitlines())
-    assert len(spread) == 2
+    one, *spread = in_process(PROGRAM, *kind)
+    assert len(spread) == 3
     assert one["stacked"] == (kind[0] == "int4-g32")
     for found in spread:
         assert found["tokens"] == one["tokens"] and not found["stacked"]
@@ -82,3 +103,80 @@ def test_a_model_on_four_devices_says_what_it_says_on_one(kind):
             scale = np.abs(one["logits"]).max()
             tolerance = 1e-5 if kind[2] == "float32" else 2e-2
             np.testing.assert_allclose(found[name], one[name], atol=tolerance * scale, rtol=0)
+
+
+LOADED = """
+import json, sys
+import jax, numpy as np
+import llmjax
+from llmjax.checkpoint.identity import runtime_facts
+
+folder, quantize = sys.argv[1], None if sys.argv[2] == "none" else sys.argv[2]
+expected = np.load(f"{folder}/expected.npz")
+model = llmjax.load(folder, mesh=2, quantize=quantize, context_length=512)
+where = lambda tree: {jax.tree_util.keystr(path): list(leaf.sharding.spec)
+                      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+ids = expected["ids"].tolist()
+llm = llmjax.LLM(model, max_batch=2)
+params = llmjax.SamplingParams(max_tokens=20, temperature=0, ignore_eos=True, logprobs=1)
+row, other = (result.outputs[0] for result in llm.generate([ids, ids[:3]], params))
+whole = jax.tree.map(np.asarray, model.params)
+alone = llmjax.load(folder, quantize=quantize, context_length=512)
+print(json.dumps({
+    "params": where(model.params), "cache": where(llm.engine.store.state.cache), "facts": runtime_facts(model.params),
+    "error": float(np.abs(model.logits([ids])[0] - expected["logits"]).max()), "atol": float(expected["atol"]),
+    "tokens": [row.token_ids, other.token_ids], "logprob": row.cumulative_logprob, "traces": dict(llm.engine.traces),
+    "alone": [r.outputs[0].token_ids for r in llmjax.LLM(alone, max_batch=2).generate([ids, ids[:3]], params)],
+    "same": all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(alone.params))),
+    "memory": [m.engine.store.memory.page for m in (llm, llmjax.LLM(alone, max_batch=2))],
+}))
+"""
+
+
+KINDS = [
+    ("gemma4_moe", "none"),
+    ("qwen3_moe", "int8"),
+    ("gemma3n_cond", "none"),
+    ("lfm2", "int4"),
+    ("qwen3_5_cond", "none"),
+]
+
+
+@pytest.mark.parametrize(("case", "quantize"), [("llama_dynamic_old", "none"), *(slow(*kind) for kind in KINDS)])
+def test_loaded_onto_two_devices(case, quantize):
+    """transformers' numbers; what each device holds, and that no program is compiled twice for it."""
+    (found,) = in_process(LOADED, str(CASES / case), quantize)
+    if quantize == "none":
+        assert found["error"] <= found["atol"]
+    assert found["tokens"] == found["alone"] and found["same"]
+    assert found["traces"] == {"prefill": 1, "admit": 1, "decode": 1}
+    assert found["facts"]["mesh"] == {"model": 2}
+    if case == "llama_dynamic_old":
+        rows, columns = ["model"], [None, "model"]
+        layer = {
+            "attn": {"q": rows, "k": rows, "v": rows, "o": columns},
+            "mlp": {"gate": rows, "up": rows, "down": columns},
+        }
+        wanted = {
+            f"['layers_{i}']['{module}']['{name}']['weight']": spec
+            for i in range(2) for module, names in layer.items() for name, spec in names.items()
+        }  # fmt: skip
+        wanted |= {f"['{name}']['weight']": rows for name in ("embed", "head")}
+        assert {name: spec for name, spec in found["params"].items() if spec} == wanted
+        assert set(map(tuple, found["cache"].values())) == {(None, "model")}
+        assert 2 * found["memory"][0] == found["memory"][1]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        (0, "mesh: expected a number of devices, or a jax.sharding.Mesh, found 0"),
+        (True, "found True"),
+        ("two", "found 'two'"),
+        (999, "mesh: 999 devices are asked for, and JAX has"),
+        (Mesh(np.array(jax.devices()[:1]), ("x",)), r"mesh: expected an axis 'model' .* found \('x',\)"),
+    ],
+)
+def test_no_mesh(mesh, said):
+    with pytest.raises(ConfigError, match=said):
+        llmjax.load(CASES / "llama_dynamic_old", mesh=mesh)
