@@ -51,11 +51,13 @@ def by_role(path, leaf):
     return jax.device_put(leaf, of_parameter(roles, canonical(path), leaf, model.config))
 
 
-for axes in ([], [None, None], ["x", "y"], ["model"]):
-    placed = jax.tree.map(lambda leaf: spread(leaf, *axes), model.params) if axes else model.params
-    if axes == ["model"]:
-        packed = lambda leaf: isinstance(leaf, QTensor)
-        placed = jax.tree_util.tree_map_with_path(by_role, model.params, is_leaf=packed)
+placements = [
+    model.params,
+    jax.tree.map(spread, model.params),
+    jax.tree.map(lambda leaf: spread(leaf, "x", "y"), model.params),
+    jax.tree_util.tree_map_with_path(by_role, model.params, is_leaf=lambda leaf: isinstance(leaf, QTensor)),
+]
+for placed in placements:
     llm = LLM(dataclasses.replace(model, params=placed), max_batch=2, chunk=16, block=16)
     rows = [r.outputs[0] for r in llm.generate(prompts, params)]
     print(json.dumps({
@@ -93,7 +95,7 @@ def in_process(program, *args):
     ids="-".join,
 )
 def test_a_model_on_four_devices_says_what_it_says_on_one(kind):
-    """Replicated, and in blocks of rows and columns: the same tokens, drawn ones too."""
+    """Replicated, in blocks of rows and columns, and by role: the same tokens, drawn ones too."""
     one, *spread = in_process(PROGRAM, *kind)
     assert len(spread) == 3
     assert one["stacked"] == (kind[0] == "int4-g32")
