@@ -350,7 +350,8 @@ def test_targets(model, tmp_path):
     ({"dropout": 1.0}, "dropout: expected a number"),
     ({"momentum": 0.5}, "momentum: goes with the optimizer sgd"),
     ({"dora": True}, "dora: .*not supported yet"),
-    ({"dpo": True}, "dpo: .*not supported yet"),
+    ({"beta": 0.2}, "beta: goes with dpo"),
+    ({"dpo": True, "beta": 0}, "beta: expected a positive number, found 0"),
     ({"lr": 1.0}, "unknown lr; expected some of accumulation"),
 ])  # fmt: skip
 def test_settings(values, message):
