@@ -2,8 +2,7 @@
 a run tells of pairs.
 
 The reference is the base without any adapter, also where training goes on from one (``start``).  Its log-probabilities
-are computed batch by batch, in batches of the very shape, so that an adapter that changes nothing yet is the reference
-in every bit: a margin of 0, a loss of log 2.
+are computed with each batch: one pass forward more, and nothing that a run that goes on would have to find again.
 """
 
 from collections.abc import Sequence

@@ -200,9 +200,14 @@ class Programs:
         Raises:
           TrainingError: a loss or the gradient is not finite; it names the rows.
         """
-        group = [self.referenced(batch) for batch in group]
         tokens = sum(batch.tokens for batch in group)
         count = tokens if self._beta is None else sum(len(batch.rows) for batch in group) // 2
+        if self._beta is None or _changes(factors):
+            group = [self.referenced(batch) for batch in group]
+        else:  # it is the reference: by its own program in every bit, where another's rounding would be a preference
+            blank = [batch.replace(reference=np.zeros(len(batch.ids), np.float32)) for batch in group]
+            own = [self.gradients(factors, b, count, jax.random.fold_in(key, i))[1] for i, b in enumerate(blank)]
+            group = [b.replace(reference=-np.asarray(rows)) for b, rows in zip(blank, own, strict=True)]
         whole: Any = None
         sums = []
         for i, batch in enumerate(group):
@@ -225,6 +230,11 @@ class Programs:
     def _is_bad(self, factors: Factors, batch: Batch, count: int, key: jax.Array, i: int) -> bool:
         part, _ = self.gradients(factors, batch, count, jax.random.fold_in(key, i))
         return not np.isfinite(float(self._norm(part)))
+
+
+def _changes(factors: Factors) -> bool:
+    """Whether an adapter may change anything: not where each B is 0."""
+    return any(pair.keys() != {"A", "B"} or bool(np.any(pair["B"])) for pair in factors.values())
 
 
 def _listed(rows: Sequence[int]) -> str:
