@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 import llmjax
 from llmjax.errors import TrainingError
 from llmjax.training.adapter import new_adapter
-from llmjax.training.batches import from_labels
+from llmjax.training.batches import Example, Pair, cut, from_labels
 from llmjax.training.config import TrainConfig
 from llmjax.training.files import read_trained, save_adapter
 from llmjax.training.optimizer import schedule
@@ -157,7 +157,9 @@ def test_preferences(name, tmp_path):
     names = ["rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
              "logps/rejected"]  # fmt: skip
     for k in range(STEPS):
-        group = [from_labels(i, chosen, (3, 3)) for i, chosen in zip(ids[k], labels[k], strict=True)]
+        pairs = [Pair(*(Example(3, *row) for row in zip(i, chosen != -100, strict=True)))
+                 for i, chosen in zip(ids[k], labels[k], strict=True)]  # fmt: skip
+        group = [batch for pair in pairs for batch in cut([pair], 2)]  # filled up
         state, outcome = step(state, group, 0.02)
         found = [outcome.loss, *(outcome.preferences[n] for n in names)]
         np.testing.assert_allclose(found, values[k], rtol=2e-5, atol=2e-4, err_msg=f"step {k + 1}")
@@ -165,6 +167,6 @@ def test_preferences(name, tmp_path):
         assert programs.evaluated(state.factors, group)["loss"] != outcome.loss
     save_adapter(begun.replace(state.factors), tmp_path / "ours")
     same(tmp_path)
-    unknown = [group[0].replace(reference=np.float32([np.nan, 0])), group[1]]
+    unknown = [group[0].replace(reference=np.float32([np.nan, 0, 0, 0])), group[1]]
     with pytest.raises(TrainingError, match="step 4: the loss of row 4 is not finite"):
         step(state, unknown, 0.02)
