@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -144,7 +145,7 @@ def their_preferences(model, ids, labels, beta) -> tuple[list[list[float]], list
 
 
 @pytest.mark.parametrize("name", golden.some({"phi3"}, ("phi3", "gemma2")))
-def test_preferences(name, tmp_path):
+def test_preferences(name, tmp_path, monkeypatch):
     model, begun, wanted = begin(name, tmp_path)
     ids, labels = data()
     ids[:, :, 1, :5] = ids[:, :, 0, :5]  # the prompt
@@ -167,6 +168,11 @@ def test_preferences(name, tmp_path):
         assert programs.evaluated(state.factors, group)["loss"] != outcome.loss
     save_adapter(begun.replace(state.factors), tmp_path / "ours")
     same(tmp_path)
+    nothing = {module: pair | {"B": 0 * pair["B"]} for module, pair in begun.factors.items()}
+    with monkeypatch.context() as patch:  # what changes nothing is the reference: no other program's rounding shows
+        patch.setattr(programs, "referenced", None)
+        _, outcome = programs.accumulated(nothing, group, jax.random.key(0))
+    assert outcome.loss == np.log(2) and outcome.preferences["rewards/accuracies"] == 0
     unknown = [group[0].replace(reference=np.float32([np.nan, 0, 0, 0])), group[1]]
     with pytest.raises(TrainingError, match="step 4: the loss of row 4 is not finite"):
         step(state, unknown, 0.02)
