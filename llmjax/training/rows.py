@@ -285,16 +285,16 @@ def _said(name: str, before: list[Any], talk: list[Any], tools: Any, tokenizer: 
     """What the assistant says behind a conversation; what it said in that is not learned."""
     if not talk:
         raise RequestError(f"{name}: no message behind those that chosen and rejected have in common")
-    try:
-        segments = _turns([*before, *talk], tools, tokenizer, date, first=len(before))
-    except LlmjaxError as error:
-        raise RequestError(f"{name}: {error}") from None
-    if (role := talk[0]["role"]) != "assistant":
+    role = talk[0].get("role") if isinstance(talk[0], Mapping) else None
+    if role not in ("assistant", None):  # before a template says something of roles that take no turns
         raise RequestError(
             f"{name}: begins with a message of {shown(role)}, expected the assistant's; leave prompt out where chosen "
             "and rejected are whole conversations"
         )
-    return segments
+    try:
+        return _turns([*before, *talk], tools, tokenizer, date, first=len(before))
+    except LlmjaxError as error:
+        raise RequestError(f"{name}: {error}") from None
 
 
 def _turns(messages: list[Any], tools: Any, tokenizer: Tokenizer, date: Any, first: int = 0) -> Segments:

@@ -90,7 +90,7 @@ def test_preferences(model, row, prompt, chosen, rejected):
     ({"prompt": "a", "chosen": ASKED + SAID[0], "rejected": SAID[1]}, "a prompt that the conversations begin with"),
     ({"prompt": ASKED, "chosen": ASKED + SAID[0], "rejected": SAID[1]}, "chosen: begins with a message of 'system'"),
     ({"prompt": ASKED, "chosen": [], "rejected": SAID[1]}, "chosen: no message behind"),
-    ({"prompt": ASKED, "chosen": ASKED[1:], "rejected": SAID[1]}, "chosen: messages: no turn of the assistant"),
+    ({"prompt": ASKED, "chosen": [{"content": "b"}], "rejected": SAID[1]}, "chosen: messages[2]"),
     ({"chosen": SAID[0], "rejected": SAID[1]}, "chosen: no message that chosen and rejected both follow"),
     ({"chosen": ASKED + SAID[0], "rejected": ASKED + SAID[0]}, "chosen: no message behind"),
     ({"prompt": 5, "chosen": SAID[0], "rejected": SAID[1]}, "prompt: expected a list, found 5"),
