@@ -2,17 +2,19 @@
 
     python scripts/replay_training.py RUN_DIR --base CHECKPOINT --output DIR
 
-RUN_DIR holds ``train.json`` (settings, order of rows), ``batches.npz`` (padded arrays ``[step, micro batch, row, T]``),
-``adapter_init/`` (PEFT's form), ``eval.jsonl``, and ``base_int8.safetensors`` where the base is quantized: its integers
-and scales are then what is trained on.  DIR gets ``history.json`` (loss, grad_norm, lr and tokens of every step, the
-evaluation loss before and after) and the adapters after steps 1, 5, 20 and the last.  A setting that is not known is
-refused by name.
+RUN_DIR holds ``train.json`` (settings, order of rows), ``batches.npz`` (padded arrays ``[step, micro batch, row, T]``;
+of preferences ``chosen_*`` and ``rejected_*``), ``adapter_init/`` (PEFT's form), ``eval.jsonl``, and
+``base_int8.safetensors`` where the base is quantized: its integers and scales are then what is trained on.  DIR gets
+``history.json`` (loss, grad_norm, lr and tokens of every step, the evaluation loss before and after; of preferences the
+pairs for the tokens, and rewards, accuracy and log-probabilities) and the adapters after steps 1, 5, 20 and the last.
+A setting that is not known is refused by name.
 """
 
 import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from llmjax.lora.adapter import modules_of
 from llmjax.models.tree import path_of
 from llmjax.quant.qtensor import QTensor, dequantize
 from llmjax.training.adapter import Adapter
-from llmjax.training.batches import Batch, Example, cut, from_labels
+from llmjax.training.batches import IGNORED, Batch, Example, Pair, cut, from_labels
 from llmjax.training.config import TrainConfig
 from llmjax.training.files import read_trained, save_adapter
 from llmjax.training.optimizer import schedule
@@ -46,9 +48,18 @@ _NOTES = frozenset(
 _SETTINGS = frozenset(
     """
     r alpha lr betas eps weight_decay schedule warmup clip steps micro accum rslora rank_pattern alpha_pattern int8
-    dropout momentum dtype dora dpo
+    dropout momentum dtype dora dpo beta
     """.split()
 )
+# A history's names of what ``preferences.measures`` gives.
+_PREFERENCES = {
+    "reward_chosen": "rewards/chosen",
+    "reward_rejected": "rewards/rejected",
+    "reward_margin": "rewards/margins",
+    "accuracy": "rewards/accuracies",
+    "logp_chosen": "logps/chosen",
+    "logp_rejected": "logps/rejected",
+}
 _OPTIMIZERS = {"torch.optim.AdamW": "adamw", "AdamW": "adamw", "adamw": "adamw"}
 _SCHEDULES = {
     "constant": "constant",
@@ -64,7 +75,7 @@ def settings_of(run: dict[str, Any]) -> TrainConfig:
     Raises:
       ConfigError: one is not known, or not supported.
     """
-    for name in ("dora", "dpo"):
+    for name in ("dora",):
         if run.get(name):
             raise ConfigError(f"train.json: {name}: not supported yet; LoRA alone is replayed")
     if unknown := sorted(set(run) - _NOTES - _SETTINGS):
@@ -88,6 +99,8 @@ def settings_of(run: dict[str, Any]) -> TrainConfig:
         batch_size=run["micro"],
         accumulation=run["accum"],
         steps=run["steps"],
+        dpo=bool(run.get("dpo")),
+        beta=run.get("beta"),
     )
 
 
@@ -131,13 +144,20 @@ def packed(model: llmjax.Model, path: Path) -> llmjax.Model:
     return dataclasses.replace(model, params=params)
 
 
-def examples_of(path: Path) -> list[Example]:
-    """Rows with ``ids`` and ``loss_mask``."""
+def examples_of(path: Path) -> list[Example] | list[Pair]:
+    """Rows with ``ids`` and ``loss_mask``, or with ``prompt_ids``, ``chosen_ids`` and ``rejected_ids``."""
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    return [
-        Example(i, np.array(r["ids"], np.int32), np.array(r["loss_mask"], bool) & (np.arange(len(r["ids"])) > 0))
-        for i, r in enumerate(rows)
-    ]
+
+    def example(i: int, ids: list[int], mask: list[int]) -> Example:
+        return Example(i, np.array(ids, np.int32), np.array(mask, bool) & (np.arange(len(ids)) > 0))
+
+    def half(i: int, prompt: list[int], said: list[int]) -> Example:
+        return example(i, prompt + said, [0] * len(prompt) + [1] * len(said))
+
+    if rows and "chosen_ids" in rows[0]:
+        return [Pair(*(half(i, r["prompt_ids"], r[f"{name}_ids"]) for name in ("chosen", "rejected")))
+                for i, r in enumerate(rows)]  # fmt: skip
+    return [example(i, r["ids"], r["loss_mask"]) for i, r in enumerate(rows)]
 
 
 def groups_of(folder: Path, run: dict[str, Any]) -> list[list[Batch]]:
@@ -147,13 +167,29 @@ def groups_of(folder: Path, run: dict[str, Any]) -> list[list[Batch]]:
       CheckpointError: the arrays are not as many as the settings say.
     """
     arrays = dict(np.load(folder / "batches.npz"))
+    if run.get("dpo"):  # [step, micro batch, pair, 2, T]
+        arrays = {name: both(arrays[f"chosen_{name}"], arrays[f"rejected_{name}"], filling)
+                  for name, filling in (("input_ids", 0), ("labels", IGNORED))}  # fmt: skip
     ids, labels = arrays["input_ids"], arrays["labels"]
     expected = (run["steps"], run["accum"], run["micro"])
     if ids.shape[:3] != expected or labels.shape != ids.shape:
         raise CheckpointError(f"{folder}/batches.npz: expected arrays {list(expected)}, found {list(ids.shape)}")
     order = run.get("order") or [[() for _ in step] for step in ids]
-    return [[from_labels(i, label, tuple(rows)) for i, label, rows in zip(*step, strict=True)]
-            for step in zip(ids, labels, order, strict=True)]  # fmt: skip
+    return [[batch_of(*micro) for micro in zip(*step, strict=True)] for step in zip(ids, labels, order, strict=True)]
+
+
+def both(chosen: np.ndarray, rejected: np.ndarray, filling: int) -> np.ndarray:
+    """Arrays ``[..., T]`` of the halves of pairs, side by side ``[..., 2, T]``."""
+    width = max(chosen.shape[-1], rejected.shape[-1])
+    halves = [np.pad(a, [*[(0, 0)] * (a.ndim - 1), (0, width - a.shape[-1])], constant_values=filling)
+              for a in (chosen, rejected)]  # fmt: skip
+    return np.stack(halves, -2)
+
+
+def batch_of(ids: np.ndarray, labels: np.ndarray, rows: Sequence[int]) -> Batch:
+    """From ``[row, T]``, or ``[pair, 2, T]``: then a row is there twice."""
+    each = 2 if ids.ndim == 3 else 1
+    return from_labels(*(a.reshape(-1, a.shape[-1]) for a in (ids, labels)), [row for row in rows for _ in range(each)])
 
 
 def replay(folder: Path, base: Path, output: Path) -> dict[str, Any]:
@@ -181,12 +217,15 @@ def replay(folder: Path, base: Path, output: Path) -> dict[str, Any]:
         return programs.mean_loss(state.factors, held_out_batches) if held_out_batches else None
 
     history: dict[str, Any] = {"loss": [], "grad_norm": [], "lr": [], "tokens": [], "eval_loss_before": evaluated()}
+    history |= {name: [] for name in (_PREFERENCES if config.dpo else ())}
     for k, group in enumerate(groups_of(folder, run)):
         state, outcome = step(state, group, rate(k))
         history["loss"].append(outcome.loss)
         history["grad_norm"].append(outcome.grad_norm)
         history["lr"].append(rate(k))
-        history["tokens"].append(outcome.tokens)
+        history["tokens"].append(sum(len(b.rows) for b in group) // 2 if config.dpo else outcome.tokens)
+        for name in _PREFERENCES if config.dpo else ():
+            history[name].append(outcome.preferences[_PREFERENCES[name]])
         if state.step in (*SAVED, run["steps"]):
             save_adapter(adapter.replace(state.factors), output / f"adapter_step{state.step}", "base")
     history["eval_loss_after"] = evaluated()

@@ -62,6 +62,7 @@ _FLAGS: dict[str, tuple[Any, str, str]] = {
     "rank": (int, "R", "of the factors (default 8)"),
     "alpha": (float, "A", "scale = A / R (default 16)"),
     "dropout": (float, "P", "share of a factor's inputs that are dropped (default 0)"),
+    "beta": (float, "B", "of --dpo: how dear it is to go away from the base (default 0.1)"),
     "optimizer": (str, "NAME", "adamw, lion, sgd, rmsprop or adafactor (default adamw)"),
     "learning_rate": (float, "RATE", "the highest (default 2e-4)"),
     "betas": (_pair, "B,B", "of adamw and lion (default 0.9,0.999)"),
@@ -98,7 +99,10 @@ def add(verbs: Verbs) -> None:
     )
     group = train.add_argument_group("training")
     group.add_argument(
-        "--data", required=True, metavar="JSONL", help="rows: prompt and completion, messages, text, ids"
+        "--data",
+        required=True,
+        metavar="JSONL",
+        help="rows: prompt and completion, messages, text, ids; with --dpo prompt, chosen and rejected",
     )
     held_out = "rows that are not learned from; the adapter with the least loss of them is kept"
     group.add_argument("--eval", metavar="JSONL", help=held_out)
@@ -111,7 +115,9 @@ def add(verbs: Verbs) -> None:
     for name, number in (("rank", int), ("alpha", float)):
         text = f"{name} of the modules a regular expression matches; may be repeated, the first that does wins"
         group.add_argument(f"--{name}-pattern", type=_pattern(number), action="append", metavar="REGEX=N", help=text)
-    for name in ("dora", "dpo"):
+    text = "learn from pairs of completions, one chosen and one rejected (direct preference optimization)"
+    group.add_argument("--dpo", action="store_true", default=None, help=text)
+    for name in ("dora",):
         group.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -121,7 +127,7 @@ def _train(args: argparse.Namespace) -> int:
 
     given = {field.name: getattr(args, field.name) for field in fields(TrainConfig)}
     given |= {name: dict(given[name]) for name in ("rank_pattern", "alpha_pattern") if given[name]}
-    later = {name: True for name in ("dora", "dpo") if getattr(args, name)}
+    later = {name: True for name in ("dora",) if getattr(args, name)}
     unlimited = {"clip": None} if given["clip"] == "none" else {}
     config = TrainConfig.from_dict({name: v for name, v in given.items() if v is not None} | unlimited | later)
     if args.lora is not None:
@@ -164,6 +170,7 @@ class _Progress:
         rate = (values["tokens"] - tokens) / (now - told) if told else values["tokens"] / max(values["seconds"], 1e-3)
         self._last = now, values["tokens"]
         line = f"step {report.step:,}/{report.steps:,} · loss {values['loss']:.4f}"
+        line += f" · margin {values['rewards/margins']:.4f}" if "rewards/margins" in values else ""
         line += f" · eval {values['eval_loss']:.4f}" if "eval_loss" in values else ""
         line += f" · {rate:,.0f} tok/s · {clock(report.seconds_left)} left"
         print(

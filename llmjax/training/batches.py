@@ -35,6 +35,39 @@ class Example:
         """How many the loss counts."""
         return int(self.learned.sum())
 
+    @property
+    def parts(self) -> "tuple[Example, ...]":
+        """What goes into the rows of a batch."""
+        return (self,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A row of preferences: two completions of one prompt, whose tokens both have.
+
+    Attributes:
+      chosen: with the completion that is to become more likely.
+      rejected: with the other.
+    """
+
+    chosen: Example
+    rejected: Example
+
+    @property
+    def row(self) -> int:
+        """Its number in the data, from 0."""
+        return self.chosen.row
+
+    @property
+    def tokens(self) -> int:
+        """How many the log-probabilities of both are summed over."""
+        return self.chosen.tokens + self.rejected.tokens
+
+    @property
+    def parts(self) -> tuple[Example, ...]:
+        """What goes into the rows of a batch, one behind the other."""
+        return self.chosen, self.rejected
+
 
 class Batch(struct.PyTreeNode):
     """Rows of one program, padded on the right; the head runs on the ``M`` tokens of a row whose next is learned.
@@ -45,7 +78,10 @@ class Batch(struct.PyTreeNode):
       targets: int32 ``[B, M]``, those next tokens.
       weights: float32 ``[B, M]``, 1, or 0 where filled up.
       lengths: int32 ``[B]``, tokens of each row.
-      rows: the numbers of the rows in the data (static); fewer than B where the last are filling.
+      rows: the numbers of the rows in the data (static), each twice where they are pairs; fewer than B where the last
+        are filling.
+      reference: float32 ``[B]``, of pairs: log-probabilities of the rows' learned tokens, added up, without an adapter;
+        None where they are not computed yet.
     """
 
     ids: Any
@@ -54,6 +90,7 @@ class Batch(struct.PyTreeNode):
     weights: Any
     lengths: Any
     rows: tuple[int, ...] = struct.field(pytree_node=False, default=())
+    reference: Any = None
 
     @property
     def tokens(self) -> int:
@@ -64,7 +101,8 @@ class Batch(struct.PyTreeNode):
         """On the device, without what would make a program of its own for each batch."""
         leaves = (self.ids, self.at, self.targets, self.weights, self.lengths)
         ids, at, targets, weights, lengths = map(jnp.asarray, leaves)
-        return Batch(ids, at, targets, weights, lengths)
+        reference = None if self.reference is None else jnp.asarray(self.reference)
+        return Batch(ids, at, targets, weights, lengths, reference=reference)
 
 
 def bucket(length: int) -> int:
@@ -109,7 +147,7 @@ def from_labels(ids: np.ndarray, labels: np.ndarray, rows: Sequence[int] = ()) -
     return make_batch(examples, width=ids.shape[1])
 
 
-def batches(examples: Sequence[Example], config: "TrainConfig", epoch: int) -> Iterator[list[Batch]]:
+def batches(examples: Sequence[Example | Pair], config: "TrainConfig", epoch: int) -> Iterator[list[Batch]]:
     """The effective batches of an epoch, each as the batches that are computed one after the other.
 
     The order follows from ``config.seed`` and the epoch.  Within an effective batch rows of like length go together:
@@ -128,7 +166,8 @@ def batches(examples: Sequence[Example], config: "TrainConfig", epoch: int) -> I
         yield cut([examples[i] for i in order[start : start + size]], config.batch_size)
 
 
-def cut(examples: Sequence[Example], size: int) -> list[Batch]:
-    """Batches of ``size`` rows, filled up, from the longest rows to the shortest."""
-    ordered = sorted(examples, key=lambda e: (-len(e.ids), -e.tokens, e.row))
-    return [make_batch(ordered[i : i + size], size) for i in range(0, len(ordered), size)]
+def cut(examples: Sequence[Example | Pair], size: int) -> list[Batch]:
+    """Batches of ``size`` rows, or of so many pairs of rows, filled up, from the longest to the shortest."""
+    ordered = sorted(examples, key=lambda e: (-max(len(part.ids) for part in e.parts), -e.tokens, e.row))
+    parts = [[part for e in ordered[i : i + size] for part in e.parts] for i in range(0, len(ordered), size)]
+    return [make_batch(rows, size * len(ordered[0].parts)) for rows in parts]

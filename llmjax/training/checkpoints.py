@@ -118,7 +118,7 @@ def restore(folder: Path, first: State, identity: Mapping[str, Any]) -> tuple[St
 def data_sha256(examples: Any) -> str:
     """Over the ids and masks of examples, in their order."""
     sha = hashlib.sha256()
-    for example in examples:
+    for example in (part for row in examples for part in row.parts):
         sha.update(np.array([example.row, len(example.ids)], np.int64).tobytes())
         sha.update(example.ids.tobytes() + example.learned.tobytes())
     return sha.hexdigest()

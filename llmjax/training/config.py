@@ -24,8 +24,6 @@ from llmjax.training.optimizer import OPTIMIZERS, SCHEDULES
 _LATER = {
     "dora": "weight-decomposed adapters (DoRA) are not supported yet; leave it out for LoRA",
     "use_dora": "weight-decomposed adapters (DoRA) are not supported yet; leave it out for LoRA",
-    "dpo": "preference training (DPO) is not supported yet; rows need a prompt and one completion",
-    "beta": "preference training (DPO) is not supported yet; rows need a prompt and one completion",
 }
 
 
@@ -44,6 +42,9 @@ class TrainConfig:
       alpha_pattern: the like for alpha.
       exclude: modules to leave out, as targets.
       dropout: share of a factor's inputs that are dropped, drawn from ``seed`` and the step.
+      dpo: learn from preferences: rows are pairs of completions, chosen and rejected, of which ``batch_size`` counts
+        the pairs, and the loss is the mean over the pairs (``llmjax.training.preferences``).
+      beta: of dpo: how dear it is to go away from the base; None for 0.1.
       optimizer: ``adamw``, ``lion``, ``sgd``, ``rmsprop`` or ``adafactor``; weight decay is apart from the gradient in
         each.
       learning_rate: the highest.
@@ -78,6 +79,8 @@ class TrainConfig:
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     exclude: str | tuple[str, ...] = ()
     dropout: float = 0.0
+    dpo: bool = False
+    beta: float | None = None
     optimizer: str = "adamw"
     learning_rate: float = 2e-4
     betas: tuple[float, float] = (0.9, 0.999)
@@ -109,8 +112,12 @@ class TrainConfig:
         problems = [f"{name}: {problem}" for name, problem in found.items() if problem]
         if not problems and self.momentum and self.optimizer != "sgd":
             problems.append(f"momentum: goes with the optimizer sgd, not with {self.optimizer}")
+        if not problems and self.beta is not None and not self.dpo:
+            problems.append("beta: goes with dpo")
         if problems:
             raise ConfigError("\n  ".join(["training:", *problems]) if len(problems) > 1 else problems[0])
+        if self.dpo and self.beta is None:
+            object.__setattr__(self, "beta", 0.1)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], where: str = "training") -> "TrainConfig":
@@ -177,6 +184,8 @@ _RULES: dict[str, Rule] = {
     "rank_pattern": Rule("ranks by regular expression", lambda v: isinstance(v, Mapping)),
     "alpha_pattern": Rule("numbers by regular expression", lambda v: isinstance(v, Mapping)),
     "dropout": _SHARE,
+    "dpo": FLAG,
+    "beta": _optional(POSITIVE_NUMBER, "a positive number"),
     "optimizer": one_of(*OPTIMIZERS),
     "learning_rate": POSITIVE_NUMBER,
     "betas": Rule(

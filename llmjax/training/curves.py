@@ -13,8 +13,9 @@ from llmjax.outside.whole import write_whole
 PNG, HTML = "loss.png", "loss.html"
 # Of the page's picture, in its own units.
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 860, 360, 64, 40, 16
-_COLORS = {"loss": "#9db8d9", "smoothed": "#1f5fa8", "eval_loss": "#c4501b"}
-_NAMES = {"loss": "each step", "smoothed": "smoothed", "eval_loss": "rows for evaluation"}
+_COLORS = {"loss": "#9db8d9", "smoothed": "#1f5fa8", "eval_loss": "#c4501b", "accuracy": "#3f8f4f"}
+_NAMES = {"loss": "each step", "smoothed": "smoothed", "eval_loss": "rows for evaluation",
+          "accuracy": "pairs with a margin above 0, smoothed"}  # fmt: skip
 
 Line = list[tuple[float, float]]
 
@@ -33,24 +34,37 @@ def write(folder: Path, metrics: Sequence[dict[str, Any]], title: str) -> str | 
     write_whole(folder / HTML, [page(lines, metrics, title).encode()])
     if importlib.util.find_spec("matplotlib") is None:
         return f"{folder / PNG}: not drawn: pip install 'llmjax[plots]'; {HTML} has the same curves"
-    write_whole(folder / PNG, [_png(lines, title)])
+    write_whole(folder / PNG, [_png(lines, title, _what(metrics))])
     return None
 
 
 def curves(metrics: Sequence[dict[str, Any]]) -> dict[str, Line]:
-    """Loss of each step, its running mean, and that of the rows for evaluation where there are any."""
-    loss = [(float(m["step"]), float(m["loss"])) for m in metrics]
-    held_out = [(float(m["step"]), float(m["eval_loss"])) for m in metrics if "eval_loss" in m]
-    keep = 1 - 1 / max(1.0, min(50.0, len(loss) / 10))
+    """Loss of each step, its running mean, that of the rows for evaluation where there are any, and that of the
+    accuracy of pairs."""
+    loss, held_out, right = (
+        [(float(m["step"]), float(m[name])) for m in metrics if name in m]
+        for name in ("loss", "eval_loss", "rewards/accuracies")
+    )
+    found = {"loss": loss, "smoothed": _smoothed(loss), "eval_loss": held_out, "accuracy": _smoothed(right)}
+    return {name: line for name, line in found.items() if line}
+
+
+def _smoothed(line: Line) -> Line:
+    keep = 1 - 1 / max(1.0, min(50.0, len(line) / 10))
     smoothed: Line = []
     total = weight = 0.0
-    for step, value in loss:
+    for step, value in line:
         total, weight = keep * total + value, keep * weight + 1  # a mean from the first step on
         smoothed.append((step, total / weight))
-    return {"loss": loss, "smoothed": smoothed} | ({"eval_loss": held_out} if held_out else {})
+    return smoothed
 
 
-def _png(lines: dict[str, Line], title: str) -> bytes:
+def _what(metrics: Sequence[dict[str, Any]]) -> str:
+    """What the loss is the mean of."""
+    return "pair" if "rewards/accuracies" in metrics[0] else "token"
+
+
+def _png(lines: dict[str, Line], title: str, what: str) -> bytes:
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -68,7 +82,7 @@ def _png(lines: dict[str, Line], title: str) -> bytes:
             marker="o" if name == "eval_loss" or len(line) == 1 else None,
             markersize=4,
         )
-    axes.set(xlabel="step", ylabel="loss, mean of a token", title=Path(title).name)
+    axes.set(xlabel="step", ylabel=f"loss, mean of a {what}", title=Path(title).name)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -130,7 +144,7 @@ th {{ text-align: left; font-weight: normal; color: #555; padding-right: 1.5rem 
 td {{ text-align: right; font-variant-numeric: tabular-nums }}
 </style></head><body>
 <h1>{html.escape(Path(title).name)}</h1>
-<p>Loss, the mean of a learned token, over steps. {keys}</p>
+<p>Loss, the mean of a {"pair" if _what(metrics) == "pair" else "learned token"}, over steps. {keys}</p>
 <svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="loss over steps">{"".join(parts)}</svg>
 <table>{rows}</table>
 <script type="application/json" id="metrics">{data}</script>

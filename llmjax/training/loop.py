@@ -24,7 +24,7 @@ from llmjax.runtime.memory import size, weight_bytes
 from llmjax.text.dates import Date
 from llmjax.training import checkpoints, curves
 from llmjax.training.adapter import Adapter, adapted, new_adapter
-from llmjax.training.batches import Batch, Example, batches, cut
+from llmjax.training.batches import Batch, Example, Pair, batches, cut
 from llmjax.training.checkpoints import Progress
 from llmjax.training.config import TrainConfig
 from llmjax.training.files import read_trained, save_adapter
@@ -104,7 +104,8 @@ def finetune(
       output: a directory: the adapter in PEFT's form, ``metrics.jsonl``, the curves, and, while it runs, the state to
         go on from.  The same call goes on, to the same bits, after a kill; Ctrl-C writes the state behind the step
         under way before it stops.  None keeps nothing.
-      start: an adapter in PEFT's form to train on; its rank, scale and modules win over the configuration's.
+      start: an adapter in PEFT's form to train on; its rank, scale and modules win over the configuration's.  The
+        reference of dpo is the base without it.
       date: what chat templates take for the present.
       report: called after each step.
       note: told what a person should know.
@@ -155,7 +156,7 @@ def _new(model: Model, config: TrainConfig) -> Adapter:
 def _data(model: Model, rows: Rows, config: TrainConfig, name: str, date: Date | None) -> Data:
     where = str(rows) if isinstance(rows, str | Path) else name
     found = read_rows(rows) if isinstance(rows, str | Path) else rows
-    return make_examples(found, model, max_length=config.max_length, where=where, date=date)
+    return make_examples(found, model, max_length=config.max_length, where=where, date=date, dpo=config.dpo)
 
 
 @contextlib.contextmanager
@@ -179,7 +180,7 @@ class _Run:
     ):
         self.model, self.adapter, self.config, self.output = model, adapter, config, output
         self.data: tuple[Data, ...] = (data,) if held_out is None else (data, held_out)
-        self.examples: list[Example] = data.examples
+        self.examples: list[Example] | list[Pair] = data.examples
         self.per_epoch = math.ceil(len(self.examples) / (config.batch_size * config.accumulation))
         self.steps = config.steps or config.epochs * self.per_epoch
         self.rate = schedule(config.schedule, config.learning_rate, config.warmup, self.steps)
@@ -220,7 +221,7 @@ class _Run:
         began, before, first_step = time.monotonic(), self.progress.seconds, self.state.step
         try:
             if self.held_out and self.progress.first_eval is None:
-                self.progress.first_eval = self._evaluated()
+                self.progress.first_eval = self._evaluated()["loss"]
             for group in self._groups():
                 rate = self.rate(self.state.step)
                 self.state, outcome = self.step(self.state, group, rate)
@@ -317,12 +318,13 @@ class _Run:
             "loss": outcome.loss,
             "grad_norm": outcome.grad_norm,
             "lr": rate,
+            **outcome.preferences,
             "tokens": self.progress.tokens,
             "seconds": round(self.progress.seconds, 3),
         }
         every = self.config.eval_every
         if self.held_out and ((every and self.state.step % every == 0) or self.state.step == self.steps):
-            values["eval_loss"] = self._evaluated()
+            values |= {f"eval_{name}": value for name, value in self._evaluated().items()}
             self._judge(values["eval_loss"])
         self.metrics.append(values)
         if self.output:
@@ -330,9 +332,10 @@ class _Run:
                 file.write(f"{json.dumps(values)}\n".encode())
                 self.progress.metrics = file.tell()
 
-    def _evaluated(self) -> float:
-        found = self.programs.mean_loss(self.state.factors, self.held_out)
-        if not math.isfinite(found):
+    def _evaluated(self) -> dict[str, float]:
+        self.held_out = [self.programs.referenced(batch) for batch in self.held_out]  # once: it stays what it is
+        found = self.programs.evaluated(self.state.factors, self.held_out)
+        if not math.isfinite(found["loss"]):
             raise TrainingError(f"after step {self.state.step} the loss of the rows for evaluation is not finite")
         return found
 

@@ -8,6 +8,12 @@ A row has one of these forms; the first whose fields it has is taken, and fields
                                   the token that ends each
 ``prompt``, ``completion``        the completion is learned, and the end token behind it
 ``text``                          all of it is learned, and the end token behind it
+
+Rows of preferences, for ``dpo``, have two completions of one prompt, which are tokenized, and end, as the above:
+
+``prompt_ids``, ``chosen_ids``, ``rejected_ids``  token ids
+``prompt``, ``chosen``, ``rejected``  texts, or the messages of one conversation: those before, and what is said then
+``chosen``, ``rejected``              whole conversations; the messages they begin with in common are the prompt
 """
 
 import dataclasses
@@ -27,7 +33,7 @@ from llmjax.outside.paths import checked_path
 from llmjax.outside.values import plain
 from llmjax.text.dates import Date, settled
 from llmjax.text.tokenizer import Tokenizer
-from llmjax.training.batches import Example
+from llmjax.training.batches import Example, Pair
 
 _FORMS: tuple[tuple[str, ...], ...] = (
     ("ids",),
@@ -35,6 +41,12 @@ _FORMS: tuple[tuple[str, ...], ...] = (
     ("messages",),
     ("prompt", "completion"),
     ("text",),
+)
+_HALVES = ("chosen", "rejected")
+_PREFERENCES: tuple[tuple[str, ...], ...] = (
+    ("prompt_ids", "chosen_ids", "rejected_ids"),
+    ("prompt", *_HALVES),
+    _HALVES,
 )
 _OPTIONAL = {"ids": ("loss_mask",), "messages": ("tools",)}
 _ALWAYS = ("id",)
@@ -73,7 +85,7 @@ class Data:
     """
 
     where: str
-    examples: list[Example]
+    examples: list[Example] | list[Pair]
     bad: list[BadRow]
     unused: Mapping[str, int]
 
@@ -82,6 +94,8 @@ class Data:
         found = []
         if self.bad:
             found.append(f"{self.where}: {len(self.bad)} of {len(self.bad) + len(self.examples)} rows are left out")
+            if not self.examples and len({bad.why for bad in self.bad}) == 1 < len(self.bad):
+                return [*found, f"  each of them: {self.bad[0].why}"]
             found += [f"  {bad}" for bad in self.bad[:_MOST]]
             found += [f"  and {len(self.bad) - _MOST} more"] if len(self.bad) > _MOST else []
         if self.unused:
@@ -119,7 +133,13 @@ def _parsed(line: str) -> Any:
 
 
 def make_examples(
-    rows: Iterable[Any], model: Model, *, max_length: int | None = None, where: str = "rows", date: Date | None = None
+    rows: Iterable[Any],
+    model: Model,
+    *,
+    max_length: int | None = None,
+    where: str = "rows",
+    date: Date | None = None,
+    dpo: bool = False,
 ) -> Data:
     """Examples of a model from rows.
 
@@ -129,6 +149,7 @@ def make_examples(
       max_length: rows of more tokens are left out; None for the model's context.
       where: what to call the data in messages.
       date: what chat templates take for the present.
+      dpo: the rows are of preferences, and become pairs of examples.
 
     Raises:
       RequestError: no row is any good.
@@ -137,16 +158,21 @@ def make_examples(
         raise RequestError(f"{where}: expected a JSONL file's path or objects, found {shown(rows)}")
     longest = min(max_length or model.context_length, model.context_length)
     date = settled(date)
-    examples, bad = [], []
+    examples: list[Any] = []
+    bad = []
     unused: Counter[str] = Counter()
     for number, row in enumerate(rows):
         if row is BLANK:
             continue
         try:
-            form = _form(row)
-            used = (*form, *_OPTIONAL.get(form[0], ()), *_ALWAYS)
+            form = _form(row, dpo)
+            talk = form[-1] == "rejected" and not isinstance(row["rejected"], str)
+            used = (*form, *_OPTIONAL.get("messages" if talk else form[0], ()), *_ALWAYS)
             unused.update(name for name in row if name not in used)
-            examples.append(_example(number, _segments(row, form, model, date), model, longest))
+            if dpo:
+                examples.append(_pair(number, row, form, model, date, longest))
+            else:
+                examples.append(_example(number, _segments(row, form, model, date), model, longest))
         except LlmjaxError as error:
             bad.append(BadRow(number, str(error)))
     data = Data(where, examples, bad, unused)
@@ -155,15 +181,20 @@ def make_examples(
     return data
 
 
-def _form(row: Any) -> tuple[str, ...]:
+def _form(row: Any, dpo: bool) -> tuple[str, ...]:
     if isinstance(row, LlmjaxError):
         raise row
     if not isinstance(row, Mapping):
         raise RequestError(f"expected an object, found {shown(row)}")
-    for form in _FORMS:
+    forms, others = (_PREFERENCES, _FORMS) if dpo else (_FORMS, _PREFERENCES)
+    for form in forms:
         if all(name in row for name in form):
             return form
-    expected = "; ".join(" and ".join(form) for form in _FORMS)
+    expected = "; ".join(" and ".join(form) for form in forms)
+    for form in others:
+        if all(name in row for name in form):
+            kind = "no preferences; train without dpo" if dpo else "preferences; train with dpo (--dpo)"
+            raise RequestError(f"fields {', '.join(form)}: {kind}, or give one of: {expected}")
     raise RequestError(f"fields {named(', '.join(map(str, row))) or 'none'}; expected one of: {expected}")
 
 
@@ -179,30 +210,99 @@ def _segments(row: Mapping[str, Any], form: tuple[str, ...], model: Model, date:
         if not completion:
             raise RequestError("completion_ids: empty")
         return [(prompt, False), (completion, True)]
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise RequestError(f"{form[0]}: the model has no tokenizer; give ids")
+    tokenizer = _tokenizer(model, form[0])
     if form == ("messages",):
-        return _turns(row, tokenizer, date)
+        return _turns(row["messages"], row.get("tools"), tokenizer, date)
     if form == ("text",):
         if not (text := _text(row, "text")).strip():
             raise RequestError("text: empty")
         return [(tokenizer.encode(text), True), (_end(tokenizer, model), True)]
-    prompt_text, completion_text = _text(row, "prompt"), _text(row, "completion")
-    if not completion_text:
-        raise RequestError("completion: empty")
+    return _behind(row, ("completion",), model, tokenizer)[0]
+
+
+def _behind(row: Mapping[str, Any], names: tuple[str, ...], model: Model, tokenizer: Tokenizer) -> list[Segments]:
+    """The prompt, and each of these fields behind it."""
+    prompt_text, texts = _text(row, "prompt"), [_text(row, name) for name in names]
+    for name, text in zip(names, texts, strict=True):
+        if not text:
+            raise RequestError(f"{name}: empty")
     prompt = tokenizer.encode(prompt_text, add_bos=None)
     prompt = prompt[: len(prompt) - len(tokenizer.suffix_ids)] if tokenizer.suffix_ids else prompt
-    learned = continuation(tokenizer, prompt_text, completion_text)
-    return [(prompt, False), (learned, True), (_end(tokenizer, model), True)]
+    end = _end(tokenizer, model)
+    return [[(prompt, False), (continuation(tokenizer, prompt_text, text), True), (end, True)] for text in texts]
 
 
-def _turns(row: Mapping[str, Any], tokenizer: Tokenizer, date: Any) -> Segments:
-    """The rendered conversation, cut where the assistant's turns begin and end."""
-    messages = row["messages"]
-    options = {"date": date} | ({"tools": row["tools"]} if row.get("tools") is not None else {})
+def _tokenizer(model: Model, name: str) -> Tokenizer:
+    if model.tokenizer is None:
+        raise RequestError(f"{name}: the model has no tokenizer; give ids")
+    return model.tokenizer
+
+
+def _pair(number: int, row: Mapping[str, Any], form: tuple[str, ...], model: Model, date: Any, longest: int) -> Pair:
+    halves = []
+    for name, segments in zip(_HALVES, _completions(row, form, model, date), strict=True):
+        try:
+            halves.append(_example(number, segments, model, longest))
+        except LlmjaxError as error:
+            raise RequestError(f"{name}: {error}") from None
+        if not segments[0][0]:
+            raise RequestError("prompt: no token, so nothing says how likely a completion's first one is")
+    if np.array_equal(halves[0].ids, halves[1].ids):
+        raise RequestError("chosen and rejected are the same tokens, so neither can be preferred")
+    return Pair(*halves)
+
+
+def _completions(row: Mapping[str, Any], form: tuple[str, ...], model: Model, date: Any) -> list[Segments]:
+    """Chosen and rejected, each behind the prompt."""
+    if form[0] == "prompt_ids":
+        prompt, *completions = (_list(row, name) for name in form)
+        for name, found in zip(form[1:], completions, strict=True):
+            if not found:
+                raise RequestError(f"{name}: empty")
+        return [[(prompt, False), (found, True)] for found in completions]
+    tokenizer = _tokenizer(model, form[0])
+    texts = [isinstance(row[name], str) for name in form]
+    if all(texts) and form != _HALVES:
+        return _behind(row, _HALVES, model, tokenizer)
+    if any(texts):
+        raise RequestError(
+            f"{', '.join(form)}: expected a prompt and two texts, or lists of messages all; a prompt that the "
+            "conversations begin with is left out"
+        )
+    lists = [_list(row, name) for name in form]
+    if form == _HALVES:
+        both = enumerate(zip(*lists, strict=False))
+        same = next((i for i, (a, b) in both if a != b), min(map(len, lists)))
+        lists = [lists[0][:same], *(talk[same:] for talk in lists)]
+    before, *talks = lists
+    if not before:
+        raise RequestError(f"{form[0]}: no message that chosen and rejected both follow")
+    halves = zip(_HALVES, talks, strict=True)
+    return [_said(name, before, talk, row.get("tools"), tokenizer, date) for name, talk in halves]
+
+
+def _said(name: str, before: list[Any], talk: list[Any], tools: Any, tokenizer: Tokenizer, date: Any) -> Segments:
+    """What the assistant says behind a conversation; what it said in that is not learned."""
+    if not talk:
+        raise RequestError(f"{name}: no message behind those that chosen and rejected have in common")
+    role = talk[0].get("role") if isinstance(talk[0], Mapping) else None
+    if role not in ("assistant", None):  # before a template says something of roles that take no turns
+        raise RequestError(
+            f"{name}: begins with a message of {shown(role)}, expected the assistant's; leave prompt out where chosen "
+            "and rejected are whole conversations"
+        )
+    try:
+        return _turns([*before, *talk], tools, tokenizer, date, first=len(before))
+    except LlmjaxError as error:
+        raise RequestError(f"{name}: {error}") from None
+
+
+def _turns(messages: list[Any], tools: Any, tokenizer: Tokenizer, date: Any, first: int = 0) -> Segments:
+    """The rendered conversation, cut where the assistant's turns begin and end; those before the ``first`` message are
+    not learned."""
+    options = {"date": date} | ({"tools": tools} if tools is not None else {})
     text = tokenizer.render_chat(messages, add_generation_prompt=False, **options)
-    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    turns = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= first]
     if not turns:
         raise RequestError("messages: no turn of the assistant to learn from")
     segments: Segments = []

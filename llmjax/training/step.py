@@ -1,7 +1,7 @@
 """The loss, its gradients, and one step of training: pure functions and compiled programs, without a loop."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from llmjax.runtime.memory import give_back_free
 from llmjax.training.adapter import Factors, Target, adapted
 from llmjax.training.batches import Batch
 from llmjax.training.optimizer import clipped, optimizer
+from llmjax.training.preferences import dpo_loss, measures, pairs_of
 
 if TYPE_CHECKING:
     from llmjax.training.config import TrainConfig
@@ -51,14 +52,16 @@ class Outcome:
     """What a step found.
 
     Attributes:
-      loss: mean over all learned tokens of the effective batch, before the step.
+      loss: mean over all learned tokens of the effective batch, or over its pairs, before the step.
       grad_norm: over all factors, before clipping.
       tokens: how many are learned.
+      preferences: of pairs, see ``preferences.measures``.
     """
 
     loss: float
     grad_norm: float
     tokens: int
+    preferences: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def loss(
@@ -100,15 +103,16 @@ class Programs:
     Args:
       model: the base; its parameters are arguments of the programs, never copied.
       targets: the adapter's modules.
-      config: numerics, recomputation, dropout.
+      config: numerics, recomputation, dropout, what the loss is.
     """
 
     def __init__(self, model: Model, targets: tuple[Target, ...], config: "TrainConfig"):
         self._params = model.params
         self._numerics = model.numerics if config.compute is None else resolve("hf", jnp.dtype(config.compute))
+        self._beta = beta = config.beta if config.dpo else None
         plain = partial(loss, model, targets=targets, numerics=self._numerics, recompute=config.recompute)
 
-        def gradients(params: Any, factors: Factors, batch: Batch, tokens: jax.Array, key: jax.Array) -> Any:
+        def gradients(params: Any, factors: Factors, batch: Batch, count: jax.Array, key: jax.Array) -> Any:
             def mean(factors: Factors) -> tuple[jax.Array, jax.Array]:
                 rows = plain(
                     params,
@@ -117,7 +121,9 @@ class Programs:
                     dropout=config.dropout,
                     key=key if config.dropout else None,
                 )
-                return jnp.sum(rows) / tokens, rows
+                if beta is None:
+                    return jnp.sum(rows) / count, rows
+                return jnp.sum(dpo_loss(pairs_of(-rows), pairs_of(batch.reference), beta)) / count, rows
 
             return jax.grad(mean, has_aux=True)(factors)
 
@@ -127,18 +133,32 @@ class Programs:
         self._losses = jax.jit(
             lambda params, factors, batch: plain(params, factors=factors, batch=batch), compiler_options=options
         )
+        self._base = jax.jit(
+            lambda params, factors, batch: plain(params, targets=(), factors=factors, batch=batch),
+            compiler_options=options,
+        )
         self._added = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         self._norm = jax.jit(optax.tree.norm)
 
     def losses(self, factors: Factors, batch: Batch) -> np.ndarray:
         """Sums of each row's cross-entropies, float32 ``[B]``, nothing dropped."""
-        arguments = self._params, factors, batch.arrays()
-        with in_memory("the loss of a batch", LOWER):
-            return np.asarray(self._program(self._losses, arguments)(*arguments))
+        return self._sums(self._losses, factors, batch)
 
-    def gradients(self, factors: Factors, batch: Batch, tokens: int, key: jax.Array) -> tuple[Factors, jax.Array]:
-        """The gradient of the batch's sum over ``tokens``, and the rows' sums ``[B]``."""
-        arguments = self._params, factors, batch.arrays(), jnp.float32(tokens), key
+    def referenced(self, batch: Batch) -> Batch:
+        """The batch, if of pairs, with what the base says of its rows without the adapter."""
+        if self._beta is None or batch.reference is not None:
+            return batch
+        return batch.replace(reference=-self._sums(self._base, {}, batch))
+
+    def _sums(self, function: Any, factors: Factors, batch: Batch) -> np.ndarray:
+        arguments = self._params, factors, batch.replace(reference=None).arrays()
+        with in_memory("the loss of a batch", LOWER):
+            return np.asarray(self._program(function, arguments)(*arguments))
+
+    def gradients(self, factors: Factors, batch: Batch, count: int, key: jax.Array) -> tuple[Factors, jax.Array]:
+        """The gradient of the batch's loss, the mean of ``count`` tokens or pairs, and the rows' sums of
+        cross-entropies ``[B]``; a batch of pairs is one that ``referenced`` gave."""
+        arguments = self._params, factors, batch.arrays(), jnp.float32(count), key
         with in_memory("the gradient of a batch", LOWER):
             found: tuple[Factors, jax.Array] = self._program(self._gradients, arguments)(*arguments)
         return found
@@ -146,6 +166,8 @@ class Programs:
     def temporaries(self, factors: Factors, batch: Batch) -> int | None:
         """Bytes that the gradient of a batch of this shape takes beside what it is given; None where the device does
         not say."""
+        if self._beta is not None:
+            batch = batch.replace(reference=np.zeros(len(batch.ids), np.float32))
         arguments = self._params, factors, batch.arrays(), jnp.float32(1), jax.random.key(0)
         found = self._program(self._gradients, arguments).memory_analysis()
         return None if found is None else int(found.temp_size_in_bytes)
@@ -159,40 +181,64 @@ class Programs:
         return self._compiled[key]
 
     def mean_loss(self, factors: Factors, group: Sequence[Batch]) -> float:
-        """Over all learned tokens of the batches."""
-        total = sum(float(self.losses(factors, batch).astype(np.float64).sum()) for batch in group)
-        return total / sum(batch.tokens for batch in group)
+        """Over all learned tokens of the batches, or over their pairs."""
+        return self.evaluated(factors, group)["loss"]
+
+    def evaluated(self, factors: Factors, group: Sequence[Batch]) -> dict[str, float]:
+        """``loss``, and of pairs what ``preferences.measures`` says of the batches; nothing dropped."""
+        group = [self.referenced(batch) for batch in group]
+        return self._measured(group, [self.losses(factors, batch).astype(np.float64) for batch in group])
+
+    def _measured(self, group: Sequence[Batch], sums: Sequence[np.ndarray]) -> dict[str, float]:
+        if self._beta is not None:
+            return measures(group, sums, self._beta)
+        return {"loss": float(sum(map(np.sum, sums)) / sum(batch.tokens for batch in group))}
 
     def accumulated(self, factors: Factors, group: Sequence[Batch], key: jax.Array) -> tuple[Factors, Outcome]:
-        """The gradient of the mean over all learned tokens of an effective batch.
+        """The gradient of the mean over all learned tokens, or pairs, of an effective batch.
 
         Raises:
           TrainingError: a loss or the gradient is not finite; it names the rows.
         """
         tokens = sum(batch.tokens for batch in group)
+        count = tokens if self._beta is None else sum(len(batch.rows) for batch in group) // 2
+        if self._beta is None or _changes(factors):
+            group = [self.referenced(batch) for batch in group]
+        else:  # it is the reference: by its own program in every bit, where another's rounding would be a preference
+            blank = [batch.replace(reference=np.zeros(len(batch.ids), np.float32)) for batch in group]
+            own = [self.gradients(factors, b, count, jax.random.fold_in(key, i))[1] for i, b in enumerate(blank)]
+            group = [b.replace(reference=-np.asarray(rows)) for b, rows in zip(blank, own, strict=True)]
         whole: Any = None
         sums = []
         for i, batch in enumerate(group):
-            part, rows = self.gradients(factors, batch, tokens, jax.random.fold_in(key, i))
+            part, rows = self.gradients(factors, batch, count, jax.random.fold_in(key, i))
             whole = part if whole is None else self._added(whole, part)
             sums.append(np.asarray(rows, np.float64))
-        bad = [row for batch, found in zip(group, sums, strict=True) for row, s in zip(batch.rows, found, strict=False)
-               if not np.isfinite(s)]  # fmt: skip
+        whence = [0.0 if batch.reference is None else batch.reference for batch in group]
+        bad = [row for batch, found, base in zip(group, sums, whence, strict=True)
+               for row, s in zip(batch.rows, found + base, strict=False) if not np.isfinite(s)]  # fmt: skip
         if bad:
             raise TrainingError(f"the loss of {_listed(bad)} is not finite")
         norm = float(self._norm(whole))
         if not np.isfinite(norm):
-            bad = [row for i, batch in enumerate(group) if self._is_bad(factors, batch, tokens, key, i)
+            bad = [row for i, batch in enumerate(group) if self._is_bad(factors, batch, count, key, i)
                    for row in batch.rows]  # fmt: skip
             raise TrainingError(f"the gradient of {_listed(bad)} is not finite, though each loss is")
-        return whole, Outcome(float(sum(map(np.sum, sums)) / tokens), norm, tokens)
+        found = self._measured(group, sums)
+        return whole, Outcome(found.pop("loss"), norm, tokens, found)
 
-    def _is_bad(self, factors: Factors, batch: Batch, tokens: int, key: jax.Array, i: int) -> bool:
-        part, _ = self.gradients(factors, batch, tokens, jax.random.fold_in(key, i))
+    def _is_bad(self, factors: Factors, batch: Batch, count: int, key: jax.Array, i: int) -> bool:
+        part, _ = self.gradients(factors, batch, count, jax.random.fold_in(key, i))
         return not np.isfinite(float(self._norm(part)))
 
 
+def _changes(factors: Factors) -> bool:
+    """Whether an adapter may change anything: not where each B is 0."""
+    return any(pair.keys() != {"A", "B"} or bool(np.any(pair["B"])) for pair in factors.values())
+
+
 def _listed(rows: Sequence[int]) -> str:
+    rows = list(dict.fromkeys(rows))  # a pair's both halves may be at fault
     numbers = ", ".join(str(row + 1) for row in rows[:8]) + (", ..." if len(rows) > 8 else "")
     return f"row {numbers}" if len(rows) == 1 else f"rows {numbers}"
 

@@ -218,6 +218,46 @@ def test_a_run_that_was_cut_short_ends_in_the_same_bits(whole, model, tmp_path, 
         llmjax.finetune(model, rows(11), config, **arguments)
 
 
+def test_preferences_are_learned(tmp_path, capsys):
+    """By the command; then the same run, cut short and gone on with, to the same bits."""
+    checkpoint(tmp_path / "model", num_hidden_layers=1)
+    data = [{"prompt": f"say {i}:", "chosen": " yes", "rejected": f" no {i}"} for i in range(7)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, [*data, data[0] | {"rejected": " yes"}])))
+    command = ["lora", "train", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl"), "--eval",
+               str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "whole"), "--dpo", "--beta", "0.3",
+               "--targets", "q_proj,v_proj", "--batch-size", "3", "--epochs", "2", "--learning-rate", "0.05",
+               "--recompute", "nothing", "--no-compile-cache"]  # fmt: skip
+    assert main(command) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out) | {"rows": 7, "bad_rows": 2, "step": 6} == json.loads(out)
+    assert "row 8: chosen and rejected are the same tokens" in err and "margin" in err
+    metrics = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["loss"] == pytest.approx(np.log(2), abs=1e-12) and metrics[0]["rewards/accuracies"] == 0
+    assert [m["tokens"] for m in metrics[:3]] == [3 * 11, 6 * 11, 7 * 11]  # the pair alone is filled up
+    assert metrics[-1]["eval_rewards/accuracies"] == 1 and metrics[-1]["eval_loss"] < 0.5
+    for m in metrics:
+        assert m["rewards/margins"] == pytest.approx(m["rewards/chosen"] - m["rewards/rejected"])
+    assert "the mean of a pair" in (tmp_path / "whole" / "loss.html").read_text()
+
+    model = llmjax.load(tmp_path / "model")
+    config = TrainConfig(dpo=True, beta=0.3, targets=("q_proj", "v_proj"), batch_size=3, epochs=2, learning_rate=0.05,
+                         recompute="nothing", checkpoint_every=2)  # fmt: skip
+
+    def stop(report):
+        if report.step == 5:
+            raise KeyboardInterrupt
+
+    arguments = {"eval_rows": data, "output": tmp_path / "cut"}
+    with pytest.raises(KeyboardInterrupt):
+        llmjax.finetune(model, data, config, report=stop, **arguments)
+    again = llmjax.finetune(model, data, config, **arguments)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert [m | {"seconds": 0} for m in again.metrics] == [m | {"seconds": 0} for m in metrics]
+    with pytest.raises(ResumeError, match=r"config.beta: was 0.3, now 0.2"):
+        llmjax.finetune(model, data, dataclasses.replace(config, beta=0.2), **arguments)
+
+
 def test_it_stops_when_nothing_gets_better(model):
     """A rate that throws the adapter about: the best is kept, not the last."""
     config = dataclasses.replace(CONFIG, learning_rate=3.0, clip=None, eval_every=1, patience=2, epochs=9)
@@ -350,7 +390,8 @@ def test_targets(model, tmp_path):
     ({"dropout": 1.0}, "dropout: expected a number"),
     ({"momentum": 0.5}, "momentum: goes with the optimizer sgd"),
     ({"dora": True}, "dora: .*not supported yet"),
-    ({"dpo": True}, "dpo: .*not supported yet"),
+    ({"beta": 0.2}, "beta: goes with dpo"),
+    ({"dpo": True, "beta": 0}, "beta: expected a positive number, found 0"),
     ({"lr": 1.0}, "unknown lr; expected some of accumulation"),
 ])  # fmt: skip
 def test_settings(values, message):

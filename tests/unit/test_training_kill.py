@@ -6,6 +6,7 @@ from scripts import kill_training
 
 
 @pytest.mark.slow  # each start of the run imports JAX and loads its programs
-def test_killed_often_it_ends_the_same(tmp_path):
-    found = kill_training.kill_often(tmp_path, kills=20, steps=200, seed=1)
-    assert sum(found.values()) == 20 and found["steps"] > 5
+@pytest.mark.parametrize(("kills", "dpo"), [(20, False), (6, True)])
+def test_killed_often_it_ends_the_same(tmp_path, kills, dpo):
+    found = kill_training.kill_often(tmp_path, kills=kills, steps=200, seed=1, dpo=dpo)
+    assert sum(found.values()) == kills and found["steps"] > kills // 4

@@ -31,11 +31,11 @@ def model(tmp_path_factory):
 def learned(model, row, **options) -> tuple[str, str]:
     """The whole text and what is learned of it, an end token as ``$``."""
     (example,) = make_examples([row], model, **options).examples
+    return text(model, example.ids), text(model, example.ids[example.learned])
 
-    def text(ids):
-        return "".join("$" if i == 256 else model.tokenizer.decode([i]) for i in ids)
 
-    return text(example.ids), text(example.ids[example.learned])
+def text(model, ids) -> str:
+    return "".join("$" if i == 256 else model.tokenizer.decode([i]) for i in ids)
 
 
 @pytest.mark.parametrize(("row", "whole", "part"), [
@@ -53,6 +53,64 @@ def learned(model, row, **options) -> tuple[str, str]:
 ])  # fmt: skip
 def test_texts(model, row, whole, part):
     assert learned(model, row) == (whole, part)
+
+
+ASKED = [{"role": "system", "content": "s"}, {"role": "user", "content": "a"}]
+SAID = [[{"role": "assistant", "content": text}] for text in "bc"]
+EARLIER = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+WHOLE = "<|system|>s$\n<|user|>a$\n<|assistant|>"
+
+
+@pytest.mark.parametrize(("row", "prompt", "chosen", "rejected"), [
+    ({"prompt": "one:", "chosen": " two", "rejected": " six"}, "one:", " two$", " six$"),
+    ({"prompt_ids": [64, 65], "chosen_ids": [66, 256], "rejected_ids": [67]}, "ab", "c$", "d"),
+    ({"prompt": ASKED, "chosen": SAID[0], "rejected": SAID[1], "tools": None}, WHOLE, "b$", "c$"),
+    ({"chosen": ASKED + SAID[0], "rejected": ASKED + SAID[1], "id": 1}, WHOLE, "b$", "c$"),
+    ({"prompt": EARLIER + ASKED[1:], "chosen": SAID[0], "rejected": SAID[1]},  # what it said before is not learned
+     "<|user|>x$\n<|assistant|>y$\n<|user|>a$\n<|assistant|>", "b$", "c$"),
+    ({"prompt": ASKED, "chosen": SAID[0] + EARLIER, "rejected": SAID[1]}, WHOLE, "b$y$", "c$"),
+])  # fmt: skip
+def test_preferences(model, row, prompt, chosen, rejected):
+    data = make_examples([row], model, dpo=True)
+    (pair,) = data.examples
+    assert not data.unused and pair.tokens == len(chosen) + len(rejected)
+
+    for half, said in ((pair.chosen, chosen), (pair.rejected, rejected)):
+        assert text(model, half.ids).startswith(prompt) and text(model, half.ids[half.learned]) == said
+        assert not half.learned[: len(prompt)].any()
+
+
+@pytest.mark.parametrize(("row", "why"), [
+    ({"prompt": "a", "chosen": "b", "rejected": ""}, "rejected: empty"),
+    ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same tokens"),
+    ({"prompt": "", "chosen": "b", "rejected": "c"}, "prompt: no token"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c" * 40}, "rejected: 42 tokens, longer than 32"),
+    ({"prompt": "a", "chosen": "b", "rejected": 3}, "prompt, chosen, rejected: expected a prompt and two texts, or"),
+    ({"chosen": "ab", "rejected": "ac"}, "chosen, rejected: expected a prompt and two texts, or lists of messages"),
+    ({"prompt": "a", "chosen": ASKED + SAID[0], "rejected": SAID[1]}, "a prompt that the conversations begin with"),
+    ({"prompt": ASKED, "chosen": ASKED + SAID[0], "rejected": SAID[1]}, "chosen: begins with a message of 'system'"),
+    ({"prompt": ASKED, "chosen": [], "rejected": SAID[1]}, "chosen: no message behind"),
+    ({"prompt": ASKED, "chosen": [{"content": "b"}], "rejected": SAID[1]}, "chosen: messages[2]"),
+    ({"chosen": SAID[0], "rejected": SAID[1]}, "chosen: no message that chosen and rejected both follow"),
+    ({"chosen": ASKED + SAID[0], "rejected": ASKED + SAID[0]}, "chosen: no message behind"),
+    ({"prompt": 5, "chosen": SAID[0], "rejected": SAID[1]}, "prompt: expected a list, found 5"),
+    ({"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [600]}, "rejected: ids: token id 600 is outside"),
+    ({"prompt_ids": [5], "chosen_ids": [], "rejected_ids": [7]}, "chosen_ids: empty"),
+    ({"prompt": "a", "chosen": "b"}, "fields prompt, chosen; expected one of: prompt_ids and chosen_ids and"),
+    ({"prompt": "a", "completion": "b"}, "fields prompt, completion: no preferences; train without dpo, or give one"),
+])  # fmt: skip
+def test_bad_preferences(model, row, why):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    data = make_examples([row, good], model, max_length=32, dpo=True)
+    assert [(bad.row, why in bad.why) for bad in data.bad] == [(0, True)], data.bad
+    assert [pair.row for pair in data.examples] == [1]
+
+
+def test_preferences_without_dpo(model):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3
+    with pytest.raises(RequestError) as caught:
+        make_examples(rows, model)
+    assert "each of them: fields prompt, chosen, rejected: preferences; train with dpo (--dpo)" in str(caught.value)
 
 
 def test_ids(model):
