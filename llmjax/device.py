@@ -8,12 +8,14 @@ lowering: one trace serves every device.
 import contextlib
 import functools
 import importlib.util
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
 from jax import lax
+from jax.sharding import AbstractDevice, get_abstract_mesh, use_abstract_mesh
 
 from llmjax.errors import NoRoomError
 
@@ -61,16 +63,30 @@ def by_device(
     All are traced, ``cuda`` where it can be of use, and one is lowered.  To be differentiated under a rule of its own
     alone, if they are not alike in that.
     """
-    there = {"cpu": cpu} if cuda is None else {"cpu": cpu, "cuda": cuda}
 
     def chosen(*args: Any) -> Result:
         leaves = jax.tree.leaves(args)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-            known = {name: function for name, function in there.items() if name == "cpu" or knows_cuda()}
-            return lax.platform_dependent(*args, **known, default=plain)
+            there = {"cpu": cpu} if cuda is None or not knows_cuda() else {"cpu": cpu, "cuda": _as_on_a_card(cuda)}
+            return lax.platform_dependent(*args, **there, default=plain)
         return (cpu if platform_of(args) == "cpu" else plain)(*args)
 
     return chosen
+
+
+def _as_on_a_card(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Says to Pallas that what it lowers is for a card: from JAX 0.11 on it asks the default device, which may be the
+    CPU while the arrays are on a card.  It asks for what a card can do with floats of 8 bits, of which there are none
+    here, so that the first that is served stands for all."""
+
+    def within(*args: Any) -> Result:
+        facts: dict[str, Any] = {"device_kind": "NVIDIA A100", "num_cores": None, "platform": "gpu"}
+        known = inspect.signature(AbstractDevice).parameters  # without a platform before JAX 0.11
+        card = AbstractDevice(**{name: value for name, value in facts.items() if name in known})
+        with use_abstract_mesh(get_abstract_mesh().update(abstract_device=card)):
+            return function(*args)
+
+    return within
 
 
 @contextlib.contextmanager

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
 
 import llmjax
 from llmjax import device
@@ -47,6 +49,25 @@ def test_what_is_for_nvidias_cards_is_lowered_for_them_alone(monkeypatch):
         traced = jax.jit(lambda x: double(x)).trace(jnp.ones(3))
         for platform, name in zip(("cpu", "cuda", "rocm"), ("add", *others), strict=True):
             assert f"stablehlo.{name}" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_a_kernel_is_lowered_for_a_card_whatever_the_default_device(monkeypatch):
+    """JAX 0.11's Pallas asks that, which is the CPU here, unless it is told."""
+    monkeypatch.setattr(device, "knows_cuda", lambda: True)
+
+    def fill(y):
+        y[0] = 1.0
+
+    def kernel(x):
+        shape = jax.ShapeDtypeStruct((1,), jnp.float32)
+        asked.append(jax.sharding.get_abstract_mesh().abstract_device.device_kind)
+        return x + pl.pallas_call(fill, grid=(1,), out_shape=shape, compiler_params=plt.CompilerParams())()
+
+    asked = []
+    traced = jax.jit(by_device(lambda x: x, cpu=lambda x: x, cuda=kernel)).trace(jnp.ones(1))
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert set(asked) == {"NVIDIA A100"} and jax.sharding.get_abstract_mesh().abstract_device is None
 
 
 @pytest.mark.parametrize(
