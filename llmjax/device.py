@@ -68,6 +68,8 @@ def by_device(
         leaves = jax.tree.leaves(args)
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             there = {"cpu": cpu} if cuda is None or not knows_cuda() else {"cpu": cpu, "cuda": _as_on_a_card(cuda)}
+            if all(function is plain for function in there.values()):
+                return plain(*args)
             return lax.platform_dependent(*args, **there, default=plain)
         return (cpu if platform_of(args) == "cpu" else plain)(*args)
 
