@@ -95,8 +95,8 @@ def _turn(weight: Any, rows: int, pieces: int) -> int:
 def packed_product(
     x: jax.Array, weight: jax.Array | QTensor, choice: Choice | None = None, *, interpret: bool = False
 ) -> jax.Array:
-    """``x [rows, in] . weight [out, in] -> float32 [rows, out]``; with a choice that of the tiles' rows, ``[tiles * tile,
-    out]``, where a tile that nobody asks for has any values.
+    """``x [rows, in] . weight [out, in] -> float32 [rows, out]``; with a choice that of the tiles' rows, ``[tiles *
+    tile, out]``, where a tile that nobody asks for has any values.
 
     Args:
       x: bfloat16, or float32; the dtype of a weight of floats.
