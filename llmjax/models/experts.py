@@ -175,7 +175,7 @@ def _in_kernels(
     if not all(can_choose(weight, x, numerics) for weight in stack.values()):
         return _one_by_one(activation, numerics, step, x, chosen, stack)
     count = len(jax.tree.leaves(stack)[0])
-    tile = min(_MOST, max(_TILE, kernel.pl.next_power_of_2(chosen.size // count)))
+    tile = min(_MOST, kernel.pl.next_power_of_2(max(_TILE, chosen.size // count)))
     dealt = deal(chosen, count, tile)
     asked = jnp.where(jnp.arange(len(dealt.numbers)) < dealt.used, dealt.numbers, count)
 
