@@ -172,9 +172,7 @@ def compiled(
         args = (jax.tree.leaves(state.cache)[0],)
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_card(card)), args)
     options: dict[str, Any] = numerics.compiler_options("gpu") | {"xla_gpu_autotune_level": 0}
-    with jax.sharding.use_abstract_mesh(on_card(card).mesh.abstract_mesh):  # Pallas asks it what the card is
-        lowered = jax.jit(function, donate_argnums=donated).lower(*args)
-    program = lowered.compile(compiler_options=options)
+    program = jax.jit(function, donate_argnums=donated).lower(*args).compile(compiler_options=options)
     text, leaves = program.as_text(), jax.tree.leaves(params)
     assert text is not None
     weights = {i: leaf.shape for i, leaf in enumerate(leaves) if len(leaf.shape) == 2 and leaf.shape[1] > 1}

@@ -141,6 +141,12 @@ class Program:
                     written = size(inner[o.operands[2 if o.code == "scatter" else 1]].shape)
         elif "__cublas" in op.rest:  # its second array is room to work in
             written = size(op.shape[: op.shape.index("]") + 1])
+        elif 'name = "experts_product"' in op.rest:  # each expert's weight once, of no more experts than tiles
+            shapes = [self.ops[where][operand].shape for operand in op.operands]
+            experts = dims(shapes[1])[0]
+            tiles = next(dims(shape)[0] for shape in shapes[2:] if shape.startswith("s32["))
+            read = [bytes_ * min(1, tiles / experts) if dims(shape)[:1] == [experts] and not shape.startswith("s32[")
+                    else bytes_ for bytes_, shape in zip(read, shapes, strict=True)]  # fmt: skip
         elif "attention" in op.rest:  # what lies in the rows' pages, of caches with pages for more
             read = [min(bytes_, self.in_use) for bytes_ in read]
         wholes = (size(self.ops[where][operand].shape) for operand in op.operands)
@@ -160,6 +166,9 @@ class Program:
         if 'name = "packed_product"' in op.rest:
             (dtype, count), channels = arrays(given[0])[0], dims(given[1])[0]
             return 2.0 * count * channels, dtype
+        if 'name = "experts_product"' in op.rest:
+            dtype, (pieces, parts, _, width) = arrays(given[0])[0][0], dims(given[0])
+            return 2.0 * pieces * parts * width * math.prod(dims(op.shape)[1:]), dtype
         if 'name = "attention"' in op.rest:
             ((dtype, count),) = arrays(given[2])
             return 4.0 * count * self.seen, dtype

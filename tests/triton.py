@@ -71,8 +71,9 @@ def kernel(
     """In the place of ``pallas_call``, of what Triton serves."""
     options.pop("interpret", None)
 
-    def run(*args: jax.Array) -> Any:
+    def run(*args: Any) -> Any:
         module, its_grid = as_triton(pallas_call(function, grid=grid, out_shape=out_shape, **options), args)
+        args = tuple(jax.tree.leaves(args))
         shapes, structure = jax.tree.flatten(out_shape)
         memory = [Memory(f"argument {i}", np.array(x)) for i, x in enumerate(args)]
         memory += [Memory(f"result {i}", np.full(s.shape, poison(np.dtype(s.dtype)), s.dtype))

@@ -19,7 +19,7 @@ import jax
 
 from converters.readers import digest
 from llmjax.checkpoint.hashes import array_sha256
-from llmjax.device import device_of
+from llmjax.device import device_of, wants_kernels
 from llmjax.lora.apply import Lora
 from llmjax.model import Model
 from llmjax.models.sharding import mesh_of
@@ -91,7 +91,7 @@ def _interventions(model: Model) -> dict[str, str]:
 
 def runtime_facts(params: Any = None) -> dict[str, Any]:
     """What computes with these parameters: llmjax under what, and on which machine; compiled programs differ with the
-    processor, and with ``xla_flags``, where the environment has any."""
+    processor, with ``xla_flags``, where the environment has any, and on a card without ``kernels``."""
     device = device_of(params)
     versions = {name: importlib.metadata.version(name) for name in ("llmjax", "jax", "jaxlib")}
     return {
@@ -103,6 +103,7 @@ def runtime_facts(params: Any = None) -> dict[str, Any]:
         **({"mesh": dict(mesh.shape)} if (mesh := mesh_of(params)) else {}),
         "cpu": _processor(),
         **({"xla_flags": flags} if (flags := _compiler_flags()) else {}),
+        **({"kernels": "off"} if device.platform == "gpu" and not wants_kernels() else {}),
     }
 
 

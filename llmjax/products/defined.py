@@ -49,6 +49,35 @@ def in_a_kernel(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -
     return _defined(numerics, x, weight, product)
 
 
+def can_choose(weight: jax.Array | QTensor, x: jax.Array, numerics: Numerics) -> bool:
+    """Whether ``chosen_product`` knows a stack of weights: what is multiplied in 16 bits, in ``kernel``."""
+    from llmjax.products import kernel
+
+    if isinstance(weight, QTensor):
+        return (numerics.digits is not None or x.dtype == jnp.bfloat16) and kernel.can_serve(weight)
+    return weight.dtype == numerics.products and kernel.can_serve(weight)
+
+
+def chosen_product(numerics: Numerics, x: jax.Array, stack: jax.Array | QTensor, choice: Any) -> jax.Array:
+    """``in_a_kernel`` of tiles of rows, each with the weight of a stack ``[E, out, in]`` that it has chosen.
+
+    Args:
+      numerics: the profile.
+      x: ``[rows, in]``.
+      stack: one that ``can_choose``.
+      choice: a ``kernel.Choice``.
+    """
+    from llmjax.products import kernel
+
+    if not isinstance(stack, QTensor):
+        return kernel.packed_product(x.astype(numerics.products), stack, choice)
+    if numerics.digits == 1:
+        scale, (n,) = to_digits(x.astype(jnp.float32), 1)
+        y = kernel.packed_product(n.astype(jnp.bfloat16), stack, choice)
+        return y * (scale if choice.rows is None else scale[choice.rows.reshape(-1)])
+    return kernel.packed_product(x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32), stack, choice)
+
+
 def _defined(
     numerics: Numerics,
     x: jax.Array,

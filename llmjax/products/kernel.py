@@ -7,13 +7,18 @@ and is added to the others once, with its scale where groups have their own: mat
 long sum.  Where tiles are too few to fill a card, the columns are dealt out in parts, whose sums are added in their
 order.  All follows from shapes, and a row's bits do not depend on its neighbours.
 
+So do rows of which each tile has chosen one weight of a stack, a mixture's experts, floats of 16 bits, too: all in one
+kernel, where XLA would need a turn of a loop for each tile, whose weight the host waits for.  Tiles with one weight
+stand side by side, so that they read it from a card's cache but for the first.
+
 A float32 x is two pieces of float16, each row scaled by a power of two so that they have its range: all but 1.2e-7 of a
 value, or 1e-12 of the row's largest, which is less than float32 products lose in their sums, and two thirds of the work
 that three pieces of bfloat16 are.
 """
 
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,57 +44,102 @@ _ENOUGH, _TURNS = 128, 8
 _BLOCK = 2048
 
 
-def can_serve(q: QTensor) -> bool:
-    """Whether the kernel knows such a weight: its arrays are powers of two, and a turn is of one group."""
-    return q.bits != 5 and q.shape[0] >= _FEWEST and _turn(q, _ROWS, 2) >= _FEWEST
+class Choice(NamedTuple):
+    """Which weight of a stack each tile meets, and which rows of x it has.
+
+    Attributes:
+      numbers: int32 ``[tiles]``; that of no weight for a tile nobody asks for.
+      rows: int32 ``[tiles, tile]``, a power of two from 16 to 128; None where x has the tiles' rows, one after the
+        other.
+      tile: of rows.
+    """
+
+    numbers: jax.Array
+    rows: jax.Array | None
+    tile: int
 
 
-def _turn(q: QTensor, rows: int, pieces: int) -> int:
+def can_serve(weight: jax.Array | QTensor) -> bool:
+    """Whether the kernel knows such a weight or stack: floats of 16 bits, or packed; its arrays are powers of two, and
+    a turn is of one group.  A place in it is a number of 32 bits."""
+    if isinstance(weight, QTensor):
+        known = weight.bits != 5
+    else:
+        known = weight.dtype in (jnp.bfloat16, jnp.float16)
+    fits = math.prod(_stored(weight).shape) < 1 << 31
+    return known and fits and weight.shape[-2] >= _FEWEST and _turn(weight, _ROWS, 2) >= _FEWEST
+
+
+def _stored(weight: Any) -> Any:
+    return weight.values if isinstance(weight, QTensor) else weight
+
+
+def _columns(x: jax.Array, weight: Any) -> list[jax.Array]:
+    return columns(x, weight) if isinstance(weight, QTensor) else [x]
+
+
+def _groups(weight: Any) -> int:
+    return weight.scales.shape[-1] if isinstance(weight, QTensor) else 1
+
+
+def _turn(weight: Any, rows: int, pieces: int) -> int:
     """Stored columns of a turn, a power of two that divides a group's, where a tile has so many rows and x pieces."""
-    group, parts = q.values.shape[1] // q.scales.shape[1], len(columns(q.values, q))
+    values = _stored(weight)
+    group, parts = values.shape[-1] // _groups(weight), len(_columns(values, weight))
     width = min(group & -group, (128 if rows < _ROWS else 64) // parts)
-    while 2 * width * (2 * pieces * parts * rows + _CHANNELS) > _MEMORY:
+    while 2 * width * (2 * pieces * parts * rows + values.dtype.itemsize * _CHANNELS) > _MEMORY:
         width //= 2
     return width
 
 
-def packed_product(x: jax.Array, q: QTensor, *, interpret: bool = False) -> jax.Array:
-    """``x [rows, in] . weight [out, in] -> float32 [rows, out]``.
+def packed_product(
+    x: jax.Array, weight: jax.Array | QTensor, choice: Choice | None = None, *, interpret: bool = False
+) -> jax.Array:
+    """``x [rows, in] . weight [out, in] -> float32 [rows, out]``; with a choice that of the tiles' rows, ``[tiles *
+    tile, out]``, where a tile that nobody asks for has any values.
 
     Args:
-      x: bfloat16, or float32.
-      q: a weight that ``can_serve``.
+      x: bfloat16, or float32; the dtype of a weight of floats.
+      weight: one that ``can_serve``; with a choice a stack of them, ``[E, out, in]``.
+      choice: of a stack.
       interpret: run it on any device, slowly.
     """
-    rows, (out, stored), groups = len(x), q.values.shape, q.scales.shape[1]
-    tile = min(_ROWS, max(_FEWEST, pl.next_power_of_2(rows)))
+    rows, (out, stored), groups = len(x), _stored(weight).shape[-2:], _groups(weight)
+    tile = min(_ROWS, max(_FEWEST, pl.next_power_of_2(rows))) if choice is None else choice.tile
+    in_pieces = isinstance(weight, QTensor) and x.dtype != jnp.bfloat16
     channels = min(_CHANNELS, 1 << (out.bit_length() - 1))
-    tiles, width = (pl.cdiv(rows, tile), pl.cdiv(out, channels)), _turn(q, tile, 1 if x.dtype == jnp.bfloat16 else 2)
+    tiles = (pl.cdiv(rows, tile) if choice is None else len(choice.numbers), pl.cdiv(out, channels))
+    width = _turn(weight, tile, 2 if in_pieces else 1)
     turns, parts = stored // width, 1
     while tiles[0] * tiles[1] * parts < _ENOUGH and turns % (2 * parts) == 0 and turns >= 2 * parts * _TURNS:
         parts *= 2
-    x = jnp.pad(x, ((0, tiles[0] * tile - rows), (0, 0)))
-    scale = None
-    if x.dtype == jnp.bfloat16:
-        pieces = jnp.stack(columns(x, q))[None]
+    if choice is None:
+        x = jnp.pad(x, ((0, tiles[0] * tile - rows), (0, 0)))
+    scale = sums = None
+    if in_pieces:
+        pieces, scale = in_float16(x, len(_columns(x, weight)), interpret=interpret)
     else:
-        pieces, scale = in_float16(x, len(columns(x, q)), interpret=interpret)
-    args = [pieces, q.values, q.scales]
-    if q.offsets is not None:
+        pieces = jnp.stack(_columns(x, weight))[None]
+    if isinstance(weight, QTensor) and weight.offsets is not None:
         summed = pieces.astype(jnp.float32).reshape(*pieces.shape[:3], groups, -1)
-        args += [q.offsets, total(total(piece) for piece in summed).sum(-1)]
+        sums = total(total(piece) for piece in summed).sum(-1)
+    chosen = None if choice is None else (choice.numbers, choice.rows)
+    args = (pieces, weight, sums, chosen)
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
     y = pl.pallas_call(
-        functools.partial(_multiply, q.replace(values=None), width, tile, channels),
+        functools.partial(_multiply, width, tile, channels),
         grid=(*tiles, parts),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(args),
-        out_specs=pl.BlockSpec(memory_space=pl.ANY),
+        in_specs=jax.tree.map(lambda _: anywhere, args),
+        out_specs=anywhere,
         out_shape=jax.ShapeDtypeStruct((parts, tiles[0] * tile, out), jnp.float32),
         compiler_params=plt.CompilerParams(num_warps=8 if tile * channels > 64 * 64 else 4, num_stages=3),
         interpret=interpret,
-        name="packed_product",
+        name="packed_product" if choice is None else "experts_product",
     )(*args)
-    y = total(y[part, :rows] for part in range(parts))
-    return y if scale is None else y * scale[:rows, None]
+    y = total(y[part] for part in range(parts))
+    if scale is not None:
+        y = y * (scale if choice is None or choice.rows is None else scale[choice.rows.reshape(-1)])[:, None]
+    return y[:rows] if choice is None else y
 
 
 def in_float16(x: jax.Array, count: int, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -159,44 +209,61 @@ def _power_of_two(biased: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(biased << 23, jnp.float32)
 
 
-def _multiply(q: QTensor, width: int, tile: int, channels: int, x: Any, values: Any, scales: Any, *rest: Any) -> None:
+def _multiply(
+    width: int, tile: int, channels: int, x: Any, weight: Any, sums: Any, chosen: tuple[Any, Any] | None, result: Any
+) -> None:
     """One tile of rows and channels over one part of the columns.
 
     Args:
-      q: the weight's kind.
       width: stored columns of a turn.
       tile: rows.
       channels: of the output.
       x: pieces, the smallest first, ``[pieces, P, rows, in / P]``, in columns as ``integers`` has the weight's.
-      values: ``[out, in / P]``.
-      scales: ``[out, G]``.
-      rest: offsets ``[out, G]`` and x's sums ``[rows, G]``, if it has any; the result ``[parts, rows, out]``.
+      weight: a QTensor, or floats ``[out, in]``; with ``chosen`` of a stack.
+      sums: x's ``[rows, G]``, if the weight has offsets.
+      chosen: numbers and rows of a ``Choice``.
+      result: ``[parts, rows, out]``.
     """
-    *offset, result = rest
-    (out, stored), groups = values.shape, scales.shape[1]
+    (out, stored), groups = _stored(weight).shape[-2:], _groups(weight)
     part, turns = pl.program_id(2), stored // width // result.shape[0]
-    rows = pl.ds(pl.multiple_of(pl.program_id(0) * tile, tile), tile)
+    mine = pl.ds(pl.multiple_of(pl.program_id(0) * tile, tile), tile)
+    rows: Any = mine
+    which: tuple[Any, ...] = ()
+    first, last = part * turns, (part + 1) * turns
+    if chosen is not None:
+        number, count = chosen[0][pl.program_id(0)], len(_stored(weight))
+        which, last = (jnp.minimum(number, count - 1),), jnp.where(number < count, last, first)
+        if chosen[1] is not None:
+            rows = chosen[1][pl.program_id(0), pl.ds(0, tile)]
     # The last tile may repeat channels of the one before, to the same bits.
     outs = pl.ds(jnp.minimum(pl.program_id(1) * channels, out - channels), channels)
 
     def scaled(y: jax.Array, group: Any, first: Any) -> jax.Array:
         """With what the group's values mean, its offset when it comes first."""
-        y = y * scales[outs, group].astype(jnp.float32)[:, None]
-        if offset:
-            offsets, sums = offset[0][outs, group].astype(jnp.float32), offset[1][rows, group]
-            y = y + jnp.where(first, offsets, 0.0)[:, None] * sums[None]
+        y = y * weight.scales[*which, outs, group].astype(jnp.float32)[:, None]
+        if sums is not None:
+            offsets = weight.offsets[*which, outs, group].astype(jnp.float32)
+            y = y + jnp.where(first, offsets, 0.0)[:, None] * sums[rows, group][None]
         return y
 
+    def unpacked(at: Any) -> list[jax.Array]:
+        some = _stored(weight)[*which, outs, at]
+        if not isinstance(weight, QTensor):
+            return [some]
+        q = weight.replace(values=some)
+        return _float16(q) if x.dtype == jnp.float16 else [n.astype(x.dtype) for n in integers(q)]
+
     def turn(i: jax.Array, acc: jax.Array) -> jax.Array:
-        start = pl.multiple_of((part * turns + i) * width, width)
+        start = pl.multiple_of(i * width, width)
         at = pl.ds(start, width)
-        some = q.replace(values=values[outs, at])
-        parts = _float16(some) if x.dtype == jnp.float16 else [n.astype(x.dtype) for n in integers(some)]
+        parts = unpacked(at)
         y = total(rows_dot(n, x[piece, p, rows, at]) for piece in range(x.shape[0]) for p, n in enumerate(parts))
         if groups > 1:
             group = stored // groups
             y = scaled(y, start // group, start % group == 0)
         return acc + y
 
-    y = lax.fori_loop(0, turns, turn, jnp.zeros((channels, tile), jnp.float32))
-    result[part, rows, outs] = (y if groups > 1 else scaled(y, 0, part == 0)).T
+    y = lax.fori_loop(first, last, turn, jnp.zeros((channels, tile), jnp.float32))
+    if isinstance(weight, QTensor) and groups == 1:
+        y = scaled(y, 0, part == 0)
+    result[part, mine, outs] = y.T

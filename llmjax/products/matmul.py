@@ -61,13 +61,14 @@ def _product(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> j
 def _product_jvp(numerics: Numerics, primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
     (x, weight), (x_dot, weight_dot) = primals, tangents
     y = _product(x, weight, numerics)
-    terms = [] if _is_zero(x_dot) else [plain(x_dot, weight)]
-    if not all(map(_is_zero, jax.tree.leaves(weight_dot))):
+    terms = [] if is_zero(x_dot) else [plain(x_dot, weight)]
+    if not all(map(is_zero, jax.tree.leaves(weight_dot))):
         terms.append(plain(x, _tangent_weight(weight, weight_dot)))
     return y, total(terms) if terms else jnp.zeros_like(y)
 
 
-def _is_zero(tangent: Any) -> bool:
+def is_zero(tangent: Any) -> bool:
+    """Whether a tangent that a rule with ``symbolic_zeros`` is given says that nothing changes."""
     return isinstance(tangent, SymbolicZero) or tangent.dtype == jax.dtypes.float0
 
 
@@ -77,7 +78,7 @@ def _tangent_weight(weight: Any, tangent: Any) -> Any:
     def floats(leaf: jax.Array, leaf_dot: Any) -> jax.Array:
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
             return leaf
-        return jnp.zeros(leaf.shape) if _is_zero(leaf_dot) else leaf_dot.astype(jnp.float32)
+        return jnp.zeros(leaf.shape) if is_zero(leaf_dot) else leaf_dot.astype(jnp.float32)
 
     return jax.tree.map(floats, weight, tangent)
 

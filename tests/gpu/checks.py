@@ -4,12 +4,13 @@ Kernels at a model's own size come first, then whole models, which are tiny.  ``
 table, ``test_gpu.py`` runs them where there is a GPU.
 """
 
+import dataclasses
 import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from llmjax.batch import job
 from llmjax.lora.config import LoraConfig
 from llmjax.models.attention import Scores, cached_attention
 from llmjax.models.context import Context
+from llmjax.models.experts import _through_experts
 from llmjax.numerics import resolve
 from llmjax.products.defined import FEW
 from llmjax.products.matmul import matmul
@@ -109,6 +111,38 @@ def product(
     error = float((np.abs(found - x @ floats.T) / (np.abs(x) @ np.abs(floats).T)).max())
     note = f"not in the program: {missing}" if missing else ""
     return Found(error <= SUMMED[profile] and not missing, error, SUMMED[profile], note)
+
+
+def mixture(kind: str, profile: str, tokens: int, allowed: float, *devices: jax.Device) -> Found:
+    """A layer's experts, 8 of 1,024 by 512, of which each token has 2; beside the CPU's, one after the other."""
+    rng, count, shapes = np.random.default_rng(0), 8, {"gate": (512, 1024), "up": (512, 1024), "down": (1024, 512)}
+    values = {name: rng.standard_normal((count, *shape)).astype(np.float32) / 32 for name, shape in shapes.items()}
+    packed: dict[str, Any] = values
+    if kind.startswith("int"):
+        each = {name: [quantized(one, kind) for one in w] for name, w in values.items()}
+        packed = {name: jax.tree.map(lambda *leaves: np.stack(leaves), *all_) for name, all_ in each.items()}
+    numerics = resolve(profile, jnp.dtype(jnp.float32 if kind.startswith("int") else kind))
+    x, chosen = rng.standard_normal((tokens, 1024)), np.argsort(rng.random((tokens, count)), -1)[:, :2]
+
+    def run() -> np.ndarray:
+        stack = {n: jnp.asarray(w, kind) if packed is values else on_device(w) for n, w in packed.items()}
+        options = numerics.compiler_options(jax.config.jax_default_device.platform)  # type: ignore[attr-defined]
+        program = jax.jit(
+            functools.partial(_through_experts, jax.nn.silu, numerics, tokens == 1), compiler_options=options
+        )
+        return np.asarray(
+            program(jnp.asarray(x, numerics.activations), jnp.asarray(chosen, jnp.int32), stack), np.float64
+        )
+
+    return compared(both(run, devices), allowed)
+
+
+def elsewhere(name: str, *devices: jax.Device) -> Found:
+    """Parameters on the device while JAX's default is the CPU."""
+    with jax.default_device(devices[0]):
+        model = model_of(name, "fast", quantize="int4")
+        moved = dataclasses.replace(model, params=jax.device_put(model.params, devices[-1]))
+        return compared((m.logits([list(range(1, 20))])[0] for m in (model, moved)), EXACT)
 
 
 def attention(
@@ -259,6 +293,13 @@ PRODUCTS = [
     ("int4", 64, 1000, 2048, "reference", "float32"),
     ("float", 64, 1000, 2048, "reference", "float32"),
 ]
+# Kind, profile, tokens, and how far from the CPU's.
+MIXTURES = [
+    ("bfloat16", "fast", 1, NARROW),
+    ("bfloat16", "fast", 64, NARROW),
+    ("int4-g32", "fast", 64, EXACT),
+    ("int8", "dynamic_int8", 300, ROUNDED),
+]
 # Profile, a head's width, heads of queries and of keys, positions and rule: steps at several places, and chunks.
 _STEP, _CHUNK = [[3], [255], [256], [1500]], [list(range(256, 512))]
 ATTENTION = [
@@ -287,7 +328,11 @@ def checks(path: Path | None = None) -> dict[str, Check]:
         what = f"{len(positions)} x {len(positions[0])} at {max(map(max, positions))}"
         name = f"attention {profile} {width} {what}"
         found[name] = functools.partial(attention, profile, width, heads, positions, scores)
+    for kind, profile, tokens, allowed in MIXTURES:
+        name = f"mixture {profile} {kind} {tokens}"
+        found[name] = functools.partial(mixture, kind, profile, tokens, allowed)
     found |= {
+        "parameters elsewhere": functools.partial(elsewhere, one),
         "logits reference llama": functools.partial(logits, one, "reference", "float32", None, EXACT),
         "logits fast int8": functools.partial(logits, one, "fast", "float32", "int8", EXACT),
         "logits fast int4": functools.partial(logits, one, "fast", "float32", "int4", EXACT),

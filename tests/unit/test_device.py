@@ -6,21 +6,27 @@ import os
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
 
 import llmjax
 from llmjax import device
+from llmjax.checkpoint import identity
 from llmjax.cli.main import main
 from llmjax.device import by_device, device_of, platform_of
-from llmjax.errors import NoRoomError
+from llmjax.errors import ConfigError, LlmjaxError, NoRoomError
 from llmjax.models.watched import Program
-from llmjax.numerics import GPU_LIBRARY, GPU_OPTIONS
+from llmjax.numerics import GPU_LIBRARY, GPU_OPTIONS, resolve
+from llmjax.products.matmul import matmul
 from tests.tiny import checkpoint, random_model
+from tests.unit.test_quant import on_device, quantized
 
 FULL = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 17179869184 bytes."
 
@@ -49,6 +55,25 @@ def test_what_is_for_nvidias_cards_is_lowered_for_them_alone(monkeypatch):
             assert f"stablehlo.{name}" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
+def test_a_kernel_is_lowered_for_a_card_whatever_the_default_device(monkeypatch):
+    """JAX 0.11's Pallas asks that, which is the CPU here, unless it is told."""
+    monkeypatch.setattr(device, "knows_cuda", lambda: True)
+
+    def fill(y):
+        y[0] = 1.0
+
+    def kernel(x):
+        shape = jax.ShapeDtypeStruct((1,), jnp.float32)
+        asked.append(jax.sharding.get_abstract_mesh().abstract_device.device_kind)
+        return x + pl.pallas_call(fill, grid=(1,), out_shape=shape, compiler_params=plt.CompilerParams())()
+
+    asked = []
+    traced = jax.jit(by_device(lambda x: x, cpu=lambda x: x, cuda=kernel)).trace(jnp.ones(1))
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert set(asked) == {"NVIDIA A100"} and jax.sharding.get_abstract_mesh().abstract_device is None
+
+
 @pytest.mark.parametrize(
     ("cards", "known"), [((), True), (("9.0",), True), (("8.0", "12.0"), True), (("7.5", "9.0"), False)]
 )
@@ -58,17 +83,57 @@ def test_cards_that_no_kernel_is_for(monkeypatch, cards, known):
     def devices(platform):
         if not cards:
             raise RuntimeError(f"Unknown backend {platform}")
-        return [types.SimpleNamespace(compute_capability=card) for card in cards]
+        return [types.SimpleNamespace(compute_capability=card, device_kind=f"NVIDIA {card}") for card in cards]
+
+    def told(*there):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in there or None)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            return device.knows_cuda.__wrapped__(), [str(warning.message) for warning in found]
 
     monkeypatch.setattr(jax, "devices", devices)
-    for there, found in (
-        (("jax_cuda13_plugin", "jax.experimental.pallas.triton"), known),
-        (("jax_cuda13_plugin",), False),
-    ):
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name, there=there: name in there or None)
-        assert device.knows_cuda.__wrapped__() is found
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert not device.knows_cuda.__wrapped__()
+    there, triton = "jax_cuda13_plugin", "jax.experimental.pallas.triton"
+    without = "goes on without llmjax's kernels, right but slower:"
+    old = [] if known else [f"NVIDIA 7.5: {without} they need compute capability 8.0, it has 7.5"]
+    assert told(there, triton) == (known, old)
+    first = f"NVIDIA {cards[0]}" if cards else ""
+    assert told(there) == (False, [f"{first}: {without} JAX {jax.__version__} has no Triton for cards"] * bool(cards))
+    assert told() == told(triton) == (False, [])
+    monkeypatch.setenv("LLMJAX_KERNELS", "0")
+    assert told(there, triton) == (False, [])
+
+
+def test_who_wants_no_kernels_has_none(monkeypatch):
+    """A program for a card calls none of ours, and a result says so; what does not compile there names the switch."""
+    q, x = on_device(quantized(np.ones((32, 64), np.float32), "int8")), jnp.ones((8, 64))
+    numerics = resolve("fast", jnp.dtype(jnp.float32))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "jax_cuda12_plugin" or find(name))
+    monkeypatch.setattr(device, "knows_cuda", device.knows_cuda.__wrapped__)
+    monkeypatch.setattr(identity, "device_of", lambda _: types.SimpleNamespace(platform="gpu", device_kind="NVIDIA L4"))
+    for switch, ours in (("1", True), ("", True), ("0", False)):
+        monkeypatch.setenv("LLMJAX_KERNELS", switch)
+        traced = jax.jit(lambda x, q: matmul(x, q, numerics)).trace(x, q)
+        assert ("triton" in traced.lower(lowering_platforms=("cuda",)).as_text()) is ours
+        assert identity.runtime_facts().get("kernels") == (None if ours else "off")
+    monkeypatch.setenv("LLMJAX_KERNELS", "off")
+    with pytest.raises(ConfigError, match="^LLMJAX_KERNELS: expected 0 for none or 1, found 'off'"):
+        device.wants_kernels()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "RESOURCE_EXHAUSTED: Shared memory size limit exceeded: requested 655360, available: 101376, context: []",
+        "FAILED_PRECONDITION: Triton support is only enabled for Ampere GPUs (compute capability 8.0) and up, but ...",
+    ],
+)
+def test_a_kernel_that_a_card_has_no_room_for_is_not_taken_for_full_memory(said):
+    """As XLA says it."""
+    with pytest.raises(LlmjaxError, match=r"^the device: a kernel .* set LLMJAX_KERNELS=0") as found:
+        with device.in_memory("a run", "lower"):
+            raise jax.errors.JaxRuntimeError(said)
+    assert said in str(found.value) and not isinstance(found.value, NoRoomError)
 
 
 def test_where_nothing_says_it_the_default_device_computes():

@@ -75,11 +75,12 @@ def test_the_kernel_is_the_folded_attention(profile, positions, window, cap, wid
 )
 def test_what_triton_is_given_reads_and_writes_what_it_may(profile, positions, window, cap, width, alibi, monkeypatch):
     """And it is the folded attention, under the roundings of ``hf`` to the last bit of a result, or one more."""
-    monkeypatch.setattr(flash.pl, "pallas_call", triton.kernel)
     scores, args = example(
         profile, positions, window, cap, width, alibi, pages_each=1 + max(map(max, positions)) // PAGE
     )
-    found = attention._in_a_kernel(scores, *args)
+    with monkeypatch.context() as patched:
+        patched.setattr(flash.pl, "pallas_call", triton.kernel)
+        found = attention._in_a_kernel(scores, *args)
     options = args[-1].numerics.compiler_options("cpu")
     wanted = jax.jit(lambda *args: cached_attention(*args[:3], scores, args[3]), compiler_options=options)(*args)
     error = np.abs(np.asarray(found - wanted, np.float64)).max()

@@ -92,11 +92,15 @@ def test_a_state_is_carried_on_where_it_lies():
     assert found["waits"] == 1
 
 
-def test_a_mixture_asks_only_whether_a_tile_is_in_use():
-    """For each of a step's experts; which one, is known before."""
-    (found,) = reports("bfloat16", "fast", "decode-1", model="config:qwen3-30b-a3b")
-    check_any(found)
-    assert found["waits"] == 2 and found["launched"] <= 3
+@pytest.mark.parametrize("kind", ["bfloat16", "int4-g32"])
+def test_a_mixture_waits_for_none_of_its_experts(kind):
+    """All tiles are one kernel's, which reads no expert's weight but those in use."""
+    for found in reports(kind, "fast", "decode-1", "decode-64", "prefill-128", model="config:qwen3-30b-a3b"):
+        check_any(found)
+        assert found["waits"] == (found["program"] != "prefill-128")
+        assert found["launched"] <= 2  # one is a sort of the draw
+        if found["program"] == "decode-1":
+            assert found["read"] < 0.32 * found["must"] and found["temporaries"] < 6e6
 
 
 @pytest.mark.parametrize(("card", "kind"), CARDS)

@@ -9,8 +9,10 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from llmjax.models import experts
+from llmjax.numerics import resolve
 from llmjax.products import kernel
-from llmjax.products.defined import _in_bfloat16
+from llmjax.products.defined import _in_bfloat16, can_choose
 from llmjax.quant.qtensor import dequantize
 from tests import triton
 from tests.tiny import slow
@@ -65,6 +67,79 @@ def test_what_triton_is_given_reads_and_writes_what_it_may(scheme, rows, out, wi
     x, w = np.asarray(given, np.float64), np.asarray(dequantize(q), np.float64)
     found = kernel.packed_product(given, on_device(q))
     assert (np.abs(found - x @ w.T) / (np.abs(x) @ np.abs(w).T)).max() < 3e-7
+
+
+STACKS = ["int4-g32-asym", slow("bfloat16"), slow("float16"), slow("int8"), slow("int4"), slow("int8-g64")]
+
+
+def stack_of(kind, *shapes, experts=3):
+    """A stack of each shape, and its values."""
+    rng = np.random.default_rng(1)
+    for shape in shapes:
+        w = rng.standard_normal((experts, *shape)).astype(np.float32) / 8
+        if kind.startswith("int"):
+            parts = [quantized(one, kind) for one in w]
+            q = jax.tree.map(lambda *leaves: np.stack(leaves), *parts)
+            yield on_device(q), np.stack([np.asarray(dequantize(part), np.float64) for part in parts])
+        else:
+            q = jnp.asarray(w, kind)
+            yield q, np.asarray(q, np.float64)
+
+
+@pytest.mark.parametrize("gathered", [True, slow(False)])
+@pytest.mark.parametrize("kind", STACKS)
+def test_each_tile_meets_the_weight_it_has_chosen(kind, gathered, monkeypatch):
+    """As Triton is given it, in a tile nobody asks for, too, of which nothing is known."""
+    monkeypatch.setattr(kernel.pl, "pallas_call", triton.kernel)
+    ((q, w),) = stack_of(kind, (40, 2048 if kind == "bfloat16" else 128))
+    rng = np.random.default_rng(0)
+    numbers, rows = np.int32([2, 0, 3]), rng.integers(0, 7, (3, 16), np.int32)
+    given = rng.standard_normal((7 if gathered else 48, w.shape[2])).astype(np.float32)
+    given = jnp.asarray(given, q.dtype)
+    choice = kernel.Choice(jnp.asarray(numbers), jnp.asarray(rows) if gathered else None, 16)
+    assert kernel.can_serve(q)
+    found = np.asarray(kernel.packed_product(given, q, choice), np.float64).reshape(3, 16, 40)
+    x = np.asarray(given, np.float64)[rows] if gathered else np.asarray(given, np.float64).reshape(3, 16, -1)
+    for i, number in enumerate(numbers[:2]):
+        size = np.abs(x[i]) @ np.abs(w[number]).T
+        assert (np.abs(found[i] - x[i] @ w[number].T) / size).max() < 3e-7
+
+
+@pytest.mark.parametrize(
+    ("kind", "profile", "tokens"),
+    [
+        ("bfloat16", "fast", 9),
+        slow("bfloat16", "fast", 1),
+        slow("bfloat16", "hf", 150),
+        slow("int4-g32", "fast", 9),
+        slow("int8", "dynamic_int8", 9),
+        slow("int8", "fast", 100),
+    ],
+)
+def test_a_mixture_in_kernels_is_the_mixture(kind, profile, tokens, monkeypatch):
+    monkeypatch.setattr(kernel, "packed_product", partial(kernel.packed_product, interpret=True))
+    names, shapes = ("gate", "up", "down"), ((64, 128), (64, 128), (128, 64))
+    both = dict(zip(names, stack_of(kind, *shapes), strict=True))
+    stack, values = ({name: pair[i] for name, pair in both.items()} for i in (0, 1))
+    numerics = resolve(profile, jnp.dtype("float32" if kind.startswith("int") else kind))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((tokens, 128)), numerics.activations)
+    chosen = np.argsort(rng.standard_normal((tokens, 3)), -1)[:, :2].astype(np.int32)
+    chosen[1:2] = 3  # none
+    assert all(can_choose(q, x, numerics) for q in stack.values())
+    run = jax.jit(partial(experts._in_kernels, jax.nn.silu, numerics, tokens == 1))
+    found = run(x, chosen, stack)
+    assert found.shape == (tokens, 2, 128) and found.dtype == numerics.activations
+    given, wanted = np.asarray(x, np.float64), np.zeros(found.shape)
+    for token, pair in np.ndindex(tokens, 2):
+        if (number := chosen[token, pair]) < 3:
+            gate, up = (values[name][number] @ given[token] for name in ("gate", "up"))
+            wanted[token, pair] = values["down"][number] @ (gate / (1 + np.exp(-gate)) * up)
+    exact = profile == "fast" and kind != "bfloat16"
+    assert np.abs(np.asarray(found, np.float64) - wanted).max() / np.abs(wanted).max() < (2e-6 if exact else 2e-2)
+    # Other neighbours, the same bits.
+    others = run(x.at[1:].set(1), np.where(np.arange(tokens)[:, None], 0, chosen).astype(np.int32), stack)
+    np.testing.assert_array_equal(others[0], found[0])
 
 
 def test_what_is_out_of_bounds_is_seen():
