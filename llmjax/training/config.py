@@ -22,8 +22,6 @@ from llmjax.training.adapter import MEDIAPIPE
 from llmjax.training.optimizer import OPTIMIZERS, SCHEDULES
 
 _LATER = {
-    "dora": "weight-decomposed adapters (DoRA) are not supported yet; leave it out for LoRA",
-    "use_dora": "weight-decomposed adapters (DoRA) are not supported yet; leave it out for LoRA",
     "dpo": "preference training (DPO) is not supported yet; rows need a prompt and one completion",
     "beta": "preference training (DPO) is not supported yet; rows need a prompt and one completion",
 }
@@ -40,6 +38,7 @@ class TrainConfig:
       rank: r.
       alpha: the delta's scale is alpha / r.
       rslora: alpha / sqrt(r) instead.
+      dora: train a magnitude of each row of a weight beside the factors (Liu et al. 2024, arXiv:2402.09353).
       rank_pattern: r of modules whose name, or its end, a regular expression matches; the first that does wins.
       alpha_pattern: the like for alpha.
       exclude: modules to leave out, as targets.
@@ -74,6 +73,7 @@ class TrainConfig:
     rank: int = 8
     alpha: float = 16.0
     rslora: bool = False
+    dora: bool = False
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     exclude: str | tuple[str, ...] = ()
@@ -145,6 +145,7 @@ class TrainConfig:
             "r": self.rank,
             "lora_alpha": self.alpha,
             "use_rslora": self.rslora,
+            "use_dora": self.dora,
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
             "target_modules": _listed(self.targets),
@@ -174,6 +175,7 @@ _RULES: dict[str, Rule] = {
     "rank": _SIZE,
     "alpha": POSITIVE_NUMBER,
     "rslora": FLAG,
+    "dora": FLAG,
     "rank_pattern": Rule("ranks by regular expression", lambda v: isinstance(v, Mapping)),
     "alpha_pattern": Rule("numbers by regular expression", lambda v: isinstance(v, Mapping)),
     "dropout": _SHARE,
