@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.lora.adapter import Delta, check_norms
-from llmjax.models.context import Context
+from llmjax.models.context import PROJECTED, Context
 from llmjax.models.tree import get_at, path_of
 from llmjax.products.matmul import matmul
 from llmjax.products.tiles import over_tiles
@@ -67,7 +68,7 @@ class Lora(struct.PyTreeNode):
         added = self._added(x, ctx.adapter)
         if self.magnitude is None:
             return added
-        factor = self.magnitude / (self.lengths(weight) if self.norm is None else self.norm)
+        factor = self.magnitude / (checkpoint_name(self.lengths(weight), PROJECTED) if self.norm is None else self.norm)
         if self.a.ndim > 2:
             factor = jnp.take(factor, ctx.adapter, axis=0)[:, None]
         return (factor - 1) * product + factor * added

@@ -55,13 +55,17 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         weight = parameter(self, "weight", _normal, (self.features, x.shape[-1]))
+        lora: Any = self.get_variable("params", "lora")
+        scales = lora is not None and lora.magnitude is not None  # the product, too, whose derivative is then wanted
         product = matmul(x, weight, ctx.numerics)
+        if ctx.recompute is not None and scales:
+            product = checkpoint_name(product, PROJECTED)
         y = product.astype(ctx.numerics.activations) if self.bias_apart else product
         if self.bias:
             y = y + parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         y = y.astype(ctx.numerics.activations)
         y = with_lora(self, y, x, product, weight, ctx)
-        if ctx.recompute is not None:
+        if ctx.recompute is not None and not scales:
             y = checkpoint_name(y, PROJECTED)
         return tap(self, "", y)
 
