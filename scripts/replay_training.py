@@ -92,7 +92,7 @@ def settings_of(run: dict[str, Any]) -> TrainConfig:
 
 
 def check_scales(adapter: Adapter, run: dict[str, Any]) -> None:
-    """Raises ConfigError where the adapter's ranks and scales are not those that the run recorded, or its kind is not."""
+    """Raises ConfigError where the adapter's kind, ranks and scales are not those that the run recorded."""
     if bool(adapter.settings.dora) != bool(run.get("dora")):
         raise ConfigError(f"train.json: dora: {bool(run.get('dora'))}, but adapter_init says {adapter.settings.dora}")
     ours = {t.module: [t.rank, t.scale] for t in adapter.targets}

@@ -241,8 +241,8 @@ def _lora_factors(config: ConversionConfig, kind: ModelType, model: DecoderConfi
     )
     if any(delta.magnitude is not None for delta in adapter.deltas.values()):
         raise LoraError(
-            f"{adapter.path}: an adapter with magnitudes (DoRA): MediaPipe's LoRA files hold factors A and B alone, and "
-            "its runtime adds B.A; merge it into the weights (llmjax lora merge) and convert those"
+            f"{adapter.path}: an adapter with magnitudes (DoRA): MediaPipe's LoRA files hold factors A and B alone, "
+            "and its runtime adds B.A; merge it into the weights (llmjax lora merge) and convert those"
         )
     wanted = {f"layers.{i}.attn.{m}.weight": (i, m) for i in range(model.num_hidden_layers) for m in "qkvo"}
     other = sorted(set(adapter.deltas) ^ set(wanted))

@@ -113,7 +113,7 @@ class Delta:
 
 
 def check_norms(norms: np.ndarray, parameter: str, first: int = 0) -> None:
-    """Raises LoraError where a row, ``first`` being the number of the first, is of no length, or of none that is finite:
+    """Raises LoraError where a row, ``first`` being the first one's number, is of no length, or of none that is finite:
     a magnitude has no direction to go with then, and PEFT computes NaN."""
     bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
     if bad.size:

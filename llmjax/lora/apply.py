@@ -6,6 +6,7 @@ the paper): added is ``(f - 1) * W . x + f * scale * B . A . x``, and a bias is 
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,9 +18,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llmjax.lora.adapter import Delta, check_norms
 from llmjax.models.context import PROJECTED, Context
-from llmjax.models.tree import get_at, path_of
+from llmjax.models.tree import path_of
 from llmjax.products.matmul import matmul
-from llmjax.products.tiles import over_tiles
+from llmjax.products.tiles import tile_rows
+from llmjax.quant.bits import cut
 from llmjax.quant.qtensor import QTensor, dequantize
 
 
@@ -35,8 +37,8 @@ class Lora(struct.PyTreeNode):
       scale: float32 ``[]``, or ``[adapters]``.
       magnitude: float32 ``[out]``, or ``[adapters, out]``; None for none.
       norm: as magnitude, ``|W + scale * B . A|`` of each row; None where factors change, and it is computed each time.
-      key: in training, a key that drops elements of x on the way into A, never of the product with the weight; of one
-        adapter alone.
+      key: in training, a key that drops elements of x on the way into A, and into the product that a magnitude's factor
+        is of, never into the product with the weight; of one adapter alone.
       dropout: the share of them (static); the others grow by as much.
     """
 
@@ -57,44 +59,49 @@ class Lora(struct.PyTreeNode):
           weight: W.
           ctx: how to multiply, and each row's place among the stacked adapters.
         """
-        if self.a.ndim > 2 and ctx.adapter is None:
-            return None
+        own = self
+        if self.a.ndim > 2:
+            if ctx.adapter is None:
+                return None
+            own = jax.tree.map(partial(jnp.take, indices=ctx.adapter, axis=0), self)
         x = x.astype(jnp.float32)
         if self.key is not None:
             kept = 1 - self.dropout
             x = jnp.where(jax.random.bernoulli(self.key, kept, x.shape), x / kept, 0)
-            if self.magnitude is not None:  # as PEFT: the factor is of what A sees
-                product = matmul(x, weight, ctx.numerics)
-        added = self._added(x, ctx.adapter)
+            if self.magnitude is not None:  # as PEFT: the factor is of the product with what A sees
+                product = checkpoint_name(matmul(x, weight, ctx.numerics), PROJECTED)
+        added = own._low_rank(x)
         if self.magnitude is None:
             return added
-        factor = self.magnitude / (checkpoint_name(self.lengths(weight), PROJECTED) if self.norm is None else self.norm)
-        if self.a.ndim > 2:
-            factor = jnp.take(factor, ctx.adapter, axis=0)[:, None]
+        norm = checkpoint_name(self.lengths(weight), PROJECTED) if self.norm is None else own.norm
+        factor = jnp.expand_dims(own.magnitude / norm, -2)
         return (factor - 1) * product + factor * added
 
-    def _added(self, x: jax.Array, adapter: jax.Array | None) -> jax.Array:
-        """``x . (scale * B . A)^T``."""
+    def _low_rank(self, x: jax.Array) -> jax.Array:
+        """``x [B, T, in] . (scale * B . A)^T``, of an adapter for all rows, or of each row's own."""
         if self.a.ndim == 2:
             # Of all tokens at once: what is written with two axes, XLA:CPU turns about without a copy on the way back.
             h = jnp.einsum("ni,ri->nr", x.reshape(-1, x.shape[-1]), self.a, precision=lax.Precision.HIGHEST)
             y = jnp.einsum("nr,or->no", h * self.scale, self.b, precision=lax.Precision.HIGHEST)
             return y.reshape(*x.shape[:-1], -1)
-        a, b, scale = (jnp.take(leaf, adapter, axis=0) for leaf in (self.a, self.b, self.scale))
-        h = jnp.einsum("bti,bri->btr", x, a, precision=lax.Precision.HIGHEST) * scale[:, None, None]
-        return jnp.einsum("btr,bor->bto", h, b, precision=lax.Precision.HIGHEST)
+        h = jnp.einsum("bti,bri->btr", x, self.a, precision=lax.Precision.HIGHEST) * self.scale[:, None, None]
+        return jnp.einsum("btr,bor->bto", h, self.b, precision=lax.Precision.HIGHEST)
 
     def lengths(self, weight: jax.Array | QTensor) -> jax.Array:
-        """``|W + scale * B . A|`` of each row, float32 ``[out]``, for one adapter, a tile of W at a time; a constant to the
-        derivative."""
+        """``|W + scale * B . A|`` of each row, float32 ``[out]``, of one adapter: a constant to the derivative, made of
+        a tile of W at a time, so that there is never a float copy of it."""
         a, b, scale, weight = lax.stop_gradient((self.a, self.b, self.scale, weight))
+        out, tile = len(b), tile_rows(weight.shape, 4)
 
-        def of_tile(part: tuple[Any, jax.Array]) -> jax.Array:
-            rows = dequantize(part[0]) if isinstance(part[0], QTensor) else part[0].astype(jnp.float32)
-            rows = rows + scale * jnp.matmul(part[1], a, precision=lax.Precision.HIGHEST)
-            return jnp.sqrt(jnp.sum(rows * rows, -1, keepdims=True))
+        def step(i: jax.Array, found: jax.Array) -> jax.Array:
+            start = jnp.minimum(i * tile, out - tile)  # the last tile may repeat rows of the one before
+            w, own = jax.tree.map(lambda leaf: cut(leaf, start, tile), (weight, b))
+            rows = dequantize(w) if isinstance(w, QTensor) else w.astype(jnp.float32)
+            rows = rows + scale * jnp.matmul(own, a, precision=lax.Precision.HIGHEST)
+            return lax.dynamic_update_slice(found, jnp.sqrt(jnp.sum(rows * rows, -1)), (start,))
 
-        return over_tiles(of_tile, (weight, b), weight.shape, a[:1])[0]
+        found: jax.Array = lax.fori_loop(0, -(-out // tile), step, jnp.zeros(out))
+        return found
 
 
 _lengths = jax.jit(Lora.lengths)

@@ -56,21 +56,24 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         weight = parameter(self, "weight", _normal, (self.features, x.shape[-1]))
         lora: Any = self.get_variable("params", "lora")
-        scales = lora is not None and lora.magnitude is not None  # the product, too, whose derivative is then wanted
+        # What is kept for the way back: a magnitude's derivative needs the product, of which the rest is soon made.
+        dora = lora is not None and lora.magnitude is not None
         product = matmul(x, weight, ctx.numerics)
-        if ctx.recompute is not None and scales:
+        if ctx.recompute is not None and dora:
             product = checkpoint_name(product, PROJECTED)
         y = product.astype(ctx.numerics.activations) if self.bias_apart else product
         if self.bias:
             y = y + parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         y = y.astype(ctx.numerics.activations)
         y = with_lora(self, y, x, product, weight, ctx)
-        if ctx.recompute is not None and not scales:
+        if ctx.recompute is not None and not dora:
             y = checkpoint_name(y, PROJECTED)
         return tap(self, "", y)
 
 
-def with_lora(module: nn.Module, y: jax.Array, x: jax.Array, product: jax.Array, weight: Any, ctx: Context) -> jax.Array:
+def with_lora(
+    module: nn.Module, y: jax.Array, x: jax.Array, product: jax.Array, weight: Any, ctx: Context
+) -> jax.Array:
     """``y``, what became of ``product``, that of ``x`` with ``weight``, and what a leaf ``lora`` of the module adds."""
     if not module.has_variable("params", "lora"):
         return y

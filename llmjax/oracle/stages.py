@@ -18,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 
 from llmjax.errors import LoraError
-from llmjax.lora.adapter import LoraSource, read_adapter
+from llmjax.lora.adapter import LoraSource, read_adapter, values_of
 from llmjax.lora.apply import Lora, beside
 from llmjax.model import Model
 from llmjax.models.config import DecoderConfig
@@ -94,8 +94,8 @@ class Stages:
 
     @functools.cached_property
     def merged(self) -> Mapping[str, Lora]:
-        """What adapters added to weights, by parameter: read again, for a model does not keep it.  Not one with magnitudes,
-        of whose weight the length is gone."""
+        """What adapters added to weights, by parameter: read again, for a model does not keep it.  Nothing of one
+        with magnitudes (DoRA), which leave nothing of a weight's own length."""
         origin = self.model.origin
         found: dict[str, Lora] = {}
         for adapter in origin.adapters if origin else ():

@@ -119,7 +119,7 @@ def adapted(
     return with_loras(params, _loras(targets, factors, dropout, key))
 
 
-def tuned(params: Mapping[str, Any], targets: tuple[Target, ...], factors: Factors) -> dict[str, Any]:
+def settled_beside(params: Mapping[str, Any], targets: tuple[Target, ...], factors: Factors) -> dict[str, Any]:
     """As ``adapted``, of factors that change no more: what only they decide is computed here.
 
     Raises:

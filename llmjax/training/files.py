@@ -77,8 +77,8 @@ def read_trained(path: str | Path, model: Model) -> Adapter:
             if found != expected:
                 shown = [list(shape) if shape else "none" for shape in (expected, found)]
                 raise LoraError(
-                    f"{file.path}: module {named(target.module)}: {NAMES[side].removesuffix('.weight')}: expected shape "
-                    f"{shown[0]}, found {shown[1]}"
+                    f"{file.path}: module {named(target.module)}: {NAMES[side].removesuffix('.weight')}: expected "
+                    f"shape {shown[0]}, found {shown[1]}"
                 )
             factors[target.module][side] = jnp.asarray(file.read(names[side]).astype(np.float32))
     return begun.replace(factors)
