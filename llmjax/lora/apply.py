@@ -24,6 +24,9 @@ from llmjax.products.tiles import tile_rows
 from llmjax.quant.bits import cut
 from llmjax.quant.qtensor import QTensor, dequantize
 
+# Weights that are converted to less are converted whole, see ``products.plain``.
+_SMALL_BYTES = 1 << 18
+
 
 class Lora(struct.PyTreeNode):
     """The factors of one projection: of an adapter for all rows, or of several, stacked, for each row its own.
@@ -93,15 +96,19 @@ class Lora(struct.PyTreeNode):
         a, b, scale, weight = lax.stop_gradient((self.a, self.b, self.scale, weight))
         out, tile = len(b), tile_rows(weight.shape, 4)
 
+        def of(w: Any, b: jax.Array) -> jax.Array:
+            rows = dequantize(w) if isinstance(w, QTensor) else w.astype(jnp.float32)
+            rows = rows + scale * jnp.matmul(b, a, precision=lax.Precision.HIGHEST)
+            return jnp.sqrt(jnp.sum(rows * rows, -1))
+
         def step(i: jax.Array, found: jax.Array) -> jax.Array:
             start = jnp.minimum(i * tile, out - tile)  # the last tile may repeat rows of the one before
-            w, own = jax.tree.map(lambda leaf: cut(leaf, start, tile), (weight, b))
-            rows = dequantize(w) if isinstance(w, QTensor) else w.astype(jnp.float32)
-            rows = rows + scale * jnp.matmul(own, a, precision=lax.Precision.HIGHEST)
-            return lax.dynamic_update_slice(found, jnp.sqrt(jnp.sum(rows * rows, -1)), (start,))
+            part = jax.tree.map(lambda leaf: cut(leaf, start, tile), (weight, b))
+            return lax.dynamic_update_slice(found, of(*part), (start,))
 
-        found: jax.Array = lax.fori_loop(0, -(-out // tile), step, jnp.zeros(out))
-        return found
+        if 4 * out * a.shape[1] < _SMALL_BYTES:
+            return of(weight, b)
+        return lax.fori_loop(0, -(-out // tile), step, jnp.zeros(out))
 
 
 _lengths = jax.jit(Lora.lengths)

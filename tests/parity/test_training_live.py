@@ -83,7 +83,8 @@ DORA = [("falcon_40b", True), ("phi3", True), ("gemma2", True), ("qwen2", True)]
 
 @pytest.mark.parametrize(("name", "dora"), some({DORA[0]}, [*((name, False) for name in golden.NAMES), *DORA]))
 def test_steps(name, dora, tmp_path):
-    config = dataclasses.replace(CONFIG, dora=dora)
+    targets = r".*(query_key_value|qkv_proj|q_proj|dense_4h_to_h|down_proj)" if dora else "all-linear"
+    config = dataclasses.replace(CONFIG, dora=dora, targets=targets)
     m = meta(name)
     base = checkpoints.write(tmp_path / "base", m["config"], m["shapes"], seed=3)
     model = llmjax.load(base)
