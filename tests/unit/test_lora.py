@@ -153,7 +153,7 @@ def test_a_row_beside_is_the_model_merged(base, adapter, tmp_path):
         merged = LLM(base, numerics="reference", lora=lora, max_batch=3, chunk=16, block=16)
         found, wanted = outputs[names.index(name)], merged.generate(IDS, GREEDY)[0].outputs[0]
         assert found.token_ids == wanted.token_ids
-        np.testing.assert_allclose(found.token_logprobs, wanted.token_logprobs, atol=1e-4)
+        np.testing.assert_allclose(found.token_logprobs, wanted.token_logprobs, atol=1e-4 if name else 0)
         np.testing.assert_allclose(
             llm.score([IDS], lora=name)[0].scored, merged.score([IDS])[0].scored, rtol=1e-4, atol=1e-4
         )
