@@ -113,6 +113,24 @@ def test_magnitudes(base, tmp_path):
     assert np.all(np.abs(dequantize(rounded) - wanted) <= 0.501 * np.asarray(rounded.scales))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [None, 10 / 3])
+def test_compare_names_what_is_wrong_with_magnitudes(base, tmp_path, scale):
+    """Another runtime that leaves them out; and one with another scale, by which the lengths are others, too."""
+    dora = write_adapter(base, tmp_path / "dora", dora=True)
+    factors = load_file(dora / "adapter_model.safetensors")
+    if scale is None:
+        factors = {name: leaf for name, leaf in factors.items() if "magnitude" not in name}
+    (tmp_path / "theirs").mkdir()
+    save_file(factors, tmp_path / "theirs" / "adapter_model.safetensors")
+    theirs = llmjax.load(by_hand(base, tmp_path / "theirs", tmp_path / "other", scale or 5.0 / 3))
+    trace = llmjax.trace(theirs, IDS, ["*.0.attn_norm", "*.0.attn.q"])
+    trace = llmjax.Trace(trace.activations, {"token_ids": trace.manifest["token_ids"], "dtype": "float32"})
+    (fault,) = llmjax.compare(llmjax.load(base, lora=dora, lora_mode="unmerged"), trace).faults
+    detail = "the adapter's magnitudes are not applied" if scale is None else "the adapter's scale is 3.333"
+    assert fault["causes"][0] == {"cause": "lora_scale", "detail": detail, "explains": 1.0}
+
+
 def test_magnitudes_of_some_rows(base):
     """Stacked, none changes no bit, and a plain adapter computes the bits that it computes among plain ones."""
     a, b, w = (RNG.normal(size=shape).astype(np.float32) for shape in ((2, 8), (6, 2), (6, 8)))
