@@ -99,7 +99,8 @@ class LlmInference:
             for rank in {delta.rank for delta in adapter.deltas.values()}:
                 if supported and rank not in supported:
                     raise LoraError(f"{adapter.path}: rank {rank}, but supported_lora_ranks are {list(supported)}")
-            params = with_loras(base.model.params, {name: beside(delta) for name, delta in adapter.deltas.items()})
+            loras = {n: beside(delta, values(n), f"{adapter.path}: {n}") for n, delta in adapter.deltas.items()}
+            params = with_loras(base.model.params, loras)
             model = dataclasses.replace(base.model, params=params, lora=adapter.path)
             engine = base.engine
             self._llms[key] = LLM(model, max_batch=engine.slots, chunk=engine.chunk, block=engine.block)

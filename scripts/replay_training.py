@@ -1,4 +1,4 @@
-"""Replays a recorded LoRA training run, step by step, through the public pieces of ``llmjax.training``.
+"""Replays a recorded LoRA or DoRA training run, step by step, through the public pieces of ``llmjax.training``.
 
     python scripts/replay_training.py RUN_DIR --base CHECKPOINT --output DIR
 
@@ -75,9 +75,6 @@ def settings_of(run: dict[str, Any]) -> TrainConfig:
     Raises:
       ConfigError: one is not known, or not supported.
     """
-    for name in ("dora",):
-        if run.get(name):
-            raise ConfigError(f"train.json: {name}: not supported yet; LoRA alone is replayed")
     if unknown := sorted(set(run) - _NOTES - _SETTINGS):
         raise ConfigError(f"train.json: unknown settings {', '.join(unknown)}")
     optimizer = str(run.get("optimizer", "AdamW")).split(" ")[0]
@@ -105,7 +102,9 @@ def settings_of(run: dict[str, Any]) -> TrainConfig:
 
 
 def check_scales(adapter: Adapter, run: dict[str, Any]) -> None:
-    """Raises ConfigError where the adapter's ranks and scales are not those that the run recorded."""
+    """Raises ConfigError where the adapter's kind, ranks and scales are not those that the run recorded."""
+    if bool(adapter.settings.dora) != bool(run.get("dora")):
+        raise ConfigError(f"train.json: dora: {bool(run.get('dora'))}, but adapter_init says {adapter.settings.dora}")
     ours = {t.module: [t.rank, t.scale] for t in adapter.targets}
     recorded = run.get("per_module_rank_and_scaling", ours)
     wrong = [m for m in sorted({*ours, *recorded}) if not np.allclose(ours.get(m, -1), recorded.get(m, -1))]

@@ -239,6 +239,11 @@ def _lora_factors(config: ConversionConfig, kind: ModelType, model: DecoderConfi
     adapter = read_adapter(
         path if beside else LoraSource(path, alpha=rank, rank=rank), architectures()[kind.model_type], model
     )
+    if any(delta.magnitude is not None for delta in adapter.deltas.values()):
+        raise LoraError(
+            f"{adapter.path}: an adapter with magnitudes (DoRA): MediaPipe's LoRA files hold factors A and B alone, "
+            "and its runtime adds B.A; merge it into the weights (llmjax lora merge) and convert those"
+        )
     wanted = {f"layers.{i}.attn.{m}.weight": (i, m) for i in range(model.num_hidden_layers) for m in "qkvo"}
     other = sorted(set(adapter.deltas) ^ set(wanted))
     wrong = sorted({d.rank for d in adapter.deltas.values()} - {rank})

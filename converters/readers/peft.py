@@ -18,15 +18,20 @@ from llmjax.errors import CheckpointError, lies_at, named
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
-# ``default`` is the adapter's own name, which stays in files saved from a state dict.
-_FACTOR = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+# Of a module's tensors, by what they are: how PEFT's names end.
+MAGNITUDE = "magnitude"
+NAMES = {"A": "lora_A.weight", "B": "lora_B.weight", MAGNITUDE: "lora_magnitude_vector"}
+# ``default`` is the adapter's own name, which stays in files saved from a state dict; so does a magnitude's ``weight``.
+_FACTOR = re.compile(
+    r"(?:base_model\.model\.)?(?P<module>.+)\."
+    r"(?:lora_(?P<side>[AB])(?:\.default)?\.weight|lora_magnitude_vector(?:\.default)?(?:\.weight)?)"
+)
 # What PEFT saves of the base beside the factors of a head, unless told not to (save_embedding_layers).
 _BASE = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.base_layer\.(?P<leaf>weight|bias)")
 _FOREIGN = (
-    (r"lora_magnitude_vector", "a magnitude, so this is DoRA, which is not supported"),
     (r"lora_embedding_[AB]", "a trained embedding is not supported, expected projections alone"),
     (r"\.bias$|lora_bias", "a trained bias is not supported, expected bias 'none'"),
-    (r"\.lora_[AB]\.", "factors of several adapters, expected one adapter a file"),
+    (r"\.lora_([AB]|magnitude_vector)\.", "factors of several adapters, expected one adapter a file"),
     (r"\.weight$", "a whole weight (modules_to_save), not a low-rank update; it is not supported"),
 )
 
@@ -47,7 +52,7 @@ class AdapterFile:
       path: of the weights.
       config: ``adapter_config.json``; None for weights without one.
       factors: by module as the base model names it (``model.layers.0.self_attn.q_proj``), the names of its tensors
-        ``A [r, in]`` and ``B [out, r]``, of which either may be missing.
+        ``A [r, in]``, ``B [out, r]`` and, in DoRA, ``magnitude [out]``, of which any may be missing.
       bases: by module with factors, names of the base's own tensors (``weight``, ``bias``) that are saved with them.
       problems: tensors that are neither, and why they are refused.
       files: the weights and the configuration, as they were when they were opened.
@@ -98,7 +103,7 @@ def open_adapter(path: Path) -> AdapterFile:
         elif not (found_factor := _FACTOR.fullmatch(name)):
             why = next((why for pattern, why in _FOREIGN if re.search(pattern, name)), "no factor of a LoRA adapter")
             problems.append(f"tensor {named(name)}: {why}")
-        elif factors.setdefault(found_factor["module"], {}).setdefault(found_factor["side"], name) != name:
+        elif factors.setdefault(found_factor["module"], {}).setdefault(found_factor["side"] or MAGNITUDE, name) != name:
             problems.append(f"tensor {named(name)}: the same factor as {factors[found_factor['module']]}")
     problems += [f"tensor {named(name)}: of the base, beside which there are no factors"
                  for module in bases.keys() - factors.keys() for name in bases[module].values()]  # fmt: skip

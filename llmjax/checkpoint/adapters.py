@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from converters.readers.llmjax_directory import LlmjaxSource
@@ -11,7 +12,9 @@ from converters.readers.opening import open_source
 from llmjax.checkpoint.conversion import convert
 from llmjax.checkpoint.loading import find_model, load
 from llmjax.checkpoint.parameters import OnParameter
-from llmjax.lora.adapter import TABLE, AnyLora, read_adapter, values_of
+from llmjax.lora.adapter import TABLE, AnyLora, Delta, read_adapter, values_of
+from llmjax.quant.arrays import row_chunks
+from llmjax.quant.qtensor import QTensor, dequantize
 
 # Ids of the text both ways are compared on, where no prompt is given.
 _TOKENS = 16
@@ -19,12 +22,13 @@ _TOKENS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """One changed weight: r, the scale, and the largest change ``max |scale * B . A|``."""
+    """One changed weight: r, the scale, the largest change of a value, and whether it has magnitudes (DoRA)."""
 
     parameter: str
     rank: int
     scale: float
     largest: float
+    dora: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +62,8 @@ class Check:
         if self.difference is not None:
             merged = f"merged and unmerged differ by {self.difference:.2g}"
         lines = [
-            f"{self.path}: fits; {len(self.modules)} weights, rank {_listed(ranks)}, scale {_listed(scales)}",
+            f"{self.path}: fits; {len(self.modules)} weights, rank {_listed(ranks)}, scale {_listed(scales)}"
+            + (", with magnitudes (DoRA)" if any(m.dora for m in self.modules) else ""),
             *(
                 f"  {m.parameter:{width}}  r {m.rank:<4} scale {m.scale:<8.4g} max |dW| {m.largest:.3g}"
                 for m in self.modules
@@ -86,13 +91,14 @@ def check(path: str | Path, lora: AnyLora, *, prompt: str | None = None, dtype: 
       LlmjaxError: the model cannot be loaded.
     """
     base = load(path, dtype=dtype)
-    adapter = read_adapter(lora, base.architecture, base.config, values_of(base.params))
+    values = values_of(base.params)
+    adapter = read_adapter(lora, base.architecture, base.config, values)
     if prompt is not None and base.tokenizer is not None:
         ids = base.tokenizer.encode(prompt)
     else:
         ids = [(7 * i) % base.config.vocab_size for i in range(1, _TOKENS + 1)]
     modules = [
-        Module(name, delta.rank, delta.scale, float(np.abs(delta.rows(slice(None))).max()))
+        Module(name, delta.rank, delta.scale, _largest(delta, values(name), name), delta.magnitude is not None)
         for name, delta in adapter.deltas.items()
     ]
     without = base.logits([ids])[0]
@@ -106,6 +112,17 @@ def check(path: str | Path, lora: AnyLora, *, prompt: str | None = None, dtype: 
         effect=float(np.abs(unmerged - without).max()),
         size=float(np.abs(without).max()),
     )
+
+
+def _largest(delta: Delta, weight: Any, name: str) -> float:
+    """``max |dW|``."""
+
+    def of(rows: slice) -> np.ndarray:
+        part = jax.tree.map(lambda leaf: np.asarray(leaf[rows]), weight)
+        base = dequantize(part) if isinstance(part, QTensor) else part.astype(np.float32)
+        return np.abs(delta.rows(rows, base, name))
+
+    return float(max(of(rows).max() for rows in row_chunks(weight.shape)))
 
 
 def merge(

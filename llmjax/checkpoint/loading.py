@@ -35,7 +35,7 @@ from llmjax.model import AdapterOrigin, Model, Origin
 from llmjax.models.config import DecoderConfig
 from llmjax.models.registry import read_config
 from llmjax.models.sharding import as_mesh, of_parameter
-from llmjax.models.tree import parameter_shapes
+from llmjax.models.tree import get_at, parameter_shapes, path_of
 from llmjax.numerics import FAST
 from llmjax.outside.paths import checked_path
 from llmjax.outside.values import FLAG, POSITIVE, STRING, check, plain
@@ -164,7 +164,7 @@ def load(
         for name, parameter in read_all(source, plan, dtype, recipe, check_finite, merge, narrowed=True):
             put(params, name, parameter, where=devices and of_parameter(devices, name, parameter, plan.config))
             if name in merge.deltas and merge.delta(name, isinstance(parameter, QTensor)) is None:
-                apart[name] = beside(merge.deltas[name])
+                apart[name] = beside(merge.deltas[name], get_at(params, path_of(name)), f"{merge.where}: {name}")
     finally:
         source.close()
     if merge.survivals:

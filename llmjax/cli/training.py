@@ -112,13 +112,12 @@ def add(verbs: Verbs) -> None:
     for name, (kind, metavar, text) in _FLAGS.items():
         group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
     group.add_argument("--rslora", action="store_true", default=None, help="scale = A / sqrt(R)")
+    group.add_argument("--dora", action="store_true", default=None, help="train each row's magnitude, too (DoRA)")
     for name, number in (("rank", int), ("alpha", float)):
         text = f"{name} of the modules a regular expression matches; may be repeated, the first that does wins"
         group.add_argument(f"--{name}-pattern", type=_pattern(number), action="append", metavar="REGEX=N", help=text)
     text = "learn from pairs of completions, one chosen and one rejected (direct preference optimization)"
     group.add_argument("--dpo", action="store_true", default=None, help=text)
-    for name in ("dora",):
-        group.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -127,9 +126,8 @@ def _train(args: argparse.Namespace) -> int:
 
     given = {field.name: getattr(args, field.name) for field in fields(TrainConfig)}
     given |= {name: dict(given[name]) for name in ("rank_pattern", "alpha_pattern") if given[name]}
-    later = {name: True for name in ("dora",) if getattr(args, name)}
     unlimited = {"clip": None} if given["clip"] == "none" else {}
-    config = TrainConfig.from_dict({name: v for name, v in given.items() if v is not None} | unlimited | later)
+    config = TrainConfig.from_dict({name: v for name, v in given.items() if v is not None} | unlimited)
     if args.lora is not None:
         raise RequestError("--lora: an adapter to train on is given as --start")
     result = finetune(

@@ -13,7 +13,7 @@ import numpy as np
 from converters.readers.digest import Stamp, stamp
 from converters.readers.litert.tflite import is_tflite
 from converters.readers.mediapipe import lora as mediapipe
-from converters.readers.peft import CONFIG, AdapterFile, open_adapter
+from converters.readers.peft import CONFIG, MAGNITUDE, NAMES, AdapterFile, open_adapter
 from llmjax.errors import CheckpointError, LoraError, named
 from llmjax.lora.config import LoraConfig
 from llmjax.models.architecture import Architecture
@@ -66,17 +66,21 @@ AnyLora = str | Path | LoraSource
 
 @dataclasses.dataclass(frozen=True)
 class Delta:
-    """``scale * B . A``, added to one projection's weight ``[out, in]``.
+    """What is added to one projection's weight ``W [out, in]``: ``scale * B . A``.
+
+    With magnitudes (DoRA), what makes ``m / |V| * V`` of it, ``V = W + scale * B . A``, a length ``|V|`` for each row.
 
     Attributes:
       a: A, float32 ``[r, in]``.
       b: B, float32 ``[out, r]``.
       scale: alpha / r, or alpha / sqrt(r).
+      magnitude: m, float32 ``[out]``, of any sign; None for none.
     """
 
     a: np.ndarray
     b: np.ndarray
     scale: float
+    magnitude: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
@@ -85,12 +89,38 @@ class Delta:
 
     @property
     def is_zero(self) -> bool:
-        """Whether it changes nothing."""
+        """Whether ``B . A`` changes nothing."""
         return not (self.a.any() and self.b.any())
 
-    def rows(self, rows: slice) -> np.ndarray:
-        """Some rows of ``scale * B . A``, float32."""
-        return np.float32(self.scale) * (self.b[rows] @ self.a)
+    def rows(self, rows: slice, base: np.ndarray, parameter: str) -> np.ndarray:
+        """Some rows of what is added to a weight, float32.
+
+        Args:
+          rows: which, from the first of them on.
+          base: those of the weight, float32.
+          parameter: its name, for messages.
+
+        Raises:
+          LoraError: a row has no direction for its magnitude to go with.
+        """
+        added: np.ndarray = np.float32(self.scale) * (self.b[rows] @ self.a)
+        if self.magnitude is None:
+            return added
+        norms = np.linalg.norm(base + added, axis=1)
+        check_norms(norms, parameter, rows.start)
+        factor = (self.magnitude[rows] / norms)[:, None]
+        return (factor - 1) * base + factor * added
+
+
+def check_norms(norms: np.ndarray, parameter: str, first: int = 0) -> None:
+    """Raises LoraError where a row, ``first`` being the first one's number, is of no length, or of none that is finite:
+    a magnitude has no direction to go with then, and PEFT computes NaN."""
+    bad = np.flatnonzero(~(np.isfinite(norms) & (norms > 0)))
+    if bad.size:
+        raise LoraError(
+            f"{parameter}: row {first + bad[0]} with scale * B . A has the length {norms[bad[0]]:g}, so there is no "
+            "direction for its magnitude (DoRA); leave the module out, or train it without magnitudes"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +279,7 @@ def _settings(source: LoraSource, file: AdapterFile) -> LoraConfig:
             f"{file.path}: no {CONFIG} beside it, so the scale is not known: give alpha (scale = alpha / rank)"
         )
     _check_positive(source)
-    return LoraConfig(source.rank, source.alpha, source.rslora)
+    return LoraConfig(source.rank, source.alpha, source.rslora, any(MAGNITUDE in f for f in file.factors.values()))
 
 
 def _check_positive(source: LoraSource) -> None:
@@ -317,29 +347,36 @@ def _unknown(module: str, modules: Mapping[str, list[Part]], config: DecoderConf
 def _deltas(
     file: AdapterFile, module: str, factors: Mapping[str, str], parts: list[Part], settings: LoraConfig
 ) -> dict[str, Delta]:
-    """One module's deltas, by parameter: B's rows are cut as the weight's are."""
-    what = f"module {named(module)}"
-    for side in "AB":
+    """One module's deltas, by parameter: B's rows, and magnitudes, are cut as the weight's are."""
+    what, called = f"module {named(module)}", {side: name.removesuffix(".weight") for side, name in NAMES.items()}
+    sides = ("A", "B", MAGNITUDE) if settings.dora else ("A", "B")
+    for side in sides:
         if side not in factors:
-            raise LoraError(f"{what}: lora_{side} is missing")
+            raise LoraError(f"{what}: {called[side]} is missing{' (use_dora)' * (side == MAGNITUDE)}")
+    if MAGNITUDE in factors and not settings.dora:
+        raise LoraError(f"{what}: the file has a magnitude of it (DoRA), but use_dora is false")
     if settings.targets(module) is False:
         raise LoraError(f"{what}: the file has factors of it, but target_modules does not name it")
-    specs = {side: file.spec(factors[side]) for side in "AB"}
+    specs = {side: file.spec(factors[side]) for side in sides}
     rank = settings.rank_of(module) or specs["A"].shape[0]
     out, width = parts[0].entry.source_shape(parts[0].shape)
-    for side, expected in (("A", (rank, width)), ("B", (out, rank))):
-        spec = specs[side]
+    shapes: dict[str, tuple[int, ...]] = {"A": (rank, width), "B": (out, rank), MAGNITUDE: (out,)}
+    for side, spec in specs.items():
         if spec.dtype not in _DTYPES:
-            raise LoraError(f"{what}: lora_{side}: expected {', '.join(_DTYPES)}, found {spec.dtype}")
-        if spec.shape != expected:
+            raise LoraError(f"{what}: {called[side]}: expected {', '.join(_DTYPES)}, found {spec.dtype}")
+        if spec.shape != shapes[side]:
             raise LoraError(
-                f"{what}: lora_{side}: expected shape {list(expected)} at rank {rank}, found {list(spec.shape)}"
+                f"{what}: {called[side]}: expected shape {list(shapes[side])} at rank {rank}, found {list(spec.shape)}"
             )
-    a, b = (file.read(factors[side]).astype(np.float32) for side in "AB")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+    a, b, *m = (file.read(factors[side]).astype(np.float32) for side in sides)
+    if not all(np.isfinite(values).all() for values in (a, b, *m)):
         raise LoraError(f"{what}: NaN or infinite values")
     scale = settings.scale_of(module, rank)
-    return {part.parameter: Delta(a, np.ascontiguousarray(part.entry.make([b])), scale) for part in parts}
+
+    def rows(part: Part, values: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(part.entry.make([values]))
+
+    return {p.parameter: Delta(a, rows(p, b), scale, *(rows(p, v[:, None])[:, 0] for v in m)) for p in parts}
 
 
 def _error(path: Path, problems: list[str]) -> LoraError:
@@ -353,4 +390,5 @@ def _warn_of_zeros(path: Path, deltas: Mapping[str, Delta]) -> None:
     zero = sorted(name for name, delta in deltas.items() if delta.is_zero)
     if zero:
         which = "all deltas are" if len(zero) == len(deltas) else f"{len(zero)} of {len(deltas)} deltas are"
-        warnings.warn(f"{path}: {which} zero and change nothing ({zero[0]} ...); was it trained?", stacklevel=4)
+        but = "" if deltas[zero[0]].magnitude is None else " but by magnitudes"
+        warnings.warn(f"{path}: {which} zero and change nothing{but} ({zero[0]} ...); was it trained?", stacklevel=4)

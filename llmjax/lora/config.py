@@ -32,7 +32,6 @@ _OFF = (
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 )
@@ -57,6 +56,7 @@ class LoraConfig:
       rank: r of modules without their own; None takes it from the tensors.
       alpha: of modules without their own; ``scale = alpha / r``.
       rslora: ``scale = alpha / sqrt(r)`` instead (Kalajdzievski 2023, arXiv:2312.03732).
+      dora: every module has magnitudes, too; None where it is not known.
       rank_pattern: regular expressions of module names, and their r; the first that matches wins.
       alpha_pattern: the like for alpha.
       target_modules: names or endings of modules, or one regular expression; None where it is not known.
@@ -69,6 +69,7 @@ class LoraConfig:
     rank: int | None
     alpha: float
     rslora: bool = False
+    dora: bool | None = None
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     target_modules: tuple[str, ...] | str | None = None
@@ -96,6 +97,7 @@ class LoraConfig:
             rank=r.size("r", 8),
             alpha=r.number("lora_alpha", 8),
             rslora=r.flag("use_rslora", False),
+            dora=r.flag("use_dora", False),
             rank_pattern=_pattern(r, "rank_pattern", _RANK),
             alpha_pattern=_pattern(r, "alpha_pattern", POSITIVE_NUMBER),
             target_modules=_modules(r, "target_modules"),

@@ -84,16 +84,16 @@ class Merge:
 
 
 def merged_rows(rows: Rows, delta: Delta, parameter: str) -> Rows:
-    """``W + scale * B . A``, float32, a few rows at a time.
+    """A weight with its delta, float32, a few rows at a time.
 
     Raises:
-      LoraError: from the rows: the sum is beyond what float32 holds.
+      LoraError: from the rows: the sum is beyond what float32 holds, or has no direction for a magnitude.
     """
 
     def merged(start: int, stop: int) -> np.ndarray:
         base = rows(start, stop).astype(np.float32)
         with np.errstate(over="ignore", invalid="ignore"):  # it is looked for
-            found = base + delta.rows(slice(start, stop))
+            found = base + delta.rows(slice(start, stop), base, parameter)
         if not np.isfinite(found).all() and np.isfinite(base).all():
             raise LoraError(
                 f"{parameter}: the weight with scale * B . A goes beyond float32's range (scale {delta.scale:.3g}); is "
@@ -123,8 +123,9 @@ def requantized(q: QTensor, delta: Delta, parameter: str) -> tuple[QTensor, Surv
     )
     changed, dot, power, noise = 0, 0.0, 0.0, 0.0
     for rows in row_chunks(q.shape):
-        wanted = delta.rows(rows).astype(np.float64)
-        came = _rows(merged, rows.start, rows.stop).astype(np.float64) - _rows(q, rows.start, rows.stop)
+        base = _rows(q, rows.start, rows.stop)
+        wanted = delta.rows(rows, base, parameter).astype(np.float64)
+        came = _rows(merged, rows.start, rows.stop).astype(np.float64) - base
         changed += int(np.count_nonzero(came))
         dot, power = dot + float((came * wanted).sum()), power + float(np.square(wanted).sum())
         noise += float(np.square(came - wanted).sum())

@@ -24,7 +24,9 @@ def with_adapters(model: Model, loras: Mapping[str, AnyLora]) -> Model:
     values = values_of(model.params)
     adapters = {name: read_adapter(lora, model.architecture, model.config, values) for name, lora in loras.items()}
     parameters = sorted({name for adapter in adapters.values() for name in adapter.deltas})
-    beside = {name: together([adapter.deltas.get(name) for adapter in adapters.values()]) for name in parameters}
+    where = ", ".join(str(adapter.path) for adapter in adapters.values())
+    beside = {n: together([adapter.deltas.get(n) for adapter in adapters.values()], values(n), f"{where}: {n}")
+              for n in parameters}  # fmt: skip
     params = with_loras(model.params, beside)
     origin = model.origin if model.origin and model.origin.made(model.params) else None
     if origin is not None:

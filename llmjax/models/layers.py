@@ -55,23 +55,29 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
         weight = parameter(self, "weight", _normal, (self.features, x.shape[-1]))
-        y = matmul(x, weight, ctx.numerics)
-        if self.bias_apart:
-            y = y.astype(ctx.numerics.activations)
+        lora: Any = self.get_variable("params", "lora")
+        # What is kept for the way back: a magnitude's derivative needs the product, of which the rest is soon made.
+        dora = lora is not None and lora.magnitude is not None
+        product = matmul(x, weight, ctx.numerics)
+        if ctx.recompute is not None and dora:
+            product = checkpoint_name(product, PROJECTED)
+        y = product.astype(ctx.numerics.activations) if self.bias_apart else product
         if self.bias:
             y = y + parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
         y = y.astype(ctx.numerics.activations)
-        y = with_lora(self, y, x, ctx)
-        if ctx.recompute is not None:
+        y = with_lora(self, y, x, product, weight, ctx)
+        if ctx.recompute is not None and not dora:
             y = checkpoint_name(y, PROJECTED)
         return tap(self, "", y)
 
 
-def with_lora(module: nn.Module, y: jax.Array, x: jax.Array, ctx: Context) -> jax.Array:
-    """A product ``y`` of ``x`` with what a leaf ``lora`` of the module adds to it."""
+def with_lora(
+    module: nn.Module, y: jax.Array, x: jax.Array, product: jax.Array, weight: Any, ctx: Context
+) -> jax.Array:
+    """``y``, what became of ``product``, that of ``x`` with ``weight``, and what a leaf ``lora`` of the module adds."""
     if not module.has_variable("params", "lora"):
         return y
-    delta: jax.Array | None = module.get_variable("params", "lora")(x, ctx.adapter)
+    delta: jax.Array | None = module.get_variable("params", "lora")(x, product, weight, ctx)
     return y if delta is None else (y + delta).astype(y.dtype)
 
 
@@ -100,9 +106,9 @@ class Embedding(nn.Module):
 
     def attend(self, x: jax.Array, ctx: Context, bias: jax.Array | None = None) -> jax.Array:
         """``[B, T, D] -> [B, T, V]``, ``bias [V]`` added where the head has one."""
-        y = matmul(x, self.weight, ctx.numerics)
+        y = product = matmul(x, self.weight, ctx.numerics)
         y = (y if bias is None else y + bias.astype(y.dtype)).astype(ctx.numerics.activations)
-        return with_lora(self, y, x, ctx)
+        return with_lora(self, y, x, product, self.weight, ctx)
 
 
 def language_head(model: nn.Module, embed: Embedding, x: jax.Array, ctx: Context, *, tied: bool) -> jax.Array:

@@ -18,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 
 from llmjax.errors import LoraError
-from llmjax.lora.adapter import LoraSource, read_adapter
+from llmjax.lora.adapter import LoraSource, read_adapter, values_of
 from llmjax.lora.apply import Lora, beside
 from llmjax.model import Model
 from llmjax.models.config import DecoderConfig
@@ -94,7 +94,8 @@ class Stages:
 
     @functools.cached_property
     def merged(self) -> Mapping[str, Lora]:
-        """What adapters added to weights, by parameter: read again, for a model does not keep it."""
+        """What adapters added to weights, by parameter: read again, for a model does not keep it.  Nothing of one
+        with magnitudes (DoRA), which leave nothing of a weight's own length."""
         origin = self.model.origin
         found: dict[str, Lora] = {}
         for adapter in origin.adapters if origin else ():
@@ -102,7 +103,8 @@ class Stages:
                 source = LoraSource(adapter.files[0].path, **adapter.options)
                 with contextlib.suppress(LoraError):  # it is not there any more
                     deltas = read_adapter(source, self.model.architecture, self.model.config).deltas
-                    found |= {name: beside(delta) for name, delta in deltas.items()}
+                    values = values_of(self.model.params)
+                    found |= {n: beside(d, values(n), n) for n, d in deltas.items() if d.magnitude is None}
         return found
 
     def _params(self, stage: int) -> Params:

@@ -13,13 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from converters.readers.peft import MAGNITUDE
 from llmjax.errors import LoraError
 from llmjax.lora.adapter import Part, modules_of
-from llmjax.lora.apply import Lora, with_loras
+from llmjax.lora.apply import Lora, settled, with_loras
 from llmjax.lora.config import LoraConfig
 from llmjax.model import Model
+from llmjax.models.tree import get_at, path_of
 
-# By module ``model.layers.0.self_attn.q_proj``: ``A`` float32 [r, in], ``B`` float32 [out, r].
+# By module ``model.layers.0.self_attn.q_proj``: ``A`` float32 [r, in], ``B`` float32 [out, r]; in DoRA ``magnitude``
+# float32 [out], too.
 Factors = dict[str, dict[str, Any]]
 
 ALL_LINEAR, MEDIAPIPE = "all-linear", "mediapipe"
@@ -72,7 +75,8 @@ class Adapter:
 
 
 def new_adapter(model: Model, settings: LoraConfig, *, seed: int = 0) -> Adapter:
-    """An adapter that changes nothing yet, begun as PEFT begins one: A uniform within ``1 / sqrt(in)``, B zero.
+    """An adapter that changes nothing yet, begun as PEFT begins one: A uniform within ``1 / sqrt(in)``, B zero, and
+    magnitudes the lengths of the weight's rows.
 
     Args:
       model: what it is for.
@@ -81,7 +85,7 @@ def new_adapter(model: Model, settings: LoraConfig, *, seed: int = 0) -> Adapter
       seed: of A.  A module's draws follow from it and the module's name.
 
     Raises:
-      LoraError: a target matches no module of the model.
+      LoraError: a target matches no module of the model, or a row of its weight has no length for a magnitude.
     """
     if settings.rank is None:
         raise LoraError("rank: missing, expected a positive integer")
@@ -89,6 +93,9 @@ def new_adapter(model: Model, settings: LoraConfig, *, seed: int = 0) -> Adapter
     chosen = _chosen(modules, settings)
     found = tuple(_target(parts, settings) for parts in chosen.values())
     factors = {target.module: _begun(target, seed) for target in found}
+    if settings.dora:
+        for target in found:
+            factors[target.module][MAGNITUDE] = _lengths(target, factors[target.module], model)
     return Adapter(settings, found, factors, _names([t.module for t in found], modules, model))
 
 
@@ -109,14 +116,33 @@ def adapted(
       dropout: share of the inputs that A does not see; goes with ``key``.
       key: which, for this call; each parameter's part of it follows from its name.
     """
+    return with_loras(params, _loras(targets, factors, dropout, key))
+
+
+def settled_beside(params: Mapping[str, Any], targets: tuple[Target, ...], factors: Factors) -> dict[str, Any]:
+    """As ``adapted``, of factors that change no more: what only they decide is computed here.
+
+    Raises:
+      LoraError: a row of a weight has no direction for a magnitude.
+    """
+    loras = _loras(targets, factors).items()
+    return with_loras(params, {name: settled(lora, get_at(params, path_of(name)), name) for name, lora in loras})
+
+
+def _loras(
+    targets: tuple[Target, ...], factors: Factors, dropout: float = 0.0, key: jax.Array | None = None
+) -> dict[str, Lora]:
+    """By parameter."""
     loras = {}
     for target in targets:
-        pair = factors[target.module]
+        own = factors[target.module]
         for parameter, rows in target.parts:
-            b = pair["B"] if rows is None else jnp.take(pair["B"], rows, axis=0)
-            own = None if key is None or not dropout else jax.random.fold_in(key, zlib.crc32(parameter.encode()))
-            loras[parameter] = Lora(pair["A"], b, jnp.float32(target.scale), own, dropout if own is not None else 0.0)
-    return with_loras(params, loras)
+            cut = own if rows is None else own | {s: jnp.take(v, rows, axis=0) for s, v in own.items() if s != "A"}
+            lora = Lora(cut["A"], cut["B"], jnp.float32(target.scale), cut.get(MAGNITUDE))
+            if key is not None and dropout:
+                lora = lora.replace(key=jax.random.fold_in(key, zlib.crc32(parameter.encode())), dropout=dropout)
+            loras[parameter] = lora
+    return loras
 
 
 def _chosen(modules: Mapping[str, list[Part]], settings: LoraConfig) -> dict[str, list[Part]]:
@@ -159,6 +185,16 @@ def _begun(target: Target, seed: int) -> dict[str, Any]:
     bound = width**-0.5
     a = rng.uniform(-bound, bound, (target.rank, width)).astype(np.float32)
     return {"A": jnp.asarray(a), "B": jnp.zeros((out, target.rank), jnp.float32)}
+
+
+def _lengths(target: Target, factors: dict[str, Any], model: Model) -> jax.Array:
+    """``|W|``, B being zero, of each row of a module's weight."""
+    found = np.zeros(target.shape[0], np.float32)
+    loras = _loras((target,), {target.module: factors | {MAGNITUDE: jnp.zeros(len(found))}})
+    for (parameter, lora), (_, rows) in zip(loras.items(), target.parts, strict=True):
+        norm = settled(lora, get_at(model.params, path_of(parameter)), parameter).norm
+        found[slice(None) if rows is None else rows] = norm
+    return jnp.asarray(found)
 
 
 def _names(chosen: list[str], modules: Mapping[str, list[Part]], model: Model) -> tuple[str, ...]:

@@ -21,11 +21,6 @@ from llmjax.outside.values import (
 from llmjax.training.adapter import MEDIAPIPE
 from llmjax.training.optimizer import OPTIMIZERS, SCHEDULES
 
-_LATER = {
-    "dora": "weight-decomposed adapters (DoRA) are not supported yet; leave it out for LoRA",
-    "use_dora": "weight-decomposed adapters (DoRA) are not supported yet; leave it out for LoRA",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -38,6 +33,7 @@ class TrainConfig:
       rank: r.
       alpha: the delta's scale is alpha / r.
       rslora: alpha / sqrt(r) instead.
+      dora: train a magnitude of each row of a weight beside the factors (Liu et al. 2024, arXiv:2402.09353).
       rank_pattern: r of modules whose name, or its end, a regular expression matches; the first that does wins.
       alpha_pattern: the like for alpha.
       exclude: modules to leave out, as targets.
@@ -75,6 +71,7 @@ class TrainConfig:
     rank: int = 8
     alpha: float = 16.0
     rslora: bool = False
+    dora: bool = False
     rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict)
     exclude: str | tuple[str, ...] = ()
@@ -129,9 +126,6 @@ class TrainConfig:
         if not isinstance(values, Mapping):
             raise ConfigError(f"{where}: expected an object, found {shown(values)}")
         known = {field.name for field in dataclasses.fields(cls)}
-        for name, why in _LATER.items():
-            if values.get(name) not in (None, False):
-                raise ConfigError(f"{where}: {name}: {why}")
         if unknown := sorted(named(str(key)) for key in set(values) - known):
             raise ConfigError(f"{where}: unknown {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
         return cls(**values)
@@ -152,6 +146,7 @@ class TrainConfig:
             "r": self.rank,
             "lora_alpha": self.alpha,
             "use_rslora": self.rslora,
+            "use_dora": self.dora,
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
             "target_modules": _listed(self.targets),
@@ -181,6 +176,7 @@ _RULES: dict[str, Rule] = {
     "rank": _SIZE,
     "alpha": POSITIVE_NUMBER,
     "rslora": FLAG,
+    "dora": FLAG,
     "rank_pattern": Rule("ranks by regular expression", lambda v: isinstance(v, Mapping)),
     "alpha_pattern": Rule("numbers by regular expression", lambda v: isinstance(v, Mapping)),
     "dropout": _SHARE,

@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from converters.readers.peft import CONFIG, WEIGHTS, open_adapter
+from converters.readers.peft import CONFIG, MAGNITUDE, NAMES, WEIGHTS, open_adapter
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
 from llmjax.errors import CheckpointError, LoraError, OutputError, named
 from llmjax.lora.adapter import modules_of, strange_bases, values_of
@@ -39,10 +39,10 @@ def save_adapter(adapter: Adapter, folder: str | Path, base: str = "") -> Path:
 
 
 def _write_factors(path: Path, factors: Factors) -> None:
-    writer = SafetensorsWriter(path, 2 * len(factors))
+    writer = SafetensorsWriter(path, sum(map(len, factors.values())))
     for module in sorted(factors):
-        for side in "AB":
-            writer.write(f"{_PREFIX}{module}.lora_{side}.weight", np.asarray(factors[module][side]))
+        for side in factors[module]:
+            writer.write(f"{_PREFIX}{module}.{NAMES[side]}", np.asarray(factors[module][side]))
     writer.close({"format": "pt"})
 
 
@@ -70,12 +70,15 @@ def read_trained(path: str | Path, model: Model) -> Adapter:
     for target in begun.targets:
         (out, width), names = target.shape, file.factors[target.module]
         factors[target.module] = {}
-        for side, expected in (("A", (target.rank, width)), ("B", (out, target.rank))):
+        shapes: dict[str, tuple[int, ...]] = {"A": (target.rank, width), "B": (out, target.rank), MAGNITUDE: (out,)}
+        for side in {**begun.factors[target.module], **names}:
+            expected = shapes[side] if side in begun.factors[target.module] else None
             found = file.spec(names[side]).shape if side in names else None
             if found != expected:
+                shown = [list(shape) if shape else "none" for shape in (expected, found)]
                 raise LoraError(
-                    f"{file.path}: module {named(target.module)}: lora_{side}: expected shape {list(expected)}, found "
-                    f"{list(found) if found else 'none'}"
+                    f"{file.path}: module {named(target.module)}: {NAMES[side].removesuffix('.weight')}: expected "
+                    f"shape {shown[0]}, found {shown[1]}"
                 )
             factors[target.module][side] = jnp.asarray(file.read(names[side]).astype(np.float32))
     return begun.replace(factors)
@@ -98,6 +101,6 @@ def _peft_config(adapter: Adapter, base: str) -> Mapping[str, Any]:
         "alpha_pattern": dict(settings.alpha_pattern),
         "target_modules": list(adapter.names),
         "task_type": "CAUSAL_LM",
-        "use_dora": False,
+        "use_dora": bool(settings.dora),
         "use_rslora": settings.rslora,
     }

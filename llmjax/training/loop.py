@@ -23,7 +23,7 @@ from llmjax.outside.whole import locked
 from llmjax.runtime.memory import size, weight_bytes
 from llmjax.text.dates import Date
 from llmjax.training import checkpoints, curves
-from llmjax.training.adapter import Adapter, adapted, new_adapter
+from llmjax.training.adapter import Adapter, new_adapter, settled_beside
 from llmjax.training.batches import Batch, Example, Pair, batches, cut
 from llmjax.training.checkpoints import Progress
 from llmjax.training.config import TrainConfig
@@ -128,6 +128,10 @@ def finetune(
     if config.patience and not (eval_rows is not None and config.eval_every):
         raise ConfigError("patience: goes with rows for evaluation, and eval_every")
     adapter = _new(model, config) if start is None else read_trained(start, model)
+    if config.dora and not adapter.settings.dora:
+        raise ConfigError(
+            f"dora: the adapter to start from has no magnitudes (use_dora is false in {start}); leave it out"
+        )
     run = _Run(model, adapter, config, _data(model, rows, config, "rows", date),
                None if eval_rows is None else _data(model, eval_rows, config, "eval", date),
                None if output is None else checked_path("output", output, OutputError))  # fmt: skip
@@ -250,7 +254,7 @@ class _Run:
             note_missing = curves.write(self.output, self.metrics, str(self.model.path))
             if note_missing:
                 note(note_missing)
-        params = adapted(self.model.params, adapter.targets, adapter.factors)
+        params = settled_beside(self.model.params, adapter.targets, adapter.factors)
         tuned = dataclasses.replace(self.model, params=params, lora=self.output)
         kept = self.progress.best_step if self.best is not None else self.state.step
         return Training(adapter, tuned, self.metrics, self.data, self.progress.finished, self.progress.first_eval,

@@ -225,7 +225,7 @@ def gradients(*devices: jax.Device) -> Found:
     def run() -> np.ndarray:
         with tempfile.TemporaryDirectory() as folder:
             model = llmjax.load(tiny.checkpoint(Path(folder) / "m"), quantize="int8")
-        adapter = new_adapter(model, LoraConfig(rank=2, alpha=4, target_modules=("q_proj", "down_proj")), seed=0)
+        adapter = new_adapter(model, LoraConfig(rank=2, alpha=4, dora=True, target_modules=("q_proj", "down_proj")))
         factors = jax.tree.map(lambda leaf: leaf + 0.1, adapter.factors)
         batch = from_labels(*(np.arange(12, dtype=np.int32).reshape(2, 6),) * 2)
         found, _ = Programs(model, adapter.targets, TrainConfig(rank=2)).gradients(

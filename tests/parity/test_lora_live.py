@@ -42,6 +42,15 @@ KINDS = {
 
 @pytest.mark.parametrize("name", golden.some({"phi_gqa_qk_norm"}))
 def test_all_projections(name, tmp_path):
+    all_projections(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", golden.some({"falcon_40b_one_norm_bias"}))
+def test_all_projections_with_magnitudes(name, tmp_path):
+    all_projections(name, tmp_path, dora=True)
+
+
+def all_projections(name, tmp_path, dora=False):
     """Fused projections (Falcon, Phi-3) and multimodal names; ranks and scales that differ between modules."""
     m = meta(name)
     base = checkpoints.write(tmp_path / "base", m["config"], m["shapes"], seed=3)
@@ -56,8 +65,12 @@ def test_all_projections(name, tmp_path):
         alpha_pattern={r"(layers|h)\.1\..*": 9},
         use_rslora=len(name) % 2 == 0,
         init_lora_weights=False,
+        use_dora=dora,
     )
     theirs = peft.get_peft_model(theirs, config).eval()
+    for parameter in [p.data for n, p in theirs.named_parameters() if "magnitude" in n]:
+        parameter.mul_(1 + 0.3 * torch.randn_like(parameter))
+        parameter[0] *= -1
     theirs.save_pretrained(tmp_path / "adapter")
     ids = np.random.RandomState(1).randint(0, 150, 40).tolist()
     with reference.float32_alibi():

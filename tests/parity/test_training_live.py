@@ -1,10 +1,22 @@
-"""Adapters trained step by step beside peft and torch: fused modules, ranks and scales that differ, clipping, decay."""
+"""Adapters trained step by step beside peft and torch: fused modules, ranks and scales that differ, clipping, decay,
+magnitudes."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 import llmjax
+from llmjax.lora.apply import Lora
+from llmjax.models.context import Context
+from llmjax.models.layers import Projection
+from llmjax.numerics import resolve
+from llmjax.quant.qtensor import dequantize
+from llmjax.quant.rounding import quantize
+from llmjax.quant.schemes import Scheme
 from llmjax.training.adapter import new_adapter
 from llmjax.training.batches import from_labels
 from llmjax.training.config import TrainConfig
@@ -13,6 +25,7 @@ from llmjax.training.optimizer import schedule
 from llmjax.training.step import Programs, first_state, train_step
 from tests.parity import checkpoints, golden
 from tests.parity.golden import meta
+from tests.tiny import some
 
 torch = pytest.importorskip("torch", reason="parity extra not installed")
 peft = pytest.importorskip("peft", reason="parity extra not installed")
@@ -65,12 +78,17 @@ def theirs(model, ids, labels) -> tuple[list[float], list[float]]:
     return losses, norms
 
 
-@pytest.mark.parametrize("name", golden.some({"falcon_40b"}))
-def test_steps(name, tmp_path):
+DORA = [("falcon_40b", True), ("phi3", True), ("gemma2", True), ("qwen2", True)]
+
+
+@pytest.mark.parametrize(("name", "dora"), some({DORA[0]}, [*((name, False) for name in golden.NAMES), *DORA]))
+def test_steps(name, dora, tmp_path):
+    targets = r".*(query_key_value|qkv_proj|q_proj|dense_4h_to_h|down_proj)" if dora else "all-linear"
+    config = dataclasses.replace(CONFIG, dora=dora, targets=targets)
     m = meta(name)
     base = checkpoints.write(tmp_path / "base", m["config"], m["shapes"], seed=3)
     model = llmjax.load(base)
-    begun = new_adapter(model, CONFIG.lora, seed=1)
+    begun = new_adapter(model, config.lora, seed=1)
     rng = np.random.default_rng(0)
     for pair in begun.factors.values():  # B of zeros would leave A alone in the first step
         pair["B"] = pair["B"] + rng.normal(size=pair["B"].shape).astype(np.float32) / 10
@@ -85,9 +103,9 @@ def test_steps(name, tmp_path):
     wanted.save_pretrained(tmp_path / "theirs")
 
     adapter = read_trained(tmp_path / "begun", model)
-    step = train_step(Programs(model, adapter.targets, CONFIG), CONFIG)
-    rate = schedule(CONFIG.schedule, CONFIG.learning_rate, CONFIG.warmup, STEPS)
-    state = first_state(adapter.factors, CONFIG)
+    step = train_step(Programs(model, adapter.targets, config), config)
+    rate = schedule(config.schedule, config.learning_rate, config.warmup, STEPS)
+    state = first_state(adapter.factors, config)
     found = []
     for k in range(STEPS):
         group = [from_labels(i, chosen) for i, chosen in zip(ids[k], labels[k], strict=True)]
@@ -100,3 +118,60 @@ def test_steps(name, tmp_path):
     assert a.keys() == b.keys()
     for tensor in a:
         np.testing.assert_allclose(a[tensor], b[tensor], atol=2e-4, err_msg=tensor)
+
+
+class Dropped(torch.nn.Module):
+    """A dropout that is known."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = torch.tensor(mask)
+
+    def forward(self, x):
+        return x * self.mask
+
+
+@pytest.mark.parametrize(("dtype", "dropout", "dora"), [
+    ("float32", 0.5, True), ("float32", 0.5, False), ("bfloat16", 0.0, True), ("int8", 0.5, True),
+])  # fmt: skip
+def test_one_projection(dtype, dropout, dora, monkeypatch):
+    """The product and all gradients.  In DoRA a length is a constant, a bias is left alone, and what A does not see the
+    factor of the weight's product does not see either."""
+    rng = np.random.default_rng(0)
+    w, bias, x, seed = (rng.normal(size=shape).astype(np.float32) for shape in ((6, 8), 6, (2, 5, 8), (2, 5, 6)))
+    mask = (rng.random(x.shape) < 0.5) * 2.0 if dropout else np.ones(x.shape)
+    weight = quantize(lambda start, stop: w[start:stop], w.shape, Scheme(8, None), "w") if dtype == "int8" else w
+    weight = weight.map(jnp.asarray) if dtype == "int8" else jnp.asarray(w, dtype)
+
+    linear = torch.nn.Linear(8, 6)
+    floats = dequantize(weight) if dtype == "int8" else weight.astype(jnp.float32)
+    linear.weight.data, linear.bias.data = torch.tensor(np.asarray(floats)), torch.tensor(bias)
+    lora = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["0"], use_dora=dora, lora_dropout=dropout,
+                           init_lora_weights=False)  # fmt: skip
+    layer = peft.get_peft_model(torch.nn.Sequential(linear), lora).train().base_model.model[0]
+    learned = [layer.lora_A.default.weight, layer.lora_B.default.weight]
+    if dora:
+        learned += [layer.lora_magnitude_vector.default.weight]
+        learned[2].data *= torch.tensor(rng.uniform(-2, 2, 6).astype(np.float32))
+    if dropout:
+        layer.lora_dropout["default"] = Dropped(mask.astype(np.float32))
+    given = torch.tensor(x, requires_grad=True)
+    y = layer(given)
+    wanted = torch.autograd.grad((y * torch.tensor(seed)).sum(), (*learned, given))
+
+    monkeypatch.setattr(jax.random, "bernoulli", lambda key, kept, shape: jnp.asarray(mask > 0))
+    ids = jnp.zeros((2, 5), jnp.int32)
+    ctx = Context(ids, resolve("reference", jnp.dtype("float32")))
+
+    def ours(learned, x):
+        a, b, *m = learned
+        own = Lora(a, b, jnp.float32(1.5), *(m or [None]), None, jax.random.key(0) if dropout else None, dropout)
+        params = {"weight": weight, "bias": jnp.asarray(bias), "lora": own}
+        found = Projection(6, bias=True).apply({"params": params}, x, ctx)
+        return jnp.sum(found * seed), found
+
+    arguments = [jnp.asarray(p.detach().numpy()) for p in learned], jnp.asarray(x)
+    (found, of_x), out = jax.jit(jax.grad(ours, argnums=(0, 1), has_aux=True))(*arguments)
+    np.testing.assert_allclose(out, y.detach().numpy(), atol=1e-5)
+    for one, other in zip([*found, of_x], wanted, strict=True):
+        np.testing.assert_allclose(one, other.numpy(), atol=2e-5)

@@ -192,7 +192,7 @@ def test_a_prompts_pages_are_written_at_once(name, monkeypatch):
 def test_gradients_for_a_gpu(kind, recompute):
     """The way back converts a weight again, one at a time, and no frozen one has a gradient."""
     model = model_of(kind, "reference")
-    adapter = new_adapter(model, LoraConfig(rank=2, alpha=4, target_modules=("q_proj", "down_proj")), seed=0)
+    adapter = new_adapter(model, LoraConfig(rank=2, alpha=4, dora=True, target_modules=("q_proj", "down_proj")))
     programs = Programs(model, adapter.targets, TrainConfig(rank=2, recompute=recompute))
     batch = from_labels(*(np.ones((2, 5), np.int32),) * 2).arrays()
     args = (jax.eval_shape(lambda: model.params), adapter.factors, batch, jnp.float32(1), jax.random.key(0))

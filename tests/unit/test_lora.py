@@ -3,7 +3,10 @@
 import json
 import shutil
 import warnings
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -12,7 +15,11 @@ import llmjax
 from llmjax import LLM, LoraError, RequestError, SamplingParams
 from llmjax.cli.main import main
 from llmjax.lora import adapter as lora_adapter
-from llmjax.lora.adapter import LoraSource
+from llmjax.lora.adapter import Delta, LoraSource, read_adapter
+from llmjax.lora.apply import together
+from llmjax.models.context import Context
+from llmjax.numerics import resolve
+from llmjax.quant.qtensor import dequantize
 from tests.tiny import CONFIG, checkpoint, random_ids
 
 RNG = np.random.default_rng(5)
@@ -30,7 +37,7 @@ def weights(base):
     return load_file(base / "model.safetensors")
 
 
-def write_adapter(base, folder, seed=0, rank=3, alpha=5.0, projections=PROJECTIONS, change=None, **config):
+def write_adapter(base, folder, seed=0, rank=3, alpha=5.0, projections=PROJECTIONS, change=None, dora=False, **config):
     """A PEFT directory; ``change(tensors)`` damages it."""
     rng = np.random.default_rng(seed)
     folder.mkdir()
@@ -40,11 +47,14 @@ def write_adapter(base, folder, seed=0, rank=3, alpha=5.0, projections=PROJECTIO
             stem = f"base_model.model.{name.removesuffix('.weight')}"
             tensors[f"{stem}.lora_A.weight"] = rng.normal(size=(rank, w.shape[1])).astype(np.float32) * 0.3
             tensors[f"{stem}.lora_B.weight"] = rng.normal(size=(w.shape[0], rank)).astype(np.float32) * 0.3
+            if dora:
+                m = np.linalg.norm(w, axis=1) * rng.uniform(0.5, 2, len(w)) * (-1) ** (np.arange(len(w)) == 2)
+                tensors[f"{stem}.lora_magnitude_vector"] = m.astype(np.float32)
     if change:
         change(tensors)
     save_file(tensors, folder / "adapter_model.safetensors")
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": [*projections], "bias": "none"}
-    (folder / "adapter_config.json").write_text(json.dumps(settings | config))
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": dora} | config))
     return folder
 
 
@@ -56,9 +66,10 @@ def by_hand(base, adapter, folder, scale):
         if name.endswith("lora_A.weight"):
             a, b = factors[name], factors[name.replace("lora_A", "lora_B")]
             target = name.removeprefix("base_model.model.").replace(".lora_A", "")
-            tensors[target] = (tensors[target].astype(np.float64) + scale * (b.astype(np.float64) @ a)).astype(
-                np.float32
-            )
+            whole = tensors[target].astype(np.float64) + scale * (b.astype(np.float64) @ a)
+            if (m := factors.get(name.replace("lora_A.weight", "lora_magnitude_vector"))) is not None:
+                whole *= (m / np.linalg.norm(whole, axis=1))[:, None]
+            tensors[target] = whole.astype(np.float32)
     save_file(tensors, folder / "model.safetensors")
     return folder
 
@@ -83,9 +94,61 @@ def test_an_adapter_is_what_it_says(base, adapter, expected, mode):
     assert not close(llmjax.load(base).logits([IDS])[0], expected)
 
 
+def test_magnitudes(base, tmp_path):
+    """DoRA, beside floats and merged into them; beside packed weights, whose own lengths count, and rounded again."""
+    dora = write_adapter(base, tmp_path / "dora", dora=True)
+    hand = llmjax.load(by_hand(base, dora, tmp_path / "by_hand", 5.0 / 3))
+    assert close(llmjax.load(base, lora=dora, lora_mode="unmerged").logits([IDS])[0], hand.logits([IDS])[0])
+    merged = llmjax.load(base, lora=dora)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), merged.params, hand.params)
+
+    packed = llmjax.convert(base, tmp_path / "packed", quantize="int8")
+    beside = llmjax.load(packed, lora=dora).params["layers_1"]["mlp"]["down"]
+    lora = beside["lora"]
+    whole = dequantize(beside["weight"]) + float(lora.scale) * np.asarray(lora.b) @ np.asarray(lora.a)
+    np.testing.assert_allclose(lora.norm, np.linalg.norm(whole, axis=1), rtol=1e-6)
+    with pytest.warns(UserWarning, match="rounded again"):
+        rounded = llmjax.load(packed, lora=dora, lora_mode="merged").params["layers_1"]["mlp"]["down"]["weight"]
+    wanted = np.asarray(whole) * np.asarray(lora.magnitude / lora.norm)[:, None]
+    assert np.all(np.abs(dequantize(rounded) - wanted) <= 0.501 * np.asarray(rounded.scales))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scale", [None, 10 / 3])
+def test_compare_names_what_is_wrong_with_magnitudes(base, tmp_path, scale):
+    """Another runtime that leaves them out; and one with another scale, by which the lengths are others, too."""
+    dora = write_adapter(base, tmp_path / "dora", dora=True)
+    factors = load_file(dora / "adapter_model.safetensors")
+    if scale is None:
+        factors = {name: leaf for name, leaf in factors.items() if "magnitude" not in name}
+    (tmp_path / "theirs").mkdir()
+    save_file(factors, tmp_path / "theirs" / "adapter_model.safetensors")
+    theirs = llmjax.load(by_hand(base, tmp_path / "theirs", tmp_path / "other", scale or 5.0 / 3))
+    trace = llmjax.trace(theirs, IDS, ["*.0.attn_norm", "*.0.attn.q"])
+    trace = llmjax.Trace(trace.activations, {"token_ids": trace.manifest["token_ids"], "dtype": "float32"})
+    (fault,) = llmjax.compare(llmjax.load(base, lora=dora, lora_mode="unmerged"), trace).faults
+    detail = "the adapter's magnitudes are not applied" if scale is None else "the adapter's scale is 3.333"
+    assert fault["causes"][0] == {"cause": "lora_scale", "detail": detail, "explains": 1.0}
+
+
+def test_magnitudes_of_some_rows(base):
+    """Stacked, none changes no bit, and a plain adapter computes the bits that it computes among plain ones."""
+    a, b, w = (RNG.normal(size=shape).astype(np.float32) for shape in ((2, 8), (6, 2), (6, 8)))
+    deltas = [Delta(a, b, 0.7), Delta(a[:1], b[:, 1:], 1.5, np.arange(-1, 5, dtype=np.float32)), None]
+    x = RNG.normal(size=(4, 3, 8)).astype(np.float32)
+    ctx = Context(jnp.zeros((4, 3), jnp.int32), resolve("reference", jnp.dtype("float32")), adapter=jnp.arange(4))
+    call = jax.jit(lambda lora, w: lora(jnp.asarray(x), jnp.asarray(x @ w.T), w, ctx))
+    found, plain = (np.asarray(call(together([deltas[0], d, None], w, "w"), w)) for d in (deltas[1], None))
+    assert not found[0].any() and not found[3].any()
+    np.testing.assert_array_equal(found[1], plain[1])
+    changed = w + deltas[1].rows(slice(0, 6), w, "w")
+    np.testing.assert_allclose(found[2] + x[2] @ w.T, x[2] @ changed.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(changed, axis=1), np.abs(deltas[1].magnitude), rtol=1e-5, atol=1e-6)
+
+
 def test_every_row_its_own(base, adapter, expected):
     """Among strangers and alone: the same bits."""
-    other = write_adapter(base, base.parent / "other", seed=1, rank=5, projections=("q_proj", "gate_proj"))
+    other = write_adapter(base, base.parent / "other", seed=1, rank=5, projections=("q_proj", "gate_proj"), dora=True)
     llm = LLM(base, numerics="reference", max_batch=3, chunk=16, block=16, loras={"one": adapter, "two": other})
     names = ["one", None, "two", "one", "two"]
     outputs = [o.outputs[0] for o in llm.generate([IDS] * 5, GREEDY, lora=names)]
@@ -100,7 +163,7 @@ def test_every_row_its_own(base, adapter, expected):
 
 @pytest.mark.slow
 def test_a_row_beside_is_the_model_merged(base, adapter, tmp_path):
-    other = write_adapter(base, tmp_path / "other", seed=1, rank=5, projections=("q_proj", "gate_proj"))
+    other = write_adapter(base, tmp_path / "other", seed=1, rank=5, projections=("q_proj", "gate_proj"), dora=True)
     llm = LLM(base, numerics="reference", max_batch=3, chunk=16, block=16, loras={"one": adapter, "two": other})
     names = ["one", None, "two"]
     outputs = [o.outputs[0] for o in llm.generate([IDS] * 3, GREEDY, lora=names)]
@@ -108,7 +171,7 @@ def test_a_row_beside_is_the_model_merged(base, adapter, tmp_path):
         merged = LLM(base, numerics="reference", lora=lora, max_batch=3, chunk=16, block=16)
         found, wanted = outputs[names.index(name)], merged.generate(IDS, GREEDY)[0].outputs[0]
         assert found.token_ids == wanted.token_ids
-        np.testing.assert_allclose(found.token_logprobs, wanted.token_logprobs, atol=1e-4)
+        np.testing.assert_allclose(found.token_logprobs, wanted.token_logprobs, atol=1e-4 if name else 0)
         np.testing.assert_allclose(
             llm.score([IDS], lora=name)[0].scored, merged.score([IDS])[0].scored, rtol=1e-4, atol=1e-4
         )
@@ -153,6 +216,16 @@ def rename(old, new):
     return change
 
 
+def magnitude(change):
+    """Another magnitude of one module."""
+
+    def damage(tensors):
+        name = "base_model.model.model.layers.1.mlp.down_proj.lora_magnitude_vector"
+        tensors[name] = change(tensors[name])
+
+    return damage
+
+
 def extra(name):
     return lambda tensors: tensors.update({name: np.ones((2, 2), np.float32)})
 
@@ -167,14 +240,21 @@ def extra(name):
         (rename("q_proj", "w_proj"), {}, "is no projection of this model; expected down_proj"),
         (None, {"target_modules": ["q_proj"]}, "target_modules does not name it"),
         (None, {"target_modules": [*PROJECTIONS, "up_proj"]}, "but the file has no factors of it"),
-        (None, {"use_dora": True}, "use_dora: True is not supported"),
+        (None, {"use_dora": True}, r"layers.0.mlp.down_proj: lora_magnitude_vector is missing \(use_dora\)"),
+        (None, {"dora": True, "use_dora": False}, "the file has a magnitude of it .DoRA., but use_dora is false"),
+        (magnitude(lambda m: m[None]), {"dora": True}, r"vector: expected shape \[48\] at rank 3, found \[1, 48\]"),
+        (magnitude(lambda m: m * np.nan), {"dora": True}, "layers.1.mlp.down_proj: NaN or infinite values"),
         (None, {"modules_to_save": ["lm_head"]}, "modules_to_save"),
         (None, {"bias": "all"}, "bias"),
         (None, {"peft_type": "LOHA"}, "peft_type"),
         (None, {"novelty": 3}, "novelty"),
         (extra("base_model.model.lm_head.weight"), {}, "a whole weight"),
         (extra("base_model.model.lm_head.base_layer.weight"), {}, "of the base, beside which there are no factors"),
-        (extra("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"), {}, "DoRA"),
+        (
+            extra("base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector.b.weight"),
+            {},
+            "several adapters",
+        ),
     ],
 )
 def test_refused_by_name(base, tmp_path, change, config, message):
@@ -192,6 +272,35 @@ def test_compare_names_another_scale(base, adapter, tmp_path, mode):
     (fault,) = llmjax.compare(llmjax.load(base, lora=adapter, lora_mode=mode), trace).faults
     assert fault["module"] == "layers.0.attn.q"
     assert fault["causes"][0] == {"cause": "lora_scale", "detail": "the adapter's scale is 2.3", "explains": 1.0}
+
+
+@pytest.mark.parametrize("name", ["lora_magnitude_vector.weight", "lora_magnitude_vector.default.weight"])
+def test_names_of_magnitudes(base, tmp_path, name):
+    """As other versions of peft, and state dicts, have them; and weights of which no file says that they are DoRA's."""
+    lora = write_adapter(base, tmp_path / "a", change=rename("lora_magnitude_vector", name), dora=True)
+    model, file = llmjax.load(base), tmp_path / "w.safetensors"
+    shutil.copy(lora / "adapter_model.safetensors", file)
+    found, bare = (read_adapter(each, model.architecture, model.config) for each in (lora, LoraSource(file, alpha=5.0)))
+    for parameter, delta in found.deltas.items():
+        np.testing.assert_array_equal(delta.magnitude, bare.deltas[parameter].magnitude)
+        assert delta.magnitude[2] < 0 < delta.magnitude[3]
+
+
+def test_a_row_without_a_direction(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    name = "model.layers.1.self_attn.v_proj"
+    tensors = weights(base)
+    tensors[f"{name}.weight"][5] = 0
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    lora = write_adapter(base, tmp_path / "a", dora=True)
+    factors = load_file(lora / "adapter_model.safetensors")
+    factors[f"base_model.model.{name}.lora_B.weight"][5] = 0
+    save_file(factors, lora / "adapter_model.safetensors")
+    for mode in ("merged", "unmerged"):
+        with pytest.raises(
+            LoraError, match="layers.1.attn.v.weight: row 5 .* has the length 0, so there is no direction"
+        ):
+            llmjax.load(tmp_path / "base", lora=lora, lora_mode=mode)
 
 
 def test_an_untrained_adapter_warns(base, tmp_path):
@@ -227,7 +336,7 @@ def test_merge_and_check(base, adapter, expected, tmp_path, capsys, monkeypatch)
     assert main(["lora", "check", "--model", str(base), "--lora", str(adapter), "--json"]) == 0
     assert opened == [adapter]  # what is told of it is told once
     report = json.loads(capsys.readouterr().out)
-    assert len(report["modules"]) == 4 * CONFIG["num_hidden_layers"]
+    assert len(report["modules"]) == 4 * CONFIG["num_hidden_layers"] and not any(m["dora"] for m in report["modules"])
     assert report["difference"] < 1e-4 * report["size"] < report["effect"]
     assert main(["lora", "check", "--model", str(base), "--lora", str(tmp_path)]) == 2
     assert "no adapter here" in capsys.readouterr().err

@@ -83,6 +83,10 @@ def test_an_adapter_that_was_trained_here(tmp_path):
     save_adapter(adapter, tmp_path / "adapter")
     path = written("PHI_2", tmp_path, lora_ckpt=str(tmp_path / "adapter"))
     source = LoraSource(path, alpha=4.0, restore_o=True)
+    dora = new_adapter(model, TrainConfig(rank=4, alpha=4.0, dora=True).lora)
+    dora = dora.replace({module: own | {"B": adapter.factors[module]["B"]} for module, own in dora.factors.items()})
+    with pytest.raises(LoraError, match="with magnitudes .DoRA.: MediaPipe's LoRA files hold factors A and B alone"):
+        written("PHI_2", tmp_path, lora_ckpt=str(save_adapter(dora, tmp_path / "dora")))
     deltas = read_adapter(source, model.architecture, model.config).deltas
     assert len(deltas) == len(adapter.targets) == 4 * model.config.num_hidden_layers
     for target in adapter.targets:

@@ -175,7 +175,7 @@ def test_loaded_onto_two_devices(case, quantize):
         (0, "mesh: expected a number of devices, or a jax.sharding.Mesh, found 0"),
         (True, "found True"),
         ("two", "found 'two'"),
-        (999, "mesh: 999 devices are asked for, and JAX has"),
+        (999, "mesh: 999 devices are asked for, JAX has"),
         (Mesh(np.array(jax.devices()[:1]), ("x",)), r"mesh: expected an axis 'model' .* found \('x',\)"),
     ],
 )

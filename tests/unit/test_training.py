@@ -49,7 +49,7 @@ def model():
 def whole(model, tmp_path_factory):
     """A run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    config = dataclasses.replace(CONFIG, eval_every=2)
+    config = dataclasses.replace(CONFIG, eval_every=2, dora=True)
     return llmjax.finetune(model, rows(10), config, eval_rows=rows(4, seed=1), output=folder), folder
 
 
@@ -121,7 +121,7 @@ GEMMA2 = {
 def gradients(layers: int, recompute: str | None):
     """Of a model whose layers are alike in pairs, lowered, and its arguments."""
     model = random_model(**GEMMA2, num_hidden_layers=layers)
-    adapter = new_adapter(model, LoraConfig(2, 4.0, target_modules="all-linear"))
+    adapter = new_adapter(model, LoraConfig(2, 4.0, dora=True, target_modules="all-linear"))
     rng = np.random.default_rng(3)
     factors = jax.tree.map(lambda leaf: leaf + rng.normal(size=leaf.shape).astype(np.float32) / 5, adapter.factors)
     batch = make_batch([Example(0, np.arange(14, dtype=np.int32), np.arange(14) > 4)]).arrays()
@@ -147,7 +147,7 @@ def test_layers_in_a_loop_are_the_layers(recompute):
     looped, _ = gradients(5, recompute)
     (value, wanted), (again, found) = plain.compile()(*arguments), looped.compile()(*arguments)
     np.testing.assert_allclose(again, value, rtol=1e-6)
-    assert len({float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(wanted)}) == 5 * 14
+    assert len({float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(wanted)}) == 5 * 21
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-4), found, wanted)
 
 
@@ -172,12 +172,14 @@ def test_a_run_learns_and_keeps_its_best(whole):
 
 def test_what_is_saved_is_what_was_trained(whole, model, tmp_path):
     """Read by the library's own reader, and beside the weights again the same logits."""
-    from llmjax.lora.adapter import read_adapter
+    from llmjax.lora.adapter import read_adapter, values_of
     from llmjax.lora.apply import beside, with_loras
 
     result, folder = whole
     deltas = read_adapter(folder, model.architecture, model.config).deltas
-    again = dataclasses.replace(model, params=with_loras(model.params, {n: beside(d) for n, d in deltas.items()}))
+    again = dataclasses.replace(
+        model, params=with_loras(model.params, {n: beside(d, values_of(model.params)(n), n) for n, d in deltas.items()})
+    )
     ids = [[5, 7, 0, 9]]
     np.testing.assert_array_equal(again.logits(ids)[0], result.model.logits(ids)[0])
     assert np.abs(again.logits(ids)[0] - model.logits(ids)[0]).max() > 0.1
@@ -198,7 +200,7 @@ def test_a_run_that_was_cut_short_ends_in_the_same_bits(whole, model, tmp_path, 
             signal.raise_signal(signal.SIGINT)
 
     result, folder = whole
-    config = dataclasses.replace(CONFIG, eval_every=2)
+    config = dataclasses.replace(CONFIG, eval_every=2, dora=True)
     arguments = {"eval_rows": rows(4, seed=1), "output": tmp_path}
     notes = []
     with pytest.raises(KeyboardInterrupt):
@@ -389,7 +391,7 @@ def test_targets(model, tmp_path):
     ({"schedule": "step"}, "schedule: expected 'constant' or"),
     ({"dropout": 1.0}, "dropout: expected a number"),
     ({"momentum": 0.5}, "momentum: goes with the optimizer sgd"),
-    ({"dora": True}, "dora: .*not supported yet"),
+    ({"dora": 1}, "dora: expected true or false"),
     ({"beta": 0.2}, "beta: goes with dpo"),
     ({"dpo": True, "beta": 0}, "beta: expected a positive number, found 0"),
     ({"lr": 1.0}, "unknown lr; expected some of accumulation"),
@@ -408,7 +410,7 @@ def test_command_line(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     command = ["lora", "train", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl"), "--output",
                str(tmp_path / "out"), "--rank", "2", "--no-compile-cache", "--clip", "none",
-               "--rank-pattern", "q_proj=1"]  # fmt: skip
+               "--rank-pattern", "q_proj=1", "--dora"]  # fmt: skip
     assert main(command) == 1  # some rows are left out
     out, err = capsys.readouterr()
     summary = json.loads(out)
@@ -423,11 +425,11 @@ def test_command_line(tmp_path, capsys):
     ):
         assert line in err, err
     saved = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["use_dora"] is True
     assert main(command) == 1 and "goes on after step 2 of 2" in capsys.readouterr().err
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == saved
     (tmp_path / "rows.jsonl").write_text(json.dumps(bad[0]))
     assert main(command) == 2 and "no row to learn from" in capsys.readouterr().err
-    assert main([*command, "--dora"]) == 2 and "dora" in capsys.readouterr().err
 
 
 def test_a_loop_of_ones_own(tmp_path, monkeypatch, capsys):
@@ -449,14 +451,18 @@ def test_no_adapter_is_written_over(model, whole, tmp_path):
         llmjax.finetune(model, rows(4), CONFIG, output=tmp_path)
 
 
-def test_it_goes_on_from_an_adapter(model, whole):
+def test_it_goes_on_from_an_adapter(model, whole, tmp_path):
     result, folder = whole
     again = llmjax.finetune(model, rows(10), dataclasses.replace(CONFIG, learning_rate=1e-9, steps=1), start=folder)
     for module, pair in again.adapter.factors.items():
-        for side in "AB":
+        assert set(pair) == {"A", "B", "magnitude"}
+        for side in pair:
             np.testing.assert_allclose(pair[side], result.adapter.factors[module][side], atol=1e-6)
     with pytest.raises(LoraError, match="lora_A: expected shape"):
         llmjax.finetune(random_model(num_hidden_layers=1, hidden_size=96), rows(4), start=folder)
+    plain = save_adapter(new_adapter(model, CONFIG.lora), tmp_path)
+    with pytest.raises(ConfigError, match="dora: the adapter to start from has no magnitudes"):
+        llmjax.finetune(model, rows(4), dataclasses.replace(CONFIG, dora=True), start=plain)
 
 
 def test_a_full_disk_is_told(model, tmp_path, monkeypatch):

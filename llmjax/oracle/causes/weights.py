@@ -214,7 +214,8 @@ def _adapter(scene: Scene, step: str) -> Iterator[Cause]:
         return
 
     def scaled(factor: float) -> Edit:
-        rest = lora.replace(scale=lora.scale * (factor if apart is not None else factor - 1))
+        rest = lora.replace(scale=lora.scale * (factor if apart is not None else factor - 1), norm=None)
+        rest = rest if factor else rest.replace(magnitude=None)
 
         def change(w: jax.Array) -> Any:
             return rest if apart is not None else w + rest.scale * (rest.b @ rest.a)
@@ -229,6 +230,9 @@ def _adapter(scene: Scene, step: str) -> Iterator[Cause]:
     for factor in factors:
         detail = f"the adapter's scale is {scale * factor:.4g}" if factor else "the adapter is not applied"
         yield Cause("lora_scale", detail, (step,), scaled(factor))
+    if lora.magnitude is not None:
+        plain = Edit(params=leaf(step, "lora", lambda w: lora.replace(magnitude=None)))
+        yield Cause("lora_scale", "the adapter's magnitudes are not applied", (step,), plain)
 
 
 def _channels(scene: Scene, step: str) -> Iterator[Cause]:
