@@ -510,6 +510,17 @@ def test_the_head_of_mistral3_is_as_the_outer_object_says(outer, inner, tied):
     assert read_config(config, "config.json")[1].tie_word_embeddings is tied
 
 
+@pytest.mark.parametrize("named", [{"model_type": "mistral"}, {}])
+def test_the_text_model_of_mistral3_may_be_mistral(named):
+    """As in Mistral Small 3.1; transformers takes it where the text model has no name."""
+    options = {"num_key_value_heads": 2, "head_dim": 20, "rope_theta": 1e9, "rms_norm_eps": 1e-5, "sliding_window": 3}
+    text = {**SIZES, **options, **named}
+    config = {"model_type": "mistral3", "text_config": text, "vision_config": {"model_type": "pixtral"}}
+    assert read_config(config, "config.json")[1] == read("mistral", **options)
+    with pytest.raises(ConfigError, match="text_config.model_type: 'llama' is not supported, expected 'mistral' or"):
+        read_config(config | {"text_config": text | {"model_type": "llama"}}, "config.json")
+
+
 SEVEN_B = {"alibi": False, "multi_query": True, "parallel_attn": True}
 FORTY_B = SEVEN_B | {"new_decoder_architecture": True, "num_kv_heads": 2}
 
