@@ -205,16 +205,17 @@ def test_a_fused_tanh_which_the_runtime_leaves_out_is_refused():
 
 
 def test_what_a_weight_cannot_be_is_refused(ops):
-    """As by the delegate, and where it was once read as other numbers."""
+    """As by the delegate; what it leaves to other kernels; what was once read without its scales."""
     with pytest.raises(CheckpointError, match="tensor w: weights with zero points are supported where a DEQUANTIZE"):
         op(ops, "fc_i8_zeros")
-    file = tflite.read(memoryview(ops["deq_fc_u8/model"].tobytes()), "x")
-    for changes, message in (
-        ({"type": "INT16"}, "tensor w: quantized INT16 is not supported"),
-        ({"quantization": tflite.Quantization(np.ones(8), np.full(3, 7), 0)}, "tensor w: zero points"),
+    for name, changes, message in (
+        ("deq_fc_u8", {"type": "INT16"}, "quantized INT16 is not supported"),
+        ("deq_fc_u8", {"quantization": tflite.Quantization(np.ones(8), np.full(3, 7), 0)}, "zero points"),
+        ("fc_i2", {"quantization": tflite.Quantization(np.ones(1), np.zeros(1), 0)}, "INT2 weights with one scale"),
     ):
+        file = tflite.read(memoryview(ops[f"{name}/model"].tobytes()), "x")
         (graph,) = file.subgraphs
-        changed = [dataclasses.replace(t, **changes) if t.name == "w" else t for t in graph.tensors]
+        changed = [t if t.quantization is None else dataclasses.replace(t, **changes) for t in graph.tensors]
         other = dataclasses.replace(file, subgraphs=(dataclasses.replace(graph, tensors=tuple(changed)),))
         with pytest.raises(CheckpointError, match=message):
             Graph(other, numerics_for(None))
