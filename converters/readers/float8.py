@@ -6,6 +6,7 @@ Source: https://github.com/huggingface/transformers (``integrations/finegrained_
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ class Float8:
     Args:
       said: of them in its configuration.
       specs: its tensors.
+      where: for messages.
       problems: what is wrong is added.
 
     Attributes:
@@ -47,13 +49,13 @@ class Float8:
       others: names of scales, which are no tensors of the model.
     """
 
-    def __init__(self, said: Mapping[str, Any], specs: Mapping[str, TensorSpec], problems: list[str]):
+    def __init__(self, said: Mapping[str, Any], specs: Mapping[str, TensorSpec], where: Path, problems: list[str]):
         self.scales: dict[str, str] = {}
         self.others: set[str] = set()
         for key, value in said.items():
             if key in _IRRELEVANT or value is None or value in _EXPECTED.get(key, ()):
                 continue
-            problems.append(f"{_KEY}.{named(key)}: {shown(value)} is not supported for quant_method 'fp8'")
+            problems.append(f"{where}: {_KEY}.{named(key)}: {shown(value)} is not supported for quant_method 'fp8'")
         block = said.get("weight_block_size", [128, 128])
         for name, spec in specs.items():
             module, _, ending = name.rpartition(".")
@@ -62,7 +64,7 @@ class Float8:
                 self.scales[name] = scales
                 self.others |= {scales, f"{module}.{_ACTIVATIONS}"} & specs.keys()
                 if problem := _misfit(spec.shape, specs.get(scales), block):
-                    problems.append(f"tensor {named(scales)}: {problem}")
+                    problems.append(f"{where}: tensor {named(scales)}: {problem}")
 
     def read(self, name: str, raw: np.ndarray, shape: tuple[int, ...], read: Callable[[str], np.ndarray]) -> np.ndarray:
         """float32: a weight from its bytes, and ``read``'s scales."""
@@ -74,9 +76,7 @@ class Float8:
             out *= scales.reshape(())
         else:
             rows, columns = (n // m for n, m in zip(shape, scales.shape, strict=True))
-            for i, of_row in enumerate(
-                scales
-            ):  # one block's rows at a time: the scales of all take as much as the weight
+            for i, of_row in enumerate(scales):  # a block's rows at a time: all scales would take as much as the weight
                 out[i * rows : (i + 1) * rows] *= np.repeat(of_row, columns)
         return out
 

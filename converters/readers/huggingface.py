@@ -80,7 +80,8 @@ class HuggingFaceSource:
                     problems.append(f"{file.path}: tensor {named(name)} is in {other}, too")
                 self._home.setdefault(name, file)
         problems += self._contradictions(index, [name for name, file in shards.items() if file is None])
-        self._eights = Float8(eights or {}, {n: f.spec(n) for n, f in self._home.items()} if eights else {}, problems)
+        specs = {name: file.spec(name) for name, file in self._home.items()} if eights else {}
+        self._eights = Float8(eights or {}, specs, directory, problems)
         if len(problems) == 1:
             raise CheckpointError(problems[0])
         if problems:

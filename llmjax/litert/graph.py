@@ -90,7 +90,7 @@ def _check(file: TfliteFile, number: int, name: str, problems: list[str], above:
             _check(file, op.options["body"], where, problems, (*above, number))
         elif op.name not in KERNELS:
             problems.append(f"{where} is not supported")
-        elif op.name == "FULLY_CONNECTED" and _is_left_over(graph.tensors[op.inputs[1]]):
+        elif op.name == "FULLY_CONNECTED" and any(_is_left_over(graph.tensors[i]) for i in op.inputs[1:2]):
             problems.append(f"{where}: INT2 weights with one scale for all channels are not supported")
         if missing := [i for i in op.inputs if i >= 0 and i not in known]:
             kind = graph.tensors[missing[0]].type

@@ -47,7 +47,7 @@ def test_each_block_has_its_scale(weight, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "scales", "message"),
     [
-        ({}, None, "tensor a.weight_scale_inv: missing, beside a weight of F8_E4M3"),
+        ({}, None, "m: tensor a.weight_scale_inv: missing, beside a weight of F8_E4M3"),
         ({}, np.ones((2, 4), np.float32), r"scales \[2, 4\] do not fit a weight \[8, 24\] in blocks of \[4, 8\]"),
         ({"weight_block_size": None}, np.ones((2, 3), np.float32), "of blocks, but weight_block_size is None"),
         ({}, np.ones((2, 3), np.uint8), "scales of type U8 are not supported"),
@@ -58,7 +58,7 @@ def test_each_block_has_its_scale(weight, tmp_path):
 def test_what_does_not_fit_is_refused(weight, settings, scales, message, tmp_path):
     more = {} if scales is None else {"a.weight_scale_inv": scales}
     with pytest.raises(CheckpointError, match=message):
-        open_source(write(tmp_path, settings, **{"a.weight": weight}, **more))
+        open_source(write(tmp_path / "m", settings, **{"a.weight": weight}, **more))
 
 
 @pytest.mark.slow

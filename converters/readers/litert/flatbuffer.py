@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 _MAX_TEXT = 1 << 16
-_INT, _FLOAT, _MAP, _MAX_ENTRIES = 1, 3, 9, 1 << 12  # of a flexbuffer
+_INT, _UINT, _FLOAT, _MAP, _MAX_ENTRIES = 1, 2, 3, 9, 1 << 12  # of a flexbuffer
 _SCALARS = {code: struct.Struct(f"<{code}") for code in "bBhHiIqQfd?"}
 
 
@@ -131,6 +131,7 @@ def map_of_numbers(data: bytes) -> dict[str, float | int]:
         name = data[start : data.index(0, start)].decode("utf-8", "replace")
         if kind == _FLOAT and width >= 4:
             found[name] = struct.unpack("<f", struct.pack("<I", number(value, 4)))[0]
-        elif kind == _INT:
-            found[name] = int.from_bytes(number(value, width).to_bytes(width, "little"), "little", signed=True)
+        elif kind in (_INT, _UINT):
+            raw = number(value, width).to_bytes(width, "little")
+            found[name] = int.from_bytes(raw, "little", signed=kind == _INT)
     return found
