@@ -6,6 +6,7 @@ block-quantized values mean is the ``gguf`` package's business.
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +27,43 @@ _PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "I8": "<i1", "I16": "<i2", "
 # Values expanded at a time: the temporaries of a block-quantized type are several times its float32 size.
 _CHUNK_VALUES = 1 << 22
 _DAMAGED = "truncated or damaged GGUF, download or convert it again"
+# How llama.cpp names the parts of a file that is cut into several.
+_PART = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+
+
+def without_later_parts(files: list[Path]) -> list[Path]:
+    """Files but those that are later parts of one that is among them."""
+    found = [_PART.fullmatch(file.name) for file in files]
+    firsts = {file.with_name(_part(m, 1)) for file, m in zip(files, found, strict=True) if m} & set(files)
+    return [
+        f
+        for f, m in zip(files, found, strict=True)
+        if not m or int(m["number"]) == 1 or f.with_name(_part(m, 1)) not in firsts
+    ]
+
+
+def _part(match: re.Match[str], number: int) -> str:
+    return f"{match['name']}-{number:05}-of-{match['count']}.gguf"
 
 
 class GgufSource:
-    """A GGUF file as a ``Source``.
+    """A GGUF file as a ``Source``, or several that one was cut into, of which the first alone has the metadata.
 
     ``metadata`` holds Python numbers, booleans, strings, lists of strings, NumPy arrays of numbers and booleans, and
     lists of such arrays.
 
     Args:
-      path: of the file.
+      path: of the file, or of the first.
+      alone: without the other parts.
 
     Raises:
-      CheckpointError: it is no GGUF, of an unknown version or byte order, one part of several, truncated, or
-        inconsistent.
+      CheckpointError: it is no GGUF, of an unknown version or byte order, a later part of several, truncated, or
+        inconsistent; or another part is missing, or not of the same file.
     """
 
     format = "gguf"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, alone: bool = False):
         self.path = Path(path)
         self.directory = self.path.parent
         self.config: dict[str, Any] = {}
@@ -55,6 +74,40 @@ class GgufSource:
         tensors, pairs = self._header(cursor)
         self.metadata = self._metadata(cursor, pairs)
         self._specs, self._offsets = self._table(cursor, tensors)
+        self._parts: dict[str, GgufSource] = {}  # by tensor, of those that are not in this file
+        if not alone and self._split("count") > 1:
+            self._join(self._split("count"))
+
+    def _split(self, key: str) -> int:
+        found = self.metadata.get(f"split.{key}", 0)
+        if type(found) is not int or found < 0:
+            raise CheckpointError(f"{self.path}: metadata split.{key}: expected an integer; the header is damaged")
+        return found
+
+    def _join(self, count: int) -> None:
+        """Adds the other parts' tensors."""
+        match, number = _PART.fullmatch(self.path.name), self._split("no")
+        if not match or int(match["count"]) != count or int(match["number"]) != number + 1:
+            raise CheckpointError(
+                f"{self.path}: part {number + 1} of a GGUF split in {count}, which are found by names that end in "
+                f"-{number + 1:05}-of-{count:05}.gguf; give them back their names"
+            )
+        if number:
+            raise CheckpointError(f"{self.path}: part {number + 1} of a GGUF split in {count}; name {_part(match, 1)}")
+        paths = [self.path.with_name(_part(match, i)) for i in range(2, count + 1)]
+        if missing := [path.name for path in paths if not path.is_file()]:
+            raise problems_error(self.path, f"parts of a GGUF split in {count} are missing", missing)
+        for i, path in enumerate(paths, 1):
+            part = GgufSource(path, alone=True)
+            own = part._split("no"), part._split("count"), part._split("tensors.count")
+            if own != (i, count, self._split("tensors.count")) or part._specs.keys() & self._specs.keys():
+                raise CheckpointError(f"{path}: not part {i + 1} of the GGUF that begins with {self.path.name}")
+            self._parts |= dict.fromkeys(part._specs, part)
+            self._specs |= part._specs
+            self.files += part.files
+        if len(self._specs) != self._split("tensors.count"):
+            expected = self._split("tensors.count")
+            raise CheckpointError(f"{self.path}: {count} parts hold {len(self._specs)} tensors, expected {expected}")
 
     def _header(self, cursor: Cursor) -> tuple[int, int]:
         magic = bytes(cursor.data[:4])
@@ -85,13 +138,6 @@ class GgufSource:
             if key in metadata:
                 raise CheckpointError(f"{self.path}: metadata {named(key)} appears twice; the header is damaged")
             metadata[key] = cursor.value(key)
-        parts = metadata.get("split.count", 0)
-        if type(parts) is not int:
-            raise CheckpointError(f"{self.path}: metadata split.count: expected an integer; the header is damaged")
-        if parts > 1:
-            raise CheckpointError(
-                f"{self.path}: one part of a GGUF split in {parts}; join the parts first (llama-gguf-split --merge)"
-            )
         return metadata
 
     def _table(self, cursor: Cursor, count: int) -> tuple[dict[str, TensorSpec], dict[str, int]]:
@@ -161,6 +207,8 @@ class GgufSource:
 
     def raw(self, name: str) -> np.ndarray:
         """uint8, the tensor's bytes as the file holds them."""
+        if name in self._parts:
+            return self._parts[name].raw(name)
         start = self._offsets[name]
         return self._file.bytes[start : start + self._specs[name].nbytes]
 
@@ -203,6 +251,8 @@ class GgufSource:
 
     def release(self, name: str) -> None:
         """See ``Source``."""
+        if name in self._parts:
+            return self._parts[name].release(name)
         self._file.release(self._offsets[name], self._specs[name].nbytes)
 
     def close(self) -> None:

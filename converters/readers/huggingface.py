@@ -7,8 +7,11 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from converters.readers import float8
 from converters.readers.digest import Stamp, stamp
+from converters.readers.float8 import Float8
 from converters.readers.jsonfile import read_json
+from converters.readers.safetensors import SafetensorsFile
 from converters.readers.source import TensorSpec, problems_error
 from llmjax.errors import CheckpointError, named
 
@@ -63,7 +66,7 @@ class HuggingFaceSource:
         problems: list[str] = []
         if config is None or (directory / "config.json").exists():
             config = self._read_config(problems)
-        self.config = config
+        self.config, eights = float8.settings(config)
         self.generation_config = _collect(problems, read_json, directory / "generation_config.json")
         self._index: list[Stamp] = []
         index, files = self._find_files(files, problems)
@@ -77,6 +80,8 @@ class HuggingFaceSource:
                     problems.append(f"{file.path}: tensor {named(name)} is in {other}, too")
                 self._home.setdefault(name, file)
         problems += self._contradictions(index, [name for name, file in shards.items() if file is None])
+        specs = {name: file.spec(name) for name, file in self._home.items()} if eights else {}
+        self._eights = Float8(eights or {}, specs, directory, problems)
         if len(problems) == 1:
             raise CheckpointError(problems[0])
         if problems:
@@ -141,7 +146,7 @@ class HuggingFaceSource:
 
     def names(self) -> list[str]:
         """See ``Source``."""
-        return list(self._home)
+        return [name for name in self._home if name not in self._eights.others]
 
     def spec(self, name: str) -> TensorSpec:
         """See ``Source``."""
@@ -149,7 +154,10 @@ class HuggingFaceSource:
 
     def read(self, name: str) -> np.ndarray:
         """See ``Source``."""
-        return self._home[name].read(name)
+        file = self._home[name]
+        if name in self._eights.scales and isinstance(file, SafetensorsFile):
+            return self._eights.read(name, file.raw(name), file.spec(name).shape, self.read)
+        return file.read(name)
 
     def release(self, name: str) -> None:
         """See ``Source``."""
@@ -161,8 +169,6 @@ class HuggingFaceSource:
 
 def _open(path: Path) -> _File:
     if path.suffix == ".safetensors":
-        from converters.readers.safetensors import SafetensorsFile
-
         return SafetensorsFile(path)
     if path.suffix in (".bin", ".pt", ".pth"):
         from converters.readers.torch.archive import TorchFile

@@ -3,7 +3,7 @@
 import glob
 from pathlib import Path
 
-from converters.readers.gguf import GgufSource
+from converters.readers.gguf import GgufSource, without_later_parts
 from converters.readers.huggingface import WEIGHTS, HuggingFaceSource
 from converters.readers.litert.tflite import has_operators, is_tflite
 from converters.readers.llmjax_directory import LlmjaxSource, is_llmjax
@@ -48,7 +48,7 @@ def is_graph(path: Path) -> bool:
 def _open_directory(path: Path) -> Source:
     if is_llmjax(path):
         return LlmjaxSource(path)
-    ggufs = sorted(path.glob("*.gguf"))
+    ggufs = without_later_parts(sorted(path.glob("*.gguf")))
     if not ggufs or any((path / name).exists() for name in WEIGHTS):
         return HuggingFaceSource(path)
     if len(ggufs) > 1:
@@ -65,6 +65,7 @@ def _open_files(path: Path, files: list[Path]) -> Source:
         )
     if len(files) == 1 and is_tflite(files[0]):
         return MediapipeSource(files[0])
+    files = without_later_parts(files)
     ggufs = [file for file in files if _is_gguf(file)]
     if len(files) == 1 and ggufs:
         return GgufSource(files[0])

@@ -152,8 +152,12 @@ class SafetensorsFile:
         if spec.dtype != "BF16" and spec.dtype not in _DTYPES:
             self._fail(f"tensor {named(name)}: type {spec.dtype} is not supported; expected F32, F16 or BF16")
         dtype = np.dtype(ml_dtypes.bfloat16 if spec.dtype == "BF16" else _DTYPES[spec.dtype])
+        return self.raw(name).view(dtype).reshape(spec.shape)
+
+    def raw(self, name: str) -> np.ndarray:
+        """uint8, the tensor's bytes as the file holds them."""
         start = self._base + self._starts[name]
-        return self._file.bytes[start : start + spec.nbytes].view(dtype).reshape(spec.shape)
+        return self._file.bytes[start : start + self._specs[name].nbytes]
 
     def release(self, name: str) -> None:
         """See ``Source``."""

@@ -235,7 +235,10 @@ def hf_config(model: GraphModel, tied: bool, where: str) -> dict[str, Any]:
     """
     kind = model_type(model.roles, where)
     if not model.roles.attentions or not model.roles.acts:
-        raise ConfigError(f"{where}: no attention or no MLP is found in its graph, so its sizes are not known")
+        raise ConfigError(
+            f"{where}: no attention or no MLP is found in its graph, so its sizes are not known; "
+            "weights that were rotated before they were rounded are not taken out"
+        )
     facts = _Facts(model, where)
     name = architectures()[kind].config.__name__.removesuffix("Config")
     found: dict[str, Any] = {"architectures": [f"{name}ForCausalLM"], "model_type": kind, **facts.size}

@@ -18,7 +18,7 @@ from llmjax.quant.qtensor import QTensor
 
 # Elements of a constant that is compiled into the program: shapes, axes.
 _SMALL = 64
-_INTEGERS = ("INT8", "INT4", "INT2")
+_INTEGERS = ("INT8", "UINT8", "INT4", "INT2")
 
 
 class Constants:
@@ -45,8 +45,12 @@ class Constants:
         q = tensor.quantization
         if tensor.type in _INTEGERS and q is not None:
             scales, axis = self._scales(graph, tensor)
+            zeros = self._zeros(graph, tensor, len(scales))
             key: tuple[Any, ...] = (tensor.buffer, tensor.type, tensor.shape, axis, scales.shape, scales.tobytes())
-            return self._named(key, tensor, lambda: self._quantized(tensor, scales, axis))
+            key += (None if zeros is None else zeros.tobytes(),)
+            return self._named(key, tensor, lambda: self._quantized(tensor, scales, zeros, axis))
+        if q is not None:
+            self._file.fail(f"tensor {named(tensor.name)}: quantized {tensor.type} is not supported")
         if tensor.type not in TYPES:
             self._file.fail(f"tensor {named(tensor.name)}: constants of type {tensor.type} are not supported")
         stored = np.dtype(np.int64) if tensor.type == "INT64" else np.dtype(TYPES[tensor.type])
@@ -70,12 +74,10 @@ class Constants:
         """float32 or float16, ``[channels, blocks]``, and the channels' dimension.
 
         Raises:
-          CheckpointError: there are not as many as the shape wants, or zero points.
+          CheckpointError: there are not as many as the shape wants.
         """
         q, where = tensor.quantization, f"tensor {named(tensor.name)} {tensor.type} {list(tensor.shape)}"
         assert q is not None
-        if q.zeros.any():
-            self._file.fail(f"{where}: quantized weights with zero points are not supported")
         if q.block:
             holder = graph.tensors[q.scales_tensor]
             if holder.type not in ("FLOAT16", "FLOAT32") or not self._file.is_constant(holder):
@@ -91,27 +93,53 @@ class Constants:
         scales = q.scales if len(q.scales) == channels else np.repeat(q.scales, max(channels, 1))
         return scales[:, None], axis
 
-    def _quantized(self, tensor: Tensor, scales: np.ndarray, axis: int) -> QTensor | Filter:
+    def _zeros(self, graph: Subgraph, tensor: Tensor, channels: int) -> np.ndarray | None:
+        """The integers that mean 0, float32 ``[channels, 1]``; None where all are 0.
+
+        Raises:
+          CheckpointError: there are not as many as scales, or an operator takes them that LiteRT does not let.
+        """
+        q = tensor.quantization
+        assert q is not None
+        zeros = q.zeros if len(q.zeros) else np.zeros(1, np.int64)
+        if len(zeros) not in (1, channels) or zeros.min() < -128 or zeros.max() > 255:
+            self._file.fail(f"damaged: tensor {named(tensor.name)}: zero points {zeros.tolist()[:8]}")
+        unsigned = tensor.type == "UINT8"  # which is read as int8
+        if not unsigned and not zeros.any():
+            return None
+        takers = [op for op in graph.operators if any(i >= 0 and graph.tensors[i] is tensor for i in op.inputs)]
+        if q.block or any(op.name != "DEQUANTIZE" for op in takers):
+            what = "UINT8 weights" if unsigned else "weights with zero points"
+            self._file.fail(
+                f"tensor {named(tensor.name)}: {what} are supported where a DEQUANTIZE takes them, no other"
+            )
+        zeros = zeros.reshape(-1, 1) - (128 if unsigned else 0)
+        return np.broadcast_to(zeros, (channels, 1)).astype(np.float32)
+
+    def _quantized(self, tensor: Tensor, scales: np.ndarray, zeros: np.ndarray | None, axis: int) -> QTensor | Filter:
         data = self._file.data(tensor)
         if len(tensor.shape) == 2 and axis == 0:
-            return _matrix(data, tensor, jnp.asarray(scales))
+            return _matrix(data, tensor, jnp.asarray(scales), None if zeros is None else jnp.asarray(-zeros * scales))
         shape = [1] * len(tensor.shape)
         shape[axis] = len(scales)
-        return Filter(jnp.asarray(_integers(data, tensor)), jnp.asarray(scales, np.float32).reshape(shape))
+        n = _integers(data, tensor)
+        n = n if zeros is None else n.astype(np.int16) - zeros.astype(np.int16).reshape(shape)
+        return Filter(jnp.asarray(n), jnp.asarray(scales, np.float32).reshape(shape))
 
 
-def _matrix(data: np.ndarray, tensor: Tensor, scales: Any) -> QTensor:
+def _matrix(data: np.ndarray, tensor: Tensor, scales: Any, offsets: Any) -> QTensor:
     out, width = tensor.shape
     if tensor.type == "INT4" and width % 2 == 0:
         # Two's complement, the even index in the low half: llmjax's own layout but for the sign.
-        return QTensor(jnp.asarray((data ^ np.uint8(0x88)).reshape(out, -1)), scales, bits=4, zero=8)
-    return QTensor(jnp.asarray(_integers(data, tensor)), scales)
+        return QTensor(jnp.asarray((data ^ np.uint8(0x88)).reshape(out, -1)), scales, offsets, bits=4, zero=8)
+    return QTensor(jnp.asarray(_integers(data, tensor)), scales, offsets)
 
 
 def _integers(data: np.ndarray, tensor: Tensor) -> np.ndarray:
-    """int8 of two's complement numbers of 8, 4 or 2 bits, the first in a byte's lowest."""
+    """int8 of two's complement numbers of 8, 4 or 2 bits, the first in a byte's lowest; of UINT8, 128 less."""
     bits = BITS[tensor.type]
     if bits == 8:
+        data = data ^ np.uint8(0x80) if tensor.type == "UINT8" else data
         return data.view(np.int8).reshape(tensor.shape)
     parts = [((data << np.uint8(8 - bits - at)).view(np.int8) >> np.int8(8 - bits)) for at in range(0, 8, bits)]
     return np.stack(parts, -1).reshape(-1)[: math.prod(tensor.shape)].reshape(tensor.shape)

@@ -90,6 +90,8 @@ def _check(file: TfliteFile, number: int, name: str, problems: list[str], above:
             _check(file, op.options["body"], where, problems, (*above, number))
         elif op.name not in KERNELS:
             problems.append(f"{where} is not supported")
+        elif op.name == "FULLY_CONNECTED" and any(_is_left_over(graph.tensors[i]) for i in op.inputs[1:2]):
+            problems.append(f"{where}: INT2 weights with one scale for all channels are not supported")
         if missing := [i for i in op.inputs if i >= 0 and i not in known]:
             kind = graph.tensors[missing[0]].type
             problems.append(f"{where}: nothing gives its input, tensor {missing[0]}, {kind}")
@@ -103,6 +105,12 @@ def _check(file: TfliteFile, number: int, name: str, problems: list[str], above:
                 problems.append(f"{where}: activations of {tensor.type} are not supported")
     if lost := set(graph.outputs) - known:
         problems.append(f"{name}: nothing gives output {named(graph.tensors[min(lost)].name)}")
+
+
+def _is_left_over(weight: Tensor) -> bool:
+    """Whether the delegate leaves a product with a weight to kernels that round activations in another way."""
+    q = weight.quantization
+    return weight.type == "INT2" and q is not None and q.scales is not None and len(q.scales) == 1
 
 
 class Graph:

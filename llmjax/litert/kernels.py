@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from converters.readers.litert.options import HADAMARD
 from converters.readers.litert.tflite import Operator, Tensor
 from llmjax.litert import approximations, products
 from llmjax.litert.products import Dequantized, Filter, Square, Value, as_array
@@ -330,9 +331,13 @@ _BINARY: dict[str, Callable[..., Any]] = {
     "SQUARED_DIFFERENCE": lambda x, y: jnp.square(x - y),
     "SUB": operator.sub,
 }
-_PRODUCTS = ("DEPTHWISE_CONV_2D", "EMBEDDING_LOOKUP", "FULLY_CONNECTED", "GELU", "MEAN", "MUL", "SOFTMAX", "SQUARE")
+_PRODUCTS = (
+    *("DEPTHWISE_CONV_2D", "EMBEDDING_LOOKUP", "FULLY_CONNECTED", "GELU", "MEAN", "MUL", "SOFTMAX", "SQUARE", HADAMARD),
+)
 KERNELS: dict[str, Kernel] = {
     **{name: _elementwise(function) for name, function in (_UNARY | _BINARY).items()},
+    **{f"REDUCE_{name.upper()}": _reducer(getattr(jnp, name)) for name in ("all", "any", "max", "min", "prod")},
+    HADAMARD: lambda op, x, out, n: products.rotated(as_array(x[0]), op.options["size"]),
     "ARG_MAX": _pick(jnp.argmax),
     "ARG_MIN": _pick(jnp.argmin),
     "BATCH_MATMUL": _batch_matmul,
@@ -357,11 +362,6 @@ KERNELS: dict[str, Kernel] = {
     "PACK": lambda op, x, out, n: jnp.stack(list(map(as_array, x)), op.options["axis"]),
     "PAD": _pad,
     "PADV2": _pad,
-    "REDUCE_ALL": _reducer(jnp.all),
-    "REDUCE_ANY": _reducer(jnp.any),
-    "REDUCE_MAX": _reducer(jnp.max),
-    "REDUCE_MIN": _reducer(jnp.min),
-    "REDUCE_PROD": _reducer(jnp.prod),
     "RESHAPE": _reshape,
     "RSQRT": _approximated(lax.rsqrt, approximations.rsqrt),
     "SELECT": _select,

@@ -204,3 +204,19 @@ def batch_matmul(x: jax.Array, y: jax.Array, adj_x: bool, adj_y: bool, numerics:
         return product(x, y)
     rows = lax.map(lambda row: product(row[..., None, :], y), jnp.moveaxis(x, -2, 0))
     return jnp.moveaxis(rows[..., 0, :], 0, -2)
+
+
+def rotated(x: jax.Array, size: int) -> jax.Array:
+    """``x [..., n * size]`` whose parts of ``size`` are multiplied by Hadamard's matrix over its root, as
+    ai-edge-quantizer's ``aeq.hadamard_rotation`` has it: sums and differences of neighbours first.
+
+    Raises:
+      ValueError: no such matrix, or parts of another size.
+    """
+    if size < 2 or size & (size - 1) or x.shape[-1] % size:
+        raise ValueError(f"hadamard_size {size} is no power of two that divides {x.shape[-1]}")
+    y, apart = x, 1
+    while apart < size:
+        first, second = jnp.split(y.reshape(-1, 2, apart), 2, axis=1)
+        y, apart = jnp.concatenate([first + second, first - second], 1), 2 * apart
+    return y.reshape(x.shape) * (np.float32(1) / np.sqrt(np.float32(size)))

@@ -71,6 +71,8 @@ class Lfm2Config(MixedConfig):
         r.ignore(
             "block_use_xavier_init", "conv_dim", "conv_dim_out", "conv_use_xavier_init", "num_heads", "use_pos_enc"
         )
+        parallel = ("sequence_parallel_norm_across_tp", "ffn_te_autocast", "ffn_use_quantized_params")
+        r.ignore(*parallel, *(f"block_{key}" for key in parallel))
         return cls(
             **shared,
             norm_eps=r.number("norm_eps", 1e-5),

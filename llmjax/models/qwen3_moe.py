@@ -42,6 +42,9 @@ class Qwen3MoeConfig(LlamaConfig):
         layers = shared["num_hidden_layers"]
         window = r.nullable(r.size, "sliding_window", 4096)
         r.ignore("max_window_layers", "output_router_logits", "router_aux_loss_coef")
+        # Of the family's older code, which Qwen3-Coder's config keeps: what this model is and is not.
+        for key, value in (("qkv_bias", False), ("shared_expert_intermediate_size", 0), ("use_qk_norm", True)):
+            r.expect(key, (value,), value)
         if not r.flag("use_sliding_window", False):
             window = None
         step, dense = r.size("decoder_sparse_step", 1), r.get("mlp_only_layers", [])

@@ -110,6 +110,11 @@ class RopeSpec:
         original = self._original()
         factor = self._number("factor", (self._context or original) / original)
         self._drop("max_position_embeddings")
+        if self.entries.pop("attn_factor", None) is not None:
+            self._problem(
+                "rope parameter attn_factor: transformers leaves it out, vLLM multiplies cosines and sines by it and "
+                "by what follows from the factor; take it out, or say their product as attention_factor"
+            )
         truncate = self.entries.pop("truncate", None)
         if truncate is not None and not isinstance(truncate, bool):
             self._problem(f"rope parameter truncate: expected true or false, found {shown(truncate)}")

@@ -1,8 +1,8 @@
 """Weights and cache spread over several devices, by role: tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053).
 
 Heads, the inner width of an MLP, experts and the vocabulary are split, so that a layer sums over the devices twice,
-behind ``o`` and behind ``down``; everything else lies on each device whole.  Where arrays lie is all there is to it: XLA
-splits the programs accordingly, and a sum over devices is the one thing that is rounded otherwise.
+behind ``o`` and behind ``down``; everything else lies on each device whole.  Where arrays lie is all there is to it:
+XLA splits the programs accordingly, and a sum over devices is the one thing that is rounded otherwise.
 """
 
 import re

@@ -51,18 +51,21 @@ class PreTokenizer:
 
 _KINDS = {
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    "gpt-2 gpt2 phi-2 jais trillion mellum": PreTokenizer((_GPT2,)),
+    "gpt-2 gpt2 phi-2 jais trillion mellum a.x-4.0": PreTokenizer((_GPT2,)),
     "mpt olmo": PreTokenizer((_GPT2,), nfc=True),  # GPT-NeoX's tokenizer, StableLM-3B's among them
     "smollm starcoder refact codeshell exaone minerva-7b": PreTokenizer((r"\p{N}", _GPT2)),
     "command-r": PreTokenizer((r"\p{N}", _GPT2), nfc=True),
     "falcon": PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]")),
-    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral lfm2": PreTokenizer(
+    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2": PreTokenizer(
         (_LLAMA3,), ignore_merges=True, add_bos=True
     ),
     "dbrx smaug-bpe": PreTokenizer((_LLAMA3,)),
     "qwen2 stablelm2": PreTokenizer((_QWEN2,), nfc=True),
     "qwen35": PreTokenizer((_QWEN35,), nfc=True),
     "deepseek-r1-qwen megrez hunyuan": PreTokenizer((_QWEN2,)),
+    "minicpm5": PreTokenizer((r"\p{N}{1,3}", _QWEN2.replace(r"|\p{N}|", r"|\p{N}+|")), ignore_merges=True),
+    "seed-coder": PreTokenizer((_QWEN2.replace(r"[^\s\p{L}\p{N}]+[\r\n]*", r"[^\s\p{L}\p{N}]+"),)),
+    "viking": PreTokenizer((r" ?[^(\s|.,!?…。，、।۔،)]+", r"\p{N}")),
     "deepseek-llm": PreTokenizer(
         (r"[\r\n]", rf"\s?[{_LETTERS}]+", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", "[一-龥ࠀ-一가-퟿]+", r"\p{N}+")
     ),

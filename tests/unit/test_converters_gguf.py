@@ -12,6 +12,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, quants
 
 from converters.readers import gguf as reader
 from converters.readers.gguf import GgufSource
+from converters.readers.opening import open_source
 from llmjax.errors import CheckpointError
 
 # All that the gguf package can decode; BF16 is among them, but is not expanded.
@@ -215,6 +216,59 @@ def test_a_type_that_cannot_be_expanded_is_listed_and_refused_when_read(opened):
         source.read("a")
 
 
+@pytest.fixture
+def parts(tmp_path):
+    """As the gguf package cuts a file up, the first part without tensors; what it holds."""
+    arrays = {name: np.full((2, 40), i, np.float32) for i, name in enumerate("abcde")}
+    writer = GGUFWriter(tmp_path / "m.gguf", "llama", split_max_tensors=2, small_first_shard=True)
+    writer.add_uint32("llama.block_count", 7)
+    for name, array in arrays.items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return [tmp_path / f"m-0000{i}-of-00004.gguf" for i in (1, 2, 3, 4)], arrays
+
+
+def test_parts_of_a_file_are_one_checkpoint(parts, tmp_path):
+    paths, arrays = parts
+    for named in (paths[0], tmp_path, tmp_path / "m-*.gguf"):
+        source = open_source(named)
+        assert source.path == paths[0] and source.metadata["llama.block_count"] == 7
+        assert [stamp.path for stamp in source.files] == list(map(str, paths))
+        assert source.names() == list(arrays)
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(source.read(name), array)
+            source.release(name)
+        assert source.spec("e").file == paths[3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p[2].unlink(), "m-00001-of-00004.gguf: parts of a GGUF split in 4 are missing: m-00003-of-00004"),
+        (lambda p: p[2].write_bytes(p[3].read_bytes()), "m-00003-of-00004.gguf: not part 3 of the GGUF that begins w"),
+        (lambda p: p[3].write_bytes(build()), "m-00004-of-00004.gguf: not part 4"),
+        (
+            lambda p: p[3].write_bytes(p[3].read_bytes().replace(b"\x01\0\0\0\0\0\0\0e", b"\x01\0\0\0\0\0\0\0a")),
+            "not part 4",
+        ),
+        (lambda p: p[0].write_bytes(p[1].read_bytes()), "part 2 of a GGUF split in 4, .* -00002-of-00004.gguf"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(parts, change, message):
+    paths, _ = parts
+    change(paths)
+    with pytest.raises(CheckpointError, match=message):
+        open_source(paths[0])
+
+
+def test_a_later_part_names_the_first(parts):
+    with pytest.raises(CheckpointError, match="part 3 of a GGUF split in 4; name m-00001-of-00004.gguf"):
+        open_source(parts[0][2])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -246,7 +300,7 @@ def test_a_type_that_cannot_be_expanded_is_listed_and_refused_when_read(opened):
         (build([string_pair("k", "a"), string_pair("k", "b")]), "metadata k appears twice"),
         (build([pair("\x1b[31m", 13, b"")]), r"metadata \\x1b\[31m: unknown"),
         (build([string_pair("split.count", "2")]), "split.count: expected an integer"),
-        (build([pair("split.count", 2, b"\x03\x00")]), "one part of a GGUF split in 3; join .*llama-gguf-split"),
+        (build([pair("split.count", 2, b"\x03\x00")]), "part 1 of a GGUF split in 3, .* end in -00001-of-00003.gguf"),
         (build([pair("general.alignment", 4, b"\x18\0\0\0")]), "expected a power of two, found 24"),
         (build([pair("general.alignment", 4, b"\0\0\0\0")]), "expected a power of two, found 0"),
         (build([string_pair("general.alignment", "32")]), "expected a power of two, found 32"),

@@ -510,6 +510,29 @@ def test_the_head_of_mistral3_is_as_the_outer_object_says(outer, inner, tied):
     assert read_config(config, "config.json")[1].tie_word_embeddings is tied
 
 
+@pytest.mark.parametrize("named", [{"model_type": "mistral"}, {}])
+def test_the_text_model_of_mistral3_may_be_mistral(named):
+    """As in Mistral Small 3.1; transformers takes it where the text model has no name."""
+    options = {"num_key_value_heads": 2, "head_dim": 20, "rope_theta": 1e9, "rms_norm_eps": 1e-5, "sliding_window": 3}
+    text = {**SIZES, **options, **named}
+    config = {"model_type": "mistral3", "text_config": text, "vision_config": {"model_type": "pixtral"}}
+    assert read_config(config, "config.json")[1] == read("mistral", **options)
+    with pytest.raises(ConfigError, match="text_config.model_type: 'llama' is not supported, expected 'mistral' or"):
+        read_config(config | {"text_config": text | {"model_type": "llama"}}, "config.json")
+
+
+def test_keys_that_published_configs_keep_of_other_code():
+    """Qwen3-Coder's, LFM2.5's, DeepSeek-R1-0528-Qwen3's."""
+    own = {"qkv_bias": False, "shared_expert_intermediate_size": 0, "use_qk_norm": True}
+    assert read("qwen3_moe", **own) == read("qwen3_moe")
+    for key, value in own.items():
+        other = 8 if key.startswith("shared") else not value
+        assert f"{key}: {other} is not supported" in refusal("qwen3_moe", **own | {key: other})
+    assert read("lfm2", ffn_te_autocast=False, block_ffn_te_autocast=False) == read("lfm2")
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attn_factor": 0.878}
+    assert "attn_factor: transformers leaves it out, vLLM multiplies" in refusal("qwen3", rope_scaling=yarn)
+
+
 SEVEN_B = {"alibi": False, "multi_query": True, "parallel_attn": True}
 FORTY_B = SEVEN_B | {"new_decoder_architecture": True, "num_kv_heads": 2}
 

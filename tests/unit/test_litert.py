@@ -69,8 +69,8 @@ def run(graph: Graph, ops, name: str):
 
 @pytest.mark.parametrize(
     "name",
-    "fc_i8 fc_i4 fc_i2 fc_i4b32f emb_i2 emb_i4b32f deq_fc_i4 dus_-2 softmax_masked gelu_erf gather_nd attention "
-    "attention_one_head attention_body".split(),  # the last is none that the delegate takes
+    "fc_i8 fc_i4 fc_i2 fc_i4b32f emb_i2 emb_i4b32f deq_fc_i4 deq_fc_i4_zeros deq_fc_u8 dus_-2 softmax_masked gelu_erf "
+    "gather_nd hadamard attention attention_one_head attention_body".split(),  # the last the delegate does not take
 )
 def test_an_operator_is_that_of_the_runtime(ops, name):
     ours, theirs = run(op(ops, name), ops, name)
@@ -202,6 +202,29 @@ def test_a_fused_tanh_which_the_runtime_leaves_out_is_refused():
     op = types.SimpleNamespace(options={"activation": 4})
     with pytest.raises(ValueError, match="fused activation 4"):
         KERNELS["ADD"](op, [np.float32(1), np.float32(2)], [], ROUNDS)
+
+
+def test_what_a_weight_cannot_be_is_refused(ops):
+    """As by the delegate; what it leaves to other kernels; what was once read without its scales."""
+    with pytest.raises(CheckpointError, match="tensor w: weights with zero points are supported where a DEQUANTIZE"):
+        op(ops, "fc_i8_zeros")
+    for name, changes, message in (
+        ("deq_fc_u8", {"type": "INT16"}, "quantized INT16 is not supported"),
+        ("deq_fc_u8", {"quantization": tflite.Quantization(np.ones(8), np.full(3, 7), 0)}, "zero points"),
+        ("fc_i2", {"quantization": tflite.Quantization(np.ones(1), np.zeros(1), 0)}, "INT2 weights with one scale"),
+    ):
+        file = tflite.read(memoryview(ops[f"{name}/model"].tobytes()), "x")
+        (graph,) = file.subgraphs
+        changed = [t if t.quantization is None else dataclasses.replace(t, **changes) for t in graph.tensors]
+        other = dataclasses.replace(file, subgraphs=(dataclasses.replace(graph, tensors=tuple(changed)),))
+        with pytest.raises(CheckpointError, match=message):
+            Graph(other, numerics_for(None))
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 64, -2])
+def test_a_rotation_by_no_matrix_is_refused(size):
+    with pytest.raises(ValueError, match=f"hadamard_size {size} is no power of two that divides 48"):
+        products.rotated(np.ones((2, 48), np.float32), size)
 
 
 def test_numbers_that_do_not_fit_are_refused(ops):

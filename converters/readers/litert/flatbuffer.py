@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 _MAX_TEXT = 1 << 16
-_FLOAT, _MAP, _MAX_ENTRIES = 3, 9, 1 << 12  # of a flexbuffer
+_INT, _UINT, _FLOAT, _MAP, _MAX_ENTRIES = 1, 2, 3, 9, 1 << 12  # of a flexbuffer
 _SCALARS = {code: struct.Struct(f"<{code}") for code in "bBhHiIqQfd?"}
 
 
@@ -100,8 +100,8 @@ class Table:
         return str(self._data[start : start + size], "utf-8", "replace")
 
 
-def map_of_floats(data: bytes) -> dict[str, float]:
-    """The floats in the map that a flexbuffer is; nothing of one that is no map.
+def map_of_numbers(data: bytes) -> dict[str, float | int]:
+    """The floats and integers in the map that a flexbuffer is; nothing of one that is no map.
 
     Format: https://flatbuffers.dev/flexbuffers.  Of a float of 8 bytes the first 4 count, as to XNNPACK.
 
@@ -123,11 +123,15 @@ def map_of_floats(data: bytes) -> dict[str, float]:
     if count > _MAX_ENTRIES:
         raise ValueError(f"a map: expected at most {_MAX_ENTRIES} entries, found {count}")
     names, step = names - number(names, width), number(values - 2 * width, width)
-    found = {}
+    found: dict[str, float | int] = {}
     for i in range(count):
         place = names + i * step
-        start = place - number(place, step)
-        if number(values + count * width + i, 1) >> 2 == _FLOAT and width >= 4:
-            name = data[max(start, 0) : data.index(0, max(start, 0))].decode("utf-8", "replace")
-            found[name] = struct.unpack("<f", struct.pack("<I", number(values + i * width, 4)))[0]
+        start = max(place - number(place, step), 0)
+        kind, value = number(values + count * width + i, 1) >> 2, values + i * width
+        name = data[start : data.index(0, start)].decode("utf-8", "replace")
+        if kind == _FLOAT and width >= 4:
+            found[name] = struct.unpack("<f", struct.pack("<I", number(value, 4)))[0]
+        elif kind in (_INT, _UINT):
+            raw = number(value, width).to_bytes(width, "little")
+            found[name] = int.from_bytes(raw, "little", signed=kind == _INT)
     return found

@@ -5,7 +5,7 @@ Schema: https://github.com/google-ai-edge/LiteRT (``tflite/converter/schema/sche
 
 from typing import Any
 
-from converters.readers.litert.flatbuffer import Table, map_of_floats
+from converters.readers.litert.flatbuffer import Table, map_of_numbers
 
 _NUMBER = tuple[int, str, float]
 _ACTIVATION: dict[str, _NUMBER] = {"activation": (0, "b", 0)}
@@ -43,18 +43,21 @@ FIELDS: dict[str, dict[str, _NUMBER]] = {
     },
     "UNPACK": {"count": (0, "i", 0), "axis": (1, "i", 0)},
 }
-COMPOSITE = "STABLEHLO_COMPOSITE"
+COMPOSITE, HADAMARD = "STABLEHLO_COMPOSITE", "CUSTOM:aeq.hadamard_rotation"
 
 
 def read(operator: Table, name: str) -> dict[str, Any]:
     """Of an ``Operator``: its options by name; a composite's ``name``, ``body``, the number of a subgraph, and
-    ``floats`` by name."""
+    ``floats`` by name; a rotation's ``size``."""
     if name == COMPOSITE:
         options = operator.table(12)
         if options is None:
             raise ValueError("a composite without a body")
-        floats = map_of_floats(options.array(2, "u1").tobytes())
+        numbers = map_of_numbers(options.array(2, "u1").tobytes())
+        floats = {key: value for key, value in numbers.items() if isinstance(value, float)}
         return {"name": options.text(0), "body": options.number(1, "i"), "floats": floats}
+    if name == HADAMARD:
+        return {"size": map_of_numbers(operator.array(5, "u1").tobytes()).get("hadamard_size", 0)}
     fields, options = FIELDS.get(name, {}), operator.table(4)
     return {
         key: default if options is None else options.number(number, code, default)
