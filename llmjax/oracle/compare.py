@@ -27,7 +27,7 @@ from llmjax.oracle.stages import Stages
 from llmjax.oracle.texts import together
 from llmjax.oracle.trace import Trace, trace
 from llmjax.oracle.two_dumps import two_dumps
-from llmjax.oracle.verdict import Explained, caveats, explain
+from llmjax.oracle.verdict import Explained, caveats, explain, of_few_bits
 from llmjax.outside.paths import checked_path
 from llmjax.outside.values import MOST_FLOAT, check, integer, number
 from llmjax.runtime.memory import size
@@ -328,7 +328,9 @@ def _reason(
     if verdict == "equivalent":
         lossy = " and the file's own rounding" if any(w.rounding for w in theirs.windows.values()) else ""
         few = "; by logits alone, of which a fault within that floor does not show" if theirs.windows else ""
-        return f"every step is within the floor of {found.name} arithmetic{lossy}{declared}{few}{bos}"
+        return (
+            f"every step is within the floor of {found.name} arithmetic{lossy}{declared}{few}{of_few_bits(found)}{bos}"
+        )
     parts = []
     for module, best in ((fault["module"], fault["causes"][0]) for fault in proven[:3]):
         why = best["cause"] if best["cause"] == "unknown" else f"{best['cause']}: {best['detail']}"
@@ -339,7 +341,8 @@ def _reason(
     count, of = (sum(fault["tried"][i] for fault in proven) for i in (0, 1))
     more += f"; in the time given {count} of {of} causes were tried (--search)" if count < of else ""
     advice = f"; {advice}" if (advice := _advice(missing, found)) else ""
-    return f"no allowed arithmetic explains {', '.join(parts)}{more}{declared}{caveats(permitted, theirs)}{advice}{bos}"
+    why = f"{caveats(permitted, theirs)}{of_few_bits(found)}{advice}{bos}"
+    return f"no allowed arithmetic explains {', '.join(parts)}{more}{declared}{why}"
 
 
 def _advice(missing: Sequence[str], found: Explained) -> str:
