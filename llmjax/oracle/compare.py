@@ -27,7 +27,7 @@ from llmjax.oracle.stages import Stages
 from llmjax.oracle.texts import together
 from llmjax.oracle.trace import Trace, trace
 from llmjax.oracle.two_dumps import two_dumps
-from llmjax.oracle.verdict import Explained, caveats, explain, of_few_bits
+from llmjax.oracle.verdict import Explained, caveats, explain, of_few_bits, of_the_cache
 from llmjax.outside.paths import checked_path
 from llmjax.outside.values import MOST_FLOAT, check, integer, number
 from llmjax.runtime.memory import size
@@ -328,9 +328,8 @@ def _reason(
     if verdict == "equivalent":
         lossy = " and the file's own rounding" if any(w.rounding for w in theirs.windows.values()) else ""
         few = "; by logits alone, of which a fault within that floor does not show" if theirs.windows else ""
-        return (
-            f"every step is within the floor of {found.name} arithmetic{lossy}{declared}{few}{of_few_bits(found)}{bos}"
-        )
+        few += of_the_cache(found, permitted) + of_few_bits(found)
+        return f"every step is within the floor of {found.name} arithmetic{lossy}{declared}{few}{bos}"
     parts = []
     for module, best in ((fault["module"], fault["causes"][0]) for fault in proven[:3]):
         why = best["cause"] if best["cause"] == "unknown" else f"{best['cause']}: {best['detail']}"

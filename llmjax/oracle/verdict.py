@@ -54,7 +54,7 @@ def caveats(allowed: Allowed, theirs: Dump) -> str:
     found = ""
     if allowed.unread:
         found += f"; {allowed.unread} is no class of llmjax's (--class)"
-    if "cache_float16" in allowed.singles and theirs.kind:
+    if "cache_float16" in allowed.singles and "cache16" not in allowed.singles:
         found += "; llama.cpp's cache is float16 unless it is told: --class cache16 if it was (-ctk bf16 -ctv bf16)"
     if not allowed.declared and len(theirs.arrays) == 1:
         found += "; one array alone shows no weights of few bits: if it has them, declare its quantization (or --class)"
@@ -62,6 +62,13 @@ def caveats(allowed: Allowed, theirs: Dump) -> str:
     if kinds:
         found += f"; arrays are stored as {' and '.join(sorted(kinds))}, which rounds them: dump float32, or declare it"
     return found
+
+
+def of_the_cache(found: Explained, allowed: Allowed) -> str:
+    """What is told where only another cache than llama.cpp's usual one explains its file."""
+    if "cache16" not in found.classes or "cache_float16" not in allowed.singles:
+        return ""
+    return "; a bfloat16 cache (-ctk bf16 -ctv bf16) explains it, llama.cpp's usual float16 does not: was it told so?"
 
 
 def of_few_bits(found: Explained) -> str:
