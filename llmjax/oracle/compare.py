@@ -228,6 +228,7 @@ def _compare(
         "tokens": len(ids),
         "missing": missing,
         "unknown": list(known.unknown),
+        "unmatched": list(known.unmatched),
         **of_file(theirs),
     }
     verdict = "identical" if identical else "different" if found.beyond else "equivalent"

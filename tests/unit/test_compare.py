@@ -245,12 +245,13 @@ def test_a_map_reshapes_transposes_and_splits(tmp_path, model):
     names.write_text(
         "[\"blk\\\\.(\\\\d+)\\\\.qkv\"]\nto = ['layers.\\1.attn.q', 'layers.\\1.attn.k']\nreshape = [8, 6]\n"
         "transpose = [0, 1, 2]\nsizes = [4, 4]\naxis = 1\n"
-        "\"out\" = 'layers.0.resid'\n".replace('"out" =', "[out]\nto =")
+        "\"out\" = 'layers.0.resid'\n".replace('"out" =', "[out]\nto =") + "['Blk(.*)']\nto = 'layers.\\1.resid'\n"
     )
     arrays = {"blk.1.qkv": np.arange(12 * 48, dtype=np.float32).reshape(12, 48), "out": np.ones((12, 24), np.float32)}
     found = named(
         dumps.from_arrays("d", {}, np.array(IDS), arrays), {**stages.shapes, "layers.1.attn.k": (12, 24)}, model, names
     )
+    assert found.unmatched == ("Blk(.*)",)
     assert np.array_equal(found.read("layers.1.attn.q").reshape(12, -1), arrays["blk.1.qkv"][:, :24])
     with pytest.raises(RequestError, match="no activation of the model"):
         named(dumps.from_arrays("d", {"names": {"out": "layers.7.resid"}}, np.array(IDS), arrays), stages.shapes, model)
