@@ -17,7 +17,7 @@ import llmjax
 from llmjax.cli.main import main
 from llmjax.errors import RequestError
 from llmjax.oracle import dump as dumps
-from llmjax.oracle.causes import base
+from llmjax.oracle.causes import base, blocks
 from llmjax.oracle.compare import _reason
 from llmjax.oracle.floors import allowed, floor
 from llmjax.oracle.measure import Tap
@@ -245,7 +245,8 @@ def test_a_map_reshapes_transposes_and_splits(tmp_path, model):
     names.write_text(
         "[\"blk\\\\.(\\\\d+)\\\\.qkv\"]\nto = ['layers.\\1.attn.q', 'layers.\\1.attn.k']\nreshape = [8, 6]\n"
         "transpose = [0, 1, 2]\nsizes = [4, 4]\naxis = 1\n"
-        "\"out\" = 'layers.0.resid'\n".replace('"out" =', "[out]\nto =") + "['Blk(.*)']\nto = 'layers.\\1.resid'\n"
+        "\"out\" = 'layers.0.resid'\n".replace('"out" =', "[out]\nto =")
+        + "['Blk(.*)']\nto = 'layers.\\1.resid'\n"
     )
     arrays = {"blk.1.qkv": np.arange(12 * 48, dtype=np.float32).reshape(12, 48), "out": np.ones((12, 24), np.float32)}
     found = named(
@@ -453,6 +454,9 @@ def test_residuals_alone_find_the_layer_and_the_cause(model):
     silent = broken(model, {"layers_1/attn/o/weight": jnp.zeros_like})
     report = llmjax.compare(model, with_arrays(llmjax.trace(silent, IDS), lambda name: name.endswith("resid")))
     assert told(report) == [("layers.1.resid_attn", "residual")]
+    windows = dataclasses.replace(model, config=dataclasses.replace(model.config, windows=(None, 7)))
+    report = llmjax.compare(model, with_arrays(llmjax.trace(windows, IDS), lambda name: name.endswith("resid")))
+    assert told(report) == [("layers.1.attn.probs", "window")] and "7 tokens" in report.reason
 
 
 def test_a_cause_of_a_part_is_told_as_one(model):
@@ -465,6 +469,15 @@ def test_a_cause_of_a_part_is_told_as_one(model):
         faults = [{"module": "m", "tried": [1, 1], "causes": causes}]
         beyond = Explained(("float32",), (tap,))
         assert told in _reason("different", beyond, allowed({}, None), faults, [], theirs, model)
+
+
+def test_a_window_shows_by_the_first_token_that_differs():
+    """Where probabilities were not dumped; beneath it only another rounding."""
+    x = np.random.default_rng(0).normal(size=(30, 8))
+    y = x * (1 + 2e-3 * np.random.default_rng(1).normal(size=x.shape))
+    assert blocks._since(x, y) == set() and blocks._since(x[:3], y[:3]) == set()
+    y[17:] += 0.1
+    assert 17 in blocks._since(x, y)
 
 
 @pytest.mark.slow
