@@ -341,7 +341,8 @@ def _reason(
     count, of = (sum(fault["tried"][i] for fault in proven) for i in (0, 1))
     more += f"; in the time given {count} of {of} causes were tried (--search)" if count < of else ""
     advice = f"; {advice}" if (advice := _advice(missing, found)) else ""
-    why = f"{caveats(permitted, theirs)}{of_few_bits(found)}{advice}{bos}"
+    sure = all(fault["causes"][0]["explains"] >= PROVEN for fault in proven)
+    why = f"{caveats(permitted, theirs, bool(proven) and sure)}{of_few_bits(found)}{advice}{bos}"
     return f"no allowed arithmetic explains {', '.join(parts)}{more}{declared}{why}"
 
 

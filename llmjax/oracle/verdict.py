@@ -49,12 +49,12 @@ def explain(taps: Sequence[Tap], allowed: Allowed) -> Explained:
     return min(found, key=lambda e: len(e.beyond))
 
 
-def caveats(allowed: Allowed, theirs: Dump) -> str:
-    """What of a dump's own doing may be why no class explains it."""
+def caveats(allowed: Allowed, theirs: Dump, proven: bool = False) -> str:
+    """What of a dump's own doing may be why no class explains it, unless its causes are ``proven``."""
     found = ""
     if allowed.unread:
         found += f"; {allowed.unread} is no class of llmjax's (--class)"
-    if "cache_float16" in allowed.singles and "cache16" not in allowed.singles:
+    if "cache_float16" in allowed.singles and "cache16" not in allowed.singles and not proven:
         found += "; llama.cpp's cache is float16 unless it is told: --class cache16 if it was (-ctk bf16 -ctv bf16)"
     if not allowed.declared and len(theirs.arrays) == 1:
         found += "; one array alone shows no weights of few bits: if it has them, declare its quantization (or --class)"

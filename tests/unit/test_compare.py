@@ -17,7 +17,7 @@ import llmjax
 from llmjax.cli.main import main
 from llmjax.errors import RequestError
 from llmjax.oracle import dump as dumps
-from llmjax.oracle.causes import base, blocks
+from llmjax.oracle.causes import base, blocks, weights
 from llmjax.oracle.compare import _reason
 from llmjax.oracle.floors import allowed, floor
 from llmjax.oracle.measure import Tap
@@ -469,6 +469,16 @@ def test_a_cause_of_a_part_is_told_as_one(model):
         faults = [{"module": "m", "tried": [1, 1], "causes": causes}]
         beyond = Explained(("float32",), (tap,))
         assert told in _reason("different", beyond, allowed({}, None), faults, [], theirs, model)
+
+
+def test_another_first_token_is_tried(model):
+    """Where the embedding was not dumped: BOS, or another one, as llama.cpp may feed it."""
+    stages = Stages(model, np.array([7, *IDS], np.int32))
+    scene = base.Scene(stages, -1, "", np.zeros(1), np.zeros(1), lambda edit: None)
+    causes = {c.detail: c for c in weights.embedding(scene) if c.cause == "token_ids"}
+    assert list(causes) == [f"another first token was fed: {i} for 7" for i in (0, 1, 2)]
+    (_, found) = stages.run(-1, None, {}, causes["another first token was fed: 2 for 7"].edit)
+    assert np.array_equal(found["embed"], model.params["embed"]["weight"][np.array([2, *IDS])])
 
 
 def test_a_window_shows_by_the_first_token_that_differs():
