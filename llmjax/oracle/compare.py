@@ -329,7 +329,7 @@ def _reason(
     if verdict == "equivalent":
         lossy = " and the file's own rounding" if any(w.rounding for w in theirs.windows.values()) else ""
         few = "; by logits alone, of which a fault within that floor does not show" if theirs.windows else ""
-        few += of_the_cache(found, permitted) + of_few_bits(found)
+        few += of_the_cache(found, permitted) + of_few_bits(found, missing)
         return f"every step is within the floor of {found.name} arithmetic{lossy}{declared}{few}{bos}"
     parts = []
     for module, best in ((fault["module"], fault["causes"][0]) for fault in proven[:3]):
@@ -342,7 +342,7 @@ def _reason(
     more += f"; in the time given {count} of {of} causes were tried (--search)" if count < of else ""
     advice = f"; {advice}" if (advice := _advice(missing, found)) else ""
     sure = all(fault["causes"][0]["explains"] >= PROVEN for fault in proven)
-    why = f"{caveats(permitted, theirs, bool(proven) and sure)}{of_few_bits(found)}{advice}{bos}"
+    why = f"{caveats(permitted, theirs, bool(proven) and sure)}{of_few_bits(found, missing)}{advice}{bos}"
     return f"no allowed arithmetic explains {', '.join(parts)}{more}{declared}{why}"
 
 

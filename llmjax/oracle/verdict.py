@@ -71,8 +71,8 @@ def of_the_cache(found: Explained, allowed: Allowed) -> str:
     return "; a bfloat16 cache (-ctk bf16 -ctv bf16) explains it, llama.cpp's usual float16 does not: was it told so?"
 
 
-def of_few_bits(found: Explained) -> str:
-    """What weights of few bits leave open, and what would tell it."""
+def of_few_bits(found: Explained, missing: Sequence[str]) -> str:
+    """What weights of few bits leave open, and what would tell it; ``missing`` steps are a part of that."""
     if not {"int8", "dynamic_int8", "int4"} & set(found.classes):
         return ""
     told = ""
@@ -80,7 +80,10 @@ def of_few_bits(found: Explained) -> str:
         if times is not None:
             told = f"; {name} is {times:.2g} times as far off as the same step of most layers: a scale, a zero "
             told += "point or an order of values is wrong there, or its weights have far fewer bits than the others'"
-    return f"{told}; what such weights hide, the quantized model itself shows (its file as --model, or --quantize)"
+    more = ", and a dump of every step some of it" if missing else ""
+    return (
+        f"{told}; what such weights hide, the quantized model itself shows (its file as --model, or --quantize){more}"
+    )
 
 
 def _alike(taps: Sequence[Tap], classes: tuple[str, ...]) -> None:
@@ -97,8 +100,9 @@ def _alike(taps: Sequence[Tap], classes: tuple[str, ...]) -> None:
             tap.like.pop(classes, None)
         times = [MARGIN * _own(tap) / tap.floor(classes) for tap in several]
         like = np.quantile(times, _MOST, 0, method="lower")  # of three the second
-        for tap in several:
-            tap.like[classes] = like
+        own = [tap.floor(classes, finest=True) / tap.floor(classes) for tap in several]
+        for tap, finest in zip(several, own, strict=True):
+            tap.like[classes] = like, finest
 
 
 def _traced(taps: Sequence[Tap], classes: Sequence[str], allowed: Allowed) -> bool:
