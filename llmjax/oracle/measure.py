@@ -77,8 +77,8 @@ class Tap:
         total = np.zeros(2)
         for name in classes:
             ways = self.ways[name] if way is None else self.ways[name][way : way + 1]
-            most = np.min if finest and "int" in name else np.max
-            total = np.hypot(total, most([w[at] for w in ways], 0))
+            fits = [w[at] for w in ways if w[at].any()] if finest and "int" in name else []  # a scheme may not
+            total = np.hypot(total, np.min(fits, 0) if fits else np.max([w[at] for w in ways], 0))
         margin = MARGIN if whole else self.margin(classes)
         return np.hypot(floor(total, self.ways["float32"][0][at], margin), self.rounding)
 

@@ -18,6 +18,7 @@ from llmjax.oracle.causes.base import (
     field,
 )
 from llmjax.oracle.floors import rounded
+from llmjax.oracle.metrics import gap
 from llmjax.oracle.stages import Edit, Hook
 
 
@@ -166,10 +167,9 @@ def _seen(probs: np.ndarray) -> set[int]:
 def _since(ours: np.ndarray, theirs: np.ndarray) -> set[int]:
     """The window of which the first token differs ``[T, ...]`` that does not see all before it; none where differences
     do not begin at a token."""
-    x, y = (z.reshape(len(z), -1).astype(np.float64) for z in (ours, theirs))
-    apart = np.linalg.norm(y - x, axis=1) / np.maximum(np.linalg.norm(x, axis=1), 1e-30)
-    if len(apart) < 4:
+    if len(ours) < 4 or ours.shape != theirs.shape:
         return set()
+    apart = gap(ours, theirs).by_token
     before = np.maximum.accumulate(apart)[1:-2]  # of tokens 0 to t - 1, for t from 2 on
     times = np.minimum(apart[2:-1], apart[3:]) / np.maximum(before, 1e-6)
     at = int(times.argmax())
