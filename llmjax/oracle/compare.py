@@ -27,7 +27,7 @@ from llmjax.oracle.stages import Stages
 from llmjax.oracle.texts import together
 from llmjax.oracle.trace import Trace, trace
 from llmjax.oracle.two_dumps import two_dumps
-from llmjax.oracle.verdict import Explained, caveats, explain
+from llmjax.oracle.verdict import Explained, caveats, explain, of_few_bits, of_the_cache
 from llmjax.outside.paths import checked_path
 from llmjax.outside.values import MOST_FLOAT, check, integer, number
 from llmjax.runtime.memory import size
@@ -228,6 +228,7 @@ def _compare(
         "tokens": len(ids),
         "missing": missing,
         "unknown": list(known.unknown),
+        "unmatched": list(known.unmatched),
         **of_file(theirs),
     }
     verdict = "identical" if identical else "different" if found.beyond else "equivalent"
@@ -328,6 +329,7 @@ def _reason(
     if verdict == "equivalent":
         lossy = " and the file's own rounding" if any(w.rounding for w in theirs.windows.values()) else ""
         few = "; by logits alone, of which a fault within that floor does not show" if theirs.windows else ""
+        few += of_the_cache(found, permitted) + of_few_bits(found, missing)
         return f"every step is within the floor of {found.name} arithmetic{lossy}{declared}{few}{bos}"
     parts = []
     for module, best in ((fault["module"], fault["causes"][0]) for fault in proven[:3]):
@@ -339,7 +341,9 @@ def _reason(
     count, of = (sum(fault["tried"][i] for fault in proven) for i in (0, 1))
     more += f"; in the time given {count} of {of} causes were tried (--search)" if count < of else ""
     advice = f"; {advice}" if (advice := _advice(missing, found)) else ""
-    return f"no allowed arithmetic explains {', '.join(parts)}{more}{declared}{caveats(permitted, theirs)}{advice}{bos}"
+    sure = all(fault["causes"][0]["explains"] >= PROVEN for fault in proven)
+    why = f"{caveats(permitted, theirs, bool(proven) and sure)}{of_few_bits(found, missing)}{advice}{bos}"
+    return f"no allowed arithmetic explains {', '.join(parts)}{more}{declared}{why}"
 
 
 def _advice(missing: Sequence[str], found: Explained) -> str:

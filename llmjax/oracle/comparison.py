@@ -30,8 +30,9 @@ class Comparison:
       verdict: ``identical``, ``equivalent``, ``different`` or ``not_comparable``.
       explained_by: the class of arithmetic whose floor holds the differences, or None.
       reason: one sentence.
-      coverage: ``taps`` compared, ``of`` how many, ``tokens``, ``missing`` and what is unknown; of another program's
-        file also its kind (``file``), at how many ``positions`` it holds values, and of several ``texts``, how many.
+      coverage: ``taps`` compared, ``of`` how many, ``tokens``, ``missing``, what is unknown, and which names of a map
+        are ``unmatched``; of another program's file also its kind (``file``), at how many ``positions`` it holds
+        values, and of several ``texts``, how many.
       logits: see ``oracle.metrics``; None where they were not dumped.
       taps: each with its error beside its floor, in the order of computation.
       first_divergence: the first tap above its floor, inherited or not; None for none.

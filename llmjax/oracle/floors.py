@@ -26,13 +26,18 @@ from llmjax.quant.schemes import Scheme
 
 # One run is one sample of what an arithmetic does; another runtime's may be this many times worse.
 MARGIN = 4.0
+# A runtime is worse everywhere alike.  A step may be this many times as far off as the same step of the other layers,
+# and always this many times as far as a way of its class (of few bits the finest).  One bit less makes it twice as far,
+# a wrong zero point or another group's scale three times; the farthest of right runtimes' was 1.7 times its like where
+# weights were of one kind, and up to twice in the middle of a mix.
+LIKE, OWN = 2.5, 1.5
 # What no measure falls below: a few float32 roundings.
 LEAST = 1.5e-6
 # The share of the steps moved by a way that must have moved for it to be the candidate's.
 TRACES = 0.5
-# Weights whose rounding moves a step this many times less than a class's are of more bits: those of 6 in groups move it
-# 5 times less than 4 do, those of 8 some 11 times.
-FINER = 8.0
+# What moves a step this many times less than a class is of more bits: weights of 6 in groups move it 5 times less than
+# those of 4 do, those of 8 some 11 times; float16 moves it 8 times less than bfloat16.
+FINER = {"int8": 8.0, "dynamic_int8": 8.0, "int4": 8.0, "bfloat16": 4.0}
 
 Change = Callable[[jax.Array], jax.Array]
 
@@ -135,9 +140,12 @@ def _narrow(dtype: Any) -> tuple[Edit, ...]:
     )
 
 
-def _cache(dtype: Any) -> Edit:
-    names = ("attn.k_rot", "attn.v", "attn.v_norm")
-    return Edit(after=dict.fromkeys(names, rounded(dtype)))
+_KEPT = ("attn.k_rot", "attn.v", "attn.v_norm")
+
+
+def _cache(dtype: Any, *beside: str) -> Edit:
+    """What is kept, and steps ``beside`` it, rounded."""
+    return Edit(after=dict.fromkeys((*_KEPT, *beside), rounded(dtype)))
 
 
 def _activation16(module: Any, run: Any, x: jax.Array) -> Any:
@@ -165,6 +173,8 @@ def _blocks8(size: int, module: Any, run: Any, x: jax.Array) -> Any:
 CLASSES: dict[str, Callable[[], tuple[Edit, ...]]] = {
     "float32": lambda: (_other_order(),),
     "gelu16": lambda: (Edit({"mlp": _activation16}),),
+    # What meets a cache in llama.cpp is as narrow: queries, probabilities, and their sums where attention is fused.
+    "cache_float16": lambda: (_cache(jnp.float16), _cache(jnp.float16, "attn.q_rot", "attn.probs", "attn.out")),
     "cache16": lambda: (_cache(jnp.float16), _cache(jnp.bfloat16)),
     "float16": partial(_narrow, jnp.float16),
     "bfloat16": partial(_narrow, jnp.bfloat16),
@@ -174,8 +184,9 @@ CLASSES: dict[str, Callable[[], tuple[Edit, ...]]] = {
     "int4": lambda: tuple(Edit(params=weights(requantized(s))) for s in ("int4", "int4-g32")),
 }
 # What no runtime is taken to do that does not say so, or is known to.
-_KNOWN_ALONE = ("block_int8",)
-_NARROW = ("gelu16", "cache16", "float16", "bfloat16")
+_KNOWN_ALONE = ("block_int8", "cache_float16")
+_CACHES = ("cache_float16", "cache16")
+_NARROW = ("gelu16", *_CACHES, "float16", "bfloat16")
 _SPELLINGS = {
     "float16": r"\b(fp16|float16|f16|half)\b",
     "bfloat16": r"\b(bf16|bfloat16)\b",
@@ -184,6 +195,7 @@ _SPELLINGS = {
     "int8": r"(?<!block_)int8|q8|wi?8|8.?bit|\bbits\W+8\b|\bmixed\b.*\b8(?!\d)",
     "int4": r"int[2-6]|q[2-6]|wi?4|nf4|fp4|(?<!\d)[2-6].?bit|\bbits\W+[2-6]\b|^(?!.*8).*(gptq|awq)"
     r"|\bmixed\b.*\b[2-6](?!\d)",
+    "cache_float16": r"cache_float16",
     "cache16": r"cache16",
     "gelu16": r"gelu16",
 }
@@ -210,9 +222,9 @@ class Allowed:
         """Classes alone and what goes together: a 16-bit cache and activation, as llama.cpp has them, and weights of
         few bits with anything narrow."""
         few = [name for name in self.singles if "int" in name]
-        narrow: list[tuple[str, ...]] = [(name,) for name in self.singles if name in _NARROW]
-        if {"gelu16", "cache16"} <= set(self.singles):
-            narrow.insert(2, ("gelu16", "cache16"))
+        narrow: list[tuple[str, ...]] = []
+        for name in (name for name in self.singles if name in _NARROW):
+            narrow += [(name,), ("gelu16", name)] if name in _CACHES and "gelu16" in self.singles else [(name,)]
         wide = [name for name in self.singles if name not in (*_NARROW, "float32")]
         first = [("float32",)] if "float32" in self.singles else []
         return [*first, *narrow, *((name,) for name in wide), *((*some, name) for name in few for some in narrow)]
@@ -236,7 +248,7 @@ def allowed(manifest: Mapping[str, Any], forced: str | None) -> Allowed:
     }
     found = {name for name, pattern in _SPELLINGS.items() if re.search(pattern, " ".join(said.values()))}
     if declared["dtype"] is None and not found & {"float16", "bfloat16"}:
-        found |= set(_NARROW)  # nothing is said of activations
+        found |= {*_NARROW} - {*_KNOWN_ALONE}  # nothing is said of activations
     read = {
         "quantization": any("int" in name for name in found),
         "dtype": any(re.search(pattern, said.get("dtype", "")) for pattern in _SPELLINGS.values()),
@@ -247,11 +259,11 @@ def allowed(manifest: Mapping[str, Any], forced: str | None) -> Allowed:
     return Allowed(singles, True, " and ".join(unread) or None)
 
 
-def floor(measured: np.ndarray, float32: np.ndarray) -> np.ndarray:
+def floor(measured: np.ndarray, float32: np.ndarray, margin: Any = MARGIN) -> np.ndarray:
     """The most that errors ``[whole, worst token]`` may be, from what a way does and what another order of sums does.
 
-    Of the whole the noise may be ``MARGIN`` times as strong: the error of two arrays one of which is the other and
+    Of the whole the noise may be ``margin`` times as strong: the error of two arrays one of which is the other and
     noise of ``r`` times its size is ``r / sqrt(2 + r^2)``, so that values which have nothing in common (1) never pass.
     """
-    error = np.hypot(np.maximum(measured, float32), LEAST)
-    return MARGIN * error / np.sqrt([1 + (MARGIN**2 - 1) * error[0] ** 2, 1])
+    error, margin = np.hypot(np.maximum(measured, float32), LEAST), np.broadcast_to(margin, 2)
+    return margin * error / np.sqrt([1 + (margin[0] ** 2 - 1) * error[0] ** 2, 1])

@@ -13,7 +13,7 @@ import numpy as np
 
 from llmjax.errors import RequestError
 from llmjax.oracle.dump import Window
-from llmjax.oracle.floors import CLASSES, floor
+from llmjax.oracle.floors import CLASSES, LIKE, MARGIN, OWN, floor
 from llmjax.oracle.metrics import Gap, gap, narrowed
 from llmjax.oracle.names import Named, layouts
 from llmjax.oracle.stages import PLAIN, Edit, Stages
@@ -38,6 +38,8 @@ class Tap:
       local: ``[whole, worst token]`` errors to what our step makes of the candidate's input; None without a model.
       ways: by class, for each of its ways what it does to the whole run and to this step alone, both as ``local``.
       rounding: the most that a lossy file may have moved it by, as ``local``.
+      like: by classes, how many times as far as their ways the same step of most layers is, and how far their narrowest
+        ones are, both as ``local``; filled by ``verdict.explain`` for what has its like.
     """
 
     name: str
@@ -47,15 +49,38 @@ class Tap:
     local: np.ndarray | None = None
     ways: dict[str, list[tuple[np.ndarray, np.ndarray]]] = dataclasses.field(default_factory=dict)
     rounding: np.ndarray = dataclasses.field(default_factory=partial(np.zeros, 2))
+    like: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
-    def floor(self, classes: Sequence[str], way: int | None = None, whole: bool = False) -> np.ndarray:
-        """The most that the step's own error, or the ``whole`` run's, may be under classes together."""
+    def margin(self, classes: Sequence[str]) -> np.ndarray:
+        """How many times as far as the classes' ways the step may be, as ``local``."""
+        if tuple(classes) not in self.like:
+            return np.full(2, MARGIN)
+        like, own = self.like[tuple(classes)]
+        return np.clip(LIKE * like, OWN * own, MARGIN)
+
+    def unlike(self, classes: Sequence[str]) -> float | None:
+        """How many times as far off the step is as the same one of most layers, where that alone tells against it."""
+        if tuple(classes) not in self.like or self.local is None:
+            return None
+        like, _ = self.like[tuple(classes)]
+        over = self.local / self.floor(classes)
+        at = int(np.argmax(over))
+        times = self.margin(classes)[at] * over[at]
+        return float(times / max(like[at], 1e-3)) if over[at] > 1 and times <= MARGIN else None
+
+    def floor(
+        self, classes: Sequence[str], way: int | None = None, whole: bool = False, finest: bool = False
+    ) -> np.ndarray:
+        """The most that the step's own error, or the ``whole`` run's, may be under classes together; of weights of few
+        bits by the ``finest`` of their ways."""
         at = 0 if whole else 1
         total = np.zeros(2)
         for name in classes:
             ways = self.ways[name] if way is None else self.ways[name][way : way + 1]
-            total = np.hypot(total, np.max([w[at] for w in ways], 0))
-        return np.hypot(floor(total, self.ways["float32"][0][at]), self.rounding)
+            fits = [w[at] for w in ways if w[at].any()] if finest and "int" in name else []  # a scheme may not
+            total = np.hypot(total, np.min(fits, 0) if fits else np.max([w[at] for w in ways], 0))
+        margin = MARGIN if whole else self.margin(classes)
+        return np.hypot(floor(total, self.ways["float32"][0][at], margin), self.rounding)
 
     def excess(self, classes: Sequence[str], way: int | None = None) -> float:
         """The step's own error over its floor; above 1 the classes do not explain it."""

@@ -52,11 +52,13 @@ class Named:
       taps: by tap, in the order of computation; a module's output beside its last step's stands under the module's
         name (``steps.OUTER``).
       unknown: arrays that no name of ours belongs to.
+      unmatched: keys of maps that no array was mapped by.
     """
 
     dump: Dump
     taps: Mapping[str, Source]
     unknown: tuple[str, ...]
+    unmatched: tuple[str, ...] = ()
 
     def read(self, tap: str) -> np.ndarray:
         """A tap's values as they are stored."""
@@ -97,9 +99,9 @@ def named(
     table = _hugging_face(model, shapes) if model else {}
     meant = _meant(dump)
     found: dict[str, Source] = {}
-    unknown = []
+    unknown, used = [], set[str]()
     for name in dump.arrays:
-        places = list(_mapped(name, rules, matcher))
+        places = list(_mapped(name, rules, matcher, used))
         for tap, _ in places:
             if known and tap not in known:
                 raise RequestError(f"{dump.path}: {name}: is mapped to {tap}, which is no activation of the model")
@@ -123,7 +125,8 @@ def named(
         inner = tap.rsplit(".", 1)[0] + "." + OUTER[tap.split(".")[-1]]
         if shapes and inner not in found:
             found[inner] = found.pop(tap)
-    return Named(dump, {tap: found[tap] for tap in sorted(found, key=order)}, tuple(sorted(unknown)))
+    unmatched = tuple(dict.fromkeys(key for key, _ in rules if key not in used))
+    return Named(dump, {tap: found[tap] for tap in sorted(found, key=order)}, tuple(sorted(unknown)), unmatched)
 
 
 def _meant(dump: Dump) -> dict[str, list[str]]:
@@ -214,11 +217,12 @@ def _entry(value: Any) -> dict[str, Any]:
     return entry | {"to": names}
 
 
-def _mapped(name: str, rules: list[tuple[str, Any]], matcher: Matcher) -> Iterator[tuple[str, Source]]:
+def _mapped(name: str, rules: list[tuple[str, Any]], matcher: Matcher, used: set[str]) -> Iterator[tuple[str, Source]]:
     for pattern, entry in rules:
         match = matcher.match(pattern, name, whole=True)
         if match or pattern == name:
             start = 0
+            used.add(pattern)
             for i, to in enumerate(entry["to"]):
                 try:
                     tap = match.expand(to) if match else to

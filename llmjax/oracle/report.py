@@ -63,11 +63,11 @@ def coverage(report: "Comparison") -> str:
         line += ", {} of {} texts".format(*found["texts"])
     if "file" in found:
         line += f"; a file {found['file']}"
-    for key in ("missing", "unknown"):
+    for key, what in {"missing": "missing", "unknown": "unknown", "unmatched": "names of no array (--names)"}.items():
         names = found.get(key) or []
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            line += f"; {key}: {', '.join(names[:5])}{more}"
+            line += f"; {what}: {', '.join(names[:5])}{more}"
     return line + (f"; {found['note']}" if found.get("note") else "")
 
 

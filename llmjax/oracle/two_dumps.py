@@ -61,7 +61,8 @@ def two_dumps(
     missing = [tap for tap in left.taps if tap not in right.taps]
     coverage = {
         "taps": len(taps), "of": len(left.taps), "tokens": len(theirs.token_ids), "missing": missing,
-        "unknown": sorted(set(right.taps) - set(left.taps)), **of_file(theirs), "note": note,
+        "unknown": sorted(set(right.taps) - set(left.taps)), "unmatched": list(right.unmatched), **of_file(theirs),
+        "note": note,
     }  # fmt: skip
     divergence = None
     if first is not None and verdict == "different":

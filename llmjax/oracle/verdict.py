@@ -6,8 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from llmjax.oracle.dump import Dump
-from llmjax.oracle.floors import CLASSES, FINER, TRACES, Allowed
+from llmjax.oracle.floors import CLASSES, FINER, MARGIN, TRACES, Allowed
 from llmjax.oracle.measure import Tap
+from llmjax.oracle.steps import split
+
+# Layers that have a step, for one of them to be held against the others, and the share that most of them are: where
+# weights of more and of fewer bits are mixed, those of fewer are a quarter at least.
+_SEVERAL, _MOST = 3, 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +41,7 @@ def explain(taps: Sequence[Tap], allowed: Allowed) -> Explained:
     found = []
     for classes in allowed.together:
         if all(name in tap.ways for name in classes for tap in taps) and _traced(taps, classes, allowed):
+            _alike(taps, classes)
             beyond = tuple(tap for tap in taps if tap.excess(classes) > 1)
             if not beyond:
                 return Explained(classes, ())
@@ -43,17 +49,60 @@ def explain(taps: Sequence[Tap], allowed: Allowed) -> Explained:
     return min(found, key=lambda e: len(e.beyond))
 
 
-def caveats(allowed: Allowed, theirs: Dump) -> str:
-    """What of a dump's own doing may be why no class explains it."""
+def caveats(allowed: Allowed, theirs: Dump, proven: bool = False) -> str:
+    """What of a dump's own doing may be why no class explains it, unless its causes are ``proven``."""
     found = ""
     if allowed.unread:
         found += f"; {allowed.unread} is no class of llmjax's (--class)"
+    if "cache_float16" in allowed.singles and "cache16" not in allowed.singles and not proven:
+        found += "; llama.cpp's cache is float16 unless it is told: --class cache16 if it was (-ctk bf16 -ctv bf16)"
     if not allowed.declared and len(theirs.arrays) == 1:
         found += "; one array alone shows no weights of few bits: if it has them, declare its quantization (or --class)"
     kinds = {stored.dtype for stored in theirs.arrays.values()} & {"float16", "bfloat16"} - set(allowed.singles)
     if kinds:
         found += f"; arrays are stored as {' and '.join(sorted(kinds))}, which rounds them: dump float32, or declare it"
     return found
+
+
+def of_the_cache(found: Explained, allowed: Allowed) -> str:
+    """What is told where only another cache than llama.cpp's usual one explains its file."""
+    if "cache16" not in found.classes or "cache_float16" not in allowed.singles:
+        return ""
+    return "; a bfloat16 cache (-ctk bf16 -ctv bf16) explains it, llama.cpp's usual float16 does not: was it told so?"
+
+
+def of_few_bits(found: Explained, missing: Sequence[str]) -> str:
+    """What weights of few bits leave open, and what would tell it; ``missing`` steps are a part of that."""
+    if not {"int8", "dynamic_int8", "int4"} & set(found.classes):
+        return ""
+    told = ""
+    for name, times in [(tap.name, tap.unlike(found.classes)) for tap in found.beyond][:1]:
+        if times is not None:
+            told = f"; {name} is {times:.2g} times as far off as the same step of most layers: a scale, a zero "
+            told += "point or an order of values is wrong there, or its weights have far fewer bits than the others'"
+    more = ", and a dump of every step some of it" if missing else ""
+    return (
+        f"{told}; what such weights hide, the quantized model itself shows (its file as --model, or --quantize){more}"
+    )
+
+
+def _alike(taps: Sequence[Tap], classes: tuple[str, ...]) -> None:
+    """Tells each step that the classes move how far the same steps of most layers are off."""
+    same: dict[str, list[Tap]] = {}
+    for tap in taps:
+        layer, step = split(tap.name)
+        if layer is not None and any(
+            _differs(tap, name, way) for name in classes for way in range(len(tap.ways[name]))
+        ):
+            same.setdefault(step, []).append(tap)
+    for several in (found for found in same.values() if len(found) >= _SEVERAL):
+        for tap in several:
+            tap.like.pop(classes, None)
+        times = [MARGIN * _own(tap) / tap.floor(classes) for tap in several]
+        like = np.quantile(times, _MOST, 0, method="lower")  # of three the second
+        own = [tap.floor(classes, finest=True) / tap.floor(classes) for tap in several]
+        for tap, finest in zip(several, own, strict=True):
+            tap.like[classes] = like, finest
 
 
 def _traced(taps: Sequence[Tap], classes: Sequence[str], allowed: Allowed) -> bool:
@@ -75,9 +124,14 @@ def _moved(taps: Sequence[Tap], name: str) -> bool:
 
 
 def _as_far(tap: Tap, name: str, way: int) -> bool:
-    """Whether weights of few bits may have moved a step: those of more bits move it less."""
+    """Whether a class may have moved a step: one of more bits moves it less."""
+    return name not in FINER or bool(_own(tap)[0] * FINER[name] > tap.ways[name][way][1][0])
+
+
+def _own(tap: Tap) -> np.ndarray:
+    """The step's own error."""
     assert tap.local is not None
-    return "int" not in name or bool(tap.local[0] * FINER > tap.ways[name][way][1][0])
+    return tap.local
 
 
 def _differs(tap: Tap, name: str, way: int) -> bool:

@@ -112,6 +112,23 @@ def write(folder: Path, model: torch.nn.Module, ids: list[int], /, **facts: obje
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
+def vectors(folder: Path) -> dict[str, list[int]]:
+    """Token ids by name, of what `llmjax vectors` wrote."""
+    file, found = folder / "vectors.json", {}
+    try:
+        for vector in json.loads(file.read_text(encoding="utf-8"))["vectors"]:
+            name = vector["name"]
+            file = folder / name / "manifest.json"
+            ids = json.loads(file.read_text(encoding="utf-8"))["token_ids"]
+            if Path(name).name != name or not ids or not all(type(i) is int for i in ids):
+                raise ValueError(f"{name!r}: expected a folder's name, and token ids in it, found {str(ids)[:40]}")
+            found[name] = ids
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        text = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        sys.exit(f"{file}: expected what `llmjax vectors --output {folder}` writes: {' '.join(text.split())}")
+    return found or sys.exit(f"{file}: no texts; expected what `llmjax vectors --output {folder}` writes")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a checkpoint's directory")
@@ -127,15 +144,15 @@ def main() -> None:
     parser.add_argument("--gguf-file", help="of the directory, to load instead")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    texts = vectors(args.vectors) if args.vectors else {}
     options = {"gguf_file": args.gguf_file} if args.gguf_file else {}
     model = transformers.AutoModelForCausalLM.from_pretrained(
         args.model, dtype=getattr(torch, args.dtype), attn_implementation=args.attention, **options
     )
     model = model.to(args.device).eval()
     if args.vectors:
-        for vector in json.loads((args.vectors / "vectors.json").read_text())["vectors"]:
-            ids = json.loads((args.vectors / vector["name"] / "manifest.json").read_text())["token_ids"]
-            write(args.output / vector["name"], model, ids, model=str(args.model))
+        for name, ids in texts.items():
+            write(args.output / name, model, ids, model=str(args.model))
         return
     if args.ids:
         ids = [int(i) for i in args.ids.split(",")]

@@ -50,6 +50,16 @@ def test_every_vector_of_transformers_is_the_model(tmp_path, monkeypatch, capsys
     assert found["subject"]["verdicts"] == dict.fromkeys(sorted(names), "equivalent") and len(names) > 4
 
 
+@pytest.mark.parametrize(
+    "index", [None, "[", "[]", '{"vectors": []}', '{"vectors": [{"name": "no"}]}', '{"vectors": [{"name": 3}]}']
+)
+def test_vectors_that_are_none_are_one_line(index, tmp_path):
+    if index is not None:
+        (tmp_path / "vectors.json").write_text(index)
+    with pytest.raises(SystemExit, match=r"^\S+\.json: .*`llmjax vectors --output \S+` writes"):
+        runpy.run_path(str(SCRIPT))["vectors"](tmp_path)
+
+
 @pytest.fixture
 def compared(tmp_path, monkeypatch):
     """What ``compare`` says of a run of theirs with faults."""

@@ -17,7 +17,7 @@ import llmjax
 from llmjax.cli.main import main
 from llmjax.errors import RequestError
 from llmjax.oracle import dump as dumps
-from llmjax.oracle.causes import base
+from llmjax.oracle.causes import base, blocks, weights
 from llmjax.oracle.compare import _reason
 from llmjax.oracle.floors import allowed, floor
 from llmjax.oracle.measure import Tap
@@ -246,11 +246,13 @@ def test_a_map_reshapes_transposes_and_splits(tmp_path, model):
         "[\"blk\\\\.(\\\\d+)\\\\.qkv\"]\nto = ['layers.\\1.attn.q', 'layers.\\1.attn.k']\nreshape = [8, 6]\n"
         "transpose = [0, 1, 2]\nsizes = [4, 4]\naxis = 1\n"
         "\"out\" = 'layers.0.resid'\n".replace('"out" =', "[out]\nto =")
+        + "['Blk(.*)']\nto = 'layers.\\1.resid'\n"
     )
     arrays = {"blk.1.qkv": np.arange(12 * 48, dtype=np.float32).reshape(12, 48), "out": np.ones((12, 24), np.float32)}
     found = named(
         dumps.from_arrays("d", {}, np.array(IDS), arrays), {**stages.shapes, "layers.1.attn.k": (12, 24)}, model, names
     )
+    assert found.unmatched == ("Blk(.*)",)
     assert np.array_equal(found.read("layers.1.attn.q").reshape(12, -1), arrays["blk.1.qkv"][:, :24])
     with pytest.raises(RequestError, match="no activation of the model"):
         named(dumps.from_arrays("d", {"names": {"out": "layers.7.resid"}}, np.array(IDS), arrays), stages.shapes, model)
@@ -357,6 +359,33 @@ def test_weights_of_eight_bits_and_a_fault_are_not_weights_of_four():
     assert found.name == "int8" and [tap.name for tap in found.beyond] == ["layers.2.resid"]
 
 
+def test_a_step_is_held_against_the_same_of_the_other_layers():
+    """Within 4 bits' floor, but three times as far off as in the other layers: a zero point that is one off, say."""
+    none, half, four = np.zeros(2), np.full(2, 0.002), np.full(2, 0.1)
+    ways = {"float32": [(none, none)], "float16": [(half / 8, half / 8)], "bfloat16": [(half, half)],
+            "int4": [(2 * four, 2 * four), (four, four)]}  # fmt: skip
+    apart = gap(np.ones((2, 3)), np.full((2, 3), 1.3))
+    theirs = dumps.from_arrays("d", {}, np.arange(2), {})
+
+    def told(*errors: float, **manifest):
+        taps = [Tap(f"layers.{i}.mlp.down", apart, 0.0, False, np.full(2, e), ways) for i, e in enumerate(errors)]
+        return explain(taps, allowed(manifest, None))
+
+    found = told(0.1, 0.09, 0.29, 0.1, 0.11)
+    assert found.name == "int4" and [tap.name for tap in found.beyond] == ["layers.2.mlp.down"]
+    faults = [{"module": "layers.2.mlp.down", "tried": [1, 1], "causes": [{"cause": "unknown", "explains": 0.0}]}]
+    reason = _reason("different", found, allowed({}, None), faults, [], theirs, types.SimpleNamespace(tokenizer=None))
+    assert "layers.2.mlp.down is 2.6 times as far off as the same step of most layers" in reason
+    assert "--quantize" in reason
+    assert told(0.1, 0.09, 0.3, quantization="int4").beyond and not told(0.1, 0.3, quantization="int4").beyond
+    assert not told(0.21, 0.2, 0.2, 0.22, 0.1).beyond  # 3 bits are of few bits, all of them
+    assert not told(0.025, 0.1, 0.025, 0.11, 0.025, 0.025, 0.12, 0.025).beyond  # and 4 beside 6
+    # float16 with a mistake is no bfloat16, and bfloat16 with one no more than that.
+    assert told(0.0002, 0.00025, 0.003, 0.0002).beyond and told(0.002, 0.0022, 0.0062, 0.0021).beyond
+    assert told(0.002, 0.0022, 0.0028, 0.0021).name == "bfloat16"
+    assert not told(0.002, 0.0022, 0.0028, 0.0021).beyond and told(0.0002, 0.00025, 0.0003).name == "float16"
+
+
 def test_segments(traced):
     taps = list(traced.activations)
     assert segment("layers.1.attn.o", taps, {"layers.1.attn.q_rot", "layers.1.attn.k_rot", "layers.1.attn.v"}, 2) == [
@@ -425,6 +454,9 @@ def test_residuals_alone_find_the_layer_and_the_cause(model):
     silent = broken(model, {"layers_1/attn/o/weight": jnp.zeros_like})
     report = llmjax.compare(model, with_arrays(llmjax.trace(silent, IDS), lambda name: name.endswith("resid")))
     assert told(report) == [("layers.1.resid_attn", "residual")]
+    windows = dataclasses.replace(model, config=dataclasses.replace(model.config, windows=(None, 7)))
+    report = llmjax.compare(model, with_arrays(llmjax.trace(windows, IDS), lambda name: name.endswith("resid")))
+    assert told(report) == [("layers.1.attn.probs", "window")] and "7 tokens" in report.reason
 
 
 def test_a_cause_of_a_part_is_told_as_one(model):
@@ -437,6 +469,25 @@ def test_a_cause_of_a_part_is_told_as_one(model):
         faults = [{"module": "m", "tried": [1, 1], "causes": causes}]
         beyond = Explained(("float32",), (tap,))
         assert told in _reason("different", beyond, allowed({}, None), faults, [], theirs, model)
+
+
+def test_another_first_token_is_tried(model):
+    """Where the embedding was not dumped: BOS, or another one, as llama.cpp may feed it."""
+    stages = Stages(model, np.array([7, *IDS], np.int32))
+    scene = base.Scene(stages, -1, "", np.zeros(1), np.zeros(1), lambda edit: None)
+    causes = {c.detail: c for c in weights.embedding(scene) if c.cause == "token_ids"}
+    assert list(causes) == [f"another first token was fed: {i} for 7" for i in (0, 1, 2)]
+    (_, found) = stages.run(-1, None, {}, causes["another first token was fed: 2 for 7"].edit)
+    assert np.array_equal(found["embed"], model.params["embed"]["weight"][np.array([2, *IDS])])
+
+
+def test_a_window_shows_by_the_first_token_that_differs():
+    """Where probabilities were not dumped; beneath it only another rounding."""
+    x = np.random.default_rng(0).normal(size=(30, 8))
+    y = x * (1 + 2e-3 * np.random.default_rng(1).normal(size=x.shape))
+    assert blocks._since(x, y) == set() and blocks._since(x[:3], y[:3]) == set()
+    y[17:] += 0.1
+    assert 17 in blocks._since(x, y)
 
 
 @pytest.mark.slow

@@ -112,11 +112,12 @@ def test_blocks_of_eight_bits_are_llama_cpps(model, tmp_path):
     file's own rounding, and no wider class may explain it."""
     path = llama_files.model(tmp_path / "q8.gguf", "Q8_0")
     gelu = dataclasses.replace(model, config=dataclasses.replace(model.config, hidden_act="gelu_new"))
-    wide = ("float32", "cache16", "float16", "block_int8")
+    wide = ("float32", "cache_float16", "float16", "block_int8")
     # Expanded to floats the weights are those of the same file.
     for one, file, classes in (
-        (model, BASE, ("float32", "cache16")),
-        (gelu, BASE, ("float32", "gelu16", "cache16")),
+        (model, BASE, ("float32", "cache_float16")),
+        (model, DATA, ("float32", "cache_float16", "cache16")),
+        (gelu, BASE, ("float32", "gelu16", "cache_float16")),
         (llmjax.load(path), DATA / "q8.kld", wide),
         (llmjax.load(path, dtype="float32"), DATA / "q8.kld", wide),
     ):

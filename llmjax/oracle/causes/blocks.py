@@ -18,6 +18,7 @@ from llmjax.oracle.causes.base import (
     field,
 )
 from llmjax.oracle.floors import rounded
+from llmjax.oracle.metrics import gap
 from llmjax.oracle.stages import Edit, Hook
 
 
@@ -107,7 +108,7 @@ def scores(scene: Scene) -> Iterator[Cause]:
         yield cause("window", "there is no window", fields(window=None))
     near = sorted(
         {w + by for w in windows for by in (-1, 0, 1)} | {2 * w for w in windows} | {max(w // 2, 1) for w in windows}
-        | (_seen(scene.theirs) if scene.step == "attn.probs" else set())
+        | (_seen(scene.theirs) if scene.step == "attn.probs" else _since(scene.ours, scene.theirs))
     )  # fmt: skip
     for window in near:
         if window > 0:
@@ -161,6 +162,18 @@ def _seen(probs: np.ndarray) -> set[int]:
     first = (probs > 0).any(0).argmax(-1)
     widths = {int(w) for w in (np.arange(len(first)) - first + 1)[first > 0]}
     return widths if len(widths) == 1 else set()
+
+
+def _since(ours: np.ndarray, theirs: np.ndarray) -> set[int]:
+    """The window of which the first token differs ``[T, ...]`` that does not see all before it; none where differences
+    do not begin at a token."""
+    if len(ours) < 4 or ours.shape != theirs.shape:
+        return set()
+    apart = gap(ours, theirs).by_token
+    before = np.maximum.accumulate(apart)[1:-2]  # of tokens 0 to t - 1, for t from 2 on
+    times = np.minimum(apart[2:-1], apart[3:]) / np.maximum(before, 1e-6)
+    at = int(times.argmax())
+    return {at + 1, at + 2} if times[at] > 2 else set()
 
 
 def _temperature(scene: Scene) -> float | None:

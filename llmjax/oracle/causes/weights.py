@@ -315,6 +315,7 @@ def embedding(scene: Scene) -> Iterator[Cause]:
         edit = Edit(params=leaf("embed", "weight", change))
         yield Cause("quantization", f"the table is rounded to {what}", steps, edit)
     if scene.step != "embed":
+        yield from _other_starts(scene)
         return
     wrong = np.flatnonzero(
         np.linalg.norm(scene.theirs - scene.ours, axis=-1) > 1e-2 * np.linalg.norm(scene.ours, axis=-1)
@@ -328,8 +329,7 @@ def embedding(scene: Scene) -> Iterator[Cause]:
         fed[wrong] = likely
         if not np.array_equal(fed, scene.stages.ids):
             pairs = ", ".join(f"{int(t)}: {int(fed[t])} for {int(scene.stages.ids[t])}" for t in wrong[:4])
-            edit = Edit({"embed": lambda module, run, ids: run(module, jnp.asarray(fed)[None])})
-            yield Cause("token_ids", f"other ids were fed (position {pairs})", steps, edit)
+            yield Cause("token_ids", f"other ids were fed (position {pairs})", steps, _fed(fed))
     scale = scale_of(scene, "nothing")
     if scale is not None:
         yield Cause(
@@ -338,6 +338,21 @@ def embedding(scene: Scene) -> Iterator[Cause]:
             steps,
             Edit(params=leaf("embed", "weight", lambda w: w * scale)),
         )
+
+
+def _other_starts(scene: Scene) -> Iterator[Cause]:
+    """Another token in the place of the first: BOS where the text has none, another one, or none where it has one."""
+    ids, tokenizer, rows = scene.stages.ids, scene.stages.model.tokenizer, scene.stages.model.config.vocab_size
+    bos = None if tokenizer is None else tokenizer.bos_id
+    known = {0, 1, 2, *(() if bos is None else (bos,)), *(tokenizer.eos_ids if tokenizer else ())}
+    for first in sorted(id for id in known if id < rows and id != ids[0]):
+        what = f"{first}{' (BOS)' if first == bos else ''} for {ids[0]}"
+        fed = np.concatenate([[first], ids[1:]])
+        yield Cause("token_ids", f"another first token was fed: {what}", ("embed",), _fed(fed))
+
+
+def _fed(ids: np.ndarray) -> Edit:
+    return Edit({"embed": lambda module, run, _: run(module, jnp.asarray(ids)[None])})
 
 
 def head(scene: Scene) -> Iterator[Cause]:

@@ -75,7 +75,7 @@ def refuse_reference(path: str | Path) -> None:
 
 
 def _as_llama_cpp(dumps: Sequence[Dump], model: Model | None) -> Sequence[Dump]:
-    """With what is known of llama.cpp's arithmetic where it runs our model's own weights: its cache in 16 bits, and so
+    """With what is known of llama.cpp's arithmetic where it runs our model's own weights: its cache in float16, and so
     its table of GELU for a model that has one; inputs of products as narrow as their weights are, and in blocks of
     8 bits where those are quantized."""
     if model is None or isinstance(model, GraphModel) or dumps[0].manifest["runtime"] != "llama.cpp":
@@ -85,7 +85,9 @@ def _as_llama_cpp(dumps: Sequence[Dump], model: Model | None) -> Sequence[Dump]:
         kinds.add("float16")  # what some devices multiply these in
     acts = (getattr(model.config, name, "") for name in ("hidden_act", "hidden_activation", "activation"))
     table = ["gelu16"] if any("gelu" in str(act) for act in acts) else []
-    known = ", ".join([*table, "cache16", *sorted(kinds - {"float32"})])
+    # Of one row by chance float16 may do more than it does to ours: then another cache is what explains it, and told.
+    caches = ["cache_float16", "cache16"] if len(dumps[0].windows["logits"].positions) == 1 else ["cache_float16"]
+    known = ", ".join([*table, *caches, *sorted(kinds - {"float32"})])
     facts = {"dtype": "float32", "numerics": f"llama.cpp: {known}"}
     return [dataclasses.replace(dump, manifest={**dump.manifest, **facts}) for dump in dumps]
 
