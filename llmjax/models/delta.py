@@ -17,7 +17,7 @@ from jax import lax
 
 from llmjax.device import by_device
 from llmjax.models.context import Context, tap
-from llmjax.models.layers import Kernel, Projection, RMSNorm, parameter, sigmoid
+from llmjax.models.layers import Kernel, Projection, RMSNorm, over, parameter, sigmoid
 from llmjax.models.pages import carried, put_carried
 
 _L2_EPS = 1e-6
@@ -53,9 +53,9 @@ class GatedDelta(nn.Module):
         gate = Projection(values, name="gate")(x, ctx)
         beta = sigmoid(Projection(self.value_heads, name="beta")(x, ctx))
         rate = Projection(self.value_heads, name="decay")(x, ctx).astype(jnp.float32)
-        rate = rate + parameter(self, "dt_bias", nn.initializers.ones, (self.value_heads,)).astype(jnp.float32)
+        bias = parameter(self, "dt_bias", nn.initializers.ones, (self.value_heads,)).astype(jnp.float32)
         speed = jnp.exp(parameter(self, "a_log", nn.initializers.zeros, (self.value_heads,)).astype(jnp.float32))
-        decay = -speed * jax.nn.softplus(rate)  # its logarithm
+        decay = over(-speed, rate) * jax.nn.softplus(rate + over(bias, rate))  # its logarithm
 
         qkv = tap(self, "convolved", self.activation(self._convolved(qkv, ctx)))
         q, k, v = jnp.split(qkv, (keys, 2 * keys), -1)
@@ -71,7 +71,7 @@ class GatedDelta(nn.Module):
         count = self.kernel - 1
         before = carried(self, "before", (count, x.shape[-1]), ctx)
         x = jnp.concatenate([before.astype(x.dtype), x], 1)
-        ends = _new_tokens(ctx)[:, None] + jnp.arange(count)
+        ends = _new_tokens(ctx)[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
         put_carried(self, "before", jnp.take_along_axis(x, ends[..., None], 1), ctx)
         return Kernel(self.kernel, name="kernel")(x)
 
@@ -82,7 +82,7 @@ class GatedDelta(nn.Module):
         G]``."""
         batch, tokens = v.shape[:2]
         heads = (self.key_heads, self.value_heads // self.key_heads)
-        padding = (jnp.arange(tokens) >= _new_tokens(ctx)[:, None])[..., None]
+        padding = (jnp.arange(tokens, dtype=jnp.int32)[None] >= _new_tokens(ctx)[:, None])[..., None]
         beta, decay = (  # padding leaves the state as it is
             jnp.where(padding, 0, y.astype(jnp.float32)).reshape(batch, tokens, *heads) for y in (beta, decay)
         )

@@ -96,8 +96,8 @@ def by_share(
       weights: ``[B, T, k]``, see ``Experts``.
       chosen: int32 ``[B, T, k]``.
     """
-    numbers = jnp.arange(len(jax.tree.leaves(stack)[0]))
-    shares = jnp.sum(jnp.where(chosen[..., None] == numbers, weights[..., None], 0), 2)
+    numbers = jnp.arange(len(jax.tree.leaves(stack)[0]), dtype=jnp.int32)
+    shares = jnp.sum(jnp.where(chosen[..., None] == numbers[None, None, None], weights[..., None], 0), 2)
 
     def one(total: jax.Array, of: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
         weights, share = of
@@ -133,10 +133,10 @@ def by_expert(
     tiles = jnp.cumsum(-(-counts // tile))  # of the experts up to each
     most = min(tokens * k, tokens * k // tile + count)
     # Of each tile its expert and its rows: not in the loop, where a GPU's host would wait for each search.
-    at = jnp.arange(most)
+    at = jnp.arange(most, dtype=jnp.int32)
     numbers_of = jnp.minimum(jnp.searchsorted(tiles, at, side="right", method="compare_all"), count - 1)
     before = jnp.where(numbers_of > 0, tiles[numbers_of - 1], 0)
-    places = (starts[numbers_of] + (at - before) * tile)[:, None] + jnp.arange(tile)
+    places = (starts[numbers_of] + (at - before) * tile)[:, None] + jnp.arange(tile, dtype=jnp.int32)[None]
     tokens_of = order[jnp.minimum(places, tokens * k - 1)] // k
 
     def one(_: None, of: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[None, jax.Array]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llmjax.device import in_memory, platform_of
+from llmjax.device import in_memory, platform_of, usual_programs
 from llmjax.errors import TrainingError
 from llmjax.model import Model
 from llmjax.models.context import Context
@@ -130,12 +130,14 @@ class Programs:
         self._added = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         self._norm = jax.jit(optax.tree.norm)
 
+    @usual_programs()
     def losses(self, factors: Factors, batch: Batch) -> np.ndarray:
         """Sums of each row's cross-entropies, float32 ``[B]``, nothing dropped."""
         arguments = self._params, factors, batch.arrays()
         with in_memory("the loss of a batch", LOWER):
             return np.asarray(self._program(self._losses, arguments)(*arguments))
 
+    @usual_programs()
     def gradients(self, factors: Factors, batch: Batch, tokens: int, key: jax.Array) -> tuple[Factors, jax.Array]:
         """The gradient of the batch's sum over ``tokens``, and the rows' sums ``[B]``."""
         arguments = self._params, factors, batch.arrays(), jnp.float32(tokens), key
@@ -143,6 +145,7 @@ class Programs:
             found: tuple[Factors, jax.Array] = self._program(self._gradients, arguments)(*arguments)
         return found
 
+    @usual_programs()
     def temporaries(self, factors: Factors, batch: Batch) -> int | None:
         """Bytes that the gradient of a batch of this shape takes beside what it is given; None where the device does
         not say."""
@@ -220,6 +223,7 @@ def train_step(programs: Programs, config: "TrainConfig") -> Step:
         direction, moments = transformation.update(clipped(gradients, norm, config.clip), moments, factors)
         return jax.tree.map(lambda p, d: p - rate * d, factors, direction), moments
 
+    @usual_programs()
     def step(state: State, group: Sequence[Batch], rate: float) -> tuple[State, Outcome]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         try:
