@@ -11,6 +11,7 @@ from converters.readers.opening import open_source
 from llmjax.checkpoint.conversion import convert
 from llmjax.checkpoint.loading import find_model, load
 from llmjax.checkpoint.parameters import OnParameter
+from llmjax.errors import amount
 from llmjax.lora.adapter import TABLE, AnyLora, read_adapter, values_of
 
 # Ids of the text both ways are compared on, where no prompt is given.
@@ -58,7 +59,7 @@ class Check:
         if self.difference is not None:
             merged = f"merged and unmerged differ by {self.difference:.2g}"
         lines = [
-            f"{self.path}: fits; {len(self.modules)} weights, rank {_listed(ranks)}, scale {_listed(scales)}",
+            f"{self.path}: fits; {amount(len(self.modules), 'weight')}, rank {_listed(ranks)}, scale {_listed(scales)}",
             *(
                 f"  {m.parameter:{width}}  r {m.rank:<4} scale {m.scale:<8.4g} max |dW| {m.largest:.3g}"
                 for m in self.modules

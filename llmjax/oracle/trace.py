@@ -27,7 +27,7 @@ from flax import linen as nn
 
 from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.device import platform_of
-from llmjax.errors import RequestError, shown
+from llmjax.errors import RequestError, amount, shown
 from llmjax.litert import tracing
 from llmjax.litert.model import GraphModel
 from llmjax.model import Model, check_ids
@@ -62,7 +62,7 @@ class Trace:
     def __repr__(self) -> str:
         names = list(self.activations)
         tokens = len(self.manifest["token_ids"])
-        return f"Trace({len(names)} activations of {tokens} tokens: {names[0]} to {names[-1]})"
+        return f"Trace({amount(len(names), 'activation')} of {amount(tokens, 'token')}: {names[0]} to {names[-1]})"
 
     def save(self, directory: str | Path) -> None:
         """Writes ``activations.safetensors`` and ``manifest.json`` into a new directory that appears only when whole;

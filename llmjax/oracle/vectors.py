@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.errors import RequestError
+from llmjax.errors import RequestError, amount
 from llmjax.llm import LLM
 from llmjax.model import Model
 from llmjax.models.rope import Rope
@@ -155,7 +155,7 @@ def write(
                 facts["margins"] = _margins(vector, full.activations["logits"])
             dataclasses.replace(result, manifest={**result.manifest, **facts}).save(folder / vector.name)
             index["vectors"].append(_entry(vector))
-            progress(f"{vector.name}: {len(vector.ids)} tokens: {vector.shows}")
+            progress(f"{vector.name}: {amount(len(vector.ids), 'token')}: {vector.shows}")
         (folder / "vectors.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return index
 
