@@ -407,6 +407,11 @@ def test_no_adapter_is_written_over(model, whole, tmp_path):
     (tmp_path / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
     with pytest.raises(llmjax.LlmjaxError, match="holds an adapter that no run here made"):
         llmjax.finetune(model, rows(4), CONFIG, output=tmp_path)
+    (tmp_path / "adapter_config.json").rename(tmp_path / "config.json")
+    with pytest.raises(llmjax.LlmjaxError, match="holds a model; name another directory"):
+        llmjax.finetune(model, rows(4), CONFIG, output=tmp_path)
+    with pytest.raises(llmjax.LlmjaxError, match="config.json: expected a directory, found a file"):
+        llmjax.finetune(model, rows(4), CONFIG, output=tmp_path / "config.json")
 
 
 def test_it_goes_on_from_an_adapter(model, whole):
