@@ -89,6 +89,6 @@ def describe(summary: dict[str, Any]) -> str:
         return "no token has another before it"
     number = {name: math.nan if value is None else value for name, value in summary.items()}
     return (
-        f"{amount(number['tokens'], 'token')}, NLL {number['nll']:.5f} ± {number['nll_standard_error']:.5f}, "
+        f"{amount(summary['tokens'], 'token')}, NLL {number['nll']:.5f} ± {number['nll_standard_error']:.5f}, "
         f"perplexity {number['perplexity']:.4f} ± {number['perplexity_standard_error']:.4f}"
     )

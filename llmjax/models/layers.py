@@ -269,9 +269,9 @@ class Kernel(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = parameter(self, "weight", _normal, (x.shape[-1], self.size)).astype(jnp.float32)
         count = x.shape[1] - self.size + 1
-        y = sum(x[:, i : i + count].astype(jnp.float32) * over(weight[:, i], x) for i in range(self.size))
+        y: Any = sum(x[:, i : i + count].astype(jnp.float32) * over(weight[:, i], x) for i in range(self.size))
         if self.bias:
-            y = y + over(parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32), y)
+            y = y + over(parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32), x)
         return y.astype(x.dtype)
 
 

@@ -201,10 +201,8 @@ class _Run:
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            there = self.output.exists() and not self.output.is_dir()
-            why = (
-                f"expected a directory, found {lies_at(self.output)}" if there else f"cannot be made: {error.strerror}"
-            )
+            found = f"expected a directory, found {lies_at(self.output)}"
+            why = found if self.output.exists() else f"cannot be made: {error.strerror}"
             raise OutputError(f"{self.output}: {why}") from None
         with contextlib.ExitStack() as stack:
             with _told(self.output / METRICS):
