@@ -38,6 +38,7 @@ from llmjax.models.tree import named
 from llmjax.models.watched import Program
 from llmjax.numerics import Numerics
 from llmjax.oracle.steps import order
+from llmjax.outside.paths import checked_path
 from llmjax.outside.whole import whole_folder
 
 # Of logits float32 [T, V], a number.
@@ -79,7 +80,7 @@ class Trace:
             {name: np.asarray(x, order="C") for name, x in arrays.items()}
             for arrays in (self.activations, self.gradients)
         )
-        with whole_folder(Path(directory), RequestError) as folder:
+        with whole_folder(checked_path("directory", directory, RequestError), RequestError) as folder:
             try:
                 save_file(dense, folder / "activations.safetensors")
                 if slopes:  # apart: a dump's own arrays are activations

@@ -19,6 +19,7 @@ from llmjax.model import Model
 from llmjax.models.rope import Rope
 from llmjax.models.scalings import Dynamic, LongRope
 from llmjax.oracle.trace import bytes_of, trace
+from llmjax.outside.paths import checked_path
 from llmjax.outside.values import POSITIVE, check
 from llmjax.outside.whole import whole_folder
 from llmjax.runtime.params import SamplingParams
@@ -146,7 +147,7 @@ def write(
     progress(f"{len(found)} texts: up to {size / 1e6:,.1f} MB of memory for one, about {total / 1e6:,.1f} MB on disk")
     found += _drawn(model, next(v for v in every if v.name == "text"), longest)
     index: dict[str, Any] = {"schema": 1, "vectors": [], "left_out": [_entry(v) for v in left]}
-    with whole_folder(Path(directory), RequestError) as folder:
+    with whole_folder(checked_path("directory", directory, RequestError), RequestError) as folder:
         for vector in found:
             result = trace(model, vector.ids, taps)
             facts = {**_entry(vector), "text": vector.text}

@@ -20,7 +20,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def llm(model):
-    return roomy(LLM(model, max_batch=4, chunk=16, block=16))
+    return roomy(LLM(model, max_batch=np.int64(4), chunk=16, block=16))
 
 
 # Shorter than a chunk, at its border, across several, near the end of the context.
