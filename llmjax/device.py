@@ -121,6 +121,15 @@ def _as_on_a_card(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 @contextlib.contextmanager
+def usual_programs() -> Iterator[None]:
+    """What is computed within is compiled, ranks and dtypes meet as they do in NumPy, whatever the process asks of its
+    own programs (``JAX_DISABLE_JIT``, ``JAX_NUMPY_RANK_PROMOTION``, ``JAX_NUMPY_DTYPE_PROMOTION``): the same bits every
+    time, and other packages' code runs as it was written."""
+    with jax.disable_jit(False), jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@contextlib.contextmanager
 def in_memory(what: str, lower: str) -> Iterator[None]:
     """Says where a device's memory ends, and what to lower, in a line.
 

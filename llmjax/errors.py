@@ -27,6 +27,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def amount(count: int, what: str) -> str:
+    """So many of a thing in a message: ``1 row``, ``2,000 rows``."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def named(name: str) -> str:
     """A name from outside in a message or a table: one line, at most 100 characters, none that controls a terminal."""
     return _escaped(name if len(name) <= 100 else f"{name[:100]}...")

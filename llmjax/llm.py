@@ -13,6 +13,7 @@ from llmjax.lora.adapter import AnyLora
 from llmjax.lora.resident import with_adapters
 from llmjax.model import Model
 from llmjax.models.interventions import Interventions
+from llmjax.outside.values import plain
 from llmjax.runtime.asking import Asking, ChatOptions, Message, Params, Prompt, for_each, listed, prompt_list
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine, Update
@@ -104,9 +105,9 @@ class LLM(Asking):
         )
         self.engine = Engine(
             model,
-            slots=max_batch,
-            chunk=chunk,
-            block=block,
+            slots=plain(max_batch),
+            chunk=plain(chunk),
+            block=plain(block),
             logits_processor=logits_processor,
             enable_prefix_caching=enable_prefix_caching,
             adapters={name: place for place, name in enumerate(self.loras, 1)},

@@ -12,7 +12,7 @@ from llmjax.llm import LLM
 from llmjax.lora.adapter import AnyLora, checked_lora, read_adapter, values_of
 from llmjax.lora.apply import beside, with_loras
 from llmjax.numerics import FAST
-from llmjax.outside.values import POSITIVE, check, each, integer, one_of
+from llmjax.outside.values import POSITIVE, check, each, integer, one_of, settle
 from llmjax.runtime.params import SamplingParams
 
 ResultListener = Callable[[str, bool], None]
@@ -212,6 +212,7 @@ def _check(options: LlmInferenceOptions) -> None:
     """Raises RequestError for an option out of range."""
     if not isinstance(options, LlmInferenceOptions):
         raise RequestError(f"options: expected LlmInferenceOptions, found {shown(options)}")
+    settle(options)
     _sampling(options)
     for name, least in (("max_tokens", 2), ("max_top_k", 1)):
         check(name, getattr(options, name), integer(least))

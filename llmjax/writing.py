@@ -9,8 +9,9 @@ from converters.mediapipe.convert import convert_source
 from llmjax.checkpoint import conversion
 from llmjax.checkpoint.loading import read_override
 from llmjax.checkpoint.parameters import OnParameter
-from llmjax.errors import ConfigError, shown
+from llmjax.errors import CheckpointError, ConfigError, shown
 from llmjax.lora.adapter import AnyLora
+from llmjax.outside.paths import checked_path
 
 FORMATS: tuple[str, ...] = (*conversion.FORMATS, "mediapipe", *litert.FORMATS)
 
@@ -59,6 +60,7 @@ def convert(
     """
     if not isinstance(to, str) or to not in FORMATS:
         raise ConfigError(f"to: unknown {shown(to)}; expected one of {', '.join(FORMATS)}")
+    destination = checked_path("destination", destination, CheckpointError)
     if to == "mediapipe":
         override = read_override(config)
         if dtype is not None:

@@ -22,7 +22,7 @@ from llmjax.checkpoint.ends import generation
 from llmjax.checkpoint.opened import Checkpoint, opened
 from llmjax.checkpoint.parameters import OnParameter
 from llmjax.checkpoint.plan import Plan, describe
-from llmjax.errors import CheckpointError, ConfigError, RequestError, TokenizerError
+from llmjax.errors import CheckpointError, ConfigError, RequestError, TokenizerError, amount
 from llmjax.lora.adapter import AnyLora
 from llmjax.models.config import DecoderConfig
 from llmjax.outside.paths import checked_path
@@ -204,7 +204,7 @@ def _plan_text(job: _Job, graph: ExportedGraph, path: Path) -> str:
     kind, layers, rows = plan.architecture.model_type, plan.config.num_hidden_layers, plan.config.vocab_size
     caches = 4 * sum(math.prod(shape) for shape in graph.caches.values())
     lines = [
-        f"{path}: {kind}, {layers} layers, {rows:,} tokens; {', '.join(graph.signatures)}; "
+        f"{path}: {kind}, {amount(layers, 'layer')}, {rows:,} tokens; {', '.join(graph.signatures)}; "
         f"about {graph.size / 1e6:,.1f} MB",
         f"it takes {(graph.weight_bytes + caches) / 1e6:,.1f} MB to run: weights {graph.weight_bytes / 1e6:,.1f} MB, "
         f"caches of {graph.context:,} tokens {caches / 1e6:,.1f} MB",

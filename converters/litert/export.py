@@ -23,6 +23,7 @@ from converters.readers.source import Source
 from llmjax.checkpoint.opened import Checkpoint, opened
 from llmjax.checkpoint.parameters import OnParameter
 from llmjax.checkpoint.plan import Override, Plan, describe
+from llmjax.device import usual_programs
 from llmjax.errors import ConfigError, shown
 from llmjax.lora.adapter import AnyLora
 from llmjax.models.config import DecoderConfig
@@ -40,9 +41,8 @@ ACTIVATIONS = ("dynamic-int8", "float")
 @contextlib.contextmanager
 def usual_jax() -> Iterator[None]:
     """JAX as it comes, whatever the process has set for programs of its own: the same graph every time."""
-    with jax.enable_x64(False), jax.disable_jit(False), jax.default_matmul_precision(None):
-        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            yield
+    with usual_programs(), jax.enable_x64(False), jax.default_matmul_precision(None):
+        yield
 
 
 @dataclasses.dataclass(frozen=True)

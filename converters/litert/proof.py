@@ -17,7 +17,7 @@ from converters.litert.follow import Call, Distance, GraphRuns, model_logits
 from converters.litert.graph import FLOAT32, Form
 from llmjax.checkpoint.opened import Checkpoint
 from llmjax.checkpoint.parameters import Stored, stored
-from llmjax.errors import CheckpointError
+from llmjax.errors import CheckpointError, amount
 from llmjax.litert import ports
 from llmjax.litert.graph import numerics_for, settled
 from llmjax.litert.loading import graphs_of
@@ -72,7 +72,7 @@ class Proof:
         worst = self.worst
         explained = f" (explained by {worst.explained_by})" if worst.explained_by else ""
         tokens = sum(r.coverage["tokens"] for r in self.reports)
-        lines = [f"verdict: {worst.verdict}{explained}, {tokens} tokens, KL {_kl_text(worst)}"]
+        lines = [f"verdict: {worst.verdict}{explained}, {amount(tokens, 'token')}, KL {_kl_text(worst)}"]
         if self.as_run:
             lines.append(f"with activations in int8, as LiteRT runs it: KL {_kl_text(self.as_run)}")
         if self.to_float:

@@ -199,7 +199,7 @@ def _check_files(config: BundleConfig, options: list[str], output: Path) -> None
             try:
                 tflite.read_file(path)
             except LlmjaxError as error:
-                raise ConfigError(f"{option}: {error} (strict=False takes any file)") from None
+                raise ConfigError(f"{option}: {error} (strict=False, --no-strict, takes any file)") from None
     if output.is_dir():
         raise ConfigError(f"output_filename: {output}: expected a file, found a directory")
 
@@ -225,7 +225,8 @@ def _check_tokens(config: BundleConfig, vocabulary: bytes) -> None:
         special = [processor.id_to_piece(i) for i in range(count) if processor.is_control(i)]
         known = f"; its control pieces are {', '.join(map(named, special[:10]))}" if special else ""
         lines = [f"{option}: {text!r} is not in the vocabulary of {config.tokenizer_model}" for option, text in missing]
-        raise ConfigError("BundleConfig: " + "\n  ".join(lines) + f"{known} (strict=False takes any text)")
+        known += " (strict=False, --no-strict, takes any text)"
+        raise ConfigError("BundleConfig: " + "\n  ".join(lines) + known)
 
 
 def _write(file: IO[bytes], entries: list[tuple[str, str | bytes]]) -> None:

@@ -15,7 +15,7 @@ from llmjax.batch.progress import clock
 from llmjax.batch.reading import open_lines
 from llmjax.batch.results import rows_path
 from llmjax.batch.rows import WHOLE, Generating, Shard, read_rows
-from llmjax.errors import LlmjaxError, NoRoomError, RequestError, TooLongError
+from llmjax.errors import LlmjaxError, NoRoomError, RequestError, TooLongError, amount
 from llmjax.llm import LLM
 from llmjax.outside.paths import checked_path
 from llmjax.outside.urls import local
@@ -67,13 +67,13 @@ class Forecast:
             f"rows           {self.rows + self.bad:,}: {self.rows:,} can run, {self.bad:,} cannot "
             f"({self.too_long:,} of them too long for the context, {self.no_room:,} for the memory)",
             f"prompt tokens  {self.prompt_tokens:,}, the longest prompt {self.longest:,}; {self.truncated:,} cut short",
-            f"answer tokens  at most {self.answer_tokens:,}; {self.outgrow:,} rows may outgrow the memory",
+            f"answer tokens  at most {self.answer_tokens:,}; {amount(self.outgrow, 'row')} may outgrow the memory",
             f"memory         {self.memory}",
             f"time           {self.estimate}",
             *self.errors,
         ]
         if self.bad > len(self.errors):
-            lines.append(f"... and {self.bad - len(self.errors):,} more rows that cannot run")
+            lines.append(f"... and {amount(self.bad - len(self.errors), 'more row')} that cannot run")
         return "\n".join(lines)
 
 
@@ -155,7 +155,7 @@ def _from_manifest(manifest: manifests.Manifest, output: str, report: Forecast) 
     seconds = sum(run["seconds"] - run["compile_seconds"] for run in manifest.runs)
     left = max(report.rows + report.bad - manifest.counts.get("rows", 0), 0)
     return (
-        f"about {clock(seconds / done * left)} for the {left:,} rows not done yet, from the {done:,} that took "
+        f"about {clock(seconds / done * left)} for the {amount(left, 'row')} not done yet, from the {done:,} that took "
         f"{clock(seconds)} (manifest of {output})"
     )
 
@@ -182,6 +182,6 @@ def _from_calibration(llm: LLM, report: Forecast) -> str:
     most = least + report.answer_tokens / decode_rate
     return (
         f"{clock(least)} for the prompts, {clock(most)} if every answer is as long as it may be; from a calibration: "
-        f"prefill {prefill_rate:,.0f} tok/s, decode {decode_rate:,.0f} tok/s in {llm.engine.slots} slots, compile "
-        f"{compiled:.1f} s"
+        f"prefill {prefill_rate:,.0f} tok/s, decode {decode_rate:,.0f} tok/s in {amount(llm.engine.slots, 'slot')}, "
+        f"compile {compiled:.1f} s"
     )

@@ -20,7 +20,7 @@ from llmjax.batch.progress import PLAIN_SECONDS, Count, Meter, Reporter, rates
 from llmjax.batch.reading import AnyLines, open_lines
 from llmjax.batch.rows import WHOLE, Generating, Shard, Work, count_rows, describe, named
 from llmjax.batch.tables import is_table
-from llmjax.errors import RequestError, ResumeError
+from llmjax.errors import RequestError, ResumeError, amount
 from llmjax.llm import LLM
 from llmjax.outside.interrupts import Interrupts
 from llmjax.outside.urls import local, shown_url
@@ -87,12 +87,13 @@ class Summary:
         """One line; ``what`` says what became of the rows that did not fail."""
         run, (rows, failed, prompt, completion) = self.run, self.totals
         generate = max(run["seconds"] - run["compile_seconds"], 0.0)
-        kept = f" ({self.kept} of them earlier)" if self.kept else ""
-        tokens = f"{prompt} prompt tokens" if not completion else f"{prompt} prompt and {completion} answer tokens"
+        kept = f" ({self.kept:,} of them earlier)" if self.kept else ""
+        answers = f"{prompt:,} prompt and {amount(completion, 'answer token')}"
+        tokens = answers if completion else amount(prompt, "prompt token")
         speeds = rates(run)
         if run["decode_tokens"]:
             speeds[-1] += f" in {run['busy']:.0%} of the slots"
-        parts = [f"{rows - failed} rows {what}, {failed} failed{kept}", tokens, ", ".join(speeds)]
+        parts = [f"{amount(rows - failed, 'row')} {what}, {failed:,} failed{kept}", tokens, ", ".join(speeds)]
         parts.append(
             f"load {run['load_seconds']:.1f} s, compile {run['compile_seconds']:.1f} s, generate {generate:.1f} s"
         )

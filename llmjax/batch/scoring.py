@@ -12,6 +12,7 @@ from llmjax.batch import texts
 from llmjax.batch.rows import WHOLE, Shard
 from llmjax.batch.texts import Text
 from llmjax.checkpoint.identity import model_facts, runtime_facts
+from llmjax.errors import amount
 from llmjax.llm import LLM
 from llmjax.runtime.asking import Params
 from llmjax.runtime.outputs import Pooled, ScoreOutput
@@ -88,6 +89,6 @@ def describe(summary: dict[str, Any]) -> str:
         return "no token has another before it"
     number = {name: math.nan if value is None else value for name, value in summary.items()}
     return (
-        f"{number['tokens']} tokens, NLL {number['nll']:.5f} ± {number['nll_standard_error']:.5f}, "
+        f"{amount(summary['tokens'], 'token')}, NLL {number['nll']:.5f} ± {number['nll_standard_error']:.5f}, "
         f"perplexity {number['perplexity']:.4f} ± {number['perplexity_standard_error']:.4f}"
     )

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from llmjax.bench.measure import BenchReport, Measured, Spread
+from llmjax.errors import amount
 
 _HEAD = (
     *("phase", "tokens", "new", "cache", "slots", "tok/s", "min-max", "GB/s", "GFLOP/s", "of limit", "bound by"),
@@ -20,7 +21,7 @@ def to_text(report: BenchReport) -> str:
         ("model", f"{model['model']}, {model['parameters'] / 1e6:,.1f} million parameters"),
         ("weights", f"{', '.join(model['stored'])}, {_gb(model['weight_bytes'])}; numerics {model['numerics']}"),
         ("device", f"{device} ({runtime['platform']}); jax {runtime['versions']['jax']}"),
-        ("engine", f"{report.slots} slots, prefill in chunks of {report.chunk}"),
+        ("engine", f"{amount(report.slots, 'slot')}, prefill in chunks of {report.chunk}"),
         ("load", f"{report.load_seconds:.2f} s; compile {report.compile_seconds:.2f} s; peak memory {peak}"),
         (memory, f"{_spread(report.read_bytes_per_second, 1e9)} GB/s"),
     ]

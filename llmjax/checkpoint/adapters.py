@@ -12,6 +12,7 @@ from converters.readers.opening import open_source
 from llmjax.checkpoint.conversion import convert
 from llmjax.checkpoint.loading import find_model, load
 from llmjax.checkpoint.parameters import OnParameter
+from llmjax.errors import amount
 from llmjax.lora.adapter import TABLE, AnyLora, Delta, read_adapter, values_of
 from llmjax.quant.arrays import row_chunks
 from llmjax.quant.qtensor import QTensor, dequantize
@@ -62,7 +63,7 @@ class Check:
         if self.difference is not None:
             merged = f"merged and unmerged differ by {self.difference:.2g}"
         lines = [
-            f"{self.path}: fits; {len(self.modules)} weights, rank {_listed(ranks)}, scale {_listed(scales)}"
+            f"{self.path}: fits; {amount(len(self.modules), 'weight')}, rank {_listed(ranks)}, scale {_listed(scales)}"
             + (", with magnitudes (DoRA)" if any(m.dora for m in self.modules) else ""),
             *(
                 f"  {m.parameter:{width}}  r {m.rank:<4} scale {m.scale:<8.4g} max |dW| {m.largest:.3g}"

@@ -11,7 +11,7 @@ from converters.readers.litert import tflite
 from converters.readers.litert.tflite import Tensor, TfliteFile
 from converters.readers.mediapipe import package
 from converters.readers.mediapipe.package import Package, Part
-from llmjax.errors import CheckpointError, LlmjaxError, named, printable
+from llmjax.errors import CheckpointError, LlmjaxError, amount, named, printable
 from llmjax.litert import ports
 from llmjax.litert.graph import problems_of
 from llmjax.litert.loading import described, kind_of_part, read_tokenizer, tokenizers_of
@@ -68,14 +68,17 @@ class BundleReport:
             if facts:
                 lines += ["", title, *(f"  {key:28} {value!r}" for key, value in facts.items())]
         for found in self.graphs:
-            lines += ["", f"graph {found['part']}: {found['subgraphs']} subgraphs, {found['operators']} operators"]
+            size = f"{amount(found['subgraphs'], 'subgraph')}, {amount(found['operators'], 'operator')}"
+            lines += ["", f"graph {found['part']}: {size}"]
             for title in ("kinds", "quantization"):
                 counts = ", ".join(f"{name} {count}" for name, count in found[title].items())
                 lines += [f"  {title:12} {counts}"] if counts else []
             if found["context"]:
-                lines.append(f"  {'context':12} {found['context']} tokens in {len(found['caches'])} caches")
+                lines.append(
+                    f"  {'context':12} {amount(found['context'], 'token')} in {amount(len(found['caches']), 'cache')}"
+                )
             for signature in found["signatures"]:
-                lines.append(f"  {signature['name']}: {signature['operators']} operators")
+                lines.append(f"  {signature['name']}: {amount(signature['operators'], 'operator')}")
                 for title in ("inputs", "outputs"):
                     lines += [
                         f"    {title[:-1]:6} {port['name']:24} {port['type']:8} {list(port['shape'])}"

@@ -117,10 +117,39 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
             yield f"{prefix}{name}: was {_abridged(before)}, now {_abridged(now)}"
 
 
+# What leaves programs as they are: what is dumped, how many devices there are.
+_OTHER_FLAGS = "--xla_dump", "--xla_force_host_platform_device_count"
+# JAX's own settings that change what XLA makes of a program, as they are where nobody sets them.
+_OF_JAX = {
+    "jax_disable_most_optimizations": False,
+    "jax_exec_time_optimization_effort": 0.0,
+    "jax_memory_fitting_effort": 0.0,
+    "jax_optimization_level": "UNKNOWN",
+}
+
+
 def _compiler_flags() -> list[str]:
-    """But those that leave programs as they are: what is dumped, how many devices there are."""
-    others = "--xla_dump", "--xla_force_host_platform_device_count"
-    return sorted(flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(others))
+    """What the compiler is told by ``XLA_FLAGS``, or by the file that it names, and by JAX."""
+    text = os.environ.get("XLA_FLAGS", "").strip()
+    if text and not text.startswith("--"):
+        try:
+            text = Path(text).read_text(errors="replace")
+        except OSError:
+            text = ""
+    flags = [_without_path(flag) for flag in text.split() if not flag.startswith(_OTHER_FLAGS)]
+    values = jax.config.values
+    return sorted(flags + [f"{n}={values[n]}" for n, usual in _OF_JAX.items() if values.get(n, usual) != usual])
+
+
+def _without_path(flag: str) -> str:
+    """A flag that names a file with a hash of what that holds: where it lies is nobody's business."""
+    name, _, value = flag.partition("=")
+    if os.sep not in value:
+        return flag
+    try:
+        return f"{name}=sha256:{hashlib.sha256(Path(value).read_bytes()).hexdigest()}"
+    except OSError:  # a folder, of caches and the like
+        return f"{name}=..."
 
 
 def _quantization(model: Model, recipe: Recipe | None) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from llmjax.checkpoint.graph_source import open_checkpoint
 from llmjax.checkpoint.loading import find_model, fitting_plan, read_override
 from llmjax.checkpoint.parameters import Parameter, read_all
-from llmjax.errors import CheckpointError, ConfigError
+from llmjax.errors import CheckpointError, ConfigError, amount
 from llmjax.quant.arrays import row_chunks
 from llmjax.quant.qtensor import QTensor, dequantize
 from llmjax.quant.schemes import role_of
@@ -121,7 +121,8 @@ def to_text(found: list[Error]) -> str:
     """For a terminal: by parameter, then by role."""
     width = max(len(e.name) for e in found)
     lines = ["error of each tensor", _head(width), *(_line(e, width) for e in found if e.squares)]
-    lines += [f"  {sum(1 for e in found if not e.squares)} tensors are equal", "", roles_to_text(found, width)]
+    equal = sum(1 for e in found if not e.squares)
+    lines += [f"  {amount(equal, 'tensor')} {'is' if equal == 1 else 'are'} equal", "", roles_to_text(found, width)]
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmjax.cli import loading
 from llmjax.cli.flags import Verbs, add_verb, decoded, engine_flags, prompt_text, sampling_flags, sampling_given
-from llmjax.errors import RequestError
+from llmjax.errors import RequestError, amount
 
 if TYPE_CHECKING:
     from llmjax.llm import LLM
@@ -93,8 +93,8 @@ def _measured(llm: "LLM", wanted: bool, *more: str) -> Iterator[None]:
         told = (
             *more,
             f"compile {run['compile_seconds']:.1f} s",
-            f"prompt {run['prefill_tokens']:,} tokens{reused}, {rate(run, 'prefill'):,.1f} tok/s",
-            f"answer {run['decode_tokens']:,} tokens, {rate(run, 'decode'):,.1f} tok/s",
+            f"prompt {amount(run['prefill_tokens'], 'token')}{reused}, {rate(run, 'prefill'):,.1f} tok/s",
+            f"answer {amount(run['decode_tokens'], 'token')}, {rate(run, 'decode'):,.1f} tok/s",
             f"memory: {llm.engine.store.memory.describe()}",
             f"most of the process so far {peak / 1e9:,.2f} GB",
         )

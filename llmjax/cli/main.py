@@ -55,6 +55,11 @@ def _run(words: list[str]) -> int:
     except LlmjaxError as error:
         _tell(str(error))
         return 2
+    except RuntimeError as error:
+        if not str(error).startswith("Unable to initialize backend"):  # JAX's line for what JAX_PLATFORMS says
+            raise
+        _tell(str(error))
+        return 2
     except KeyboardInterrupt:
         print("llmjax: interrupted", file=sys.stderr)
         return 130

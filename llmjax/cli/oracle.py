@@ -7,7 +7,7 @@ from functools import partial
 
 from llmjax.cli import loading
 from llmjax.cli.flags import Verbs, add_verb, cache_flags, id_list, load_flags, prompt_text
-from llmjax.errors import RequestError
+from llmjax.errors import RequestError, amount
 from llmjax.outside.whole import write_text
 
 
@@ -78,7 +78,10 @@ def _trace(args: argparse.Namespace) -> int:
         warn_of_two_starts(ids, model.tokenizer)
     result = trace(model, ids, args.taps or ["*"])
     result.save(args.output)
-    print(f"{len(result.activations)} activations of {len(ids)} tokens in {args.output}", file=sys.stderr)
+    print(
+        f"{amount(len(result.activations), 'activation')} of {amount(len(ids), 'token')} in {args.output}",
+        file=sys.stderr,
+    )
     return 0
 
 
@@ -91,7 +94,7 @@ def _vectors(args: argparse.Namespace) -> int:
         tell(
             f"left out: {left['name']} of {left['tokens']:,} tokens: {left['shows']}; --longest {left['tokens']} has it"
         )
-    tell(f"{len(index['vectors'])} texts in {args.output}")
+    tell(f"{amount(len(index['vectors']), 'text')} in {args.output}")
     return 0
 
 

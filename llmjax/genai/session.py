@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
-from llmjax.errors import RequestError
+from llmjax.errors import RequestError, shown
 from llmjax.llm_inference import LlmInference, ResultListener, drawn
 from llmjax.lora.adapter import AnyLora
+from llmjax.outside.values import settle
 from llmjax.runtime.params import SamplingParams
 
 
@@ -79,7 +80,12 @@ class LlmInferenceSession:
           RequestError: an option is out of range or not supported, or the task is closed or busy.
           LoraError: the adapter is damaged or does not fit.
         """
-        options = options or LlmInferenceSessionOptions()
+        if not isinstance(llm_inference, LlmInference):
+            raise RequestError(f"llm_inference: expected an LlmInference, found {shown(llm_inference)}")
+        options = LlmInferenceSessionOptions() if options is None else options
+        if not isinstance(options, LlmInferenceSessionOptions):
+            raise RequestError(f"options: expected LlmInferenceSessionOptions, found {shown(options)}")
+        settle(options)
         for name in ("constraint_handle", "graph_options"):
             if getattr(options, name) is not None:
                 raise RequestError(f"{name}: not supported; leave it out")

@@ -15,7 +15,7 @@ import numpy as np
 from converters.readers.litert.options import COMPOSITE
 from converters.readers.litert.tflite import Operator, Signature, Subgraph, Tensor, TfliteFile
 from converters.readers.source import problems_error
-from llmjax.device import platform_of
+from llmjax.device import platform_of, usual_programs
 from llmjax.errors import CheckpointError, ConfigError, RequestError, named
 from llmjax.litert import attention
 from llmjax.litert.constants import Constants
@@ -203,6 +203,7 @@ class Graph:
         names = self.names(signature) if taps else {}
         wanted = {i: name for i, name in names.items() if self.matches(name, taps)}
 
+        @usual_programs()
         def run(weights: Any, inputs: Mapping[str, Any]) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
             values = self._run(weights, found.subgraph, {i: inputs[name] for name, i in found.inputs.items()})
             return (
@@ -264,6 +265,7 @@ class Graph:
             }
             jax.eval_shape(self.function(name), self.weights, inputs)
 
+    @usual_programs()
     def run(
         self, signature: str, inputs: Mapping[str, Any], taps: Sequence[str] = ()
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

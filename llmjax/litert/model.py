@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmjax.device import usual_programs
 from llmjax.errors import LoraError, RequestError
 from llmjax.litert.graph import numerics_for
 from llmjax.litert.module import MAIN, GraphModule, States
@@ -149,7 +150,7 @@ class GraphModel(Model):
           RequestError: there are interventions, or it is differentiated.
         """
         self.intervened(interventions)
-        ctx = Context(jnp.arange(ids.shape[1])[None], self.numerics)
+        ctx = Context(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], self.numerics)
         return self.module.apply({"params": _constant(params)}, ids, ctx)
 
     @functools.cached_property
@@ -189,6 +190,7 @@ class GraphModel(Model):
         self.intervened(interventions)
         return [self.follow(ids, prefill, f"row {index}")[0] for index, ids in enumerate(batch)]
 
+    @usual_programs()
     def follow(self, ids: Sequence[int], prefill: int = 0, what: str = "row") -> tuple[np.ndarray, States]:
         """The logits of one row, and the states it leaves: see ``logits``.
 

@@ -96,10 +96,10 @@ class GraphModule:
         Returns:
           outputs that are no states, the row's new states, and what ``taps`` name.
         """
-        place = jnp.arange(ports.length)
+        place = jnp.arange(ports.length, dtype=jnp.int32)
         real = place < length
         positions = jnp.where(real, start + place, 0)
-        seen = real[:, None] & (jnp.arange(ports.context) <= positions[:, None])
+        seen = real[:, None] & (jnp.arange(ports.context, dtype=jnp.int32)[None] <= positions[:, None])
         inputs = self.inputs(params, ports, states, jnp.where(real, ids, 0), positions, seen)
         outputs, found = self.graphs[MAIN].function(ports.name, taps)(params[MAIN], inputs)
         return (
@@ -165,7 +165,9 @@ class GraphModule:
         be scored."""
         params = variables["params"]
         if ctx.table is None:
-            return jax.vmap(lambda row: self.follow(params, self.empty(), row, jnp.arange(len(row)))[0])(ids)
+            return jax.vmap(
+                lambda row: self.follow(params, self.empty(), row, jnp.arange(len(row), dtype=jnp.int32))[0]
+            )(ids)
         cache = variables["cache"]
         pages = ctx.table[:, 0]
         rows = {name: leaf[pages] for name, leaf in cache.items()}

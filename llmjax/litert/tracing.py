@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmjax.device import usual_programs
 from llmjax.errors import RequestError
 from llmjax.litert.model import GraphModel
 from llmjax.litert.module import MAIN, States
 from llmjax.litert.ports import LOGITS
 
 
+@usual_programs()
 def activations(model: GraphModel, ids: np.ndarray, taps: Sequence[str]) -> dict[str, np.ndarray]:
     """Tensors by the names that the file has for them, and ``logits``, in the order of computation: ``[T, ...]``
     without a leading dimension of one.  Those that hold a row's states, caches and the like, are left out.

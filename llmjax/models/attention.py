@@ -86,7 +86,7 @@ class Scores:
           ``(scores, mask)``, scores as products, mask broadcastable to them.
         """
         dtype = jnp.float32 if self.fused else ctx.numerics.activations
-        scores = (products.astype(dtype) * jnp.float32(self.scale)).astype(dtype)
+        scores = (products.astype(dtype).astype(jnp.float32) * jnp.float32(self.scale)).astype(dtype)
         if self.alibi:
             if slopes is None:
                 num_kv, groups = products.shape[1:3]
@@ -104,8 +104,8 @@ class Scores:
 
 def softcap(x: jax.Array, cap: float) -> jax.Array:
     """``cap * tanh(x / cap)``, every step rounded to x's dtype; Triton has no tanh of 16 bits."""
-    y = jnp.tanh((x / jnp.float32(cap)).astype(x.dtype).astype(jnp.float32)).astype(x.dtype)
-    return (y * jnp.float32(cap)).astype(x.dtype)
+    y = jnp.tanh((x.astype(jnp.float32) / jnp.float32(cap)).astype(x.dtype).astype(jnp.float32)).astype(x.dtype)
+    return (y.astype(jnp.float32) * jnp.float32(cap)).astype(x.dtype)
 
 
 def _alibi_bias(slopes: jax.Array, keys: jax.Array, rounded: bool) -> jax.Array:
@@ -113,7 +113,7 @@ def _alibi_bias(slopes: jax.Array, keys: jax.Array, rounded: bool) -> jax.Array:
     (transformers' build_alibi_tensor)."""
     positions = keys.astype(jnp.float32)[:, None, None, None]
     round_ = partial(rounded_off, bits=16) if rounded else lambda x: x  # to bfloat16
-    return round_(round_(slopes) * round_(positions))
+    return round_(round_(lax.broadcast_to_rank(slopes, positions.ndim)) * round_(positions))
 
 
 def _grouped(q: jax.Array, num_kv: int) -> jax.Array:
@@ -151,7 +151,7 @@ def dense_attention(
     """
     dtype = q.dtype
     products = _einsum("BKGTH,BSKH->BKGTS", _grouped(q, k.shape[2]), k)
-    s, mask = scores(products, ctx.positions, jnp.arange(k.shape[1])[None], ctx)
+    s, mask = scores(products, ctx.positions, jnp.arange(k.shape[1], dtype=jnp.int32)[None], ctx)
     s = jnp.where(mask, s, MASKED)
     if scores.fused:
         unnormalised = jnp.exp(s - lax.stop_gradient(jnp.max(s, -1, keepdims=True)))
@@ -241,7 +241,7 @@ def _folded(
         start = (first + turn) * block
         keys, values = cut(cache_k, "k", start, block, ctx), cut(cache_v, "v", start, block, ctx)
         products = product(rows, from_storage(keys, dtype)).reshape(*qg.shape[:-1], block)
-        s, mask = scores(products, ctx.positions, start[:, None] + jnp.arange(block), ctx)
+        s, mask = scores(products, ctx.positions, start[:, None] + jnp.arange(block, dtype=jnp.int32)[None], ctx)
         new_top = jnp.maximum(top, jnp.max(jnp.where(mask, s, MASKED), -1, keepdims=True))
         p = jnp.where(mask, jnp.exp(s - new_top), 0.0)
         shrink = jnp.exp(top - new_top)
@@ -287,7 +287,7 @@ def _by_others(
     """
     keys, values = (from_storage(whole(cache, name, ctx), qg.dtype) for cache, name in ((cache_k, "k"), (cache_v, "v")))
     products = _einsum("BKGTH,BKSH->BKGTS", qg, keys)
-    s, mask = scores(products, ctx.positions, jnp.arange(keys.shape[2])[None], ctx)
+    s, mask = scores(products, ctx.positions, jnp.arange(keys.shape[2], dtype=jnp.int32)[None], ctx)
     probs = jnp.where(mask, jnp.exp(s - top) / total, 0.0).astype(ctx.numerics.activations)
     # What a token does not see may be nobody's: a page that no row has yet, or has no more.
     change = jnp.where(mask, seen(probs) - probs, 0)
@@ -321,7 +321,7 @@ def masked_attention(
     num_kv, size = cache_k.shape[1:3]
     rows = q.transpose(0, 2, 1, 3).reshape(1, num_kv, -1, width)
     products = _row_products(rows, cache_k).reshape(1, num_kv, heads // num_kv, count, size)
-    s, mask = scores(products, ctx.positions, jnp.arange(size)[None], ctx)
+    s, mask = scores(products, ctx.positions, jnp.arange(size, dtype=jnp.int32)[None], ctx)
     assert ctx.mask is not None
     probs = seen(softmax(s + (ctx.mask[:, :, None] + jnp.where(mask, 0.0, -1e4))))
     out = _row_products(probs.reshape(1, num_kv, -1, size), cache_v)

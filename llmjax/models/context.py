@@ -61,7 +61,7 @@ class Context(struct.PyTreeNode):
     @classmethod
     def whole(cls, ids: jax.Array, numerics: Numerics, **rest: Any) -> "Context":
         """Of whole texts ``ids [B, T]``, from their first tokens on; ``rest`` are other attributes."""
-        return cls(jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape), numerics, **rest)
+        return cls(jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape), numerics, **rest)
 
     @property
     def tokens(self) -> jax.Array:

@@ -18,7 +18,7 @@ from jax import lax
 
 from llmjax.device import by_device
 from llmjax.models.context import Context, tap
-from llmjax.models.layers import Kernel, Projection, RMSNorm, parameter, sigmoid
+from llmjax.models.layers import Kernel, Projection, RMSNorm, over, parameter, sigmoid
 from llmjax.models.pages import carried, put_carried
 
 _L2_EPS = 1e-6
@@ -54,9 +54,9 @@ class GatedDelta(nn.Module):
         gate = Projection(values, name="gate")(x, ctx)
         beta = sigmoid(Projection(self.value_heads, name="beta")(x, ctx))
         rate = Projection(self.value_heads, name="decay")(x, ctx).astype(jnp.float32)
-        rate = rate + parameter(self, "dt_bias", nn.initializers.ones, (self.value_heads,)).astype(jnp.float32)
+        bias = parameter(self, "dt_bias", nn.initializers.ones, (self.value_heads,)).astype(jnp.float32)
         speed = jnp.exp(parameter(self, "a_log", nn.initializers.zeros, (self.value_heads,)).astype(jnp.float32))
-        decay = -speed * jax.nn.softplus(rate)  # its logarithm
+        decay = over(-speed, rate) * jax.nn.softplus(rate + over(bias, rate))  # its logarithm
 
         qkv = tap(self, "convolved", self.activation(self._convolved(qkv, ctx)))
         q, k, v = jnp.split(qkv, (keys, 2 * keys), -1)
@@ -72,7 +72,7 @@ class GatedDelta(nn.Module):
         count = self.kernel - 1
         before = carried(self, "before", (count, x.shape[-1]), ctx)
         x = jnp.concatenate([before.astype(x.dtype), x], 1)
-        ends = _new_tokens(ctx)[:, None] + jnp.arange(count)
+        ends = _new_tokens(ctx)[:, None] + jnp.arange(count, dtype=jnp.int32)[None]
         put_carried(self, "before", jnp.take_along_axis(x, ends[..., None], 1), ctx)
         return Kernel(self.kernel, name="kernel")(x)
 
@@ -83,7 +83,7 @@ class GatedDelta(nn.Module):
         G]``."""
         batch, tokens = v.shape[:2]
         heads = (self.key_heads, self.value_heads // self.key_heads)
-        padding = (jnp.arange(tokens) >= _new_tokens(ctx)[:, None])[..., None]
+        padding = (jnp.arange(tokens, dtype=jnp.int32)[None] >= _new_tokens(ctx)[:, None])[..., None]
         beta, decay = (  # padding leaves the state as it is
             jnp.where(padding, 0, y.astype(jnp.float32)).reshape(batch, tokens, *heads) for y in (beta, decay)
         )
@@ -149,8 +149,8 @@ def _in_chunks(
     since = jnp.cumsum(decay, -2)  # of the state before the chunk
     left = jnp.exp(since)
     # Between one token and another: summed for each pair, as a difference of large sums would be no longer exact.
-    after = np.tri(size, k=-1, dtype=bool)
-    between = jnp.where(np.tri(size, dtype=bool), jnp.exp(jnp.cumsum(jnp.where(after, decay, 0), -2)), 0)
+    after, not_before = (np.tri(size, k=k, dtype=bool)[(None,) * 4] for k in (-1, 0))
+    between = jnp.where(not_before, jnp.exp(jnp.cumsum(jnp.where(after, decay, 0), -2)), 0)
 
     # What a token changes follows from what the others before it did: (1 + A) change = beta (v - left k S).
     alike = _product(k, _turned(k)) * between

@@ -96,8 +96,8 @@ def by_share(
       weights: ``[B, T, k]``, see ``Experts``.
       chosen: int32 ``[B, T, k]``.
     """
-    numbers = jnp.arange(len(jax.tree.leaves(stack)[0]))
-    shares = jnp.sum(jnp.where(chosen[..., None] == numbers, weights[..., None], 0), 2)
+    numbers = jnp.arange(len(jax.tree.leaves(stack)[0]), dtype=jnp.int32)
+    shares = jnp.sum(jnp.where(chosen[..., None] == numbers[None, None, None], weights[..., None], 0), 2)
 
     def one(total: jax.Array, of: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
         weights, share = of
@@ -177,7 +177,7 @@ def _in_kernels(
     count = len(jax.tree.leaves(stack)[0])
     tile = min(_MOST, kernel.pl.next_power_of_2(max(_TILE, chosen.size // count)))
     dealt = deal(chosen, count, tile)
-    asked = jnp.where(jnp.arange(len(dealt.numbers)) < dealt.used, dealt.numbers, count)
+    asked = jnp.where(jnp.arange(len(dealt.numbers), dtype=jnp.int32) < dealt.used, dealt.numbers, count)
 
     def times(rows: jax.Array | None, x: jax.Array, name: str) -> jax.Array:
         choice = kernel.Choice(asked, rows, tile)
@@ -224,10 +224,10 @@ def deal(chosen: jax.Array, count: int, tile: int) -> Dealt:
     tiles = jnp.cumsum(-(-counts // tile))  # of the experts up to each
     most = min(tokens * k, tokens * k // tile + count)
     # Of each tile its expert and its rows: not in the loop, where a GPU's host would wait for each search.
-    at = jnp.arange(most)
+    at = jnp.arange(most, dtype=jnp.int32)
     numbers_of = jnp.minimum(jnp.searchsorted(tiles, at, side="right", method="compare_all"), count - 1)
     before = jnp.where(numbers_of > 0, tiles[numbers_of - 1], 0)
-    places = (starts[numbers_of] + (at - before) * tile)[:, None] + jnp.arange(tile)
+    places = (starts[numbers_of] + (at - before) * tile)[:, None] + jnp.arange(tile, dtype=jnp.int32)[None]
     tokens_of = order[jnp.minimum(places, tokens * k - 1)] // k
     rank = jnp.argsort(order) - starts[jnp.minimum(numbers, count - 1)]  # of each pair, among its expert's
     first = (tiles - -(-counts // tile))[jnp.minimum(numbers, count - 1)]

@@ -33,6 +33,7 @@ from llmjax.models.layers import (
     Projection,
     WideRMSNorm,
     language_head,
+    over,
     parameter,
     scaled,
 )
@@ -146,17 +147,19 @@ class AltUp(nn.Module):
         count = self.config.streams
         mixing = self.prediction(self._modalities(streams[self.config.active], ctx), ctx)
         mixing = mixing.reshape(*mixing.shape[:-1], count, count, 1).astype(jnp.float32)
-        mixed = [sum(mixing[:, :, to, i] * streams[i] for i in range(count)) for to in range(count)]
+        mixed = [sum(mixing[:, :, to, i] * streams[i].astype(jnp.float32) for i in range(count)) for to in range(count)]
         return jnp.stack(mixed).astype(streams.dtype) + streams
 
     def correct(self, predicted: jax.Array, computed: jax.Array, ctx: Context) -> jax.Array:
         """Moves every stream by what was computed beyond the prediction of the active one."""
         coefficients = self.correction(self._modalities(computed, ctx), ctx) + 1
-        return predicted + (computed - predicted[self.config.active]) * jnp.moveaxis(coefficients, -1, 0)[..., None]
+        return (
+            predicted + (computed - predicted[self.config.active])[None] * jnp.moveaxis(coefficients, -1, 0)[..., None]
+        )
 
     def scaled(self, x: jax.Array) -> jax.Array:
         """The active stream as the layer's own input meets it."""
-        return x * self.scale.astype(x.dtype) if self.config.correct_scale else x
+        return x * over(self.scale.astype(x.dtype), x) if self.config.correct_scale else x
 
 
 class Laurel(nn.Module):
@@ -220,7 +223,7 @@ class Block(nn.Module):
         streams = altup.correct(predicted, x, ctx)
         branch = PerLayerBranch(ACTIVATIONS[c.hidden_activation], c.rms_norm_eps, name="per_layer")
         added = branch(altup.scaled(streams[c.active]), own, ctx)
-        streams = jnp.concatenate([streams[:1], streams[1:] + added])
+        streams = jnp.concatenate([streams[:1], streams[1:] + added[None]])
         streams = tap(self, "streams", streams.transpose(1, 2, 0, 3)).transpose(2, 0, 1, 3)
         return streams.at[c.active].set(tap(self, "resid", streams[c.active])), given
 

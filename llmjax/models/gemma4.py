@@ -27,6 +27,7 @@ from llmjax.models.layers import (
     Projection,
     WideRMSNorm,
     language_head,
+    over,
     parameter,
     rms_normalised,
 )
@@ -176,7 +177,7 @@ class Router(nn.Module):
         c = self.config
         scale = parameter(self, "scale", nn.initializers.ones, (c.hidden_size,))
         each = parameter(self, "per_expert_scale", nn.initializers.ones, (c.experts,))
-        x = rms_normalised(x, c.rms_norm_eps).astype(x.dtype) * scale.astype(x.dtype)
+        x = rms_normalised(x, c.rms_norm_eps).astype(x.dtype) * over(scale.astype(x.dtype), x)
         x = (x.astype(jnp.float32) * c.hidden_size**-0.5).astype(x.dtype)
         scores = Projection(c.experts, name="project")(x, ctx)
         weights, chosen = largest(jax.nn.softmax(scores.astype(jnp.float32), -1), c.experts_used)
@@ -228,7 +229,7 @@ class Block(nn.Module):
             x = tap(self, "resid_mlp", x)
             x = x + PerLayerBranch(activation, c.rms_norm_eps, name="per_layer")(x, own, ctx)
         scale = parameter(self, "scale", nn.initializers.ones, (1,))
-        return tap(self, "resid", x * scale.astype(x.dtype)), given
+        return tap(self, "resid", x * over(scale.astype(x.dtype), x)), given
 
 
 class Gemma4(nn.Module):

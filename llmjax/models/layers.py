@@ -63,7 +63,7 @@ class Projection(nn.Module):
             product = checkpoint_name(product, PROJECTED)
         y = product.astype(ctx.numerics.activations) if self.bias_apart else product
         if self.bias:
-            y = y + parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(y.dtype)
+            y = y + over(parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(y.dtype), y)
         y = y.astype(ctx.numerics.activations)
         y = with_lora(self, y, x, product, weight, ctx)
         if ctx.recompute is not None and not dora:
@@ -107,7 +107,7 @@ class Embedding(nn.Module):
     def attend(self, x: jax.Array, ctx: Context, bias: jax.Array | None = None) -> jax.Array:
         """``[B, T, D] -> [B, T, V]``, ``bias [V]`` added where the head has one."""
         y = product = matmul(x, self.weight, ctx.numerics)
-        y = (y if bias is None else y + bias.astype(y.dtype)).astype(ctx.numerics.activations)
+        y = (y if bias is None else y + over(bias.astype(y.dtype), y)).astype(ctx.numerics.activations)
         return with_lora(self, y, x, product, self.weight, ctx)
 
 
@@ -126,7 +126,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = parameter(self, "weight", nn.initializers.ones, (x.shape[-1],))
-        return tap(self, "", weight.astype(x.dtype) * rms_normalised(x, self.eps).astype(x.dtype))
+        return tap(self, "", over(weight.astype(x.dtype), x) * rms_normalised(x, self.eps).astype(x.dtype))
 
 
 class WideRMSNorm(nn.Module):
@@ -137,7 +137,7 @@ class WideRMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = parameter(self, "weight", nn.initializers.ones, (x.shape[-1],))
-        return tap(self, "", (weight.astype(jnp.float32) * rms_normalised(x, self.eps)).astype(x.dtype))
+        return tap(self, "", (over(weight.astype(jnp.float32), x) * rms_normalised(x, self.eps)).astype(x.dtype))
 
 
 class UnitOffsetRMSNorm(nn.Module):
@@ -148,8 +148,13 @@ class UnitOffsetRMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = parameter(self, "weight", nn.initializers.zeros, (x.shape[-1],))
-        y = rms_normalised(x, self.eps) * (1.0 + weight.astype(jnp.float32))
+        y = rms_normalised(x, self.eps) * over(1.0 + weight.astype(jnp.float32), x)
         return tap(self, "", y.astype(x.dtype))
+
+
+def over(vector: jax.Array, x: jax.Array) -> jax.Array:
+    """A vector of the last dimension of ``x``, with as many dimensions as that: JAX can be told to ask for them."""
+    return jax.lax.broadcast_to_rank(vector, x.ndim)
 
 
 def rms_normalised(x: jax.Array, eps: float) -> jax.Array:
@@ -167,9 +172,9 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = parameter(self, "weight", nn.initializers.ones, (x.shape[-1],))
-        y = standardised(x, self.eps) * weight.astype(jnp.float32)
+        y = standardised(x, self.eps) * over(weight.astype(jnp.float32), x)
         if self.bias:
-            y = y + parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+            y = y + over(parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32), y)
         return tap(self, "", y.astype(x.dtype))
 
 
@@ -270,9 +275,9 @@ class Kernel(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = parameter(self, "weight", _normal, (x.shape[-1], self.size)).astype(jnp.float32)
         count = x.shape[1] - self.size + 1
-        y = sum(x[:, i : i + count].astype(jnp.float32) * weight[:, i] for i in range(self.size))
+        y: Any = sum(x[:, i : i + count].astype(jnp.float32) * over(weight[:, i], x) for i in range(self.size))
         if self.bias:
-            y = y + parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32)
+            y = y + over(parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)).astype(jnp.float32), x)
         return y.astype(x.dtype)
 
 
@@ -337,7 +342,7 @@ def gelu_new(x: jax.Array) -> jax.Array:
     """GELU's tanh form with every step rounded to x's dtype, as transformers writes it out under this name."""
 
     def times(a: jax.Array, b: float) -> jax.Array:  # the constants stay float32
-        return (a * jnp.float32(b)).astype(x.dtype)
+        return (a.astype(jnp.float32) * jnp.float32(b)).astype(x.dtype)
 
     return times(x, 0.5) * (1 + jnp.tanh(times(x + times(x * x * x, 0.044715), (2 / math.pi) ** 0.5)))
 

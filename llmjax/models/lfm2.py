@@ -121,7 +121,7 @@ class ShortConvolution(nn.Module):
         cache = kept(self, "x", x[:, :, None], ctx)
         if ctx.table is None and ctx.mask is None:
             return jnp.pad(x, ((0, 0), (count, 0), (0, 0)))
-        places = ctx.positions[:, :1] - count + jnp.arange(count)
+        places = ctx.positions[:, :1] - count + jnp.arange(count, dtype=jnp.int32)[None]
         before = tokens(cache, jnp.maximum(places, 0), ctx)[:, :, 0].astype(x.dtype)
         return jnp.concatenate([jnp.where(places[..., None] < 0, 0, before), x], 1)
 

@@ -62,7 +62,7 @@ class Rope:
         if isinstance(self.scaling, Dynamic | LongRope):
             frequencies = self.scaling.frequencies(self.theta, self.dims, ctx.tokens)[:, None]
         else:
-            frequencies = jnp.asarray(self.frequencies())
+            frequencies = jnp.asarray(self.frequencies())[None, None]
         angles = ctx.positions[..., None].astype(jnp.float32) * frequencies
         factor = 1.0 if self.scaling is None else self.scaling.attention_factor
         cos, sin = ((f(angles) * jnp.float32(factor))[:, :, None, :].astype(x.dtype) for f in (jnp.cos, jnp.sin))

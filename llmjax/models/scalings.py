@@ -114,7 +114,7 @@ class Dynamic:
         length = jnp.maximum(tokens, self.original).astype(jnp.float32)
         growth = (jnp.float32(self.factor) * length / self.original) - (self.factor - 1)
         base = jnp.float32(theta) * growth ** (dims / (dims - 2))
-        return 1 / base[:, None] ** jnp.asarray(_exponents(dims))
+        return 1 / base[:, None] ** jnp.asarray(_exponents(dims))[None]
 
     def kind(self, tokens: int) -> int:
         """Equal for texts whose tokens turn by the same angles."""
@@ -142,7 +142,7 @@ class LongRope:
         """See the module."""
         powers = np.power(np.float32(theta), _exponents(dims))
         short, long = (np.float32(1.0) / (np.array(f, np.float32) * powers) for f in (self.short, self.long))
-        return jnp.where((tokens > self.original)[:, None], long, short)
+        return jnp.where((tokens > self.original)[:, None], long[None], short[None])
 
     def kind(self, tokens: int) -> int:
         """Equal for texts whose tokens turn by the same angles."""

@@ -66,7 +66,7 @@ def scanned(apply: Apply, blocks: Sequence[nn.Module], x: Any, ctx: Context, own
         return x, None
 
     step = jax.checkpoint(turn, policy=_KEPT[ctx.recompute], prevent_cse=False)
-    places = (jnp.arange(turns), learned)
+    places = (jnp.arange(turns, dtype=jnp.int32), learned)
     if _kind(jax.eval_shape(step, x, jax.tree.map(lambda leaf: leaf[0], places))[0]) != _kind(x):
         return x, 0  # what travels grows on its way
     x, _ = lax.scan(step, x, places)

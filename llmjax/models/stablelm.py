@@ -20,6 +20,7 @@ from llmjax.models.layers import (
     GatedMLP,
     LayerNorm,
     language_head,
+    over,
     parameter,
     standardised,
 )
@@ -68,7 +69,7 @@ class LayerNormPerHead(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         weight = parameter(self, "weight", nn.initializers.ones, x.shape[-2:])
-        return tap(self, "", (standardised(x, self.eps) * weight.astype(jnp.float32)).astype(x.dtype))
+        return tap(self, "", (standardised(x, self.eps) * over(weight.astype(jnp.float32), x)).astype(x.dtype))
 
 
 class Block(nn.Module):

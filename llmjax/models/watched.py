@@ -70,7 +70,9 @@ class Program:
         found = interceptors()
         key = tuple(map(id, found))  # kept beside the program, so that none of them takes another's id
         program = self._watched.setdefault(key, (self._made(), found))[0] if found else self._plain
-        with in_memory("a run of the model", self._lower):
+        # Operation by operation (JAX_DISABLE_JIT) the bits would be others; who wants to stop in the middle of a model
+        # calls it as a function (``Model.apply``).
+        with in_memory("a run of the model", self._lower), jax.disable_jit(False):
             return program(*args)
 
     def forget(self, everything: bool = False) -> bool:

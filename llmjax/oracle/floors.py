@@ -16,7 +16,7 @@ import numpy as np
 
 from llmjax.errors import RequestError, shown
 from llmjax.models.context import Context
-from llmjax.models.layers import Projection
+from llmjax.models.layers import Projection, over
 from llmjax.models.rope import Rope
 from llmjax.numerics import Numerics
 from llmjax.oracle.stages import Edit, Hook, Params
@@ -84,7 +84,7 @@ class _Nudged:
     rope: Rope
 
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
-        nudged = ctx.positions * jnp.float32(1 + 2**-23)
+        nudged = ctx.positions.astype(jnp.float32) * jnp.float32(1 + 2**-23)
         return self.rope(x, ctx.replace(positions=nudged, length=ctx.tokens))
 
 
@@ -120,7 +120,7 @@ def _other_order() -> Edit:
 
 def _ties_upwards(x: jax.Array) -> jax.Array:
     """Of experts with one score the last is chosen, not the first: 16 bits often tie, and who wins is no law."""
-    return x + 1e-6 * jnp.max(jnp.abs(x), -1, keepdims=True) * jnp.arange(x.shape[-1])
+    return x + 1e-6 * jnp.max(jnp.abs(x), -1, keepdims=True) * over(jnp.arange(x.shape[-1], dtype=x.dtype), x)
 
 
 def _narrow(dtype: Any) -> tuple[Edit, ...]:

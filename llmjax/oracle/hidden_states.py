@@ -23,6 +23,7 @@ from llmjax.models.interventions import Interventions, tap_places
 from llmjax.models.tree import named
 from llmjax.models.watched import Program
 from llmjax.oracle.steps import order
+from llmjax.outside.paths import checked_path
 from llmjax.outside.whole import whole_folder
 
 # Tokens that are computed together, padding among them.
@@ -106,10 +107,11 @@ def hidden_states(
         raise RequestError(f"dtype: expected {' or '.join(_DTYPES)}, found {shown(dtype)}")
     if isinstance(batch, str | bytes) or not isinstance(batch, Iterable):
         raise RequestError(f"batch: expected token id lists, found {shown(batch)}")
+    place = checked_path("output", output, RequestError)
     names = _chosen(model, taps)
     model = model.intervened(interventions)
     program = Program(_collector(model, names, dtype), compiler_options=model.compiler_options)
-    with whole_folder(Path(output), RequestError) as folder, contextlib.ExitStack() as stack:
+    with whole_folder(place, RequestError) as folder, contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(_Array(folder / f"{name}.npy", dtype)) for name in names}
         ids_file = stack.enter_context(_Array(folder / "token_ids.npy", "int32"))
         rows, groups = [0], defaultdict[int, list[tuple[int, np.ndarray]]](list)
@@ -146,7 +148,7 @@ def hidden_states(
             "tokens": rows[-1],
         }
         (folder / "manifest.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    return HiddenStates(Path(output))
+    return HiddenStates(place)
 
 
 def _together(width: int) -> int:

@@ -3,6 +3,8 @@
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
+from llmjax.errors import amount
+
 if TYPE_CHECKING:
     from llmjax.oracle.comparison import Comparison
 
@@ -56,9 +58,9 @@ def coverage(report: "Comparison") -> str:
     """One line."""
     found = report.coverage
     percent = 100 * found["taps"] / max(1, found["of"])
-    line = f"{found['taps']} of {found['of']} taps ({percent:.0f} %), {found['tokens']} tokens"
+    line = f"{found['taps']} of {found['of']} taps ({percent:.0f} %), {amount(found['tokens'], 'token')}"
     if "file" in found:
-        line += f", {found['positions']} positions"
+        line += f", {amount(found['positions'], 'position')}"
     if "texts" in found:
         line += ", {} of {} texts".format(*found["texts"])
     if "file" in found:

@@ -156,7 +156,7 @@ class Stages:
         return {name: found[name] for name in sorted(found, key=order)}
 
     def _context(self, edit: "Edit") -> Context:
-        return Context(jnp.arange(len(self.ids))[None], edit.numerics(self.model.numerics))
+        return Context(jnp.arange(len(self.ids), dtype=jnp.int32)[None], edit.numerics(self.model.numerics))
 
     def stage_of(self, tap: str) -> int:
         """Which stage computes it."""

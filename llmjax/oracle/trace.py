@@ -27,7 +27,7 @@ from flax import linen as nn
 
 from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.device import platform_of
-from llmjax.errors import RequestError, shown
+from llmjax.errors import RequestError, amount, shown
 from llmjax.litert import tracing
 from llmjax.litert.model import GraphModel
 from llmjax.model import Model, check_ids
@@ -38,6 +38,7 @@ from llmjax.models.tree import named
 from llmjax.models.watched import Program
 from llmjax.numerics import Numerics
 from llmjax.oracle.steps import order
+from llmjax.outside.paths import checked_path
 from llmjax.outside.whole import whole_folder
 
 # Of logits float32 [T, V], a number.
@@ -62,7 +63,7 @@ class Trace:
     def __repr__(self) -> str:
         names = list(self.activations)
         tokens = len(self.manifest["token_ids"])
-        return f"Trace({len(names)} activations of {tokens} tokens: {names[0]} to {names[-1]})"
+        return f"Trace({amount(len(names), 'activation')} of {amount(tokens, 'token')}: {names[0]} to {names[-1]})"
 
     def save(self, directory: str | Path) -> None:
         """Writes ``activations.safetensors`` and ``manifest.json`` into a new directory that appears only when whole;
@@ -79,7 +80,7 @@ class Trace:
             {name: np.asarray(x, order="C") for name, x in arrays.items()}
             for arrays in (self.activations, self.gradients)
         )
-        with whole_folder(Path(directory), RequestError) as folder:
+        with whole_folder(checked_path("directory", directory, RequestError), RequestError) as folder:
             try:
                 save_file(dense, folder / "activations.safetensors")
                 if slopes:  # apart: a dump's own arrays are activations

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.errors import RequestError
+from llmjax.errors import RequestError, amount
 from llmjax.llm import LLM
 from llmjax.model import Model
 from llmjax.models.rope import Rope
 from llmjax.models.scalings import Dynamic, LongRope
 from llmjax.oracle.trace import bytes_of, trace
+from llmjax.outside.paths import checked_path
 from llmjax.outside.values import POSITIVE, check
 from llmjax.outside.whole import whole_folder
 from llmjax.runtime.params import SamplingParams
@@ -146,7 +147,7 @@ def write(
     progress(f"{len(found)} texts: up to {size / 1e6:,.1f} MB of memory for one, about {total / 1e6:,.1f} MB on disk")
     found += _drawn(model, next(v for v in every if v.name == "text"), longest)
     index: dict[str, Any] = {"schema": 1, "vectors": [], "left_out": [_entry(v) for v in left]}
-    with whole_folder(Path(directory), RequestError) as folder:
+    with whole_folder(checked_path("directory", directory, RequestError), RequestError) as folder:
         for vector in found:
             result = trace(model, vector.ids, taps)
             facts = {**_entry(vector), "text": vector.text}
@@ -155,7 +156,7 @@ def write(
                 facts["margins"] = _margins(vector, full.activations["logits"])
             dataclasses.replace(result, manifest={**result.manifest, **facts}).save(folder / vector.name)
             index["vectors"].append(_entry(vector))
-            progress(f"{vector.name}: {len(vector.ids)} tokens: {vector.shows}")
+            progress(f"{vector.name}: {amount(len(vector.ids), 'token')}: {vector.shows}")
         (folder / "vectors.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return index
 

@@ -117,9 +117,9 @@ def _in_sums(x: jax.Array, q: QTensor) -> jax.Array:
     plain = q.scales.shape[1] == 1 and q.offsets is None
     parts = halves(q.replace(scales=jnp.ones_like(q.scales)) if plain else q)
     y = jnp.stack([
-        jnp.sum(total(w * c for w, c in zip(parts, columns(row, q), strict=True)), -1) for row in x
+        jnp.sum(total(w * c[None] for w, c in zip(parts, columns(row, q), strict=True)), -1) for row in x
     ])  # fmt: skip
-    return y * q.scales.astype(jnp.float32)[:, 0] if plain else y
+    return y * q.scales.astype(jnp.float32)[None, :, 0] if plain else y
 
 
 def _in_bfloat16(x: jax.Array, q: QTensor) -> jax.Array:
@@ -137,7 +137,7 @@ def _in_bfloat16(x: jax.Array, q: QTensor) -> jax.Array:
         return total(jnp.split(y, len(x))[::-1])  # the small ones first
 
     if q.scales.shape[1] == 1 and q.offsets is None:
-        return product(found, [n.astype(jnp.bfloat16) for n in integers(q)]) * q.scales.astype(jnp.float32)[:, 0]
+        return product(found, [n.astype(jnp.bfloat16) for n in integers(q)]) * q.scales.astype(jnp.float32)[None, :, 0]
     large, small = zip(*(pieces(w, 2) for w in halves(q)), strict=True)
     return product(found[:1], small) + product(found[:2], large)
 

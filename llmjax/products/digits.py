@@ -101,10 +101,10 @@ def _integer_product(parts: list[jax.Array], q: QTensor) -> jax.Array:
 def _scaled(sums: jax.Array, digits: jax.Array, q: QTensor, count: int) -> jax.Array:
     """``scales * D + offsets * E`` of ``in_digits``, of int32 sums ``[count * rows, out]``."""
     rows = digits.shape[0] // count
-    y = _combined(sums, count, rows) * q.scales.astype(jnp.float32)[:, 0]
+    y = _combined(sums, count, rows) * q.scales.astype(jnp.float32)[None, :, 0]
     if q.offsets is not None:
         ones = jnp.sum(digits.astype(jnp.int32), -1, keepdims=True)
-        y = y + _combined(ones, count, rows) * q.offsets.astype(jnp.float32)[:, 0]
+        y = y + _combined(ones, count, rows) * q.offsets.astype(jnp.float32)[None, :, 0]
     return y
 
 

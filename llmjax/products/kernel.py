@@ -169,7 +169,7 @@ def _split(x: Any, pieces: Any, scales: Any) -> None:
     turns = pl.cdiv(width, block)
 
     def load(i: jax.Array, part: int) -> tuple[Any, jax.Array, jax.Array]:
-        at, there = pl.ds(i * block, block), i * block + jnp.arange(block) < width
+        at, there = pl.ds(i * block, block), i * block + jnp.arange(block, dtype=jnp.int32) < width
         return at, there, plt.load(x.at[row, at, np.int32(part)], mask=there, other=0.0)
 
     def largest(i: jax.Array, top: jax.Array) -> jax.Array:

@@ -45,7 +45,7 @@ def plain(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     def tiles(leaf: jax.Array) -> jax.Array:
         return jnp.concatenate([leaf[:whole], leaf[out - tile :]]).reshape(-1, tile, leaf.shape[1])
 
-    starts = jnp.minimum(jnp.arange(0, out, tile), out - tile)
+    starts = jnp.minimum(jnp.arange(0, out, tile, dtype=jnp.int32), out - tile)
     step = jax.checkpoint(multiply, prevent_cse=False)
     y = lax.map(lambda part: step(*part), (starts, jax.tree.map(tiles, floats)))
     return jnp.concatenate([y[:-1].swapaxes(0, 1).reshape(len(x), whole), y[-1, :, whole - out :]], -1)

@@ -58,7 +58,7 @@ def _some_rows(x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
         return _sum_of_products(x, parts, scales, weight.offsets.astype(jnp.float32))
     if scales.shape[1] > 1:
         return _sum_of_products(x, parts, scales)
-    return _sum_of_products(x, parts) * scales[:, 0]
+    return _sum_of_products(x, parts) * scales[None, :, 0]
 
 
 def _integers(q: QTensor) -> list[jax.Array]:
@@ -101,7 +101,7 @@ def _sum_of_products(
     terms = []
     for row in range(rows):
         for channel in range(together):
-            products = [w[channel] * c[row] for w, c in zip(wide, x, strict=True)]
+            products = [w[channel] * c[row][None] for w, c in zip(wide, x, strict=True)]
             if apart == 1:
                 products = [total(products)]
             terms += products if factors is None else [product * factors[channel] for product in products]

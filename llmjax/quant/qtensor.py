@@ -90,7 +90,8 @@ def _stored(q: QTensor) -> tuple[Any, ...]:
     low, high = q.values & np.uint8(15), q.values >> np.uint8(4)
     if q.fifth is not None:
         xp = jnp if isinstance(q.fifth, jax.Array) else np
-        bits = (q.fifth[..., None] >> xp.arange(8, dtype=np.uint8)) & np.uint8(1)
+        places = xp.arange(8, dtype=np.uint8).reshape((1,) * q.fifth.ndim + (8,))
+        bits = (q.fifth[..., None] >> places) & np.uint8(1)
         even, odd = xp.split(bits.reshape(*bits.shape[:-2], -1) << np.uint8(4), 2, axis=-1)
         low, high = low | even, high | odd
     return low, high

@@ -95,7 +95,7 @@ def decode(
         token, record = _choose(processor, state, forced[:, i])
         produced = Produced(
             i + 1,
-            produced.lengths + state.active,
+            produced.lengths + state.active.astype(jnp.int32),
             *(old.at[:, i].set(new) for old, new in zip(produced[2:], (token, *record), strict=True)),
         )
         return _advance(module, numerics, block, params, state, table, token), produced
@@ -144,7 +144,7 @@ def _advance(
     module: nn.Module, numerics: Numerics, block: int, params: Any, state: State, table: jax.Array, token: jax.Array
 ) -> State:
     """Feeds the chosen tokens and decides which rows go on."""
-    step = state.step + state.active
+    step = state.step + state.active.astype(jnp.int32)
     stops = jnp.take_along_axis(state.stops, token[:, None], -1)[:, 0]
     stopped = stops & (state.step >= state.min_tokens)
     active = state.active & ~stopped & (step < state.max_tokens)
@@ -155,7 +155,9 @@ def _advance(
     return state.replace(
         cache=out["cache"],
         logits=jnp.where(active[:, None], logits[:, 0].astype(jnp.float32), state.logits),
-        ids=state.ids.at[jnp.arange(token.shape[0]), place].set(token, mode="drop", unique_indices=True),
+        ids=state.ids.at[jnp.arange(token.shape[0], dtype=jnp.int32), place].set(
+            token, mode="drop", unique_indices=True
+        ),
         position=jnp.where(active, state.position + 1, state.position),
         step=step,
         active=active,

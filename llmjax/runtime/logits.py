@@ -178,8 +178,8 @@ def adjust(logits: jax.Array, controls: Controls, early: jax.Array, stops: jax.A
 
 def _completes_bad_word(bad_words: jax.Array, tokens: Tokens, shape: tuple[int, ...]) -> jax.Array:
     """bool ``[B, V]``: tokens that would complete one."""
-    rows = jnp.arange(shape[0])[:, None]
-    places = tokens.length[:, None] - jnp.arange(MAX_BAD_WORD_TOKENS - 1, 0, -1)
+    rows = jnp.arange(shape[0], dtype=jnp.int32)[:, None]
+    places = tokens.length[:, None] - jnp.arange(MAX_BAD_WORD_TOKENS - 1, 0, -1, dtype=jnp.int32)[None]
     recent = jnp.where(places >= tokens.prompt_length[:, None], tokens.ids[rows, places], -2)  # [B, M - 1]
     before, last = bad_words[..., :-1], bad_words[..., -1]
     found = jnp.all((before == recent[:, None]) | (before < 0), -1) & (last >= 0)
@@ -187,8 +187,8 @@ def _completes_bad_word(bad_words: jax.Array, tokens: Tokens, shape: tuple[int, 
 
 
 def _penalised(x: jax.Array, controls: Controls, tokens: Tokens) -> jax.Array:
-    rows, vocab = jnp.arange(x.shape[0])[:, None], x.shape[1]
-    places = jnp.arange(tokens.ids.shape[1])
+    rows, vocab = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None], x.shape[1]
+    places = jnp.arange(tokens.ids.shape[1], dtype=jnp.int32)[None]
     present = places < tokens.length[:, None]
     generated = present & (places >= tokens.prompt_length[:, None])
     nowhere = jnp.zeros(x.shape, jnp.int32)
@@ -196,4 +196,4 @@ def _penalised(x: jax.Array, controls: Controls, tokens: Tokens) -> jax.Array:
     count = nowhere.at[rows, jnp.where(generated, tokens.ids, vocab)].add(1, mode="drop")
     r, f, p = (c[:, None] for c in (controls.repetition, controls.frequency, controls.presence))
     x = jnp.where(seen, jnp.where(x > 0, x / r, x * r), x)
-    return x - f * count - p * (count > 0)
+    return x - f * count.astype(x.dtype) - p * (count > 0).astype(x.dtype)

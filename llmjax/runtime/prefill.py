@@ -47,7 +47,7 @@ def prefill(
     Returns:
       the state, and the logits float32 ``[V]`` that follow the chunk's last token, which are in the state as well.
     """
-    positions = start + jnp.arange(ids.shape[1])[None]
+    positions = start + jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
     ctx = Context(positions, numerics, block, table[None], slot, adapter=adapter[None], length=tokens[None])
     ctx = ctx.replace(last=length[None] - 1)
     logits, out = module.apply({"params": params, "cache": state.cache}, ids, ctx, mutable=["cache"])
@@ -114,7 +114,7 @@ def score_chunk(
       wanted: bool ``[]``, whether alternatives are.
       adapter: int32 ``[]``, see ``Context``.
     """
-    positions = start + jnp.arange(ids.shape[1])[None]
+    positions = start + jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
     aside = jnp.int32(state.active.shape[0])  # see ``State``
     ctx = Context(positions, numerics, block, table[None], aside, adapter=adapter[None], length=tokens[None])
     logits, out = module.apply({"params": params, "cache": state.cache}, ids, ctx, mutable=["cache"])

@@ -124,7 +124,7 @@ def most_likely(logits: jax.Array) -> jax.Array:
     """int32 ``[B]`` of ``[B, V]``: the lowest id among equals, as ``jnp.argmax``, which takes six times as long."""
     ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
     highest = logits == jnp.max(logits, -1, keepdims=True)
-    return jnp.min(jnp.where(highest, ids, ids[-1]), -1)
+    return jnp.min(jnp.where(highest, ids[None], ids[-1]), -1)
 
 
 def best_candidates(logits: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
@@ -162,7 +162,7 @@ def _weights(logits: jax.Array, top: jax.Array, temperature: jax.Array) -> jax.A
 
 def _kept(x: jax.Array, cumulative: jax.Array, mass: jax.Array, top_k: jax.Array, knobs: Knobs) -> jax.Array:
     """How many of the sorted candidates ``x [C]`` survive top-k, top-p and min-p (each keeps a prefix)."""
-    index = jnp.arange(x.shape[0])
+    index = jnp.arange(x.shape[0], dtype=jnp.int32)
     before = cumulative - x
     in_p = (knobs.top_p >= 1) | (before < knobs.top_p * mass)
     keep = (index < top_k) & in_p & (x >= knobs.min_p) & (x > 0) | (index == 0)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import jax
 
 from llmjax.checkpoint.identity import model_facts, runtime_facts
-from llmjax.errors import ConfigError, LoraError, OutputError, RequestError, ResumeError, TrainingError, shown
+from llmjax.errors import ConfigError, LoraError, OutputError, RequestError, ResumeError, TrainingError, lies_at, shown
 from llmjax.lora.apply import Lora
 from llmjax.model import Model
 from llmjax.outside.interrupts import Interrupts
@@ -206,7 +206,9 @@ class _Run:
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputError(f"{self.output}: cannot be made: {error.strerror}") from None
+            found = f"expected a directory, found {lies_at(self.output)}"
+            why = found if self.output.exists() else f"cannot be made: {error.strerror}"
+            raise OutputError(f"{self.output}: {why}") from None
         with contextlib.ExitStack() as stack:
             with _told(self.output / METRICS):
                 stack.enter_context(locked(self.output / METRICS))
@@ -243,7 +245,9 @@ class _Run:
                 if stop:
                     note(f"{self.output}: stopped after step {self.state.step} of {self.steps}; the same run goes on")
                     raise KeyboardInterrupt
-            self.progress.finished = self.progress.finished or f"all {self.steps} steps are done"
+            self.progress.finished = self.progress.finished or (
+                "its one step is done" if self.steps == 1 else f"all {self.steps} steps are done"
+            )
         except TrainingError as error:
             if self.output:
                 self._save(identity)
@@ -284,8 +288,11 @@ class _Run:
             self.metrics = [json.loads(line) for line in metrics.read_text().splitlines()]
             note(f"{self.output}: goes on after step {self.state.step} of {self.steps}")
         else:
-            if any((self.output / name).exists() for name in ("adapter_config.json", "adapter_model.safetensors")):
-                raise OutputError(f"{self.output}: holds an adapter that no run here made; name another directory")
+            # Beside a model's files an adapter would be taken for a part of it, by transformers for one.
+            adapter, held = "an adapter that no run here made", os.listdir(self.output)
+            taken = {"adapter_config.json": adapter, "adapter_model.safetensors": adapter, "config.json": "a model"}
+            if what := next((what for name, what in taken.items() if name in held), None):
+                raise OutputError(f"{self.output}: holds {what}; name another directory")
             with _told(metrics):
                 metrics.write_bytes(b"")
         return identity

@@ -33,7 +33,7 @@ def _adamw(c: "TrainConfig") -> optax.GradientTransformation:
             jax.tree.map(lambda old, g, b=b, power=power: b * old + (1 - b) * g**power, moment, gradients)
             for moment, b, power in ((state.mu, c.betas[0], 1), (state.nu, c.betas[1], 2))
         )
-        left, right = (-jnp.expm1(count * math.log(b)) if b else jnp.float32(1) for b in c.betas)
+        left, right = (-jnp.expm1(count.astype(jnp.float32) * math.log(b)) if b else jnp.float32(1) for b in c.betas)
         root = jnp.sqrt(right)
         direction = jax.tree.map(lambda m, v: (m / left) / (jnp.sqrt(v) / root + c.eps), mean, square)
         return direction, optax.ScaleByAdamState(count, mean, square)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from converters.readers.jsonfile import parse_json
-from llmjax.errors import LlmjaxError, RequestError, lfs_pointer, named, shown
+from llmjax.errors import LlmjaxError, RequestError, amount, lfs_pointer, named, shown
 from llmjax.model import Model, check_ids
 from llmjax.outside.paths import checked_path
 from llmjax.outside.values import plain
@@ -93,14 +93,16 @@ class Data:
         """What a person should know."""
         found = []
         if self.bad:
-            found.append(f"{self.where}: {len(self.bad)} of {len(self.bad) + len(self.examples)} rows are left out")
+            all_rows = amount(len(self.bad) + len(self.examples), "row")
+            are = "is" if len(self.bad) == 1 else "are"
+            found.append(f"{self.where}: {len(self.bad):,} of {all_rows} {are} left out")
             if not self.examples and len({bad.why for bad in self.bad}) == 1 < len(self.bad):
                 return [*found, f"  each of them: {self.bad[0].why}"]
             found += [f"  {bad}" for bad in self.bad[:_MOST]]
             found += [f"  and {len(self.bad) - _MOST} more"] if len(self.bad) > _MOST else []
         if self.unused:
             fields = ", ".join(
-                f"{named(str(name))} ({count} rows)" for name, count in sorted(self.unused.items(), key=str)
+                f"{named(str(name))} ({amount(count, 'row')})" for name, count in sorted(self.unused.items(), key=str)
             )
             found.append(f"{self.where}: fields that are not used: {fields}")
         return found

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llmjax.device import in_memory, platform_of
+from llmjax.device import in_memory, platform_of, usual_programs
 from llmjax.errors import TrainingError
 from llmjax.model import Model
 from llmjax.models.context import Context
@@ -140,10 +140,12 @@ class Programs:
         self._added = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
         self._norm = jax.jit(optax.tree.norm)
 
+    @usual_programs()
     def losses(self, factors: Factors, batch: Batch) -> np.ndarray:
         """Sums of each row's cross-entropies, float32 ``[B]``, nothing dropped."""
         return self._sums(self._losses, factors, batch)
 
+    @usual_programs()
     def referenced(self, batch: Batch) -> Batch:
         """The batch, if of pairs, with what the base says of its rows without the adapter."""
         if self._beta is None or batch.reference is not None:
@@ -155,6 +157,7 @@ class Programs:
         with in_memory("the loss of a batch", LOWER):
             return np.asarray(self._program(function, arguments)(*arguments))
 
+    @usual_programs()
     def gradients(self, factors: Factors, batch: Batch, count: int, key: jax.Array) -> tuple[Factors, jax.Array]:
         """The gradient of the batch's loss, the mean of ``count`` tokens or pairs, and the rows' sums of
         cross-entropies ``[B]``; a batch of pairs is one that ``referenced`` gave."""
@@ -163,6 +166,7 @@ class Programs:
             found: tuple[Factors, jax.Array] = self._program(self._gradients, arguments)(*arguments)
         return found
 
+    @usual_programs()
     def temporaries(self, factors: Factors, batch: Batch) -> int | None:
         """Bytes that the gradient of a batch of this shape takes beside what it is given; None where the device does
         not say."""
@@ -266,6 +270,7 @@ def train_step(programs: Programs, config: "TrainConfig") -> Step:
         direction, moments = transformation.update(clipped(gradients, norm, config.clip), moments, factors)
         return jax.tree.map(lambda p, d: p - rate * d, factors, direction), moments
 
+    @usual_programs()
     def step(state: State, group: Sequence[Batch], rate: float) -> tuple[State, Outcome]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         try:

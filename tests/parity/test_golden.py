@@ -1,5 +1,6 @@
 """Every architecture against what transformers computed once: no torch needed."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -29,6 +30,13 @@ def long_case(request):
 @pytest.fixture(scope="module", params=golden.some(QUICK))
 def quick_case(request):
     return request.param, golden.load(request.param)
+
+
+@pytest.fixture(autouse=True)
+def strict_jax():
+    """As who looks for mistakes in programs of their own has it: models say their ranks and dtypes."""
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
 
 
 def test_every_architecture_has_variants_and_every_variant_a_file():

@@ -206,6 +206,16 @@ def test_compiled_programs_are_kept_unless_told_otherwise(shared, capsys, monkey
     assert main(flags) == 0 and "jax_compilation_cache_dir" in kept
 
 
+def test_a_platform_that_jax_does_not_have(capsys, monkeypatch):
+    said = "Unable to initialize backend 'nonsense': Backend 'nonsense' is not in the list of known backends: ['cpu']."
+
+    def load(args, slots=None):
+        raise RuntimeError(said)  # as JAX does under JAX_PLATFORMS=nonsense
+
+    monkeypatch.setattr(loading, "load_llm", load)
+    assert failing(capsys, "generate", "--model", "x", "--prompt", "hi") == (2, f"llmjax: {said}\n")
+
+
 def test_bad_settings(capsys, smollm2_path):
     for flags, message in (
         (["--numerics", "exact"], "numerics: unknown profile 'exact'"),

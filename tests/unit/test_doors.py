@@ -137,7 +137,7 @@ def test_logits_of_what_is_no_batch(llm):
 
 
 def test_closed_twice(folder):
-    options = LlmInferenceOptions(str(folder), max_tokens=20)
+    options = LlmInferenceOptions(str(folder), max_tokens=np.int64(20))
     task = LlmInference.create_from_options(options)
     task.close()
     task.close()
@@ -147,6 +147,8 @@ def test_closed_twice(folder):
     assert repr(task) == "LlmInference(closed)"
     with pytest.raises(RequestError, match="^options: expected LlmInferenceOptions, found None"):
         LlmInference.create_from_options(None)
+    with pytest.raises(RequestError, match="^llm_inference: expected an LlmInference, found None"):
+        llmjax.LlmInferenceSession.create_from_options(None)
     with LlmInference.create_from_options(options) as task:
         for wrong in (5, ["x"]):
             with pytest.raises(LoraError, match="^lora: expected a path, found"):

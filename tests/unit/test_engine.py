@@ -20,7 +20,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def llm(model):
-    return roomy(LLM(model, max_batch=4, chunk=16, block=16))
+    return roomy(LLM(model, max_batch=np.int64(4), chunk=16, block=16))
 
 
 # Shorter than a chunk, at its border, across several, near the end of the context.
@@ -57,9 +57,9 @@ def test_rows_are_the_same_in_every_bit_alone_shuffled_and_among_others(llm):
     assert {k: v for k, v in results(llm, mixed).items() if k in together} == together
 
 
-def test_64_bits_change_nothing(model, llm):
+def test_what_a_process_asks_of_jax_changes_nothing(model, llm):
     request = requests(llm)[3]
-    with jax.enable_x64(True):  # as researchers have it
+    with jax.enable_x64(True), jax.disable_jit(True), jax.numpy_rank_promotion("raise"):  # as researchers have it
         wide = results(roomy(LLM(model, max_batch=4, chunk=16, block=16)), [request])
     assert wide == results(llm, [request])
 

@@ -1,6 +1,7 @@
 """Every output names what it came from: nothing that changes a number leaves it as it was."""
 
 import dataclasses
+import hashlib
 import json
 import pickle
 import shutil
@@ -210,13 +211,22 @@ def test_of_a_job(folder, tmp_path):
     assert "model.config.rms_norm_eps: was 1e-05, now 0.5" in text
 
 
-def test_what_the_compiler_is_told(monkeypatch):
+def test_what_the_compiler_is_told(monkeypatch, tmp_path):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     plain = runtime_facts()
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x --xla_force_host_platform_device_count=2")
     assert runtime_facts() == plain
     monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/tmp/x  --xla_cpu_enable_fast_math=true")
     assert list(differences(plain, runtime_facts())) == ['xla_flags: was null, now ["--xla_cpu_enable_fast_math=true"]']
+    told = runtime_facts()
+    (tmp_path / "flags").write_text("--xla_cpu_enable_fast_math=true\n--xla_dump_to=/tmp/x\n")
+    monkeypatch.setenv("XLA_FLAGS", str(tmp_path / "flags"))  # XLA reads them there
+    assert runtime_facts() == told
+    monkeypatch.setenv("XLA_FLAGS", f"--xla_a={tmp_path} --xla_b={tmp_path}/flags")
+    monkeypatch.setattr(type(jax.config), "values", {**jax.config.values, "jax_disable_most_optimizations": True})
+    sha256 = hashlib.sha256((tmp_path / "flags").read_bytes()).hexdigest()
+    flags = ["--xla_a=...", f"--xla_b=sha256:{sha256}", "jax_disable_most_optimizations=True"]
+    assert runtime_facts()["xla_flags"] == flags
 
 
 def test_trace_and_score(folder, tmp_path):

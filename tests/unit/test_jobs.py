@@ -146,6 +146,8 @@ def test_a_summary_tells_speeds_of_what_ran():
         "2 rows answered, 1 failed; 40 prompt and 9 answer tokens; "
         f"prefill 20 tok/s, decode 9 tok/s in 25% of the slots; {rest}"
     )
+    one = job.Summary(totals=Totals(1, 0, 2000, 1), run=run).describe()
+    assert one.startswith("1 row answered, 0 failed; 2,000 prompt and 1 answer token; ")
 
 
 def test_a_byte_order_mark(tmp_path):

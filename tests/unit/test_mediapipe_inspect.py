@@ -170,7 +170,7 @@ def test_task(tmp_path, capsys):
     assert found.problems[0] == "prefill_8: operator 0 (code 0 of 0) is not supported"
     assert main(["inspect", str(path)]) == 1
     text = capsys.readouterr().out
-    assert "prefill_8: 1 operators" in text and "input  tokens" in text and "[1, -1]" in text
+    assert "prefill_8: 1 operator\n" in text and "input  tokens" in text and "[1, -1]" in text
     assert main(["inspect", str(path), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["graphs"][0]["signatures"][1]["name"] == "decode"
 

@@ -297,7 +297,7 @@ def test_a_job_states_its_memory_and_keeps_to_it(files, capsys):
     assert main([*command, "--memory", str(budget), "--dry-run"]) == 1
     shown = capsys.readouterr()
     assert "1 cannot (0 of them too long for the context, 1 for the memory)" in shown.out
-    assert "1 rows may outgrow the memory" in shown.out
+    assert "1 row may outgrow the memory" in shown.out
     assert "line 2: memory: 901 tokens of one row take" in shown.out
     stated = LLM(path, max_batch=2, memory=budget).engine.store.memory.describe()
     assert "(768 tokens of 0.1 kB)" in stated

@@ -34,7 +34,7 @@ BAD = {
     "number": (5, "expected a path, found 5"),
 }
 # Doors that are tried with what is no text, too.
-ANY = ("load", "lora", "config", "inspect", "convert from", "output_dir")
+ANY = ("load", "lora", "config", "inspect", "convert from", "convert to", "trace", "output_dir")
 COVERAGE = {"taps": 0, "of": 0, "tokens": 0, "missing": []}
 
 

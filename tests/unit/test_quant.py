@@ -33,6 +33,12 @@ def small_weights_go_in_tiles(monkeypatch):
     monkeypatch.setattr("llmjax.products.tiles._SMALL_BYTES", 0)
 
 
+@pytest.fixture(autouse=True)
+def ranks_and_dtypes_are_said():
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
 def weight(out: int = 40, width: int = 128) -> np.ndarray:
     w = RNG.standard_normal((out, width)).astype(np.float32) + np.float32(0.2)
     w[3] = 0

@@ -44,7 +44,7 @@ def test_the_summary_of_many_tokens():
     pooled = Pooled()
     for _ in range(50):
         pooled.add([-1.0, -3.0] * 1000)
-    assert describe(pooled.to_dict()) == "100000 tokens, NLL 2.00000 ± 0.00316, perplexity 7.3891 ± 0.0234"
+    assert describe(pooled.to_dict()) == "100,000 tokens, NLL 2.00000 ± 0.00316, perplexity 7.3891 ± 0.0234"
     assert pooled.tokens == 100_000
 
 

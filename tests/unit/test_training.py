@@ -207,7 +207,8 @@ def test_a_run_that_was_cut_short_ends_in_the_same_bits(whole, model, tmp_path, 
         llmjax.finetune(model, rows(10), config, report=stop, note=notes.append, **arguments)
     assert not (tmp_path / "adapter_model.safetensors").exists()
     assert any(f"stopped after step {at} of 9; the same run goes on" in note for note in notes) == gently
-    again = llmjax.finetune(model, rows(10), config, note=notes.append, **arguments)
+    with jax.disable_jit(True), jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        again = llmjax.finetune(model, rows(10), config, note=notes.append, **arguments)
     state = at if gently else (at - 1) // 2 * 2
     assert any(f"goes on after step {state} of 9" in note for note in notes) == (at > 1)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -449,6 +450,11 @@ def test_no_adapter_is_written_over(model, whole, tmp_path):
     (tmp_path / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
     with pytest.raises(llmjax.LlmjaxError, match="holds an adapter that no run here made"):
         llmjax.finetune(model, rows(4), CONFIG, output=tmp_path)
+    (tmp_path / "adapter_config.json").rename(tmp_path / "config.json")
+    with pytest.raises(llmjax.LlmjaxError, match="holds a model; name another directory"):
+        llmjax.finetune(model, rows(4), CONFIG, output=tmp_path)
+    with pytest.raises(llmjax.LlmjaxError, match="config.json: expected a directory, found a file"):
+        llmjax.finetune(model, rows(4), CONFIG, output=tmp_path / "config.json")
 
 
 def test_it_goes_on_from_an_adapter(model, whole, tmp_path):
