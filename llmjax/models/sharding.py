@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from llmjax.device import knows_cuda
 from llmjax.errors import ConfigError, shown
 from llmjax.models.config import DecoderConfig
 from llmjax.outside.values import plain
@@ -29,13 +30,15 @@ def as_mesh(mesh: Any) -> Mesh | None:
     for none.
 
     Raises:
-      ConfigError: it is neither, or there are fewer devices.
+      ConfigError: it is neither, there are fewer devices, or they would run kernels of llmjax's own, which compute on
+        one.
     """
     if mesh is None:
         return None
     if isinstance(mesh, Mesh):
         if AXIS not in mesh.axis_names:
             raise ConfigError(f"mesh: expected an axis {AXIS!r} to split weights over, found {shown(mesh.axis_names)}")
+        _check_kernels(mesh.devices.flat[0], mesh.size)
         return mesh
     count, devices = plain(mesh), jax.devices()
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -44,7 +47,15 @@ def as_mesh(mesh: Any) -> Mesh | None:
         raise ConfigError(
             f"mesh: {count} devices are asked for, and JAX has {len(devices)} ({devices[0].platform}) here"
         )
+    _check_kernels(devices[0], count)
     return Mesh(np.array(devices[:count]), (AXIS,))
+
+
+def _check_kernels(device: jax.Device, count: int) -> None:
+    if count > 1 and device.platform == "gpu" and knows_cuda():
+        raise ConfigError(
+            "mesh: llmjax's own kernels compute on one card; set LLMJAX_KERNELS=0 in the environment to go without them"
+        )
 
 
 def mesh_of(params: Any) -> Mesh | None:

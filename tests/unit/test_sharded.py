@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 
 import llmjax
 from llmjax.errors import ConfigError
+from llmjax.models import sharding
 from tests.tiny import slow
 
 ROOT = Path(__file__).parents[2]
@@ -175,10 +177,17 @@ def test_loaded_onto_two_devices(case, quantize):
         (0, "mesh: expected a number of devices, or a jax.sharding.Mesh, found 0"),
         (True, "found True"),
         ("two", "found 'two'"),
-        (999, "mesh: 999 devices are asked for, JAX has"),
+        (999, "mesh: 999 devices are asked for, and JAX has"),
         (Mesh(np.array(jax.devices()[:1]), ("x",)), r"mesh: expected an axis 'model' .* found \('x',\)"),
     ],
 )
 def test_no_mesh(mesh, said):
     with pytest.raises(ConfigError, match=said):
         llmjax.load(CASES / "llama_dynamic_old", mesh=mesh)
+
+
+def test_kernels_are_for_one_card(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(platform="gpu")] * 2)
+    monkeypatch.setattr(sharding, "knows_cuda", lambda: True)
+    with pytest.raises(ConfigError, match="one card; set LLMJAX_KERNELS=0"):
+        llmjax.load(CASES / "llama_dynamic_old", mesh=2)
