@@ -77,8 +77,8 @@ class Lora(struct.PyTreeNode):
         if self.magnitude is None:
             return added
         norm = checkpoint_name(self.lengths(weight), PROJECTED) if self.norm is None else own.norm
-        factor = jnp.expand_dims(own.magnitude / norm, -2)
-        return (factor - 1) * product + factor * added
+        factor = (own.magnitude / norm).reshape(-1, 1, added.shape[-1])
+        return (factor - 1) * product.astype(jnp.float32) + factor * added
 
     def _low_rank(self, x: jax.Array) -> jax.Array:
         """``x [B, T, in] . (scale * B . A)^T``, of an adapter for all rows, or of each row's own."""

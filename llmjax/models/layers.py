@@ -78,7 +78,7 @@ def with_lora(
     if not module.has_variable("params", "lora"):
         return y
     delta: jax.Array | None = module.get_variable("params", "lora")(x, product, weight, ctx)
-    return y if delta is None else (y + delta).astype(y.dtype)
+    return y if delta is None else (y.astype(jnp.float32) + delta).astype(y.dtype)
 
 
 class Embedding(nn.Module):

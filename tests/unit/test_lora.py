@@ -98,7 +98,9 @@ def test_magnitudes(base, tmp_path):
     """DoRA, beside floats and merged into them; beside packed weights, whose own lengths count, and rounded again."""
     dora = write_adapter(base, tmp_path / "dora", dora=True)
     hand = llmjax.load(by_hand(base, dora, tmp_path / "by_hand", 5.0 / 3))
-    assert close(llmjax.load(base, lora=dora, lora_mode="unmerged").logits([IDS])[0], hand.logits([IDS])[0])
+    unmerged = llmjax.load(base, lora=dora, lora_mode="unmerged")
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        assert close(unmerged.logits([IDS])[0], hand.logits([IDS])[0])
     merged = llmjax.load(base, lora=dora)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), merged.params, hand.params)
 
