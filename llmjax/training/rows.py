@@ -1,6 +1,7 @@
 """Rows of training data: texts, conversations or ids become examples; what cannot is counted and named.
 
-A row has one of these forms; the first whose fields it has is taken, and fields that no form uses are told once:
+A row has one of these forms; the first whose fields it has is taken, and fields that no form uses are told once (a
+null, as tables of several kinds of rows have them, is a field that is left out):
 
 ``ids``, ``loss_mask``            token ids, and 1 for those that are learned (without a mask all but the first)
 ``prompt_ids``, ``completion_ids``  the like; the completion is learned as it is
@@ -170,7 +171,7 @@ def make_examples(
             form = _form(row, dpo)
             talk = form[-1] == "rejected" and not isinstance(row["rejected"], str)
             used = (*form, *_OPTIONAL.get("messages" if talk else form[0], ()), *_ALWAYS)
-            unused.update(name for name in row if name not in used)
+            unused.update(name for name in row if name not in used and row[name] is not None)
             if dpo:
                 examples.append(_pair(number, row, form, model, date, longest))
             else:
@@ -189,14 +190,15 @@ def _form(row: Any, dpo: bool) -> tuple[str, ...]:
     if not isinstance(row, Mapping):
         raise RequestError(f"expected an object, found {shown(row)}")
     forms, others = (_PREFERENCES, _FORMS) if dpo else (_FORMS, _PREFERENCES)
-    for form in forms:
-        if all(name in row for name in form):
-            return form
     expected = "; ".join(" and ".join(form) for form in forms)
-    for form in others:
-        if all(name in row for name in form):
-            kind = "no preferences; train without dpo" if dpo else "preferences; train with dpo (--dpo)"
-            raise RequestError(f"fields {', '.join(form)}: {kind}, or give one of: {expected}")
+    for names in ({name for name in row if row[name] is not None}, row):  # at last for what is wrong with a null
+        for form in forms:
+            if all(name in names for name in form):
+                return form
+        for form in others:
+            if all(name in names for name in form):
+                kind = "no preferences; train without dpo" if dpo else "preferences; train with dpo (--dpo)"
+                raise RequestError(f"fields {', '.join(form)}: {kind}, or give one of: {expected}")
     raise RequestError(f"fields {named(', '.join(map(str, row))) or 'none'}; expected one of: {expected}")
 
 

@@ -66,6 +66,7 @@ WHOLE = "<|system|>s$\n<|user|>a$\n<|assistant|>"
     ({"prompt_ids": [64, 65], "chosen_ids": [66, 256], "rejected_ids": [67]}, "ab", "c$", "d"),
     ({"prompt": ASKED, "chosen": SAID[0], "rejected": SAID[1], "tools": None}, WHOLE, "b$", "c$"),
     ({"chosen": ASKED + SAID[0], "rejected": ASKED + SAID[1], "id": 1}, WHOLE, "b$", "c$"),
+    ({"prompt": None, "chosen": ASKED + SAID[0], "rejected": ASKED + SAID[1], "text": None}, WHOLE, "b$", "c$"),
     ({"prompt": EARLIER + ASKED[1:], "chosen": SAID[0], "rejected": SAID[1]},  # what it said before is not learned
      "<|user|>x$\n<|assistant|>y$\n<|user|>a$\n<|assistant|>", "b$", "c$"),
     ({"prompt": ASKED, "chosen": SAID[0] + EARLIER, "rejected": SAID[1]}, WHOLE, "b$y$", "c$"),
@@ -94,6 +95,7 @@ def test_preferences(model, row, prompt, chosen, rejected):
     ({"chosen": SAID[0], "rejected": SAID[1]}, "chosen: no message that chosen and rejected both follow"),
     ({"chosen": ASKED + SAID[0], "rejected": ASKED + SAID[0]}, "chosen: no message behind"),
     ({"prompt": 5, "chosen": SAID[0], "rejected": SAID[1]}, "prompt: expected a list, found 5"),
+    ({"prompt": "a", "completion": "b", "chosen": None, "rejected": None}, "completion: no preferences; train without"),
     ({"prompt_ids": [5], "chosen_ids": [6], "rejected_ids": [600]}, "rejected: ids: token id 600 is outside"),
     ({"prompt_ids": [5], "chosen_ids": [], "rejected_ids": [7]}, "chosen_ids: empty"),
     ({"prompt": "a", "chosen": "b"}, "fields prompt, chosen; expected one of: prompt_ids and chosen_ids and"),
