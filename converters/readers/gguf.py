@@ -32,14 +32,12 @@ _PART = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 def without_later_parts(files: list[Path]) -> list[Path]:
-    """Files but those that are later parts of one that is among them."""
-    found = [_PART.fullmatch(file.name) for file in files]
-    firsts = {file.with_name(_part(m, 1)) for file, m in zip(files, found, strict=True) if m} & set(files)
-    return [
-        f
-        for f, m in zip(files, found, strict=True)
-        if not m or int(m["number"]) == 1 or f.with_name(_part(m, 1)) not in firsts
-    ]
+    """Files but those that are later parts of one of which an earlier part is among them."""
+    kept: dict[Path, Path] = {}
+    for file in sorted(files):
+        match = _PART.fullmatch(file.name)
+        kept.setdefault(file.with_name(_part(match, 1)) if match else file, file)
+    return list(kept.values())
 
 
 def _part(match: re.Match[str], number: int) -> str:
@@ -93,7 +91,9 @@ class GgufSource:
                 f"-{number + 1:05}-of-{count:05}.gguf; give them back their names"
             )
         if number:
-            raise CheckpointError(f"{self.path}: part {number + 1} of a GGUF split in {count}; name {_part(match, 1)}")
+            first = self.path.with_name(_part(match, 1))
+            advice = f"name {first.name}" if first.is_file() else f"the first, {first.name}, is missing"
+            raise CheckpointError(f"{self.path}: part {number + 1} of a GGUF split in {count}; {advice}")
         paths = [self.path.with_name(_part(match, i)) for i in range(2, count + 1)]
         if missing := [path.name for path in paths if not path.is_file()]:
             raise problems_error(self.path, f"parts of a GGUF split in {count} are missing", missing)

@@ -105,8 +105,8 @@ def memory_flag(group: Any) -> None:
     group.add_argument(
         "--memory",
         metavar="SIZE",
-        help="what weights and cache may take, such as 6GB (default: the weights, and three quarters of what is free "
-        "beside them)",
+        help="what weights and cache may take, of --mesh on each device, such as 6GB (default: the weights, and three "
+        "quarters of what is free beside them)",
     )
 
 

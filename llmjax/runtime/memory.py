@@ -95,8 +95,9 @@ def parse(value: float | str) -> int:
     return found
 
 
-def default_budget(weights: int, device: jax.Device) -> int:
-    """The weights, which are on the device already, and three quarters of what is free beside them."""
+def default_budget(weights: int, device: jax.Device, devices: int = 1) -> int:
+    """The weights, which are on the device already, and three quarters of what is free beside them; where several
+    devices are one machine's, of each device's part."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         free = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
@@ -104,7 +105,7 @@ def default_budget(weights: int, device: jax.Device) -> int:
         unused = available()
         # Weights that are only mapped count as available until they are read, and after that as well.
         mapped = max(0, weights - _status("/proc/self/status").get("RssAnon", weights))
-        free = max(unused - mapped, unused // 4)
+        free = max(unused - mapped, unused // 4) // devices
     return weights + int(_SHARE * free)
 
 

@@ -62,7 +62,8 @@ class Store:
         none, one = map(self._sizes, (0, 1))
         page = [b - a for a, b in zip(none, one, strict=True)]
         own = sum(none) + nbytes(lambda: states.empty_state(None, slots, self.bucket(1), model.config.vocab_size))
-        total = default_budget(weights, self._device) if budget is None else budget
+        devices = self._mesh.size if self._mesh is not None else 1
+        total = default_budget(weights, self._device, devices) if budget is None else budget
         each = max(1, sum(page))  # where no layer keeps anything of each token, too
         self.memory = Memory(total, weights, own, each, max(page), self.tokens)
         self.length = self._total = 0

@@ -269,6 +269,13 @@ def test_a_later_part_names_the_first(parts):
         open_source(parts[0][2])
 
 
+def test_without_the_first_part_the_others_are_no_several_files(parts, tmp_path):
+    parts[0][0].unlink()
+    for named in (tmp_path, tmp_path / "m-*.gguf", parts[0][1]):
+        with pytest.raises(CheckpointError, match="part 2 of a GGUF split in 4; the first, m-00001-of-00004.*is mis"):
+            open_source(named)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -262,6 +262,7 @@ def test_the_default_is_three_quarters_of_what_is_free_beside_the_weights(monkey
     assert memory.default_budget(500, cpu) == 500 + 6000  # the weights are in memory
     assert memory.default_budget(2900, cpu) == 2900 + 4500  # 2,000 bytes of them are not, or not for sure
     assert memory.default_budget(20_000, cpu) == 20_000 + 1500
+    assert memory.default_budget(500, cpu, 4) == 500 + 1500  # for each of four
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,9 @@ import json, sys
 import jax, numpy as np
 import llmjax
 from llmjax.checkpoint.identity import runtime_facts
+from llmjax.runtime import memory
 
+memory.available = lambda: 1 << 34
 folder, quantize = sys.argv[1], None if sys.argv[2] == "none" else sys.argv[2]
 expected = np.load(f"{folder}/expected.npz")
 model = llmjax.load(folder, mesh=2, quantize=quantize, context_length=512)
@@ -133,6 +135,7 @@ print(json.dumps({
     "alone": [r.outputs[0].token_ids for r in llmjax.LLM(alone, max_batch=2).generate([ids, ids[:3]], params)],
     "same": all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(alone.params))),
     "memory": [m.engine.store.memory.page for m in (llm, llmjax.LLM(alone, max_batch=2))],
+    "budgets": [m.engine.store.memory.budget for m in (llm, llmjax.LLM(alone, max_batch=2))],
 }))
 """
 
@@ -155,6 +158,7 @@ def test_loaded_onto_two_devices(case, quantize):
     assert found["tokens"] == found["alone"] and found["same"]
     assert found["traces"] == {"prefill": 1, "admit": 1, "decode": 1}
     assert found["facts"]["mesh"] == {"model": 2}
+    assert found["budgets"][0] == pytest.approx(found["budgets"][1] / 2, rel=0.01)  # the machine's memory is both's
     if case == "llama_dynamic_old":
         rows, columns = ["model"], [None, "model"]
         layer = {
