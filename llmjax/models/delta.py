@@ -132,6 +132,7 @@ def _one(
     return state, _read_at(state, q)
 
 
+@partial(jax.jit, inline=True)  # outside of programs the loop would be compiled anew at every call
 def _in_chunks(
     state: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, beta: jax.Array
 ) -> tuple[jax.Array, jax.Array]:

@@ -79,7 +79,7 @@ class Experts(nn.Module):
             chosen = jnp.where(ctx.active[:, None, None], chosen, self.count)
         step = x.shape[1] == 1
         args = (x.reshape(-1, features), chosen.reshape(-1, chosen.shape[-1]), stack)
-        y = _through_experts(self.activation, ctx.numerics, step, *args)
+        y = _compiled_once(self.activation, ctx.numerics, step, *args)
         y = jnp.sum((y.reshape(*chosen.shape, features) * weights[..., None]).astype(jnp.float32), 2)
         return tap(self, "", y.astype(x.dtype))
 
@@ -145,6 +145,10 @@ def _through_experts_jvp(
 
     found: tuple[Any, Any] = jax.jvp(plainly, [leaves[i] for i in moved], [changes[i] for i in moved])
     return found
+
+
+# Its loops and branches have functions of their own at every call: outside of programs JAX would compile each anew.
+_compiled_once = jax.jit(_through_experts, static_argnums=(0, 1, 2), inline=True)
 
 
 def _expert(

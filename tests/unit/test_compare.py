@@ -613,3 +613,16 @@ def test_a_norm_of_each_head_has_one_bias(monkeypatch):
     monkeypatch.setattr(base, "weight_of", lambda *_: bias)
     scene = types.SimpleNamespace(ours=x + bias, theirs=2 * x + bias)
     assert base.scale_of(scene, "attn.q_norm") == pytest.approx(2)
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe", "qwen3_5_cond"])
+def test_a_stage_that_is_computed_again_compiles_nothing(case, caplog):
+    """Hundreds of causes are tried; each program stays in memory."""
+    model = llmjax.load(Path(__file__).parents[1] / "data" / "cases" / case)
+    stages = Stages(model, np.arange(5, dtype=np.int32))
+    flow, _ = stages.run(-1, None, {}, wanted=())
+    for _ in range(2):
+        caplog.clear()
+        with jax.log_compiles():
+            stages.run(0, flow, {})
+    assert not [record for record in caplog.records if record.getMessage().startswith("Compiling")]
