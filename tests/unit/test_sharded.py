@@ -100,7 +100,8 @@ def test_a_model_on_four_devices_says_what_it_says_on_one(kind):
     """Replicated, in blocks of rows and columns, and by role: the same tokens, drawn ones too."""
     one, *spread = in_process(PROGRAM, *kind)
     assert len(spread) == 3
-    assert one["stacked"] == (kind[0] == "int4-g32")
+    if kind[0] != "int8":  # which processors with AMX multiply otherwise, layer by layer
+        assert one["stacked"] == (kind[0] == "int4-g32")
     for found in spread:
         assert found["tokens"] == one["tokens"] and not found["stacked"]
         for name in ("logprobs", "logits"):
