@@ -117,9 +117,10 @@ def check(path: str | Path, lora: AnyLora, *, prompt: str | None = None, dtype: 
 
 def _largest(delta: Delta, weight: Any, name: str) -> float:
     """``max |dW|``."""
+    weight = jax.tree.map(np.asarray, weight)  # once: JAX would compile a slice for every chunk of rows
 
     def of(rows: slice) -> np.ndarray:
-        part = jax.tree.map(lambda leaf: np.asarray(leaf[rows]), weight)
+        part = jax.tree.map(lambda leaf: leaf[rows], weight)
         base = dequantize(part) if isinstance(part, QTensor) else part.astype(np.float32)
         return np.abs(delta.rows(rows, base, name))
 

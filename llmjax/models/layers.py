@@ -65,19 +65,16 @@ class Projection(nn.Module):
         if self.bias:
             y = y + over(parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(y.dtype), y)
         y = y.astype(ctx.numerics.activations)
-        y = with_lora(self, y, x, product, weight, ctx)
+        y = with_lora(lora, y, x, product, weight, ctx)
         if ctx.recompute is not None and not dora:
             y = checkpoint_name(y, PROJECTED)
         return tap(self, "", y)
 
 
-def with_lora(
-    module: nn.Module, y: jax.Array, x: jax.Array, product: jax.Array, weight: Any, ctx: Context
-) -> jax.Array:
-    """``y``, what became of ``product``, that of ``x`` with ``weight``, and what a leaf ``lora`` of the module adds."""
-    if not module.has_variable("params", "lora"):
-        return y
-    delta: jax.Array | None = module.get_variable("params", "lora")(x, product, weight, ctx)
+def with_lora(lora: Any, y: jax.Array, x: jax.Array, product: jax.Array, weight: Any, ctx: Context) -> jax.Array:
+    """``y``, what became of ``product``, that of ``x`` with ``weight``, and what a module's leaf ``lora``, if it has
+    one, adds."""
+    delta: jax.Array | None = None if lora is None else lora(x, product, weight, ctx)
     return y if delta is None else (y.astype(jnp.float32) + delta).astype(y.dtype)
 
 
@@ -108,7 +105,7 @@ class Embedding(nn.Module):
         """``[B, T, D] -> [B, T, V]``, ``bias [V]`` added where the head has one."""
         y = product = matmul(x, self.weight, ctx.numerics)
         y = (y if bias is None else y + over(bias.astype(y.dtype), y)).astype(ctx.numerics.activations)
-        return with_lora(self, y, x, product, self.weight, ctx)
+        return with_lora(self.get_variable("params", "lora"), y, x, product, self.weight, ctx)
 
 
 def language_head(model: nn.Module, embed: Embedding, x: jax.Array, ctx: Context, *, tied: bool) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llmjax.device import knows_cuda
 from llmjax.errors import ConfigError, shown
 from llmjax.models.config import DecoderConfig
-from llmjax.outside.values import plain
+from llmjax.outside.values import POSITIVE, plain
 
 # The mesh's axis that weights are split over; along others each device has the same.
 AXIS = "model"
@@ -41,7 +41,7 @@ def as_mesh(mesh: Any) -> Mesh | None:
         _check_kernels(mesh.devices.flat[0], mesh.size)
         return mesh
     count, devices = plain(mesh), jax.devices()
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if not POSITIVE.holds(count):
         raise ConfigError(f"mesh: expected a number of devices, or a jax.sharding.Mesh, found {shown(mesh)}")
     if count > len(devices):
         raise ConfigError(
@@ -85,12 +85,11 @@ def of_cache(mesh: Mesh, cache: Mapping[str, Any], config: DecoderConfig) -> dic
     device."""
     found = {}
     for layer, modules in cache.items():
-        heads = _axis(f"{layer.replace('_', '.')}.attn.k.weight", config, mesh.shape[AXIS]) == 0
+        heads = _axis(f"{layer.replace('_', '.')}.attn.k.weight", config, mesh.shape[AXIS])
+        axes = {"attn": None if heads is None else 1}
         found[layer] = {
-            module: jax.tree.map(
-                lambda x, own=heads and module == "attn": _split(mesh, x.shape, 1 if own else None), own
-            )
-            for module, own in modules.items()
+            module: {name: _split(mesh, x.shape, axes.get(module)) for name, x in buffers.items()}
+            for module, buffers in modules.items()
         }
     return found
 
