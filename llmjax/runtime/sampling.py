@@ -130,10 +130,10 @@ def most_likely(logits: jax.Array) -> jax.Array:
 def best_candidates(logits: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """The ``size`` highest logits of each row and their ids, the lower id first among equals.
 
-    The barrier keeps a later slice of the result out of XLA's top-k, which it would turn into a sort of the whole
-    vocabulary: 40 times slower on the CPU (jaxlib 0.10).
+    XLA's top-k has -0 below 0, which are equals.  The barrier keeps a later slice of the result out of it, which it
+    would turn into a sort of the whole vocabulary: 40 times slower on the CPU (jaxlib 0.10).
     """
-    best, ids = lax.top_k(logits, size)
+    best, ids = lax.top_k(jnp.where(logits == 0, jnp.abs(logits), logits), size)
     return lax.optimization_barrier(best), lax.optimization_barrier(ids)
 
 
@@ -194,7 +194,7 @@ def _from_head(
 def _from_all(logits: jax.Array, knobs: Knobs, u: jax.Array) -> jax.Array:
     """The draw of one row from the whole vocabulary, sorted."""
     vocab = logits.shape[0]
-    best, ids = lax.top_k(logits, vocab)
+    best, ids = best_candidates(logits, vocab)
     x = _weights(best, best[0], knobs.temperature)
     cumulative = jnp.cumsum(x)
     top_k = jnp.where(knobs.top_k == 0, vocab, jnp.minimum(knobs.top_k, vocab))
