@@ -2,7 +2,8 @@
 
 What a weight means is its float times its scale: one for all, or one for each block of ``weight_block_size``.  Runtimes
 on some devices round activations to 8 bits as well; here, as in transformers on a CPU, they are not.
-Source: https://github.com/huggingface/transformers (``integrations/finegrained_fp8.py``).
+Sources: https://github.com/huggingface/transformers (``integrations/finegrained_fp8.py``), and for the names that
+AutoFP8 has for the same https://github.com/vllm-project/vllm (``layers/quantization/fp8.py``).
 """
 
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from llmjax.errors import named, shown
 
 _KEY, _DTYPE = "quantization_config", "F8_E4M3"
 # Of a module, beside its weight: the weight's scales, and those of static activations.
-_SCALES, _ACTIVATIONS = "weight_scale_inv", "activation_scale"
+_SCALES, _ACTIVATIONS = ("weight_scale_inv", "weight_scale"), ("activation_scale", "input_scale")
 _EXPECTED: dict[str, tuple[Any, ...]] = {
     "quant_method": ("fp8",),
     "fmt": ("e4m3", "float8_e4m3fn"),
@@ -60,11 +61,14 @@ class Float8:
         for name, spec in specs.items():
             module, _, ending = name.rpartition(".")
             if ending == "weight" and spec.dtype == _DTYPE:
-                scales = f"{module}.{_SCALES}"
+                names = [f"{module}.{scales}" for scales in _SCALES]
+                scales = next((scales for scales in names if scales in specs), names[0])
                 self.scales[name] = scales
-                self.others |= {scales, f"{module}.{_ACTIVATIONS}"} & specs.keys()
+                self.others |= {scales, *(f"{module}.{scale}" for scale in _ACTIVATIONS)} & specs.keys()
                 if problem := _misfit(spec.shape, specs.get(scales), block):
                     problems.append(f"{where}: tensor {named(scales)}: {problem}")
+            elif ending == "weight" and spec.dtype.startswith("F8_"):
+                problems.append(f"{where}: tensor {named(name)}: type {spec.dtype} is not supported, expected {_DTYPE}")
 
     def read(self, name: str, raw: np.ndarray, shape: tuple[int, ...], read: Callable[[str], np.ndarray]) -> np.ndarray:
         """float32: a weight from its bytes, and ``read``'s scales."""

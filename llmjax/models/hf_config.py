@@ -31,6 +31,8 @@ IRRELEVANT = GENERATION_KEYS | frozenset(
     """.split()
 )
 # rope_interleaved is written by SmolLM's training code with the value false; true is refused in Reader.finish.
+# Where it stands that weights are packed in some way, here, in an early form of compressed-tensors, and in MLX.
+_QUANTIZED = ("quantization_config", "compression_config", "quantization")
 _FRACTION = number(LEAST_FLOAT, 1, "a number in (0, 1]")
 _MUST_BE_FALSE = ("add_cross_attention", "is_encoder_decoder", "rope_interleaved")
 
@@ -259,7 +261,13 @@ class Reader:
                 found.append(f"{key}: {shown(self._config[key])} is not supported, expected false")
         for key in sorted(set(self._config) - self._seen - self.irrelevant, key=str):
             value = self._config[key]
-            if value is not None:
+            if key in _QUANTIZED and value is not None:
+                method = value.get("quant_method") if isinstance(value, dict) else None
+                found.append(
+                    f"{key}: weights quantized by {shown(method or value)} are not read, of those of Hugging Face only "
+                    "'fp8'; take the checkpoint that they were made of, or a GGUF file"
+                )
+            elif value is not None:
                 found.append(
                     f"{named(str(key))}: llmjax does not know this key (value {shown(value)}) and will not guess what "
                     "it changes"

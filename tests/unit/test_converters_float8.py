@@ -34,14 +34,22 @@ def test_each_block_has_its_scale(weight, tmp_path):
     static = {"activation_scheme": "static", "modules_to_not_convert": ["lm_head"], "dequantize": False}
     floats = np.ones((2, 2), np.float32)
     tensors = {"b.weight": weight, "b.weight_scale_inv": one, "b.activation_scale": one, "c.weight": floats}
+    tensors |= {"d.weight": weight, "d.weight_scale": one.reshape(1), "d.input_scale": one.reshape(1)}  # AutoFP8's
     source = open_source(write(tmp_path, static, **{"a.weight": weight, "a.weight_scale_inv": scales}, **tensors))
-    assert sorted(source.names()) == ["a.weight", "b.weight", "c.weight"] and "quantization_config" not in source.config
+    assert sorted(source.names()) == [f"{x}.weight" for x in "abcd"] and "quantization_config" not in source.config
     expected = [[float(weight[i, j]) * float(scales[i // 4, j // 8]) for j in range(24)] for i in range(8)]
     found = source.read("a.weight")
     assert found.dtype == np.float32 and source.spec("a.weight").dtype == "F8_E4M3"
     np.testing.assert_array_equal(found, np.float32(expected))
-    np.testing.assert_array_equal(source.read("b.weight"), weight.astype(np.float32) * np.float32(0.375))
+    for name in ("b.weight", "d.weight"):
+        np.testing.assert_array_equal(source.read(name), weight.astype(np.float32) * np.float32(0.375))
     assert source.read("c.weight").sum() == 4
+
+
+def test_other_floats_of_8_bits_are_refused(weight, tmp_path):
+    weight, scale = weight.astype(ml_dtypes.float8_e5m2), np.ones((), np.float32)
+    with pytest.raises(CheckpointError, match="tensor a.weight: type F8_E5M2 is not supported, expected F8_E4M3$"):
+        open_source(write(tmp_path, {}, **{"a.weight": weight, "a.weight_scale_inv": scale}))
 
 
 @pytest.mark.parametrize(

@@ -243,12 +243,14 @@ def test_unknown_architecture(folder):
 
 def test_a_supported_architecture_with_an_unsupported_option(folder):
     config = json.loads((folder / "config.json").read_text())
-    for key, value in (("quantization_config", {"quant_method": "gptq"}), ("rope_scaling", {"type": "axial"})):
+    packed = {"quantization_config": {"quant_method": "gptq"}, "quantization": {"group_size": 64, "bits": 4}}
+    for key, value in (*packed.items(), ("rope_scaling", {"type": "axial"})):
         (folder / "config.json").write_text(json.dumps(config | {key: value}))
         report = llmjax.inspect(folder)
         assert report.model_type == "llama" and not report.supported
         (problem,) = report.problems
         assert str(next(iter(value.values()))) in problem and "\n" not in problem
+        assert ("take the checkpoint that they were made of" in problem) == (key in packed)
 
 
 # Published inside multimodal models alone; and those whose configurations are not here yet.
