@@ -21,8 +21,8 @@ _NAMED = (
     "bos_token",
     "eos_token",
     "unk_token",
-    "pad_token",
     "sep_token",
+    "pad_token",
     "cls_token",
     "mask_token",
 )
@@ -61,17 +61,18 @@ def read(directory: Path) -> Tokenizer:
             dummy_prefix=wanted if isinstance(wanted, bool) else None,
             everywhere=config.get("legacy") is True,
         )
-        own = sentencepiece.special_tokens(vocabulary)
+        own = {name: _special_token(content) for name, content in sentencepiece.special_tokens(vocabulary).items()}
         special = {n: token for n, token in own.items() if config.get(n, token) is not None} | special
     _add_listed(backend, directory, config, config_file)
     class_name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     if file.name == "tokenizer.json":
         _prefix_space(backend, config.get("add_prefix_space"), class_name, config_file)
     by_class = _CLASS_SPECIAL.get(class_name, {})
-    special = {n: t for n, t in by_class.items() if backend.token_to_id(t) is not None} | special
+    special = {n: _special_token(t) for n, t in by_class.items() if backend.token_to_id(t) is not None} | special
     _add_named(backend, special, config, config_file)
     backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
-    bos, eos = (_token_id(backend, special.get(name)) for name in ("bos_token", "eos_token"))
+    contents = {name: token.content for name, token in special.items()}
+    bos, eos = (_token_id(backend, contents.get(name)) for name in ("bos_token", "eos_token"))
     prefix, suffix = _affixes(backend)
     if file.name == "tokenizer.model":
         add_bos = config.get("add_bos_token")
@@ -88,7 +89,7 @@ def read(directory: Path) -> Tokenizer:
         prefix_ids=prefix,
         suffix_ids=suffix,
         chat_template=_chat_template(directory, config),
-        special=special,
+        special=contents,
         where=str(file),
         dummy_prefix=dummy_prefix,
     )
@@ -128,29 +129,35 @@ def _token(value: Any, path: Path, thing: str) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(entry["content"], special=bool(entry.get("special")), **flags)
 
 
-def _special(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+def _special_token(content: str) -> tokenizers.AddedToken:
+    return tokenizers.AddedToken(content, special=True, normalized=False)
+
+
+def _special(directory: Path, config: Mapping[str, Any]) -> dict[str, tokenizers.AddedToken]:
     """Special tokens by name; tokenizer_config.json wins over special_tokens_map.json."""
-    result: dict[str, str] = {}
+    result: dict[str, tokenizers.AddedToken] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = directory / name
         source = config if name == "tokenizer_config.json" else _object(path)
         named = {n: source[n] for n in _NAMED if source.get(n) is not None}
-        result |= {n: _token(value, path, n).content for n, value in named.items()}
+        result |= {n: _token(value, path, n) for n, value in named.items()}
     return result
 
 
 def _add_listed(backend: tokenizers.Tokenizer, directory: Path, config: Mapping[str, Any], config_file: Path) -> None:
-    """Tokens that only ``added_tokens_decoder`` (or the older added_tokens.json) knows, or knows to be special."""
+    """Tokens of ``added_tokens_decoder``, which wins where the vocabulary has them otherwise; or those that the older
+    added_tokens.json alone knows."""
     path, entries = config_file, config.get("added_tokens_decoder")
-    if entries is None:
+    older = entries is None
+    if older:
         path = directory / "added_tokens.json"
-        entries = {str(number): content for content, number in _object(path).items()}
+        entries = {str(n): {"content": content, "normalized": True} for content, n in _object(path).items()}
     if not isinstance(entries, Mapping) or not all(str(key).isdecimal() for key in entries):
         raise TokenizerError(f"{path}: added_tokens_decoder: expected an object of ids to tokens")
-    known = {t.content: t.special for t in backend.get_added_tokens_decoder().values()}
+    known = _added(backend)
     for key in sorted(entries, key=int):
         token = _token(entries[key], path, f"added token {key}")
-        if token.content in known and (known[token.content] or not token.special):
+        if token.content in known and (older or _flags(token) == _flags(known[token.content])):
             continue
         add_tokens(backend, [token], special=token.special)
         found = backend.token_to_id(token.content)
@@ -161,23 +168,37 @@ def _add_listed(backend: tokenizers.Tokenizer, directory: Path, config: Mapping[
             )
 
 
+def _added(backend: tokenizers.Tokenizer) -> dict[str, tokenizers.AddedToken]:
+    return {token.content: token for token in backend.get_added_tokens_decoder().values()}
+
+
+def _flags(token: tokenizers.AddedToken) -> tuple[bool, ...]:
+    return token.special, token.normalized, token.lstrip, token.rstrip, token.single_word
+
+
 def _add_named(
     backend: tokenizers.Tokenizer,
-    special: Mapping[str, str],
+    special: Mapping[str, tokenizers.AddedToken],
     config: Mapping[str, Any],
     config_file: Path,
 ) -> None:
-    """Marks named tokens as special ones, as transformers does; new ones get the next ids."""
-    more: list[Any] = []
+    """Marks named tokens as special ones, as transformers does, which takes what else it says of them from where they
+    are listed; new ones get the next ids."""
+    named, listed = list(special.values()), []
     for name in ("additional_special_tokens", "extra_special_tokens"):
         value = config.get(name) or []
         if not isinstance(value, list | tuple | Mapping):
             raise TokenizerError(f"{config_file}: {name}: expected a list of tokens, found {value!r:.80}")
-        more += value.values() if isinstance(value, Mapping) else value
-    tokens = [_token(value, config_file, "special token") for value in [*special.values(), *more]]
-    for token in tokens:
+        tokens = value.values() if isinstance(value, Mapping) else value
+        (named if isinstance(value, Mapping) else listed).extend(
+            _token(token, config_file, "special token") for token in tokens
+        )
+    known = _added(backend)
+    new = [known.get(token.content, token) for token in named]
+    new += [token for token in listed if token.content not in known]
+    for token in new:
         token.special = True
-    add_tokens(backend, tokens, special=True)
+    add_tokens(backend, new, special=True)
 
 
 def _prefix_space(backend: tokenizers.Tokenizer, wanted: Any, class_name: str, config_file: Path) -> None:

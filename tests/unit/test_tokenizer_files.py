@@ -18,6 +18,7 @@ from llmjax.text.sentencepiece import read
 DATA = Path(__file__).parents[1] / "data/tokenizers"
 JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 MODEL = ("tokenizer.model", *JSON[1:])
+TOKEN = {"__type": "AddedToken", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
 
 
 @pytest.fixture
@@ -92,6 +93,33 @@ def test_named_tokens_are_special(directory):
     assert tokenizer.decode(ids) == "ab"
     stream = tokenizer.detokenizer()
     assert "".join(map(stream.push, ids)) + stream.flush() == "ab"
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pad_token": "<x>"},
+        {"pad_token": {**TOKEN, "content": "<x>", "special": True}},
+        {"pad_token": {**TOKEN, "content": "<new>", "special": True, "rstrip": True}},
+        {"additional_special_tokens": ["<x>", "<new>"]},
+        {"extra_special_tokens": {"image_token": "<x>"}},
+        {"added_tokens_decoder": {"397": {**TOKEN, "content": "<x>", "special": False, "rstrip": True}}},
+    ],
+    ids=str,
+)
+def test_spaces_beside_a_token_are_as_transformers_has_them(directory, special, settings):
+    """Of a token that is in the vocabulary, a name for it says nothing of them."""
+    transformers = pytest.importorskip("transformers", reason="parity extra not installed")
+    folder = directory("phi2", **{"added_tokens_decoder": ..., **settings})
+    whole = json.loads((folder / "tokenizer.json").read_text())
+    flags = {flag: flag == "lstrip" for flag in ("lstrip", "rstrip", "normalized", "single_word")}
+    whole["added_tokens"].append({"id": 397, "content": "<x>", "special": special, **flags})
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    ours, theirs = from_huggingface(folder), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    ids = theirs("a <x> b <new> c")["input_ids"]
+    assert ours.encode("a <x> b <new> c") == ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
 def test_added_tokens_of_the_config(directory):
