@@ -122,9 +122,10 @@ def _of_tokenizers(here: Tokenizer | None, there: Tokenizer | None, either: bool
         for name in ("prefix_ids", "suffix_ids", *["eos_ids"] * (either or lacking)):
             if getattr(here, name) != getattr(there, name):
                 found[f"tokenizer.{name}"] = getattr(here, name), getattr(there, name)
-    templates = here.chat_template, there.chat_template
-    if templates[0] != templates[1] and (either or None not in templates):
-        found["tokenizer.chat_template"] = templates
+    for name in ("chat_template", "tools_template"):
+        templates = getattr(here, name), getattr(there, name)
+        if templates[0] != templates[1] and (either or None not in templates):
+            found[f"tokenizer.{name}"] = templates
     return found
 
 

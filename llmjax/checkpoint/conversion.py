@@ -180,6 +180,7 @@ def _write_tokenizer(source: Source, folder: Path, override: Override) -> None:
     elif source.format not in ("gguf", "graph"):
         for name in export.FILES:
             if (source.directory / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(source.directory / name, folder / name)
         own = source.generation_config  # without it config.json counts, all of it
         if own is not None and override and "eos_token_id" in override:  # it wins over the file that was copied

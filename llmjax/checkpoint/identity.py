@@ -79,7 +79,7 @@ def model_facts(model: Model) -> dict[str, Any]:
         "tokenizer_sha256": tokenizer and _sha256([tokenizer.fingerprint(), tokenizer.stop]),
         "chat_template_sha256": tokenizer
         and tokenizer.chat_template
-        and _sha256([tokenizer.chat_template, tokenizer.special]),
+        and _sha256([tokenizer.chat_template, tokenizer.special, *filter(None, [tokenizer.tools_template])]),
     }
     return json.loads(json.dumps(facts, default=str))
 

@@ -20,6 +20,7 @@ FILES: tuple[str, ...] = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
     "generation_config.json",
 )
 
@@ -58,5 +59,8 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
     }
     if tokenizer.chat_template is not None:
         config["chat_template"] = tokenizer.chat_template
+    if tokenizer.tools_template is not None:
+        named = {"default": tokenizer.chat_template, "tool_use": tokenizer.tools_template}
+        config["chat_template"] = [{"name": name, "template": text} for name, text in named.items() if text is not None]
     for name, value in (("tokenizer.json", state), ("tokenizer_config.json", config)):
         (folder / name).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -93,16 +93,19 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     prefix = (bos,) if entries.flag("add_bos_token", add_bos) and bos is not None else ()
     suffix = (eos,) if entries.flag("add_eos_token", False) and eos is not None else ()
     entries.finish()
-    template = metadata.get("tokenizer.chat_template")
-    if template is not None and not isinstance(template, str):
-        raise TokenizerError(f"{path}: tokenizer.chat_template: expected a string, found {type(template).__name__}")
+    keys = ("tokenizer.chat_template", "tokenizer.chat_template.tool_use")
+    templates = [metadata.get(key) for key in keys]
+    for key, template in zip(keys, templates, strict=True):
+        if template is not None and not isinstance(template, str):
+            raise TokenizerError(f"{path}: {key}: expected a string, found {type(template).__name__}")
     return Tokenizer(
         backend=backend,
         bos_id=bos,
         eos_ids=tuple(sorted(ends)),
         prefix_ids=prefix,
         suffix_ids=suffix,
-        chat_template=template,
+        chat_template=templates[0],
+        tools_template=templates[1],
         special=special,
         where=str(path),
         dummy_prefix=dummy_prefix,

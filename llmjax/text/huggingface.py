@@ -7,7 +7,7 @@
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,15 @@ def read(directory: Path) -> Tokenizer:
         suffix = (eos,) if config.get("add_eos_token") and eos is not None else ()
     if bos is None and len(prefix) == 1:
         bos = prefix[0]
+    template, with_tools = _chat_templates(directory, config)
     return Tokenizer(
         backend=backend,
         bos_id=bos,
         eos_ids=() if eos is None else (eos,),
         prefix_ids=prefix,
         suffix_ids=suffix,
-        chat_template=_chat_template(directory, config),
+        chat_template=template,
+        tools_template=with_tools,
         special=contents,
         where=str(file),
         dummy_prefix=dummy_prefix,
@@ -239,20 +241,21 @@ def _token_id(backend: tokenizers.Tokenizer, token: str | None) -> int | None:
     return None if token is None else backend.token_to_id(token)
 
 
-def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
+def _chat_templates(directory: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The template for conversations, and one of its own for those with tools, which goes by the name ``tool_use``."""
     path = directory / "chat_template.jinja"
     if path.exists():
-        return _text(read_file(path), path)
+        more = directory / "additional_chat_templates" / "tool_use.jinja"
+        return _text(read_file(path), path), _text(read_file(more), more) if more.exists() else None
     path = directory / "chat_template.json"
-    template = _object(path).get("chat_template")
-    if template is None:
-        path, template = directory / "tokenizer_config.json", config.get("chat_template")
-    if isinstance(template, list):  # several by name
-        template = dict(_named_templates(template)).get("default")
-    if template is not None and not isinstance(template, str):
-        raise TokenizerError(f"{path}: chat_template: expected a string, found {type(template).__name__}")
-    return template
-
-
-def _named_templates(entries: list[Any]) -> Iterator[tuple[Any, Any]]:
-    return ((e.get("name"), e.get("template")) for e in entries if isinstance(e, Mapping))
+    found = _object(path).get("chat_template")
+    if found is None:
+        path, found = directory / "tokenizer_config.json", config.get("chat_template")
+    named = {"default": found}
+    if isinstance(found, list):
+        named = {e.get("name"): e.get("template") for e in found if isinstance(e, Mapping)}
+    templates = named.get("default"), named.get("tool_use")
+    for template in templates:
+        if template is not None and not isinstance(template, str):
+            raise TokenizerError(f"{path}: chat_template: expected a string, found {type(template).__name__}")
+    return templates

@@ -140,4 +140,5 @@ def for_transformers(tokenizer: MediapipeTokenizer, model: bytes) -> Tokenizer:
         stop=tokenizer.stop,
         special={**plain.special, **tokenizer.special},
         chat_template=tokenizer.chat_template,
+        tools_template=tokenizer.tools_template,
     )

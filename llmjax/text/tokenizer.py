@@ -40,6 +40,7 @@ class Tokenizer:
       stop: strings that end a text as ``eos_ids`` do, whatever tokens they are made of (MediaPipe's files).
       always_prefix: ``prefix_ids`` stand before a text that a chat template wrote, too (LiteRT-LM's bundles).
       verbatim: tokens of a byte-level vocabulary that stand for the text they are, not for bytes (GGUF's user-defined).
+      tools_template: Jinja source for conversations with ``tools``, where the files have one of its own.
     """
 
     backend: tokenizers.Tokenizer
@@ -54,6 +55,7 @@ class Tokenizer:
     stop: tuple[str, ...] = ()
     always_prefix: bool = False
     verbatim: frozenset[int] = frozenset()
+    tools_template: str | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.where!r}: {self.kind}, {self.vocab_size:,} tokens)"
@@ -187,13 +189,15 @@ class Tokenizer:
         """
         from llmjax.text import chat  # imports Jinja
 
-        if self.chat_template is None:
+        with_tools = variables.get("tools") is not None and self.tools_template is not None
+        template = self.tools_template if with_tools else self.chat_template
+        if template is None:
             raise TokenizerError(
                 f"{self.where}: no chat template; give a plain prompt, or put the model's "
                 "chat_template.jinja beside tokenizer.json"
             )
         names = {**self.special, **variables, "add_generation_prompt": add_generation_prompt}
-        return chat.render(self.chat_template, messages, names, self.where, date)
+        return chat.render(template, messages, names, self.where, date)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
         """Ids of the rendered conversation (see ``render_chat``); the template writes BOS itself where it wants one."""

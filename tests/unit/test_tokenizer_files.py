@@ -12,6 +12,7 @@ import pytest
 import sentencepiece
 
 from llmjax import RequestError, TokenizerError
+from llmjax.text import export
 from llmjax.text.reading import from_huggingface
 from llmjax.text.sentencepiece import read
 
@@ -160,6 +161,29 @@ def test_named_chat_templates(directory):
     tokenizer = from_huggingface(directory("gemma_2b", chat_template=templates))
     assert tokenizer.render_chat([{"role": "user", "content": "x"}]) == "<bos>!"
     assert tokenizer.encode_chat([{"role": "user", "content": "x"}])[0] == tokenizer.bos_id
+
+
+@pytest.mark.parametrize("place", ["list", "files", "saved"])
+def test_a_template_for_tools(directory, tmp_path_factory, place):
+    """As transformers chooses it: where there are tools, were they none in number."""
+    transformers = pytest.importorskip("transformers", reason="parity extra not installed")
+    templates = {"default": "plain {{ messages[0].content }}", "tool_use": "{{ tools | length }} tools"}
+    listed = [{"name": name, "template": text} for name, text in templates.items()]
+    folder = directory("phi2", chat_template=... if place == "files" else listed)
+    if place == "files":
+        (folder / "chat_template.jinja").write_text(templates["default"])
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text(templates["tool_use"])
+    ours = from_huggingface(folder)
+    if place == "saved":
+        export.save(ours, folder := tmp_path_factory.mktemp("saved"))
+        ours = from_huggingface(folder)
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    messages = [{"role": "user", "content": "x"}]
+    for tools in (None, [], [{"type": "function", "function": {"name": "f", "parameters": {}}}]):
+        expected = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
+        assert ours.render_chat(messages, tools=tools) == expected
+        assert ours.render_chat(messages, tools=tools) == ("plain x" if tools is None else f"{len(tools)} tools")
 
 
 @pytest.mark.parametrize(

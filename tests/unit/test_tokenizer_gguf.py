@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import tokenizers
@@ -279,12 +280,21 @@ def test_scores_decide_what_merges_first():
         (llama(normalizer="nfkc"), "normalizer: expected a key that llmjax knows, found str 'nfkc'"),
         (llama(add_bos_token=1), "add_bos_token: expected bool, found int 1"),
         (llama() | {"tokenizer.chat_template": 5}, "tokenizer.chat_template: expected a string, found int"),
+        (llama() | {"tokenizer.chat_template.tool_use": 5}, "tokenizer.chat_template.tool_use: expected a string"),
     ],
 )
 def test_metadata_that_cannot_be_used(metadata, message):
     with pytest.raises(TokenizerError, match=f"^x.gguf: .*{message}") as caught:
         read(metadata)
     assert "\n" not in str(caught.value)
+
+
+def test_a_template_for_tools():
+    """By the keys of gguf's own writer."""
+    keys = gguf.Keys.Tokenizer
+    found = read(llama() | {keys.CHAT_TEMPLATE: "plain", keys.CHAT_TEMPLATE_N.format(name="tool_use"): "tools"})
+    texts = [found.render_chat([{"role": "user", "content": "x"}], tools=tools) for tools in (None, [])]
+    assert texts == ["plain", "tools"]
 
 
 def test_the_demo_model_splits_digits_and_keeps_any_text(smollm2_path):
