@@ -136,14 +136,14 @@ def _special_token(content: str) -> tokenizers.AddedToken:
 
 
 def _special(directory: Path, config: Mapping[str, Any]) -> dict[str, tokenizers.AddedToken]:
-    """Special tokens by name; tokenizer_config.json wins over special_tokens_map.json."""
-    result: dict[str, tokenizers.AddedToken] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = directory / name
-        source = config if name == "tokenizer_config.json" else _object(path)
-        named = {n: source[n] for n in _NAMED if source.get(n) is not None}
-        result |= {n: _token(value, path, n) for n, value in named.items()}
-    return result
+    """Special tokens by name: transformers asks the older special_tokens_map.json first, and not where
+    tokenizer_config.json lists the added tokens."""
+    path = directory / "special_tokens_map.json"
+    said, older = (
+        {n: _token(source[n], file, n) for n in _NAMED if source.get(n) is not None}
+        for file, source in ((directory / "tokenizer_config.json", config), (path, _object(path)))
+    )
+    return said if "added_tokens_decoder" in config else said | older
 
 
 def _add_listed(backend: tokenizers.Tokenizer, directory: Path, config: Mapping[str, Any], config_file: Path) -> None:

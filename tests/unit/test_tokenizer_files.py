@@ -123,6 +123,16 @@ def test_spaces_beside_a_token_are_as_transformers_has_them(directory, special, 
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("said", ["<|endoftext|>", None])
+def test_names_of_two_files(directory, listed, said):
+    transformers = pytest.importorskip("transformers", reason="parity extra not installed")
+    folder = directory("phi2", eos_token=said, **({} if listed else {"added_tokens_decoder": ...}))
+    edit(folder / "special_tokens_map.json", eos_token="!")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert from_huggingface(folder).special.get("eos_token") == theirs.eos_token
+
+
 def test_added_tokens_of_the_config(directory):
     added = {"397": {"content": "<a>", "special": True}, "398": {"content": "<b>"}}
     tokenizer = from_huggingface(directory("phi2", added_tokens_decoder=added))
