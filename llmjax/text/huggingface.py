@@ -186,7 +186,8 @@ def _add_named(
 ) -> None:
     """Marks named tokens as special ones, as transformers does, which takes what else it says of them from where they
     are listed; new ones get the next ids."""
-    named, listed = list(special.values()), []
+    named = list(special.values())
+    listed: list[tokenizers.AddedToken] = []
     for name in ("additional_special_tokens", "extra_special_tokens"):
         value = config.get(name) or []
         if not isinstance(value, list | tuple | Mapping):
@@ -251,7 +252,7 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> tuple[str | N
     found = _object(path).get("chat_template")
     if found is None:
         path, found = directory / "tokenizer_config.json", config.get("chat_template")
-    named = {"default": found}
+    named: dict[Any, Any] = {"default": found}
     if isinstance(found, list):
         named = {e.get("name"): e.get("template") for e in found if isinstance(e, Mapping)}
     templates = named.get("default"), named.get("tool_use")
