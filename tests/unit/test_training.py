@@ -240,7 +240,7 @@ def test_preferences_are_learned(tmp_path, capsys):
     assert metrics[-1]["eval_rewards/accuracies"] == 1 and metrics[-1]["eval_loss"] < 0.5
     for m in metrics:
         assert m["rewards/margins"] == pytest.approx(m["rewards/chosen"] - m["rewards/rejected"])
-    assert "the mean of a pair" in (tmp_path / "whole" / "loss.html").read_text()
+    assert "each the mean over its pairs" in (tmp_path / "whole" / "loss.html").read_text()
 
     model = llmjax.load(tmp_path / "model")
     config = TrainConfig(dpo=True, beta=0.3, targets=("q_proj", "v_proj"), batch_size=3, epochs=2, learning_rate=0.05,
