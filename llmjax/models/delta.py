@@ -185,9 +185,13 @@ def _by_chunk(state: jax.Array, *each: jax.Array) -> tuple[jax.Array, jax.Array]
     batch, tokens = each[0].shape[:2]
     if tokens <= _CHUNK:
         return _in_chunks(state, *each)
-    parts = (jnp.pad(x, [(0, 0), (0, -tokens % _CHUNK), *[(0, 0)] * (x.ndim - 2)]) for x in each)
-    parts = tuple(jnp.moveaxis(x.reshape(batch, -1, _CHUNK, *x.shape[2:]), 1, 0) for x in parts)
-    state, y = lax.scan(jax.checkpoint(lambda state, part: _in_chunks(state, *part)), state, parts)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, -tokens % _CHUNK), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(batch, -1, _CHUNK, *x.shape[2:]), 1, 0)
+
+    step = jax.checkpoint(lambda state, chunk: _in_chunks(state, *chunk), prevent_cse=False)  # within a loop
+    state, y = lax.scan(step, state, tuple(map(cut, each)))
     return state, jnp.moveaxis(y, 0, 1).reshape(batch, -1, *y.shape[3:])[:, :tokens]
 
 
