@@ -4,7 +4,8 @@
 
 A tiny model of random weights is trained on some rows.  The run is killed at a random time (in its start, after a
 random number of steps, at its end), with SIGKILL or with Ctrl-C, and started again, until it has been killed that
-often; then it runs to its end.  The adapter must be the same in every byte.  With --dpo it learns from preferences.
+often; then it runs to its end.  The adapter must be the same in every byte.  With --dpo it learns from preferences,
+with --dora magnitudes, too.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +40,11 @@ def write_rows(path: Path, count: int, seed: int) -> None:
     path.write_text("\n".join(map(json.dumps, rows)))
 
 
-def start(folder: Path, output: str, steps: int, dpo: bool) -> subprocess.Popen:
+def start(folder: Path, output: str, steps: int, flags: Sequence[str]) -> subprocess.Popen:
     """The run, in a process of its own."""
     paths = ["--model", folder / "model", "--data", folder / "in.jsonl", "--eval", folder / "eval.jsonl"]
     options = ["--steps", steps, "--eval-every", 7, "--checkpoint-every", 3, "--dropout", 0.1, "--rank", 4,
-               "--accumulation", 2, "--learning-rate", 0.01, "--targets", "all-linear", *["--dpo"] * dpo]  # fmt: skip
+               "--accumulation", 2, "--learning-rate", 0.01, "--targets", "all-linear", *flags]  # fmt: skip
     command = [sys.executable, "-m", "llmjax", "lora", "train", *paths, *options, "--output", folder / output]
     env = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
     return subprocess.Popen(list(map(str, command)), env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -55,15 +57,15 @@ def finish(job: subprocess.Popen) -> None:
         raise SystemExit(f"the run failed: {err}")
 
 
-def kill_often(folder: Path, kills: int, steps: int, seed: int, dpo: bool = False) -> dict[str, int]:
+def kill_often(folder: Path, kills: int, steps: int, seed: int, flags: Sequence[str] = ()) -> dict[str, int]:
     """Does it; how many kills found the run in its start, among its steps, or after its end."""
     rng = random.Random(seed)
     tiny.checkpoint(folder / "model", num_hidden_layers=1)
     write_rows(folder / "in.jsonl", 60, 0)
     write_rows(folder / "eval.jsonl", 8, 1)
-    finish(start(folder, "warm", steps, dpo))  # fills the compilation cache
+    finish(start(folder, "warm", steps, flags))  # fills the compilation cache
     began = time.monotonic()
-    finish(start(folder, "whole", steps, dpo))
+    finish(start(folder, "whole", steps, flags))
     seconds = time.monotonic() - began
     expected = [(folder / "whole" / name).read_bytes() for name in FILES]
     if expected != [(folder / "warm" / name).read_bytes() for name in FILES]:
@@ -72,7 +74,7 @@ def kill_often(folder: Path, kills: int, steps: int, seed: int, dpo: bool = Fals
     metrics, state = folder / "killed" / "metrics.jsonl", folder / "killed" / "training_state.safetensors"
     for _ in range(kills):
         before = _lines(metrics)
-        job = start(folder, "killed", steps, dpo)
+        job = start(folder, "killed", steps, flags)
         if rng.random() < 0.25:
             time.sleep(rng.uniform(0.1, 0.6) * seconds)  # most likely in its start
         else:
@@ -87,7 +89,7 @@ def kill_often(folder: Path, kills: int, steps: int, seed: int, dpo: bool = Fals
         if ended:
             same(folder, expected)
             shutil.rmtree(folder / "killed")
-    finish(start(folder, "killed", steps, dpo))
+    finish(start(folder, "killed", steps, flags))
     same(folder, expected)
     if left := sorted(p.name for p in (folder / "killed").iterdir() if p.name.endswith((".partial", ".lock"))):
         raise SystemExit(f"files left behind: {left}")
@@ -111,10 +113,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dpo", action="store_true", help="learn from preferences")
+    parser.add_argument("--dora", action="store_true", help="learn magnitudes")
     args = parser.parse_args()
+    flags = [f"--{name}" for name in ("dpo", "dora") if getattr(args, name)]
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="llmjax-kill-") as folder:
-        found = kill_often(Path(folder), args.kills, args.steps, args.seed, args.dpo)
+        found = kill_often(Path(folder), args.kills, args.steps, args.seed, flags)
     print(
         f"{args.kills} kills: {found['start']} in the start, {found['steps']} among the steps, {found['end']} after "
         f"the end; the adapter is the same in every byte; {time.monotonic() - began:.0f} s"

@@ -92,13 +92,20 @@ class GatedDelta(nn.Module):
         state = carried(self, "state", (self.value_heads, self.value_dim, self.key_dim), ctx)
         state = state.reshape(batch, *heads, self.value_dim, self.key_dim)
         q = _unit(q) * jnp.float32(self.key_dim**-0.5)
-        state, y = delta_rule(state, q, _unit(k), v, decay, beta)
+        state, y = delta_rule(state, q, _unit(k), v, decay, beta, kept=ctx.recompute is None)
         put_carried(self, "state", state.reshape(batch, self.value_heads, self.value_dim, self.key_dim), ctx)
         return y.reshape(batch, tokens, self.value_heads, self.value_dim)
 
 
 def delta_rule(
-    state: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, beta: jax.Array
+    state: jax.Array,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    decay: jax.Array,
+    beta: jax.Array,
+    *,
+    kept: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """The recurrence itself: ``S = exp(decay) * S``, ``S = S + beta * (v - S k) k^T``, ``y = S q`` for token by token.
 
@@ -112,6 +119,8 @@ def delta_rule(
       v: float32 ``[B, T, K, G, H]``.
       decay: float32 ``[B, T, K, G]``, 0 or less.
       beta: as decay.
+      kept: on the way to a gradient all that is within a chunk is; otherwise the state before each, and the rest is
+        computed again.
 
     Returns:
       the state behind the last token, and y ``[B, T, K, G, H]``.
@@ -119,7 +128,7 @@ def delta_rule(
     if q.shape[1] == 1:
         state, y = _one(state, *(x[:, 0] for x in (q, k, v, decay, beta)))
         return state, y[:, None]
-    return _in_chunks(state, q, k, v, decay, beta)
+    return (_in_chunks if kept else _by_chunk)(state, q, k, v, decay, beta)
 
 
 def _one(
@@ -171,6 +180,22 @@ def _in_chunks(
     return state, jnp.moveaxis(y, (0, -2), (1, 2)).reshape(batch, -1, *y.shape[2:4], y.shape[-1])[:, :tokens]
 
 
+def _by_chunk(state: jax.Array, *each: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As ``_in_chunks``, of which each is done with before the next one begins."""
+    batch, tokens = each[0].shape[:2]
+    if tokens <= _CHUNK:
+        return _in_chunks(state, *each)
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, -tokens % _CHUNK), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(batch, -1, _CHUNK, *x.shape[2:]), 1, 0)
+
+    step = jax.checkpoint(lambda state, chunk: _in_chunks(state, *chunk), prevent_cse=False)  # within a loop
+    state, y = lax.scan(step, state, tuple(map(cut, each)))
+    return state, jnp.moveaxis(y, 0, 1).reshape(batch, -1, *y.shape[3:])[:, :tokens]
+
+
+@jax.custom_jvp
 def _inverse(lower: jax.Array) -> jax.Array:
     """``(1 + lower)^-1`` of matrices ``[..., C, C]`` with nothing on and above their diagonals, C a power of two: the
     diagonal's blocks, two by two, make those twice as large."""
@@ -182,6 +207,13 @@ def _inverse(lower: jax.Array) -> jax.Array:
         upper = jnp.concatenate([first, jnp.zeros_like(first)], -1)
         blocks = jnp.concatenate([upper, jnp.concatenate([corner, second], -1)], -2)
     return blocks[..., 0, :, :]
+
+
+@_inverse.defjvp
+def _(values: tuple[jax.Array], changes: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """``-X dL X`` for ``X = (1 + L)^-1``, of which no step needs to be kept, or compiled, on the way to a gradient."""
+    inverse = _inverse(*values)
+    return inverse, -_product(inverse, _product(*changes, inverse))
 
 
 _product = partial(jnp.matmul, precision=lax.Precision.HIGHEST)

@@ -23,7 +23,7 @@
 
 ``step.loss`` is the loss alone, a pure function of the factors: for gradients of one's own.
 
-``rows`` reads data, ``adapter`` says what is trained, ``batches`` pads, ``step`` computes, ``preferences`` has the loss
-of pairs, ``checkpoints`` resumes.
+``lines`` and ``rows`` read data, ``adapter`` says what is trained, ``batches`` pads, ``step`` computes, ``preferences``
+has the loss of pairs, ``checkpoints`` resumes.
 Not here: what adapters do once they are trained (``llmjax.lora``).
 """

@@ -197,6 +197,14 @@ def _lengths(target: Target, factors: dict[str, Any], model: Model) -> jax.Array
     return jnp.asarray(found)
 
 
+def changes(model: Model, targets: tuple[Target, ...], factors: Factors) -> bool:
+    """Whether an adapter may change anything: not where each B is 0, and each magnitude its row's length."""
+    if any(np.any(own["B"]) for own in factors.values()):
+        return True
+    scaled = [target for target in targets if MAGNITUDE in factors[target.module]]
+    return any(np.any(_lengths(t, own := factors[t.module], model) != own[MAGNITUDE]) for t in scaled)
+
+
 def _names(chosen: list[str], modules: Mapping[str, list[Part]], model: Model) -> tuple[str, ...]:
     """The modules' last names, where no other module has one of them; else their whole names."""
     endings = {name.rsplit(".", 1)[-1] for name in chosen}

@@ -14,8 +14,8 @@ PNG, HTML = "loss.png", "loss.html"
 # Of the page's picture, in its own units.
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 860, 360, 64, 40, 16
 _COLORS = {"loss": "#9db8d9", "smoothed": "#1f5fa8", "eval_loss": "#c4501b", "accuracy": "#3f8f4f"}
-_NAMES = {"loss": "each step", "smoothed": "smoothed", "eval_loss": "rows for evaluation",
-          "accuracy": "pairs with a margin above 0, smoothed"}  # fmt: skip
+_NAMES = {"loss": "loss of each step", "smoothed": "loss, smoothed", "eval_loss": "loss of rows for evaluation",
+          "accuracy": "share of pairs with a margin above 0, smoothed"}  # fmt: skip
 
 Line = list[tuple[float, float]]
 
@@ -60,8 +60,8 @@ def _smoothed(line: Line) -> Line:
 
 
 def _what(metrics: Sequence[dict[str, Any]]) -> str:
-    """What the loss is the mean of."""
-    return "pair" if "rewards/accuracies" in metrics[0] else "token"
+    """What the loss is the mean over."""
+    return "pairs" if "rewards/accuracies" in metrics[0] else "learned tokens"
 
 
 def _png(lines: dict[str, Line], title: str, what: str) -> bytes:
@@ -82,7 +82,7 @@ def _png(lines: dict[str, Line], title: str, what: str) -> bytes:
             marker="o" if name == "eval_loss" or len(line) == 1 else None,
             markersize=4,
         )
-    axes.set(xlabel="step", ylabel=f"loss, mean of a {what}", title=Path(title).name)
+    axes.set(xlabel="step", ylabel=f"loss, mean over {what}", title=Path(title).name)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -144,7 +144,7 @@ th {{ text-align: left; font-weight: normal; color: #555; padding-right: 1.5rem 
 td {{ text-align: right; font-variant-numeric: tabular-nums }}
 </style></head><body>
 <h1>{html.escape(Path(title).name)}</h1>
-<p>Loss, the mean of a {"pair" if _what(metrics) == "pair" else "learned token"}, over steps. {keys}</p>
+<p>Loss over steps, each the mean over its {_what(metrics)}. {keys}</p>
 <svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="loss over steps">{"".join(parts)}</svg>
 <table>{rows}</table>
 <script type="application/json" id="metrics">{data}</script>

@@ -28,8 +28,9 @@ from llmjax.training.batches import Batch, Example, Pair, batches, cut
 from llmjax.training.checkpoints import Progress
 from llmjax.training.config import TrainConfig
 from llmjax.training.files import read_trained, save_adapter
+from llmjax.training.lines import read_rows
 from llmjax.training.optimizer import schedule
-from llmjax.training.rows import Data, make_examples, read_rows
+from llmjax.training.rows import Data, make_examples
 from llmjax.training.step import Outcome, Programs, first_state, train_step
 
 METRICS = "metrics.jsonl"

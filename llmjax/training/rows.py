@@ -14,27 +14,24 @@ Rows of preferences, for ``dpo``, have two completions of one prompt, which are 
 
 ``prompt_ids``, ``chosen_ids``, ``rejected_ids``  token ids
 ``prompt``, ``chosen``, ``rejected``  texts, or the messages of one conversation: those before, and what is said then
-``chosen``, ``rejected``              whole conversations; the messages they begin with in common are the prompt
+``chosen``, ``rejected``              whole conversations, or whole texts; what they begin with in common is the prompt
+                                      (the user's last message in it may stand as a text in ``prompt``, too)
 """
 
 import dataclasses
-import gzip
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from converters.readers.jsonfile import parse_json
-from llmjax.errors import LlmjaxError, RequestError, amount, lfs_pointer, named, shown
+from llmjax.errors import LlmjaxError, RequestError, amount, named, shown
 from llmjax.model import Model, check_ids
-from llmjax.outside.paths import checked_path
 from llmjax.outside.values import plain
 from llmjax.text.dates import Date, settled
 from llmjax.text.tokenizer import Tokenizer
 from llmjax.training.batches import Example, Pair
+from llmjax.training.lines import BLANK
 
 _FORMS: tuple[tuple[str, ...], ...] = (
     ("ids",),
@@ -52,8 +49,6 @@ _PREFERENCES: tuple[tuple[str, ...], ...] = (
 _OPTIONAL = {"ids": ("loss_mask",), "messages": ("tools",)}
 _ALWAYS = ("id",)
 _MOST = 10
-
-BLANK = object()  # a line without a row: rows are known by the numbers of their lines
 
 Segments = list[tuple[list[int], bool]]  # token ids, and whether they are learned
 
@@ -109,32 +104,6 @@ class Data:
         return found
 
 
-def read_rows(path: str | Path) -> list[Any]:
-    """The lines of a JSONL file, packed by gzip or not; one that is no JSON becomes the error that says so.
-
-    Raises:
-      RequestError: the file cannot be read.
-    """
-    path = checked_path("rows", path, RequestError)
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path}: not UTF-8: {error}") from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise RequestError(f"{path}: cannot read the file: {getattr(error, 'strerror', None) or error}") from None
-    if pointer := lfs_pointer(data):
-        raise RequestError(f"{path}: {pointer}")
-    return [_parsed(line) if line.strip() else BLANK for line in text.split("\n")]
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return parse_json(line)
-    except (ValueError, RecursionError) as error:
-        return RequestError(f"not valid JSON: {error}")
-
-
 def make_examples(
     rows: Iterable[Any],
     model: Model,
@@ -164,13 +133,15 @@ def make_examples(
     examples: list[Any] = []
     bad = []
     unused: Counter[str] = Counter()
+    template = model.tokenizer and model.tokenizer.chat_template
+    ignored = {"tools"} if template and "tools" not in template else set()
     for number, row in enumerate(rows):
         if row is BLANK:
             continue
         try:
             form = _form(row, dpo)
             talk = form[-1] == "rejected" and not isinstance(row["rejected"], str)
-            used = (*form, *_OPTIONAL.get("messages" if talk else form[0], ()), *_ALWAYS)
+            used = {*form, *_OPTIONAL.get("messages" if talk else form[0], ()), *_ALWAYS} - ignored
             unused.update(name for name in row if name not in used and row[name] is not None)
             if dpo:
                 examples.append(_pair(number, row, form, model, date, longest))
@@ -266,8 +237,10 @@ def _completions(row: Mapping[str, Any], form: tuple[str, ...], model: Model, da
         return [[(prompt, False), (found, True)] for found in completions]
     tokenizer = _tokenizer(model, form[0])
     texts = [isinstance(row[name], str) for name in form]
-    if all(texts) and form != _HALVES:
-        return _behind(row, _HALVES, model, tokenizer)
+    if all(texts):
+        return _behind(_parted(row) if form == _HALVES else row, _HALVES, model, tokenizer)
+    if texts == [True, False, False] and _asked(*(_list(row, name) for name in _HALVES)) == row["prompt"]:
+        form, texts = _HALVES, texts[1:]
     if any(texts):
         raise RequestError(
             f"{', '.join(form)}: expected a prompt and two texts, or lists of messages all; a prompt that the "
@@ -275,14 +248,36 @@ def _completions(row: Mapping[str, Any], form: tuple[str, ...], model: Model, da
         )
     lists = [_list(row, name) for name in form]
     if form == _HALVES:
-        both = enumerate(zip(*lists, strict=False))
-        same = next((i for i, (a, b) in both if a != b), min(map(len, lists)))
+        same = _alike(*lists)
         lists = [lists[0][:same], *(talk[same:] for talk in lists)]
     before, *talks = lists
     if not before:
         raise RequestError(f"{form[0]}: no message that chosen and rejected both follow")
     halves = zip(_HALVES, talks, strict=True)
     return [_said(name, before, talk, row.get("tools"), tokenizer, date) for name, talk in halves]
+
+
+def _alike(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    """How many messages, or characters, both begin with."""
+    both = enumerate(zip(chosen, rejected, strict=False))
+    return next((i for i, (a, b) in both if a != b), min(len(chosen), len(rejected)))
+
+
+def _parted(row: Mapping[str, Any]) -> dict[str, str]:
+    """Texts, parted where they are no longer alike: before the space that a word begins with, as TRL parts them."""
+    same = _alike(*(row[name] for name in _HALVES))
+    same -= row["chosen"][:same].endswith(" ")
+    rest = {name: row[name][same:] for name in _HALVES}
+    for name, text in rest.items():
+        if not text.strip(" "):
+            raise RequestError(f"{name}: no text behind what chosen and rejected begin with in common")
+    return {"prompt": row["chosen"][:same], **rest}
+
+
+def _asked(chosen: list[Any], rejected: list[Any]) -> Any:
+    """What the last message says that both conversations begin with, if it is the user's."""
+    last = chosen[same - 1] if (same := _alike(chosen, rejected)) else None
+    return last.get("content") if isinstance(last, Mapping) and last.get("role") == "user" else None
 
 
 def _said(name: str, before: list[Any], talk: list[Any], tools: Any, tokenizer: Tokenizer, date: Any) -> Segments:

@@ -16,7 +16,7 @@ from llmjax.model import Model
 from llmjax.models.context import Context
 from llmjax.numerics import Numerics, resolve
 from llmjax.runtime.memory import give_back_free
-from llmjax.training.adapter import Factors, Target, adapted
+from llmjax.training.adapter import Factors, Target, adapted, changes
 from llmjax.training.batches import Batch
 from llmjax.training.optimizer import clipped, optimizer
 from llmjax.training.preferences import dpo_loss, measures, pairs_of
@@ -107,7 +107,7 @@ class Programs:
     """
 
     def __init__(self, model: Model, targets: tuple[Target, ...], config: "TrainConfig"):
-        self._params = model.params
+        self._model, self._targets, self._params = model, targets, model.params
         self._numerics = model.numerics if config.compute is None else resolve("hf", jnp.dtype(config.compute))
         self._beta = beta = config.beta if config.dpo else None
         plain = partial(loss, model, targets=targets, numerics=self._numerics, recompute=config.recompute)
@@ -206,7 +206,7 @@ class Programs:
         """
         tokens = sum(batch.tokens for batch in group)
         count = tokens if self._beta is None else sum(len(batch.rows) for batch in group) // 2
-        if self._beta is None or _changes(factors):
+        if self._beta is None or changes(self._model, self._targets, factors):
             group = [self.referenced(batch) for batch in group]
         else:  # it is the reference: by its own program in every bit, where another's rounding would be a preference
             blank = [batch.replace(reference=np.zeros(len(batch.ids), np.float32)) for batch in group]
@@ -234,11 +234,6 @@ class Programs:
     def _is_bad(self, factors: Factors, batch: Batch, count: int, key: jax.Array, i: int) -> bool:
         part, _ = self.gradients(factors, batch, count, jax.random.fold_in(key, i))
         return not np.isfinite(float(self._norm(part)))
-
-
-def _changes(factors: Factors) -> bool:
-    """Whether an adapter may change anything: not where each B is 0."""
-    return any(pair.keys() != {"A", "B"} or bool(np.any(pair["B"])) for pair in factors.values())
 
 
 def _listed(rows: Sequence[int]) -> str:

@@ -98,10 +98,10 @@ def values_as_they_are(right):
 def key_heads_in_turn(right):
     """Value head ``g * K + k`` with key head ``k``."""
 
-    def fault(state, q, k, *rest):
+    def fault(state, q, k, *rest, kept):
         v, decay, beta = rest
         turned = [x.reshape(*x.shape[:2], x.shape[3], x.shape[2], *x.shape[4:]).swapaxes(2, 3) for x in rest]
-        state, y = right(state, q, k, *turned)
+        state, y = right(state, q, k, *turned, kept=kept)
         return state, y.swapaxes(2, 3).reshape(v.shape)
 
     return fault
@@ -110,7 +110,7 @@ def key_heads_in_turn(right):
 def not_corrected(right):
     """The rule of linear attention without delta: ``S + beta v k^T``."""
 
-    def fault(state, q, k, v, decay, beta):
+    def fault(state, q, k, v, decay, beta, kept):
         def step(state, token):
             q, k, v, decay, beta = token
             state = state * jnp.exp(decay)[..., None, None] + (v * beta[..., None])[..., None] * k[:, :, None, None]

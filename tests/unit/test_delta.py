@@ -1,12 +1,16 @@
 """The gated delta rule by itself; whole models stand in ``tests/parity/test_cases.py``, its states in
 ``test_shared_keys.py``."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.models.delta import _CHUNK, delta_rule
+from llmjax.models.context import Context
+from llmjax.models.delta import _CHUNK, GatedDelta, delta_rule
+from llmjax.numerics import resolve
 
 
 def tokens(count):
@@ -36,8 +40,8 @@ def test_the_rule(count):
 
 
 def test_gradients_in_chunks():
-    """Those of one token after the other."""
-    x = {name: jnp.float32(value) for name, value in tokens(_CHUNK + 3).items()}
+    """Those of one token after the other; where nothing within a chunk is kept, the memory of one chunk does."""
+    x = {name: jnp.float32(value) for name, value in tokens(12 * _CHUNK + 3).items()}
 
     def in_turn(state, **each):
         def step(state, token):
@@ -51,7 +55,27 @@ def test_gradients_in_chunks():
         state, y = rule(**x)
         return jnp.sum(jnp.sin(state)) + jnp.sum(jnp.sin(y))
 
-    wanted, found = (jax.jit(jax.grad(loss), static_argnums=1)(x, rule) for rule in (in_turn, delta_rule))
+    rules = in_turn, delta_rule, partial(delta_rule, kept=False)
+    programs = [jax.jit(jax.grad(partial(loss, rule=rule))).lower(x).compile() for rule in rules]
+    wanted, *found = (program(x) for program in programs)
     for name in x:
         assert np.abs(wanted[name]).max() > 0.01
-        np.testing.assert_allclose(found[name], wanted[name], rtol=1e-4, atol=1e-5)
+        for each in found:
+            np.testing.assert_allclose(each[name], wanted[name], rtol=1e-4, atol=1e-5)
+    kept, again = (program.memory_analysis().temp_size_in_bytes for program in programs[1:])
+    assert again < 0.2 * kept
+
+
+def test_training_keeps_no_chunks():
+    """On the way to a gradient, where it recomputes anything, a layer keeps little of what is within chunks."""
+    module = GatedDelta(2, 6, 8, 8, 4, jax.nn.silu, 1e-6)
+    x = jnp.zeros((1, 12 * _CHUNK, 16))
+    ids = jnp.zeros(x.shape[:2], jnp.int32)
+
+    def kept(recompute):
+        ctx = Context.whole(ids, resolve("reference", x.dtype), recompute=recompute)
+        params = jax.eval_shape(module.init, jax.random.key(0), x, ctx)
+        found = jax.eval_shape(lambda p, x: jax.vjp(lambda x: module.apply(p, x, ctx), x)[1], params, x)
+        return sum(leaf.size for leaf in jax.tree.leaves(found))
+
+    assert kept("nothing") < 0.4 * kept(None)

@@ -19,7 +19,7 @@ from llmjax.oracle.dump import from_arrays
 from llmjax.oracle.names import _rules
 from llmjax.oracle.trace import Trace
 from llmjax.outside.whole import whole_files
-from llmjax.training.rows import read_rows
+from llmjax.training.lines import read_rows
 from tests import tiny
 
 BAD = {

@@ -22,7 +22,7 @@ from llmjax.errors import OutputError
 from llmjax.lora.config import LoraConfig
 from llmjax.models.recompute import recomputed
 from llmjax.models.scanned import periods
-from llmjax.training.adapter import adapted, new_adapter
+from llmjax.training.adapter import adapted, changes, new_adapter
 from llmjax.training.batches import Example, batches, bucket, from_labels, make_batch
 from llmjax.training.files import read_trained, save_adapter
 from llmjax.training.optimizer import optimizer, schedule
@@ -240,7 +240,7 @@ def test_preferences_are_learned(tmp_path, capsys):
     assert metrics[-1]["eval_rewards/accuracies"] == 1 and metrics[-1]["eval_loss"] < 0.5
     for m in metrics:
         assert m["rewards/margins"] == pytest.approx(m["rewards/chosen"] - m["rewards/rejected"])
-    assert "the mean of a pair" in (tmp_path / "whole" / "loss.html").read_text()
+    assert "each the mean over its pairs" in (tmp_path / "whole" / "loss.html").read_text()
 
     model = llmjax.load(tmp_path / "model")
     config = TrainConfig(dpo=True, beta=0.3, targets=("q_proj", "v_proj"), batch_size=3, epochs=2, learning_rate=0.05,
@@ -384,6 +384,17 @@ def test_targets(model, tmp_path):
     assert kept == made and set(kept.values()) == {(4, 1.0), (2, 1.0)}
     narrow = new_adapter(model, TrainConfig(rank=20).lora)  # k and v have 16 rows: peft takes that
     assert {t.shape[0] for t in narrow.targets if t.rank > min(t.shape)} == {16}
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_changes_nothing(model, dora):
+    """An adapter as it is begun, which is the reference of preferences itself."""
+    adapter = new_adapter(model, TrainConfig(dora=dora).lora)
+    assert not changes(model, adapter.targets, adapter.factors)
+    name = "magnitude" if dora else "B"
+    own = adapter.factors[adapter.targets[-1].module]
+    own[name] = own[name].at[-1].add(0.01)
+    assert changes(model, adapter.targets, adapter.factors)
 
 
 @pytest.mark.parametrize(("values", "message"), [

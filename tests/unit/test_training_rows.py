@@ -8,7 +8,8 @@ import pytest
 
 import llmjax
 from llmjax.errors import RequestError
-from llmjax.training.rows import BLANK, continuation, make_examples, read_rows
+from llmjax.training.lines import BLANK, read_rows
+from llmjax.training.rows import continuation, make_examples
 from tests.tiny import checkpoint, random_model
 
 CHATML = (
@@ -63,9 +64,12 @@ WHOLE = "<|system|>s$\n<|user|>a$\n<|assistant|>"
 
 @pytest.mark.parametrize(("row", "prompt", "chosen", "rejected"), [
     ({"prompt": "one:", "chosen": " two", "rejected": " six"}, "one:", " two$", " six$"),
+    ({"chosen": "H: a\n\nA: no one", "rejected": "H: a\n\nA: no two"}, "H: a\n\nA: no", " one$", " two$"),
+    ({"chosen": "H: a or b", "rejected": "H: a old"}, "H: a o", "r b$", "ld$"),
     ({"prompt_ids": [64, 65], "chosen_ids": [66, 256], "rejected_ids": [67]}, "ab", "c$", "d"),
     ({"prompt": ASKED, "chosen": SAID[0], "rejected": SAID[1], "tools": None}, WHOLE, "b$", "c$"),
     ({"chosen": ASKED + SAID[0], "rejected": ASKED + SAID[1], "id": 1}, WHOLE, "b$", "c$"),
+    ({"prompt": "a", "chosen": ASKED + SAID[0], "rejected": ASKED + SAID[1]}, WHOLE, "b$", "c$"),
     ({"prompt": None, "chosen": ASKED + SAID[0], "rejected": ASKED + SAID[1], "text": None}, WHOLE, "b$", "c$"),
     ({"prompt": EARLIER + ASKED[1:], "chosen": SAID[0], "rejected": SAID[1]},  # what it said before is not learned
      "<|user|>x$\n<|assistant|>y$\n<|user|>a$\n<|assistant|>", "b$", "c$"),
@@ -87,8 +91,11 @@ def test_preferences(model, row, prompt, chosen, rejected):
     ({"prompt": "", "chosen": "b", "rejected": "c"}, "prompt: no token"),
     ({"prompt": "a", "chosen": "b", "rejected": "c" * 40}, "rejected: 42 tokens, longer than 32"),
     ({"prompt": "a", "chosen": "b", "rejected": 3}, "prompt, chosen, rejected: expected a prompt and two texts, or"),
-    ({"chosen": "ab", "rejected": "ac"}, "chosen, rejected: expected a prompt and two texts, or lists of messages"),
+    ({"chosen": "ab", "rejected": "a"}, "rejected: no text behind what chosen and rejected begin with in common"),
+    ({"chosen": "ab", "rejected": ["a"]}, "chosen, rejected: expected a prompt and two texts, or lists of messages"),
     ({"prompt": "a", "chosen": ASKED + SAID[0], "rejected": SAID[1]}, "a prompt that the conversations begin with"),
+    ({"prompt": "b", "chosen": ASKED + SAID[0], "rejected": ASKED + SAID[1]}, "a prompt that the conversations begin"),
+    ({"prompt": "b", "chosen": ["b"], "rejected": ["b"]}, "a prompt that the conversations begin with"),
     ({"prompt": ASKED, "chosen": ASKED + SAID[0], "rejected": SAID[1]}, "chosen: begins with a message of 'system'"),
     ({"prompt": ASKED, "chosen": [], "rejected": SAID[1]}, "chosen: no message behind"),
     ({"prompt": ASKED, "chosen": [{"content": "b"}], "rejected": SAID[1]}, "chosen: messages[2]"),
@@ -165,6 +172,8 @@ def test_a_template_that_takes_earlier_turns_back(model):
 def test_unused_fields_are_told(model):
     data = make_examples([{"text": "a b", "source": "x"}, {"text": "c d", "source": "y", "id": 1}], model, where="rows")
     assert data.notes() == ["rows: fields that are not used: source (2 rows)"]
+    talk = {"messages": [*ASKED, *SAID[0]], "tools": [{"name": "look"}]}  # which the template does not write
+    assert make_examples([talk], model).notes() == ["rows: fields that are not used: tools (1 row)"]
 
 
 def test_a_text_goes_on(model):
