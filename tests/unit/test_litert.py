@@ -235,6 +235,26 @@ def test_a_softmax_is_added_up_in_order():
     assert np.array_equal(found[:4], np.float32([0.00433462486, 0.00449652551, 0.00501942169, 0.00602950389]))
 
 
+def test_linear_attention_is_that_of_transformers():
+    """``torch_recurrent_gated_delta_rule`` of transformers 5.23, two value heads to a key head.  LiteRT-LM alone has the
+    operator."""
+    q, k, v = steps(1, 1, 3, 2), steps(1, 1, 3, 2) * np.float32(0.5) + np.float32(0.1), steps(1, 3, 2, 2)
+    beta, decay = 1 / (1 + np.exp(-steps(1, 3, 2))), -np.abs(steps(1, 3, 2))
+    v, beta, decay = (np.moveaxis(x, 2, 1) for x in (v, beta, decay))
+    op = Operator("CUSTOM:gated_delta_update", (), (), {})
+    given = [q, k, v, beta, decay, steps(1, 2, 2, 2)]
+    read, state = jax.jit(lambda x: KERNELS[op.name](op, x, [], numerics_for(None)))(given)
+    theirs = (
+        ((0.1147096753, -0.0030787382), (-0.2009918988, 0.1599579155), (-0.1586144418, 0.3558920324)),
+        ((0.0840497315, -0.4106510878), (-0.4753015637, 0.5944873095), (-0.2492964566, -0.6764981747)),
+    )
+    left = (
+        ((0.0743293166, -0.1836090684), (-0.1030408442, 0.2092433572)),
+        ((0.0418569520, 0.4632342160), (-0.2597342730, -0.2487574816)),
+    )
+    assert np.abs(read[0] - np.float32(theirs)).max() < 5e-7 and np.abs(state[0] - np.float32(left)).max() < 5e-7
+
+
 def test_what_a_sum_leaves_out_is_not_taken_away_again():
     x, axis = np.float32([1, 2, 3e9, np.inf]), np.array([0])
     for reverse, expected in ((False, [0, 1, 3, 3e9]), (True, [np.inf, np.inf, np.inf, 0])):
@@ -465,6 +485,8 @@ def test_a_graph_says_that_it_has_no_derivative(model):
 
 def test_keys_are_told_from_values(model):
     assert (model.config.num_hidden_layers, model.config.num_key_value_heads, model.config.head_dim) == (2, 2, 8)
+    # What linear attention carries along has as many dimensions, and cannot be gone back in.
+    assert [ports.holds_tokens(f"kv_cache_{kind}_0", (1, 4, 16, 16)) for kind in "kvr"] == [True, True, False]
 
 
 def test_a_graph_is_shown_in_a_line(model):
