@@ -236,8 +236,7 @@ def test_a_softmax_is_added_up_in_order():
 
 
 def test_linear_attention_is_that_of_transformers():
-    """``torch_recurrent_gated_delta_rule`` of transformers 5.23, two value heads to a key head.  LiteRT-LM alone has the
-    operator."""
+    """``torch_recurrent_gated_delta_rule`` of transformers 5.23, two value heads to a key head."""
     q, k, v = steps(1, 1, 3, 2), steps(1, 1, 3, 2) * np.float32(0.5) + np.float32(0.1), steps(1, 3, 2, 2)
     beta, decay = 1 / (1 + np.exp(-steps(1, 3, 2))), -np.abs(steps(1, 3, 2))
     v, beta, decay = (np.moveaxis(x, 2, 1) for x in (v, beta, decay))
