@@ -45,14 +45,14 @@ def numerics_for(name: str | None) -> Numerics:
 
 
 def settled(file: TfliteFile, numerics: Numerics) -> Numerics:
-    """A graph's profile, told whether the graph rounds activations."""
-    rounds = numerics.name == "litert" and any(
+    """A graph's profile, told whether activations are rounded in the graph; or behind it, if the profile says so."""
+    rounds = numerics.digits == 1 or any(
         op.name in ("FULLY_CONNECTED", "DEPTHWISE_CONV_2D") and graph.tensors[op.inputs[1]].quantization is not None
         for graph in file.subgraphs
         for op in graph.operators
         if len(op.inputs) > 1
     )
-    return dataclasses.replace(numerics, digits=1 if rounds else None)
+    return dataclasses.replace(numerics, digits=1 if rounds and numerics.name == "litert" else None)
 
 
 def problems_of(file: TfliteFile, signatures: Iterable[str]) -> list[str]:
@@ -118,7 +118,7 @@ class Graph:
 
     Args:
       file: what was read.
-      numerics: see ``numerics_for``.
+      numerics: see ``numerics_for``; of another graph, if that takes what this one gives.
       signatures: that will be run; None for all.
 
     Attributes:

@@ -15,7 +15,7 @@ from jax import lax
 
 from converters.readers.litert.options import HADAMARD
 from converters.readers.litert.tflite import Operator, Tensor
-from llmjax.litert import approximations, products
+from llmjax.litert import approximations, products, recurrence
 from llmjax.litert.products import Dequantized, Filter, Square, Value, as_array
 from llmjax.numerics import Numerics
 from llmjax.quant.qtensor import QTensor, take
@@ -337,6 +337,8 @@ _PRODUCTS = (
 KERNELS: dict[str, Kernel] = {
     **{name: _elementwise(function) for name, function in (_UNARY | _BINARY).items()},
     **{f"REDUCE_{name.upper()}": _reducer(getattr(jnp, name)) for name in ("all", "any", "max", "min", "prod")},
+    **dict.fromkeys(("EXPAND_DIMS", "RESHAPE", "SQUEEZE"), _reshape),
+    recurrence.NAME: recurrence.gated_delta_update,
     HADAMARD: lambda op, x, out, n: products.rotated(as_array(x[0]), op.options["size"]),
     "ARG_MAX": _pick(jnp.argmax),
     "ARG_MIN": _pick(jnp.argmin),
@@ -350,7 +352,6 @@ KERNELS: dict[str, Kernel] = {
     "DEQUANTIZE": _dequantize,
     "DYNAMIC_UPDATE_SLICE": _update_slice,
     "EMBEDDING_LOOKUP": _embedding,
-    "EXPAND_DIMS": _reshape,
     "FILL": _broadcast,
     "FULLY_CONNECTED": _fully_connected,
     "GATHER": _gather,
@@ -362,7 +363,6 @@ KERNELS: dict[str, Kernel] = {
     "PACK": lambda op, x, out, n: jnp.stack(list(map(as_array, x)), op.options["axis"]),
     "PAD": _pad,
     "PADV2": _pad,
-    "RESHAPE": _reshape,
     "RSQRT": _approximated(lax.rsqrt, approximations.rsqrt),
     "SELECT": _select,
     "SELECT_V2": _select,
@@ -372,7 +372,6 @@ KERNELS: dict[str, Kernel] = {
     "SPLIT": _split,
     "SPLIT_V": _split,
     "SQRT": _approximated(jnp.sqrt, approximations.sqrt),
-    "SQUEEZE": _reshape,
     "STRIDED_SLICE": _strided_slice,
     "SUM": _in_their_order(jnp.sum, approximations.total),
     "TANH": _approximated(jnp.tanh, approximations.tanh),

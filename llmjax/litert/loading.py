@@ -94,7 +94,7 @@ def model_of(files: Mapping[str, TfliteFile], path: Path, numerics: str | None =
         if port:
             if part not in files:
                 raise CheckpointError(f"{path}: its graph takes {port}, and there is no {part} to make them")
-            graphs[part] = _embedder(files[part], profile, decode.tensors[port].shape)
+            graphs[part] = _embedder(files[part], graphs[MAIN].numerics, decode.tensors[port].shape)
     return GraphModel(
         architecture=ARCHITECTURE,
         config=GraphConfig.of(prefills, decode),

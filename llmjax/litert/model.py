@@ -125,8 +125,8 @@ class GraphModel(Model):
 
     def under(self, numerics: str) -> "GraphModel":
         """The same model under another profile, nothing read again."""
-        profile = numerics_for(numerics)
-        graphs = {part: graph.under(profile) for part, graph in self.module.graphs.items()}
+        main = self.module.graphs[MAIN].under(numerics_for(numerics))
+        graphs = {part: graph.under(main.numerics) for part, graph in self.module.graphs.items()}
         module = GraphModule(graphs, self.module.prefills, self.module.decode_ports)
         return dataclasses.replace(self, numerics=graphs[MAIN].numerics, signatures=module, numerics_chosen=True)
 

@@ -158,7 +158,7 @@ def _ports(file: TfliteFile, name: str, axes: dict[str, int], problems: list[str
         problems.append(f"{name}: {mask}: expected [1, 1, {length}, C], found {list(tensors[mask].shape)}")
     for number, (port, tensor) in enumerate(tensors.items()):
         lengths = tensor.shape[axes[port] :][:1] if port in axes else tensor.shape[2:]
-        if port in states and len(tensor.shape) == 4 and context not in lengths:
+        if port in states and holds_tokens(port, tensor.shape) and context not in lengths:
             problems.append(
                 f"{name}: input {number} ({named(port)}): a ring-buffer cache, {list(tensor.shape)} where the mask has "
                 f"{context} positions, is not supported"
@@ -173,7 +173,7 @@ def _ports(file: TfliteFile, name: str, axes: dict[str, int], problems: list[str
     if any(tensor.dynamic for tensor in tensors.values()):
         problems.append(f"{name}: inputs whose shape is not fixed are not supported")
     vocabulary = outputs[LOGITS].shape[-1] if LOGITS in outputs and outputs[LOGITS].shape else 0
-    rewinds = all(len(shape) == 4 for shape, _ in states.values())
+    rewinds = all(holds_tokens(port, shape) for port, (shape, _) in states.items())
     return Ports(
         name,
         length,
@@ -197,6 +197,11 @@ def _context(tensors: dict[str, Tensor], mask: str | None, states: dict[str, Any
         return tensors[mask].shape[3]
     keys = [name for name, (shape, _) in states.items() if holds_keys(name, shape)]
     return next((tensors[name].shape[axes.get(name, 2)] for name in keys), 0)
+
+
+def holds_tokens(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a state is a cache of keys or values, and not what a layer carries along (``kv_cache_c_3``, ``_r_3``)."""
+    return len(shape) == 4 and re.search(r"(^|_)[kv]_", name) is not None
 
 
 def holds_keys(name: str, shape: tuple[int, ...]) -> bool:

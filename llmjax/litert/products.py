@@ -17,6 +17,7 @@ from flax import struct
 from jax import lax
 from jax.custom_batching import custom_vmap
 
+from llmjax.litert import approximations
 from llmjax.numerics import REFERENCE, Numerics, resolve
 from llmjax.products.digits import integer_product
 from llmjax.products.matmul import matmul
@@ -26,6 +27,7 @@ _FLOAT32 = resolve(REFERENCE, jnp.dtype(jnp.float32))
 _TINY = np.finfo(np.float32).tiny
 _ROWS_APART = 8
 _MOST_APART = 1 << 24  # multiplications
+_MOST_TAPS = 25
 
 
 class Filter(struct.PyTreeNode):
@@ -126,6 +128,9 @@ def fully_connected(x: jax.Array, weight: Value, bias: jax.Array | None, numeric
         else:
             y = _by_rows(_integer_product, q.astype(jnp.int8), weight, zero)
             y = y * step * weight.scales[:, 0].astype(jnp.float32)
+    elif numerics.digits == 1:  # beside weights whose activations are rounded
+        start = jnp.float32(0) if bias is None else bias
+        return _by_rows(_in_order, x, weight, jnp.broadcast_to(start, (len(x), weight.shape[0])))
     else:
         y = _by_rows(_float_product, x, weight.weight if isinstance(weight, Dequantized) else weight)
     return y if bias is None else y + bias
@@ -133,6 +138,17 @@ def fully_connected(x: jax.Array, weight: Value, bias: jax.Array | None, numeric
 
 def _float_product(x: jax.Array, weight: Any) -> jax.Array:
     return matmul(x, weight, _FLOAT32)
+
+
+def _in_order(x: jax.Array, weight: Any, start: jax.Array) -> jax.Array:
+    """``start [rows, out] + x . weight^T`` as XNNPACK adds it up: one input after the other, each product rounded with
+    the sum that it is added to."""
+    columns = as_array(weight).astype(jnp.float32).T
+
+    def add(total: jax.Array, item: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        return item[0][:, None] * item[1] + total, None
+
+    return lax.scan(add, start, (x.T, columns))[0]
 
 
 def _integer_product(q: jax.Array, weight: QTensor, zero: jax.Array) -> jax.Array:
@@ -168,8 +184,10 @@ def depthwise(x: jax.Array, weight: Value, bias: jax.Array | None, options: dict
     """``x [B, H, W, C]`` with a filter of its own for each channel, ``weight [1, h, w, C * m]``."""
     step = scales = None
     if isinstance(weight, Filter) and numerics.name == "litert":
-        q, zero, step = rounded(x, (1, 2, 3))  # a batch element as a whole
-        x, weight, scales = q - zero, weight.values.astype(jnp.float32), weight.scales
+        x, step = _rounded_whole(x)
+        weight, scales = weight.values.astype(jnp.float32), weight.scales
+    elif numerics.digits == 1 and _is_in_order(x, weight, options):
+        return _taps_in_order(x, as_array(weight)[0], bias, options)
     kernel = as_array(weight)[0][:, :, None]
     y = lax.conv_general_dilated(
         x,
@@ -182,8 +200,49 @@ def depthwise(x: jax.Array, weight: Value, bias: jax.Array | None, options: dict
         precision=lax.Precision.HIGHEST,
     )
     if step is not None:
-        y = y * step * jnp.asarray(scales).reshape(-1)
+        y = jnp.maximum(y * jnp.asarray(scales).reshape(-1) * step, approximations.LEAST)  # rounded before the bias
     return y if bias is None else y + bias
+
+
+def _rounded_whole(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whole numbers in float32, and their step: x is about their product.  A batch element has one step, by the rule of
+    TFLite's own kernel, which the delegate leaves such filters to: as ``rounded``, but that halves go away from zero,
+    and that the step is no reciprocal."""
+    axes = (1, 2, 3)
+    low = jnp.minimum(jnp.min(x, axes, keepdims=True), 0)
+    high = jnp.maximum(jnp.max(x, axes, keepdims=True), 0)
+    # Behind the barrier XLA does not know what to multiply by instead.
+    step = jnp.where(low == high, 1, (high - low) / lax.optimization_barrier(jnp.float32(255)))
+    low, high = low / step, high / step
+    zero = _away(jnp.clip(jnp.where((-128 + low) + (127 + high) > 0, -128 - low, 127 - high), -128, 127))
+    return jnp.clip(_away(x * (1 / step)) + zero, -128, 127) - zero, step
+
+
+def _away(x: jax.Array) -> jax.Array:
+    """The nearest whole numbers, halves away from zero."""
+    whole = jnp.trunc(x)
+    return whole + jnp.where(jnp.abs(x - whole) >= 0.5, jnp.sign(x), 0)
+
+
+def _is_in_order(x: jax.Array, weight: Value, options: dict[str, Any]) -> bool:
+    """Whether XNNPACK has a kernel for a filter; the runtime's own adds up in another order."""
+    steps = (options[f"{what}_{along}"] for what in ("stride", "dilation") for along in "hw")
+    return weight.shape[3] == x.shape[3] and weight.shape[1] * weight.shape[2] <= _MOST_TAPS and min(steps) > 0
+
+
+def _taps_in_order(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, options: dict[str, Any]) -> jax.Array:
+    """As ``depthwise``, ``kernel [h, w, C]``, added up as XNNPACK does: the bias first, then taps column by column."""
+    strides = options["stride_h"], options["stride_w"]
+    apart = options["dilation_h"], options["dilation_w"]
+    spans = [(taps - 1) * d + 1 for taps, d in zip(kernel.shape, apart, strict=False)]
+    pads = lax.padtype_to_pads(x.shape[1:3], spans, strides, ("SAME", "VALID")[options["padding"]])
+    x = jnp.pad(x, [(0, 0), *pads, (0, 0)])
+    sizes = [(n - span) // s + 1 for n, span, s in zip(x.shape[1:3], spans, strides, strict=True)]
+    total = jnp.broadcast_to(jnp.float32(0) if bias is None else bias, (len(x), *sizes, x.shape[3]))
+    for j, i in np.ndindex(kernel.shape[1::-1]):
+        rows, columns = (slice(t * d, None, s) for t, d, s in zip((i, j), apart, strides, strict=True))
+        total = x[:, rows, columns][:, : sizes[0], : sizes[1]] * kernel[i, j] + total
+    return total
 
 
 def batch_matmul(x: jax.Array, y: jax.Array, adj_x: bool, adj_y: bool, numerics: Numerics) -> jax.Array:

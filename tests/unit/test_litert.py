@@ -176,12 +176,82 @@ def test_rows_of_a_product_are_added_up_in_order(rows):
         assert np.array_equal(found[0, 0, row], np.float32(theirs[row]))
 
 
+def steps(*shape: int) -> np.ndarray:
+    return ((np.arange(np.prod(shape)).reshape(shape) * 53 % 97 - 48) / 29).astype(np.float32)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_float_weights_beside_rounded_ones_are_added_up_in_order(biased):
+    """As ai-edge-litert 2.3.0 does, from the bias on: to the bit, rows side by side, too."""
+    x = steps(3, 96)
+    weight = ((np.arange(5 * 96).reshape(5, 96) * 71 % 103 - 51) / 31).astype(np.float32)
+    bias = (np.array([3, -5, 7, 11, 2]) / 13).astype(np.float32) if biased else None
+    plain = (
+        (5.26362801, 3.73971033, 2.90322614, 0.921023726, 1.23025668),
+        (0.744159281, -4.52502823, 3.03782034, -2.68965578, -0.0533925965),
+        (0.109009162, 4.15016651, -0.172413304, -7.70300341, -0.79755187),
+    )
+    added = (
+        (5.49439669, 3.35509491, 3.44168758, 1.76717722, 1.38410223),
+        (0.974928796, -4.9096427, 3.57628298, -1.84350204, 0.100453459),
+        (0.339779407, 3.76555109, 0.366047323, -6.85685015, -0.64370656),
+    )
+    found = jax.vmap(lambda row: products.fully_connected(row[None], weight, bias, ROUNDS))(x)
+    assert np.array_equal(found[:, 0], np.float32(added if biased else plain))
+
+
+def test_a_float_filter_beside_rounded_weights_is_added_up_in_order():
+    """As ai-edge-litert 2.3.0 does: column by column, from the bias on."""
+    weight = ((np.arange(18).reshape(1, 3, 3, 2) * 71 % 103 - 51) / 31).astype(np.float32)
+    bias = (np.array([3, -5]) / 13).astype(np.float32)
+    theirs = (3.17070246, 0.695473552), (3.47659802, -1.70830822), (5.10729837, -1.31787467)
+    options = dict.fromkeys(("stride_h", "stride_w", "dilation_h", "dilation_w"), 1) | {"padding": 0}
+    found = jax.jit(lambda x: products.depthwise(x, weight, bias, options, ROUNDS))(steps(1, 4, 5, 2))
+    assert np.array_equal(found[0, 1, :3], np.float32(theirs))
+
+
+def test_a_filter_of_integers_rounds_as_the_runtimes_own_kernel():
+    """ai-edge-litert 2.3.0's, whose delegate leaves it: a step that is no reciprocal, before the bias a rounding."""
+    x = ((np.arange(6 * 4).reshape(1, 1, 6, 4) * 53 % 97 - 40) / 29).astype(np.float32)
+    integers = (np.arange(12).reshape(1, 1, 3, 4) * 71 % 103 - 51).astype(np.int8)
+    weight = products.Filter(integers, np.float32([0.01, 0.02, 0.03, 0.017]).reshape(1, 1, 1, 4))
+    bias = (np.array([3, -5, 7, 11]) / 13).astype(np.float32)
+    theirs = (
+        (0.725738764, -1.32660329, 1.6334312, 0.871809006),
+        (0.589187086, 0.495303422, 1.4844656, -1.0661912),
+        (0.452635348, 0.643782139, 1.3355, 1.41574001),
+        (0.31608364, -0.881167114, -2.93009853, 1.3981539),
+    )
+    options = dict.fromkeys(("stride_h", "stride_w", "dilation_h", "dilation_w"), 1) | {"padding": 1}
+    found = jax.jit(lambda x: products.depthwise(x, weight, bias, options, ROUNDS))(x)
+    assert np.array_equal(found[0, 0], np.float32(theirs))
+
+
 def test_a_softmax_is_added_up_in_order():
     """As ai-edge-litert 2.3.0 does with AVX-512."""
     x = np.float32([i * i * 37 % 1009 / 1009 for i in range(130)])
     op = types.SimpleNamespace(options={"beta": 1.0})
     found = np.asarray(jax.jit(lambda x: KERNELS["SOFTMAX"](op, [x], [], ROUNDS))(x))
     assert np.array_equal(found[:4], np.float32([0.00433462486, 0.00449652551, 0.00501942169, 0.00602950389]))
+
+
+def test_linear_attention_is_that_of_transformers():
+    """``torch_recurrent_gated_delta_rule`` of transformers 5.23, two value heads to a key head."""
+    q, k, v = steps(1, 1, 3, 2), steps(1, 1, 3, 2) * np.float32(0.5) + np.float32(0.1), steps(1, 3, 2, 2)
+    beta, decay = 1 / (1 + np.exp(-steps(1, 3, 2))), -np.abs(steps(1, 3, 2))
+    v, beta, decay = (np.moveaxis(x, 2, 1) for x in (v, beta, decay))
+    op = Operator("CUSTOM:gated_delta_update", (), (), {})
+    given = [q, k, v, beta, decay, steps(1, 2, 2, 2)]
+    read, state = jax.jit(lambda x: KERNELS[op.name](op, x, [], numerics_for(None)))(given)
+    theirs = (
+        ((0.1147096753, -0.0030787382), (-0.2009918988, 0.1599579155), (-0.1586144418, 0.3558920324)),
+        ((0.0840497315, -0.4106510878), (-0.4753015637, 0.5944873095), (-0.2492964566, -0.6764981747)),
+    )
+    left = (
+        ((0.0743293166, -0.1836090684), (-0.1030408442, 0.2092433572)),
+        ((0.0418569520, 0.4632342160), (-0.2597342730, -0.2487574816)),
+    )
+    assert np.abs(read[0] - np.float32(theirs)).max() < 5e-7 and np.abs(state[0] - np.float32(left)).max() < 5e-7
 
 
 def test_what_a_sum_leaves_out_is_not_taken_away_again():
@@ -414,6 +484,8 @@ def test_a_graph_says_that_it_has_no_derivative(model):
 
 def test_keys_are_told_from_values(model):
     assert (model.config.num_hidden_layers, model.config.num_key_value_heads, model.config.head_dim) == (2, 2, 8)
+    # What linear attention carries along has as many dimensions, and cannot be gone back in.
+    assert [ports.holds_tokens(f"kv_cache_{kind}_0", (1, 4, 16, 16)) for kind in "kvr"] == [True, True, False]
 
 
 def test_a_graph_is_shown_in_a_line(model):
@@ -449,6 +521,14 @@ def test_a_bundle_says_which_tokens_are_suppressed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Package, "metadata", metadata)
     assert loading.load_graph(unpacked("gemma4.litertlm", tmp_path)).generation_config == {"suppress_tokens": [7, 9]}
+
+
+def test_embedders_are_computed_as_the_graph_that_takes_what_they_give(tmp_path):
+    """They round nothing themselves; but their products in another order are rounded the other way there."""
+    model = llmjax.load(unpacked("gemma4.litertlm", tmp_path))
+    for profile, digits in (("litert", 1), ("reference", None), ("litert", 1)):
+        model = model.under(profile)
+        assert {graph.numerics.digits for graph in model.module.graphs.values()} == {digits}
 
 
 @pytest.mark.slow
