@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from llmjax.errors import RequestError
+from llmjax.oracle.clock import Pulse
 from llmjax.oracle.dump import Window
-from llmjax.oracle.floors import CLASSES, LIKE, MARGIN, OWN, floor
+from llmjax.oracle.floors import CLASSES, FEW, LIKE, MARGIN, OWN, floor
 from llmjax.oracle.metrics import Gap, gap, narrowed
 from llmjax.oracle.names import Named, layouts
 from llmjax.oracle.stages import PLAIN, Edit, Stages
@@ -77,7 +78,7 @@ class Tap:
         total = np.zeros(2)
         for name in classes:
             ways = self.ways[name] if way is None else self.ways[name][way : way + 1]
-            fits = [w[at] for w in ways if w[at].any()] if finest and "int" in name else []  # a scheme may not
+            fits = [w[at] for w in ways if w[at].any()] if finest and name in FEW else []  # a scheme may not
             total = np.hypot(total, np.min(fits, 0) if fits else np.max([w[at] for w in ways], 0))
         margin = MARGIN if whole else self.margin(classes)
         return np.hypot(floor(total, self.ways["float32"][0][at], margin), self.rounding)
@@ -150,7 +151,9 @@ def patches(named: Named, values: Mapping[str, np.ndarray]) -> dict[str, np.ndar
     return steps | {inner(tap): value for tap, value in values.items() if inner(tap) != tap}
 
 
-def measure(stages: Stages, named: Named, reference: Read, classes: Sequence[str]) -> Iterator[tuple[Tap, np.ndarray]]:
+def measure(
+    stages: Stages, named: Named, reference: Read, classes: Sequence[str], pulse: Pulse
+) -> Iterator[tuple[Tap, np.ndarray]]:
     """Measures every tap of a dump, in the order of computation.
 
     Args:
@@ -158,6 +161,7 @@ def measure(stages: Stages, named: Named, reference: Read, classes: Sequence[str
       named: the dump under our names.
       reference: the reference's own value of a tap, where it is known.
       classes: to measure; float32 among them.
+      pulse: is told of each way of each stage.
 
     Yields:
       a tap, and the reference's values.
@@ -169,6 +173,7 @@ def measure(stages: Stages, named: Named, reference: Read, classes: Sequence[str
     for stage in range(-1, stages.layers + 1):
         moved: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
         for i, (name, edit) in enumerate(ways):
+            pulse(lambda stage=stage, i=i: _where(stages, stage, i, len(ways)))  # type: ignore[misc]
             flow, values = stages.run(stage, xs[i], {}, edit, wanted)
             if i == 0:
                 theirs = stage_values(stages, named, stage, values)
@@ -202,6 +207,11 @@ def measure(stages: Stages, named: Named, reference: Read, classes: Sequence[str
                 found.local = pair(value, plain[1][step], tap)
                 found.ways = moved[tap]
             yield found, ours
+
+
+def _where(stages: Stages, stage: int, way: int, ways: int) -> str:
+    at = f"layer {stage} of {stages.layers}" if 0 <= stage < stages.layers else "embedding" if stage < 0 else "head"
+    return f"measuring: {at}, way {way + 1} of {ways} to compute it"
 
 
 def row(tap: Tap, floor: float) -> dict[str, Any]:
