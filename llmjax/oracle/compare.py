@@ -331,6 +331,8 @@ def _reason(
     if verdict == "equivalent":
         lossy = " and the file's own rounding" if any(w.rounding for w in theirs.windows.values()) else ""
         few = "; by logits alone, of which a fault within that floor does not show" if theirs.windows else ""
+        if not permitted.declared and found.classes != ("float32",):
+            few += "; nothing is declared, so that is the narrowest that is wide enough, not what was run"
         few += of_the_cache(found, permitted) + of_few_bits(found, missing)
         return f"every step is within the floor of {found.name} arithmetic{lossy}{declared}{few}{bos}"
     parts = []

@@ -21,9 +21,9 @@ def rescaled(scene: Scene) -> Iterator[Cause]:
         return
     ours, theirs = (x.astype(np.float64) for x in (scene.ours, scene.theirs))
     scales = (ours * theirs).sum(0) / np.maximum((ours**2).sum(0), 1e-300)
-    left = np.linalg.norm(theirs - ours * scales) / max(np.linalg.norm(theirs - ours), 1e-300)
+    left, apart = (float(np.linalg.norm(theirs - x)) for x in (ours * scales, ours))
     readers = _readers(scene, step)
-    if len(ours) < _TOKENS or left > 1 - _SHARE or not readers or not (np.abs(scales) > 1e-6).all():
+    if len(ours) < _TOKENS or left > (1 - _SHARE) * apart or not readers or not (np.abs(scales) > 1e-6).all():
         return
     detail = (
         f"{step}'s channels are scaled, and scaled back in {', '.join(readers)}: together the same (AWQ, SmoothQuant, "
