@@ -20,6 +20,10 @@ from llmjax.oracle.names import Named, layouts
 from llmjax.oracle.stages import PLAIN, Edit, Stages
 from llmjax.oracle.steps import OUTER
 
+# What a scale of 16 bits is not off by, the share of an error that one factor leaves where it is all there is, and
+# values that can tell it.
+_FACTOR, _PURE, _SEVERAL = 0.01, 0.02, 16
+
 Read = Callable[[str], np.ndarray | None]
 
 
@@ -39,6 +43,7 @@ class Tap:
       local: ``[whole, worst token]`` errors to what our step makes of the candidate's input; None without a model.
       ways: by class, for each of its ways what it does to the whole run and to this step alone, both as ``local``.
       rounding: the most that a lossy file may have moved it by, as ``local``.
+      scaled: the step's own error is one factor, which no rounding to few bits is.
       like: by classes, how many times as far as their ways the same step of most layers is, and how far their narrowest
         ones are, both as ``local``; filled by ``verdict.explain`` for what has its like.
     """
@@ -50,6 +55,7 @@ class Tap:
     local: np.ndarray | None = None
     ways: dict[str, list[tuple[np.ndarray, np.ndarray]]] = dataclasses.field(default_factory=dict)
     rounding: np.ndarray = dataclasses.field(default_factory=partial(np.zeros, 2))
+    scaled: bool = False
     like: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def margin(self, classes: Sequence[str]) -> np.ndarray:
@@ -75,6 +81,8 @@ class Tap:
         """The most that the step's own error, or the ``whole`` run's, may be under classes together; of weights of few
         bits by the ``finest`` of their ways."""
         at = 0 if whole else 1
+        if self.scaled and not whole:
+            classes = tuple(name for name in classes if name not in FEW) or ("float32",)
         total = np.zeros(2)
         for name in classes:
             ways = self.ways[name] if way is None else self.ways[name][way : way + 1]
@@ -206,7 +214,17 @@ def measure(
             else:
                 found.local = pair(value, plain[1][step], tap)
                 found.ways = moved[tap]
+                found.scaled = _is_factor(plain[1][step], value)
             yield found, ours
+
+
+def _is_factor(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """Whether all that they are apart is one factor, and more than a scale in 16 bits is."""
+    if ours.shape != theirs.shape or ours.size < _SEVERAL:
+        return False
+    x, y = ours.ravel().astype(np.float64), theirs.ravel().astype(np.float64)
+    factor = (x @ y) / max(x @ x, 1e-300)
+    return bool(abs(factor - 1) > _FACTOR and np.linalg.norm(y - factor * x) < _PURE * np.linalg.norm(y - x))
 
 
 def _where(stages: Stages, stage: int, way: int, ways: int) -> str:

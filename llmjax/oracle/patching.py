@@ -319,8 +319,8 @@ def _sorted(tried: Sequence[_Tried]) -> list[_Tried]:
 
 
 def _so_far(tap: Tap, count: int, of: int, left: int, clock: Clock) -> str:
-    more = f", {clock.left:.0f} s are left" if clock.left < float("inf") else ""
-    return f"{tap.name}: {count} of {of} causes tried; {left} taps are beyond their floors{more}"
+    more = f"{clock.left:.0f} s are left" if clock.left < float("inf") else "all are tried"
+    return f"{tap.name}: {count} of {of} causes tried; {left} taps are beyond the floor; {more}"
 
 
 def _unknown(steps: int, search: _Search) -> str:

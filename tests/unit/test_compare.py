@@ -22,7 +22,7 @@ from llmjax.oracle import dump as dumps
 from llmjax.oracle.causes import base, blocks, weights
 from llmjax.oracle.compare import _reason
 from llmjax.oracle.floors import allowed, floor
-from llmjax.oracle.measure import Tap
+from llmjax.oracle.measure import Tap, _is_factor
 from llmjax.oracle.metrics import gap, logits_report, narrowed
 from llmjax.oracle.names import layouts, named
 from llmjax.oracle.stages import Stages
@@ -363,6 +363,17 @@ def test_weights_of_eight_bits_and_a_fault_are_not_weights_of_four():
     assert found.name == "int8" and [tap.name for tap in found.beyond] == ["layers.2.resid"]
 
 
+def test_one_factor_is_no_rounding():
+    """Of weights of few bits each value is off in its own way."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(6, 24))
+    assert _is_factor(x, 1.1 * x) and not _is_factor(x, 1.005 * x) and not _is_factor(x, x)
+    assert not _is_factor(x, 1.1 * x + 0.01 * rng.normal(size=x.shape)) and not _is_factor(x[:1, :4], 1.1 * x[:1, :4])
+    ways = {"float32": [(np.full(2, 1e-7),) * 2], "int4": [(np.full(2, 0.1),) * 2]}
+    tap = Tap("embed", gap(x, 1.1 * x), 0, False, np.full(2, 0.05), ways)
+    assert tap.excess(("int4",)) < 1 and dataclasses.replace(tap, scaled=True).excess(("int4",)) > 1
+
+
 def test_a_step_is_held_against_the_same_of_the_other_layers():
     """Within 4 bits' floor, but three times as far off as in the other layers: a zero point that is one off, say."""
     none, half, four = np.zeros(2), np.full(2, 0.002), np.full(2, 0.1)
@@ -439,7 +450,7 @@ def test_faults_are_all_found_and_named(model, traced, monkeypatch):
     assert "scaled back in attn.q, attn.k, attn.v" in report.faults[1]["causes"][0]["detail"]
     assert report.faults[1]["also"] == [f"layers.1.attn.{name}" for name in "qkv"]
     assert "measuring: layer 1 of 2, way 2 of 2 to compute it" in lines
-    assert any(re.fullmatch(r"layers.0.attn.q: \d+ of \d+ causes tried; 7 taps .*, \d+ s are left", x) for x in lines)
+    assert any(re.fullmatch(r"layers.0.attn.q: \d+ of \d+ causes tried; 7 taps .*; \d+ s are left", x) for x in lines)
     assert all(fault["causes"][0]["explains"] > 0.95 for fault in report.faults)
     assert report.first_divergence["tap"] == "layers.0.attn.q"
     assert "1.1" in report.faults[0]["causes"][0]["detail"] and "int8" in report.faults[3]["causes"][0]["detail"]
