@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from converters.readers.opening import is_graph, open_source
-from llmjax.checkpoint.graph_source import open_checkpoint
+from converters.readers.source import Source
 from llmjax.checkpoint.loading import find_model, read_tokenizer
+from llmjax.checkpoint.opened import held
 from llmjax.checkpoint.plan import make_plan
 from llmjax.errors import CheckpointError, TokenizerError, printable
 from llmjax.litert.loading import load_graph
@@ -22,7 +23,7 @@ from llmjax.text.tokenizer import Tokenizer
 Differences = dict[str, tuple[Any, Any]]
 
 
-def differences(candidate: str | Path, reference: str | Path, *, either: bool = False) -> Differences:
+def differences(candidate: str | Path | Source, reference: str | Path | Source, *, either: bool = False) -> Differences:
     """Fields of the configuration and what decides token ids, where two checkpoints differ in them.
 
     Of numbers the first 24 bits count: some formats hold no more.  A field that one of them does not have is as one
@@ -32,7 +33,7 @@ def differences(candidate: str | Path, reference: str | Path, *, either: bool = 
     that ends a text at more tokens, is no difference unless ``either``.
 
     Args:
-      candidate: a checkpoint.
+      candidate: a checkpoint, or its source.
       reference: the one it was made from.
       either: neither was made from the other: what one of them lacks counts.
 
@@ -40,15 +41,12 @@ def differences(candidate: str | Path, reference: str | Path, *, either: bool = 
       LlmjaxError: one of them is damaged or not supported.
     """
     configs, tokenizers = [], []
-    for path in (candidate, reference):
-        source = open_checkpoint(find_model(path))
-        try:
+    for which in (candidate, reference):
+        with held(which) as source:
             config = make_plan(source).config
             facts = json.loads(json.dumps(dataclasses.asdict(config))) | {"model": type(config.module()).__name__}
             configs.append(dict(_flat(facts)))
             tokenizers.append(read_tokenizer(source))
-        finally:
-            source.close()
     here, there = configs
     found = {
         name: (here.get(name), there.get(name))

@@ -1,4 +1,5 @@
-"""A checkpoint that is to be written in another form: open, planned, with the adapter that goes into its weights."""
+"""Checkpoints that are open, for what reads them more than once; one that is to be written in another form is planned,
+too, with the adapter that goes into its weights."""
 
 import contextlib
 import dataclasses
@@ -38,6 +39,20 @@ class Checkpoint:
     def merge(self) -> Merge:
         """The adapter, for one reading of the weights."""
         return Merge.of(self.adapter, "merged", None)
+
+
+@contextlib.contextmanager
+def held(where: str | Path | Source) -> Iterator[Source]:
+    """A checkpoint's source, closed in the end; one that is open already stays so.
+
+    Raises:
+      CheckpointError: it is damaged.
+    """
+    if not isinstance(where, str | Path):
+        yield where
+        return
+    with contextlib.closing(open_checkpoint(find_model(where))) as source:
+        yield source
 
 
 @contextlib.contextmanager

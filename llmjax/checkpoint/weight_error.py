@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.checkpoint.graph_source import open_checkpoint
-from llmjax.checkpoint.loading import find_model, fitting_plan, read_override
+from converters.readers.source import Source
+from llmjax.checkpoint.loading import fitting_plan, read_override
+from llmjax.checkpoint.opened import held
 from llmjax.checkpoint.parameters import Parameter, read_all
 from llmjax.errors import CheckpointError, ConfigError, amount
 from llmjax.quant.arrays import row_chunks
@@ -50,12 +51,14 @@ class Error:
 
 
 def errors(
-    candidate: str | Path, reference: str | Path, config: str | Path | Mapping[str, Any] | None = None
+    candidate: str | Path | Source,
+    reference: str | Path | Source,
+    config: str | Path | Mapping[str, Any] | None = None,
 ) -> list[Error]:
     """The error of every parameter, one tensor in memory at a time.
 
     Args:
-      candidate: a checkpoint.
+      candidate: a checkpoint, or its source.
       reference: one of the same model; where it ties head and embedding and the candidate does not, the head has no
         part in this.
       config: of the reference: see ``llmjax.load``.
@@ -64,9 +67,9 @@ def errors(
       CheckpointError: one of them is damaged.
       ConfigError: they are not the same model.
     """
-    sources = [open_checkpoint(find_model(path)) for path in (candidate, reference)]
-    try:
-        plans = [fitting_plan(sources[0], None), fitting_plan(sources[1], None, read_override(config))]
+    with held(candidate) as theirs, held(reference) as ours:
+        sources = theirs, ours
+        plans = [fitting_plan(theirs, None), fitting_plan(ours, None, read_override(config))]
         if plans[1].config.tie_word_embeddings and not plans[0].config.tie_word_embeddings:
             rest = [a for a in plans[0].assignments if a.parameter != "head.weight"]
             plans[0] = dataclasses.replace(plans[0], assignments=rest)
@@ -74,14 +77,11 @@ def errors(
         if shapes[0] != shapes[1]:
             different = sorted(n for n in shapes[0] | shapes[1] if shapes[0].get(n) != shapes[1].get(n))
             raise ConfigError(
-                f"{sources[0].path} and {sources[1].path} are not the same model: {len(different)} parameters differ "
+                f"{theirs.path} and {ours.path} are not the same model: {len(different)} parameters differ "
                 f"in shape or are in one alone, {different[0]} first"
             )
         values = [read_all(source, plan, None, None) for source, plan in zip(sources, plans, strict=True)]
         return [_error(name, a, b) for (name, a), (_, b) in zip(*values, strict=True)]
-    finally:
-        for source in sources:
-            source.close()
 
 
 def by_role(found: Iterable[Error]) -> list[Error]:

@@ -76,8 +76,10 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.against is not None and report.supported:
         from llmjax.checkpoint import against
         from llmjax.checkpoint import weight_error as error
+        from llmjax.checkpoint.opened import held
 
-        found, other = error.errors(args.path, args.against), against.differences(args.path, args.against)
+        with held(args.path) as a, held(args.against) as b:
+            found, other = error.errors(a, b), against.differences(a, b)
         values |= {"error": error.to_dict(found), "differences": against.to_dict(other)}
         text, same = f"{text}\n\n{error.to_text(found)}\n\n{against.to_text(other)}", not other
     print(json.dumps(values, indent=2) if args.json else text)
@@ -87,23 +89,25 @@ def _inspect(args: argparse.Namespace) -> int:
 def _diff(args: argparse.Namespace) -> int:
     from llmjax.checkpoint import against
     from llmjax.checkpoint import weight_error as error
+    from llmjax.checkpoint.opened import held
 
     values: dict[str, Any] = {}
     if args.tokenizer:
         other = against.tokenizer_differences(args.a, args.b)
         text, same = against.to_text(other, "tokenizer"), not other
     else:
-        other = against.differences(args.a, args.b, either=True)
-        text = against.to_text(other)
-        try:
-            found = error.errors(args.a, args.b)
-        except ConfigError as unlike:
-            if not other:
-                raise
-            text, same = f"{text}\n\nweights: {unlike}", False
-        else:
-            values["error"] = error.to_dict(found)
-            text, same = f"{text}\n\n{error.to_text(found)}", not other and not any(e.squares for e in found)
+        with held(args.a) as a, held(args.b) as b:
+            other = against.differences(a, b, either=True)
+            text = against.to_text(other)
+            try:
+                found = error.errors(a, b)
+            except ConfigError as unlike:
+                if not other:
+                    raise
+                text, same = f"{text}\n\nweights: {unlike}", False
+            else:
+                values["error"] = error.to_dict(found)
+                text, same = f"{text}\n\n{error.to_text(found)}", not other and not any(e.squares for e in found)
     values |= {"same": same, "differences": against.to_dict(other)}
     print(json.dumps(values, indent=2) if args.json else text)
     return 0 if same else 1

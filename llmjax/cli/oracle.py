@@ -51,7 +51,7 @@ def _add_compare(verbs: Verbs) -> None:
         dest="arithmetic",
         metavar="CLASS",
         help="what alone may explain differences: float32, gelu16, cache_float16, cache16, float16, bfloat16, "
-        "block_int8, int8, dynamic_int8, int4 (default: what the dump declares, else the narrowest that holds)",
+        "block_int8, int8, dynamic_int8, float8, int4 (default: what the dump declares, else the narrowest that holds)",
     )
     compare.add_argument("--texts", type=int, metavar="N", help="of a file of several texts, the first N alone")
     compare.add_argument(

@@ -15,6 +15,7 @@ from llmjax.errors import LlmjaxError, RequestError
 from llmjax.litert.model import GraphModel
 from llmjax.model import Model, check_ids
 from llmjax.oracle import pairs
+from llmjax.oracle.clock import Pulse
 from llmjax.oracle.comparison import Comparison, of_file
 from llmjax.oracle.dump import Dump, from_arrays
 from llmjax.oracle.dumps.opening import each, opened, refuse_reference
@@ -66,8 +67,8 @@ def compare(
       texts: of a candidate of several texts, how many to compare: the first ones; all by default.
       search: for how many seconds causes of a difference are looked for, 0 for until all are tried.  What is left
         untried is told; the verdict does not hang on it.
-      progress: is told of each text of several, of memory where logits take much, and before causes are looked for,
-        which takes longest.
+      progress: is told of each text of several, of memory where logits take much, before causes are looked for, and
+        now and then of how far that, or measuring before it, is.
 
     Raises:
       RequestError: a dump is malformed, ``texts`` is none of 1, 2, ..., or ``search`` is no time.
@@ -198,11 +199,12 @@ def _compare(
     reference = _reference(ours, theirs, model, stages)
     if (need := _COPIES * 4 * int(np.prod(stages.shapes["logits"]))) > _LARGE and "logits" in known.taps:
         progress(f"memory: up to {size(need)} for logits {stages.shapes['logits']}, beside the weights")
+    pulse = Pulse(progress)
     taps: list[Tap] = []
     value: np.ndarray | None = None
     for classes in _batches(permitted, tried, bool(theirs.kind)):
         taps = []
-        for both in measure(stages, known, reference, classes):
+        for both in measure(stages, known, reference, classes, pulse):
             taps.append(both[0])
             value = both[1]
         found = explain(
@@ -213,7 +215,7 @@ def _compare(
     if found.beyond and prove:
         most = f", for {search:g} s at most" if search else ""
         progress(f"different: {found.beyond[0].name} is beyond its floor; looking for the cause{most}")
-    found, proven = judged(stages, known, taps, found, permitted, search) if prove else (found, [])
+    found, proven = judged(stages, known, taps, found, permitted, search, pulse) if prove else (found, [])
     identical = all(tap.equal for tap in taps)
     logits: dict[str, Any] | None = None
     positions: Sequence[Mapping[str, Any]] = ()
@@ -329,6 +331,8 @@ def _reason(
     if verdict == "equivalent":
         lossy = " and the file's own rounding" if any(w.rounding for w in theirs.windows.values()) else ""
         few = "; by logits alone, of which a fault within that floor does not show" if theirs.windows else ""
+        if not permitted.declared and found.classes != ("float32",):
+            few += "; nothing is declared, so that is the narrowest that is wide enough, not what was run"
         few += of_the_cache(found, permitted) + of_few_bits(found, missing)
         return f"every step is within the floor of {found.name} arithmetic{lossy}{declared}{few}{bos}"
     parts = []

@@ -153,6 +153,20 @@ def _activation16(module: Any, run: Any, x: jax.Array) -> Any:
     return run(module.clone(activation=lambda y: half(act(half(y)))), x)
 
 
+def _float8(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """To e4m3, the largest of which is 448, and back."""
+    scale = jnp.maximum(scale, 1e-30) / 448
+    return rounded(jnp.float8_e4m3fn)(x / scale) * scale
+
+
+def _one_float8(weight: jax.Array) -> jax.Array:
+    return _float8(weight, jnp.max(jnp.abs(weight)))
+
+
+def _rows_float8(module: Any, run: Any, x: jax.Array) -> Any:
+    return run(module, _float8(x, jnp.max(jnp.abs(x), -1, keepdims=True)))
+
+
 def _rows8(module: Any, run: Any, x: jax.Array) -> Any:
     scale = jnp.max(jnp.abs(x), -1, keepdims=True) / 127
     scale = jnp.where(scale == 0, 1, scale)
@@ -181,19 +195,27 @@ CLASSES: dict[str, Callable[[], tuple[Edit, ...]]] = {
     "block_int8": lambda: tuple(Edit(_products(partial(_blocks8, size))) for size in (32, 256)),
     "int8": lambda: tuple(Edit(params=weights(requantized(s))) for s in ("int8", "int8-g32")),
     "dynamic_int8": lambda: (Edit({"experts": _rows8} | _products(_rows8), weights(requantized("int8"))),),
+    "float8": lambda: (
+        Edit(params=weights(_one_float8)),
+        Edit({"experts": _rows_float8} | _products(_rows_float8), weights(_one_float8)),
+    ),
     "int4": lambda: tuple(Edit(params=weights(requantized(s))) for s in ("int4", "int4-g32")),
 }
+# Weights of few bits.
+FEW = ("block_int8", "int8", "dynamic_int8", "float8", "int4")
 # What no runtime is taken to do that does not say so, or is known to.
-_KNOWN_ALONE = ("block_int8", "cache_float16")
+_KNOWN_ALONE = ("block_int8", "cache_float16", "float8")
 _CACHES = ("cache_float16", "cache16")
 _NARROW = ("gelu16", *_CACHES, "float16", "bfloat16")
+_FLOAT8 = r"\b(mx)?(fp|float|f)8|e4m3|e5m2"
 _SPELLINGS = {
     "float16": r"\b(fp16|float16|f16|half)\b",
     "bfloat16": r"\b(bf16|bfloat16)\b",
-    "dynamic_int8": r"dynamic|w[48]a8|mediapipe_cpu|\bint8 activations",
+    "float8": _FLOAT8,
+    "dynamic_int8": rf"^(?!.*({_FLOAT8})).*dynamic|w[48]a8|mediapipe_cpu|\bint8 activations",
     "block_int8": r"block_int8",
     "int8": r"(?<!block_)int8|q8|wi?8|8.?bit|\bbits\W+8\b|\bmixed\b.*\b8(?!\d)",
-    "int4": r"int[2-6]|q[2-6]|wi?4|nf4|fp4|(?<!\d)[2-6].?bit|\bbits\W+[2-6]\b|^(?!.*8).*(gptq|awq)"
+    "int4": r"int[2-6]|q[2-6]|wi?4|nf4|fp4|(?<!\d)[2-6].?bit|\bbits\W+[2-6]\b|^(?!.*8).*(gptq|awq|hqq)"
     r"|\bmixed\b.*\b[2-6](?!\d)",
     "cache_float16": r"cache_float16",
     "cache16": r"cache16",
@@ -221,7 +243,7 @@ class Allowed:
     def together(self) -> list[tuple[str, ...]]:
         """Classes alone and what goes together: a 16-bit cache and activation, as llama.cpp has them, and weights of
         few bits with anything narrow."""
-        few = [name for name in self.singles if "int" in name]
+        few = [name for name in self.singles if name in FEW]
         narrow: list[tuple[str, ...]] = []
         for name in (name for name in self.singles if name in _NARROW):
             narrow += [(name,), ("gelu16", name)] if name in _CACHES and "gelu16" in self.singles else [(name,)]
@@ -250,7 +272,7 @@ def allowed(manifest: Mapping[str, Any], forced: str | None) -> Allowed:
     if declared["dtype"] is None and not found & {"float16", "bfloat16"}:
         found |= {*_NARROW} - {*_KNOWN_ALONE}  # nothing is said of activations
     read = {
-        "quantization": any("int" in name for name in found),
+        "quantization": any(name in FEW for name in found),
         "dtype": any(re.search(pattern, said.get("dtype", "")) for pattern in _SPELLINGS.values()),
     }
     unread = [f"the {key} {shown(declared[key])}" for key, known in read.items()

@@ -12,12 +12,17 @@ from typing import Any
 import numpy as np
 
 from llmjax.errors import RequestError
+from llmjax.oracle.clock import Pulse
 from llmjax.oracle.dump import Window
-from llmjax.oracle.floors import CLASSES, LIKE, MARGIN, OWN, floor
+from llmjax.oracle.floors import CLASSES, FEW, LIKE, MARGIN, OWN, floor
 from llmjax.oracle.metrics import Gap, gap, narrowed
 from llmjax.oracle.names import Named, layouts
 from llmjax.oracle.stages import PLAIN, Edit, Stages
 from llmjax.oracle.steps import OUTER
+
+# What a scale of 16 bits is not off by, the share of an error that one factor leaves where it is all there is, and
+# values that can tell it.
+_FACTOR, _PURE, _SEVERAL = 0.01, 0.02, 16
 
 Read = Callable[[str], np.ndarray | None]
 
@@ -38,6 +43,7 @@ class Tap:
       local: ``[whole, worst token]`` errors to what our step makes of the candidate's input; None without a model.
       ways: by class, for each of its ways what it does to the whole run and to this step alone, both as ``local``.
       rounding: the most that a lossy file may have moved it by, as ``local``.
+      scaled: the step's own error is one factor, which no rounding to few bits is.
       like: by classes, how many times as far as their ways the same step of most layers is, and how far their narrowest
         ones are, both as ``local``; filled by ``verdict.explain`` for what has its like.
     """
@@ -49,6 +55,7 @@ class Tap:
     local: np.ndarray | None = None
     ways: dict[str, list[tuple[np.ndarray, np.ndarray]]] = dataclasses.field(default_factory=dict)
     rounding: np.ndarray = dataclasses.field(default_factory=partial(np.zeros, 2))
+    scaled: bool = False
     like: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def margin(self, classes: Sequence[str]) -> np.ndarray:
@@ -74,10 +81,12 @@ class Tap:
         """The most that the step's own error, or the ``whole`` run's, may be under classes together; of weights of few
         bits by the ``finest`` of their ways."""
         at = 0 if whole else 1
+        if self.scaled and not whole:
+            classes = tuple(name for name in classes if name not in FEW) or ("float32",)
         total = np.zeros(2)
         for name in classes:
             ways = self.ways[name] if way is None else self.ways[name][way : way + 1]
-            fits = [w[at] for w in ways if w[at].any()] if finest and "int" in name else []  # a scheme may not
+            fits = [w[at] for w in ways if w[at].any()] if finest and name in FEW else []  # a scheme may not
             total = np.hypot(total, np.min(fits, 0) if fits else np.max([w[at] for w in ways], 0))
         margin = MARGIN if whole else self.margin(classes)
         return np.hypot(floor(total, self.ways["float32"][0][at], margin), self.rounding)
@@ -150,7 +159,9 @@ def patches(named: Named, values: Mapping[str, np.ndarray]) -> dict[str, np.ndar
     return steps | {inner(tap): value for tap, value in values.items() if inner(tap) != tap}
 
 
-def measure(stages: Stages, named: Named, reference: Read, classes: Sequence[str]) -> Iterator[tuple[Tap, np.ndarray]]:
+def measure(
+    stages: Stages, named: Named, reference: Read, classes: Sequence[str], pulse: Pulse
+) -> Iterator[tuple[Tap, np.ndarray]]:
     """Measures every tap of a dump, in the order of computation.
 
     Args:
@@ -158,6 +169,7 @@ def measure(stages: Stages, named: Named, reference: Read, classes: Sequence[str
       named: the dump under our names.
       reference: the reference's own value of a tap, where it is known.
       classes: to measure; float32 among them.
+      pulse: is told of each way of each stage.
 
     Yields:
       a tap, and the reference's values.
@@ -169,6 +181,7 @@ def measure(stages: Stages, named: Named, reference: Read, classes: Sequence[str
     for stage in range(-1, stages.layers + 1):
         moved: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
         for i, (name, edit) in enumerate(ways):
+            pulse(lambda stage=stage, i=i: _where(stages, stage, i, len(ways)))  # type: ignore[misc]
             flow, values = stages.run(stage, xs[i], {}, edit, wanted)
             if i == 0:
                 theirs = stage_values(stages, named, stage, values)
@@ -201,7 +214,22 @@ def measure(stages: Stages, named: Named, reference: Read, classes: Sequence[str
             else:
                 found.local = pair(value, plain[1][step], tap)
                 found.ways = moved[tap]
+                found.scaled = _is_factor(plain[1][step], value)
             yield found, ours
+
+
+def _is_factor(ours: np.ndarray, theirs: np.ndarray) -> bool:
+    """Whether all that they are apart is one factor, and more than a scale in 16 bits is."""
+    if ours.shape != theirs.shape or ours.size < _SEVERAL:
+        return False
+    x, y = ours.ravel().astype(np.float64), theirs.ravel().astype(np.float64)
+    factor = (x @ y) / max(x @ x, 1e-300)
+    return bool(abs(factor - 1) > _FACTOR and np.linalg.norm(y - factor * x) < _PURE * np.linalg.norm(y - x))
+
+
+def _where(stages: Stages, stage: int, way: int, ways: int) -> str:
+    at = f"layer {stage} of {stages.layers}" if 0 <= stage < stages.layers else "embedding" if stage < 0 else "head"
+    return f"measuring: {at}, way {way + 1} of {ways} to compute it"
 
 
 def row(tap: Tap, floor: float) -> dict[str, Any]:

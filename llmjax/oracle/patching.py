@@ -15,12 +15,13 @@ import numpy as np
 
 from llmjax.oracle.causes.base import Cause, Scene
 from llmjax.oracle.causes.catalogue import EVERYWHERE, catalogue
+from llmjax.oracle.clock import Clock, Pulse
 from llmjax.oracle.floors import Allowed
 from llmjax.oracle.measure import Tap, inner, pair
 from llmjax.oracle.names import Named
 from llmjax.oracle.stages import Stages
 from llmjax.oracle.steps import common, segment, split
-from llmjax.oracle.trials import Bench, Clock, Place
+from llmjax.oracle.trials import Bench, Place
 from llmjax.oracle.verdict import Explained
 
 # A cause that explains this much is taken for proven, and what it heals elsewhere for the same fault.
@@ -72,7 +73,13 @@ class _Search:
 
 
 def judged(
-    stages: Stages, named: Named, taps: Sequence[Tap], found: Explained, permitted: Allowed, seconds: float
+    stages: Stages,
+    named: Named,
+    taps: Sequence[Tap],
+    found: Explained,
+    permitted: Allowed,
+    seconds: float,
+    pulse: Pulse,
 ) -> tuple[Explained, list[dict[str, Any]]]:
     """What explains a candidate, and its faults; causes are looked for as long as there is time.
 
@@ -80,9 +87,9 @@ def judged(
     take the whole error away, they are what explains it.  On that a verdict hangs, so there all are tried.
     """
     if found.beyond or permitted.declared or found.classes == ("float32",):
-        return found, faults(stages, named, taps, found, seconds)
+        return found, faults(stages, named, taps, found, seconds, pulse)
     narrow = Explained(("float32",), tuple(tap for tap in taps if tap.excess(("float32",)) > 1))
-    proven = faults(stages, named, taps, narrow, 0, mistakes=True)
+    proven = faults(stages, named, taps, narrow, 0, pulse, mistakes=True)
     return (narrow, proven) if proven else (found, [])
 
 
@@ -92,6 +99,7 @@ def faults(
     taps: Sequence[Tap],
     found: Explained,
     seconds: float,
+    pulse: Pulse,
     mistakes: bool = False,
 ) -> list[dict[str, Any]]:
     """The faults of a candidate, in the order of computation.
@@ -102,9 +110,10 @@ def faults(
       taps: as measured.
       found: the classes of arithmetic, and the taps beyond them.
       seconds: for how long causes are looked for, 0 for until all are tried.
+      pulse: is told of what was tried.
       mistakes: all or nothing: none where one is not a mistake for sure, but another arithmetic or unknown.
     """
-    finder = _Finder(stages, named, taps, found, Clock(seconds))
+    finder = _Finder(stages, named, taps, found, Clock(seconds), pulse)
     left = list(found.beyond)
     faults = []
     proven: list[tuple[str, str]] = []
@@ -130,8 +139,8 @@ def _surely(tried: Sequence[_Tried]) -> bool:
 
 
 class _Finder:
-    def __init__(self, stages: Stages, named: Named, taps: Sequence[Tap], found: Explained, clock: Clock):
-        self.stages, self.named, self.found, self.clock = stages, named, found, clock
+    def __init__(self, stages: Stages, named: Named, taps: Sequence[Tap], found: Explained, clock: Clock, pulse: Pulse):
+        self.stages, self.named, self.found, self.clock, self.pulse = stages, named, found, clock, pulse
         self.bench = Bench(stages, named)
         self.taps = {tap.name: tap for tap in taps}
         self.dumped = {inner(tap) for tap in named.taps if named.window(tap) is None}
@@ -164,6 +173,7 @@ class _Finder:
         for batch in self.batches(new, self.clock):
             tried += self.tried(tap, left, ours, batch)
             count += len(batch)
+            self.pulse(partial(_so_far, tap, count, len(trials), len(left), self.clock))
         return _Search(_sorted(tried), count, len(trials))
 
     def trials(self, tap: Tap, left: Sequence[Tap], ours: np.ndarray) -> list[_Trial]:
@@ -263,6 +273,8 @@ class _Finder:
         floor = tap.floor(self.found.classes)
         at = int(np.argmax(tap.local / floor))
         module = common([t.name for t in healed]) if len(steps) == 1 else common(steps)
+        if best and len(steps) == 1 and best.trial.cause.steps == (split(tap.name)[1],):
+            module = tap.name  # whatever that mistake did to others
         if best and (len(steps) > 1 or best.trial.cause.cause == "layer_order"):
             cause, where = best.trial.cause, best.trial.place.at
             mine = [s for s in steps if split(s)[1] in cause.steps and where in (None, self.stages.stage_of(s))]
@@ -304,6 +316,11 @@ def _apart(ours: np.ndarray, theirs: np.ndarray, tap: str) -> np.ndarray:
 def _sorted(tried: Sequence[_Tried]) -> list[_Tried]:
     """What heals more taps is the better of two that explain as much."""
     return sorted(tried, key=lambda t: (-round(t.explains, 4), -len(t.healed), t.trial.number))
+
+
+def _so_far(tap: Tap, count: int, of: int, left: int, clock: Clock) -> str:
+    more = f"{clock.left:.0f} s are left" if clock.left < float("inf") else "all are tried"
+    return f"{tap.name}: {count} of {of} causes tried; {left} taps are beyond the floor; {more}"
 
 
 def _unknown(steps: int, search: _Search) -> str:

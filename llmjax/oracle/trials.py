@@ -5,7 +5,6 @@ them.
 """
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,22 +37,6 @@ class Place:
     first: int
     last: int
     at: int | None
-
-
-class Clock:
-    """How long there is for a search.
-
-    Args:
-      seconds: 0 for no end.
-    """
-
-    def __init__(self, seconds: float):
-        self._until = time.monotonic() + seconds if seconds else float("inf")
-
-    @property
-    def left(self) -> float:
-        """Seconds, at least 0."""
-        return max(0.0, self._until - time.monotonic())
 
 
 class Bench:

@@ -8,7 +8,7 @@ import numpy as np
 
 from llmjax.oracle.comparison import Comparison, of_file
 from llmjax.oracle.dump import Dump
-from llmjax.oracle.floors import CLASSES, Allowed
+from llmjax.oracle.floors import CLASSES, FEW, Allowed
 from llmjax.oracle.measure import MismatchError, Tap, compared, leaving, row
 from llmjax.oracle.metrics import logits_report
 from llmjax.oracle.names import Named, named
@@ -20,6 +20,7 @@ _WITHOUT_MODEL = {
     "bfloat16": 6e-2,
     "int8": 1.5e-1,
     "dynamic_int8": 2e-1,
+    "float8": 2e-1,
     "int4": 5e-1,
 }
 assert set(_WITHOUT_MODEL) <= set(CLASSES)
@@ -48,7 +49,7 @@ def two_dumps(
             logits, positions = logits_report(a, b, theirs.token_ids, None, window)
     worst, flips = max(tap.gap.error for tap in taps), logits["flips_beyond_margin"] if logits else 0
     few = permitted.declared or len(taps) > 1  # one array alone shows no weights of few bits
-    known = [c for c in permitted.singles if c in _WITHOUT_MODEL and (few or "int" not in c)]
+    known = [c for c in permitted.singles if c in _WITHOUT_MODEL and (few or c not in FEW)]
     holds = [c for c in known if worst <= _WITHOUT_MODEL[c] and not flips]
     limit = _WITHOUT_MODEL[(holds[:1] or known[-1:] or ["float32"])[0]]
     verdict = "identical" if all(tap.equal for tap in taps) else "equivalent" if holds else "different"

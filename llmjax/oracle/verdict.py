@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llmjax.oracle.dump import Dump
-from llmjax.oracle.floors import CLASSES, FINER, MARGIN, TRACES, Allowed
+from llmjax.oracle.floors import CLASSES, FEW, FINER, MARGIN, TRACES, Allowed
 from llmjax.oracle.measure import Tap
 from llmjax.oracle.steps import split
 
@@ -73,7 +73,7 @@ def of_the_cache(found: Explained, allowed: Allowed) -> str:
 
 def of_few_bits(found: Explained, missing: Sequence[str]) -> str:
     """What weights of few bits leave open, and what would tell it; ``missing`` steps are a part of that."""
-    if not {"int8", "dynamic_int8", "int4"} & set(found.classes):
+    if not {*FEW} & {*found.classes} - {"block_int8"}:
         return ""
     told = ""
     for name, times in [(tap.name, tap.unlike(found.classes)) for tap in found.beyond][:1]:
@@ -118,7 +118,7 @@ def _moved(taps: Sequence[Tap], name: str) -> bool:
         marks = [tap for tap in taps if _differs(tap, name, way)]
         moved = sum(tap.excess(("float32",)) > 1 for tap in marks)
         far = sum(_as_far(tap, name, way) for tap in marks)  # of mixed weights those of the fewest bits alone
-        if len(marks) > ("int" in name) and moved >= TRACES * len(marks) and far >= TRACES / 2 * len(marks):
+        if len(marks) > (name in FEW) and moved >= TRACES * len(marks) and far >= TRACES / 2 * len(marks):
             return True
     return False
 

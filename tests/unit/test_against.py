@@ -3,14 +3,16 @@
 import json
 import lzma
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 import llmjax
+from converters.readers.gguf import GgufSource
 from llmjax.checkpoint import against
 from llmjax.cli.main import main
-from tests import tiny
+from tests import gguf_files, tiny
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -115,6 +117,22 @@ def test_two_checkpoints(source, tmp_path, capsys):
         assert against.differences(copy, source, either=True) == {name: values}
         assert against.differences(copy, source) == {}
         assert main(["diff", str(copy), str(source)]) == 1
+
+
+def test_two_gguf_files(source, tmp_path, capsys, monkeypatch):
+    """Each is opened once for its settings and weights, which are long to find in some forms."""
+    paths = []
+    for kind, eps in (("F32", 1e-5), ("Q8_0", 0.01)):
+        copy = other(source, kind, "config.json", lambda c, eps=eps: c.update(rope_theta=1e4, rms_norm_eps=eps))
+        paths.append(str(gguf_files.write(copy, tmp_path / f"{kind}.gguf", kind)))
+    count, right = Counter(), GgufSource.__init__
+    monkeypatch.setattr(GgufSource, "__init__", lambda s, p: count.update([str(p)]) or right(s, p))
+    assert main(["diff", *paths, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["differences"] == {"rms_norm_eps": {"value": 1e-05, "reference": 0.01}}
+    assert main(["inspect", paths[1], "--against", paths[0]]) == 1
+    assert main(["diff", paths[0], paths[0]]) == 0
+    assert count == {paths[0]: 4, paths[1]: 3}  # inspect's own look is one more
 
 
 def test_other_models(source, tmp_path, capsys):

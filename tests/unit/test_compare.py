@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import time
 import types
 from pathlib import Path
@@ -16,11 +17,12 @@ from safetensors.numpy import save_file
 import llmjax
 from llmjax.cli.main import main
 from llmjax.errors import RequestError
+from llmjax.oracle import clock
 from llmjax.oracle import dump as dumps
 from llmjax.oracle.causes import base, blocks, weights
 from llmjax.oracle.compare import _reason
 from llmjax.oracle.floors import allowed, floor
-from llmjax.oracle.measure import Tap
+from llmjax.oracle.measure import Tap, _is_factor
 from llmjax.oracle.metrics import gap, logits_report, narrowed
 from llmjax.oracle.names import layouts, named
 from llmjax.oracle.stages import Stages
@@ -315,7 +317,9 @@ def test_what_a_dump_declares_limits_the_classes():
     assert not allowed({}, None).declared and len(allowed({}, None).singles) == 8
     with pytest.raises(RequestError, match="unknown 'fp8'"):
         allowed({}, "fp8")
-    for said in ("Q6_K", "MXFP4", "dynamic_wi4_afp32", "awq", "6-bit"):
+    for said in ("fp8", "FP8 dynamic", "torch.float8_e4m3fn", "mxfp8", {"fmt": "e5m2"}):
+        assert allowed({"dtype": "float32", "quantization": said}, None).singles == ("float32", "float8"), said
+    for said in ("Q6_K", "MXFP4", "nvfp4", "dynamic_wi4_afp32", "awq", "hqq", "6-bit"):
         assert "int4" in allowed({"quantization": said}, None).singles, said
     assert "int8" in allowed({"quantization": "weight_only_wi8_afp32"}, None).singles
     for said in ("mixed-8-4-8", "mixed-8-4g32-8"):  # recipes of ours
@@ -324,12 +328,12 @@ def test_what_a_dump_declares_limits_the_classes():
     for bits in (8, {"bits": 8, "group_size": 32}):
         assert allowed({"dtype": "float32", "quantization": bits}, None).singles == ("float32", "int8"), bits
     half = dumps.from_arrays("d", {}, np.arange(2), {"embed": np.ones((2, 3), np.float16)})
-    said = caveats(allowed({"quantization": "fp8", "dtype": "float32"}, None), half)
-    assert "'fp8' is no class" in said and "stored as float16" in said
+    said = caveats(allowed({"quantization": "bitnet", "dtype": "float32"}, None), half)
+    assert "'bitnet' is no class" in said and "stored as float16" in said
     assert caveats(allowed({"dtype": "float16"}, None), half) == ""
     assert "the dtype 'tf32' is no class" in caveats(allowed({"dtype": "tf32"}, None), half)
     assert not allowed({"dtype": "torch.float32"}, None).unread
-    assert allowed({"quantization": "fp8"}, None).unread and not allowed({"quantization": "none"}, None).unread
+    assert allowed({"quantization": "bitnet"}, None).unread and not allowed({"quantization": "none"}, None).unread
 
 
 def test_what_is_unrelated_passes_under_no_class():
@@ -357,6 +361,17 @@ def test_weights_of_eight_bits_and_a_fault_are_not_weights_of_four():
     assert told(0.007, 0.006, 0.1, 0.006, 0.007, 0.12).name == "int4"  # 8 and 4 are mixed
     found = told(0.007, 0.006, 0.17, 0.007, 0.005)
     assert found.name == "int8" and [tap.name for tap in found.beyond] == ["layers.2.resid"]
+
+
+def test_one_factor_is_no_rounding():
+    """Of weights of few bits each value is off in its own way."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(6, 24))
+    assert _is_factor(x, 1.1 * x) and not _is_factor(x, 1.005 * x) and not _is_factor(x, x)
+    assert not _is_factor(x, 1.1 * x + 0.01 * rng.normal(size=x.shape)) and not _is_factor(x[:1, :4], 1.1 * x[:1, :4])
+    ways = {"float32": [(np.full(2, 1e-7),) * 2], "int4": [(np.full(2, 0.1),) * 2]}
+    tap = Tap("embed", gap(x, 1.1 * x), 0, False, np.full(2, 0.05), ways)
+    assert tap.excess(("int4",)) < 1 and dataclasses.replace(tap, scaled=True).excess(("int4",)) > 1
 
 
 def test_a_step_is_held_against_the_same_of_the_other_layers():
@@ -408,7 +423,10 @@ def test_the_same_is_identical_and_float32_rounding_is_equivalent(model, traced)
     assert (report.verdict, report.explained_by, report.faults) == ("equivalent", "float32", [])
 
 
-def test_faults_are_all_found_and_named(model, traced):
+def test_faults_are_all_found_and_named(model, traced, monkeypatch):
+    monkeypatch.setattr(clock, "_SILENT", -1)
+    scales, lines = np.linspace(0.5, 2, 24, dtype=np.float32), []
+
     def int8(w):
         scale = np.abs(w).max(1, keepdims=True) / 127
         return np.round(np.asarray(w) / scale) * scale
@@ -417,21 +435,28 @@ def test_faults_are_all_found_and_named(model, traced):
         model,
         {
             "layers_0/attn/q/weight": lambda w: 1.1 * w,
+            **{f"layers_1/attn/{name}/weight": lambda w: w / scales for name in "qkv"},
+            "layers_1/attn_norm/weight": lambda w: w * scales,
             "layers_1/mlp/up/weight": lambda w: w.at[:2].set(w[1::-1]),
             "layers_1/mlp/down/weight": int8,
         },
     )
-    report = llmjax.compare(model, llmjax.trace(bad, IDS))
+    report = llmjax.compare(model, llmjax.trace(bad, IDS), progress=lines.append)
     assert report.verdict == "different" and report.exit_code == 1
     assert told(report) == [
-        ("layers.0.attn.q", "weight"), ("layers.1.mlp.up", "weight_swapped"), ("layers.1.mlp.down", "quantization"),
+        ("layers.0.attn.q", "weight"), ("layers.1.attn_norm", "weight"),  ("layers.1.mlp.up", "weight_swapped"),
+        ("layers.1.mlp.down", "quantization"),
     ]  # fmt: skip
+    assert "scaled back in attn.q, attn.k, attn.v" in report.faults[1]["causes"][0]["detail"]
+    assert report.faults[1]["also"] == [f"layers.1.attn.{name}" for name in "qkv"]
+    assert "measuring: layer 1 of 2, way 2 of 2 to compute it" in lines
+    assert any(re.fullmatch(r"layers.0.attn.q: \d+ of \d+ causes tried; 7 taps .*; \d+ s are left", x) for x in lines)
     assert all(fault["causes"][0]["explains"] > 0.95 for fault in report.faults)
     assert report.first_divergence["tap"] == "layers.0.attn.q"
-    assert "1.1" in report.faults[0]["causes"][0]["detail"] and "int8" in report.faults[2]["causes"][0]["detail"]
+    assert "1.1" in report.faults[0]["causes"][0]["detail"] and "int8" in report.faults[3]["causes"][0]["detail"]
     page = report.to_html()
     assert "layers.1.mlp.down" in page and "http" not in page and "<script" not in page
-    assert 'failures="4"' in report.to_junit()
+    assert 'failures="5"' in report.to_junit()
     taps = [row["name"] for row in report.taps]
     assert taps == list(traced.activations)
 
@@ -517,6 +542,10 @@ def test_few_bits_are_equivalent_unless_float32_is_declared(model):
     assert llmjax.compare(model, with_arrays(trace, dtype="bfloat16")).explained_by == "bfloat16"
     assert llmjax.compare(model, with_arrays(trace, dtype="float32")).verdict == "different"
     assert llmjax.compare(model, with_arrays(trace, dtype="float32"), arithmetic="bfloat16").verdict == "equivalent"
+    eight = jax.tree.map(lambda x: x.astype(jnp.float8_e4m3fn).astype(jnp.float32) if x.ndim == 2 else x, model.params)
+    trace = with_arrays(llmjax.trace(dataclasses.replace(model, params=eight), IDS), dtype="float32", numerics=None)
+    assert llmjax.compare(model, with_arrays(trace, quantization="fp8")).explained_by == "float8"
+    assert llmjax.compare(model, with_arrays(trace, quantization="bitnet"), search=1e-9).verdict == "different"
     # A mistake in all layers that takes the whole error away is likelier than 16 bits.
     other = dataclasses.replace(model, config=dataclasses.replace(model.config, rms_norm_eps=1e-3))
     layers = with_arrays(llmjax.trace(other, IDS), lambda name: name.endswith("resid"), **nothing)

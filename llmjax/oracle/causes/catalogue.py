@@ -12,6 +12,7 @@ import numpy as np
 
 from llmjax.oracle.causes import blocks, rotation, weights
 from llmjax.oracle.causes.base import Cause, Scene, modules
+from llmjax.oracle.causes.rescaled import rescaled
 
 # Mistakes that a runtime makes in all layers alike, where they are made in the code and not in a tensor.
 EVERYWHERE = (
@@ -28,6 +29,7 @@ def catalogue(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
 
 def _all(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
     yield from blocks.residual(scene)  # before weights: a branch left out is told so, not as a weight of zeros
+    yield from rescaled(scene)
     norms = [norm for norm in modules(scene, norms=True) if norm in steps]
     for norm in norms:
         yield from weights.norm(scene, norm)
