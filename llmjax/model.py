@@ -124,6 +124,10 @@ class Model:
             f"{megabytes:,.1f} MB; numerics {numerics}; a context of {self.context_length:,} tokens)"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Not what is compiled: a copy, or a model in another process, has programs of its own.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     def stored(self) -> dict[str, int]:
         """The kinds of weights there are, dtypes and schemes of quantized ones, and how many weights are of each."""
         kinds: Counter[str] = Counter()

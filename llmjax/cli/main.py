@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -56,9 +57,12 @@ def _run(words: list[str]) -> int:
         _tell(str(error))
         return 2
     except RuntimeError as error:
-        if not str(error).startswith("Unable to initialize backend"):  # JAX's line for what JAX_PLATFORMS says
+        if guarded := re.search("Disallowed [a-z-]+ transfer", str(error)):
+            _tell(f"JAX_TRANSFER_GUARD: {guarded[0]}; a model cannot do without, so unset it")
+        elif str(error).startswith("Unable to initialize backend"):  # JAX's line for what JAX_PLATFORMS says
+            _tell(str(error))
+        else:
             raise
-        _tell(str(error))
         return 2
     except KeyboardInterrupt:
         print("llmjax: interrupted", file=sys.stderr)

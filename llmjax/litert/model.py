@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +122,9 @@ class GraphModel(Model):
             return Roles(file, self.module.decode_ports)
         except DAMAGE as error:
             file.fail(f"damaged, or not supported: its steps cannot be told apart: {type(error).__name__} {error}")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self.path}: the model of a graph stays with its file and is not pickled; load it again there")
 
     def under(self, numerics: str) -> "GraphModel":
         """The same model under another profile, nothing read again."""

@@ -221,6 +221,9 @@ def test_progress_says_what_is_left(llm):
     counted["prefill_tokens"] -= 300
     counted["prefill_seconds"] -= 30
     assert reporter.line() == "2/10 rows · prefill 10 tok/s · 2/4 slots · over 1:10 left"
+    counted["prefill_tokens"] -= 700
+    assert reporter.line() == "2/10 rows · prefill 33 tok/s · 2/4 slots"  # not: over 0:00 left
+    counted["prefill_tokens"] += 700
     counted["decode_tokens"] -= 120
     counted["decode_seconds"] -= 6
     count.answered, count.answer_tokens = 2, 100
