@@ -122,8 +122,8 @@ class LLM(Asking):
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
-            "an LLM holds compiled programs and a cache, which neither pickle nor copy can take along; make one in each "
-            "process, of a path or of a Model, which can be pickled"
+            "an LLM holds compiled programs and a cache, which neither pickle nor copy can take along; make one in "
+            "each process, of a path or of a Model, which can be pickled"
         )
 
     def run(

@@ -124,7 +124,7 @@ class GraphModel(Model):
             file.fail(f"damaged, or not supported: its steps cannot be told apart: {type(error).__name__} {error}")
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError(f"{self.path}: the model of a graph stays with its file and is not pickled; load it again there")
+        raise TypeError(f"{self.path}: the model of a graph stays with its file, is not pickled; load it again there")
 
     def under(self, numerics: str) -> "GraphModel":
         """The same model under another profile, nothing read again."""
