@@ -194,7 +194,11 @@ class Model:
           ids: token ids.
           length: int32 ``[B]``, tokens of rows that are padded on the right.
           interventions: see ``intervened``; arrays, and what functions close over, may be traced or differentiated.
+
+        Raises:
+          RequestError: ids that are no such array, or an intervention that cannot be.
         """
+        check_rows(ids)
         ctx = Context.whole(ids, self.numerics, length=length)
         module = self.intervened(interventions).module
         return module.apply({"params": params}, ids, ctx).astype(jnp.float32)
@@ -255,6 +259,17 @@ class Model:
 def padded_width(tokens: int) -> int:
     """What a text of so many tokens is padded to, so that few programs serve all lengths."""
     return max(16, 1 << (tokens - 1).bit_length())
+
+
+def check_rows(ids: Any) -> None:
+    """Of what ``Model.apply`` is given.
+
+    Raises:
+      RequestError: it is no array of integers ``[B, T]``.
+    """
+    if getattr(ids, "ndim", None) != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        found = f"{ids.dtype} {list(ids.shape)}" if hasattr(ids, "dtype") else shown(ids)
+        raise RequestError(f"ids: expected an array of integers [B, T], found {found}")
 
 
 def check_ids(ids: Sequence[int], model: Model, what: str) -> np.ndarray:

@@ -174,8 +174,9 @@ class Reporter:
         self._end.set()
         self._thread.join()
         if self._terminal:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # it may be closed by now, and the job's end is to be a good one
+                sys.stderr.write("\r\x1b[K")
+                sys.stderr.flush()
 
 
 def rate(run: dict[str, Any], what: str) -> float:

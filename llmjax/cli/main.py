@@ -114,8 +114,10 @@ def _no_interrupt_lost() -> Iterator[None]:
     unraisable, sys.unraisablehook = sys.unraisablehook, hook
     # Handlers are the main thread's, and a process that runs in the background may hear none.
     main = threading.current_thread() is threading.main_thread()
-    own = ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
-    before = {number: usual for number, usual in own if main and signal.getsignal(number) is usual}
+    own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    if hangup := getattr(signal, "SIGHUP", None):  # a closed terminal; there is none on Windows
+        own[hangup] = signal.SIG_DFL
+    before = {number: usual for number, usual in own.items() if main and signal.getsignal(number) is usual}
     for number in before:
         signal.signal(number, handle)
     try:

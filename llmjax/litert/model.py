@@ -17,7 +17,7 @@ from llmjax.litert.module import MAIN, GraphModule, States
 from llmjax.litert.ports import Ports, holds_keys
 from llmjax.litert.roles import Roles
 from llmjax.litert.steps import DAMAGE
-from llmjax.model import Model, check_ids
+from llmjax.model import Model, check_ids, check_rows
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
@@ -150,9 +150,10 @@ class GraphModel(Model):
         other through ``decode``.
 
         Raises:
-          RequestError: there are interventions, or it is differentiated.
+          RequestError: ids that are no such array, interventions, or it is differentiated.
         """
         self.intervened(interventions)
+        check_rows(ids)
         ctx = Context(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], self.numerics)
         return self.module.apply({"params": _constant(params)}, ids, ctx)
 
