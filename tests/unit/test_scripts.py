@@ -1,11 +1,13 @@
 """What scripts make of a user's mistake: one line and an exit code, never a traceback, nor "right" over nothing."""
 
 import sys
+import types
 
+import jax
 import numpy as np
 import pytest
 
-from scripts import check_litert, measure_full_size, plan_job
+from scripts import check_litert, gpu_part, measure_full_size, plan_job
 
 PLAN = ["--model", "config:gemma-2b", "--rows", "10", "--prompt-tokens", "8", "--answer-tokens", "4"]
 FULL = ["config:gemma-2b", "bfloat16"]
@@ -34,6 +36,15 @@ def test_a_mistake_costs_a_line(script, words, message, tmp_path, monkeypatch, c
         script.main()
     assert end.value.code not in (0, None)
     assert message in f"{end.value.code}\n{capsys.readouterr().err}"
+
+
+def test_no_processor_is_measured_as_a_card(monkeypatch):
+    torch = types.SimpleNamespace(__version__="2", cuda=types.SimpleNamespace(is_available=lambda: False))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    for kind, message in {"int8": "no GPU for jax", "transformers": "no GPU for torch 2"}.items():
+        with pytest.raises(SystemExit, match=message):
+            gpu_part.check_card(kind)
 
 
 def test_what_is_no_number_is_not_right(tmp_path, monkeypatch):
