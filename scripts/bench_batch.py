@@ -140,6 +140,8 @@ def main() -> None:
     kinds = ("llmjax", "alone", "transformers", "llama.cpp")
     parser.add_argument("--only", nargs="+", default=list(kinds), choices=kinds)
     args = parser.parse_args()
+    if min(args.rows, args.slots, args.repeats, *args.transformers_batches) < 1:
+        parser.error("--rows, --slots, --repeats, --transformers-batches: expected at least 1")
     path = str(find_model("smollm2"))
     model = llmjax.load(path, dtype=args.dtype, numerics="fast")
     rows = rows_of(model, args.rows)
