@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Unpack
+from typing import Any, NoReturn, Unpack
 
 from llmjax.checkpoint.loading import LoadOptions, as_asked
 from llmjax.errors import NoRoomError, RequestError
@@ -119,6 +119,12 @@ class LLM(Asking):
     def __repr__(self) -> str:
         engine, adapters = self.engine, f"; adapters {', '.join(self.loras)}" if self.loras else ""
         return f"LLM({self.model!r}; {engine.slots} slots{adapters}; memory: {engine.store.memory.describe()})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an LLM holds compiled programs and a cache, which neither pickle nor copy can take along; make one in "
+            "each process, of a path or of a Model, which can be pickled"
+        )
 
     def run(
         self, requests: Iterable[Request], *, burst: int = BURST, reserve: Sequence[int] = ()

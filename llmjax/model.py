@@ -124,6 +124,10 @@ class Model:
             f"{megabytes:,.1f} MB; numerics {numerics}; a context of {self.context_length:,} tokens)"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Not what is compiled: a copy, or a model in another process, has programs of its own.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     def stored(self) -> dict[str, int]:
         """The kinds of weights there are, dtypes and schemes of quantized ones, and how many weights are of each."""
         kinds: Counter[str] = Counter()
@@ -190,7 +194,11 @@ class Model:
           ids: token ids.
           length: int32 ``[B]``, tokens of rows that are padded on the right.
           interventions: see ``intervened``; arrays, and what functions close over, may be traced or differentiated.
+
+        Raises:
+          RequestError: ids that are no such array, or an intervention that cannot be.
         """
+        check_rows(ids)
         ctx = Context.whole(ids, self.numerics, length=length)
         module = self.intervened(interventions).module
         return module.apply({"params": params}, ids, ctx).astype(jnp.float32)
@@ -251,6 +259,17 @@ class Model:
 def padded_width(tokens: int) -> int:
     """What a text of so many tokens is padded to, so that few programs serve all lengths."""
     return max(16, 1 << (tokens - 1).bit_length())
+
+
+def check_rows(ids: Any) -> None:
+    """Of what ``Model.apply`` is given.
+
+    Raises:
+      RequestError: it is no array of integers ``[B, T]``.
+    """
+    if getattr(ids, "ndim", None) != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        found = f"{ids.dtype} {list(ids.shape)}" if hasattr(ids, "dtype") else shown(ids)
+        raise RequestError(f"ids: expected an array of integers [B, T], found {found}")
 
 
 def check_ids(ids: Sequence[int], model: Model, what: str) -> np.ndarray:

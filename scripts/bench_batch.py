@@ -137,8 +137,11 @@ def main() -> None:
     parser.add_argument("--dtype", help="of llmjax's weights; as stored in the file where absent")
     parser.add_argument("--transformers-batches", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--transformers-dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--only", nargs="+", default=["llmjax", "alone", "transformers", "llama.cpp"])
+    kinds = ("llmjax", "alone", "transformers", "llama.cpp")
+    parser.add_argument("--only", nargs="+", default=list(kinds), choices=kinds)
     args = parser.parse_args()
+    if min(args.rows, args.slots, args.repeats, *args.transformers_batches) < 1:
+        parser.error("--rows, --slots, --repeats, --transformers-batches: expected at least 1")
     path = str(find_model("smollm2"))
     model = llmjax.load(path, dtype=args.dtype, numerics="fast")
     rows = rows_of(model, args.rows)

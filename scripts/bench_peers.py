@@ -61,6 +61,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.litert_int8 and not args.litert_int8.is_file():
         parser.error(f"{args.litert_int8}: no such file")
+    if wrong := [entry for entry in args.python if "=" not in entry]:
+        parser.error(f"--python {wrong[0]}: expected NAME=PATH")
+    if min(args.threads, args.prompt, args.decode, args.rounds) < 1:
+        parser.error("--threads, --prompt, --decode, --rounds: expected at least 1")
     ours, peers = ([n for n in names.split(",") if n] for names in (args.llmjax, args.peers))
     if unknown := {*ours} - {*OURS} | {*peers} - {*PEERS}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
@@ -117,14 +121,14 @@ class Worker:
 
     def __init__(self, python: str, task: dict, log: Path):
         self._log = log
-        with open(log, "w") as errors:
-            self._process = subprocess.Popen(
-                [python, __file__, "--worker", json.dumps(task)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
+        command = [python, __file__, "--worker", json.dumps(task)]
+        try:
+            with open(log, "w") as errors:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+                )
+        except OSError as error:
+            raise MissingError(str(error)) from None
         answer = self._answer()
         if "missing" in answer:
             self.close()

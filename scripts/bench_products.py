@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from llmjax.errors import LlmjaxError
 from llmjax.numerics import resolve
 from llmjax.products.cpu import has_integer_dot, has_integer_tiles
 from llmjax.products.digits import in_digits, in_tiles
@@ -89,7 +90,12 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["float32", "bfloat16", "int8", "int4", "int4-g32"])
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    out, width = map(int, args.shape.split(","))
+    try:
+        out, width = map(int, args.shape.split(","))
+        for kind in {*args.kinds} - {"float32", "bfloat16"}:
+            Scheme.parse(kind)
+    except (ValueError, LlmjaxError) as error:
+        parser.error(f"--shape, --kinds: {error}")
     rng = np.random.default_rng(0)
     instructions = {"dot": has_integer_dot(), "tiles": has_integer_tiles()}
     print(f"jax {jax.__version__}, integer instructions: {instructions}, [{out}, {width}] x {args.layers}")

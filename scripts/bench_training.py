@@ -151,6 +151,8 @@ def main() -> None:
     parser.add_argument("--evaluate", action="store_true", help="also the loss of rows that are not learned from")
     parser.add_argument("--one", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if min(args.rows, args.batch, args.steps, args.rank, args.repeats) < 1:
+        parser.error("--rows, --batch, --steps, --rank, --repeats: expected at least 1")
     if args.one:
         kind, folder = args.one
         print(json.dumps(theirs(args, folder) if kind == "peft" else ours(args, kind)))

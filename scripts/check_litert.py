@@ -57,7 +57,11 @@ def model(path: Path) -> GraphModel:
 
 def check_model(path: Path) -> Iterator[str]:
     """What is wrong with the three stored runs of a file, and with its traced tensors."""
-    stored, found = np.load(beside(path, ".npz") or path), model(path)
+    results = beside(path, ".npz")
+    if results is None:
+        yield "no .npz of results beside it"
+        return
+    stored, found = np.load(results), model(path)
     rounds = found.numerics.digits == 1
     s0, s1 = stored["ids/s0"].tolist(), stored["ids/s1"].tolist()
     rows: list[float] = []
@@ -66,11 +70,11 @@ def check_model(path: Path) -> Iterator[str]:
         rows += np.abs(logits - stored[f"xnn1/{run}/logits"]).max(1).tolist()
         for key in (k for k in stored if k.startswith(f"xnn1/{run}/end/")):
             far = float(np.abs(np.asarray(states[key.split("/")[-1]]) - stored[key]).max())
-            if far > (FLIPPED if rounds else FLOAT):
+            if not far <= (FLIPPED if rounds else FLOAT):  # no number, neither
                 yield f"{key}: {far:.1e}"
     limit = ROUNDED if rounds else FLOAT
-    flips = [far for far in rows if far > limit]
-    if len(flips) > (FLIPS if rounds else 0) or max(flips, default=0) > FLIPPED:
+    flips = [far for far in rows if not far <= limit]
+    if len(flips) > (FLIPS if rounds else 0) or not all(far <= FLIPPED for far in flips):
         yield f"logits: {len(flips)} rows of {len(rows)} above {limit}, up to {max(rows):.1e}"
     print(f"  logits {max(rows):.1e}, {len(flips)} rows above {limit}", file=sys.stderr)
     if "trace_names" in stored and not rounds:
@@ -93,7 +97,7 @@ def check_trace(found: GraphModel, stored: "np.lib.npyio.NpzFile", ids: list[int
         if key.startswith("trace/") and int(key[6:]) in names
     }
     print(f"  {len(far)} tensors, {max(far.values()):.1e}", file=sys.stderr)
-    yield from (f"tensor {i} {names[i][-60:]}: {error:.1e}" for i, error in far.items() if error > FLOAT)
+    yield from (f"tensor {i} {names[i][-60:]}: {error:.1e}" for i, error in far.items() if not error <= FLOAT)
 
 
 def check_ops(path: Path) -> Iterator[str]:
@@ -106,7 +110,7 @@ def check_ops(path: Path) -> Iterator[str]:
         for port, value in outputs.items():
             expected = stored[f"{name}/xnn1/{port}"]
             far = float(np.abs(value - expected).max() / max(1, np.abs(expected).max()))
-            if far > 1e-6:
+            if not far <= 1e-6:
                 yield f"{name}: {far:.1e}"
 
 
@@ -132,7 +136,7 @@ def check_bundle(path: Path) -> Iterator[str]:
             scores = logits[range(len(target)), target] - np.logaddexp.reduce(logits, axis=1)
             far = float(np.abs(scores - run["token_scores_interpreter"]).max())
             print(f"  {len(theirs)} greedy ids, {same} the same; scores {far:.1e}", file=sys.stderr)
-            if far > FLIPPED:
+            if not far <= FLIPPED:
                 yield f"scores: {far:.1e}"
 
 
@@ -144,7 +148,9 @@ def main() -> int:
     args = parser.parse_args()
     checks = {"tflite": check_model, "handwritten": check_model, "ops": check_ops, "litertlm": check_bundle}
     ends = {"tflite": ".tflite", "handwritten": ".tflite", "ops": ".npz", "litertlm": ".litertlm"}
-    bad = 0
+    if not args.directory.is_dir():
+        parser.error(f"{args.directory}: no such directory")
+    bad = seen = 0
     for path in sorted(args.directory.rglob("*")):
         name = path.relative_to(args.directory).as_posix()
         kind, plain = name.split("/")[0], path.name.removesuffix(".xz")
@@ -157,8 +163,10 @@ def main() -> int:
             problems = list(checks[kind](path))
         except LlmjaxError as error:
             problems = [str(error)]
-        bad += bool(problems)
+        bad, seen = bad + bool(problems), seen + 1
         print(f"{name}: {'; '.join(problems) or 'right'}", flush=True)
+    if not seen:
+        parser.error(f"{args.directory}: no file to check in {', '.join(checks)} below it whose name fits {args.glob}")
     return 1 if bad else 0
 
 

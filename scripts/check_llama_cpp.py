@@ -109,7 +109,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="how many random tokens to run (default 24)")
     options = parser.parse_args()
     for path in options.files:
-        model = llmjax.load(path)
+        try:
+            model = llmjax.load(path)
+        except llmjax.LlmjaxError as error:
+            sys.exit(f"check_llama_cpp: {error}")
         ids = np.random.default_rng(0).integers(0, model.config.vocab_size, options.tokens).tolist()
         ours = model.logits([ids])[0]
         theirs = llama_cpp_logits(path, ids, model.config.vocab_size)

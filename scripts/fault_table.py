@@ -36,13 +36,14 @@ from tests.parity import golden, reference  # noqa: E402
 
 CASES = Path(__file__).parents[1] / "tests" / "data" / "cases"
 IDS = np.random.RandomState(5).randint(0, 150, 40).tolist()
+_WORK = tempfile.TemporaryDirectory()
 
 
 @functools.cache
 def folder(name: str) -> Path:
     if (CASES / name).exists():
         return CASES / name
-    return golden.write(name, Path(tempfile.mkdtemp()) / name)
+    return golden.write(name, Path(_WORK.name) / name)
 
 
 @functools.cache
@@ -139,7 +140,7 @@ def main() -> None:
         jax.config.update("jax_compilation_cache_dir", args.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     rows = []
-    work = Path(tempfile.mkdtemp())
+    work = Path(_WORK.name)
     table = {**{k: ("theirs", *v) for k, v in THEIRS.items()}, **{k: ("ours", *v) for k, v in OURS.items()}}
     table |= {k: ("patch", *v) for k, v in PATCHES.items()}
     for number, (fault, entry) in enumerate(table.items()):

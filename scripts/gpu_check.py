@@ -6,7 +6,8 @@
 
 Checks begin in the order of what they tell, some at a time, each process with the card's memory as it needs it; those
 that no time is left for are listed.  One that ends its process or hangs fails alone, for what a kernel did to a card's
-context must not be another's fault.  Exit codes: 0 when all are fine, 1 when not, 2 without a GPU.
+context must not be another's fault.  Exit codes: 0 when all are fine, 1 when one is not or was not
+run, 2 without a GPU.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def main() -> int:
     print(f"{len(table.rows) - len(wrong)} of {len(table.rows)} fine" + (f"; not: {', '.join(wrong)}" if wrong else ""))
     if left:
         print(f"no time was left for {len(left)}, from {left[0]!r} on")
-    return 1 if wrong or not table.rows else 0
+    return 1 if wrong or left or not table.rows else 0
 
 
 class NoDeviceError(Exception):

@@ -17,6 +17,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     repeat = 2 if dry_run else 7
+    if not dry_run:
+        check_card(part["kind"])
 
     def wait() -> None:
         print("ready", file=answers)
@@ -31,6 +33,20 @@ def main() -> None:
         exec(part["before"], {})
         found = bench(model, part["kind"], *lengths, wait)
     print(json.dumps(found), file=answers)
+
+
+def check_card(kind: str) -> None:
+    """Leaves where what is to be measured would run on the processor: its speed would stand there as the card's."""
+    if kind == "transformers":
+        import torch
+
+        who, has = f"torch {torch.__version__}", torch.cuda.is_available()
+    else:
+        import jax
+
+        who, has = f"jax {jax.__version__}", jax.default_backend() == "gpu"
+    if not has:
+        sys.exit(f"no GPU for {who}")
 
 
 def bench(

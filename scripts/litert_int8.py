@@ -21,6 +21,7 @@ their distributions.
 """
 
 import argparse
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -215,6 +216,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?")
     args = parser.parse_args()
+    if importlib.util.find_spec("ai_edge_litert") is None:
+        parser.error("ai-edge-litert is not installed; see the top of this script")
     worst = check_operations()
     if args.model:
         compare_rules(args.model)

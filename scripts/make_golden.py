@@ -4,10 +4,10 @@
     python scripts/make_golden.py [VARIANT ...]
 
 Run it when a variant is added or changed; the files are committed, so that parity is tested without torch.  Weights are
-not
-in them: they follow from names, shapes and a seed (tests/parity/checkpoints.py).
+not in them: they follow from names, shapes and a seed (tests/parity/checkpoints.py).
 """
 
+import argparse
 import json
 import sys
 import tempfile
@@ -65,7 +65,12 @@ def run(model, short: list[int], long: list[int]) -> dict[str, np.ndarray]:
 
 def main() -> None:
     """Makes the named variants, or all."""
-    for name in sys.argv[1:] or VARIANTS:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", help="default: all, which takes a while")
+    args = parser.parse_args()
+    if unknown := [name for name in args.variants if name not in VARIANTS]:
+        parser.error(f"unknown: {', '.join(unknown)}; there are {', '.join(VARIANTS)}")
+    for name in args.variants or VARIANTS:
         np.savez_compressed(ROOT / "tests/golden" / f"{name}.npz", **make(name, VARIANTS[name]))
         print(name)
 

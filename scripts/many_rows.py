@@ -11,7 +11,6 @@ import csv
 import itertools
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from scripts.measure_full_size import peak_memory  # noqa: E402
 from tests import tiny  # noqa: E402
 
 SMALLEST = {
@@ -76,7 +76,7 @@ def main() -> None:
         from llmjax.cli.main import main as llmjax_main
 
         status = llmjax_main(["batch", *sys.argv[2:]])
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        print(peak_memory())
         raise SystemExit(status)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 100_000])

@@ -179,6 +179,26 @@ def report_conversion(folder: Path, name: str, found: dict[str, float], packed: 
     print(f"  those bytes ({copy_s:.1f} s); peak {found['peak'] / 1e9:.2f} GB", flush=True)
 
 
+def wrong(args: argparse.Namespace) -> str | None:
+    """What would else be found out after gigabytes were written."""
+    from llmjax import configs
+    from llmjax.checkpoint.mediapipe_config import MODEL_TYPES
+    from llmjax.errors import LlmjaxError
+    from llmjax.quant.schemes import parse
+
+    try:
+        width = configs.read(args.config)["config"].get("hidden_size")
+        for scheme in args.quantize or ():
+            parse(scheme)
+    except LlmjaxError as error:
+        return str(error)
+    if args.mediapipe and width not in (kind.config["hidden_size"] for kind in MODEL_TYPES.values()):
+        return f"--mediapipe: {args.config} is none of its models, {', '.join(MODEL_TYPES)}"
+    if args.folder and not args.folder.is_dir():
+        return f"{args.folder}: no such directory"
+    return None
+
+
 def main() -> None:
     """Measures and prints."""
     if sys.argv[1:2] == ["--generate"]:
@@ -193,8 +213,11 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--quantize", nargs="+", metavar="SCHEME", help="convert to these, and run those instead")
     parser.add_argument("--convert-only", action="store_true")
-    parser.add_argument("--mediapipe", nargs="+", metavar="TARGET", help="convert to .bin files: cpu-int8, gpu-int4")
+    targets = [f"{backend}-int{bits}" for backend in ("cpu", "gpu") for bits in (8, 4)]
+    parser.add_argument("--mediapipe", nargs="+", choices=targets, help="convert to .bin files")
     args = parser.parse_args()
+    if problem := wrong(args):
+        parser.error(problem)
     with tempfile.TemporaryDirectory(dir=args.folder) as temporary:
         folder = Path(temporary) / "float"
         folder.mkdir()

@@ -120,6 +120,9 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=10_000, help="of all files together")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    for file in args.files:
+        if not file.is_file():
+            parser.error(f"{file}: no such file")
     counts: collections.Counter[str] = collections.Counter()
     each, bad = -(-args.count // len(args.files)), 0
     for file in args.files:

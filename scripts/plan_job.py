@@ -145,7 +145,11 @@ def weights_of(name: str, bits: float) -> Weights:
         facts = configs.read(name)["config"]
     else:
         path = Path(name)
-        facts = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+        try:
+            facts = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+        except (OSError, ValueError) as error:
+            wanted = "config:NAME, or a directory with a config.json"
+            raise RequestError(f"--model {name}: expected {wanted}: {error}") from None
     _, config = read_config(facts, name)
     profile = numerics.resolve("fast", jnp.dtype("bfloat16"))
     parameters = sum(map(math.prod, parameter_shapes(config).values()))
@@ -156,34 +160,61 @@ def weights_of(name: str, bits: float) -> Weights:
     return Weights(parameters, parameters - table, bits, token, job_slots(config, profile), slot)
 
 
+def pilot_of(path: str) -> tuple[Rates, float, float]:
+    """``measured`` of a manifest's file.
+
+    Raises:
+      RequestError: it is none.
+      OSError: it cannot be read.
+    """
+    try:
+        return measured(json.loads(Path(path).read_text()))
+    except (ValueError, KeyError, TypeError, IndexError):
+        raise RequestError(f"--pilot {path}: expected what a batch job writes, OUTPUT.manifest.json") from None
+
+
+def above_0(text: str) -> float:
+    """A flag's number."""
+    if not 0 < (number := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, found {text}")
+    return number
+
+
+def count(text: str) -> int:
+    """A flag's number of things."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, found {text}")
+    return number
+
+
 def main() -> None:
     """Prints the plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="config:NAME, or a directory with a config.json")
-    parser.add_argument("--bits", type=float, default=16, help="of a weight as it is stored: 16, 8, 4.5, ...")
-    parser.add_argument("--rows", type=int, required=True)
-    parser.add_argument("--prompt-tokens", type=float, metavar="N", help="of a row, on the average (or the pilot's)")
-    parser.add_argument("--answer-tokens", type=float, metavar="N")
-    parser.add_argument("--machines", type=int, default=1)
+    parser.add_argument("--bits", type=above_0, default=16, help="of a weight as it is stored: 16, 8, 4.5, ...")
+    parser.add_argument("--rows", type=count, required=True)
+    parser.add_argument("--prompt-tokens", type=above_0, metavar="N", help="of a row, on the average (or the pilot's)")
+    parser.add_argument("--answer-tokens", type=above_0, metavar="N")
+    parser.add_argument("--machines", type=count, default=1)
     parser.add_argument("--memory", default="80GB", metavar="SIZE", help="of one, for the model")
-    parser.add_argument("--bandwidth", type=float, default=2000, metavar="GB/S")
-    parser.add_argument("--tflops", type=float, default=400, metavar="T", help="of dense products in the dtype")
-    parser.add_argument("--reach", type=float, default=0.5, metavar="R", help="of both peaks, what programs come to")
+    parser.add_argument("--bandwidth", type=above_0, default=2000, metavar="GB/S")
+    parser.add_argument("--tflops", type=above_0, default=400, metavar="T", help="of dense products in the dtype")
+    parser.add_argument("--reach", type=above_0, default=0.5, metavar="R", help="of both peaks, what programs come to")
     parser.add_argument("--price", type=float, default=0, help="of a machine for an hour")
     parser.add_argument("--pilot", metavar="MANIFEST", help="of a job with some of the rows, on such a machine")
     args = parser.parse_args()
     try:
-        weights, prompt, answer = weights_of(args.model, args.bits), args.prompt_tokens, args.answer_tokens
+        prompt, answer = args.prompt_tokens, args.answer_tokens
         if args.pilot:
-            rates, *means = measured(json.loads(Path(args.pilot).read_text()))
+            rates, *means = pilot_of(args.pilot)
             prompt, answer = (mean if n is None else n for n, mean in zip((prompt, answer), means, strict=True))
         if prompt is None or answer is None:
             raise RequestError("--prompt-tokens, --answer-tokens: needed where no --pilot tells them")
-        rows = Rows(args.rows, prompt, answer)
+        rows, weights = Rows(args.rows, prompt, answer), weights_of(args.model, args.bits)
         if not args.pilot:
             machine = Machine(parse(args.memory), args.bandwidth * 1e9, args.tflops * 1e12, args.reach)
             rates = rates_of(rows, weights, machine)
-    except (LlmjaxError, OSError, ValueError, KeyError) as error:
+    except (LlmjaxError, OSError) as error:
         raise SystemExit(f"plan_job: {error}") from None
     print(report(rows, weights, rates, args.machines, args.price))
 

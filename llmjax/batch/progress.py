@@ -159,7 +159,9 @@ class Reporter:
             text += f" · {told}"
         text += f" · {min(count.under_way, self._slots)}/{self._slots} slots"
         if count.total is not None and run["prefill_tokens"]:
-            text += f" · {'' if run['decode_tokens'] else 'over '}{clock(count.seconds_left(run))} left"
+            left, decodes = count.seconds_left(run), bool(run["decode_tokens"])
+            if decodes or round(left):  # when the prompts are done, no answer has told yet how long they take
+                text += f" · {'' if decodes else 'over '}{clock(left)} left"
         return text
 
     def __enter__(self) -> "Reporter":
@@ -172,8 +174,9 @@ class Reporter:
         self._end.set()
         self._thread.join()
         if self._terminal:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # it may be closed by now, and the job's end is to be a good one
+                sys.stderr.write("\r\x1b[K")
+                sys.stderr.flush()
 
 
 def rate(run: dict[str, Any], what: str) -> float:

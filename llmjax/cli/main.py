@@ -9,6 +9,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -56,9 +57,12 @@ def _run(words: list[str]) -> int:
         _tell(str(error))
         return 2
     except RuntimeError as error:
-        if not str(error).startswith("Unable to initialize backend"):  # JAX's line for what JAX_PLATFORMS says
+        if guarded := re.search("Disallowed [a-z-]+ transfer", str(error)):
+            _tell(f"JAX_TRANSFER_GUARD: {guarded[0]}; a model cannot do without, so unset it")
+        elif str(error).startswith("Unable to initialize backend"):  # JAX's line for what JAX_PLATFORMS says
+            _tell(str(error))
+        else:
             raise
-        _tell(str(error))
         return 2
     except KeyboardInterrupt:
         print("llmjax: interrupted", file=sys.stderr)
@@ -110,8 +114,10 @@ def _no_interrupt_lost() -> Iterator[None]:
     unraisable, sys.unraisablehook = sys.unraisablehook, hook
     # Handlers are the main thread's, and a process that runs in the background may hear none.
     main = threading.current_thread() is threading.main_thread()
-    own = ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
-    before = {number: usual for number, usual in own if main and signal.getsignal(number) is usual}
+    own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    if hangup := getattr(signal, "SIGHUP", None):  # a closed terminal; there is none on Windows
+        own[hangup] = signal.SIG_DFL
+    before = {number: usual for number, usual in own.items() if main and signal.getsignal(number) is usual}
     for number in before:
         signal.signal(number, handle)
     try:

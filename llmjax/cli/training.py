@@ -1,6 +1,7 @@
 """``llmjax lora train``."""
 
 import argparse
+import contextlib
 import json
 import sys
 from dataclasses import fields
@@ -171,9 +172,10 @@ class _Progress:
         line += f" · margin {values['rewards/margins']:.4f}" if "rewards/margins" in values else ""
         line += f" · eval {values['eval_loss']:.4f}" if "eval_loss" in values else ""
         line += f" · {rate:,.0f} tok/s · {clock(report.seconds_left)} left"
-        print(
-            f"\r\x1b[K{line}" if terminal else line,
-            end="\n" if end or not terminal else "",
-            file=sys.stderr,
-            flush=True,
-        )
+        with contextlib.suppress(OSError):  # no one reads it any more
+            print(
+                f"\r\x1b[K{line}" if terminal else line,
+                end="\n" if end or not terminal else "",
+                file=sys.stderr,
+                flush=True,
+            )

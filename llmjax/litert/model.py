@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from llmjax.litert.module import MAIN, GraphModule, States
 from llmjax.litert.ports import Ports, holds_keys
 from llmjax.litert.roles import Roles
 from llmjax.litert.steps import DAMAGE
-from llmjax.model import Model, check_ids
+from llmjax.model import Model, check_ids, check_rows
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context
@@ -123,6 +123,9 @@ class GraphModel(Model):
         except DAMAGE as error:
             file.fail(f"damaged, or not supported: its steps cannot be told apart: {type(error).__name__} {error}")
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(f"{self.path}: the model of a graph stays with its file, is not pickled; load it again there")
+
     def under(self, numerics: str) -> "GraphModel":
         """The same model under another profile, nothing read again."""
         main = self.module.graphs[MAIN].under(numerics_for(numerics))
@@ -147,9 +150,10 @@ class GraphModel(Model):
         other through ``decode``.
 
         Raises:
-          RequestError: there are interventions, or it is differentiated.
+          RequestError: ids that are no such array, interventions, or it is differentiated.
         """
         self.intervened(interventions)
+        check_rows(ids)
         ctx = Context(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], self.numerics)
         return self.module.apply({"params": _constant(params)}, ids, ctx)
 

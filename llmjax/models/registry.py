@@ -1,5 +1,6 @@
 """The architectures llmjax knows, by the ``model_type`` of their ``config.json``."""
 
+import copyreg
 import functools
 import importlib
 import pkgutil
@@ -48,6 +49,25 @@ def register(architecture: Architecture) -> Architecture:
         )
     _registered[architecture.model_type] = architecture
     return architecture
+
+
+def _by_name(model_type: str) -> Architecture:
+    """What ``_reduced`` made of one.
+
+    Raises:
+      ConfigError: nobody registered it in this process.
+    """
+    return find({"model_type": model_type}, "a pickled model")
+
+
+def _reduced(architecture: Architecture) -> Any:
+    """For ``pickle`` and ``copy``: a known architecture by its name, since its functions have none."""
+    if architectures().get(architecture.model_type) is architecture:
+        return _by_name, (architecture.model_type,)
+    return architecture.__reduce_ex__(2)
+
+
+copyreg.pickle(Architecture, _reduced)
 
 
 @functools.cache

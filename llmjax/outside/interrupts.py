@@ -9,11 +9,13 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = signal.SIGINT, signal.SIGTERM
+# The last: the terminal is closed, or the connection to it lost; there is none on Windows.
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class Interrupts:
-    """While entered, SIGINT and SIGTERM call ``stop`` first and raise KeyboardInterrupt from then on.
+    """While entered, SIGINT, SIGTERM and SIGHUP (but under ``nohup``) call ``stop`` first and raise KeyboardInterrupt
+    from then on.
 
     Python's handlers wait until the program under way returns, be that minutes; a thread that the system tells of the
     signal says at once that it was heard.
@@ -53,6 +55,8 @@ class Interrupts:
             os.set_blocking(self._write, False)
             self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             for number in _SIGNALS:
+                if number not in _SIGNALS[:2] and signal.getsignal(number) is signal.SIG_IGN:
+                    continue
                 self._before[number] = signal.signal(number, self._handle)
             self._thread = threading.Thread(target=self._listen, args=(read,), daemon=True)
             self._thread.start()

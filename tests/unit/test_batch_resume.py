@@ -165,7 +165,7 @@ def test_an_output_of_unknown_origin_is_refused(llm, folder):
 
 
 @pytest.mark.parametrize("output", ["out.jsonl", "out.jsonl.gz"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_it_goes_on(llm, folder, monkeypatch, output, number):
     run(llm, folder, f"whole-{output}", ordered=True)
     append, written = Journal.append, []

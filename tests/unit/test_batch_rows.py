@@ -1,11 +1,13 @@
 """Rows of a batch: the forms they may have, what their answers look like, and how they are shared out."""
 
+import errno
 import gzip
 import io
 import json
 import os
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from llmjax.batch.progress import Count, Reporter
 from llmjax.batch.question import PARAMS as PARAM_NAMES
 from llmjax.batch.reading import open_lines
 from llmjax.batch.rows import Generating, Shard, count_rows, read_rows
+from llmjax.cli import training
 from llmjax.errors import RequestError
 from tests import tiny
 
@@ -221,10 +224,30 @@ def test_progress_says_what_is_left(llm):
     counted["prefill_tokens"] -= 300
     counted["prefill_seconds"] -= 30
     assert reporter.line() == "2/10 rows · prefill 10 tok/s · 2/4 slots · over 1:10 left"
+    counted["prefill_tokens"] -= 700
+    assert reporter.line() == "2/10 rows · prefill 33 tok/s · 2/4 slots"  # not: over 0:00 left
+    counted["prefill_tokens"] += 700
     counted["decode_tokens"] -= 120
     counted["decode_seconds"] -= 6
     count.answered, count.answer_tokens = 2, 100
     assert reporter.line() == "2/10 rows · prefill 10 tok/s · decode 20 tok/s · 2/4 slots · 1:29 left"
+
+
+def test_a_terminal_that_is_closed_ends_nothing(llm, monkeypatch):
+    """Nor a pipe whose reader left: a job, or a training run, of hours would be lost for a line nobody reads."""
+
+    class Closed(io.StringIO):
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Closed())
+    with Reporter(llm.engine, Count(total=2), lambda: None):
+        pass
+    values = {"loss": 1.0, "tokens": 8, "seconds": 1.0}
+    training._Progress()(types.SimpleNamespace(values=values, step=1, steps=1, seconds_left=0.0))
 
 
 def through(pipe, data):

@@ -206,14 +206,17 @@ def test_compiled_programs_are_kept_unless_told_otherwise(shared, capsys, monkey
     assert main(flags) == 0 and "jax_compilation_cache_dir" in kept
 
 
-def test_a_platform_that_jax_does_not_have(capsys, monkeypatch):
-    said = "Unable to initialize backend 'nonsense': Backend 'nonsense' is not in the list of known backends: ['cpu']."
-
+def test_what_the_environment_forbids(capsys, monkeypatch):
     def load(args, slots=None):
-        raise RuntimeError(said)  # as JAX does under JAX_PLATFORMS=nonsense
+        raise RuntimeError(said)
 
     monkeypatch.setattr(loading, "load_llm", load)
+    # As JAX does under JAX_PLATFORMS=nonsense.
+    said = "Unable to initialize backend 'nonsense': Backend 'nonsense' is not in the list of known backends: ['cpu']."
     assert failing(capsys, "generate", "--model", "x", "--prompt", "hi") == (2, f"llmjax: {said}\n")
+    said = "INVALID_ARGUMENT: Disallowed host-to-device transfer: aval=ShapedArray(int32[]), dst_sharding=..."
+    told = "llmjax: JAX_TRANSFER_GUARD: Disallowed host-to-device transfer; a model cannot do without, so unset it\n"
+    assert failing(capsys, "generate", "--model", "x", "--prompt", "hi") == (2, told)
 
 
 def test_bad_settings(capsys, smollm2_path):

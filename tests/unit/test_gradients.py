@@ -259,6 +259,9 @@ def test_transforms_from_outside(profile):
     """Row by row under ``vmap``, whole, and compiled: one model, and one gradient beside packed weights."""
     model = dataclasses.replace(packed_model("int8"), numerics=resolve(profile, jnp.float32))
     ids = jnp.asarray(RNG.integers(0, 600, (3, 9)))
+    for wrong, found in (([[1, 2]], r"\[\[1, 2\]\]"), (ids[0], "int32"), (ids * 1.0, "float32")):
+        with pytest.raises(LlmjaxError, match=rf"ids: expected an array of integers \[B, T\], found {found}"):
+            model.apply(model.params, wrong)
     plain = model.apply(model.params, ids)
     by_row = jax.vmap(lambda params, row: model.apply(params, row[None])[0], (None, 0))
     for same in (jax.jit(model.apply), jax.jit(by_row)):

@@ -60,7 +60,12 @@ def by_the_system() -> None:
     wait()
 
 
-@pytest.mark.parametrize("interrupt", [in_a_destructor, in_a_module, in_an_import, by_the_system])
+def by_a_terminal() -> None:
+    os.kill(os.getpid(), signal.SIGHUP)
+    wait()
+
+
+@pytest.mark.parametrize("interrupt", [in_a_destructor, in_a_module, in_an_import, by_the_system, by_a_terminal])
 def test_none_is_lost(monkeypatch, capsys, interrupt):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     monkeypatch.setattr(checkpoints, "_inspect", lambda args: interrupt())

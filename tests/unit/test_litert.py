@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import lzma
+import pickle
 import sys
 import types
 from pathlib import Path
@@ -340,6 +341,8 @@ def test_what_a_graph_says_of_itself(model, stored):
         llmjax.load(model.path, dtype="float32", quantize="int8")
     with pytest.raises(ConfigError, match="mediapipe_cpu is not about op graphs"):
         llmjax.load(model.path, numerics="mediapipe_cpu")
+    with pytest.raises(TypeError, match="the model of a graph .* is not pickled; load it"):
+        pickle.dumps(model)
 
 
 def test_prompts_are_cut_as_litert_lm_cuts_them():

@@ -1,8 +1,11 @@
 """An architecture from a person's own file is as good as any: nothing of llmjax is touched."""
 
+import copy
 import dataclasses
 import json
+import pickle
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -41,6 +44,21 @@ def test_it_is_what_transformers_computes(folder):
     *hidden, logits = trace.activations.values()
     assert error(logits, expected["logits_short"]) <= TOLERANCE
     assert [error(x, wanted) <= TOLERANCE for x, wanted in zip(hidden, expected["hidden"], strict=True)]
+
+
+def test_a_model_is_pickled(folder, monkeypatch):
+    """For workers and Ray: by value, the architecture by its name; what is compiled stays behind."""
+    model = llmjax.load(folder, quantize="int8", numerics="fast")
+    assert model.module and "module" in vars(model)
+    for again in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert again.architecture is ARCHITECTURE and repr(again) == repr(model) and again.config == model.config
+        assert "module" not in vars(again) and jax.tree.all(jax.tree.map(np.array_equal, again.params, model.params))
+    with pytest.raises(TypeError, match="an LLM holds .* make one in each process, of a path or of a Model"):
+        pickle.dumps(llmjax.LLM(model, max_batch=4))
+    sent = pickle.dumps(model)
+    monkeypatch.delitem(registry._registered, ARCHITECTURE.model_type)
+    with pytest.raises(ConfigError, match=f"a pickled model: model_type '{ARCHITECTURE.model_type}' is not supported"):
+        pickle.loads(sent)
 
 
 @pytest.mark.slow
