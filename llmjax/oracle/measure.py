@@ -222,9 +222,11 @@ def _is_factor(ours: np.ndarray, theirs: np.ndarray) -> bool:
     """Whether all that they are apart is one factor, and more than a scale in 16 bits is."""
     if ours.shape != theirs.shape or ours.size < _SEVERAL:
         return False
-    x, y = ours.ravel().astype(np.float64), theirs.ravel().astype(np.float64)
-    factor = (x @ y) / max(x @ x, 1e-300)
-    return bool(abs(factor - 1) > _FACTOR and np.linalg.norm(y - factor * x) < _PURE * np.linalg.norm(y - x))
+    x, y = (np.ravel(a).astype(np.float32, copy=False) for a in (ours, theirs))
+    xx, xy, yy = (float(np.einsum("i,i->", *both, dtype=np.float64)) for both in ((x, x), (x, y), (y, y)))
+    factor = xy / max(xx, 1e-300)
+    left, apart = yy - factor * xy, yy - 2 * xy + xx
+    return abs(factor - 1) > _FACTOR and left < _PURE**2 * apart
 
 
 def _where(stages: Stages, stage: int, way: int, ways: int) -> str:
