@@ -34,7 +34,7 @@ from llmjax.lora.apply import beside, with_loras
 from llmjax.model import AdapterOrigin, Model, Origin
 from llmjax.models.config import DecoderConfig
 from llmjax.models.registry import read_config
-from llmjax.models.sharding import as_mesh, of_parameter
+from llmjax.models.sharding import as_mesh, check_splits, of_parameter
 from llmjax.models.tree import get_at, parameter_shapes, path_of
 from llmjax.numerics import FAST
 from llmjax.outside.paths import checked_path
@@ -154,6 +154,7 @@ def load(
     source = open_source(found)
     try:
         plan = fitting_plan(source, recipe, override)
+        check_splits(devices, plan.config, str(source.path))
         computed = emulated(plan.config, numerics, str(source.path))
         tokenizer = read_tokenizer(source, override)
         eos_ids = tokenizer.eos_ids if tokenizer else end_tokens(source, None, override)
@@ -340,6 +341,7 @@ def _random_model(
     architecture, config = read_config(facts["config"], name)
     if recipe is not None:
         recipe.check_layers(config.num_hidden_layers)
+    check_splits(mesh, config, name)
     params: dict[str, Any] = {}
     random = np.random.default_rng(0)
     for parameter, shape in parameter_shapes(config).items():

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llmjax.device import knows_cuda
 from llmjax.errors import ConfigError, shown
 from llmjax.models.config import DecoderConfig
+from llmjax.models.tree import parameter_shapes
 from llmjax.outside.values import POSITIVE, plain
 
 # The mesh's axis that weights are split over; along others each device has the same.
@@ -55,6 +56,21 @@ def _check_kernels(device: jax.Device, count: int) -> None:
     if count > 1 and device.platform == "gpu" and knows_cuda():
         raise ConfigError(
             "mesh: llmjax's own kernels compute on one card; set LLMJAX_KERNELS=0 in the environment to go without them"
+        )
+
+
+def check_splits(mesh: Mesh | None, config: DecoderConfig, where: str) -> None:
+    """Refuses a mesh that would hold a whole model on each device, since its size divides nothing.
+
+    Raises:
+      ConfigError: so it is.
+    """
+    count = 1 if mesh is None else mesh.shape[AXIS]
+    axes = ((shape, _axis(name, config, count)) for name, shape in parameter_shapes(config).items())
+    if count > 1 and all(axis is None or shape[axis] % count for shape, axis in axes):
+        raise ConfigError(
+            f"{where}: mesh: {count} divides neither its heads ({config.num_attention_heads}) nor the width of an MLP, "
+            "experts or the vocabulary, so nothing would be split"
         )
 
 

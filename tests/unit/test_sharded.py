@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 import llmjax
 from llmjax.errors import ConfigError
@@ -189,6 +189,13 @@ def test_loaded_onto_two_devices(case, quantize):
 def test_no_mesh(mesh, said):
     with pytest.raises(ConfigError, match=said):
         llmjax.load(CASES / "llama_dynamic_old", mesh=mesh)
+
+
+def test_a_mesh_that_splits_nothing():
+    config = llmjax.load(CASES / "llama_dynamic_old").config
+    sharding.check_splits(AbstractMesh((2,), ("model",)), config, "M")
+    with pytest.raises(ConfigError, match=r"^M: mesh: 7 divides neither its heads \(4\) nor .* nothing would be split$"):
+        sharding.check_splits(AbstractMesh((7,), ("model",)), config, "M")
 
 
 def test_kernels_are_for_one_card(monkeypatch):
