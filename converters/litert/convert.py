@@ -223,14 +223,14 @@ def _with_template(tokenizer: Tokenizer, given: str | Path | None) -> Tokenizer:
     if given is None:
         return tokenizer
     if str(given) == NO_TEMPLATE:
-        return dataclasses.replace(tokenizer, chat_template=None)
+        return dataclasses.replace(tokenizer, chat_template=None, tools_template=None)
     path = checked_path("chat_template", given, TokenizerError)
     try:
         template = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "expected UTF-8 text"
         raise TokenizerError(f"chat_template: {path}: cannot read it: {reason}") from None
-    return dataclasses.replace(tokenizer, chat_template=template, where=str(path))
+    return dataclasses.replace(tokenizer, chat_template=template, tools_template=None, where=str(path))
 
 
 def _with_stops(tokenizer: Tokenizer, source: Source) -> Tokenizer:
@@ -252,6 +252,10 @@ def _tell(tokenizer: Tokenizer, carried: Carried) -> None:
         _LOG.warning(
             f"{tokenizer.where}: LiteRT-LM puts {tokenizer.piece(tokenizer.prefix_ids[0])!r} before every text, which "
             "the tokenizer does with plain texts and the chat template does not"
+        )
+    if tokenizer.tools_template is not None:
+        _LOG.warning(
+            f"{tokenizer.where}: the template for conversations with tools (tool_use) stays behind: there is one place"
         )
     if carried.changes_texts:
         _LOG.warning(

@@ -473,6 +473,14 @@ def test_a_template_that_cannot_go_along(source, tmp_path, caplog, quick):
     assert llmjax.load(tmp_path / "m.litertlm").tokenizer.chat_template is None
 
 
+def test_a_template_for_tools_stays_behind(source, tmp_path, caplog, quick):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    each = [{"name": name, "template": template} for name in ("default", "tool_use")]
+    folder = copied(source, tmp_path / "m", tokenizer_config__json={"chat_template": each})
+    writing.convert(folder, tmp_path / "m.litertlm", to="litertlm", verify=False, **SMALL)
+    assert "the template for conversations with tools (tool_use) stays behind" in caplog.text
+
+
 def test_a_task_file_of_a_bin_file(tmp_path, quick):
     """MediaPipe's container, by the bundler's own code: texts for tokens, the SentencePiece model as it was."""
     source, path = DATA / "GEMMA_2B_gpu_int8_mp0.10.21.bin", tmp_path / "m.task"
