@@ -11,6 +11,7 @@ import pytest
 import llmjax
 from llmjax.cli.main import main
 from llmjax.errors import RequestError
+from llmjax.oracle.clock import Pulse
 from llmjax.oracle.dumps.opening import opened
 from llmjax.oracle.floors import CLASSES, allowed
 from llmjax.oracle.measure import measure
@@ -101,7 +102,7 @@ def test_steps_of_the_file_are_no_difference_and_several_are(model, tmp_path):
         (tmp_path / "moved.kld").write_bytes(raw)
         dump = opened(tmp_path / "moved.kld", model)[0]
         stages = Stages(model, dump.token_ids)
-        [(tap, _)] = measure(stages, named(dump, stages.shapes, model), lambda tap: None, ("float32",))
+        [(tap, _)] = measure(stages, named(dump, stages.shapes, model), lambda tap: None, ("float32",), Pulse())
         assert (tap.excess(("float32",)) <= 1) == within
         tap.rounding[:] = 0
         assert tap.excess(("float32",)) > 1  # without it the file's own steps would be a difference
