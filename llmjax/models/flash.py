@@ -6,6 +6,10 @@ stays in registers (Dao et al. 2022, arXiv:2205.14135).  Steps, whose queries ar
 of a row to a program of its own; their results are folded in the order of pages, so that a row's bits depend neither on
 its neighbours nor on the cache's length.
 
+Float32, where a profile does not ask for products of that (``Numerics.digits``), is the sum of three bfloat16 numbers,
+as in ``products.defined``: tensor cores multiply six pairs of those several times as fast as a card does one of
+float32, and the other three are too small to matter.
+
 Triton's arrays are powers of two: a head is cut into such, from which any width is made up.
 """
 
@@ -20,15 +24,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from llmjax.numerics import Numerics
-from llmjax.quant.bits import from_storage
+from llmjax.quant.bits import from_storage, rounded_off
 
 # Queries of one program, by the bytes of a number, and keys in one of its turns: what an SM's registers hold of heads
 # of that width; of wider ones half as many queries.  Tensor cores have no fewer than 16.
 _QUERIES = {2: 64, 4: 16}
+_IN_THIRDS = 32
 _WIDTH = 256
 _KEYS = 32
 _FEWEST = 16
 _WIDEST = 512
+# Dimensions of a head whose thirds shared memory holds at once.
+_SPLIT = 64
 # Bytes of a key that shared memory holds for two turns, on a card of 99 KB.
 _TWICE = 1024
 # Bytes of queries that four warps hold: of 16 float32 heads of 512 their registers spill.
@@ -76,9 +83,10 @@ def flash_attention(
     batch, count, heads, width = q.shape
     num_kv, page, pages = *cache_k.shape[1:3], table.shape[1]
     rows = heads // num_kv * count
-    most = _QUERIES[q.dtype.itemsize] // (1 if width <= _WIDTH else 2)
+    thirds = q.dtype == jnp.float32 and numerics.digits is not None
+    most = (_IN_THIRDS if thirds else _QUERIES[q.dtype.itemsize]) // (1 if width <= _WIDTH else 2)
     tile = max(_FEWEST, min(most, pl.next_power_of_2(rows)))
-    stages = 2 if width * q.dtype.itemsize <= _TWICE else 1
+    stages = 2 if width * q.dtype.itemsize <= (_TWICE // 2 if thirds else _TWICE) else 1
     warps = 8 if tile * width * q.dtype.itemsize > _FEW_BYTES else 4
     parts = pages if count == 1 else 1
     call = functools.partial(pl.pallas_call, interpret=interpret)
@@ -88,13 +96,13 @@ def flash_attention(
     float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     args = [table, positions, q, cache_k, cache_v] + ([] if slopes is None else [slopes])
     acc, *sums = call(
-        functools.partial(_fold, rule, numerics, window, tile, slopes is not None),
+        functools.partial(_fold, rule, numerics, window, tile, thirds, slopes is not None),
         grid=(batch, num_kv, parts, pl.cdiv(rows, tile)),
         in_specs=[anywhere] * len(args),
         out_specs=[anywhere] * (1 if parts == 1 else 3),
         out_shape=[float32((*shape, width)), *([] if parts == 1 else [float32(shape)] * 2)],
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
-        name="attention",
+        name="attention_in_thirds" if thirds else "attention",
     )(*args)
     if parts == 1:
         return acc
@@ -122,19 +130,33 @@ class _Piece(NamedTuple):
         return self.start + jnp.arange(self.size, dtype=jnp.int32)
 
 
-def _pieces(width: int) -> list[_Piece]:
-    """Of a head, the largest first."""
+def _pieces(width: int, most: int) -> list[_Piece]:
+    """Of a head, the largest first, of so many dimensions at most."""
     found, start = [], 0
     while (left := width - start) > 0:
-        size = max(_FEWEST, 1 << (left.bit_length() - 1))
+        size = min(most, max(_FEWEST, 1 << (left.bit_length() - 1)))
         found.append(_Piece(start, size, size <= left))
         start += size
     return found
 
 
-def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a [M, in] . b [out, in] -> float32 [M, out]``, without TF32."""
-    return lax.dot_general(a, b, (((1,), (1,)), ((), ())), lax.Precision.HIGHEST, jnp.float32)
+def _thirds(x: jax.Array) -> list[jax.Array]:
+    """bfloat16 arrays that add up to float32 x, the largest first."""
+    found = []
+    for _ in range(3):
+        third = rounded_off(x, 16)
+        found.append(third.astype(jnp.bfloat16))
+        x = x - third
+    return found
+
+
+def _dot(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
+    """``a [M, in] . b [out, in] -> float32 [M, out]``, each one array or three, without TF32; small products first."""
+    each = [(i, n - i) for n in reversed(range(len(a))) for i in range(n + 1)]
+    contracted = (((1,), (1,)), ((), ()))
+    return functools.reduce(
+        jnp.add, [lax.dot_general(a[i], b[j], contracted, lax.Precision.HIGHEST, jnp.float32) for i, j in each]
+    )
 
 
 def _fold(
@@ -142,6 +164,7 @@ def _fold(
     numerics: Numerics,
     window: int | None,
     tile: int,
+    thirds: bool,
     sloped: bool,
     table: Any,
     positions: Any,
@@ -159,12 +182,15 @@ def _fold(
     real, token, query = row < groups * count, lax.div(row, groups), head * groups + lax.rem(row, groups)
     at = positions[batch, jnp.minimum(token, count - 1)]
     slopes, results = (rest[0][query][:, None], rest[1:]) if sloped else (None, rest)
-    pieces = _pieces(width)
+    pieces = _pieces(width, _SPLIT if thirds else _WIDEST)
+    split = _thirds if thirds else lambda x: [x]
     queries = [
-        plt.load(
-            q.at[batch, token[:, None], query[:, None], piece.lanes[None]],
-            mask=real[:, None] & (piece.lanes < width)[None],
-            other=0,
+        split(
+            plt.load(
+                q.at[batch, token[:, None], query[:, None], piece.lanes[None]],
+                mask=real[:, None] & (piece.lanes < width)[None],
+                other=0,
+            )
         )
         for piece in pieces
     ]
@@ -189,16 +215,16 @@ def _fold(
         products = jnp.zeros((tile, _KEYS), jnp.float32)
         for x, piece in zip(queries, pieces, strict=True):
             keys = cut(cache_k, piece, 1, number, head, place[:, None], piece.lanes[None])
-            products = products + _dot(x, keys)
+            products = products + _dot(x, split(keys))
         scores, mask = rule(products[None, None, None], at[None], (start + each)[None], slopes)
         s, mask = scores[0, 0, 0], jnp.broadcast_to(mask[0, 0, 0], (tile, _KEYS))
         new_top = jnp.maximum(top, jnp.max(jnp.where(mask, s, -1e30), -1))
         p = jnp.where(mask, jnp.exp(s - new_top[:, None]), 0.0)
-        shrink, weights = jnp.exp(top - new_top), p.astype(numerics.products)
+        shrink, weights = jnp.exp(top - new_top), split(p.astype(numerics.products))
         added = []
         for x, piece in zip(acc, pieces, strict=True):
             values = cut(cache_v, piece, 0, number, head, piece.lanes[:, None], place[None])
-            added.append(x * shrink[:, None] + _dot(weights, values))
+            added.append(x * shrink[:, None] + _dot(weights, split(values)))
         return new_top, total * shrink + jnp.sum(p, -1), tuple(added)
 
     zero = jnp.zeros(tile, jnp.float32)
@@ -219,7 +245,7 @@ def _join(page: int, positions: Any, accs: Any, tops: Any, totals: Any, out: Any
     """What a row's pages gave one query, in their order, some at a time."""
     batch, head = pl.program_id(0), pl.program_id(1)
     (_, parts, _), width = tops.shape, out.shape[3]
-    pieces, used = _pieces(width), positions[batch, 0] // page + 1
+    pieces, used = _pieces(width, _WIDEST), positions[batch, 0] // page + 1
 
     def turn(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         top, total, acc = carry

@@ -124,7 +124,7 @@ def packed_product(
         summed = pieces.astype(jnp.float32).reshape(*pieces.shape[:3], groups, -1)
         sums = total(total(piece) for piece in summed).sum(-1)
     chosen = None if choice is None else (choice.numbers, choice.rows)
-    args = (pieces, weight, sums, chosen)
+    args = (pieces, weight, sums, scale, chosen)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     y = pl.pallas_call(
         functools.partial(_multiply, width, tile, channels),
@@ -137,8 +137,6 @@ def packed_product(
         name="packed_product" if choice is None else "experts_product",
     )(*args)
     y = total(y[part] for part in range(parts))
-    if scale is not None:
-        y = y * (scale if choice is None or choice.rows is None else scale[choice.rows.reshape(-1)])[:, None]
     return y[:rows] if choice is None else y
 
 
@@ -210,7 +208,15 @@ def _power_of_two(biased: jax.Array) -> jax.Array:
 
 
 def _multiply(
-    width: int, tile: int, channels: int, x: Any, weight: Any, sums: Any, chosen: tuple[Any, Any] | None, result: Any
+    width: int,
+    tile: int,
+    channels: int,
+    x: Any,
+    weight: Any,
+    sums: Any,
+    scale: Any,
+    chosen: tuple[Any, Any] | None,
+    result: Any,
 ) -> None:
     """One tile of rows and channels over one part of the columns.
 
@@ -221,6 +227,7 @@ def _multiply(
       x: pieces, the smallest first, ``[pieces, P, rows, in / P]``, in columns as ``integers`` has the weight's.
       weight: a QTensor, or floats ``[out, in]``; with ``chosen`` of a stack.
       sums: x's ``[rows, G]``, if the weight has offsets.
+      scale: x's ``[rows]``, powers of two, if it has one.
       chosen: numbers and rows of a ``Choice``.
       result: ``[parts, rows, out]``.
     """
@@ -266,4 +273,6 @@ def _multiply(
     y = lax.fori_loop(first, last, turn, jnp.zeros((channels, tile), jnp.float32))
     if isinstance(weight, QTensor) and groups == 1:
         y = scaled(y, 0, part == 0)
+    if scale is not None:
+        y = y * scale[rows][None]
     result[part, mine, outs] = y.T

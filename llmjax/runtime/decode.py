@@ -17,7 +17,7 @@ from llmjax.models.context import Context
 from llmjax.numerics import Numerics
 from llmjax.runtime.logits import LogitsProcessor, adjust
 from llmjax.runtime.params import MAX_LOGPROBS
-from llmjax.runtime.sampling import alternatives, draw, most_likely
+from llmjax.runtime.sampling import alternatives, draw, likeliest
 from llmjax.runtime.state import State
 
 # Tokens a row can produce in one call of the decode program.
@@ -107,37 +107,39 @@ def _choose(
     processor: LogitsProcessor | None, state: State, forced: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
     """The next token of each row, its log-probability and the alternatives'."""
-    norm = jax.nn.logsumexp(state.logits, -1)
     drawn = partial(_drawn, processor)
     chosen = by_device(drawn if processor else _likeliest_or_drawn, cpu=drawn)
-    token, broken, *top = chosen(state.replace(cache=None), norm)
+    norm, token, broken, *top = chosen(state.replace(cache=None))
     token = jnp.where(forced >= 0, forced, token)
     logprob = jnp.take_along_axis(state.logits, token[:, None], -1)[:, 0] - norm
     return token, (jnp.where(broken, jnp.nan, logprob), *top)
 
 
-def _drawn(processor: LogitsProcessor | None, state: State, norm: jax.Array) -> tuple[jax.Array, ...]:
-    """A token of each row, whether its logits became NaN, and ``alternatives``."""
+def _drawn(processor: LogitsProcessor | None, state: State, norm: jax.Array | None = None) -> tuple[jax.Array, ...]:
+    """Logsumexp of each row's logits, ``norm`` if it is known, a token, whether what it was drawn from became NaN, and
+    ``alternatives``."""
     logits = state.logits
+    norm = jax.nn.logsumexp(logits, -1) if norm is None else norm
     broken = jnp.zeros_like(state.active)
     if processor is not None:
         logits = processor(logits, state.tokens).astype(jnp.float32)
         broken = jnp.any(jnp.isnan(logits), -1)
     logits = adjust(logits, state.controls, state.step < state.min_tokens, state.stops, state.tokens)
     token = draw(logits, state.knobs, state.step)
-    return token, broken, *alternatives(state.logits, norm, jnp.any(state.want_logprobs))
+    return norm, token, broken, *alternatives(state.logits, norm, jnp.any(state.want_logprobs))
 
 
-def _likeliest_or_drawn(state: State, norm: jax.Array) -> tuple[jax.Array, ...]:
+def _likeliest_or_drawn(state: State) -> tuple[jax.Array, ...]:
     """``_drawn`` for a GPU, whose host reads what a branch depends on: one branch where no row asks for more than its
-    likeliest token, instead of one for each thing that could be asked for."""
+    likeliest token, instead of one for each thing that could be asked for.  The logits are read twice, no more."""
+    highest, best = likeliest(state.logits)
+    norm = highest + jnp.log(jnp.sum(jnp.exp(state.logits - highest[:, None]), -1))
 
-    def likeliest() -> tuple[jax.Array, ...]:
-        nothing = alternatives(state.logits, norm, jnp.bool_(False))
-        return most_likely(state.logits), jnp.zeros_like(state.active), *nothing
+    def no_more() -> tuple[jax.Array, ...]:
+        return best, jnp.zeros_like(state.active), *alternatives(state.logits, norm, jnp.bool_(False))
 
     asked = state.controls.used | (state.step < state.min_tokens) | (state.knobs.temperature > 0) | state.want_logprobs
-    return lax.cond(jnp.any(state.active & asked), lambda: _drawn(None, state, norm), likeliest)
+    return norm, *lax.cond(jnp.any(state.active & asked), lambda: _drawn(None, state, norm)[1:], no_more)
 
 
 def _advance(
@@ -154,7 +156,7 @@ def _advance(
     place = jnp.where(active, state.position, state.ids.shape[1])  # out of range: dropped
     return state.replace(
         cache=out["cache"],
-        logits=jnp.where(active[:, None], logits[:, 0].astype(jnp.float32), state.logits),
+        logits=logits[:, 0].astype(jnp.float32),
         ids=state.ids.at[jnp.arange(token.shape[0], dtype=jnp.int32), place].set(
             token, mode="drop", unique_indices=True
         ),

@@ -281,12 +281,11 @@ class Engine:
 
     def _fill(self, row: Row, place: Place, copied: tuple[int, int]) -> Generator[None, None, None]:
         """Brings a prompt into its slot, a chunk at every ``next``, and makes it active."""
-        store, request = self.store, row.request
+        store, request, logits = self.store, row.request, place.logits
         ids, slot = np.asarray(row.ids, np.int32), np.int32(place.slot)
         adapter, begun = np.int32(row.adapter), place.length
-        if begun and (place.source != place.slot or any(copied) or place.logits is not None):
-            logits = self._none.bias if place.logits is None else place.logits
-            store.state = self._share(store.state, *map(np.int32, copied), slot, np.int32(begun), logits)
+        if begun and (place.source != place.slot or any(copied) or logits is not None):
+            store.state = self._share(store.state, *map(np.int32, copied), slot, np.int32(begun))
         self.progress.reused_tokens += begun
         for start in range(begun, len(ids), self.chunk):
             if start > begun:
@@ -305,7 +304,7 @@ class Engine:
                 scores += scored.by_token(request.ids[len(scores) :], request.params.prompt_logprobs or 0)
                 yield
             row.prompt_logprobs = scores
-        store.state = self._admit(store.state, slot, self._row_arrays(row))
+        store.state = self._admit(store.state, slot, self._row_arrays(row) | {"logits": logits})
 
     @functools.cached_property
     def _none(self) -> Controls:

@@ -45,18 +45,14 @@ def prefill(
       adapter: int32 ``[]``, see ``Context``.
 
     Returns:
-      the state, and the logits float32 ``[V]`` that follow the chunk's last token, which are in the state as well.
+      the state, and the logits float32 ``[V]`` that follow the chunk's last token.
     """
     positions = start + jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
     ctx = Context(positions, numerics, block, table[None], slot, adapter=adapter[None], length=tokens[None])
     ctx = ctx.replace(last=length[None] - 1)
     logits, out = module.apply({"params": params, "cache": state.cache}, ids, ctx, mutable=["cache"])
     last = logits[0, 0].astype(jnp.float32)
-    return state.replace(
-        cache=out["cache"],
-        logits=state.logits.at[slot].set(last),
-        position=state.position.at[slot].set(start + length),
-    ), last
+    return state.replace(cache=out["cache"], position=state.position.at[slot].set(start + length)), last
 
 
 class Scored(NamedTuple):

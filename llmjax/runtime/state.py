@@ -18,7 +18,7 @@ class State(struct.PyTreeNode):
       cache: the module's ``cache`` collection, see ``runtime.cache``: ``P`` pages a buffer, or ``n * P`` for n stacked
         layers.  Whose a page is, ``runtime.pages`` knows.  What layers carry lies at each slot's number, and behind the
         slots' that of a text which is scored.
-      logits: float32 ``[B, V]``, of the token each row will draw next.
+      logits: float32 ``[B, V]``, of the token each row will draw next; anything of a row at rest.
       position: int32 ``[B]``, where that token will stand.
       step: int32 ``[B]``, tokens generated so far.
       active: bool ``[B]``.
@@ -86,8 +86,8 @@ def admit(state: State, slot: jax.Array, row: dict[str, Any]) -> State:
     Args:
       state: donated.
       slot: int32 ``[]``.
-      row: ``ids [S]``, ``step``, ``knobs``, ``controls``, ``stops [V]``, ``min_tokens``, ``max_tokens``,
-        ``want_logprobs``, ``adapter``.
+      row: ``logits [V]`` that follow its prompt, ``ids [S]``, ``step``, ``knobs``, ``controls``, ``stops [V]``,
+        ``min_tokens``, ``max_tokens``, ``want_logprobs``, ``adapter``.
     """
     new = {"active": True, **row}
     return state.replace(
@@ -105,7 +105,6 @@ def share(
     page: jax.Array,
     slot: jax.Array,
     length: jax.Array,
-    logits: jax.Array,
 ) -> State:
     """Makes a slot go on from the beginning of another's prompt, whose pages it was lent: the same bits as computing
     it.
@@ -117,7 +116,6 @@ def share(
       page: int32 ``[]``, the slot's own, which becomes the same.
       slot: int32 ``[]``.
       length: int32 ``[]``, tokens the slot then holds.
-      logits: float32 ``[V]``, of the token after them; of use where they are the whole prompt.
     """
 
     def copied(x: jax.Array) -> jax.Array:
@@ -125,8 +123,4 @@ def share(
         part = lax.dynamic_index_in_dim(each, source, 1)
         return lax.dynamic_update_index_in_dim(each, part, page, 1).reshape(x.shape)
 
-    return state.replace(
-        cache=jax.tree.map(copied, state.cache),
-        logits=state.logits.at[slot].set(logits),
-        position=state.position.at[slot].set(length),
-    )
+    return state.replace(cache=jax.tree.map(copied, state.cache), position=state.position.at[slot].set(length))

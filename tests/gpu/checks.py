@@ -149,7 +149,8 @@ def attention(
     profile: str, width: int, heads: tuple[int, int], positions: list[list[int]], scores: Scores, *devices: jax.Device
 ) -> Found:
     """Over a cache at a model's size, its pages in any order; beside the CPU's fold of blocks."""
-    numerics = resolve(profile, jnp.dtype(jnp.float32 if profile == "reference" else jnp.bfloat16))
+    float32 = profile in ("reference", "dynamic_int8")
+    numerics = resolve(profile, jnp.dtype(jnp.float32 if float32 else jnp.bfloat16))
     rng, page, (queries, kept) = np.random.default_rng(0), 256, heads
     rows, pages = len(positions), -(-max(map(max, positions)) // page) + 1
     table = (1 + rng.permutation(rows * pages)).reshape(rows, pages).astype(np.int32)
@@ -163,7 +164,7 @@ def attention(
         program = jax.jit(lambda q, k, v: cached_attention(q, k, v, scores, ctx), compiler_options=options)
         return np.asarray(program(jnp.asarray(q, numerics.activations), keys, values), np.float64)
 
-    return compared(both(run, devices), EXACT if profile == "reference" else NARROW)
+    return compared(both(run, devices), EXACT if float32 else NARROW)
 
 
 def mediapipe(*devices: jax.Device) -> Found:
@@ -313,6 +314,9 @@ ATTENTION = [
     ("reference", 64, (32, 32), _CHUNK, Scores(0.125, alibi=True)),
     ("reference", 128, (32, 8), [list(range(40))], Scores(128**-0.5)),
     ("reference", 512, (8, 1), _CHUNK, Scores(1.0)),
+    ("dynamic_int8", 256, (8, 1), _STEP, Scores(0.0625)),
+    ("dynamic_int8", 256, (8, 1), _CHUNK, Scores(0.0625, softcap=50.0, window=100)),
+    ("dynamic_int8", 80, (32, 32), _CHUNK, Scores(80**-0.5)),
 ]
 
 

@@ -237,3 +237,22 @@ def test_few_rows_read_a_packed_weight_in_a_sum():
         traced = jax.jit(function).trace(jax.ShapeDtypeStruct((FEW, 512), jnp.float32), on_device(q))
         names = [eqn.primitive.name for eqn, _ in equations(traced.jaxpr)]
         assert "dot_general" not in names and names.count("reduce_sum") == FEW
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_one_row_is_written_in_place(name):
+    """As several rows are; at rest it leaves all there is as it is, and nobody's page zero."""
+    page, table = 8, np.array([[5, 1, 6, 3]], np.int32)
+    cache = np.random.default_rng(0).normal(size=pages.shape(name, 7, 2, 4, page)).astype(np.float32)
+    cache[0] = 0
+    new = np.arange(1, 9, dtype=np.float32).reshape(1, 1, 2, 4)
+    numerics = resolve("fast", jnp.dtype(jnp.float32))
+    write = jax.jit(partial(pages.written, name=name))
+    for active in (True, False):
+        ctx = Context(np.array([[17]], np.int32), numerics, 4, table, active=np.array([active]))
+        wanted = cache.copy()
+        if active:
+            wanted[(6, slice(None), 1) if name == "k" else (6, slice(None), slice(None), 1)] = new[0, 0]
+        np.testing.assert_array_equal(write(jnp.asarray(cache), new=new, ctx=ctx), wanted)
+    text = lowered(write.trace(cache, new=new, ctx=ctx))
+    assert "dynamic_update_slice" in text and "scatter" not in text

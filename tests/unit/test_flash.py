@@ -16,11 +16,15 @@ from tests import triton
 from tests.tiny import slow
 
 PAGE, PAGES = 32, 18
+# Profiles that are asked about with float32 keys and values, which one of them multiplies in thirds.
+FLOAT32 = ("reference", "dynamic_int8")
 # One row's chunk that ends in the middle of a tile, or rows of a step in their first and last page.
 CHUNK, STEP = [130 + np.arange(30)], [[7], [570]]
 # Heads of one power of two, of several, and of some of whose last a part is missing.
 CASES = [
-    ("reference", STEP, 70, 30.0, 24, True),
+    ("dynamic_int8", STEP, 70, 30.0, 24, True),
+    slow("reference", STEP, 70, 30.0, 24, True),
+    slow("dynamic_int8", CHUNK, 40, None, 272, False),
     slow("fast", CHUNK, None, None, 80, False),
     slow("reference", CHUNK, 40, None, 100, True),
     slow("fast", STEP, None, None, 112, True),
@@ -34,7 +38,7 @@ CASES = [
 
 def example(profile, positions, window, cap, width, alibi, pages_each=PAGES):
     """A rule, and what it is asked about."""
-    numerics = resolve(profile, jnp.dtype(jnp.float32 if profile == "reference" else jnp.bfloat16))
+    numerics = resolve(profile, jnp.dtype(jnp.float32 if profile in FLOAT32 else jnp.bfloat16))
     rng = np.random.default_rng(0)
     rows, heads, groups = len(positions), 2, 3
     pages = rows * pages_each + 1
@@ -57,8 +61,8 @@ def test_the_kernel_is_the_folded_attention(profile, positions, window, cap, wid
     found = kernel(queries, keys, values, ctx)
     wanted = cached_attention(queries, keys, values, scores, ctx)
     error = np.abs(np.asarray(found - wanted, np.float64)).max()
-    assert error < (1e-6 if profile == "reference" else 1e-2)  # probabilities are rounded under another maximum
-    if profile == "reference":  # neither a neighbour nor a longer table moves a bit
+    assert error < (1e-6 if profile in FLOAT32 else 1e-2)  # probabilities are rounded under another maximum
+    if profile in FLOAT32:  # neither a neighbour nor a longer table moves a bit
         longer = ctx.replace(positions=ctx.positions[-1:], table=jnp.pad(ctx.table[-1:], ((0, 0), (0, 3))))
         np.testing.assert_array_equal(kernel(queries[-1:], keys, values, longer), found[-1:])
 
@@ -70,6 +74,7 @@ def test_the_kernel_is_the_folded_attention(profile, positions, window, cap, wid
         slow("reference", CHUNK, 40, 30.0, 100, True),
         slow("fast", CHUNK, None, None, 80, False),
         slow("reference", [[7], [95]], None, None, 512, False),
+        slow("dynamic_int8", CHUNK, None, 30.0, 112, True),
         slow("hf", CHUNK, 40, 30.0, 8, True),
     ],
 )
@@ -84,4 +89,4 @@ def test_what_triton_is_given_reads_and_writes_what_it_may(profile, positions, w
     options = args[-1].numerics.compiler_options("cpu")
     wanted = jax.jit(lambda *args: cached_attention(*args[:3], scores, args[3]), compiler_options=options)(*args)
     error = np.abs(np.asarray(found - wanted, np.float64)).max()
-    assert error < (2e-6 if profile == "reference" else 8e-3)
+    assert error < (2e-6 if profile in FLOAT32 else 8e-3)

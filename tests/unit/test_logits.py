@@ -135,6 +135,11 @@ def test_prompt_logprobs(llm, model, length):
         np.testing.assert_allclose(list(found.values()), row[list(found)], atol=1e-5)
     (without,) = llm.generate([prompt], SamplingParams(max_tokens=4, n=2))
     assert without.outputs == output.outputs and without.prompt_logprobs is None
+    # Among others that go on while its prompt is scored, it begins where that ended.
+    greedy = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)
+    params = [dataclasses.replace(greedy, max_tokens=30)] * 2 + [dataclasses.replace(greedy, prompt_logprobs=3)]
+    *_, among = llm.generate([PROMPT, PROMPT[:9], prompt], params)
+    assert among.outputs[0].token_ids == llm.generate([prompt], greedy)[0].outputs[0].token_ids
 
 
 @pytest.mark.slow

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.runtime import sampling
+from llmjax.runtime import decode, sampling
 from llmjax.runtime.sampling import HEAD, Knobs, key_words, row_seed
+from llmjax.runtime.state import empty_state
 
 draw, uniform = jax.jit(sampling.draw), jax.jit(sampling.uniform)
 uniforms = jax.jit(jax.vmap(sampling.uniform))
@@ -115,3 +116,20 @@ def test_barred_tokens_are_never_drawn():
     logits = jnp.full((16, 100), -jnp.inf).at[:, 42].set(-3.0)
     for setting in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 2.0, "top_p": 0.5}):
         assert set(np.asarray(draw(logits, knobs(16, **setting), jnp.zeros(16, jnp.int32)))) == {42}
+
+
+def test_what_a_gpu_chooses_where_nothing_is_asked_for(monkeypatch):
+    """Reading the logits twice: of equals the first, bars, and logits whose exponentials would be infinite."""
+    monkeypatch.setattr(decode, "draw", lambda logits, knobs, step: jnp.full(len(logits), -1, jnp.int32))
+    logits = np.random.default_rng(5).normal(size=(4, 60)).astype(np.float32)
+    logits[0, [9, 3, 50]] = logits[0].max() + 1
+    logits[1, 10:] = -np.inf
+    logits[2] += 300
+    state = empty_state({}, 4, 8, 60).replace(logits=jnp.asarray(logits), active=jnp.ones(4, bool))
+    choose = jax.jit(decode._likeliest_or_drawn)
+    norm, token, broken, *_ = choose(state)
+    np.testing.assert_allclose(norm, np.log(np.sum(np.exp(logits.astype(np.float64)), -1)), rtol=1e-6)
+    np.testing.assert_array_equal(token, [3, *logits[1:].argmax(1)])
+    assert not broken.any()
+    asked = state.replace(knobs=state.knobs._replace(temperature=jnp.zeros(4).at[1].set(1)))
+    np.testing.assert_array_equal(choose(asked)[1], -1)
