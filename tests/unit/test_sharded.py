@@ -194,7 +194,7 @@ def test_no_mesh(mesh, said):
 def test_a_mesh_that_splits_nothing():
     config = llmjax.load(CASES / "llama_dynamic_old").config
     sharding.check_splits(AbstractMesh((2,), ("model",)), config, "M")
-    with pytest.raises(ConfigError, match=r"^M: mesh: 7 divides neither its heads \(4\) nor .* nothing would be split$"):
+    with pytest.raises(ConfigError, match=r"^M: mesh: 7 divides neither its heads \(4\) nor .* nothing would be"):
         sharding.check_splits(AbstractMesh((7,), ("model",)), config, "M")
 
 
