@@ -655,3 +655,20 @@ def test_a_stage_that_is_computed_again_compiles_nothing(case, caplog):
         with jax.log_compiles():
             stages.run(0, flow, {})
     assert not [record for record in caplog.records if record.getMessage().startswith("Compiling")]
+
+
+@pytest.mark.parametrize(
+    ("case", "step", "given", "detail"),
+    [
+        ("lfm2", "resid_attn", "conv.leave", "the layer's input is not added to the attention's output"),
+        tiny.slow("qwen3_5_cond", "resid_attn", "delta.o", "the layer's input is not added to the attention's output"),
+        tiny.slow("qwen3_moe", "resid", "resid_attn", "the MLP's output is not added"),
+    ],
+)
+def test_a_residual_around_what_is_no_attention_or_no_mlp(case, step, given, detail):
+    model = llmjax.load(Path(__file__).parents[1] / "data" / "cases" / case)
+    right = llmjax.trace(model, IDS, f"layers.0.{given}").activations[f"layers.0.{given}"]
+    wrong = llmjax.trace(model.intervened({f"layers.0.{step}": right}), IDS, "layers.0.*")
+    report = llmjax.compare(model, dataclasses.replace(wrong, manifest={"token_ids": IDS, "dtype": "float32"}))
+    assert told(report) == [(f"layers.0.{step}", "residual")]
+    assert report.faults[0]["causes"][0]["detail"] == detail

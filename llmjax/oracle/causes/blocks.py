@@ -20,6 +20,7 @@ from llmjax.oracle.causes.base import (
 from llmjax.oracle.floors import Change, rounded
 from llmjax.oracle.metrics import gap
 from llmjax.oracle.stages import Edit, Hook
+from llmjax.oracle.steps import OUTER
 
 
 def activation() -> Iterator[Cause]:
@@ -285,8 +286,11 @@ def residual(scene: Scene) -> Iterator[Cause]:
 
             return inner
 
-        return Edit({"": layer} | {name: hook(name) for name in ("attn_norm", attn_end, "mlp_norm", mlp_end)}
-                    | ({"mlp": hook("mlp")} if mlp_end != "mlp" else {}))  # fmt: skip
+        # What stands in the place of either in some layers.
+        others = {module: hook("attn") for module in OUTER if module != "mlp" and attn_end == "attn"}
+        others |= {"experts": hook("mlp")} if mlp_end == "mlp" else {"mlp": hook("mlp")}
+        names = ("attn_norm", attn_end, "mlp_norm", mlp_end)
+        return Edit({"": layer} | others | {name: hook(name) for name in names})
 
     def middle(seen: dict[str, Any]) -> Any:
         return seen["in"] + seen[attn_end]
