@@ -133,7 +133,7 @@ def make_examples(
     examples: list[Any] = []
     bad = []
     unused: Counter[str] = Counter()
-    template = model.tokenizer and model.tokenizer.chat_template
+    template = model.tokenizer and (model.tokenizer.tools_template or model.tokenizer.chat_template)
     ignored = {"tools"} if template and "tools" not in template else set()
     for number, row in enumerate(rows):
         if row is BLANK:

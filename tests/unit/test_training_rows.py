@@ -174,6 +174,8 @@ def test_unused_fields_are_told(model):
     assert data.notes() == ["rows: fields that are not used: source (2 rows)"]
     talk = {"messages": [*ASKED, *SAID[0]], "tools": [{"name": "look"}]}  # which the template does not write
     assert make_examples([talk], model).notes() == ["rows: fields that are not used: tools (1 row)"]
+    own = dataclasses.replace(model.tokenizer, tools_template=f"{{{{ tools[0].name }}}}{model.tokenizer.chat_template}")
+    assert not make_examples([talk], dataclasses.replace(model, tokenizer=own)).notes()
 
 
 def test_a_text_goes_on(model):
