@@ -123,11 +123,11 @@ def ours(name: str, folder: Path, seeds: int) -> Iterator[tuple[str, bool, Any]]
 
 
 def rounded(bits: int, group: int) -> Callable[[torch.nn.Module], None]:
-    """All matrices of few bits, symmetric."""
+    """All matrices of few bits, symmetric; not what quantizers leave as it is, filters say."""
 
     def change(model: torch.nn.Module) -> None:
         for key, tensor in model.named_parameters():
-            if tensor.ndim > 1 and not re.search(r"conv\.conv|router|mlp\.gate\.|altup", key):
+            if tensor.ndim > 1 and not re.search(r"conv\.conv|conv1d|router|mlp\.gate\.|altup", key):
                 rows = tensor.data.reshape(-1, group) if group and tensor.shape[-1] % group == 0 else tensor.data
                 most = 2 ** (bits - 1) - 1
                 scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-30) / most
