@@ -156,7 +156,11 @@ def theirs(name: str, folder: Path, work: Path, only: str) -> Iterator[tuple[str
     for variant, (dtype, quantization, change) in THEIRS.items():
         if not re.search(only, variant):
             continue
-        candidate = reference.load(folder, kind, dtype)
+        try:
+            candidate = reference.load(folder, kind, dtype)
+        except (ImportError, ValueError) as error:
+            print(f"{name}: transformers alone does not load it: {str(error).strip().splitlines()[0]}")
+            return
         if change:
             change(candidate)
         dump = work / f"{name} {variant}"

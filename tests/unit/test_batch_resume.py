@@ -166,6 +166,7 @@ def test_an_output_of_unknown_origin_is_refused(llm, folder):
 
 @pytest.mark.parametrize("output", ["out.jsonl", "out.jsonl.gz"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.usefixtures("in_a_terminal")
 def test_interrupted_it_goes_on(llm, folder, monkeypatch, output, number):
     run(llm, folder, f"whole-{output}", ordered=True)
     append, written = Journal.append, []
@@ -436,9 +437,9 @@ def test_a_job_keeps_its_date(llm, folder, monkeypatch):
     assert report.prompt_tokens == 2 * len("31 May 00:00 hi")
 
 
+@pytest.mark.usefixtures("in_a_terminal")
 def test_the_first_interrupt_is_heard_at_once(capsys):
     """While a program runs, that is, in which Python handles no signal."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
     heard = []
     with Interrupts(lambda: heard.append(time.monotonic())) as interrupts:
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()

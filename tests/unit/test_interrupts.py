@@ -66,29 +66,23 @@ def by_a_terminal() -> None:
 
 
 @pytest.mark.parametrize("interrupt", [in_a_destructor, in_a_module, in_an_import, by_the_system, by_a_terminal])
+@pytest.mark.usefixtures("in_a_terminal")
 def test_none_is_lost(monkeypatch, capsys, interrupt):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores it
     monkeypatch.setattr(checkpoints, "_inspect", lambda args: interrupt())
-    try:
-        assert main(["inspect", "x"]) == 130
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert main(["inspect", "x"]) == 130
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert capsys.readouterr().err == "llmjax: interrupted\n"
 
 
 @pytest.mark.parametrize("end", [in_a_destructor, lambda: 130])  # the latter as a job ends
+@pytest.mark.usefixtures("in_a_terminal")
 def test_when_the_process_ends_one_more_is_not_heard(monkeypatch, end):
     """It would show where Python was in its own end."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(checkpoints, "_inspect", lambda args: end())
     monkeypatch.setattr(sys, "argv", ["llmjax", "inspect", "x"])
-    try:
-        assert main() == 130
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert main() == 130
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_what_the_writers_say_has_our_name(monkeypatch, capsys):
