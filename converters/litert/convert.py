@@ -223,14 +223,14 @@ def _with_template(tokenizer: Tokenizer, given: str | Path | None) -> Tokenizer:
     if given is None:
         return tokenizer
     if str(given) == NO_TEMPLATE:
-        return dataclasses.replace(tokenizer, chat_template=None, tools_template=None)
+        return tokenizer.with_template(None, tokenizer.where)
     path = checked_path("chat_template", given, TokenizerError)
     try:
         template = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "expected UTF-8 text"
         raise TokenizerError(f"chat_template: {path}: cannot read it: {reason}") from None
-    return dataclasses.replace(tokenizer, chat_template=template, tools_template=None, where=str(path))
+    return tokenizer.with_template(template, str(path))
 
 
 def _with_stops(tokenizer: Tokenizer, source: Source) -> Tokenizer:

@@ -21,6 +21,7 @@ from types import FrameType
 import llmjax
 from llmjax.cli import batch, bench, checkpoints, generate, loading, lora, oracle
 from llmjax.errors import LlmjaxError, OutputError, TrainingError, printable
+from llmjax.outside.interrupts import HANGUP
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,9 +115,7 @@ def _no_interrupt_lost() -> Iterator[None]:
     unraisable, sys.unraisablehook = sys.unraisablehook, hook
     # Handlers are the main thread's, and a process that runs in the background may hear none.
     main = threading.current_thread() is threading.main_thread()
-    own = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    if hangup := getattr(signal, "SIGHUP", None):  # a closed terminal; there is none on Windows
-        own[hangup] = signal.SIG_DFL
+    own = {signal.SIGINT: signal.default_int_handler} | dict.fromkeys((signal.SIGTERM, *HANGUP), signal.SIG_DFL)
     before = {number: usual for number, usual in own.items() if main and signal.getsignal(number) is usual}
     for number in before:
         signal.signal(number, handle)

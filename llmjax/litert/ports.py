@@ -199,11 +199,11 @@ def _context(tensors: dict[str, Tensor], mask: str | None, states: dict[str, Any
     return next((tensors[name].shape[axes.get(name, 2)] for name in keys), 0)
 
 
-def holds_tokens(name: str, shape: tuple[int, ...]) -> bool:
+def holds_tokens(name: str, shape: tuple[int, ...], kinds: str = "kv") -> bool:
     """Whether a state is a cache of keys or values, and not what a layer carries along (``kv_cache_c_3``, ``_r_3``)."""
-    return len(shape) == 4 and re.search(r"(^|_)[kv]_", name) is not None
+    return len(shape) == 4 and re.search(rf"(^|_)[{kinds}]_", name) is not None
 
 
 def holds_keys(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a state is a cache of keys, ``[1, K, C, H]``: ``kv_cache_k_3``, ``k_cache_3``."""
-    return len(shape) == 4 and re.search(r"(^|_)k_", name) is not None
+    return holds_tokens(name, shape, "k")

@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from llmjax.numerics import Numerics
+from llmjax.products.defined import pieces
 from llmjax.quant.bits import from_storage, rounded_off
 
 # Queries of one program, by the bytes of a number, and keys in one of its turns: what an SM's registers hold of heads
@@ -34,6 +35,7 @@ _WIDTH = 256
 _KEYS = 32
 _FEWEST = 16
 _WIDEST = 512
+_thirds = functools.partial(pieces, count=3, nearest=functools.partial(rounded_off, bits=16))
 # Dimensions of a head whose thirds shared memory holds at once.
 _SPLIT = 64
 # Bytes of a key that shared memory holds for two turns, on a card of 99 KB.
@@ -137,16 +139,6 @@ def _pieces(width: int, most: int) -> list[_Piece]:
         size = min(most, max(_FEWEST, 1 << (left.bit_length() - 1)))
         found.append(_Piece(start, size, size <= left))
         start += size
-    return found
-
-
-def _thirds(x: jax.Array) -> list[jax.Array]:
-    """bfloat16 arrays that add up to float32 x, the largest first."""
-    found = []
-    for _ in range(3):
-        third = rounded_off(x, 16)
-        found.append(third.astype(jnp.bfloat16))
-        x = x - third
     return found
 
 

@@ -173,14 +173,19 @@ def _rows8(module: Any, run: Any, x: jax.Array) -> Any:
     return run(module, jnp.round(x / scale) * scale)
 
 
+def in_blocks(most: int, size: int, x: jax.Array, kept: Change = lambda scale: scale) -> jax.Array:
+    """Whole numbers up to ``most``, times a scale for each ``size`` of them as it is ``kept``."""
+    if x.shape[-1] % size:
+        return x
+    blocks = x.reshape(*x.shape[:-1], -1, size)
+    scale = jnp.max(jnp.abs(blocks), -1, keepdims=True) / most
+    steps = jnp.round(blocks / jnp.where(scale == 0, 1, scale))
+    return (steps * kept(scale)).reshape(x.shape)
+
+
 def _blocks8(size: int, module: Any, run: Any, x: jax.Array) -> Any:
     """A product's input in blocks of 8 bits, with scales in float16: llama.cpp's Q8_0, Q8_1 (of 32), Q8_K (of 256)."""
-    if x.shape[-1] % size:
-        return run(module, x)
-    blocks = x.reshape(*x.shape[:-1], -1, size)
-    scale = jnp.max(jnp.abs(blocks), -1, keepdims=True) / 127
-    steps = jnp.round(blocks / jnp.where(scale == 0, 1, scale))
-    return run(module, (steps * rounded(jnp.float16)(scale)).reshape(x.shape))
+    return run(module, in_blocks(127, size, x, rounded(jnp.float16)))
 
 
 # By class, from narrow to wide, the ways that are the class.

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-# The last: the terminal is closed, or the connection to it lost; there is none on Windows.
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+# The terminal is closed, or the connection to it lost; there is none on Windows.
+HANGUP = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, *HANGUP)
 
 
 class Interrupts:
@@ -55,7 +56,7 @@ class Interrupts:
             os.set_blocking(self._write, False)
             self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             for number in _SIGNALS:
-                if number not in _SIGNALS[:2] and signal.getsignal(number) is signal.SIG_IGN:
+                if number in HANGUP and signal.getsignal(number) is signal.SIG_IGN:
                     continue
                 self._before[number] = signal.signal(number, self._handle)
             self._thread = threading.Thread(target=self._listen, args=(read,), daemon=True)

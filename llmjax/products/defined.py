@@ -17,6 +17,7 @@ may have them, are one piece.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import jax
@@ -142,11 +143,16 @@ def _in_bfloat16(x: jax.Array, q: QTensor) -> jax.Array:
     return product(found[:1], small) + product(found[:2], large)
 
 
-def pieces(x: jax.Array, count: int) -> list[jax.Array]:
-    """bfloat16 arrays that add up to float32 x, to the last bit if they are three, the largest first."""
+# A pair of casts XLA may drop.
+_nearest = partial(lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
+
+
+def pieces(x: jax.Array, count: int, nearest: Callable[[jax.Array], jax.Array] = _nearest) -> list[jax.Array]:
+    """bfloat16 arrays that add up to float32 x, to the last bit if they are three, the largest first; ``nearest``
+    rounds to such a number."""
     found = []
     for _ in range(count):
-        piece = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)  # a pair of casts XLA may drop
+        piece = nearest(x)
         found.append(piece.astype(jnp.bfloat16))
         x = x - piece
     return found

@@ -260,9 +260,7 @@ class Asking:
         names = {**(self.chat_options.get("chat_template_kwargs") or {}), **(own.get("chat_template_kwargs") or {})}
         tokenizer, template = self.tokenizer, both.get("chat_template")
         if template is not None:
-            tokenizer = dataclasses.replace(
-                tokenizer, chat_template=template, tools_template=None, where="chat_template"
-            )
+            tokenizer = tokenizer.with_template(template, "chat_template")
         if both.get("fold_system"):
             check_messages(messages)
             messages = folded(messages)  # type: ignore[assignment]

@@ -7,7 +7,7 @@ import json
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import tokenizers
 
@@ -198,6 +198,10 @@ class Tokenizer:
             )
         names = {**self.special, **variables, "add_generation_prompt": add_generation_prompt}
         return chat.render(template, messages, names, self.where, date)
+
+    def with_template(self, template: str | None, where: str) -> Self:
+        """The same with another chat template, from ``where``, for conversations with tools, too."""
+        return dataclasses.replace(self, chat_template=template, tools_template=None, where=where)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> list[int]:
         """Ids of the rendered conversation (see ``render_chat``); the template writes BOS itself where it wants one."""

@@ -151,6 +151,12 @@ def scale_of(scene: Scene, step: str) -> float | None:
     return None if abs(scale - 1) < 1e-6 else scale
 
 
+def scales_of(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """By what each channel of ours ``[T, out]`` comes nearest to theirs."""
+    found: np.ndarray = (ours * theirs).sum(0) / np.maximum((ours**2).sum(0), 1e-300)
+    return found
+
+
 def put(step: str, found: Mapping[str, Any]) -> Callable[[Params], Params]:
     """Other leaves of a module by name, those that are not None."""
 

@@ -17,7 +17,7 @@ from llmjax.oracle.causes.base import (
     always,
     field,
 )
-from llmjax.oracle.floors import Change, rounded
+from llmjax.oracle.floors import Change, in_blocks, rounded
 from llmjax.oracle.metrics import gap
 from llmjax.oracle.stages import Edit, Hook
 from llmjax.oracle.steps import OUTER
@@ -226,22 +226,13 @@ def heads(scene: Scene) -> Iterator[Cause]:
         yield Cause("cache_precision", detail, ("attn.probs", "attn.out"), Edit(after=after))
 
 
-def _whole(most: int, size: int, x: jax.Array) -> jax.Array:
-    """Whole numbers up to ``most`` and a scale for each ``size`` of them."""
-    if x.shape[-1] % size:
-        return x
-    parts = x.reshape(*x.shape[:-1], -1, size)
-    scale = jnp.maximum(jnp.max(jnp.abs(parts), -1, keepdims=True), 1e-30) / most
-    return (jnp.round(parts / scale) * scale).reshape(x.shape)
-
-
 def _kept(width: int) -> dict[str, Change]:
     """What a cache may hold, of heads of a width."""
     return {
         **{dtype: rounded(dtype) for dtype in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")},
-        "int8, a scale for each head": partial(_whole, 127, width),
-        "int8, a scale for each 32": partial(_whole, 127, 32),
-        "int4, a scale for each 32": partial(_whole, 7, 32),
+        "int8, a scale for each head": partial(in_blocks, 127, width),
+        "int8, a scale for each 32": partial(in_blocks, 127, 32),
+        "int4, a scale for each 32": partial(in_blocks, 7, 32),
     }
 
 

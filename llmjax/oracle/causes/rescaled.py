@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.oracle.causes.base import PROJECTIONS, Cause, Scene, leaf, modules, weight_of
+from llmjax.oracle.causes.base import PROJECTIONS, Cause, Scene, leaf, modules, scales_of, weight_of
 from llmjax.oracle.stages import Edit, Params
 from llmjax.oracle.steps import sources
 
@@ -17,18 +17,20 @@ _SHARE, _TOKENS = 0.3, 4
 def rescaled(scene: Scene) -> Iterator[Cause]:
     """Each channel of a norm, of ``mlp.up`` or ``attn.v`` has a scale that the products behind it take back."""
     step, weight = scene.step, weight_of(scene, scene.step)
+    if step in PROJECTIONS and step not in ("mlp.up", "attn.v"):
+        return
     if weight is None or weight.ndim > 2 or scene.ours.shape != (len(scene.ours), len(weight)):
         return
     ours, theirs = (x.astype(np.float64) for x in (scene.ours, scene.theirs))
-    scales = (ours * theirs).sum(0) / np.maximum((ours**2).sum(0), 1e-300)
+    scales = scales_of(ours, theirs)
     left, apart = (float(np.linalg.norm(theirs - x)) for x in (ours * scales, ours))
     readers = _readers(scene, step)
     if len(ours) < _TOKENS or left > (1 - _SHARE) * apart or not readers or not (np.abs(scales) > 1e-6).all():
         return
     detail = (
         f"{step}'s channels are scaled, and scaled back in {', '.join(readers)}: together the same (AWQ, SmoothQuant, "
+        f"a folded norm); a dump without {step} is measured past it"
     )
-    detail += f"a folded norm); a dump without {step} is measured past it"
     factor = jnp.asarray(scales, jnp.float32)
     for offset in (0, 1) if weight.ndim == 1 else (0,):  # a norm may mean 1 + w
 
@@ -57,4 +59,4 @@ def _readers(scene: Scene, step: str) -> list[str]:
         read = sources(prefix + name, scene.stages.shapes, scene.stages.layers)
         if prefix + step in read or (step, name) == ("attn.v", "attn.o"):
             found.append(name)
-    return found if step not in PROJECTIONS or step in ("mlp.up", "attn.v") else []
+    return found

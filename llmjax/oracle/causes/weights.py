@@ -25,6 +25,7 @@ from llmjax.oracle.causes.base import (
     other_layers,
     put,
     scale_of,
+    scales_of,
     unbiased,
     weight_of,
 )
@@ -240,7 +241,7 @@ def _channels(scene: Scene, step: str) -> Iterator[Cause]:
     ours, theirs = unbiased(scene, step)
     if len(ours) < 4:
         return
-    scales = (ours * theirs).sum(0) / np.maximum((ours**2).sum(0), 1e-300)
+    scales = scales_of(ours, theirs)
     off = np.abs(scales - 1) > 1e-3
     if off.any():
         factor = jnp.asarray(np.where(off, scales, 1), jnp.float32)
@@ -272,7 +273,7 @@ def _rows(scene: Scene, step: str) -> Iterator[Cause]:
             f"{moved.sum()} of {len(order)} rows are in another order ({first}{', ...' if moved.sum() > 4 else ''})"
         )
         yield Cause("weight_swapped", detail, (step,), Edit(params=put(step, found)))
-    along = theirs[:, off] - ours[:, off] * ((ours * theirs).sum(0) / np.maximum(size**2, 1e-300))[off]
+    along = theirs[:, off] - ours[:, off] * scales_of(ours, theirs)[off]
     if len(off) <= len(size) / 8 and (np.linalg.norm(along, axis=0) > 0.1 * apart[off]).any():
         some = ", ".join(map(str, off[:8])) + (", ..." if len(off) > 8 else "")
         wrong = np.isin(np.arange(len(size)), off).reshape(1, *shape[1:])
