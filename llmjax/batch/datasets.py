@@ -6,6 +6,7 @@ from typing import Any
 
 from llmjax.batch.answering import Answering
 from llmjax.batch.index import Written
+from llmjax.batch.native import IDS
 from llmjax.batch.progress import Count
 from llmjax.batch.rows import WHOLE, Generating, InputRow, read_row
 from llmjax.batch.tables import keys_of, plain, row_of
@@ -39,7 +40,7 @@ class Answers:
 
         names = table.column_names
         keys = keys_of("the dataset", names, self._columns, self._work.keys)
-        if not set(keys.values()) & {"id", "custom_id"}:
+        if not set(keys.values()) & set(IDS):
             raise RequestError(
                 "the dataset: no column holds ids, from which rows draw; say which one does: columns={'id': COLUMN}"
             )
@@ -66,9 +67,7 @@ class Answers:
 
         def asked(wait: Callable[[], bool]) -> Iterator[InputRow | None]:
             for number, row in enumerate(rows, 1):
-                # Without an id a row of a file is known by its line; here, lines are nobody's.
-                given = row if {"id", "custom_id"} & set(row) else {"id": None, **row}
-                yield read_row(number, json.dumps(given), self._work, out, WHOLE, self._date)
+                yield read_row(number, json.dumps(row), self._work, out, WHOLE, self._date)
 
         for _ in Answering(self._work, out, Count(), False, lambda: False).run(asked):
             pass

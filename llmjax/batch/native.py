@@ -26,11 +26,11 @@ from llmjax.llm import LLM
 from llmjax.outside.values import LIST, STRING, check
 from llmjax.runtime.outputs import CompletionOutput, RequestOutput
 
-_IDS = ("id", "custom_id")
+IDS = ("id", "custom_id")
 _PROMPTS = ("prompt", "messages", "prompt_token_ids")
 _MORE = ("lora", "metadata")
 # What a row may hold.
-KEYS = (*_IDS, *_PROMPTS, *_MORE, *CHAT, *PARAMS)
+KEYS = (*IDS, *_PROMPTS, *_MORE, *CHAT, *PARAMS)
 
 
 def row_id(row: dict[str, Any], line: int) -> str | int:
@@ -39,7 +39,7 @@ def row_id(row: dict[str, Any], line: int) -> str | int:
     Raises:
       RequestError: it has two, or one that is none.
     """
-    given = [name for name in _IDS if name in row]
+    given = [name for name in IDS if name in row]
     if len(given) > 1:
         raise RequestError("expected id or custom_id, found both")
     if not given:

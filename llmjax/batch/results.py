@@ -1,6 +1,7 @@
 """What a job makes of the answers that it keeps, when it has them all: tables, and files by URL."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import tempfile
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmjax.batch.files import check_apart
+from llmjax.batch.native import IDS
 from llmjax.batch.tables import ROWS, Row, arrow, is_table
 from llmjax.errors import OutputError, RequestError
 from llmjax.outside.paths import checked_path
@@ -110,19 +112,22 @@ class _Columns:
 
     def __init__(self, source: Path):
         self._source = source
-        own: dict[str, str] = {}
-        along: dict[str, str] = {}
+        own: dict[str, _Values] = {}
+        along: dict[str, _Values] = {}
         for answer, brought in _answers(source):
-            for kinds, row in ((own, answer), (along, brought)):
+            for columns, row in ((own, answer), (along, brought)):
                 for name, value in row.items():
-                    kinds[name] = _common(kinds.get(name, ""), _kind(value))
+                    columns.setdefault(name, _Values()).add(value)
         self._names: dict[str, str] = {}
         for key in along:
-            name = key
+            name = _written(key)
             while name in own or name in _OURS or name in self._names.values():
                 name = f"metadata.{name}"
             self._names[key] = name
-        self.kinds = own | {self._names[key]: kind for key, kind in along.items()} or {"id": "str"}
+        found = own | {self._names[key]: values for key, values in along.items()}
+        self.kinds = {name: values.kind() for name, values in found.items()} or {"id": "str"}
+        # Ids that are equal as text are one id.
+        self.kinds |= {name: "text" for name in IDS if self.kinds.get(name) == "json"}
 
     def rows(self) -> Iterator[Row]:
         """Their cells by name, where there are any."""
@@ -140,39 +145,64 @@ def _answers(source: Path) -> Iterator[tuple[Row, Row]]:
             yield row | row.pop("usage", {}), {name: value for name, value in along.items() if value is not None}
 
 
-def _kind(value: Any) -> str:
-    """Of a value; empty of none."""
-    if value is None:
-        return ""
-    if isinstance(value, list):
-        kinds = {_kind(v) for v in value}
-        return "ints" if kinds <= {"int"} else "floats" if kinds <= {"int", "float", ""} else "json"
-    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
-        return "whole"
-    names = {bool: "bool", int: "int", float: "float", str: "str"}
-    return names.get(type(value), "json")
+@dataclasses.dataclass
+class _Values:
+    """What values a column has.
 
+    Attributes:
+      types: theirs.
+      least: of integers, or 0 if all are above it.
+      greatest: the same.
+      items: those of lists.
+    """
 
-def _common(a: str, b: str) -> str:
-    """The kind that holds values of both."""
-    if a == b or not (a and b):
-        return a or b
-    for pair, both in (({"int", "float"}, "float"), ({"ints", "floats"}, "floats"), ({"int", "whole"}, "whole")):
-        if {a, b} == pair:
-            return both
-    return "json"
+    types: set[type] = dataclasses.field(default_factory=set)
+    least: int = 0
+    greatest: int = 0
+    items: "_Values | None" = None
+
+    def add(self, value: Any) -> None:
+        """One more."""
+        self.types.add(type(value))
+        if type(value) is int:
+            self.least, self.greatest = min(self.least, value), max(self.greatest, value)
+        if isinstance(value, list):
+            self.items = self.items or _Values()
+            for item in value:
+                self.items.add(item)
+
+    def kind(self) -> str:
+        """That which holds them all as they are."""
+        types = self.types - {type(None)}
+        if not types:
+            return "null"
+        if types == {int} and -(2**63) <= self.least and self.greatest < 2**63:
+            return "int"
+        if types == {int} and self.least >= 0 and self.greatest < 2**64:
+            return "whole"
+        if types <= {int, float} and float in types and -(2**53) <= self.least and self.greatest <= 2**53:
+            return "float"
+        if types == {list} and self.items is not None:
+            lists = {"int": "ints", "float": "floats", "null": "floats" if self.items.types else "ints"}
+            return lists.get(self.items.kind(), "json")
+        return "bool" if types == {bool} else "str" if types == {str} else "json"
 
 
 def _cell(value: Any, kind: str) -> Any:
     if value is None:
         return None
-    if kind == "json":
-        return json.dumps(value, ensure_ascii=False)
+    if kind in ("str", "text", "json"):
+        return _written(json.dumps(value, ensure_ascii=False) if kind == "json" else str(value))
     return float(value) if kind == "float" else value
 
 
+def _written(text: str) -> str:
+    """Half a surrogate pair, which no UTF-8 text has, as the escape that JSON has for it."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _write_csv(path: Path, columns: _Columns) -> None:
-    with open(path, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns.kinds)
         kinds = {name: "json" if kind in ("ints", "floats", "bool") else kind for name, kind in columns.kinds.items()}

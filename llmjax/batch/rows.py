@@ -268,7 +268,10 @@ def read_row(
         new = index.is_new(name)  # its id is taken from here on, whatever else is wrong with it
         metadata = checked_json(form.metadata(row), "metadata")
         if not new:
-            raise RequestError(f"id {row_id!r} was used by an earlier row; ids name rows and seed their draws")
+            raise RequestError(
+                f"id {row_id!r} was used by an earlier row (one without an id has its line's number); ids name rows and "
+                "seed their draws"
+            )
         question = form.parse(row)
         request = work.request(question, name, date)
         content = _content(question, request, metadata)

@@ -4,11 +4,11 @@ A table is read as the JSONL it stands for, an object for each row, and written 
 it (``OUT.parquet.jsonl``): so resume, ids, seeds and errors are those of any job.
 
 In: a column is the key of a row that it is named for, or that it is said to be (``columns``); what is in other columns
-goes to the row's answer as it is.  Empty cells are as if they were not there.  In CSV text is text, a number or a list
-what JSON makes of the cell.
+goes to the row's answer as it is.  Empty cells are as if they were not there, but an id's: such a row fails, where the
+number of its line might be another row's id.  In CSV text is text, a number or a list what JSON makes of the cell.
 
 Out: a column for each key that any answer has, and for each column that only went along; ``usage`` is two.  Its type is
-that of its values, JSON as text where they have none in common.
+that of its values, JSON as text where they have none in common; ids are text then, as they are.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
 from llmjax.batch.magic import binary_kind
-from llmjax.batch.native import finite
+from llmjax.batch.native import IDS, finite
 from llmjax.errors import RequestError, shown
 from llmjax.outside.paths import checked_path
 from llmjax.outside.urls import file_name, is_url, opened, shown_url
@@ -181,6 +181,8 @@ def row_of(names: list[str], values: list[Any], keys: Mapping[str, str], value_o
         if value is not None:
             key = keys[name]
             (row if key else along)[key or name] = value_of(key, value)
+    if not row.keys() & set(IDS):
+        row |= dict.fromkeys([key for key in keys.values() if key in IDS][:1])
     if along:
         given = row.get("metadata", {})
         row["metadata"] = {**along, **(given if isinstance(given, dict) else {"metadata": given})}

@@ -182,6 +182,22 @@ def test_types_of_columns(tmp_path):
         "metadata.a": "string", "f": "int64", "metadata": "int64",
     }  # fmt: skip
     assert found["e"].to_pylist() == ['{"x": 1}', '"y"'] and found["d"].to_pylist() == [2**63, 1]
+    # Integers that no type of Arrow's holds, or no float: their digits; halves of characters: JSON's escapes.
+    rows = [
+        {"id": -1, "a": 2**63, "b": -(2**63), "c": [0.5, 2**60 + 1], "d": 2**60 + 1, "e": [1, None], "f": "\ud800"},
+        {"id": "x", "a": -1, "b": 2**63 - 1, "c": [2], "d": 0.5, "e": [], "f": "y", "metadata": {"\udc00": 2**70}},
+    ]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name in ("x.csv", "x.parquet"):
+        results.write(tmp_path / "x.jsonl", str(tmp_path / name))
+    found = pyarrow.parquet.read_table(tmp_path / "x.parquet")
+    assert [found[name].to_pylist() for name in "bcdef"] == [
+        [-(2**63), 2**63 - 1], [f"[0.5, {2**60 + 1}]", "[2]"], [str(2**60 + 1), "0.5"], [[1, None], []], ["\\ud800", "y"],
+    ]  # fmt: skip
+    with open(tmp_path / "x.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for name, texts in (("id", ["-1", "x"]), ("a", [str(2**63), "-1"]), ("\\udc00", [None, str(2**70)])):
+        assert found[name].to_pylist() == texts and [row[name] for row in rows] == [text or "" for text in texts]
 
 
 def test_a_dataset_is_answered_as_a_job_answers(llm, folder):
@@ -228,6 +244,14 @@ def answers_of(llm, folder, table, name="x.parquet"):
         pyarrow.parquet.write_table(table, folder / name)
     run(llm, folder / name, folder / "o.parquet", job.Options())
     return pyarrow.parquet.read_table(folder / "o.parquet")
+
+
+def test_a_row_without_an_id_takes_no_other_rows(llm, tmp_path):
+    for table in (pyarrow.table({"id": [7, None, 2], "prompt": ["a", "b", "c"]}), "id,prompt\n7,a\n,b\n2,c\n"):
+        found = answers_of(llm, tmp_path, table, "x.csv" if isinstance(table, str) else "x.parquet")
+        ids, errors = found["id"].to_pylist(), found["error"].to_pylist()
+        assert ids == [7, None, 2] or ids == ["7", None, "2"]
+        assert errors[::2] == [None, None] and "id: expected a string or an integer, found" in errors[1]
 
 
 def test_columns_of_the_input_never_pass_for_answers(llm, tmp_path):
