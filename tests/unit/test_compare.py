@@ -20,6 +20,7 @@ from llmjax.errors import RequestError
 from llmjax.oracle import clock
 from llmjax.oracle import dump as dumps
 from llmjax.oracle.causes import base, blocks, weights
+from llmjax.oracle.causes.catalogue import catalogue
 from llmjax.oracle.compare import _reason
 from llmjax.oracle.floors import allowed, floor
 from llmjax.oracle.measure import Tap, _is_factor
@@ -506,6 +507,14 @@ def test_another_first_token_is_tried(model):
     assert np.array_equal(found["embed"], model.params["embed"]["weight"][np.array([2, *IDS])])
 
 
+def test_log_probabilities_for_logits_are_tried_first(traced):
+    logits = traced.activations["logits"]
+    scene = base.Scene(None, 2, "logits", logits, logits, lambda edit: None)
+    for theirs, cause in zip((jax.nn.log_softmax, jax.nn.softmax), catalogue(scene, ["logits"]), strict=False):
+        assert "probabilities, no logits" in cause.detail
+        np.testing.assert_allclose(cause.post(logits), theirs(logits), rtol=1e-4, atol=1e-6)
+
+
 def test_a_window_shows_by_the_first_token_that_differs():
     """Where probabilities were not dumped; beneath it only another rounding."""
     x = np.random.default_rng(0).normal(size=(30, 8))
@@ -531,6 +540,8 @@ def test_logits_alone_say_what_to_dump_next(model):
     report = llmjax.compare(model, logits, search=1e-9)
     assert report.faults[0]["tried"] == [0, of] and told(report) == [("logits", "unknown")]
     assert f"0 of {of} causes were tried" in report.reason and f"0 of {of} causes tried" in report.to_text()
+    normed = llmjax.Trace({"logits": np.array(jax.nn.log_softmax(logits.activations["logits"]))}, logits.manifest)
+    assert told(llmjax.compare(bad, normed)) == [("logits", "head")]
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import numpy as np
 from llmjax.oracle.causes import blocks, rotation, weights
 from llmjax.oracle.causes.base import Cause, Scene, modules
 from llmjax.oracle.causes.rescaled import rescaled
+from llmjax.oracle.metrics import log_softmax
 
 # Mistakes that a runtime makes in all layers alike, where they are made in the code and not in a tensor.
 EVERYWHERE = (
@@ -28,6 +29,8 @@ def catalogue(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
 
 
 def _all(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
+    for what, post in (("log-probabilities", log_softmax), ("probabilities", _softmax)):
+        yield Cause("head", f"they are {what}, no logits", ("logits", "head"), post=post)
     yield from blocks.residual(scene)  # before weights: a branch left out is told so, not as a weight of zeros
     yield from rescaled(scene)
     norms = [norm for norm in modules(scene, norms=True) if norm in steps]
@@ -49,6 +52,10 @@ def _all(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
     for dtype in ("bfloat16", "float16"):
         post = partial(_rounded, dtype=dtype)
         yield Cause("precision", f"the result is rounded to {dtype}", (scene.step,), post=post)
+
+
+def _softmax(x: np.ndarray) -> np.ndarray:
+    return np.exp(log_softmax(x))
 
 
 def _rounded(x: np.ndarray, dtype: str) -> np.ndarray:
