@@ -17,7 +17,7 @@ from llmjax.outside.values import plain
 from llmjax.runtime.asking import Asking, ChatOptions, Message, Params, Prompt, for_each, listed, prompt_list
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine, Update
-from llmjax.runtime.logits import LogitsProcessor
+from llmjax.runtime.logits import LogitsProcessor, check_processor
 from llmjax.runtime.memory import parse as parse_size
 from llmjax.runtime.outputs import RequestOutput, Score, ScoreOutput
 from llmjax.runtime.params import SamplingParams
@@ -63,7 +63,8 @@ class LLM(Asking):
         ``lora_mode``, ``check_finite``, ``random_weights``.
 
     Raises:
-      RequestError: a loaded model with a parameter of ``llmjax.load`` that would want it loaded again.
+      RequestError: a loaded model with a parameter of ``llmjax.load`` that would want it loaded again, or a
+        ``logits_processor`` that is none.
       LlmjaxError: see ``llmjax.load``.
     """
 
@@ -113,6 +114,7 @@ class LLM(Asking):
             adapters={name: place for place, name in enumerate(self.loras, 1)},
             memory=None if memory is None else parse_size(memory),
         )
+        check_processor(logits_processor, self.engine.slots, model.config.vocab_size)
         self._lock = threading.Lock()  # one run at a time owns the slots
         self._owner: int | None = None  # the thread whose run that is
 

@@ -22,7 +22,12 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=40, help="the shortest have 8 tokens")
     parser.add_argument("--taps", default="*.resid")
     args = parser.parse_args()
-    model, random = llmjax.load(args.model), np.random.default_rng(0)
+    if args.texts < 5 or args.longest < 8:
+        parser.error("--texts, --longest: expected at least 5 and 8")
+    try:
+        model, random = llmjax.load(args.model), np.random.default_rng(0)
+    except llmjax.LlmjaxError as error:
+        parser.error(str(error))
     lengths = random.integers(8, args.longest + 1, args.texts)
     texts = [random.integers(0, model.config.vocab_size, int(n)).tolist() for n in lengths]
     for count in (args.texts // 5, args.texts):

@@ -6,6 +6,7 @@ it (``OUT.parquet.jsonl``): so resume, ids, seeds and errors are those of any jo
 In: a column is the key of a row that it is named for, or that it is said to be (``columns``); what is in other columns
 goes to the row's answer as it is.  Empty cells are as if they were not there, but an id's: such a row fails, where the
 number of its line might be another row's id.  In CSV text is text, a number or a list what JSON makes of the cell.
+Whole floats are integers where those are wanted: pandas makes floats of a column of them in which a cell is empty.
 
 Out: a column for each key that any answer has, and for each column that only went along; ``usage`` is two.  Its type is
 that of its values, JSON as text where they have none in common; ids are text then, as they are.
@@ -13,6 +14,7 @@ that of its values, JSON as text where they have none in common; ids are text th
 
 import contextlib
 import csv
+import dataclasses
 import datetime
 import decimal
 import io
@@ -26,6 +28,7 @@ from llmjax.batch.native import IDS, finite
 from llmjax.errors import RequestError, shown
 from llmjax.outside.paths import checked_path
 from llmjax.outside.urls import file_name, is_url, opened, shown_url
+from llmjax.runtime.params import SamplingParams
 
 SUFFIXES = (".parquet", ".csv")
 # Rows in memory at a time, in and out.
@@ -34,6 +37,8 @@ ROWS = 1024
 _SAMPLE = 64
 # Keys whose values are text, whatever they look like.
 _TEXTS = ("id", "custom_id", "prompt", "text", "lora", "chat_template")
+# Keys whose values are integers.
+_INTEGERS = {*IDS, *(field.name for field in dataclasses.fields(SamplingParams) if field.type in (int, int | None))}
 # The longest cell of a CSV file.
 _LONGEST = 1 << 28
 
@@ -180,7 +185,10 @@ def row_of(names: list[str], values: list[Any], keys: Mapping[str, str], value_o
     for name, value in zip(names, values, strict=True):
         if value is not None:
             key = keys[name]
-            (row if key else along)[key or name] = value_of(key, value)
+            value = value_of(key, value)
+            if key in _INTEGERS and isinstance(value, float) and value.is_integer():
+                value = int(value)
+            (row if key else along)[key or name] = value
     if not row.keys() & set(IDS):
         row |= dict.fromkeys([key for key in keys.values() if key in IDS][:1])
     if along:

@@ -143,6 +143,8 @@ def trace(
     for glob in globs or (None,):
         if not isinstance(glob, str):
             raise RequestError(f"taps: expected a glob, or a list of them, found {shown(taps)}")
+    if not (gradients_of is None or callable(gradients_of)):
+        raise RequestError(f"gradients_of: expected a function of the logits, found {shown(gradients_of)}")
     model = model.intervened(interventions)
     given: Any = token_ids
     many = isinstance(given, Sequence) and not isinstance(given, str) and any(np.iterable(row) for row in given[:1])

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from llmjax.errors import RequestError
+from llmjax.errors import RequestError, shown
 from llmjax.models import functions
 from llmjax.runtime.params import SamplingParams
 from llmjax.text.tokenizer import Tokenizer
@@ -53,14 +53,34 @@ LogitsProcessor = Callable[[jax.Array, Tokens], jax.Array]
 
 def processor_facts(processor: LogitsProcessor | None, slots: int, vocab: int) -> dict[str, str]:
     """A hash of what it computes by now, by its name; nothing of none."""
-    if processor is None:
-        return {}
+    return {} if processor is None else {"logits_processor": functions.computed(processor, *_asked(slots, vocab))}
 
+
+def check_processor(processor: LogitsProcessor | None, slots: int, vocab: int) -> None:
+    """Before a step is compiled with it.
+
+    Raises:
+      RequestError: it is no function of logits that returns as many.
+    """
+    if processor is None:
+        return
+    if not callable(processor):
+        raise RequestError(f"logits_processor: expected a function of logits and tokens, found {shown(processor)}")
+    found: Any = jax.eval_shape(processor, *_asked(slots, vocab))
+    if getattr(found, "shape", None) != (slots, vocab) or not jnp.issubdtype(found.dtype, jnp.floating):
+        what = f"{found.dtype} {list(found.shape)}" if hasattr(found, "dtype") else shown(found)
+        raise RequestError(
+            f"logits_processor: the function must return logits of the shape that it is given, [{slots}, {vocab}] here, "
+            f"found {what}"
+        )
+
+
+def _asked(slots: int, vocab: int) -> tuple[Any, Tokens]:
     def rows(dtype: Any, *more: int) -> Any:
         return jax.ShapeDtypeStruct((slots, *more), dtype)
 
     tokens = Tokens(rows(jnp.int32, 256), rows(jnp.int32), rows(jnp.int32), rows(jnp.bool_))
-    return {"logits_processor": functions.computed(processor, rows(jnp.float32, vocab), tokens)}
+    return rows(jnp.float32, vocab), tokens
 
 
 class Controls(NamedTuple):

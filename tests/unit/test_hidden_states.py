@@ -128,3 +128,5 @@ def test_what_is_no_number_has_no_gradients():
         RequestError, match="gradients_of: expected a function that returns a float, found float32 .600."
     ):
         llmjax.trace(MODEL, TEXTS[0], "embed", gradients_of=lambda logits: logits[-1])
+    with pytest.raises(RequestError, match="gradients_of: expected a function of the logits, found 'logits'"):
+        llmjax.trace(MODEL, TEXTS[0], "embed", gradients_of="logits")

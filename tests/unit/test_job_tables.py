@@ -247,7 +247,9 @@ def answers_of(llm, folder, table, name="x.parquet"):
 
 
 def test_a_row_without_an_id_takes_no_other_rows(llm, tmp_path):
-    for table in (pyarrow.table({"id": [7, None, 2], "prompt": ["a", "b", "c"]}), "id,prompt\n7,a\n,b\n2,c\n"):
+    kinds = pyarrow.int64(), pyarrow.float64()  # pandas writes the second, for a cell is empty
+    tables = [{"id": pyarrow.array([7, None, 2], kind), "n": pyarrow.array([1, 1, None], kind)} for kind in kinds]
+    for table in (*(pyarrow.table({"prompt": ["a", "b", "c"], **t}) for t in tables), "id,prompt,n\n7,a,1.0\n,b,\n2,c,\n"):
         found = answers_of(llm, tmp_path, table, "x.csv" if isinstance(table, str) else "x.parquet")
         ids, errors = found["id"].to_pylist(), found["error"].to_pylist()
         assert ids == [7, None, 2] or ids == ["7", None, "2"]

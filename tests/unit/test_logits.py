@@ -168,6 +168,18 @@ def test_a_processor_comes_first_and_sees_the_tokens(model):
         broken.generate([1, 2])
 
 
+def test_a_processor_that_is_none_is_told(model):
+    of_all = r"must return logits of the shape that it is given, \[4, 600\] here, found "
+    for wrong, message in (
+        ("x", "expected a function of logits and tokens, found 'x'"),
+        (lambda logits, tokens: None, f"{of_all}None"),
+        (lambda logits, tokens: logits[0], rf"{of_all}float32 \[600\]"),
+        (lambda logits, tokens: jnp.argmax(logits, -1), rf"{of_all}int32 \[4\]"),
+    ):
+        with pytest.raises(RequestError, match=f"logits_processor: .*{message}"):
+            LLM(model, max_batch=4, logits_processor=wrong)
+
+
 def test_bad_words_are_made_as_vllm_makes_them():
     class Words:
         """A space before a known word is part of its token, otherwise a token of its own."""
