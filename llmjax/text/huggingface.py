@@ -244,10 +244,10 @@ def _token_id(backend: tokenizers.Tokenizer, token: str | None) -> int | None:
 
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """The template for conversations, and one of its own for those with tools, which goes by the name ``tool_use``."""
-    path = directory / "chat_template.jinja"
+    path, more = directory / "chat_template.jinja", directory / "additional_chat_templates" / "tool_use.jinja"
+    with_tools = _text(read_file(more), more) if more.exists() else None
     if path.exists():
-        more = directory / "additional_chat_templates" / "tool_use.jinja"
-        return _text(read_file(path), path), _text(read_file(more), more) if more.exists() else None
+        return _text(read_file(path), path), with_tools
     path = directory / "chat_template.json"
     found = _object(path).get("chat_template")
     if found is None:
@@ -255,7 +255,7 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> tuple[str | N
     named: dict[Any, Any] = {"default": found}
     if isinstance(found, list):
         named = {e.get("name"): e.get("template") for e in found if isinstance(e, Mapping)}
-    templates = named.get("default"), named.get("tool_use")
+    templates = named.get("default"), named.get("tool_use") if with_tools is None else with_tools
     for template in templates:
         if template is not None and not isinstance(template, str):
             raise TokenizerError(f"{path}: chat_template: expected a string, found {type(template).__name__}")

@@ -192,8 +192,9 @@ class Tokenizer:
         with_tools = variables.get("tools") is not None and self.tools_template is not None
         template = self.tools_template if with_tools else self.chat_template
         if template is None:
+            but = "" if self.tools_template is None else " but one for tools"
             raise TokenizerError(
-                f"{self.where}: no chat template; give a plain prompt, or put the model's "
+                f"{self.where}: no chat template{but}; give a plain prompt, or put the model's "
                 "chat_template.jinja beside tokenizer.json"
             )
         names = {**self.special, **variables, "add_generation_prompt": add_generation_prompt}
