@@ -163,11 +163,14 @@ def _from_manifest(manifest: manifests.Manifest, output: str, report: Forecast) 
 def _from_calibration(llm: LLM, report: Forecast) -> str:
     """From random prompts of the rows' mean length, run in all slots at once."""
     length = min(max(report.prompt_tokens // report.rows, 1), llm.model.context_length - _CALIBRATION_TOKENS - 1)
-    random = np.random.default_rng(0)
+    random, tokenizer = np.random.default_rng(0), llm.model.tokenizer
+    # Without it a warning would tell of prompts that nobody gave.
+    bos = [] if tokenizer is None or tokenizer.bos_id is None else [tokenizer.bos_id]
     compiled = llm.engine.compile_seconds
 
     def seconds(tokens: int) -> float:
-        prompts = [random.integers(0, llm.model.config.vocab_size, length).tolist() for _ in range(llm.engine.slots)]
+        drawn = random.integers(0, llm.model.config.vocab_size, (llm.engine.slots, length)).tolist()
+        prompts = [[*bos, *ids][:length] for ids in drawn]
         began = time.monotonic()
         llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True))
         return time.monotonic() - began

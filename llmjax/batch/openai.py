@@ -112,7 +112,8 @@ def _params(body: dict[str, Any], *, chat: bool) -> dict[str, Any]:
         elif name in PARAMS:
             params[name] = value
         else:
-            raise RequestError(f"body.{name}: not supported; leave it out")
+            tools = ", or give it to the template (chat_template_kwargs), and calls come back as text"
+            raise RequestError(f"body.{name}: not supported; leave it out{tools if name == 'tools' and chat else ''}")
     return params
 
 

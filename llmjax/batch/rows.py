@@ -268,10 +268,8 @@ def read_row(
         new = index.is_new(name)  # its id is taken from here on, whatever else is wrong with it
         metadata = checked_json(form.metadata(row), "metadata")
         if not new:
-            raise RequestError(
-                f"id {row_id!r} was used by an earlier row (one without an id has its line's number); ids name rows and "
-                "seed their draws"
-            )
+            lines = " (one without an id has its line's number)" if name.isdecimal() else ""
+            raise RequestError(f"id {row_id!r} was used by an earlier row{lines}; ids name rows and seed their draws")
         question = form.parse(row)
         request = work.request(question, name, date)
         content = _content(question, request, metadata)

@@ -70,8 +70,8 @@ def check_processor(processor: LogitsProcessor | None, slots: int, vocab: int) -
     if getattr(found, "shape", None) != (slots, vocab) or not jnp.issubdtype(found.dtype, jnp.floating):
         what = f"{found.dtype} {list(found.shape)}" if hasattr(found, "dtype") else shown(found)
         raise RequestError(
-            f"logits_processor: the function must return logits of the shape that it is given, [{slots}, {vocab}] here, "
-            f"found {what}"
+            f"logits_processor: the function must return logits of the shape that it is given, [{slots}, {vocab}] "
+            f"here, found {what}"
         )
 
 

@@ -129,13 +129,18 @@ def vectors(folder: Path) -> dict[str, list[int]]:
     return found or sys.exit(f"{file}: no texts; expected what `llmjax vectors --output {folder}` writes")
 
 
+def token_ids(text: str) -> list[int]:
+    """Of ``--ids``."""
+    return [int(i) for i in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="a checkpoint's directory")
     parser.add_argument("output", type=Path)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt")
-    what.add_argument("--ids", help="token ids: 1,2,3")
+    what.add_argument("--ids", type=token_ids, help="token ids: 1,2,3")
     what.add_argument("--vectors", type=Path, help="what `llmjax vectors` wrote: a folder in OUTPUT for each text")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument(
@@ -145,21 +150,21 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     texts = vectors(args.vectors) if args.vectors else {}
-    options = {"gguf_file": args.gguf_file} if args.gguf_file else {}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=getattr(torch, args.dtype), attn_implementation=args.attention, **options
-    )
-    model = model.to(args.device).eval()
-    if args.vectors:
-        for name, ids in texts.items():
-            write(args.output / name, model, ids, model=str(args.model))
-        return
-    if args.ids:
-        ids = [int(i) for i in args.ids.split(",")]
-    else:
-        ids = transformers.AutoTokenizer.from_pretrained(args.model, **options)(args.prompt)["input_ids"]
-    write(args.output, model, ids, model=str(args.model))
-    print(f"{len(ids)} tokens in {args.output}", file=sys.stderr)
+    gguf = {"gguf_file": args.gguf_file} if args.gguf_file else {}
+    options = gguf | {"dtype": getattr(torch, args.dtype), "attn_implementation": args.attention}
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, **options).to(args.device).eval()
+        tokenizer = None if args.prompt is None else transformers.AutoTokenizer.from_pretrained(args.model, **gguf)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        sys.exit(f"{args.model}: transformers cannot load it: {' '.join(str(error).split())}")
+    if not args.vectors:
+        texts = {"": args.ids if tokenizer is None else tokenizer(args.prompt)["input_ids"]}
+    rows = model.get_input_embeddings().num_embeddings
+    for name, ids in texts.items():
+        if not ids or not all(0 <= i < rows for i in ids):
+            sys.exit(f"{name or 'prompt'}: expected token ids from 0 to {rows - 1}, found {ids[:20] or 'none'}")
+        write(args.output / name, model, ids, model=str(args.model))
+    print(f"{sum(map(len, texts.values()))} tokens in {args.output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,12 @@ def test_a_dump_of_transformers_is_the_model(kind, tmp_path, monkeypatch):
     assert (report.verdict, report.explained_by) == ("equivalent", "float32")
     assert report.coverage["tokens"] == 12 and report.coverage["taps"] > 0.8 * report.coverage["of"]
     assert report.logits["argmax_agreement"] == 1 and report.logits["kl_max"] < 1e-8
+    (tmp_path / "no").mkdir()
+    for model, message in ((folder, "expected token ids from 0 to .*, found"), (tmp_path / "no", "cannot load it")):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(model), str(tmp_path / "e"), "--ids", "1,9999999"])
+        with pytest.raises(SystemExit, match=message):
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert not (tmp_path / "e").exists()
 
 
 @pytest.mark.slow

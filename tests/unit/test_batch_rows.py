@@ -125,7 +125,7 @@ def test_several_samples_and_the_prompts_logprobs(llm, tmp_path):
 
 
 BAD = [
-    (chat({"messages": HI, "tools": []}), "body.tools: not supported"),
+    (chat({"messages": HI, "tools": []}), "body.tools: not supported; leave it out, or give it to the template"),
     (chat({"messages": HI, "stream": True}), "body.stream: only False is supported, found True"),
     (chat({"messages": HI, "top_logprobs": 2}), "body.top_logprobs: expected logprobs true"),
     (chat({"messages": HI, "logprobs": 2}), "body.logprobs: expected true or false, found 2"),
@@ -213,6 +213,18 @@ def test_a_dry_run_counts_and_writes_nothing(llm, tmp_path):
     job.run(lambda: llm, str(source), str(output), PARAMS, QUIET)
     report = dryrun.run(lambda: llm, str(source), str(output), PARAMS)
     assert report.estimate.startswith("about 0:00 for the 0 rows not done yet, from the 4")
+
+
+def test_a_calibrations_prompts_are_none_to_be_warned_of():
+    """They begin with BOS, which some models want."""
+    asked = []
+    model = types.SimpleNamespace(
+        context_length=99, config=types.SimpleNamespace(vocab_size=9), tokenizer=types.SimpleNamespace(bos_id=20)
+    )
+    engine = types.SimpleNamespace(slots=2, compile_seconds=0.0)
+    llm = types.SimpleNamespace(model=model, engine=engine, generate=lambda prompts, params: asked.extend(prompts))
+    dryrun._from_calibration(llm, dryrun.Forecast(rows=1, prompt_tokens=3))
+    assert {(ids[0], len(ids)) for ids in asked} == {(20, 3)}
 
 
 def test_progress_says_what_is_left(llm):

@@ -192,7 +192,8 @@ def test_types_of_columns(tmp_path):
         results.write(tmp_path / "x.jsonl", str(tmp_path / name))
     found = pyarrow.parquet.read_table(tmp_path / "x.parquet")
     assert [found[name].to_pylist() for name in "bcdef"] == [
-        [-(2**63), 2**63 - 1], [f"[0.5, {2**60 + 1}]", "[2]"], [str(2**60 + 1), "0.5"], [[1, None], []], ["\\ud800", "y"],
+        [-(2**63), 2**63 - 1], [f"[0.5, {2**60 + 1}]", "[2]"], [str(2**60 + 1), "0.5"], [[1, None], []],
+        ["\\ud800", "y"],
     ]  # fmt: skip
     with open(tmp_path / "x.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -249,7 +250,8 @@ def answers_of(llm, folder, table, name="x.parquet"):
 def test_a_row_without_an_id_takes_no_other_rows(llm, tmp_path):
     kinds = pyarrow.int64(), pyarrow.float64()  # pandas writes the second, for a cell is empty
     tables = [{"id": pyarrow.array([7, None, 2], kind), "n": pyarrow.array([1, 1, None], kind)} for kind in kinds]
-    for table in (*(pyarrow.table({"prompt": ["a", "b", "c"], **t}) for t in tables), "id,prompt,n\n7,a,1.0\n,b,\n2,c,\n"):
+    tables = [pyarrow.table({"prompt": ["a", "b", "c"], **columns}) for columns in tables]
+    for table in (*tables, "id,prompt,n\n7,a,1.0\n,b,\n2,c,\n"):
         found = answers_of(llm, tmp_path, table, "x.csv" if isinstance(table, str) else "x.parquet")
         ids, errors = found["id"].to_pylist(), found["error"].to_pylist()
         assert ids == [7, None, 2] or ids == ["7", None, "2"]
