@@ -135,8 +135,8 @@ def main() -> None:
     parser.add_argument("--same", type=int, nargs="*", default=[], metavar="N", help="and N workers, left alone")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if min(args.rows, args.tokens_below, args.actors, *args.same) < 1 or min(args.kills, args.drivers) < 0:
-        parser.error("--rows, --tokens-below, --actors, --same: expected at least 1; --kills, --drivers: at least 0")
+    if min(args.rows, args.tokens_below - 1, args.actors, *args.same) < 1 or min(args.kills, args.drivers) < 0:
+        parser.error("--rows, --actors, --same: expected at least 1; --tokens-below: 2; --kills, --drivers: 0")
     if importlib.util.find_spec("ray") is None:
         parser.error("needs Ray: pip install 'llmjax[ray]'")
     with tempfile.TemporaryDirectory(prefix="llmjax-kill-ray-") as name:
