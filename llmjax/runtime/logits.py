@@ -66,7 +66,8 @@ def check_processor(processor: LogitsProcessor | None, slots: int, vocab: int) -
         return
     if not callable(processor):
         raise RequestError(f"logits_processor: expected a function of logits and tokens, found {shown(processor)}")
-    found: Any = jax.eval_shape(processor, *_asked(slots, vocab))
+    # By another name: JAX would take what it once traced of the function for what it computes later on.
+    found: Any = jax.eval_shape(lambda *args: processor(*args), *_asked(slots, vocab))
     if getattr(found, "shape", None) != (slots, vocab) or not jnp.issubdtype(found.dtype, jnp.floating):
         what = f"{found.dtype} {list(found.shape)}" if hasattr(found, "dtype") else shown(found)
         raise RequestError(
