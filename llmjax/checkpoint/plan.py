@@ -112,8 +112,12 @@ def make_plan(source: Source, override: Override = None) -> Plan:
     if known < config.num_hidden_layers:
         layers = config.num_hidden_layers
         problems.append(f"num_hidden_layers: {layers}, but no tensor is of a layer after number {known - 2}")
+
+    def has(name: str) -> bool:
+        return name in specs or _stem(source, name) in stems
+
     for parameter, shape in parameter_shapes(config.shortened(known)).items():
-        entry, files = sources_of(parameter, names)
+        entry, files = sources_of(parameter, names, has)
         found = []
         for name in files:
             name = name if name in specs else stems.get(_stem(source, name), name)

@@ -2,12 +2,14 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 import llmjax
 from tests.parity import checkpoints, golden
 from tests.parity.golden import TOLERANCE, error, meta
+from tests.parity.test_cases import FOLDER as CASES
 
 torch = pytest.importorskip("torch", reason="parity extra not installed")
 pytest.importorskip("transformers", reason="parity extra not installed")
@@ -44,6 +46,15 @@ def test_new_weights_saved_by_transformers(name, tmp_path):
         found = llmjax.load(tmp_path / folder, numerics=profile).logits([ids])[0]
         with reference.float32_alibi() if profile == "reference" else reference.as_it_is():
             assert error(found, reference.logits(theirs, ids)) <= TOLERANCE
+
+
+def test_experts_that_transformers_saves_as_it_computes_with_them(tmp_path):
+    """All of a layer in one tensor, where published files have three for each."""
+    folder = CASES / "qwen3_moe"
+    reference.load(folder, "qwen3_moe").save_pretrained(tmp_path, save_original_format=False)
+    assert len(llmjax.inspect(tmp_path).tensors) < len(llmjax.inspect(folder).tensors)
+    found, expected = (llmjax.load(path).params for path in (tmp_path, folder))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_bfloat16_rounds_as_transformers_does(name, tmp_path):
