@@ -157,9 +157,7 @@ def stem(name: str) -> str:
     return re.sub(r"^((_orig_mod|module|model|language_model|transformer)\.)*", "", name)
 
 
-def sources_of(
-    parameter: str, names: Names, has: Callable[[str], bool] = lambda name: True
-) -> tuple[From, list[str]]:
+def sources_of(parameter: str, names: Names, has: Callable[[str], bool] = lambda name: True) -> tuple[From, list[str]]:
     """How a parameter is made, and the names of the tensors it is made from, of a source that ``has`` tensors."""
     module, ending = parameter.rsplit(".", 1)
     layer = re.match(r"layers\.(\d+)", module)
