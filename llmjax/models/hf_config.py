@@ -12,7 +12,7 @@ from llmjax.errors import ConfigError, LlmjaxError, named, shown
 from llmjax.models.generation_keys import GENERATION_KEYS
 from llmjax.models.layers import ACTIVATIONS
 from llmjax.models.rope import Rope
-from llmjax.models.rope_config import RopeSpec
+from llmjax.models.rope_config import STRETCHED, RopeSpec
 from llmjax.outside.values import COUNT, FLAG, INT32, LEAST_FLOAT, POSITIVE, POSITIVE_NUMBER, Rule, number
 
 T = TypeVar("T")
@@ -202,7 +202,7 @@ class Reader:
         for key in known:
             entries.pop(key, None)
         spec = RopeSpec(entries, self.problem, self.context, original, layer_type is not None)
-        if spec.kind in ("longrope", "yarn", "llama3"):
+        if spec.kind in STRETCHED:
             self._seen.add("original_max_position_embeddings")
         theta = entries.pop("rope_theta", theta if theta_key is None else self.get(theta_key, theta))
         whole = fraction is None and spec.kind != "proportional"
