@@ -206,6 +206,10 @@ class TestRopeTypes:
         config = read("olmo3", rope_theta=1e4, rope_scaling=scaling)
         assert (config.rope.theta, config.local_rope.theta) == (1e4, 5e5)
         assert (config.rope.scaling, config.local_rope.scaling) == (Yarn(8.0, 8.0), None)
+        # Which transformers does not read there, where layers have ropes of two kinds.
+        for kind in ("olmo3", "gemma3_text", "gemma3n_text"):
+            message = refusal(kind, rope_scaling=scaling, original_max_position_embeddings=16)
+            assert "original_max_position_embeddings: llmjax does not know this key" in message
 
     @ROTARY
     def test_two_names_of_one_type_must_agree(self, kind):
