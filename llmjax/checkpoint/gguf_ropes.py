@@ -32,7 +32,7 @@ def described(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> d
         found = tensors.get(name, np.zeros(0))
         if key in scaling and found.shape == (len(scaling[key]),) and (0 < found).all() and np.isfinite(found).all():
             scaling[key] = found.tolist()
-    whole, found = ropes.get(FULL, {}), tensors.get(FREQS, np.zeros(0))
+    whole, found = ropes.get(FULL, {}), tensors.get(FREQS, np.zeros(0)).reshape(-1)
     if whole.get("rope_type") == "proportional" and (turning := _turning(tuple(found.tolist()))) is not None:
         # As of rope.dimension_count: half a dimension more is safe.
         ropes[FULL] = whole | {"partial_rotary_factor": min(1.0, (2 * turning + 0.5) / (2 * len(found)))}
