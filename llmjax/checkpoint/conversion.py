@@ -81,6 +81,8 @@ def convert(
             else:
                 stored = _write_hf(folder, parameters, plan, report, made_from)
                 facts = {k: v for k, v in facts.items() if k not in ("dtype", "torch_dtype")} | {"dtype": stored}
+                if found.format != "huggingface":  # what transformers takes for it may be beyond the vocabulary
+                    facts.setdefault("pad_token_id", None)
             _write_json(folder / "config.json", facts)
             _write_tokenizer(found, folder, override)
         if merge.survivals:

@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from llmjax.errors import ConfigError, shown
-from llmjax.models.config import DecoderConfig
+from llmjax.models.config import FULL, DecoderConfig
 from llmjax.models.rope import Rope
 from llmjax.models.scalings import LongRope
 
@@ -16,6 +17,26 @@ TENSORS = (FREQS, SHORT_FACTORS, LONG_FACTORS)
 
 # What divides the frequencies of pairs that do not turn.
 _STILL = 1e30
+
+
+def described(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Such tensors put into a ``config.json`` that has a place for them: longrope's factors, and how much of Gemma 4's
+    global heads turns.  What is wrong with them ``with_ropes`` says.
+
+    Args:
+      config: ``gguf_config.hf_config``'s.
+      tensors: those of ``TENSORS`` that the file has.
+    """
+    scaling, ropes = dict(config.get("rope_scaling", {})), dict(config.get("rope_parameters", {}))
+    for key, name in (("short_factor", SHORT_FACTORS), ("long_factor", LONG_FACTORS)):
+        found = tensors.get(name, np.zeros(0))
+        if key in scaling and found.shape == (len(scaling[key]),) and (0 < found).all() and np.isfinite(found).all():
+            scaling[key] = found.tolist()
+    whole, found = ropes.get(FULL, {}), tensors.get(FREQS, np.zeros(0)).reshape(-1)
+    if whole.get("rope_type") == "proportional" and (turning := _turning(tuple(found.tolist()))) is not None:
+        # As of rope.dimension_count: half a dimension more is safe.
+        ropes[FULL] = whole | {"partial_rotary_factor": min(1.0, (2 * turning + 0.5) / (2 * len(found)))}
+    return {**config} | ({"rope_scaling": scaling} if scaling else {}) | ({"rope_parameters": ropes} if ropes else {})
 
 
 def with_ropes(config: DecoderConfig, tensors: Mapping[str, np.ndarray], where: str) -> DecoderConfig:
@@ -62,8 +83,13 @@ def _with(rope: Rope, name: str, values: tuple[float, ...]) -> Rope:
             dataclasses.replace(old, short=values) if name == SHORT_FACTORS else dataclasses.replace(old, long=values)
         )
         return dataclasses.replace(rope, scaling=scaling)
-    if rope.turning is not None:
-        turning = sum(v == 1 for v in values)
-        if values == (1.0,) * turning + (float(np.float32(_STILL)),) * (len(values) - turning):
-            return dataclasses.replace(rope, turning=turning)
+    if rope.turning is not None and (turning := _turning(values)) is not None:
+        return dataclasses.replace(rope, turning=turning)
     return rope if set(values) == {1.0} else dataclasses.replace(rope, divisors=values)
+
+
+def _turning(values: tuple[float, ...]) -> int | None:
+    """How many pairs turn by divisors that leave the others still; None where they are of another kind."""
+    turning = sum(v == 1 for v in values)
+    still = (float(np.float32(_STILL)),) * (len(values) - turning)
+    return turning if values and values == (1.0,) * turning + still else None

@@ -73,7 +73,8 @@ def describe(source: Source, override: Override = None) -> tuple[Mapping[str, An
 def _own_config(source: Source) -> tuple[Mapping[str, Any], str]:
     if source.format == "gguf":
         shapes = {n: source.spec(n).shape for n in source.names()}
-        return gguf_config.hf_config(source.metadata, shapes, str(source.path)), str(source.path)
+        config = gguf_config.hf_config(source.metadata, shapes, str(source.path))
+        return gguf_ropes.described(config, _ropes(source)), str(source.path)
     if source.format == "graph":
         return source.config, f"{source.path}: the configuration found in its graph (--config gives another)"
     if isinstance(source, MediapipeSource):
@@ -102,7 +103,7 @@ def make_plan(source: Source, override: Override = None) -> Plan:
     names = _names(source, architecture, config, specs)
     ignored: frozenset[str] = frozenset()
     if source.format == "gguf":
-        ropes = {name: source.read(name) for name in gguf_ropes.TENSORS if name in specs}
+        ropes = _ropes(source)
         config = gguf_ropes.with_ropes(config, ropes, where)
         configuring = [specs[name] for name in ropes]
         used |= set(ropes)
@@ -112,8 +113,12 @@ def make_plan(source: Source, override: Override = None) -> Plan:
     if known < config.num_hidden_layers:
         layers = config.num_hidden_layers
         problems.append(f"num_hidden_layers: {layers}, but no tensor is of a layer after number {known - 2}")
+
+    def has(name: str) -> bool:
+        return name in specs or _stem(source, name) in stems
+
     for parameter, shape in parameter_shapes(config.shortened(known)).items():
-        entry, files = sources_of(parameter, names)
+        entry, files = sources_of(parameter, names, has)
         found = []
         for name in files:
             name = name if name in specs else stems.get(_stem(source, name), name)
@@ -140,6 +145,11 @@ def make_plan(source: Source, override: Override = None) -> Plan:
             what = f"tensor {named(name)} {list(specs[name].shape)}"
             problems.append(f"{what} is not part of a {architecture.model_type} model")
     return Plan(architecture, config, assignments, tied, dropped, configuring, problems)
+
+
+def _ropes(source: Source) -> dict[str, np.ndarray]:
+    """Those tensors of a GGUF file that its configuration needs."""
+    return {name: source.read(name) for name in gguf_ropes.TENSORS if name in source.names()}
 
 
 def _last_layer(names: Iterable[str]) -> int:

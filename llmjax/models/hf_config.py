@@ -12,7 +12,7 @@ from llmjax.errors import ConfigError, LlmjaxError, named, shown
 from llmjax.models.generation_keys import GENERATION_KEYS
 from llmjax.models.layers import ACTIVATIONS
 from llmjax.models.rope import Rope
-from llmjax.models.rope_config import RopeSpec
+from llmjax.models.rope_config import STRETCHED, RopeSpec
 from llmjax.outside.values import COUNT, FLAG, INT32, LEAST_FLOAT, POSITIVE, POSITIVE_NUMBER, Rule, number
 
 T = TypeVar("T")
@@ -182,7 +182,9 @@ class Reader:
             places = {f"rope_parameters.{layer_type}": places["rope_parameters"].get(layer_type)}
         if scaling_key is not None:
             places = {scaling_key: self.get(scaling_key), **places}
-        original = None if scaling_key is None else self._config.get("original_max_position_embeddings")
+        # Beside the object transformers reads it where all layers' is the same, there alone.
+        one = layer_type is None
+        original = self._config.get("original_max_position_embeddings") if one else None
         # What an entry is where it is not said.
         unsaid = {
             "rope_theta": theta if theta_key is None else self._config.get(theta_key, theta),
@@ -201,8 +203,8 @@ class Reader:
                 entries.update(value)
         for key in known:
             entries.pop(key, None)
-        spec = RopeSpec(entries, self.problem, self.context, original, layer_type is not None)
-        if spec.kind in ("longrope", "yarn", "llama3"):
+        spec = RopeSpec(entries, self.problem, self.context, original, not one)
+        if spec.kind in STRETCHED and one:
             self._seen.add("original_max_position_embeddings")
         theta = entries.pop("rope_theta", theta if theta_key is None else self.get(theta_key, theta))
         whole = fraction is None and spec.kind != "proportional"

@@ -12,6 +12,7 @@ from llmjax.models.attention import Scores
 from llmjax.models.config import dimensions
 from llmjax.models.hf_config import Reader
 from llmjax.models.llama import HF_NAMES, LlamaConfig
+from llmjax.models.rope_config import STRETCHED
 from llmjax.outside.values import INT32, MOST_FLOAT, integer, number
 
 _BETA = number(0, MOST_FLOAT, "a number, 0 or more")
@@ -51,6 +52,8 @@ class Ministral3Config(LlamaConfig):
         ropes: Any = r.get("rope_scaling") or r.get("rope_parameters")
         ropes = ropes if isinstance(ropes, dict) else _ROPE
         beta, original = ropes.get("llama_4_scaling_beta"), ropes.get("original_max_position_embeddings")
+        if ropes.get("rope_type", ropes.get("type")) in STRETCHED:  # then transformers has one for both
+            original = r.get("original_max_position_embeddings", r.context if original is None else original)
         if problem := _BETA.problem(beta):
             r.problem(f"rope parameter llama_4_scaling_beta: {problem}")
             beta = 0.0

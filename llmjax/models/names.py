@@ -36,12 +36,14 @@ class From:
       make: builds the parameter from the source tensors, in order.
       source_shape: the shape each source tensor must have, given the parameter's.
       endings: what the source calls ``weight`` and ``bias``, where it does not call them so.
+      otherwise: how in files that have none of these tensors, and those.
     """
 
     modules: tuple[str, ...]
     make: Callable[[list[np.ndarray]], np.ndarray] = _only
     source_shape: Callable[[Shape], Shape] = lambda shape: shape
     endings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    otherwise: "From | None" = None
 
 
 def fused(module: str, rows: Mapping[str, int]) -> dict[str, str | From]:
@@ -155,13 +157,20 @@ def stem(name: str) -> str:
     return re.sub(r"^((_orig_mod|module|model|language_model|transformer)\.)*", "", name)
 
 
-def sources_of(parameter: str, names: Names) -> tuple[From, list[str]]:
-    """How a parameter is made, and the names of the tensors it is made from."""
+def sources_of(parameter: str, names: Names, has: Callable[[str], bool] = lambda name: True) -> tuple[From, list[str]]:
+    """How a parameter is made, and the names of the tensors it is made from, of a source that ``has`` tensors."""
     module, ending = parameter.rsplit(".", 1)
     layer = re.match(r"layers\.(\d+)", module)
     place = re.sub(r"^layers\.\d+", "layers.{}", module)
     entry = names.get(f"{place}.{ending}") or names[place]  # of this parameter alone, or of all its module's
     if isinstance(entry, str):
         entry = From((entry,))
-    ending = entry.endings.get(ending, ending)
-    return entry, [f"{m.format(layer[1] if layer else '')}.{ending}" for m in entry.modules]
+
+    def tensors(entry: From) -> list[str]:
+        end = entry.endings.get(ending, ending)
+        return [f"{m.format(layer[1] if layer else '')}.{end}" for m in entry.modules]
+
+    other = entry.otherwise
+    if other is not None and not any(map(has, tensors(entry))) and any(map(has, tensors(other))):
+        entry = other
+    return entry, tensors(entry)

@@ -17,7 +17,7 @@ from llmjax.models.experts import Experts, largest
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, Attention, GatedMLP, Projection, RMSNorm
 from llmjax.models.llama import HF_NAMES, LlamaConfig
-from llmjax.models.names import From, Names
+from llmjax.models.names import From, Names, stacked_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,16 +114,21 @@ class Block(nn.Module):
 
 
 def names(config: Qwen3MoeConfig) -> Names:
-    """Each expert has tensors of its own."""
+    """Each expert has tensors of its own; or all are in two, as transformers 5 computes with them and, if asked to
+    (``save_original_format=False``), saves them."""
+    experts = "model.layers.{}.mlp.experts"
+    together = stacked_experts(experts, config.expert_size)
 
-    def stacked(module: str) -> From:
-        modules = (f"model.layers.{{}}.mlp.experts.{i}.{module}" for i in range(config.experts))
-        return From(tuple(modules), np.stack, source_shape=lambda shape: shape[1:])
+    def stacked(role: str) -> tuple[str, From]:
+        place, modules = f"layers.{{}}.experts.{role}", (f"{experts}.{i}.{role}_proj" for i in range(config.experts))
+        other = together[place]
+        assert isinstance(other, From)
+        return place, From(tuple(modules), np.stack, source_shape=lambda shape: shape[1:], otherwise=other)
 
     return {
         **HF_NAMES,
         "layers.{}.router": "model.layers.{}.mlp.gate",
-        **{f"layers.{{}}.experts.{role}": stacked(f"{role}_proj") for role in ("gate", "up", "down")},
+        **dict(map(stacked, ("gate", "up", "down"))),
     }
 
 

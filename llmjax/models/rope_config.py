@@ -10,6 +10,8 @@ from llmjax.models.scalings import Dynamic, Llama3Scaling, LongRope, Yarn
 from llmjax.outside.values import INT32, POSITIVE_NUMBER, number
 
 NUMBER = number(-1e6, 1e6)
+# Of which transformers takes the context that was trained for from beside the object, too.
+STRETCHED = ("longrope", "yarn", "llama3")
 _KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 

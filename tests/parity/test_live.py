@@ -2,12 +2,15 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 import llmjax
+from tests import gguf_files
 from tests.parity import checkpoints, golden
 from tests.parity.golden import TOLERANCE, error, meta
+from tests.parity.test_cases import FOLDER as CASES
 
 torch = pytest.importorskip("torch", reason="parity extra not installed")
 pytest.importorskip("transformers", reason="parity extra not installed")
@@ -44,6 +47,26 @@ def test_new_weights_saved_by_transformers(name, tmp_path):
         found = llmjax.load(tmp_path / folder, numerics=profile).logits([ids])[0]
         with reference.float32_alibi() if profile == "reference" else reference.as_it_is():
             assert error(found, reference.logits(theirs, ids)) <= TOLERANCE
+
+
+def test_experts_that_transformers_saves_as_it_computes_with_them(tmp_path):
+    """All of a layer in one tensor, where published files have three for each."""
+    folder = CASES / "qwen3_moe"
+    reference.load(folder, "qwen3_moe").save_pretrained(tmp_path, save_original_format=False)
+    assert len(llmjax.inspect(tmp_path).tensors) < len(llmjax.inspect(folder).tensors)
+    found, expected = (llmjax.load(path).params for path in (tmp_path, folder))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("name", ["gemma4_moe", "phi35_mini_longrope", "smollm3"])
+def test_a_gguf_file_becomes_a_directory_of_transformers(name, tmp_path):
+    """Ropes that the file has as tensors stand in the config, and of the last two classes' padding tokens, which small
+    vocabularies do not have, none is left to transformers."""
+    llmjax.convert(gguf_files.write(CASES / name, tmp_path / "x.gguf"), tmp_path / "hf", to="hf")
+    model_type = json.loads((tmp_path / "hf/config.json").read_text())["model_type"]
+    with np.load(CASES / name / "expected.npz") as expected:
+        found = reference.logits(reference.load(tmp_path / "hf", model_type), expected["ids"].tolist())
+        assert np.abs(found - expected["logits"]).max() <= expected["atol"]
 
 
 def test_bfloat16_rounds_as_transformers_does(name, tmp_path):

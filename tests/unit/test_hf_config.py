@@ -192,6 +192,13 @@ class TestRopeTypes:
         for dialect in ("rope_scaling", "rope_parameters"):
             config = read("ministral3", **{dialect: own | {"factor": 3.0}})
             assert (config.rope.theta, config.rope.scaling.factor, config.beta) == (1e4, 3.0, 0.1)
+            # Scores grow by the context that the rotation was trained for, which stands beside the object or in it.
+            for inner in ({}, {"original_max_position_embeddings": 16}):
+                rope = {k: v for k, v in own.items() if k != "original_max_position_embeddings"} | inner
+                for beside in ({}, {"original_max_position_embeddings": 8}):
+                    config = read("ministral3", max_position_embeddings=64, **{dialect: rope}, **beside)
+                    expected = {"original_max_position_embeddings": 64, **inner, **beside}
+                    assert [config.original, config.rope.scaling.original] == 2 * list(expected.values())
 
     def test_a_local_base_is_not_the_global_one(self):
         """OLMo 3: transformers' one base is for global layers, and their scaling as well."""
@@ -199,6 +206,10 @@ class TestRopeTypes:
         config = read("olmo3", rope_theta=1e4, rope_scaling=scaling)
         assert (config.rope.theta, config.local_rope.theta) == (1e4, 5e5)
         assert (config.rope.scaling, config.local_rope.scaling) == (Yarn(8.0, 8.0), None)
+        # Which transformers does not read there, where layers have ropes of two kinds.
+        for kind in ("olmo3", "gemma3_text", "gemma3n_text"):
+            message = refusal(kind, rope_scaling=scaling, original_max_position_embeddings=16)
+            assert "original_max_position_embeddings: llmjax does not know this key" in message
 
     @ROTARY
     def test_two_names_of_one_type_must_agree(self, kind):
