@@ -119,6 +119,36 @@ def test_functions_before_rounded_activations_are_the_runtimes(name):
     assert np.abs(found(None) - theirs).max() > 5e-8  # exact where nothing is rounded behind them
 
 
+# Shape, dimensions, what is added up, and ai-edge-litert 2.3.0's sums (AVX-512).
+ADDED_UP = {
+    "columns": ((40, 3), (0,), (25.7026997, 27.8648663, 27.2972965)),
+    "two dimensions": ((2, 3, 25), (1, 2), (43.9459457, 75.0270309)),
+    "squares in columns": ((40, 3), (0,), (42.1365929, 45.0321465, 43.661068)),
+    "means of squares": (
+        (9, 25),
+        (1,),
+        (0.16362308, 2.28195763, 0.332622319, 2.20379829, 0.323067933, 2.12709999, 0.489086896, 2.05186248, 0.47655228),
+    ),
+    "means of differences": ((4, 64), (1,), (0.769318819, 0.705097675, 0.909101546, 1.13925123)),
+}
+
+
+@pytest.mark.parametrize("name", ADDED_UP)
+def test_sums_before_rounded_activations_are_in_the_runtimes_order(name):
+    shape, axes, theirs = ADDED_UP[name]
+    x = ((np.arange(np.prod(shape)) * 103 % 101 - 20) / 37).astype(np.float32).reshape(shape)
+    first = "SQUARED_DIFFERENCE" if "differences" in name else "MUL"
+    op = Operator(first, (0, 1 if "differences" in name else 0), (2,), {"activation": 0, "keep_dims": True})
+    tensors = [types.SimpleNamespace(shape=np.shape(theirs))]
+
+    def computed(x):
+        other = np.float32(0.3) if "differences" in name else x
+        given = x if name in ("columns", "two dimensions") else KERNELS[first](op, [x, other], [], ROUNDS)
+        return KERNELS["MEAN" if "means" in name else "SUM"](op, [given, np.array(axes)], tensors, ROUNDS)
+
+    assert np.array_equal(jax.jit(computed)(x), np.float32(theirs))
+
+
 def test_quotients_are_exact():
     """The compiler would multiply by the divisor's reciprocal."""
     x = (np.arange(1, 101) / 7).astype(np.float32)
