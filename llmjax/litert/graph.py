@@ -20,7 +20,7 @@ from llmjax.errors import CheckpointError, ConfigError, RequestError, named
 from llmjax.litert import attention
 from llmjax.litert.constants import Constants
 from llmjax.litert.kernels import KERNELS, TYPES, put_results
-from llmjax.litert.products import Value, as_array
+from llmjax.litert.products import Value, as_array, computed
 from llmjax.numerics import Numerics
 
 # A profile's name -> what it means for a graph, which says itself where activations are rounded.
@@ -244,6 +244,8 @@ class Graph:
             inner = self._run(weights, op.options["body"], dict(zip(body.inputs, inputs, strict=True)))
             found = tuple(inner[i] for i in body.outputs)
         else:
+            if op.name == "FULLY_CONNECTED" and not self.file.is_constant(graph.tensors[op.inputs[1]]):
+                inputs = [inputs[0], computed(inputs[1]), *inputs[2:]]
             found = KERNELS[op.name](op, inputs, tensors, self.numerics)
         put_results(op, found, tensors, values)
 

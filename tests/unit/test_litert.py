@@ -192,6 +192,12 @@ def test_a_block_as_long_as_a_row_has_its_scale_before_the_step():
     assert np.abs(found - np.float32(added)).max() < 2e-7  # a processor may round before it adds
 
 
+def test_a_product_with_a_weight_that_the_graph_computes_is_the_runtimes(ops):
+    """Gemma 3n's mixing of streams: no product of XNNPACK's, which would round it once with what it is added to."""
+    ours, theirs = run(op(ops, "fc_computed").under(ROUNDS), ops, "fc_computed")
+    assert np.array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("rows", [2, 12])  # of a decode step, of a prefill
 def test_rows_of_a_product_are_added_up_in_order(rows):
     """As ai-edge-litert 2.3.0 does."""
