@@ -129,6 +129,17 @@ def logistic(x: jax.Array) -> jax.Array:
     return jnp.where(x < 0, share, 1 - share)
 
 
+def log(x: jax.Array) -> jax.Array:
+    """Natural logarithm: of numbers from one over the root of two to the root of two, and powers of two."""
+    bits = lax.bitcast_convert_type(x * np.float32(1.4142134190), jnp.int32)
+    power = ((bits >> 23) - 127).astype(jnp.float32)
+    near_one = lax.bitcast_convert_type(bits & (1 << 23) - 1 | 127 << 23, jnp.float32)
+    r = jnp.maximum(near_one * np.float32(7.0710688829e-01), LEAST) - 1  # rounded twice
+    below = _polynomial(r, 0.049584995955, 0.599170029163, 1.5, 1)
+    y = power * np.float32(np.log(2)) + r * _polynomial(r, 1.824996918440e-01, 1, 1) / below
+    return jnp.where((x > 0) & (x < jnp.inf), y, jnp.log(x))
+
+
 def softmax(x: jax.Array) -> jax.Array:
     """Along the last dimension."""
     e = _exp(x - jnp.max(x, -1, keepdims=True))
