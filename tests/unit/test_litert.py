@@ -436,6 +436,9 @@ def test_what_does_not_run_is_named_before_anything_runs(file):
     tensor = decode.tensors[decode.operators[place].outputs[0]]
     object.__setattr__(tensor, "quantization", tflite.Quantization(np.ones(1, np.float32), np.zeros(1, np.int64), 0))
     assert f"decode: operator {place} (CUSTOM:mine): static activations of FLOAT32" in problems_of(graph, ["decode"])[1]
+    product = next(o for o in decode.operators if o.name == "FULLY_CONNECTED")  # as mixed precision exports them
+    object.__setattr__(decode.tensors[product.outputs[0]], "type", "FLOAT16")
+    assert any("(FULLY_CONNECTED): activations of FLOAT16" in problem for problem in problems_of(graph, ["decode"]))
     graph.signatures |= {"prefill_16_lora_r4": graph.signatures["decode"], "prefill_16": graph.signatures["prefill_4"]}
     assert [(p.name, p.length) for p in ports.read(graph)[0]] == [("prefill_16", 4)]  # the last of a length
     graph.signatures["decode"].inputs["local_mask"] = graph.signatures["decode"].inputs.pop("mask")
