@@ -202,7 +202,7 @@ def _gemma3(f: _Facts) -> dict[str, Any]:
 
 def _lfm2(f: _Facts) -> dict[str, Any]:
     kinds = [_FULL if i in f.attentions else "conv" for i in range(f.roles.layers)]
-    width = next((f.shape(i)[-1] for i in f.roles.kernels.values()), 3)
+    width = next((f.shape(i)[-1] for i, _ in f.roles.kernels.values()), 3)
     conv = {"layer_types": kinds, "conv_L_cache": width, "conv_bias": f.has_bias("out_proj")}
     return {"norm_eps": f.eps, "block_auto_adjust_ff_dim": False, "rope_parameters": f.rope(), **conv}
 
@@ -242,7 +242,8 @@ def hf_config(model: GraphModel, tied: bool, where: str) -> dict[str, Any]:
     facts = _Facts(model, where)
     name = architectures()[kind].config.__name__.removesuffix("Config")
     found: dict[str, Any] = {"architectures": [f"{name}ForCausalLM"], "model_type": kind, **facts.size}
-    found |= {"tie_word_embeddings": tied, **_FAMILIES[kind](facts)}
+    # The kinds' own padding may lie beyond the vocabulary, which transformers refuses.
+    found |= {"tie_word_embeddings": tied, "pad_token_id": None, **_FAMILIES[kind](facts)}
     tokenizer = model.tokenizer
     if tokenizer is not None:
         found |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids) or None}

@@ -144,8 +144,10 @@ class GraphSource:
                 found[f"{step.module}.weight"] = held
             if step.bias is not None:
                 found[f"{step.module}.bias"] = _Held(value(step.bias), step.factor)
-        for module, i in roles.kernels.items():  # [1, D, k] for [D, 1, k]
+        for module, (i, bias) in roles.kernels.items():  # [1, D, k] for [D, 1, k]
             found[f"{module}.weight"] = _Held(value(i), axes=(1, 0, 2))
+            if bias is not None:
+                found[f"{module}.bias"] = _Held(value(bias).reshape(-1))
         if roles.table is not None:
             found[_TABLE] = _Held(value(roles.table))
         elif EMBEDDER in model.module.graphs:

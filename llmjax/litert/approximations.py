@@ -6,6 +6,7 @@ exact functions serve.  The sigmoid and the order of sums are those of processor
 are others, as are square roots, which XNNPACK begins with an approximation of the processor's own.
 """
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -128,6 +129,17 @@ def logistic(x: jax.Array) -> jax.Array:
     return jnp.where(x < 0, share, 1 - share)
 
 
+def log(x: jax.Array) -> jax.Array:
+    """Natural logarithm: of numbers from one over the root of two to the root of two, and powers of two."""
+    bits = lax.bitcast_convert_type(x * np.float32(1.4142134190), jnp.int32)
+    power = ((bits >> 23) - 127).astype(jnp.float32)
+    near_one = lax.bitcast_convert_type(bits & (1 << 23) - 1 | 127 << 23, jnp.float32)
+    r = jnp.maximum(near_one * np.float32(7.0710688829e-01), LEAST) - 1  # rounded twice
+    below = _polynomial(r, 0.049584995955, 0.599170029163, 1.5, 1)
+    y = power * np.float32(np.log(2)) + r * _polynomial(r, 1.824996918440e-01, 1, 1) / below
+    return jnp.where((x > 0) & (x < jnp.inf), y, jnp.log(x))
+
+
 def softmax(x: jax.Array) -> jax.Array:
     """Along the last dimension."""
     e = _exp(x - jnp.max(x, -1, keepdims=True))
@@ -165,14 +177,37 @@ def _exp(x: jax.Array) -> jax.Array:
     return jnp.where(x < np.float32(-87.33654022), 0, rest * power * p + power)
 
 
-def mean(x: jax.Array, squares: bool = False) -> jax.Array:
-    """Along the last dimension, which is kept; of what is given or of its squares."""
-    return total(x, squares) * np.float32(1 / x.shape[-1])
+def mean(x: jax.Array, axes: Sequence[int] = (-1,), squares: bool = False) -> jax.Array:
+    """Along dimensions, which are kept; of what is given or of its squares."""
+    return total(x, axes, squares) * np.float32(1 / max(1, math.prod(x.shape[i] for i in axes)))
 
 
-def total(x: jax.Array, squares: bool = False) -> jax.Array:
-    """The sum along the last dimension, which is kept; of what is given or of its squares."""
-    return _total_of_squares(x) if squares else _total(x, 16)
+def total(x: jax.Array, axes: Sequence[int] = (-1,), squares: bool = False) -> jax.Array:
+    """The sum along dimensions, which are kept; of what is given or of its squares.  Dimensions side by side are one to
+    XNNPACK; along the last one it has sums of its own, others it adds up in order."""
+    left = {i % x.ndim for i in axes}
+    while left:
+        last = first = max(left)
+        while first - 1 in left:
+            first -= 1
+        left -= {*range(first, last + 1)}
+        before, here, behind = x.shape[:first], math.prod(x.shape[first : last + 1]), x.shape[last + 1 :]
+        if behind:
+            y = _in_columns(x.reshape(*before, here, math.prod(behind)), squares)
+        else:
+            y = (_total_of_squares if squares else _total)(x.reshape(*before, here))
+        x, squares = y.reshape(*before, *[1] * (last + 1 - first), *behind), False
+    return x
+
+
+def _in_columns(x: jax.Array, squares: bool) -> jax.Array:
+    """``[..., n, C]``: C sums in order."""
+
+    def add(sums: jax.Array, row: jax.Array) -> tuple[jax.Array, None]:
+        return _with_squares(sums, row) if squares else sums + row, None
+
+    rows = jnp.moveaxis(x, -2, 0)
+    return lax.scan(add, jnp.zeros(rows.shape[1:], x.dtype), rows)[0]
 
 
 def _total_of_squares(x: jax.Array) -> jax.Array:
@@ -185,8 +220,9 @@ def _total_of_squares(x: jax.Array) -> jax.Array:
 
 
 def _with_squares(sums: jax.Array, x: jax.Array) -> jax.Array:
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, sums.shape[-1] - x.shape[-1])])
-    return jnp.maximum(x * x + sums, LEAST)  # and no other sum joins in
+    first, rest = sums[..., : x.shape[-1]], sums[..., x.shape[-1] :]
+    # No other sum joins in.  Were x filled up with zeros, the compiler would choose between them and rounded products.
+    return jnp.concatenate([jnp.maximum(x * x + first, LEAST), rest], -1)
 
 
 def _halved(sums: jax.Array, lanes: int = 1) -> jax.Array:
@@ -195,7 +231,7 @@ def _halved(sums: jax.Array, lanes: int = 1) -> jax.Array:
     return sums
 
 
-def _total(x: jax.Array, step: int) -> jax.Array:
+def _total(x: jax.Array, step: int = _LANES) -> jax.Array:
     """``[..., 1]``: two registers take turns as far as whole steps go, the sum of both takes the rest; then halves upon
     halves."""
     whole = x.shape[-1] // step * step

@@ -20,12 +20,13 @@ from llmjax.errors import CheckpointError, ConfigError, RequestError, named
 from llmjax.litert import attention
 from llmjax.litert.constants import Constants
 from llmjax.litert.kernels import KERNELS, TYPES, put_results
-from llmjax.litert.products import Value, as_array
+from llmjax.litert.products import Value, as_array, computed
 from llmjax.numerics import Numerics
 
 # A profile's name -> what it means for a graph, which says itself where activations are rounded.
 _PROFILES = {"litert": "litert", "fast": "litert", "dynamic_int8": "litert", "reference": "reference"}
 _FLOAT32 = jnp.dtype(jnp.float32)
+_FLOAT32_ONLY = ("EMBEDDING_LOOKUP", "FULLY_CONNECTED")  # weights are read in that, whatever they are
 _DEPTH = 16  # of composites within composites
 
 
@@ -101,7 +102,7 @@ def _check(file: TfliteFile, number: int, name: str, problems: list[str], above:
         for tensor in (graph.tensors[i] for i in op.outputs):
             if tensor.quantization is not None:
                 problems.append(f"{where}: static activations of {tensor.type} are not supported")
-            elif tensor.type not in TYPES:
+            elif tensor.type not in TYPES or (op.name in _FLOAT32_ONLY and tensor.type != "FLOAT32"):
                 problems.append(f"{where}: activations of {tensor.type} are not supported")
     if lost := set(graph.outputs) - known:
         problems.append(f"{name}: nothing gives output {named(graph.tensors[min(lost)].name)}")
@@ -244,6 +245,8 @@ class Graph:
             inner = self._run(weights, op.options["body"], dict(zip(body.inputs, inputs, strict=True)))
             found = tuple(inner[i] for i in body.outputs)
         else:
+            if op.name == "FULLY_CONNECTED" and not self.file.is_constant(graph.tensors[op.inputs[1]]):
+                inputs = [inputs[0], computed(inputs[1]), *inputs[2:]]
             found = KERNELS[op.name](op, inputs, tensors, self.numerics)
         put_results(op, found, tensors, values)
 

@@ -93,14 +93,14 @@ def _reducer(function: Callable[..., Any]) -> Kernel:
 
 
 def _in_their_order(function: Callable[..., Any], theirs: Callable[..., Any]) -> Kernel:
-    """Adds up along dimensions; along the last one in the runtime's order where activations are rounded behind it."""
+    """Adds up along dimensions, in the runtime's order where activations are rounded behind it."""
 
     def kernel(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
         array = as_array(x[0])
-        last = _axes(x[1], array.ndim) == (array.ndim - 1,) and array.dtype == jnp.float32
-        if not last or numerics.digits != 1:
+        if numerics.digits != 1 or array.dtype != jnp.float32:
             return _reducer(function)(op, x, out, numerics)
-        found = theirs(x[0].root, squares=True) if isinstance(x[0], Square) else theirs(array)
+        squares = isinstance(x[0], Square)
+        found = theirs(x[0].root if squares else array, _axes(x[1], array.ndim), squares)
         return found.reshape(out[0].shape)
 
     return kernel
@@ -301,7 +301,6 @@ _UNARY: dict[str, Callable[..., Any]] = {
     "CEIL": jnp.ceil,
     "EXP": jnp.exp,
     "FLOOR": jnp.floor,
-    "LOG": jnp.log,
     "LOGICAL_NOT": jnp.logical_not,
     "NEG": jnp.negative,
     "RELU": jax.nn.relu,
@@ -332,7 +331,8 @@ _BINARY: dict[str, Callable[..., Any]] = {
     "SUB": operator.sub,
 }
 _PRODUCTS = (
-    *("DEPTHWISE_CONV_2D", "EMBEDDING_LOOKUP", "FULLY_CONNECTED", "GELU", "MEAN", "MUL", "SOFTMAX", "SQUARE", HADAMARD),
+    *("DEPTHWISE_CONV_2D", "EMBEDDING_LOOKUP", "FULLY_CONNECTED", "GELU", "MEAN", "MUL", "SOFTMAX", "SQUARE"),
+    *("SQUARED_DIFFERENCE", HADAMARD),
 )
 KERNELS: dict[str, Kernel] = {
     **{name: _elementwise(function) for name, function in (_UNARY | _BINARY).items()},
@@ -358,6 +358,7 @@ KERNELS: dict[str, Kernel] = {
     "GATHER_ND": _gather_nd,
     "GELU": _gelu,
     "LEAKY_RELU": lambda op, x, out, n: jax.nn.leaky_relu(as_array(x[0]), op.options["alpha"]),
+    "LOG": _approximated(jnp.log, approximations.log),
     "LOGISTIC": _approximated(jax.nn.sigmoid, approximations.logistic),
     "MEAN": _in_their_order(jnp.mean, approximations.mean),
     "PACK": lambda op, x, out, n: jnp.stack(list(map(as_array, x)), op.options["axis"]),

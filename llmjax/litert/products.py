@@ -53,6 +53,17 @@ class Dequantized(struct.PyTreeNode):
         return self.weight.shape
 
 
+class Computed(struct.PyTreeNode):
+    """A weight that the graph computes: products with it XNNPACK leaves to the runtime's own kernel."""
+
+    weight: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return self.weight.shape
+
+
 class Square(struct.PyTreeNode):
     """What was multiplied with itself, and the product: XNNPACK sums squares without rounding them first."""
 
@@ -65,7 +76,7 @@ class Square(struct.PyTreeNode):
         return self.root.shape
 
 
-Value = Any  # jax.Array | np.ndarray | QTensor | Filter | Dequantized | Square
+Value = Any  # jax.Array | np.ndarray | QTensor | Filter | Dequantized | Computed | Square
 
 
 def has_blocks(weight: QTensor) -> bool:
@@ -79,7 +90,7 @@ def has_blocks(weight: QTensor) -> bool:
 
 def as_array(value: Value) -> jax.Array:
     """What a value stands for, as one array."""
-    if isinstance(value, Dequantized):
+    if isinstance(value, Dequantized | Computed):
         return as_array(value.weight)
     if isinstance(value, QTensor):
         return jnp.asarray(dequantize(value))
@@ -88,6 +99,11 @@ def as_array(value: Value) -> jax.Array:
     if isinstance(value, Filter):
         return value.values.astype(jnp.float32) * value.scales
     return value
+
+
+def computed(weight: Value) -> Value:
+    """A weight that is no constant of the file; one behind a DEQUANTIZE is as good as one."""
+    return Computed(weight) if isinstance(weight, jax.Array) else weight
 
 
 def rounded(x: jax.Array, axes: Sequence[int]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -128,11 +144,13 @@ def fully_connected(x: jax.Array, weight: Value, bias: jax.Array | None, numeric
         else:
             y = _by_rows(_integer_product, q.astype(jnp.int8), weight, zero)
             y = y * step * weight.scales[:, 0].astype(jnp.float32)
+    elif numerics.digits == 1 and isinstance(weight, Computed):
+        y = _by_rows(_of_rounded, x, weight, jnp.zeros((len(x), weight.shape[0]), jnp.float32))
     elif numerics.digits == 1:  # beside weights whose activations are rounded
         start = jnp.float32(0) if bias is None else bias
         return _by_rows(_in_order, x, weight, jnp.broadcast_to(start, (len(x), weight.shape[0])))
     else:
-        y = _by_rows(_float_product, x, weight.weight if isinstance(weight, Dequantized) else weight)
+        y = _by_rows(_float_product, x, weight.weight if isinstance(weight, Dequantized | Computed) else weight)
     return y if bias is None else y + bias
 
 
@@ -143,12 +161,21 @@ def _float_product(x: jax.Array, weight: Any) -> jax.Array:
 def _in_order(x: jax.Array, weight: Any, start: jax.Array) -> jax.Array:
     """``start [rows, out] + x . weight^T`` as XNNPACK adds it up: one input after the other, each product rounded with
     the sum that it is added to."""
+    return _one_by_one(lambda total, product: product + total, x, weight, start)
+
+
+def _of_rounded(x: jax.Array, weight: Any, start: jax.Array) -> jax.Array:
+    """As ``_in_order``, but that products are rounded first: the runtime's own kernel for floats."""
+    return _one_by_one(lambda total, product: jnp.maximum(product, approximations.LEAST) + total, x, weight, start)
+
+
+def _one_by_one(add: Callable[..., jax.Array], x: jax.Array, weight: Any, start: jax.Array) -> jax.Array:
     columns = as_array(weight).astype(jnp.float32).T
 
-    def add(total: jax.Array, item: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return item[0][:, None] * item[1] + total, None
+    def step(total: jax.Array, item: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        return add(total, item[0][:, None] * item[1]), None
 
-    return lax.scan(add, start, (x.T, columns))[0]
+    return lax.scan(step, start, (x.T, columns))[0]
 
 
 def _integer_product(q: jax.Array, weight: QTensor, zero: jax.Array) -> jax.Array:

@@ -32,7 +32,7 @@ class Roles:
       steps: by module, in the order of computation.
       attentions: by the module they lie in, ``layers.3.self_attn``.
       acts: by module, the tensor of an MLP's activation.
-      kernels: by module, the constant ``[1, D, k]`` of a short convolution.
+      kernels: by module, the constant ``[1, D, k]`` of a short convolution, and its bias ``[1, D]`` or None.
       table: the tensor of the embedding, None where the model has embedders of its own.
       head: the product that the logits come from; its module is ``lm_head``.
       softcap: of the logits, or None.
@@ -57,7 +57,7 @@ class Roles:
             self._first[step.layer] = min(step.place, self._first.get(step.layer, step.place))
         self.attentions = {step.parent: mixing for step in products if (mixing := self._attention(step))}
         self.acts = {step.parent: act for step in products if (act := self._act(step)) is not None}
-        self.kernels = dict(self._convolutions())
+        self.kernels = {module: (kernel, bias) for module, kernel, bias in self._convolutions()}
         found = sorted([*map(self._unscaled, products), *self._norms()], key=lambda step: step.place)
         self.steps = {step.module: step for step in found}
         lookups = [op for op in self.graph.operators if op.name == "EMBEDDING_LOOKUP"]
@@ -287,12 +287,13 @@ class Roles:
         op = self.op(i, "MUL")
         return op is not None and any(self.op(self.back(j), "LOGISTIC") for j in op.inputs)
 
-    def _convolutions(self) -> Iterator[tuple[str, int]]:
+    def _convolutions(self) -> Iterator[tuple[str, int, int | None]]:
         for op in self.graph.operators:
             product = self.op(op.inputs[0], "MUL") if op.name == "SUM" else None
             for i in product.inputs if product else ():
                 if self.constant(i) and (modules := leaves(self.graph.tensors[i].name)):
-                    yield f"{modules[0]}.conv", i
+                    added = (j for user in self._users[op.outputs[0]] if user.name == "ADD" for j in user.inputs)
+                    yield f"{modules[0]}.conv", i, next(filter(self.constant, added), None)
 
     # What is known of a model by them.
 

@@ -87,6 +87,7 @@ APPROXIMATED = {
     "TANH": ((4.206176, -3.4739516, -1.6903521), (0.9995557, -0.9980804, -0.9341919)),
     "GELU by tanh": ((-3.7594442, -3.5894952, -3.851498), (-0.00021074756, -0.00043089647, -0.00014003598)),
     "GELU": ((-5.1782, -3.9309, -4.3333), (0, -0.00016600148, -3.2156458e-05)),
+    "LOG": ((0.97, 1.25, 7.5, 0.0078125), (-0.0304591171, 0.223143533, 2.01490307, -4.85203028)),
     "LOGISTIC": ((5.27199984, 2.68400002, 2.65199995, -90), (0.994892895, 0.936075866, 0.934134126, 0)),
     "RSQRT": ((15.9793816, 3.9690721, 3.95876288, 4), (0.25016126, 0.501944244, 0.502597451, 0.5)),
     "SQRT": ((13.6597939, 14.5876293, 4.03092766, 0), (3.69591546, 3.81937504, 2.00771689, 0)),
@@ -117,6 +118,36 @@ def test_functions_before_rounded_activations_are_the_runtimes(name):
 
     assert np.abs(found(1) - theirs).max() < 2e-8
     assert np.abs(found(None) - theirs).max() > 5e-8  # exact where nothing is rounded behind them
+
+
+# Shape, dimensions, what is added up, and ai-edge-litert 2.3.0's sums (AVX-512).
+ADDED_UP = {
+    "columns": ((40, 3), (0,), (25.7026997, 27.8648663, 27.2972965)),
+    "two dimensions": ((2, 3, 25), (1, 2), (43.9459457, 75.0270309)),
+    "squares in columns": ((40, 3), (0,), (42.1365929, 45.0321465, 43.661068)),
+    "means of squares": (
+        (9, 25),
+        (1,),
+        (0.16362308, 2.28195763, 0.332622319, 2.20379829, 0.323067933, 2.12709999, 0.489086896, 2.05186248, 0.47655228),
+    ),
+    "means of differences": ((4, 64), (1,), (0.769318819, 0.705097675, 0.909101546, 1.13925123)),
+}
+
+
+@pytest.mark.parametrize("name", ADDED_UP)
+def test_sums_before_rounded_activations_are_in_the_runtimes_order(name):
+    shape, axes, theirs = ADDED_UP[name]
+    x = ((np.arange(np.prod(shape)) * 103 % 101 - 20) / 37).astype(np.float32).reshape(shape)
+    first = "SQUARED_DIFFERENCE" if "differences" in name else "MUL"
+    op = Operator(first, (0, 1 if "differences" in name else 0), (2,), {"activation": 0, "keep_dims": True})
+    tensors = [types.SimpleNamespace(shape=np.shape(theirs))]
+
+    def computed(x):
+        other = np.float32(0.3) if "differences" in name else x
+        given = x if name in ("columns", "two dimensions") else KERNELS[first](op, [x, other], [], ROUNDS)
+        return KERNELS["MEAN" if "means" in name else "SUM"](op, [given, np.array(axes)], tensors, ROUNDS)
+
+    assert np.array_equal(jax.jit(computed)(x), np.float32(theirs))
 
 
 def test_quotients_are_exact():
@@ -160,6 +191,12 @@ def test_a_block_as_long_as_a_row_has_its_scale_before_the_step():
     assert np.array_equal(products.fully_connected(x, weight, None, ROUNDS), np.float32(plain))
     found = products.fully_connected(x, weight, bias, ROUNDS)
     assert np.abs(found - np.float32(added)).max() < 2e-7  # a processor may round before it adds
+
+
+def test_a_product_with_a_weight_that_the_graph_computes_is_the_runtimes(ops):
+    """Gemma 3n's mixing of streams: no product of XNNPACK's, which would round it once with what it is added to."""
+    ours, theirs = run(op(ops, "fc_computed").under(ROUNDS), ops, "fc_computed")
+    assert np.array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("rows", [2, 12])  # of a decode step, of a prefill
@@ -399,6 +436,9 @@ def test_what_does_not_run_is_named_before_anything_runs(file):
     tensor = decode.tensors[decode.operators[place].outputs[0]]
     object.__setattr__(tensor, "quantization", tflite.Quantization(np.ones(1, np.float32), np.zeros(1, np.int64), 0))
     assert f"decode: operator {place} (CUSTOM:mine): static activations of FLOAT32" in problems_of(graph, ["decode"])[1]
+    product = next(o for o in decode.operators if o.name == "FULLY_CONNECTED")  # as mixed precision exports them
+    object.__setattr__(decode.tensors[product.outputs[0]], "type", "FLOAT16")
+    assert any("(FULLY_CONNECTED): activations of FLOAT16" in problem for problem in problems_of(graph, ["decode"]))
     graph.signatures |= {"prefill_16_lora_r4": graph.signatures["decode"], "prefill_16": graph.signatures["prefill_4"]}
     assert [(p.name, p.length) for p in ports.read(graph)[0]] == [("prefill_16", 4)]  # the last of a length
     graph.signatures["decode"].inputs["local_mask"] = graph.signatures["decode"].inputs.pop("mask")

@@ -1,5 +1,6 @@
 """Checkpoints out of op graphs: ``qwen2.tflite`` was made of ``qwen2`` (``tests/data/litert``) by litert-torch 0.10.0,
-``gemma2_int4.tflite`` of a Gemma 2 whose configuration is known."""
+``gemma2_int4.tflite`` of a Gemma 2 whose configuration is known, ``lfm2_zeros.tflite`` of an LFM2, whose large weights
+were then made zero."""
 
 import json
 import lzma
@@ -13,6 +14,7 @@ import llmjax
 from converters.readers.litert import tflite
 from llmjax.checkpoint import against, weight_error
 from llmjax.checkpoint.graph_config import _ropes
+from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.errors import CheckpointError
 from llmjax.models.rope import Rope
 from llmjax.models.scalings import Llama3Scaling
@@ -33,11 +35,22 @@ def test_a_float_graph_gives_its_checkpoint_back(tmp_path):
     assert jax.tree.structure(ours.params) == jax.tree.structure(source.params)
     assert all(map(np.array_equal, jax.tree.leaves(ours.params), jax.tree.leaves(source.params)))
     found, known = (json.loads((p / "config.json").read_text()) for p in (tmp_path / "out", DATA / "qwen2"))
-    # A cache is as long as the exporter was told; the rest is the model's own.
-    assert {k for k in found if found[k] != known.get(k)} == {"max_position_embeddings"}
+    # A cache is as long as the exporter was told, and no graph knows its padding; the rest is the model's own.
+    assert {k for k in found if found[k] != known.get(k)} == {"max_position_embeddings", "pad_token_id"}
+    assert found["pad_token_id"] is None  # and not the kind's own, which may be no token of this vocabulary
     graph = tmp_path / "qwen2.tflite"
     assert against.differences(graph, DATA / "qwen2") == {"max_position_embeddings": (64, 512)}
     assert all(e.max == 0 for e in weight_error.errors(graph, DATA / "qwen2"))
+
+
+def test_a_convolution_has_its_bias(tmp_path):
+    """``model.layers.0.conv.conv`` of the checkpoint that the graph was made of."""
+    source = GraphSource(unpacked("lfm2_zeros", tmp_path))
+    bias, kernel = (source.read(f"layers.0.conv.conv.{name}") for name in ("bias", "weight"))
+    assert bias.shape == (32,) and kernel.shape == (32, 1, 3)
+    theirs = (0.0027776945, -0.31915283, -0.10912379, -0.26737341, -0.25403658)
+    assert np.array_equal(bias[:5], np.float32(theirs))
+    assert np.array_equal(kernel[1, 0], np.float32((0.26622897, 0.2891995, 0.83696878)))
 
 
 @pytest.fixture(scope="module")
