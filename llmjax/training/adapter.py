@@ -27,6 +27,8 @@ Factors = dict[str, dict[str, Any]]
 
 ALL_LINEAR, MEDIAPIPE = "all-linear", "mediapipe"
 _MEDIAPIPE_ROLES = ("q", "k", "v", "o")
+# Of a length, relative: a few last places of float32, and far less than what a step of training changes.
+_ROUNDING = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +116,7 @@ def adapted(
       targets: the modules.
       factors: by module.
       dropout: share of the inputs that A does not see; goes with ``key``.
-      key: which, for this call; each parameter's part of it follows from its name.
+      key: which, for this call; each module's part of it follows from its name, for what it is fused of has one input.
     """
     return with_loras(params, _loras(targets, factors, dropout, key))
 
@@ -140,7 +142,7 @@ def _loras(
             cut = own if rows is None else own | {s: jnp.take(v, rows, axis=0) for s, v in own.items() if s != "A"}
             lora = Lora(cut["A"], cut["B"], jnp.float32(target.scale), cut.get(MAGNITUDE))
             if key is not None and dropout:
-                lora = lora.replace(key=jax.random.fold_in(key, zlib.crc32(parameter.encode())), dropout=dropout)
+                lora = lora.replace(key=jax.random.fold_in(key, zlib.crc32(target.module.encode())), dropout=dropout)
             loras[parameter] = lora
     return loras
 
@@ -198,11 +200,13 @@ def _lengths(target: Target, factors: dict[str, Any], model: Model) -> jax.Array
 
 
 def changes(model: Model, targets: tuple[Target, ...], factors: Factors) -> bool:
-    """Whether an adapter may change anything: not where each B is 0, and each magnitude its row's length."""
+    """Whether an adapter may change anything: not where each B is 0, and each magnitude its row's length, to the
+    rounding of who added that up: PEFT does in another order."""
     if any(np.any(own["B"]) for own in factors.values()):
         return True
     scaled = [target for target in targets if MAGNITUDE in factors[target.module]]
-    return any(np.any(_lengths(t, own := factors[t.module], model) != own[MAGNITUDE]) for t in scaled)
+    lengths = {target.module: np.asarray(_lengths(target, factors[target.module], model)) for target in scaled}
+    return any(np.any(np.abs(factors[name][MAGNITUDE] - found) > _ROUNDING * found) for name, found in lengths.items())
 
 
 def _names(chosen: list[str], modules: Mapping[str, list[Part]], model: Model) -> tuple[str, ...]:
