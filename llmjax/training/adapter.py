@@ -19,7 +19,8 @@ from llmjax.lora.adapter import Part, modules_of
 from llmjax.lora.apply import Lora, settled, with_loras
 from llmjax.lora.config import LoraConfig
 from llmjax.model import Model
-from llmjax.models.tree import get_at, path_of
+from llmjax.models.tree import get_at, parameter_shapes, path_of
+from llmjax.quant.schemes import role_of
 
 # By module ``model.layers.0.self_attn.q_proj``: ``A`` float32 [r, in], ``B`` float32 [out, r]; in DoRA ``magnitude``
 # float32 [out], too.
@@ -197,6 +198,12 @@ def _lengths(target: Target, factors: dict[str, Any], model: Model) -> jax.Array
         norm = settled(lora, get_at(model.params, path_of(parameter)), parameter).norm
         found[slice(None) if rows is None else rows] = norm
     return jnp.asarray(found)
+
+
+def stacks_of(model: Model) -> list[str]:
+    """Parameters that hold all experts of a layer, on which adapters do not go (peft's all-linear does, of some)."""
+    shapes = parameter_shapes(model.config).items()
+    return [name for name, shape in shapes if role_of(name) == "feed_forward" and len(shape) > 2]
 
 
 def changes(model: Model, targets: tuple[Target, ...], factors: Factors) -> bool:

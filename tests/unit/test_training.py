@@ -28,6 +28,7 @@ from llmjax.training.batches import Example, batches, bucket, from_labels, make_
 from llmjax.training.files import read_trained, save_adapter
 from llmjax.training.optimizer import optimizer, schedule
 from llmjax.training.step import Programs, first_state, loss, train_step
+from tests.parity.test_cases import FOLDER
 from tests.tiny import checkpoint, random_model, slow
 
 RNG = np.random.default_rng(5)
@@ -388,6 +389,10 @@ def test_targets(model, tmp_path):
     again = read_trained(save_adapter(adapter, tmp_path), model)
     kept, made = ({t.module: (t.rank, t.scale) for t in a.targets} for a in (again, adapter))
     assert kept == made and set(kept.values()) == {(4, 1.0), (2, 1.0)}
+    mixture, notes = llmjax.load(FOLDER / "qwen3_moe"), []  # peft's all-linear means its experts, too
+    with pytest.raises(OutputError, match="holds an adapter"):
+        llmjax.finetune(mixture, [{"ids": [5, 6]}], TrainConfig(targets="all-linear"), output=tmp_path, note=notes.append)
+    assert notes == ["targets: all-linear leaves 9 stacks of experts as they are (layers.0.experts.down.weight ...)"]
     narrow = new_adapter(model, TrainConfig(rank=20).lora)  # k and v have 16 rows: peft takes that
     assert {t.shape[0] for t in narrow.targets if t.rank > min(t.shape)} == {16}
 
