@@ -391,7 +391,9 @@ def test_targets(model, tmp_path):
     assert kept == made and set(kept.values()) == {(4, 1.0), (2, 1.0)}
     mixture, notes = llmjax.load(FOLDER / "qwen3_moe"), []  # peft's all-linear means its experts, too
     with pytest.raises(OutputError, match="holds an adapter"):
-        llmjax.finetune(mixture, [{"ids": [5, 6]}], TrainConfig(targets="all-linear"), output=tmp_path, note=notes.append)
+        llmjax.finetune(
+            mixture, [{"ids": [5, 6]}], TrainConfig(targets="all-linear"), output=tmp_path, note=notes.append
+        )
     assert notes == ["targets: all-linear leaves 9 stacks of experts as they are (layers.0.experts.down.weight ...)"]
     narrow = new_adapter(model, TrainConfig(rank=20).lora)  # k and v have 16 rows: peft takes that
     assert {t.shape[0] for t in narrow.targets if t.rank > min(t.shape)} == {16}
