@@ -1,13 +1,14 @@
 """Replays a recorded LoRA or DoRA training run, step by step, through the public pieces of ``llmjax.training``.
 
-    python scripts/replay_training.py RUN_DIR --base CHECKPOINT --output DIR
+    python scripts/replay_training.py RUN_DIR --base CHECKPOINT --output DIR [--numerics hf]
 
 RUN_DIR holds ``train.json`` (settings, order of rows), ``batches.npz`` (padded arrays ``[step, micro batch, row, T]``;
 of preferences ``chosen_*`` and ``rejected_*``), ``adapter_init/`` (PEFT's form), ``eval.jsonl``, and
 ``base_int8.safetensors`` where the base is quantized: its integers and scales are then what is trained on.  DIR gets
 ``history.json`` (loss, grad_norm, lr and tokens of every step, the evaluation loss before and after; of preferences the
 pairs for the tokens, and rewards, accuracy and log-probabilities) and the adapters after steps 1, 5, 20 and the last.
-A setting that is not known is refused by name.
+A setting that is not known is refused by name.  A run in float32 is replayed by the formulas of the papers; one of
+Falcon needs ``--numerics hf`` where transformers was not mended, whose ALiBi is bfloat16 even then.
 """
 
 import argparse
@@ -191,14 +192,14 @@ def batch_of(ids: np.ndarray, labels: np.ndarray, rows: Sequence[int]) -> Batch:
     return from_labels(*(a.reshape(-1, a.shape[-1]) for a in (ids, labels)), [row for row in rows for _ in range(each)])
 
 
-def replay(folder: Path, base: Path, output: Path) -> dict[str, Any]:
-    """Does it and returns the history."""
+def replay(folder: Path, base: Path, output: Path, numerics: str | None = None) -> dict[str, Any]:
+    """Does it and returns the history; numerics None is ``reference`` of float32, ``hf`` of less."""
     run = read_json(folder / "train.json")
     if run is None:
         raise ConfigError(f"{folder}/train.json: no such file")
     config = settings_of(run)
     dtype = run.get("dtype", "float32")
-    model = llmjax.load(base, dtype=dtype, numerics="reference" if dtype == "float32" else "hf")
+    model = llmjax.load(base, dtype=dtype, numerics=numerics or ("reference" if dtype == "float32" else "hf"))
     if run.get("int8"):
         model = packed(model, folder / "base_int8.safetensors")
     adapter = read_trained(folder / "adapter_init", model)
@@ -238,10 +239,11 @@ def main() -> int:
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     parser.add_argument("--base", type=Path, required=True, help="the base model's checkpoint")
     parser.add_argument("--output", type=Path, required=True, help="a directory, made where it is missing")
+    parser.add_argument("--numerics", choices=("reference", "hf"), help="of the model (default: by the run's dtype)")
     args = parser.parse_args()
     try:
         args.output.mkdir(parents=True, exist_ok=True)
-        history = replay(args.run, args.base, args.output)
+        history = replay(args.run, args.base, args.output, args.numerics)
     except LlmjaxError as error:
         print(f"replay_training: {error}", file=sys.stderr)
         return 2

@@ -201,12 +201,25 @@ def _inverse(lower: jax.Array) -> jax.Array:
     diagonal's blocks, two by two, make those twice as large."""
     size, blocks = lower.shape[-1], jnp.ones((*lower.shape[:-1], 1, 1), lower.dtype)
     while (width := blocks.shape[-1]) < size:
-        below = jnp.stack([lower[..., i + width : i + 2 * width, i : i + width] for i in range(0, size, 2 * width)], -3)
+        below = _below(lower, width)
         first, second = blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
         corner = -_product(_product(second, below), first)
         upper = jnp.concatenate([first, jnp.zeros_like(first)], -1)
         blocks = jnp.concatenate([upper, jnp.concatenate([corner, second], -1)], -2)
     return blocks[..., 0, :, :]
+
+
+def _below(lower: jax.Array, width: int) -> jax.Array:
+    """``[..., count, width, width]``: of each of the diagonal's blocks, two widths wide, the lower left.
+
+    Cut out at once, for a slice each were sixty for XLA to compile: where all numbers lie one behind the other and rows
+    of blocks are longer by a block, each begins where its own block does.
+    """
+    *rest, size, _ = lower.shape
+    block = 2 * width
+    flat = jnp.pad(lower.reshape(*rest, -1), [(0, 0)] * len(rest) + [(0, size)])
+    rows = flat.reshape(*rest, size // block, (size + 1) * block)[..., : size * block]
+    return rows.reshape(*rest, size // block, block, size)[..., width:, :width]
 
 
 @_inverse.defjvp

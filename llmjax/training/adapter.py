@@ -19,7 +19,8 @@ from llmjax.lora.adapter import Part, modules_of
 from llmjax.lora.apply import Lora, settled, with_loras
 from llmjax.lora.config import LoraConfig
 from llmjax.model import Model
-from llmjax.models.tree import get_at, path_of
+from llmjax.models.tree import get_at, parameter_shapes, path_of
+from llmjax.quant.schemes import role_of
 
 # By module ``model.layers.0.self_attn.q_proj``: ``A`` float32 [r, in], ``B`` float32 [out, r]; in DoRA ``magnitude``
 # float32 [out], too.
@@ -27,6 +28,8 @@ Factors = dict[str, dict[str, Any]]
 
 ALL_LINEAR, MEDIAPIPE = "all-linear", "mediapipe"
 _MEDIAPIPE_ROLES = ("q", "k", "v", "o")
+# Of a length, relative: a few last places of float32, and far less than what a step of training changes.
+_ROUNDING = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +117,7 @@ def adapted(
       targets: the modules.
       factors: by module.
       dropout: share of the inputs that A does not see; goes with ``key``.
-      key: which, for this call; each parameter's part of it follows from its name.
+      key: which, for this call; each module's part of it follows from its name, for what it is fused of has one input.
     """
     return with_loras(params, _loras(targets, factors, dropout, key))
 
@@ -140,7 +143,7 @@ def _loras(
             cut = own if rows is None else own | {s: jnp.take(v, rows, axis=0) for s, v in own.items() if s != "A"}
             lora = Lora(cut["A"], cut["B"], jnp.float32(target.scale), cut.get(MAGNITUDE))
             if key is not None and dropout:
-                lora = lora.replace(key=jax.random.fold_in(key, zlib.crc32(parameter.encode())), dropout=dropout)
+                lora = lora.replace(key=jax.random.fold_in(key, zlib.crc32(target.module.encode())), dropout=dropout)
             loras[parameter] = lora
     return loras
 
@@ -197,12 +200,20 @@ def _lengths(target: Target, factors: dict[str, Any], model: Model) -> jax.Array
     return jnp.asarray(found)
 
 
+def stacks_of(model: Model) -> list[str]:
+    """Parameters that hold all experts of a layer, on which adapters do not go (peft's all-linear does, of some)."""
+    shapes = parameter_shapes(model.config).items()
+    return [name for name, shape in shapes if role_of(name) == "feed_forward" and len(shape) > 2]
+
+
 def changes(model: Model, targets: tuple[Target, ...], factors: Factors) -> bool:
-    """Whether an adapter may change anything: not where each B is 0, and each magnitude its row's length."""
+    """Whether an adapter may change anything: not where each B is 0, and each magnitude its row's length, to the
+    rounding of who added that up: PEFT does in another order."""
     if any(np.any(own["B"]) for own in factors.values()):
         return True
     scaled = [target for target in targets if MAGNITUDE in factors[target.module]]
-    return any(np.any(_lengths(t, own := factors[t.module], model) != own[MAGNITUDE]) for t in scaled)
+    lengths = {target.module: np.asarray(_lengths(target, factors[target.module], model)) for target in scaled}
+    return any(np.any(np.abs(factors[name][MAGNITUDE] - found) > _ROUNDING * found) for name, found in lengths.items())
 
 
 def _names(chosen: list[str], modules: Mapping[str, list[Part]], model: Model) -> tuple[str, ...]:

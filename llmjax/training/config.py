@@ -28,8 +28,8 @@ class TrainConfig:
 
     Attributes:
       targets: modules that get factors: ``mediapipe`` (q, k, v and o, as MediaPipe's LoRA files hold), ``all-linear``
-        (all but the head), a list of names or endings of names, or one regular expression of whole names, as PEFT has
-        them.
+        (all but the head and stacks of experts), a list of names or endings of names, or one regular expression of
+        whole names, as PEFT has them.
       rank: r.
       alpha: the delta's scale is alpha / r.
       rslora: alpha / sqrt(r) instead.

@@ -56,12 +56,16 @@ def read_trained(path: str | Path, model: Model) -> Adapter:
         file = open_adapter(checked_path("start", path, LoraError))
     except CheckpointError as error:
         raise LoraError(str(error)) from None
+    if file.config is None:
+        raise LoraError(f"{file.path}: no {CONFIG} beside it, so its rank and scale are not known")
+    where = file.path.parent / CONFIG
+    settings = LoraConfig.from_peft(file.config, str(where))  # what it refuses says more than the tensors of it do
+    if file.config.get("init_lora_weights") == "mica":
+        raise LoraError(f"{where}: init_lora_weights: 'mica' trains A alone, while here A and B are; merge it first")
     modules = modules_of(model.architecture, model.config)
     if problems := [*file.problems, *strange_bases(file, modules, values_of(model.params))]:
         raise LoraError("\n  ".join([f"{file.path}: this adapter cannot be trained on:", *problems]))
-    if file.config is None:
-        raise LoraError(f"{file.path}: no {CONFIG} beside it, so its rank and scale are not known")
-    begun = new_adapter(model, LoraConfig.from_peft(file.config, str(file.path.parent / CONFIG)))
+    begun = new_adapter(model, settings)
     if set(file.factors) != set(begun.factors):
         odd = min(set(file.factors) ^ set(begun.factors))
         which = "target_modules does not name it" if odd in file.factors else "the file has no factors of it"

@@ -23,7 +23,7 @@ from llmjax.outside.whole import locked
 from llmjax.runtime.memory import size, weight_bytes
 from llmjax.text.dates import Date
 from llmjax.training import checkpoints, curves
-from llmjax.training.adapter import Adapter, new_adapter, settled_beside
+from llmjax.training.adapter import ALL_LINEAR, Adapter, new_adapter, settled_beside, stacks_of
 from llmjax.training.batches import Batch, Example, Pair, batches, cut
 from llmjax.training.checkpoints import Progress
 from llmjax.training.config import TrainConfig
@@ -136,6 +136,8 @@ def finetune(
     run = _Run(model, adapter, config, _data(model, rows, config, "rows", date),
                None if eval_rows is None else _data(model, eval_rows, config, "eval", date),
                None if output is None else checked_path("output", output, OutputError))  # fmt: skip
+    if start is None and config.targets == ALL_LINEAR and (stacks := stacks_of(model)):
+        note(f"targets: all-linear leaves {len(stacks)} stacks of experts as they are ({stacks[0]} ...)")
     for data in run.data:
         for line in data.notes():
             note(line)

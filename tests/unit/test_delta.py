@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmjax.models import delta
 from llmjax.models.context import Context
 from llmjax.models.delta import _CHUNK, GatedDelta, delta_rule
 from llmjax.numerics import resolve
@@ -64,6 +65,8 @@ def test_gradients_in_chunks():
             np.testing.assert_allclose(each[name], wanted[name], rtol=1e-4, atol=1e-5)
     kept, again = (program.memory_analysis().temp_size_in_bytes for program in programs[1:])
     assert again < 0.2 * kept
+    # Blocks of a chunk's inverse are not cut out one by one: sixty slices, and half of what there was to compile.
+    assert jax.jit(delta._inverse).lower(jnp.zeros((_CHUNK, _CHUNK))).as_text().count("stablehlo.slice") < _CHUNK // 2
 
 
 def test_training_keeps_no_chunks():

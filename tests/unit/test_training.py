@@ -22,11 +22,13 @@ from llmjax.errors import OutputError
 from llmjax.lora.config import LoraConfig
 from llmjax.models.recompute import recomputed
 from llmjax.models.scanned import periods
+from llmjax.models.tree import get_at, path_of
 from llmjax.training.adapter import adapted, changes, new_adapter
 from llmjax.training.batches import Example, batches, bucket, from_labels, make_batch
 from llmjax.training.files import read_trained, save_adapter
 from llmjax.training.optimizer import optimizer, schedule
 from llmjax.training.step import Programs, first_state, loss, train_step
+from tests.parity.test_cases import FOLDER
 from tests.tiny import checkpoint, random_model, slow
 
 RNG = np.random.default_rng(5)
@@ -295,6 +297,11 @@ def test_dropout_follows_from_its_key(model):
     found = [float(at(seed)) for seed in (1, 1, 2)]
     plain = float(jax.jit(lambda: loss(model, model.params, adapter.targets, adapter.factors, batch)[0])())
     assert found[0] == found[1] != found[2] and plain not in found
+    # What q, k and v share as one module, with one A, drops the same of its input, as peft's one dropout does.
+    whole = dataclasses.replace(adapter.targets[0], parts=tuple((t.parts[0][0], None) for t in adapter.targets[:2]))
+    fused = adapted(model.params, (whole,), adapter.factors, dropout=0.5, key=jax.random.key(1))
+    a, b = (get_at(fused, path_of(name)[:-1])["lora"].key for name, _ in whole.parts)
+    assert a == b
 
 
 def test_batches():
@@ -382,6 +389,12 @@ def test_targets(model, tmp_path):
     again = read_trained(save_adapter(adapter, tmp_path), model)
     kept, made = ({t.module: (t.rank, t.scale) for t in a.targets} for a in (again, adapter))
     assert kept == made and set(kept.values()) == {(4, 1.0), (2, 1.0)}
+    mixture, notes = llmjax.load(FOLDER / "qwen3_moe"), []  # peft's all-linear means its experts, too
+    with pytest.raises(OutputError, match="holds an adapter"):
+        llmjax.finetune(
+            mixture, [{"ids": [5, 6]}], TrainConfig(targets="all-linear"), output=tmp_path, note=notes.append
+        )
+    assert notes == ["targets: all-linear leaves 9 stacks of experts as they are (layers.0.experts.down.weight ...)"]
     narrow = new_adapter(model, TrainConfig(rank=20).lora)  # k and v have 16 rows: peft takes that
     assert {t.shape[0] for t in narrow.targets if t.rank > min(t.shape)} == {16}
 
@@ -393,7 +406,10 @@ def test_what_changes_nothing(model, dora):
     assert not changes(model, adapter.targets, adapter.factors)
     name = "magnitude" if dora else "B"
     own = adapter.factors[adapter.targets[-1].module]
-    own[name] = own[name].at[-1].add(0.01)
+    if dora:  # peft's lengths: added up in another order
+        own[name] = own[name] * jnp.float32(1 + 3e-7)
+        assert not changes(model, adapter.targets, adapter.factors)
+    own[name] = own[name].at[-1].add(1e-4)
     assert changes(model, adapter.targets, adapter.factors)
 
 
@@ -480,6 +496,13 @@ def test_it_goes_on_from_an_adapter(model, whole, tmp_path):
     plain = save_adapter(new_adapter(model, CONFIG.lora), tmp_path)
     with pytest.raises(ConfigError, match="dora: the adapter to start from has no magnitudes"):
         llmjax.finetune(model, rows(4), dataclasses.replace(CONFIG, dora=True), start=plain)
+    file = plain / "adapter_config.json"
+    text = file.read_text()
+    # Peft leaves B of MiCA as it is; and what a file says of itself comes before what its tensors look like.
+    for key, value, why in (("init_lora_weights", "mica", "trains A alone"), ("bias", "lora_only", "is not supported")):
+        file.write_text(json.dumps(json.loads(text) | {key: value}))
+        with pytest.raises(LoraError, match=f"adapter_config.json: {key}: '{value}' {why}"):
+            read_trained(plain, model)
 
 
 def test_a_full_disk_is_told(model, tmp_path, monkeypatch):
