@@ -114,7 +114,7 @@ def _of_floats(numerics: Numerics, x: jax.Array, weight: jax.Array) -> jax.Array
 def _in_sums(x: jax.Array, q: QTensor) -> jax.Array:
     """Of a few rows, each in a sum of its own.  Where a channel has one scale, it is multiplied with afterwards; zero
     is taken from floats, see ``halves``."""
-    x, q = _together(x, q)
+    _, q = _together(x, q)  # x stays what other weights meet: sums of one shape with the same x are one kernel
     plain = q.scales.shape[1] == 1 and q.offsets is None
     parts = halves(q.replace(scales=jnp.ones_like(q.scales)) if plain else q)
     y = jnp.stack([
