@@ -179,8 +179,10 @@ def _mean(x: jax.Array, more: float | None = None) -> jax.Array:
     def within(x: jax.Array) -> jax.Array:
         return jnp.sum((x if more is None else x + more) * np.float32(1 / x.shape[-1]), -1, keepdims=True)
 
-    # What is done to the one number that a step's only row has keeps XLA:GPU from a norm in one kernel.
-    return by_device(plainly, cpu=plainly, cuda=within if x.size == x.shape[-1] else plainly)(x)
+    # What is done to the one number that a step's only row has keeps XLA:GPU from a norm in one kernel.  That it takes
+    # into the products that follow, too, in tiles of powers of two, which other widths would fill but in part.
+    alone = x.size == x.shape[-1] and x.size.bit_count() == 1
+    return by_device(plainly, cpu=plainly, cuda=within if alone else plainly)(x)
 
 
 class LayerNorm(nn.Module):

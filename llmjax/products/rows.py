@@ -1,9 +1,9 @@
 """One row's products with weights of four bits as a kernel for an NVIDIA card, what ``defined`` writes as sums.
 
-XLA's sums take nine instructions a weight, as compiled for an H100, whose memory brings a weight in the time of four or
-five.  Here they are five: two weights are taken out of a byte where they lie, as the last bits of 2^23 and more, of
-which 2^23 is taken away with what means zero, exactly; the upper one is sixteen times itself, and its x a sixteenth.
-All that meet the same x are one kernel.
+XLA's sums take nine instructions a weight, as compiled for an H100, whose memory brings one in the time of five.  Here
+they are six: a byte is the last bits of 2^23 and more, of which 2^23 is taken away with what means zero, exactly.  Of
+its two weights the lower one is its last bits, and the upper one a sixteenth of what is left: so they meet ``even - odd
+/ 16`` and, the whole byte, ``odd / 16``.  All weights that meet the same x are one kernel.
 
 The order of a sum follows from shapes.
 """
@@ -27,7 +27,7 @@ _FEWEST = 4
 
 
 def can_serve(weight: Any) -> bool:
-    """Whether the kernel knows a weight: of four bits, and of a group's columns a power of two are loaded at once."""
+    """Whether the kernel knows a weight: of four bits, and all that is loaded at once is of one group."""
     return (
         isinstance(weight, QTensor)
         and weight.bits == 4
