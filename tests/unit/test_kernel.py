@@ -192,6 +192,11 @@ def test_what_meets_the_same_row_is_one_kernel(profile, monkeypatch):
             found = taps[name]["tap:"][0, 0]
             assert np.abs(found - wanted).max() / np.abs(wanted).max() < (1e-6 if profile == "fast" else 2e-2)
     assert calls == [3, 1, 2, 1]
+    pair = [params[name]["weight"] for name in ("gate", "up")]
+    step = jax.jit(lambda x, pair: jax.jvp(lambda x: matmul.matmuls(x, pair, ctx.numerics), (x,), (x[..., ::-1],))[1])
+    for name, found in zip(("gate", "up"), step(x, pair), strict=True):  # of the float32 product, whatever ran
+        wanted = values[name] @ np.asarray(x, np.float64)[0, 0, ::-1]
+        assert np.abs(found[0, 0] - wanted).max() / np.abs(wanted).max() < 1e-6
 
 
 def test_what_is_out_of_bounds_is_seen():
