@@ -3,7 +3,8 @@
 XLA's sums take nine instructions a weight, as compiled for an H100, whose memory brings one in the time of five.  Here
 they are six: a byte is the last bits of 2^23 and more, of which 2^23 is taken away with what means zero, exactly.  Of
 its two weights the lower one is its last bits, and the upper one a sixteenth of what is left: so they meet ``even - odd
-/ 16`` and, the whole byte, ``odd / 16``.  All weights that meet the same x are one kernel.
+/ 16``, rounded to 2^-28 of odd at worst, and, the whole byte, ``odd / 16``.  All weights that meet the same x are one
+kernel.
 
 The order of a sum follows from shapes.
 """
