@@ -40,7 +40,8 @@ NO_PRODUCTS = "from llmjax.products import kernel; kernel.can_serve = lambda q: 
 NO_ATTENTION = "from llmjax.models import flash; flash.can_serve = lambda k: False"
 NO_KERNELS = "from llmjax import device; device.knows_cuda = lambda: False"
 RACED = "from llmjax import numerics as n; n.GPU_OPTIONS.clear(); n.GPU_LIBRARY.clear()"
-FEW_ROWS = "from llmjax.products import defined; defined.FEW = 0"
+NO_ROWS = "from llmjax.products import rows; rows.can_serve = lambda q: False"
+FEW_ROWS = f"{NO_ROWS}; from llmjax.products import defined; defined.FEW = 0"
 # Seconds: for parts to get ready together, for one to be measured, and what the last lines need.
 READY, MEASURE, END = 200, 90, 8
 
@@ -72,6 +73,7 @@ def waves(many: int) -> list[dict[str, Part]]:
         f"int4-{many}-plain": Part("int4", many, NO_PRODUCTS),
         "int8-plain": Part("int8", before=NO_PRODUCTS),
         "int4-buffered": Part("int4", flags="--xla_gpu_enable_command_buffer=+WHILE"),
+        "int4-summed": Part("int4", before=NO_ROWS),
         "int4-products": Part("int4", before=FEW_ROWS),
         f"int4-g32-{many}": Part("int4-g32", many),
     }

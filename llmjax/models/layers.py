@@ -11,14 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from llmjax.device import by_device
 from llmjax.models.attention import Scores, cached_attention, dense_attention, masked_attention
 from llmjax.models.context import PROJECTED, Context, patched, tap
 from llmjax.models.pages import written
 from llmjax.models.rope import Rope
-from llmjax.products.matmul import matmul
+from llmjax.products.matmul import matmul, matmuls
 from llmjax.quant.bits import look_up, to_storage
 from llmjax.quant.qtensor import QTensor, take
 
@@ -53,12 +55,13 @@ class Projection(nn.Module):
     bias_apart: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+    def __call__(self, x: jax.Array, ctx: Context, product: jax.Array | None = None) -> jax.Array:
+        """``product`` is that of x with the weight, of whoever has made it together with others."""
         weight = parameter(self, "weight", _normal, (self.features, x.shape[-1]))
         lora: Any = self.get_variable("params", "lora")
         # What is kept for the way back: a magnitude's derivative needs the product, of which the rest is soon made.
         dora = lora is not None and lora.magnitude is not None
-        product = matmul(x, weight, ctx.numerics)
+        product = matmul(x, weight, ctx.numerics) if product is None else product
         if ctx.recompute is not None and dora:
             product = checkpoint_name(product, PROJECTED)
         y = product.astype(ctx.numerics.activations) if self.bias_apart else product
@@ -69,6 +72,12 @@ class Projection(nn.Module):
         if ctx.recompute is not None and not dora:
             y = checkpoint_name(y, PROJECTED)
         return tap(self, "", y)
+
+
+def products(module: nn.Module, names: tuple[str, ...], x: jax.Array, ctx: Context) -> list[jax.Array | None]:
+    """Of x with the weights of the module's projections of these names, made together where that is quicker."""
+    found: list[Any] = [module.get_variable("params", name, {}) for name in names]
+    return matmuls(x, [projection.get("weight") for projection in found], ctx.numerics)
 
 
 def with_lora(lora: Any, y: jax.Array, x: jax.Array, product: jax.Array, weight: Any, ctx: Context) -> jax.Array:
@@ -157,7 +166,23 @@ def over(vector: jax.Array, x: jax.Array) -> jax.Array:
 def rms_normalised(x: jax.Array, eps: float) -> jax.Array:
     """``x / sqrt(mean(x^2) + eps)`` over the last dimension, float32."""
     x = x.astype(jnp.float32)
-    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + eps)
+    return x * jax.lax.rsqrt(_mean(x * x, eps))
+
+
+def _mean(x: jax.Array, more: float | None = None) -> jax.Array:
+    """Over the last dimension, which stays, of float32 x; with ``more`` added."""
+
+    def plainly(x: jax.Array) -> jax.Array:
+        mean = jnp.mean(x, -1, keepdims=True)
+        return mean if more is None else mean + more
+
+    def within(x: jax.Array) -> jax.Array:
+        return jnp.sum((x if more is None else x + more) * np.float32(1 / x.shape[-1]), -1, keepdims=True)
+
+    # What is done to the one number that a step's only row has keeps XLA:GPU from a norm in one kernel.  That it takes
+    # into the products that follow, too, in tiles of powers of two, which other widths would fill but in part.
+    alone = x.size == x.shape[-1] and x.size.bit_count() == 1
+    return by_device(plainly, cpu=plainly, cuda=within if alone else plainly)(x)
 
 
 class LayerNorm(nn.Module):
@@ -178,7 +203,7 @@ class LayerNorm(nn.Module):
 def standardised(x: jax.Array, eps: float) -> jax.Array:
     """``(x - mean) / sqrt(var + eps)`` over the last dimension, float32."""
     x = x.astype(jnp.float32)
-    return rms_normalised(x - jnp.mean(x, -1, keepdims=True), eps)
+    return rms_normalised(x - _mean(x), eps)
 
 
 def scaled(x: jax.Array, factor: float, *, rounded: bool) -> jax.Array:
@@ -218,11 +243,14 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
-        def heads(name: str, count: int) -> jax.Array:
-            y = self.projection(count * self.head_dim, self.qkv_bias, name=name)(x, ctx)
+        def heads(name: str, count: int, product: jax.Array | None) -> jax.Array:
+            made = () if product is None else (product,)
+            y = self.projection(count * self.head_dim, self.qkv_bias, name=name)(x, ctx, *made)
             return y.reshape(*y.shape[:2], count, self.head_dim)
 
-        q, k, v = heads("q", self.num_heads), heads("k", self.num_kv_heads), heads("v", self.num_kv_heads)
+        counts = {"q": self.num_heads, "k": self.num_kv_heads, "v": self.num_kv_heads}
+        each = zip(counts.items(), products(self, tuple(counts), x, ctx), strict=True)
+        q, k, v = (heads(name, count, product) for (name, count), product in each)
         if self.qk_norm is not None:
             q, k = self.qk_norm("q_norm")(q), self.qk_norm("k_norm")(k)
         if self.rope is not None:
@@ -287,8 +315,10 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
-        gate = Projection(self.hidden, self.bias, name="gate")(x, ctx)
-        up = Projection(self.hidden, self.bias, name="up")(x, ctx)
+        gate, up = (
+            Projection(self.hidden, self.bias, name=name)(x, ctx, product)
+            for name, product in zip(("gate", "up"), products(self, ("gate", "up"), x, ctx), strict=True)
+        )
         y = tap(self, "act", self.activation(gate)) * up
         return Projection(x.shape[-1], self.bias, name="down")(y, ctx)
 

@@ -7,7 +7,8 @@ begins before its x is known, nor is it moved out of a loop over tokens.
 A few rows meet a quantized weight in float32 sums: XLA:GPU takes what a sum is made of into its kernel, however it is
 computed, and the sums of several rows into one, which reads the weight once, as it is stored.  What a product of its
 matrix units is made of it computes first, in memory, unless it is as simple as one conversion: four bits would be
-written in eight, or in sixteen, and read again.  On NVIDIA's cards ``kernel`` does without, ``in_a_kernel`` says where.
+written in eight, or in sixteen, and read again.  On NVIDIA's cards ``kernel`` does without, and ``rows`` sums in fewer
+instructions; ``in_a_kernel`` says where.
 
 Float32 products are of the highest precision, on a GPU without TF32.  ``fast`` and ``dynamic_int8`` multiply with
 quantized weights in bfloat16, which tensor cores do at many times the speed, and keep float32's accuracy: a float32
@@ -36,18 +37,43 @@ FEW = 4
 
 def as_defined(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     """``x [rows, in] . weight [out, in] -> float32 [rows, out]``; see ``matmul`` for what it means."""
-    return _defined(numerics, x, weight, _in_bfloat16)
+    return _defined(numerics, x, weight, _in_bfloat16, _in_sums)
 
 
 def in_a_kernel(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
-    """``as_defined``, but what that multiplies in bfloat16 is ``kernel``'s, where it knows how."""
+    """``as_defined``, but what that multiplies in bfloat16 is ``kernel``'s, where it knows how, and one row's sums of a
+    profile that ``reassociates`` are those of ``rows``."""
 
     def product(x: jax.Array, q: QTensor) -> jax.Array:
         from llmjax.products import kernel  # Pallas takes as long to import as all of llmjax
 
         return kernel.packed_product(x, q) if kernel.can_serve(q) else _in_bfloat16(x, q)
 
-    return _defined(numerics, x, weight, product)
+    def sums(x: jax.Array, q: QTensor) -> jax.Array:
+        return _joined(x, [q])[0] if can_join(numerics, x, [q]) else _in_sums(x, q)
+
+    return _defined(numerics, x, weight, product, sums)
+
+
+def can_join(numerics: Numerics, x: jax.Array, weights: list[Any]) -> bool:
+    """Whether ``joined`` knows these weights, and x is one row."""
+    from llmjax.products import rows
+
+    return numerics.reassociates and x.size == x.shape[-1] and all(map(rows.can_serve, weights))
+
+
+def joined(numerics: Numerics, x: jax.Array, weights: list[QTensor]) -> list[jax.Array]:
+    """``in_a_kernel`` of the one row ``x [1, in]`` with some weights that it ``can_join``, all in one."""
+    if numerics.digits != 1:
+        return _joined(x.astype(jnp.float32), weights)
+    scale, (n,) = to_digits(x.astype(jnp.float32), 1)
+    return [scale * y for y in _joined(n.astype(jnp.float32), weights)]
+
+
+def _joined(x: jax.Array, weights: list[QTensor]) -> list[jax.Array]:
+    from llmjax.products import rows
+
+    return rows.row_products(x, *weights)
 
 
 def can_choose(weight: jax.Array | QTensor, x: jax.Array, numerics: Numerics) -> bool:
@@ -84,6 +110,7 @@ def _defined(
     x: jax.Array,
     weight: jax.Array | QTensor,
     in_bfloat16: Callable[[jax.Array, QTensor], jax.Array],
+    in_sums: Callable[[jax.Array, QTensor], jax.Array],
 ) -> jax.Array:
     if not isinstance(weight, QTensor):
         return _of_floats(numerics, x.astype(numerics.products), weight)
@@ -91,9 +118,9 @@ def _defined(
     few = len(x) <= FEW
     if numerics.digits == 1:
         scale, (n,) = to_digits(x, 1)
-        return scale * (_in_sums(n.astype(jnp.float32), weight) if few else in_bfloat16(n.astype(jnp.bfloat16), weight))
+        return scale * (in_sums(n.astype(jnp.float32), weight) if few else in_bfloat16(n.astype(jnp.bfloat16), weight))
     if few:
-        return _in_sums(x, weight)
+        return in_sums(x, weight)
     if given.dtype == jnp.bfloat16:
         return in_bfloat16(given, weight)
     if numerics.digits is None:
@@ -114,7 +141,7 @@ def _of_floats(numerics: Numerics, x: jax.Array, weight: jax.Array) -> jax.Array
 def _in_sums(x: jax.Array, q: QTensor) -> jax.Array:
     """Of a few rows, each in a sum of its own.  Where a channel has one scale, it is multiplied with afterwards; zero
     is taken from floats, see ``halves``."""
-    x, q = _together(x, q)
+    _, q = _together(x, q)  # x stays what other weights meet: sums of one shape with the same x are one kernel
     plain = q.scales.shape[1] == 1 and q.offsets is None
     parts = halves(q.replace(scales=jnp.ones_like(q.scales)) if plain else q)
     y = jnp.stack([

@@ -17,7 +17,7 @@ whatever else                    all                                  ``tiles``:
 ===============================  ===================================  ==================================================
 
 Elsewhere a product is written as it is defined (``defined``), and the compiler knows best; but many rows meet a packed
-weight on an NVIDIA card in a kernel (``kernel``).
+weight on an NVIDIA card in a kernel (``kernel``), and one row weights of four bits (``rows``).
 
 The derivative is that of the float32 product of the same x and W (``plain``), whatever ran: in x, in float weights, in
 a packed weight's scales and offsets.  Activations that are rounded, to the product's dtype or to 8 bits, are passed
@@ -31,10 +31,10 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from llmjax.device import by_device
+from llmjax.device import by_device, knows_cuda
 from llmjax.numerics import Numerics
 from llmjax.products.cpu import has_integer_tiles
-from llmjax.products.defined import as_defined, in_a_kernel
+from llmjax.products.defined import as_defined, can_join, in_a_kernel, joined
 from llmjax.products.digits import in_digits, in_tiles, to_digits
 from llmjax.products.dots import dot
 from llmjax.products.plain import plain
@@ -51,6 +51,30 @@ def matmul(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax
     return _product(x.reshape(-1, x.shape[-1]), weight, numerics).reshape(*x.shape[:-1], weight.shape[0])
 
 
+def matmuls(x: jax.Array, weights: list[Any], numerics: Numerics) -> list[jax.Array | None]:
+    """``matmul`` with each of some weights, where that is one kernel; None for each of them where it is not."""
+    if not (knows_cuda() and can_join(numerics, x, weights)):
+        return [None for _ in weights]
+    rows = _products(x.reshape(1, -1), weights, numerics)
+    return [y.reshape(*x.shape[:-1], -1) for y in rows]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _products(x: jax.Array, weights: list[QTensor], numerics: Numerics) -> list[jax.Array]:
+    def each(product: Any) -> Any:
+        return lambda x, weights: [product(numerics, x, weight) for weight in weights]
+
+    return by_device(each(as_defined), cpu=each(_on_cpu), cuda=partial(joined, numerics))(x, weights)
+
+
+@partial(_products.defjvp, symbolic_zeros=True)
+def _products_jvp(numerics: Numerics, primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+    (x, weights), (x_dot, weight_dots) = primals, tangents
+    y = _products(x, weights, numerics)
+    each = zip(weights, weight_dots, y, strict=True)
+    return y, [_tangent(x, weight, x_dot, weight_dot, like) for weight, weight_dot, like in each]
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _product(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> jax.Array:
     plainly, on_cpu, on_card = (partial(function, numerics) for function in (as_defined, _on_cpu, in_a_kernel))
@@ -61,10 +85,15 @@ def _product(x: jax.Array, weight: jax.Array | QTensor, numerics: Numerics) -> j
 def _product_jvp(numerics: Numerics, primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
     (x, weight), (x_dot, weight_dot) = primals, tangents
     y = _product(x, weight, numerics)
+    return y, _tangent(x, weight, x_dot, weight_dot, y)
+
+
+def _tangent(x: jax.Array, weight: Any, x_dot: Any, weight_dot: Any, y: jax.Array) -> jax.Array:
+    """Of the product ``y``."""
     terms = [] if is_zero(x_dot) else [plain(x_dot, weight)]
     if not all(map(is_zero, jax.tree.leaves(weight_dot))):
         terms.append(plain(x, _tangent_weight(weight, weight_dot)))
-    return y, total(terms) if terms else jnp.zeros_like(y)
+    return total(terms) if terms else jnp.zeros_like(y)
 
 
 def is_zero(tangent: Any) -> bool:

@@ -326,6 +326,7 @@ def checks(path: Path | None = None) -> dict[str, Check]:
     found: dict[str, Check] = {}
     for kind, rows, out, width, profile, dtype in PRODUCTS:
         shown = ["packed_product"] if rows > FEW and kind != "float" and profile != "reference" else []
+        shown += ["row_products"] if rows == 1 and kind.startswith("int4") and profile != "reference" else []
         name = f"product {profile} {dtype} {kind} {rows} x {out} x {width}"
         found[name] = functools.partial(product, kind, rows, out, width, profile, dtype, shown)
     for profile, width, heads, positions, scores in ATTENTION:

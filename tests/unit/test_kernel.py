@@ -10,8 +10,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from llmjax.models import experts
+from llmjax.models.attention import Scores
+from llmjax.models.context import Context
+from llmjax.models.layers import Attention, GatedMLP
 from llmjax.numerics import resolve
-from llmjax.products import kernel
+from llmjax.products import kernel, matmul, rows
 from llmjax.products.defined import _in_bfloat16, can_choose
 from llmjax.quant.qtensor import dequantize
 from tests import triton
@@ -140,6 +143,60 @@ def test_a_mixture_in_kernels_is_the_mixture(kind, profile, tokens, monkeypatch)
     # Other neighbours, the same bits.
     others = run(x.at[1:].set(1), np.where(np.arange(tokens)[:, None], 0, chosen).astype(np.int32), stack)
     np.testing.assert_array_equal(others[0], found[0])
+
+
+@pytest.mark.parametrize(
+    ("scheme", "outs", "width"),
+    [("int4-g64-asym", (130, 64), 256), slow("int4", (20, 16, 9), 2048), slow("int4-g32", (12,), 16384)],
+)
+def test_one_rows_products_are_the_plain_ones(scheme, outs, width, monkeypatch):
+    """As Triton is given them: channels that two programs have, a turn or two, groups of several loads."""
+    monkeypatch.setattr(rows.pl, "pallas_call", triton.kernel)
+    rng = np.random.default_rng(0)
+    weights = [quantized(rng.standard_normal((out, width)).astype(np.float32), scheme) for out in outs]
+    x = rng.standard_normal((1, width)).astype(np.float32)
+    packed = [on_device(q) for q in weights]
+    assert all(map(rows.can_serve, packed))
+    for q, found in zip(weights, rows.row_products(jnp.asarray(x), *packed), strict=True):
+        w = np.asarray(dequantize(q), np.float64)
+        assert (np.abs(found - x @ w.T) / (np.abs(x) @ np.abs(w).T)).max() < 1e-7
+
+
+@pytest.mark.parametrize("profile", ["fast", slow("dynamic_int8")])
+def test_what_meets_the_same_row_is_one_kernel(profile, monkeypatch):
+    """And each projection has its own product."""
+    calls = []
+
+    def interpreted(x, *weights, product=rows.row_products):
+        calls.append(len(weights))
+        return product(x, *weights, interpret=True)
+
+    monkeypatch.setattr(rows, "row_products", interpreted)
+    monkeypatch.setattr(matmul, "knows_cuda", lambda: True)
+    monkeypatch.setattr(matmul, "by_device", lambda plain, cpu, cuda: cuda)
+    rng = np.random.default_rng(0)
+
+    def weight(*shape):
+        w = quantized(rng.standard_normal(shape).astype(np.float32), "int4")
+        return {"weight": on_device(w)}, np.asarray(dequantize(w), np.float64)
+
+    shapes = {"q": (256, 256), "k": (128, 256), "v": (128, 256), "o": (256, 256), "gate": (384, 256), "up": (384, 256)}
+    made = {name: weight(*shape) for name, shape in (shapes | {"down": (256, 384)}).items()}
+    params, values = ({name: pair[i] for name, pair in made.items()} for i in (0, 1))
+    x = jnp.asarray(rng.standard_normal((1, 1, 256)), jnp.float32)
+    ctx = Context.whole(jnp.zeros((1, 1), jnp.int32), resolve(profile, jnp.dtype("float32")))
+    for module in (Attention(4, 2, 64, Scores(1.0)), GatedMLP(384, jax.nn.silu)):
+        taps = jax.jit(partial(module.apply, mutable=["taps"]))({"params": params}, x, ctx)[1]["taps"]
+        for name in ("q", "k", "v") if "q" in taps else ("gate", "up"):
+            wanted = values[name] @ np.asarray(x, np.float64)[0, 0]
+            found = taps[name]["tap:"][0, 0]
+            assert np.abs(found - wanted).max() / np.abs(wanted).max() < (1e-6 if profile == "fast" else 2e-2)
+    assert calls == [3, 1, 2, 1]
+    pair = [params[name]["weight"] for name in ("gate", "up")]
+    step = jax.jit(lambda x, pair: jax.jvp(lambda x: matmul.matmuls(x, pair, ctx.numerics), (x,), (x[..., ::-1],))[1])
+    for name, found in zip(("gate", "up"), step(x, pair), strict=True):  # of the float32 product, whatever ran
+        wanted = values[name] @ np.asarray(x, np.float64)[0, 0, ::-1]
+        assert np.abs(found[0, 0] - wanted).max() / np.abs(wanted).max() < 1e-6
 
 
 def test_what_is_out_of_bounds_is_seen():
