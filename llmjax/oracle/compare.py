@@ -62,7 +62,8 @@ def compare(
       model: ours, for the floors and proofs beside a reference that is a dump; by default the one that the dump names,
         if its weights are the same.
       names: a TOML file from the candidate's names to ours (see ``oracle.names``).
-      arithmetic: the only class that may explain differences (``oracle.floors.CLASSES``).
+      arithmetic: the only class that may explain differences (``oracle.floors.CLASSES``), or several that may together,
+        with commas between them.
       token_ids: what two models are compared on; a sentence by default.
       texts: of a candidate of several texts, how many to compare: the first ones; all by default.
       search: for how many seconds causes of a difference are looked for, 0 for until all are tried.  What is left
@@ -161,7 +162,7 @@ def _model_of(reference: Dump) -> tuple[Model | None, str]:
 
 
 def _subject(ours: Dump | None, theirs: Dump, model: Model | None) -> dict[str, Any]:
-    keys = ("runtime", "runtime_version", "model", "dtype", "numerics", "quantization", "device", "cpu")
+    keys = ("runtime", "runtime_version", "model", "dtype", "numerics", "quantization", "kv_cache", "device", "cpu")
     declared = {key: theirs.manifest[key] for key in keys if theirs.manifest.get(key) is not None}
     return {
         "reference": ours.path if ours else None,

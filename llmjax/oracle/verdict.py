@@ -55,7 +55,8 @@ def caveats(allowed: Allowed, theirs: Dump, proven: bool = False) -> str:
     if allowed.unread:
         found += f"; {allowed.unread} is no class of llmjax's (--class)"
     if "cache_float16" in allowed.singles and "cache16" not in allowed.singles and not proven:
-        found += "; llama.cpp's cache is float16 unless it is told: --class cache16 if it was (-ctk bf16 -ctv bf16)"
+        found += "; llama.cpp's cache is float16 unless it is told: --class cache16 if it was (-ctk bf16 -ctv bf16), "
+        found += "cache_int8 (q8_0), cache_int4 (q4_0, q5_0)"
     if not allowed.declared and len(theirs.arrays) == 1:
         found += "; one array alone shows no weights of few bits: if it has them, declare its quantization (or --class)"
     kinds = {stored.dtype for stored in theirs.arrays.values()} & {"float16", "bfloat16"} - set(allowed.singles)

@@ -327,6 +327,29 @@ def test_what_a_dump_declares_limits_the_classes():
     assert "int4" not in allowed({"quantization": "16-bit"}, None).singles
     for bits in (8, {"bits": 8, "group_size": 32}):
         assert allowed({"dtype": "float32", "quantization": bits}, None).singles == ("float32", "int8"), bits
+    assert allowed({"dtype": "float32", "quantization": "8da4w"}, None).singles == ("float32", "dynamic_int8", "int4")
+    assert allowed({"dtype": "float32", "quantization": "16a4w"}, None).singles == ("float32", "static_int16", "int4")
+    for said in ("static int8", "8a8w", "w8a8, static"):
+        assert allowed({"dtype": "float16", "quantization": said}, None).singles == (
+            "float32", "float16", "static_int8", "int8",
+        ), said  # fmt: skip
+    cached = {
+        "q8_0": "cache_int8",
+        8: "cache_int8",
+        "fp8_e4m3": "cache_float8",
+        "q4_0": "cache_int4",
+        "bf16": "cache16",
+    }
+    for said, kind in cached.items():
+        assert allowed({"dtype": "float32", "kv_cache": said}, None).singles == ("float32", kind), said
+    assert allowed({"dtype": "float32", "kv_cache": "turbo"}, None).unread == "the kv_cache 'turbo'"
+    # A cache goes with whatever else was rounded, and of llama.cpp's files stands in the place of the usual one.
+    both = allowed({"dtype": "bfloat16", "quantization": "int4", "kv_cache": "q8_0"}, None)
+    assert ("bfloat16", "int4", "cache_int8") in both.together and both.together[0] == ("float32",)
+    assert allowed({}, "int4,cache_int8").together == [("int4",), ("cache_int8",), ("int4", "cache_int8")]
+    llama = {"dtype": "float32", "numerics": "llama.cpp: gelu16, cache_float16, float16, block_int8"}
+    assert allowed(llama, "cache_int8").singles == ("float32", "gelu16", "float16", "cache_int8", "block_int8")
+    assert allowed(llama, "int4").singles == ("int4",)
     half = dumps.from_arrays("d", {}, np.arange(2), {"embed": np.ones((2, 3), np.float16)})
     said = caveats(allowed({"quantization": "bitnet", "dtype": "float32"}, None), half)
     assert "'bitnet' is no class" in said and "stored as float16" in said
