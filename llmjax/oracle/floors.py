@@ -249,10 +249,10 @@ _STATIC = ("static_int16", "static_int8")
 NO_FACTOR = (*FEW, "static_int8")
 _CACHES = ("cache_float16", "cache16")
 # Caches of few bits, which go with anything.
-_SMALL_CACHES = ("cache_int8", "cache_float8", "cache_int4")
+SMALL_CACHES = ("cache_int8", "cache_float8", "cache_int4")
 _NARROW = ("gelu16", *_CACHES, "float16", "bfloat16", *_STATIC)
 # What no runtime is taken to do that does not say so, or is known to.
-_KNOWN_ALONE = ("block_int8", "cache_float16", "float8", *_STATIC, *_SMALL_CACHES)
+_KNOWN_ALONE = ("block_int8", "cache_float16", "float8", *_STATIC, *SMALL_CACHES)
 _FLOAT8 = r"\b(mx)?(fp|float|f)8|e4m3|e5m2"
 # ExecuTorch's 16a4w has 16 bits of activations by calibration, its 8da4w 8 that are found at run time.
 _A16 = r"(\b16a[48]w|static.*a16|a16.*static|int16|\b16x8)"
@@ -267,7 +267,7 @@ _SPELLINGS = {
     "int8": r"(?<!block_)(?<!cache_)int8|q8|wi?8|a8w|16x8|8.?bit|\bbits\W+8\b|\bmixed\b.*\b8(?!\d)",
     "int4": r"(?<!cache_)int[2-6]|q[2-6]|wi?4|a4w|nf4|fp4|(?<!\d)[2-6].?bit|\bbits\W+[2-6]\b"
     r"|^(?!.*8).*(gptq|awq|hqq)|\bmixed\b.*\b[2-6](?!\d)",
-    **{name: rf"{name}\b" for name in (*_CACHES, *_SMALL_CACHES, "gelu16")},
+    **{name: rf"{name}\b" for name in (*_CACHES, *SMALL_CACHES, "gelu16")},
 }
 # Of a manifest's kv_cache.
 _CACHE_SPELLINGS = {
@@ -302,10 +302,10 @@ class Allowed:
         narrow: list[tuple[str, ...]] = []
         for name in (name for name in self.singles if name in _NARROW):
             narrow += [(name,), ("gelu16", name)] if name in _CACHES and "gelu16" in self.singles else [(name,)]
-        wide = [name for name in self.singles if name not in (*_NARROW, *_SMALL_CACHES, "float32")]
+        wide = [name for name in self.singles if name not in (*_NARROW, *SMALL_CACHES, "float32")]
         first = [("float32",)] if "float32" in self.singles else []
         found = [*narrow, *((name,) for name in wide), *((*some, name) for name in few for some in narrow)]
-        small = [name for name in self.singles if name in _SMALL_CACHES]
+        small = [name for name in self.singles if name in SMALL_CACHES]
         caches = [(name,) for name in small] + (
             [tuple(small)] if len(small) > 1 else []
         )  # keys in one, values in another
@@ -324,7 +324,7 @@ def allowed(manifest: Mapping[str, Any], forced: str | None) -> Allowed:
         names = {name.strip() for name in forced.split(",")}
         if unknown := sorted(names - {*CLASSES}):
             raise RequestError(f"class: unknown {unknown[0]!r}; expected one of {', '.join(CLASSES)}, or several: a,b")
-        if names <= {*_CACHES, *_SMALL_CACHES} and str(manifest.get("numerics")).startswith("llama.cpp: "):
+        if names <= {*_CACHES, *SMALL_CACHES} and str(manifest.get("numerics")).startswith("llama.cpp: "):
             names |= {*allowed(manifest, None).singles} - {*_CACHES}
         return Allowed(tuple(name for name in CLASSES if name in names), True)
     declared = {key: manifest.get(key) for key in ("dtype", "numerics", "quantization", "kv_cache")}

@@ -21,11 +21,13 @@ class Explained:
 
     Attributes:
       classes: the narrowest that hold, or those that hold the most.
-      beyond: taps whose own error is above their floor, in the order of computation.
+      beyond: taps whose own error is above their floor, or holds a mistake beneath it, in the order of computation.
+      looked: how many mistakes beneath floors were looked for, of how many; (0, 0) where floors are narrow.
     """
 
     classes: tuple[str, ...]
     beyond: tuple[Tap, ...]
+    looked: tuple[int, int] = (0, 0)
 
     @property
     def name(self) -> str:

@@ -17,8 +17,9 @@ from safetensors.numpy import save_file
 import llmjax
 from llmjax.cli.main import main
 from llmjax.errors import RequestError
-from llmjax.oracle import clock
+from llmjax.oracle import clock, patching
 from llmjax.oracle import dump as dumps
+from llmjax.oracle.beneath import held, worth
 from llmjax.oracle.causes import base, blocks, weights
 from llmjax.oracle.compare import _reason
 from llmjax.oracle.floors import allowed, floor
@@ -90,6 +91,18 @@ def test_a_tiny_token_counts_beside_the_others():
     assert gap(x, y).worst == pytest.approx(2e-6 / 8e-4**0.5, rel=1e-3)  # of itself it would be 0.007
     x[2] *= 1e3
     assert gap(x, 1.01 * x).by_token == pytest.approx(np.full(5, gap(x, 1.01 * x).error), rel=1e-4)
+
+
+def test_what_a_mistake_changes_is_in_an_error_once_or_not():
+    rng = np.random.default_rng(0)
+    change, noise = rng.normal(size=(2, 20, 30))
+    found = held(change + noise, change)
+    assert found.times == pytest.approx(1, abs=0.1) and found.cosine == pytest.approx(0.5**0.5, abs=0.05)
+    assert found.proves(0.1) and not found.proves(0.3) and not held(noise, change).proves(0)
+    assert not held(0.5 * change + noise, change).proves(0)  # a part of it is something else
+    loud = np.where(np.arange(20)[:, None] == 3, 1e4, 1) * noise
+    assert held(change + loud, change).proves(0.1)  # one token drowns no other
+    assert held(noise, 0 * change) == held(0 * noise, change)
 
 
 def test_a_flip_within_the_drift_is_a_tie():
@@ -574,6 +587,28 @@ def test_few_bits_are_equivalent_unless_float32_is_declared(model):
     layers = with_arrays(llmjax.trace(other, IDS), lambda name: name.endswith("resid"), **nothing)
     report = llmjax.compare(model, layers)
     assert report.verdict == "different" and {cause for _, cause in told(report)} == {"norm_eps"}
+
+
+def test_a_mistake_beneath_the_floor_of_few_bits_is_found_in_the_error(model, monkeypatch):
+    """Residuals alone of weights of 4 bits, a row's scale each: swapped weights of one layer are within their floor."""
+    monkeypatch.setattr(patching, "worth", lambda cause: worth(cause) and cause.cause in ("weight_swapped", "mask"))
+
+    def rounded(w):
+        scale = jnp.abs(w).max(-1, keepdims=True) / 7
+        return jnp.round(w / scale) * scale
+
+    four = jax.tree.map(lambda x: rounded(x) if x.ndim == 2 else x, model.params)
+    right = dataclasses.replace(model, params=four)
+    gate, up = (four["layers_1"]["mlp"][name]["weight"] for name in ("gate", "up"))
+    swapped = broken(right, {"layers_1/mlp/gate/weight": lambda _: up, "layers_1/mlp/up/weight": lambda _: gate})
+    for one, verdict, causes in (
+        (right, "equivalent", []),
+        (swapped, "different", [("layers.1.mlp", "weight_swapped")]),
+    ):
+        facts = {"dtype": "float32", "quantization": "int4", "numerics": None}
+        resids = with_arrays(llmjax.trace(one, IDS), lambda name: name.endswith("resid"), **facts)
+        report = llmjax.compare(model, resids)
+        assert (report.verdict, told(report)) == (verdict, causes), report.reason
 
 
 def test_other_tokens_are_told_in_words(model, traced):
