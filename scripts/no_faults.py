@@ -28,7 +28,7 @@ _HERE = Path(__file__).parent
 sys.path[:0] = [str(_HERE.parent), str(_HERE), str(_HERE / "dumps")]
 
 import transformers_dump  # noqa: E402
-from transformers_faults import patched  # noqa: E402
+from transformers_faults import both, patched  # noqa: E402
 
 import llmjax  # noqa: E402
 from llmjax.models.context import Context  # noqa: E402
@@ -260,7 +260,7 @@ THEIRS = {
     "cache of float8": Variant(kept(lambda x: x.to(torch.float8_e4m3fn).to(x.dtype)), kv_cache="fp8", must=True),
     "cache of 4 bits": Variant(kept(lambda x: grid(x, 4)), kv_cache="int4", must=True),
     "cache of 8 bits, int4 and bfloat16": Variant(
-        lambda m: (rounded(4, 32)(m), kept(lambda x: grid(x, 8))(m)), "bfloat16", "int4", "int8"
+        both(rounded(4, 32), kept(lambda x: grid(x, 8))), "bfloat16", "int4", "int8"
     ),
 }
 

@@ -38,14 +38,13 @@ class Held:
         return _ONCE[0] < self.times < _ONCE[1] and self.cosine > max(_COSINE, _TIMES * rounding)
 
 
-def held(error: np.ndarray, change: np.ndarray) -> Held:
-    """Of two differences ``[T, ...]``; each token weighs by how far off it is, so that none drowns the others."""
-    e, d = (x.reshape(len(x), -1).astype(np.float64) for x in (error, change))
-    size = np.linalg.norm(e, axis=1, keepdims=True)
-    least = max(1e-3 * float(np.median(size)), 1e-30)
-    e, d = e / np.maximum(size, least), d / np.maximum(size, least)
-    ee, ed, dd = (float((a * b).sum()) for a, b in ((e, e), (e, d), (d, d)))
-    return Held(ed / dd, ed / (ee * dd) ** 0.5) if ee and dd else Held(0.0, 0.0)
+def held(error: np.ndarray, change: np.ndarray, axis: int = 0) -> Held:
+    """Of two differences whose ``axis`` counts tokens; each weighs by how far off it is, so that none drowns others."""
+    e, d = (np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1) for x in (error, change))
+    ee, ed, dd = (np.einsum("ij,ij->i", *both, dtype=np.float64) for both in ((e, e), (e, d), (d, d)))
+    weight = 1 / np.maximum(ee, max(1e-6 * float(np.median(ee)), 1e-60))
+    own, both, changed = (float((weight * x).sum()) for x in (ee, ed, dd))
+    return Held(both / changed, both / (own * changed) ** 0.5) if own and changed else Held(0.0, 0.0)
 
 
 def worth(cause: Cause) -> bool:

@@ -18,7 +18,7 @@ from llmjax.oracle.causes.base import Cause, Scene
 from llmjax.oracle.causes.catalogue import EVERYWHERE, catalogue
 from llmjax.oracle.clock import Clock, Pulse
 from llmjax.oracle.floors import CLASSES, Allowed
-from llmjax.oracle.measure import Tap, inner, pair
+from llmjax.oracle.measure import Tap, inner, pair, token_axis
 from llmjax.oracle.names import Named
 from llmjax.oracle.stages import Stages
 from llmjax.oracle.steps import common, segment, split
@@ -283,11 +283,11 @@ class _Finder:
         if inner(tap.name) != tap.name or len(self.segment(tap.name)) == 1 or tap.excess(("float32",)) <= 1:
             return None
         last = self.places(tap)[-1]
-        ours, theirs = self.bench.ours(last)[tap.name], self.bench.values(last)[tap.name]
-        if len(theirs) < TOKENS:
+        ours, axis = self.bench.ours(last)[tap.name], token_axis(tap.name)
+        if ours.shape[axis] < TOKENS:
             return None
         trials = [trial for trial in self.trials(tap, [], ours) if worth(trial.cause)]
-        error, rounding, proven = theirs - ours, 0.0, list[tuple[Held, _Trial]]()
+        error, proven = self.bench.values(last)[tap.name] - ours, list[tuple[Held, _Trial]]()
         ways = [edit for name in self.found.classes for edit in CLASSES[name]()]
         changes: dict[Place, list[np.ndarray]] = {}
         self.of += len(trials)
@@ -295,20 +295,20 @@ class _Finder:
             if not self.clock.left:
                 break
             self.count += 1
-            if (
-                under := self.bench.under(tap.name, trial.place, trial.cause.edit)
-            ) is None or under.shape != ours.shape:
+            self.bench.hold(trial.place)
+            under = self.bench.under(tap.name, trial.place, trial.cause.edit)
+            self.pulse(partial(_beneath, tap, self.count, self.of, self.clock))
+            if under is None or under.shape != ours.shape or not np.isfinite(under).all():
                 continue
-            found = held(error, under - ours)
+            found = held(error, under - ours, axis)
             if not found.proves(0.0):
                 continue
             if trial.place not in changes:
                 runs = (self.bench.under(tap.name, trial.place, edit) for edit in ways)
                 changes[trial.place] = [run - ours for run in runs if run is not None]
-            rounding = max(abs(held(way, under - ours).cosine) for way in changes[trial.place])
+            rounding = max(abs(held(way, under - ours, axis).cosine) for way in changes[trial.place])
             if found.proves(rounding):
                 proven.append((found, trial))
-        self.pulse(partial(_beneath, tap, self.count, self.of, self.clock))
         if not proven:
             return None
         found, trial = max(proven, key=lambda both: both[0].cosine)
