@@ -20,7 +20,7 @@ from llmjax.errors import RequestError
 from llmjax.oracle import clock, patching
 from llmjax.oracle import dump as dumps
 from llmjax.oracle.beneath import held, worth
-from llmjax.oracle.causes import base, blocks, weights
+from llmjax.oracle.causes import base, blocks, catalogue, weights
 from llmjax.oracle.compare import _reason
 from llmjax.oracle.floors import allowed, floor
 from llmjax.oracle.measure import Tap, _is_factor
@@ -490,6 +490,8 @@ def test_faults_are_all_found_and_named(model, traced, monkeypatch):
     assert all(fault["causes"][0]["explains"] > 0.95 for fault in report.faults)
     assert report.first_divergence["tap"] == "layers.0.attn.q"
     assert "1.1" in report.faults[0]["causes"][0]["detail"] and "int8" in report.faults[3]["causes"][0]["detail"]
+    last = "next: look at layers.0.attn.q (weight: the weight is scaled by 1.1), and compare again without it"
+    assert report.to_text().endswith(last)
     page = report.to_html()
     assert "layers.1.mlp.down" in page and "http" not in page and "<script" not in page
     assert 'failures="5"' in report.to_junit()
@@ -542,6 +544,15 @@ def test_another_first_token_is_tried(model):
     assert np.array_equal(found["embed"], model.params["embed"]["weight"][np.array([2, *IDS])])
 
 
+def test_a_result_that_saturates_is_told():
+    ours = np.linspace(-3, 3, 60, dtype=np.float32).reshape(6, 10)
+    scene = base.Scene(None, 0, "mlp.act", ours, np.clip(ours, -2, 3), lambda edit: None)
+    [cause] = catalogue._saturated(scene)
+    assert cause.cause == "precision" and "saturates at -2 and 3" in cause.detail
+    np.testing.assert_array_equal(cause.post(ours), scene.theirs)
+    assert not list(catalogue._saturated(dataclasses.replace(scene, theirs=2 * ours)))
+
+
 def test_a_window_shows_by_the_first_token_that_differs():
     """Where probabilities were not dumped; beneath it only another rounding."""
     x = np.random.default_rng(0).normal(size=(30, 8))
@@ -564,6 +575,7 @@ def test_logits_alone_say_what_to_dump_next(model):
     assert told(report) == [("logits", "unknown")]
     count, of = report.faults[0]["tried"]
     assert count == of > 100 and "tried" not in report.to_text()
+    assert report.to_text().endswith("next: dump layers.*.resid of the same token ids, and compare again")
     report = llmjax.compare(model, logits, search=1e-9)
     assert report.faults[0]["tried"] == [0, of] and told(report) == [("logits", "unknown")]
     assert f"0 of {of} causes were tried" in report.reason and f"0 of {of} causes tried" in report.to_text()
