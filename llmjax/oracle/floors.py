@@ -306,9 +306,9 @@ class Allowed:
         first = [("float32",)] if "float32" in self.singles else []
         found = [*narrow, *((name,) for name in wide), *((*some, name) for name in few for some in narrow)]
         small = [name for name in self.singles if name in SMALL_CACHES]
-        caches = [(name,) for name in small] + (
-            [tuple(small)] if len(small) > 1 else []
-        )  # keys in one, values in another
+        caches: list[tuple[str, ...]] = [(name,) for name in small]
+        if len(small) > 1:
+            caches.append(tuple(small))  # keys in one, values in another
         return [*first, *found, *caches, *((*some, *cache) for cache in caches for some in found)]
 
 

@@ -372,6 +372,19 @@ def test_what_a_dump_declares_limits_the_classes():
     assert allowed({"quantization": "bitnet"}, None).unread and not allowed({"quantization": "none"}, None).unread
 
 
+def test_a_small_cache_is_a_class_without_a_model_too():
+    logits = np.random.default_rng(0).normal(size=(12, 96)).astype(np.float32)
+    ours, theirs = ({"logits": x} for x in (logits, logits + np.float32(0.02) * logits[::-1]))
+    for said, verdict in (({}, "different"), ({"kv_cache": "q8_0"}, "equivalent")):
+        facts = {"token_ids": IDS, "dtype": "float32"}
+        report = llmjax.compare(llmjax.Trace(ours, facts), llmjax.Trace(theirs, facts | said))
+        assert report.verdict == verdict, report.reason
+    assert report.explained_by == "cache_int8"
+    for few in (logits[:, :50], logits[:, 0]):  # ids that have none; no vocabulary
+        one = llmjax.Trace({"logits": few}, facts)
+        assert "expected [tokens, vocabulary] with token id" in llmjax.compare(one, one).reason
+
+
 def test_what_is_unrelated_passes_under_no_class():
     """However far rounding goes: logits of zeros are 1 off, and one array alone shows no weights of few bits."""
     assert floor(np.array([0.3, 0.5]), np.zeros(2))[0] < 0.8 and floor(np.ones(2), np.zeros(2))[0] < 1.001
