@@ -151,7 +151,7 @@ def test_a_cache_and_activations_of_sixteen_bits_are_one_arithmetic(compared):
             ("cache of float8", "cache_float8"),
             ("cache of 4 bits", "cache_int4"),
             ("cache of 8 bits, int4 and bfloat16", "int4"),
-            ("static int8", "int8"),
+            ("static int8", "static_int8"),
             ("16a8w", "int8"),
             ("8da4w", "int4"),
         ],
