@@ -1,10 +1,11 @@
 """Runs that have no fault, and whether `llmjax compare` says so: each other verdict is a false alarm.
 
     python scripts/no_faults.py ours [--seeds 20]      # our float32 in other batch shapes, with a cache, and `fast`
-    python scripts/no_faults.py theirs                 # transformers in float32, bfloat16 and float16, int8 and int4
+    python scripts/no_faults.py theirs                 # transformers in float32, bfloat16 and float16, with few bits
 
 The first takes every architecture of the registry with shuffled weights.  The second declares each dump's class, then
-nothing (both must be equivalent), then float32 (which must differ, but of float32).  Needs the parity extra.
+nothing (both must be equivalent; what must be declared is not tried without), then float32 (which must differ, but of
+float32).  Needs the parity extra.
 """
 
 import argparse
@@ -23,9 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent / "dumps")]
+_HERE = Path(__file__).parent
+sys.path[:0] = [str(_HERE.parent), str(_HERE), str(_HERE / "dumps")]
 
 import transformers_dump  # noqa: E402
+from transformers_faults import both, patched  # noqa: E402
 
 import llmjax  # noqa: E402
 from llmjax.models.context import Context  # noqa: E402
@@ -36,7 +39,7 @@ from llmjax.runtime.cache import make_cache  # noqa: E402
 from tests.parity import golden, reference  # noqa: E402
 
 TOKENS = 21
-CASES = Path(__file__).parents[1] / "tests" / "data" / "cases"
+CASES = _HERE.parent / "tests" / "data" / "cases"
 
 
 def folders(work: Path) -> dict[str, Path]:
@@ -136,15 +139,129 @@ def rounded(bits: int, group: int) -> Callable[[torch.nn.Module], None]:
     return change
 
 
-THEIRS: dict[str, tuple[str, str | None, Callable[[Any], None] | None]] = {
-    "float32": ("float32", None, None),
-    "bfloat16": ("bfloat16", None, None),
-    "float16": ("float16", None, None),
-    "int8": ("float32", "int8", rounded(8, 0)),
-    "int8 in groups": ("float32", "int8", rounded(8, 32)),
-    "int4": ("float32", "int4", rounded(4, 0)),
-    "int4 in groups": ("float32", "int4", rounded(4, 32)),
-    "int4 and bfloat16": ("bfloat16", "int4", rounded(4, 32)),
+def ids_of(seed: int, count: int) -> list[int]:
+    """A text."""
+    return np.random.default_rng(seed).integers(3, 90, count).tolist()
+
+
+def grid(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Whole numbers, a scale for each row."""
+    most = 2 ** (bits - 1) - 1
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / most
+    return torch.round(x / scale) * scale
+
+
+def float8(x: torch.Tensor) -> torch.Tensor:
+    """e4m3, a scale for each row."""
+    scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448
+    return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+
+def dynamic(
+    of_inputs: Callable[[torch.Tensor], torch.Tensor], of_weights: Callable[[Any], None]
+) -> Callable[..., None]:
+    """Products whose inputs are rounded as they come."""
+
+    def change(model: torch.nn.Module) -> None:
+        of_weights(model)
+        for module in (m for m in model.modules() if isinstance(m, torch.nn.Linear)):
+            module.forward = lambda x, right=module.forward: right(of_inputs(x))
+
+    return change
+
+
+def to_float8(model: torch.nn.Module) -> None:
+    """Weights of products; routers stay."""
+    for key, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not re.search(r"router|mlp\.gate$|altup", key):
+            module.weight.data = float8(module.weight.data)
+
+
+def static(bits: int) -> Callable[[Any], None]:
+    """Each module's result in unsigned whole numbers, with one scale and zero point that texts gave, the one to be
+    compared among them, lest it saturate; weights of 8 bits."""
+
+    def change(model: torch.nn.Module) -> None:
+        rounded(8, 0)(model)
+        ends: dict[torch.nn.Module, tuple[float, float]] = {}
+        some = [m for m in model.modules() if not list(m.children()) and list(m.parameters())]
+
+        def seen(module: torch.nn.Module, args: Any, out: Any) -> None:
+            low, high = ends.get(module, (0.0, 0.0))
+            ends[module] = min(low, float(out.min())), max(high, float(out.max()))
+
+        hooks = [m.register_forward_hook(seen) for m in some]
+        for text in (ids_of(5, 40), ids_of(1, 24), ids_of(9, 200)):  # the second is the tests'
+            with torch.no_grad():
+                model(torch.tensor([text]))
+        for hook in hooks:
+            hook.remove()
+
+        def quantized(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
+            low, high = ends[module]
+            scale = max(high - low, 1e-30) / (2**bits - 1)
+            zero = round(-low / scale)
+            return (torch.clamp(torch.round(out / scale) + zero, 0, 2**bits - 1) - zero) * scale
+
+        for module in some:
+            module.register_forward_hook(quantized)
+
+    return change
+
+
+def kept(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], None]:
+    """Keys and values as a cache gives them."""
+
+    def make(right: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda module, q, k, v, *args, **kwargs: right(module, q, change(k), change(v), *args, **kwargs)
+
+    return patched("eager_attention_forward", make)
+
+
+def awq(model: torch.nn.Module) -> None:
+    """4 bits of weights whose columns were scaled, and scaled back behind it."""
+    for i, (key, module) in enumerate(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and not re.search(r"router|mlp\.gate$|altup", key):
+            scale = torch.exp(0.4 * torch.randn(module.in_features, generator=torch.Generator().manual_seed(i)))
+            w = module.weight.data * scale
+            groups = w.reshape(-1, 32) if w.shape[-1] % 32 == 0 else w
+            low, high = (f(groups, -1, keepdim=True) for f in (torch.amin, torch.amax))
+            step = (high - low).clamp(min=1e-30) / 15
+            module.weight.data = ((torch.round((groups - low) / step) * step + low).reshape(w.shape)) / scale
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How a right runtime computes, what it declares of that, and whether it must."""
+
+    change: Callable[[Any], None] | None = None
+    dtype: str = "float32"
+    quantization: str | None = None
+    kv_cache: str | None = None
+    must: bool = False
+
+
+THEIRS = {
+    "float32": Variant(),
+    "bfloat16": Variant(dtype="bfloat16"),
+    "float16": Variant(dtype="float16"),
+    "int8": Variant(rounded(8, 0), quantization="int8"),
+    "int8 in groups": Variant(rounded(8, 32), quantization="int8"),
+    "int4": Variant(rounded(4, 0), quantization="int4"),
+    "int4 in groups": Variant(rounded(4, 32), quantization="int4"),
+    "int4 and bfloat16": Variant(rounded(4, 32), "bfloat16", "int4"),
+    "AWQ": Variant(awq, quantization="awq"),
+    "float8": Variant(to_float8, quantization="fp8", must=True),
+    "float8 dynamic": Variant(dynamic(float8, to_float8), quantization="fp8 dynamic", must=True),
+    "8da4w": Variant(dynamic(lambda x: grid(x, 8), rounded(4, 32)), quantization="8da4w"),
+    "static int8": Variant(static(8), quantization="static int8", must=True),
+    "16a8w": Variant(static(16), quantization="16a8w", must=True),
+    "cache of 8 bits": Variant(kept(lambda x: grid(x, 8)), kv_cache="q8_0", must=True),
+    "cache of float8": Variant(kept(lambda x: x.to(torch.float8_e4m3fn).to(x.dtype)), kv_cache="fp8", must=True),
+    "cache of 4 bits": Variant(kept(lambda x: grid(x, 4)), kv_cache="int4", must=True),
+    "cache of 8 bits, int4 and bfloat16": Variant(
+        both(rounded(4, 32), kept(lambda x: grid(x, 8))), "bfloat16", "int4", "int8"
+    ),
 }
 
 
@@ -152,28 +269,38 @@ def theirs(name: str, folder: Path, work: Path, only: str) -> Iterator[tuple[str
     config = json.loads((folder / "config.json").read_text())
     kind = config["model_type"]
     model = llmjax.load(folder, context_length=512)
-    ids = np.random.default_rng(5).integers(3, 90, 40).tolist()
-    for variant, (dtype, quantization, change) in THEIRS.items():
+    ids = ids_of(5, 40)
+    for variant, how in THEIRS.items():
         if not re.search(only, variant):
             continue
         try:
-            candidate = reference.load(folder, kind, dtype)
+            candidate = reference.load(folder, kind, how.dtype)
         except (ImportError, ValueError) as error:
             print(f"{name}: transformers alone does not load it: {str(error).strip().splitlines()[0]}")
             return
-        if change:
-            change(candidate)
         dump = work / f"{name} {variant}"
-        with reference.float32_alibi() if dtype == "float32" else reference.as_it_is():
-            transformers_dump.write(dump, candidate, ids)
+        try:
+            with reference.float32_alibi() if how.dtype == "float32" else reference.as_it_is():
+                if how.change:
+                    how.change(candidate)
+                transformers_dump.write(dump, candidate, ids)
+        except AttributeError as error:
+            print(f"{name} {variant}: transformers' file has another attention: {error}")
+            continue
+        finally:
+            if hasattr(candidate, "_restore"):
+                setattr(*candidate._restore)
         manifest = json.loads((dump / "manifest.json").read_text())
-        declarations = {"declared": (dtype, quantization), "nothing": (None, None), "as float32": ("float32", None)}
-        for how, (dtype_said, quantization_said) in declarations.items():
-            said = manifest | {"dtype": dtype_said, "quantization": quantization_said, "numerics": None}
-            (dump / "manifest.json").write_text(json.dumps(said))
+        facts = {key: getattr(how, key) for key in ("dtype", "quantization", "kv_cache")}
+        nothing = dict.fromkeys(facts)
+        declarations = {"declared": facts, "nothing": nothing, "as float32": nothing | {"dtype": "float32"}}
+        for said, declared in declarations.items():
+            if said == "nothing" and how.must:
+                continue
+            (dump / "manifest.json").write_text(json.dumps(manifest | declared | {"numerics": None}))
             report = llmjax.compare(model, dump)
-            wanted = "different" if how == "as float32" and variant != "float32" else "equivalent"
-            yield f"{name} {variant}, {how}", report.verdict == wanted, report
+            wanted = "different" if said == "as float32" and variant != "float32" else "equivalent"
+            yield f"{name} {variant}, {said}", report.verdict == wanted, report
 
 
 def main() -> None:

@@ -49,9 +49,10 @@ def _add_compare(verbs: Verbs) -> None:
     compare.add_argument(
         "--class",
         dest="arithmetic",
-        metavar="CLASS",
-        help="what alone may explain differences: float32, gelu16, cache_float16, cache16, float16, bfloat16, "
-        "block_int8, int8, dynamic_int8, float8, int4 (default: what the dump declares, else the narrowest that holds)",
+        metavar="CLASS[,CLASS]",
+        help="what alone, or together, may explain differences: float32, gelu16, cache_float16, cache16, float16, "
+        "bfloat16, static_int16, static_int8, cache_int8, cache_float8, cache_int4, block_int8, int8, dynamic_int8, "
+        "float8, int4 (default: what the dump declares, else the narrowest that holds)",
     )
     compare.add_argument("--texts", type=int, metavar="N", help="of a file of several texts, the first N alone")
     compare.add_argument(

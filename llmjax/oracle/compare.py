@@ -62,11 +62,12 @@ def compare(
       model: ours, for the floors and proofs beside a reference that is a dump; by default the one that the dump names,
         if its weights are the same.
       names: a TOML file from the candidate's names to ours (see ``oracle.names``).
-      arithmetic: the only class that may explain differences (``oracle.floors.CLASSES``).
+      arithmetic: the only class that may explain differences (``oracle.floors.CLASSES``), or several that may together,
+        with commas between them.
       token_ids: what two models are compared on; a sentence by default.
       texts: of a candidate of several texts, how many to compare: the first ones; all by default.
       search: for how many seconds causes of a difference are looked for, 0 for until all are tried.  What is left
-        untried is told; the verdict does not hang on it.
+        untried is told; the verdict does not hang on it, but for mistakes beneath the floor of few bits.
       progress: is told of each text of several, of memory where logits take much, before causes are looked for, and
         now and then of how far that, or measuring before it, is.
 
@@ -117,7 +118,7 @@ def compare(
         if isinstance(model, GraphModel):
             before, mine, why = ours or _dumps(pairs.beside(model, theirs), "reference")[0], None, _GRAPH
         try:
-            return _compare(before, theirs, mine, why, names, arithmetic, tried, prove, search, progress)
+            return _compare(before, theirs, mine, why, names, arithmetic, tried, prove, search, len(several), progress)
         except MismatchError as error:
             coverage = {"taps": 0, "of": len(theirs.arrays), "tokens": len(theirs.token_ids), "missing": []}
             subject = _subject(before, theirs, mine)
@@ -161,7 +162,7 @@ def _model_of(reference: Dump) -> tuple[Model | None, str]:
 
 
 def _subject(ours: Dump | None, theirs: Dump, model: Model | None) -> dict[str, Any]:
-    keys = ("runtime", "runtime_version", "model", "dtype", "numerics", "quantization", "device", "cpu")
+    keys = ("runtime", "runtime_version", "model", "dtype", "numerics", "quantization", "kv_cache", "device", "cpu")
     declared = {key: theirs.manifest[key] for key in keys if theirs.manifest.get(key) is not None}
     return {
         "reference": ours.path if ours else None,
@@ -183,9 +184,11 @@ def _compare(
     tried: Sequence[str],
     prove: bool,
     search: float,
+    of: int,
     progress: Callable[[str], None],
 ) -> Comparison:
-    """One dump, by the classes ``tried`` before all others; faults are searched for if they are to be proven."""
+    """One dump ``of`` several, by the classes ``tried`` before all others; faults are searched for if they are to be
+    proven."""
     permitted = allowed(theirs.manifest, arithmetic)
     subject = _subject(ours, theirs, model)
     if ours is not None:
@@ -215,7 +218,9 @@ def _compare(
     if found.beyond and prove:
         most = f", for {search:g} s at most" if search else ""
         progress(f"different: {found.beyond[0].name} is beyond its floor; looking for the cause{most}")
-    found, proven = judged(stages, known, taps, found, permitted, search, pulse) if prove else (found, [])
+    proven: list[dict[str, Any]] = []
+    if prove:
+        found, proven = judged(stages, known, taps, found, permitted, search, of, pulse)
     identical = all(tap.equal for tap in taps)
     logits: dict[str, Any] | None = None
     positions: Sequence[Mapping[str, Any]] = ()
@@ -334,6 +339,8 @@ def _reason(
         if not permitted.declared and found.classes != ("float32",):
             few += "; nothing is declared, so that is the narrowest that is wide enough, not what was run"
         few += of_the_cache(found, permitted) + of_few_bits(found, missing)
+        if found.looked[0] < found.looked[1]:
+            few += "; {} of {} mistakes beneath that floor were looked for (--search)".format(*found.looked)
         return f"every step is within the floor of {found.name} arithmetic{lossy}{declared}{few}{bos}"
     parts = []
     for module, best in ((fault["module"], fault["causes"][0]) for fault in proven[:3]):

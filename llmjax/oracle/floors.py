@@ -20,6 +20,7 @@ from llmjax.models.layers import Projection, over
 from llmjax.models.rope import Rope
 from llmjax.numerics import Numerics
 from llmjax.oracle.stages import Edit, Hook, Params
+from llmjax.oracle.steps import LAYER
 from llmjax.quant.qtensor import dequantize
 from llmjax.quant.rounding import quantize
 from llmjax.quant.schemes import Scheme
@@ -148,19 +149,32 @@ def _cache(dtype: Any, *beside: str) -> Edit:
     return Edit(after=dict.fromkeys((*_KEPT, *beside), rounded(dtype)))
 
 
+def _small_cache(change: Change, queries: Change = lambda x: x) -> Edit:
+    """What is kept in few bits, which a dump may show as it was or as it is kept; queries as they meet it."""
+    kept = dict.fromkeys(_KEPT, change)
+    return Edit(after=kept | {"attn.q_rot": queries}, dumped=kept)
+
+
+def _whole_numbers(most: int) -> tuple[Edit, ...]:
+    """A cache of whole numbers up to ``most``: in llama.cpp's blocks, whose products take queries in 8 bits; with a
+    scale for each head of a key, each value."""
+    blocks, queries = (partial(in_blocks, m, 32, kept=rounded(jnp.float16)) for m in (most, 127))
+    return _small_cache(blocks, queries), _small_cache(lambda x: in_blocks(most, x.shape[-1], x))
+
+
 def _activation16(module: Any, run: Any, x: jax.Array) -> Any:
     half, act = rounded(jnp.float16), module.activation
     return run(module.clone(activation=lambda y: half(act(half(y)))), x)
 
 
 def _float8(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """To e4m3, the largest of which is 448, and back."""
+    """To e4m3, the largest of which is 448, and back; what is larger than ``scale`` becomes that."""
     scale = jnp.maximum(scale, 1e-30) / 448
-    return rounded(jnp.float8_e4m3fn)(x / scale) * scale
+    return rounded(jnp.float8_e4m3fn)(jnp.clip(x / scale, -448, 448)) * scale
 
 
-def _one_float8(weight: jax.Array) -> jax.Array:
-    return _float8(weight, jnp.max(jnp.abs(weight)))
+def _one_float8(x: jax.Array) -> jax.Array:
+    return _float8(x, jnp.max(jnp.abs(x)))
 
 
 def _rows_float8(module: Any, run: Any, x: jax.Array) -> Any:
@@ -183,6 +197,21 @@ def in_blocks(most: int, size: int, x: jax.Array, kept: Change = lambda scale: s
     return (steps * kept(scale)).reshape(x.shape)
 
 
+def _static(bits: int) -> Edit:
+    """Every step's result, and every product's input, in whole numbers with one scale for all tokens, as calibration
+    finds it."""
+
+    def change(x: jax.Array) -> jax.Array:
+        flat = in_blocks(2 ** (bits - 1) - 1, x.size, x.reshape(1, -1))
+        return flat.reshape(x.shape)
+
+    def product(module: Any, run: Any, x: Any) -> Any:
+        return run(module, change(x))
+
+    every = dict.fromkeys((*LAYER, "embed", "final_norm", "head", "logits"), change)
+    return Edit({"experts": product} | _products(product), after=every, dumped=every)
+
+
 def _blocks8(size: int, module: Any, run: Any, x: jax.Array) -> Any:
     """A product's input in blocks of 8 bits, with scales in float16: llama.cpp's Q8_0, Q8_1 (of 32), Q8_K (of 256)."""
     return run(module, in_blocks(127, size, x, rounded(jnp.float16)))
@@ -197,6 +226,12 @@ CLASSES: dict[str, Callable[[], tuple[Edit, ...]]] = {
     "cache16": lambda: (_cache(jnp.float16), _cache(jnp.bfloat16)),
     "float16": partial(_narrow, jnp.float16),
     "bfloat16": partial(_narrow, jnp.bfloat16),
+    "static_int16": lambda: (_static(16),),
+    "static_int8": lambda: (_static(8),),
+    "cache_int8": partial(_whole_numbers, 127),
+    # With a scale that calibration finds, and with none, as vLLM has it by default.
+    "cache_float8": lambda: (_small_cache(_one_float8), _small_cache(lambda x: _float8(x, jnp.float32(448)))),
+    "cache_int4": partial(_whole_numbers, 7),
     "block_int8": lambda: tuple(Edit(_products(partial(_blocks8, size))) for size in (32, 256)),
     "int8": lambda: tuple(Edit(params=weights(requantized(s))) for s in ("int8", "int8-g32")),
     "dynamic_int8": lambda: (Edit({"experts": _rows8} | _products(_rows8), weights(requantized("int8"))),),
@@ -208,23 +243,38 @@ CLASSES: dict[str, Callable[[], tuple[Edit, ...]]] = {
 }
 # Weights of few bits.
 FEW = ("block_int8", "int8", "dynamic_int8", "float8", "int4")
-# What no runtime is taken to do that does not say so, or is known to.
-_KNOWN_ALONE = ("block_int8", "cache_float16", "float8")
+# Activations in whole numbers, by scales that calibration found.
+_STATIC = ("static_int16", "static_int8")
+# What makes no step one factor off, however coarse it is.
+NO_FACTOR = (*FEW, "static_int8")
 _CACHES = ("cache_float16", "cache16")
-_NARROW = ("gelu16", *_CACHES, "float16", "bfloat16")
+# Caches of few bits, which go with anything.
+SMALL_CACHES = ("cache_int8", "cache_float8", "cache_int4")
+_NARROW = ("gelu16", *_CACHES, "float16", "bfloat16", *_STATIC)
+# What no runtime is taken to do that does not say so, or is known to.
+_KNOWN_ALONE = ("block_int8", "cache_float16", "float8", *_STATIC, *SMALL_CACHES)
 _FLOAT8 = r"\b(mx)?(fp|float|f)8|e4m3|e5m2"
+# ExecuTorch's 16a4w has 16 bits of activations by calibration, its 8da4w 8 that are found at run time.
+_A16 = r"(\b16a[48]w|static.*a16|a16.*static|int16|\b16x8)"
 _SPELLINGS = {
     "float16": r"\b(fp16|float16|f16|half)\b",
     "bfloat16": r"\b(bf16|bfloat16)\b",
     "float8": _FLOAT8,
-    "dynamic_int8": rf"^(?!.*({_FLOAT8})).*dynamic|w[48]a8|mediapipe_cpu|\bint8 activations",
+    "static_int16": _A16,
+    "static_int8": rf"^(?=.*static)(?!.*{_A16})|\b8a[48]w",
+    "dynamic_int8": rf"^(?!.*({_FLOAT8})).*dynamic|^(?!.*static).*w[48]a8|\b8da[48]w|mediapipe_cpu|\bint8 activations",
     "block_int8": r"block_int8",
-    "int8": r"(?<!block_)int8|q8|wi?8|8.?bit|\bbits\W+8\b|\bmixed\b.*\b8(?!\d)",
-    "int4": r"int[2-6]|q[2-6]|wi?4|nf4|fp4|(?<!\d)[2-6].?bit|\bbits\W+[2-6]\b|^(?!.*8).*(gptq|awq|hqq)"
-    r"|\bmixed\b.*\b[2-6](?!\d)",
-    "cache_float16": r"cache_float16",
-    "cache16": r"cache16",
-    "gelu16": r"gelu16",
+    "int8": r"(?<!block_)(?<!cache_)int8|q8|wi?8|a8w|16x8|8.?bit|\bbits\W+8\b|\bmixed\b.*\b8(?!\d)",
+    "int4": r"(?<!cache_)int[2-6]|q[2-6]|wi?4|a4w|nf4|fp4|(?<!\d)[2-6].?bit|\bbits\W+[2-6]\b"
+    r"|^(?!.*8).*(gptq|awq|hqq)|\bmixed\b.*\b[2-6](?!\d)",
+    **{name: rf"{name}\b" for name in (*_CACHES, *SMALL_CACHES, "gelu16")},
+}
+# Of a manifest's kv_cache.
+_CACHE_SPELLINGS = {
+    "cache16": r"\b(bf16|fp16|f16|b?float16|half)\b|16.?bit",
+    "cache_float8": _FLOAT8,
+    "cache_int8": r"int8|q8|(?<!\d)8.?bit",
+    "cache_int4": r"int[2-6]|q[2-6]|nf4|(?<!\d)[2-6].?bit",
 }
 # Quantizations and dtypes that are none, or no narrower than float32.
 _PLAIN = r"none|no|false|null|(torch\.|jnp\.|np\.)?((bf|fp?|float|bfloat)(16|32|64)|single|double)"
@@ -246,43 +296,56 @@ class Allowed:
 
     @property
     def together(self) -> list[tuple[str, ...]]:
-        """Classes alone and what goes together: a 16-bit cache and activation, as llama.cpp has them, and weights of
-        few bits with anything narrow."""
+        """Classes alone and what goes together: a 16-bit cache and activation, as llama.cpp has them, weights of few
+        bits with anything narrow, and a cache of few bits with all of that."""
         few = [name for name in self.singles if name in FEW]
         narrow: list[tuple[str, ...]] = []
         for name in (name for name in self.singles if name in _NARROW):
             narrow += [(name,), ("gelu16", name)] if name in _CACHES and "gelu16" in self.singles else [(name,)]
-        wide = [name for name in self.singles if name not in (*_NARROW, "float32")]
+        wide = [name for name in self.singles if name not in (*_NARROW, *SMALL_CACHES, "float32")]
         first = [("float32",)] if "float32" in self.singles else []
-        return [*first, *narrow, *((name,) for name in wide), *((*some, name) for name in few for some in narrow)]
+        found = [*narrow, *((name,) for name in wide), *((*some, name) for name in few for some in narrow)]
+        small = [name for name in self.singles if name in SMALL_CACHES]
+        caches: list[tuple[str, ...]] = [(name,) for name in small]
+        if len(small) > 1:
+            caches.append(tuple(small))  # keys in one, values in another
+        return [*first, *found, *caches, *((*some, *cache) for cache in caches for some in found)]
 
 
 def allowed(manifest: Mapping[str, Any], forced: str | None) -> Allowed:
-    """The classes that a dump's manifest, or ``--class``, leaves.
+    """The classes that a dump's manifest, or ``--class``, leaves; several, with commas between them, may go together.
+
+    Of llama.cpp's files, whose other arithmetic is known, a forced cache stands in the place of the usual one.
 
     Raises:
       RequestError: there is no such class.
     """
     if forced is not None:
-        if forced not in CLASSES:
-            raise RequestError(f"class: unknown {forced!r}; expected one of {', '.join(CLASSES)}")
-        return Allowed((forced,), True)
-    declared = {key: manifest.get(key) for key in ("dtype", "numerics", "quantization")}
+        names = {name.strip() for name in forced.split(",")}
+        if unknown := sorted(names - {*CLASSES}):
+            raise RequestError(f"class: unknown {unknown[0]!r}; expected one of {', '.join(CLASSES)}, or several: a,b")
+        if names <= {*_CACHES, *SMALL_CACHES} and str(manifest.get("numerics")).startswith("llama.cpp: "):
+            names |= {*allowed(manifest, None).singles} - {*_CACHES}
+        return Allowed(tuple(name for name in CLASSES if name in names), True)
+    declared = {key: manifest.get(key) for key in ("dtype", "numerics", "quantization", "kv_cache")}
     if not any(declared.values()):
         return Allowed(tuple(name for name in CLASSES if name not in _KNOWN_ALONE), False)
     said = {
         key: f"{value} bit" if type(value) is int else str(value).lower() for key, value in declared.items() if value
     }
-    found = {name for name, pattern in _SPELLINGS.items() if re.search(pattern, " ".join(said.values()))}
+    others = " ".join(value for key, value in said.items() if key != "kv_cache")
+    found = {name for name, pattern in _SPELLINGS.items() if re.search(pattern, others)}
+    kept = {name for name, pattern in _CACHE_SPELLINGS.items() if re.search(pattern, said.get("kv_cache", ""))}
     if declared["dtype"] is None and not found & {"float16", "bfloat16"}:
         found |= {*_NARROW} - {*_KNOWN_ALONE}  # nothing is said of activations
     read = {
-        "quantization": any(name in FEW for name in found),
+        "quantization": any(name in (*FEW, *_STATIC) for name in found),
         "dtype": any(re.search(pattern, said.get("dtype", "")) for pattern in _SPELLINGS.values()),
+        "kv_cache": bool(kept),
     }
     unread = [f"the {key} {shown(declared[key])}" for key, known in read.items()
               if not known and not re.fullmatch(_PLAIN, said.get(key, "none"))]  # fmt: skip
-    singles = tuple(name for name in CLASSES if name in found | {"float32"})
+    singles = tuple(name for name in CLASSES if name in found | kept | {"float32"})
     return Allowed(singles, True, " and ".join(unread) or None)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from llmjax.errors import RequestError
 from llmjax.oracle.clock import Pulse
 from llmjax.oracle.dump import Window
-from llmjax.oracle.floors import CLASSES, FEW, LIKE, MARGIN, OWN, floor
+from llmjax.oracle.floors import CLASSES, FEW, LIKE, MARGIN, NO_FACTOR, OWN, floor
 from llmjax.oracle.metrics import Gap, gap, narrowed
 from llmjax.oracle.names import Named, layouts
 from llmjax.oracle.stages import PLAIN, Edit, Stages
@@ -75,26 +75,24 @@ class Tap:
         times = self.margin(classes)[at] * over[at]
         return float(times / max(like[at], 1e-3)) if over[at] > 1 and times <= MARGIN else None
 
-    def floor(
-        self, classes: Sequence[str], way: int | None = None, whole: bool = False, finest: bool = False
-    ) -> np.ndarray:
+    def floor(self, classes: Sequence[str], whole: bool = False, finest: bool = False) -> np.ndarray:
         """The most that the step's own error, or the ``whole`` run's, may be under classes together; of weights of few
         bits by the ``finest`` of their ways."""
         at = 0 if whole else 1
         if self.scaled and not whole:
-            classes = tuple(name for name in classes if name not in FEW) or ("float32",)
+            classes = tuple(name for name in classes if name not in NO_FACTOR) or ("float32",)
         total = np.zeros(2)
         for name in classes:
-            ways = self.ways[name] if way is None else self.ways[name][way : way + 1]
+            ways = self.ways[name]
             fits = [w[at] for w in ways if w[at].any()] if finest and name in FEW else []  # a scheme may not
             total = np.hypot(total, np.min(fits, 0) if fits else np.max([w[at] for w in ways], 0))
         margin = MARGIN if whole else self.margin(classes)
         return np.hypot(floor(total, self.ways["float32"][0][at], margin), self.rounding)
 
-    def excess(self, classes: Sequence[str], way: int | None = None) -> float:
+    def excess(self, classes: Sequence[str]) -> float:
         """The step's own error over its floor; above 1 the classes do not explain it."""
         assert self.local is not None
-        return float(np.max(self.local / self.floor(classes, way)))
+        return float(np.max(self.local / self.floor(classes)))
 
 
 def token_axis(tap: str) -> int:

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from llmjax.oracle.beneath import TOKENS, WIDE, Held, held, worth
 from llmjax.oracle.causes.base import Cause, Scene
 from llmjax.oracle.causes.catalogue import EVERYWHERE, catalogue
 from llmjax.oracle.clock import Clock, Pulse
-from llmjax.oracle.floors import Allowed
-from llmjax.oracle.measure import Tap, inner, pair
+from llmjax.oracle.floors import CLASSES, Allowed
+from llmjax.oracle.measure import Tap, inner, pair, token_axis
 from llmjax.oracle.names import Named
 from llmjax.oracle.stages import Stages
 from llmjax.oracle.steps import common, segment, split
@@ -79,18 +80,28 @@ def judged(
     found: Explained,
     permitted: Allowed,
     seconds: float,
+    texts: int,
     pulse: Pulse,
 ) -> tuple[Explained, list[dict[str, Any]]]:
     """What explains a candidate, and its faults; causes are looked for as long as there is time.
 
     A wide class that nobody declared holds nearly anything where little was dumped: where known mistakes in float32
-    take the whole error away, they are what explains it.  On that a verdict hangs, so there all are tried.
+    take the whole error away, they are what explains it.  On that a verdict hangs, so there all are tried.  Weights of
+    few bits are wide where they are declared, too: mistakes beneath their floor are looked for for as long, shared
+    between ``texts``.
     """
-    if found.beyond or permitted.declared or found.classes == ("float32",):
+    if found.beyond or found.classes == ("float32",):
         return found, faults(stages, named, taps, found, seconds, pulse)
-    narrow = Explained(("float32",), tuple(tap for tap in taps if tap.excess(("float32",)) > 1))
-    proven = faults(stages, named, taps, narrow, 0, pulse, mistakes=True)
-    return (narrow, proven) if proven else (found, [])
+    if not permitted.declared:
+        narrow = Explained(("float32",), tuple(tap for tap in taps if tap.excess(("float32",)) > 1))
+        if proven := faults(stages, named, taps, narrow, 0, pulse, mistakes=True):
+            return narrow, proven
+    if WIDE.isdisjoint(found.classes):
+        return found, []
+    finder = _Finder(stages, named, taps, found, Clock(seconds / texts), pulse)
+    hidden = [one for tap in taps if (one := finder.hidden(tap)) is not None]
+    beyond = tuple(finder.taps[fault["tap"]] for fault in hidden)
+    return dataclasses.replace(found, beyond=beyond, looked=(finder.count, finder.of)), hidden
 
 
 def faults(
@@ -144,6 +155,7 @@ class _Finder:
         self.bench = Bench(stages, named)
         self.taps = {tap.name: tap for tap in taps}
         self.dumped = {inner(tap) for tap in named.taps if named.window(tap) is None}
+        self.count = self.of = 0  # mistakes that were looked for beneath floors, and how many there are
 
     def segment(self, tap: str) -> list[str]:
         """The steps that may be at fault for a tap."""
@@ -266,6 +278,47 @@ class _Finder:
         noise = floor[at] / tap.margin(self.found.classes)[at]
         return float(np.clip(1 - max(0.0, error[at] - noise) / (tap.local[at] - noise), 0, 1))
 
+    def hidden(self, tap: Tap) -> dict[str, Any] | None:
+        """The fault beneath a tap's floor; None for none.  A step alone, or what is exact, hides nothing."""
+        if inner(tap.name) != tap.name or len(self.segment(tap.name)) == 1 or tap.excess(("float32",)) <= 1:
+            return None
+        last = self.places(tap)[-1]
+        ours, axis = self.bench.ours(last)[tap.name], token_axis(tap.name)
+        if ours.shape[axis] < TOKENS:
+            return None
+        trials = [trial for trial in self.trials(tap, [], ours) if worth(trial.cause)]
+        error, proven = self.bench.values(last)[tap.name] - ours, list[tuple[Held, _Trial]]()
+        ways = [edit for name in self.found.classes for edit in CLASSES[name]()]
+        changes: dict[Place, list[np.ndarray]] = {}
+        self.of += len(trials)
+        for trial in trials:
+            if not self.clock.left:
+                break
+            self.count += 1
+            self.bench.hold(trial.place)
+            under = self.bench.under(tap.name, trial.place, trial.cause.edit)
+            self.pulse(partial(_beneath, tap, self.count, self.of, self.clock))
+            if under is None or under.shape != ours.shape or not np.isfinite(under).all():
+                continue
+            found = held(error, under - ours, axis)
+            if not found.proves(0.0):
+                continue
+            if trial.place not in changes:
+                runs = (self.bench.under(tap.name, trial.place, edit) for edit in ways)
+                changes[trial.place] = [run - ours for run in runs if run is not None]
+            rounding = max(abs(held(way, under - ours, axis).cosine) for way in changes[trial.place])
+            if found.proves(rounding):
+                proven.append((found, trial))
+        if not proven:
+            return None
+        found, trial = max(proven, key=lambda both: both[0].cosine)
+        explains = min(found.times, 1 / found.times)
+        fault = self.fault(tap, [tap], _Search([_Tried(trial, explains, (tap,))], len(trials), len(trials)))
+        return fault | {
+            "proof": f"what that mistake changes is {found.times:.2f} times in the error of {tap.name} "
+            f"(cosine {found.cosine:.2f}), though it is within the floor: of a rounding next to nothing is"
+        }
+
     def fault(self, tap: Tap, healed: Sequence[Tap], search: _Search) -> dict[str, Any]:
         """As the contract has it."""
         assert tap.local is not None
@@ -321,6 +374,11 @@ def _sorted(tried: Sequence[_Tried]) -> list[_Tried]:
 def _so_far(tap: Tap, count: int, of: int, left: int, clock: Clock) -> str:
     more = f"{clock.left:.0f} s are left" if clock.left < float("inf") else "all are tried"
     return f"{tap.name}: {count} of {of} causes tried; {left} taps are beyond the floor; {more}"
+
+
+def _beneath(tap: Tap, count: int, of: int, clock: Clock) -> str:
+    more = f"; {clock.left:.0f} s are left" if clock.left < float("inf") else ""
+    return f"{tap.name}: {count} of {of} mistakes looked for beneath the floor{more}"
 
 
 def _unknown(steps: int, search: _Search) -> str:

@@ -46,7 +46,26 @@ def text(report: "Comparison") -> str:
             f"{mark} {tap['name']:28}{tap['error']:10.1e}{tap['error_narrowed']:10.1e}{tap['floor']:10.1e}"
             f"{tap['token']:7}{tap['channel']:9}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_next(report)])
+
+
+def _next(report: "Comparison") -> list[str]:
+    """What to do now, of what is different."""
+    if report.verdict != "different":
+        return []
+    if not report.faults:
+        return ["next: compare with the model itself (--model), which says where it begins and why"]
+    fault, best = report.faults[0], report.faults[0]["causes"][0]
+    layer, missing = fault["tap"].rsplit(".", 1)[0], report.coverage["missing"]
+    ends = [name for name in missing if name.endswith(".resid")]
+    inside = [name for name in missing if layer.startswith("layers.") and name.startswith(f"{layer}.")]
+    if best["cause"] != "unknown":
+        what = f"look at {fault['module']} ({best['cause']}: {best['detail']}), and compare again without it"
+    elif ends or inside:
+        what = f"dump {'layers.*.resid' if ends else f'{layer}.*'} of the same token ids, and compare again"
+    else:
+        what = f"look at the weights and the formula of {fault['module']}: it was given the candidate's own input"
+    return [f"next: {what}"]
 
 
 def label(place: str | int) -> str:

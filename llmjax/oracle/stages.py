@@ -47,6 +47,7 @@ class Edit:
         ``hook(module, run, x)`` in the place of ``run(module, x)``.
       params: of the stage.
       after: by tap within the stage, what becomes of its value behind the tap.
+      dumped: by tap within the stage, what is shown of its value instead.
       unpatched: taps whose patches do not fit any more.
       numerics: another profile.
       config: another configuration.
@@ -55,6 +56,7 @@ class Edit:
     hooks: Mapping[str, Hook] = dataclasses.field(default_factory=dict)
     params: Callable[[Params], Params] = _same
     after: Mapping[str, Callable[[jax.Array], jax.Array]] = dataclasses.field(default_factory=dict)
+    dumped: Mapping[str, Callable[[jax.Array], jax.Array]] = dataclasses.field(default_factory=dict)
     unpatched: tuple[str, ...] = ()
     numerics: Callable[[Numerics], Numerics] = _same
     config: Callable[[DecoderConfig], DecoderConfig] = _same
@@ -231,7 +233,8 @@ class Stages:
         if not inner:
             y = entering[0][0] if stage < 0 else None
         own = tuple(args[2:] for args in entering) if stage < 0 else flow[1]
-        return (y, own), {n: to_numpy(leaf) for n, leaf in taps.items() if self.stage_of(n) == stage}
+        shown = {n: edit.dumped.get(split(n)[1], _same)(leaf) for n, leaf in taps.items() if self.stage_of(n) == stage}
+        return (y, own), {n: to_numpy(leaf) for n, leaf in shown.items()}
 
     def _patches(self, stage: int, patches: Mapping[str, np.ndarray], edit: Edit) -> dict[str, Any]:
         """The collection that ``models.context.tap`` looks into."""

@@ -18,6 +18,11 @@ _WITHOUT_MODEL = {
     "float32": 1e-4,
     "float16": 1e-2,
     "bfloat16": 6e-2,
+    "static_int16": 6e-2,
+    "static_int8": 2e-1,
+    "cache_int8": 6e-2,
+    "cache_float8": 1.5e-1,
+    "cache_int4": 3e-1,
     "int8": 1.5e-1,
     "dynamic_int8": 2e-1,
     "float8": 2e-1,
@@ -45,7 +50,11 @@ def two_dumps(
         a = window.show(a) if window else a
         taps.append(compared(name, a, b, window))
         if name == "logits":
-            a, b = a.astype(np.float32), b.astype(np.float32)
+            a, b, most = a.astype(np.float32), b.astype(np.float32), int(theirs.token_ids.max())
+            if a.ndim != 2 or most >= a.shape[1]:
+                raise MismatchError(
+                    f"{theirs.path}: logits: expected [tokens, vocabulary] with token id {most}, found {list(a.shape)}"
+                )
             logits, positions = logits_report(a, b, theirs.token_ids, None, window)
     worst, flips = max(tap.gap.error for tap in taps), logits["flips_beyond_margin"] if logits else 0
     few = permitted.declared or len(taps) > 1  # one array alone shows no weights of few bits

@@ -21,11 +21,13 @@ class Explained:
 
     Attributes:
       classes: the narrowest that hold, or those that hold the most.
-      beyond: taps whose own error is above their floor, in the order of computation.
+      beyond: taps whose own error is above their floor, or holds a mistake beneath it, in the order of computation.
+      looked: how many mistakes beneath floors were looked for, of how many; (0, 0) where floors are narrow.
     """
 
     classes: tuple[str, ...]
     beyond: tuple[Tap, ...]
+    looked: tuple[int, int] = (0, 0)
 
     @property
     def name(self) -> str:
@@ -55,7 +57,8 @@ def caveats(allowed: Allowed, theirs: Dump, proven: bool = False) -> str:
     if allowed.unread:
         found += f"; {allowed.unread} is no class of llmjax's (--class)"
     if "cache_float16" in allowed.singles and "cache16" not in allowed.singles and not proven:
-        found += "; llama.cpp's cache is float16 unless it is told: --class cache16 if it was (-ctk bf16 -ctv bf16)"
+        found += "; llama.cpp's cache is float16 unless it is told: --class cache16 if it was (-ctk bf16 -ctv bf16), "
+        found += "cache_int8 (q8_0), cache_int4 (q4_0, q5_0)"
     if not allowed.declared and len(theirs.arrays) == 1:
         found += "; one array alone shows no weights of few bits: if it has them, declare its quantization (or --class)"
     kinds = {stored.dtype for stored in theirs.arrays.values()} & {"float16", "bfloat16"} - set(allowed.singles)

@@ -11,6 +11,7 @@ import pytest
 
 import llmjax
 from llmjax.cli.main import main
+from tests import tiny
 from tests.parity import golden
 
 pytest.importorskip("torch", reason="parity extra not installed")
@@ -145,3 +146,36 @@ def test_a_cache_and_activations_of_sixteen_bits_are_one_arithmetic(compared):
     facts = {"dtype": "float32", "numerics": "cache16, gelu16"}
     report = compared("qwen2", facts, f["activation16"], eager_attention_forward=f["cache16"])
     assert (report.verdict, report.explained_by, report.faults) == ("equivalent", "cache16", [])
+
+
+@pytest.mark.parametrize(
+    "variant, explained",
+    tiny.some(
+        [("cache of 8 bits", "cache_int8")],
+        [
+            ("cache of 8 bits", "cache_int8"),
+            ("cache of float8", "cache_float8"),
+            ("cache of 4 bits", "cache_int4"),
+            ("cache of 8 bits, int4 and bfloat16", "int4"),
+            ("static int8", "static_int8"),
+            ("16a8w", "int8"),
+            ("8da4w", "int4"),
+        ],
+    ),
+)
+def test_small_caches_and_static_activations_are_classes_of_what_declares_them(compared, variant, explained):
+    """Rounded by torch, in transformers' own modules."""
+    how = runpy.run_path(str(SCRIPTS / "no_faults.py"))["THEIRS"][variant]
+    facts = {"dtype": how.dtype, "quantization": how.quantization, "kv_cache": how.kv_cache}
+    restored = []
+
+    def changed(model):
+        how.change(model)
+        restored.append(getattr(model, "_restore", None))
+
+    try:
+        report = compared("qwen2", facts, changed)
+        assert (report.verdict, report.explained_by) == ("equivalent", explained), report.reason
+    finally:
+        for one in filter(None, restored):
+            setattr(*one)

@@ -17,10 +17,10 @@ from safetensors.numpy import save_file
 import llmjax
 from llmjax.cli.main import main
 from llmjax.errors import RequestError
-from llmjax.oracle import clock
+from llmjax.oracle import clock, patching
 from llmjax.oracle import dump as dumps
-from llmjax.oracle.causes import base, blocks, weights
-from llmjax.oracle.causes.catalogue import catalogue
+from llmjax.oracle.beneath import held, worth
+from llmjax.oracle.causes import base, blocks, catalogue, weights
 from llmjax.oracle.compare import _reason
 from llmjax.oracle.floors import allowed, floor
 from llmjax.oracle.measure import Tap, _is_factor
@@ -91,6 +91,18 @@ def test_a_tiny_token_counts_beside_the_others():
     assert gap(x, y).worst == pytest.approx(2e-6 / 8e-4**0.5, rel=1e-3)  # of itself it would be 0.007
     x[2] *= 1e3
     assert gap(x, 1.01 * x).by_token == pytest.approx(np.full(5, gap(x, 1.01 * x).error), rel=1e-4)
+
+
+def test_what_a_mistake_changes_is_in_an_error_once_or_not():
+    rng = np.random.default_rng(0)
+    change, noise = rng.normal(size=(2, 20, 30))
+    found = held(change + noise, change)
+    assert found.times == pytest.approx(1, abs=0.1) and found.cosine == pytest.approx(0.5**0.5, abs=0.05)
+    assert found.proves(0.1) and not found.proves(0.3) and not held(noise, change).proves(0)
+    assert not held(0.5 * change + noise, change).proves(0)  # a part of it is something else
+    loud = np.where(np.arange(20)[:, None] == 3, 1e4, 1) * noise
+    assert held(change + loud, change).proves(0.1)  # one token drowns no other
+    assert held(noise, 0 * change) == held(0 * noise, change)
 
 
 def test_a_flip_within_the_drift_is_a_tie():
@@ -328,6 +340,29 @@ def test_what_a_dump_declares_limits_the_classes():
     assert "int4" not in allowed({"quantization": "16-bit"}, None).singles
     for bits in (8, {"bits": 8, "group_size": 32}):
         assert allowed({"dtype": "float32", "quantization": bits}, None).singles == ("float32", "int8"), bits
+    assert allowed({"dtype": "float32", "quantization": "8da4w"}, None).singles == ("float32", "dynamic_int8", "int4")
+    assert allowed({"dtype": "float32", "quantization": "16a4w"}, None).singles == ("float32", "static_int16", "int4")
+    for said in ("static int8", "8a8w", "w8a8, static"):
+        assert allowed({"dtype": "float16", "quantization": said}, None).singles == (
+            "float32", "float16", "static_int8", "int8",
+        ), said  # fmt: skip
+    cached = {
+        "q8_0": "cache_int8",
+        8: "cache_int8",
+        "fp8_e4m3": "cache_float8",
+        "q4_0": "cache_int4",
+        "bf16": "cache16",
+    }
+    for said, kind in cached.items():
+        assert allowed({"dtype": "float32", "kv_cache": said}, None).singles == ("float32", kind), said
+    assert allowed({"dtype": "float32", "kv_cache": "turbo"}, None).unread == "the kv_cache 'turbo'"
+    # A cache goes with whatever else was rounded, and of llama.cpp's files stands in the place of the usual one.
+    both = allowed({"dtype": "bfloat16", "quantization": "int4", "kv_cache": "q8_0"}, None)
+    assert ("bfloat16", "int4", "cache_int8") in both.together and both.together[0] == ("float32",)
+    assert allowed({}, "int4,cache_int8").together == [("int4",), ("cache_int8",), ("int4", "cache_int8")]
+    llama = {"dtype": "float32", "numerics": "llama.cpp: gelu16, cache_float16, float16, block_int8"}
+    assert allowed(llama, "cache_int8").singles == ("float32", "gelu16", "float16", "cache_int8", "block_int8")
+    assert allowed(llama, "int4").singles == ("int4",)
     half = dumps.from_arrays("d", {}, np.arange(2), {"embed": np.ones((2, 3), np.float16)})
     said = caveats(allowed({"quantization": "bitnet", "dtype": "float32"}, None), half)
     assert "'bitnet' is no class" in said and "stored as float16" in said
@@ -335,6 +370,19 @@ def test_what_a_dump_declares_limits_the_classes():
     assert "the dtype 'tf32' is no class" in caveats(allowed({"dtype": "tf32"}, None), half)
     assert not allowed({"dtype": "torch.float32"}, None).unread
     assert allowed({"quantization": "bitnet"}, None).unread and not allowed({"quantization": "none"}, None).unread
+
+
+def test_a_small_cache_is_a_class_without_a_model_too():
+    logits = np.random.default_rng(0).normal(size=(12, 96)).astype(np.float32)
+    ours, theirs = ({"logits": x} for x in (logits, logits + np.float32(0.02) * logits[::-1]))
+    for said, verdict in (({}, "different"), ({"kv_cache": "q8_0"}, "equivalent")):
+        facts = {"token_ids": IDS, "dtype": "float32"}
+        report = llmjax.compare(llmjax.Trace(ours, facts), llmjax.Trace(theirs, facts | said))
+        assert report.verdict == verdict, report.reason
+    assert report.explained_by == "cache_int8"
+    for few in (logits[:, :50], logits[:, 0]):  # ids that have none; no vocabulary
+        one = llmjax.Trace({"logits": few}, facts)
+        assert "expected [tokens, vocabulary] with token id" in llmjax.compare(one, one).reason
 
 
 def test_what_is_unrelated_passes_under_no_class():
@@ -455,6 +503,8 @@ def test_faults_are_all_found_and_named(model, traced, monkeypatch):
     assert all(fault["causes"][0]["explains"] > 0.95 for fault in report.faults)
     assert report.first_divergence["tap"] == "layers.0.attn.q"
     assert "1.1" in report.faults[0]["causes"][0]["detail"] and "int8" in report.faults[3]["causes"][0]["detail"]
+    last = "next: look at layers.0.attn.q (weight: the weight is scaled by 1.1), and compare again without it"
+    assert report.to_text().endswith(last)
     page = report.to_html()
     assert "layers.1.mlp.down" in page and "http" not in page and "<script" not in page
     assert 'failures="5"' in report.to_junit()
@@ -510,9 +560,18 @@ def test_another_first_token_is_tried(model):
 def test_log_probabilities_for_logits_are_tried_first(traced):
     logits = traced.activations["logits"]
     scene = base.Scene(None, 2, "logits", logits, logits, lambda edit: None)
-    for theirs, cause in zip((jax.nn.log_softmax, jax.nn.softmax), catalogue(scene, ["logits"]), strict=False):
+    for theirs, cause in zip((jax.nn.log_softmax, jax.nn.softmax), catalogue.catalogue(scene, ["logits"]), strict=False):
         assert "probabilities, no logits" in cause.detail
         np.testing.assert_allclose(cause.post(logits), theirs(logits), rtol=1e-4, atol=1e-6)
+
+
+def test_a_result_that_saturates_is_told():
+    ours = np.linspace(-3, 3, 60, dtype=np.float32).reshape(6, 10)
+    scene = base.Scene(None, 0, "mlp.act", ours, np.clip(ours, -2, 3), lambda edit: None)
+    [cause] = catalogue._saturated(scene)
+    assert cause.cause == "precision" and "saturates at -2 and 3" in cause.detail
+    np.testing.assert_array_equal(cause.post(ours), scene.theirs)
+    assert not list(catalogue._saturated(dataclasses.replace(scene, theirs=2 * ours)))
 
 
 def test_a_window_shows_by_the_first_token_that_differs():
@@ -537,6 +596,7 @@ def test_logits_alone_say_what_to_dump_next(model):
     assert told(report) == [("logits", "unknown")]
     count, of = report.faults[0]["tried"]
     assert count == of > 100 and "tried" not in report.to_text()
+    assert report.to_text().endswith("next: dump layers.*.resid of the same token ids, and compare again")
     report = llmjax.compare(model, logits, search=1e-9)
     assert report.faults[0]["tried"] == [0, of] and told(report) == [("logits", "unknown")]
     assert f"0 of {of} causes were tried" in report.reason and f"0 of {of} causes tried" in report.to_text()
@@ -562,6 +622,28 @@ def test_few_bits_are_equivalent_unless_float32_is_declared(model):
     layers = with_arrays(llmjax.trace(other, IDS), lambda name: name.endswith("resid"), **nothing)
     report = llmjax.compare(model, layers)
     assert report.verdict == "different" and {cause for _, cause in told(report)} == {"norm_eps"}
+
+
+def test_a_mistake_beneath_the_floor_of_few_bits_is_found_in_the_error(model, monkeypatch):
+    """Residuals alone of weights of 4 bits, a row's scale each: swapped weights of one layer are within their floor."""
+    monkeypatch.setattr(patching, "worth", lambda cause: worth(cause) and cause.cause in ("weight_swapped", "mask"))
+
+    def rounded(w):
+        scale = jnp.abs(w).max(-1, keepdims=True) / 7
+        return jnp.round(w / scale) * scale
+
+    four = jax.tree.map(lambda x: rounded(x) if x.ndim == 2 else x, model.params)
+    right = dataclasses.replace(model, params=four)
+    gate, up = (four["layers_1"]["mlp"][name]["weight"] for name in ("gate", "up"))
+    swapped = broken(right, {"layers_1/mlp/gate/weight": lambda _: up, "layers_1/mlp/up/weight": lambda _: gate})
+    for one, verdict, causes in (
+        (right, "equivalent", []),
+        (swapped, "different", [("layers.1.mlp", "weight_swapped")]),
+    ):
+        facts = {"dtype": "float32", "quantization": "int4", "numerics": None}
+        resids = with_arrays(llmjax.trace(one, IDS), lambda name: name.endswith("resid"), **facts)
+        report = llmjax.compare(model, resids)
+        assert (report.verdict, told(report)) == (verdict, causes), report.reason
 
 
 def test_other_tokens_are_told_in_words(model, traced):

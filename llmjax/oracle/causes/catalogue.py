@@ -52,6 +52,7 @@ def _all(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
     for dtype in ("bfloat16", "float16"):
         post = partial(_rounded, dtype=dtype)
         yield Cause("precision", f"the result is rounded to {dtype}", (scene.step,), post=post)
+    yield from _saturated(scene)
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:
@@ -60,3 +61,11 @@ def _softmax(x: np.ndarray) -> np.ndarray:
 
 def _rounded(x: np.ndarray, dtype: str) -> np.ndarray:
     return np.asarray(jnp.asarray(x).astype(dtype).astype(jnp.float32))
+
+
+def _saturated(scene: Scene) -> Iterator[Cause]:
+    """What goes beyond a range, of whole numbers or of float8, is at its ends."""
+    low, high = float(scene.theirs.min()), float(scene.theirs.max())
+    if scene.ours.min() < low or scene.ours.max() > high:
+        detail = f"the result saturates at {low:.4g} and {high:.4g}: a scale is too small, or a calibration's range"
+        yield Cause("precision", detail, (scene.step,), post=partial(np.clip, a_min=low, a_max=high))
