@@ -262,7 +262,7 @@ def test_preferences_are_learned(tmp_path, capsys):
 
 def test_it_stops_when_nothing_gets_better(model):
     """A rate that throws the adapter about: the best is kept, not the last."""
-    config = dataclasses.replace(WHOLE, learning_rate=3.0, clip=None, eval_every=1, patience=2, epochs=9)
+    config = dataclasses.replace(WHOLE, learning_rate=30.0, clip=None, eval_every=1, patience=2, epochs=9)
     result = llmjax.finetune(model, rows(10), config, eval_rows=rows(4, seed=1))
     assert result.finished == f"no better evaluation in 2 after step {result.step}"
     assert len(result.metrics) == result.step + 2
@@ -484,7 +484,7 @@ def test_it_goes_on_from_an_adapter(model, whole, tmp_path):
 def test_a_full_disk_is_told(model, tmp_path, monkeypatch):
     def told():
         with pytest.raises(OutputError, match="metrics.jsonl: cannot write it: No space left"):
-            llmjax.finetune(model, rows(4), dataclasses.replace(CONFIG, epochs=1), output=tmp_path)
+            llmjax.finetune(model, rows(4), dataclasses.replace(WHOLE, epochs=1), output=tmp_path)
 
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     told()
