@@ -136,7 +136,6 @@ def test_a_row_that_does_not_fit_alone_fails_and_the_others_are_answered():
     assert score == ample.score(list(range(150)))[0]
     full = tight.generate([1, 2, 3], SamplingParams(max_tokens=158, temperature=0))[0]  # the last is not fed
     assert full.outputs == ample.generate([1, 2, 3], SamplingParams(max_tokens=158, temperature=0))[0].outputs
-    # Last: for prompts of such a length other programs are compiled.
     with pytest.raises(NoRoomError, match="^prompt 1: memory: 181 tokens"):
         tight.generate([[1], list(range(180))], SamplingParams(max_tokens=2))
     with pytest.raises(NoRoomError, match="memory: 181 tokens"):
