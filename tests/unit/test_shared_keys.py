@@ -210,7 +210,7 @@ def test_what_is_carried_takes_memory_by_the_slot(llm):
 
 def test_a_model_may_keep_nothing_of_each_token(prompts):
     """All its layers carry a state: pages cost nothing."""
-    llm = llmjax.LLM(tiny.random_model(**CONFIGS["qwen3_5"] | {"num_hidden_layers": 1}), max_batch=2, chunk=8, block=8)
+    llm = llmjax.LLM(tiny.random_model(**CONFIGS["qwen3_5"] | {"num_hidden_layers": 2}), max_batch=2, chunk=8, block=8)
     (score,) = llm.score([prompts[0]])
     logits = llm.model.logits([prompts[0]])[0].astype(np.float64)
     wanted = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
