@@ -1,5 +1,6 @@
 """What all tests share: the platform, the compilation cache, the options and the demo model."""
 
+import gc
 import importlib.util
 import os
 import signal
@@ -8,6 +9,10 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+
+# What JAX, torch and the tests themselves are made of stays; to look through it again and again for what may go takes a
+# tenth of the time.
+gc.set_threshold(20_000, 20, 20)
 
 # Before any test imports JAX; set it to run the tests on another platform.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -39,6 +44,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
 
 
 @pytest.fixture

@@ -31,7 +31,8 @@ def family(llm):
         yield llm.request(prompt, params, request_id=str(i))
 
 
-@pytest.mark.parametrize("window", [slow(None), 24])
+# With a window: tests/unit/test_shared_keys.py, too.
+@pytest.mark.parametrize("window", [None, slow(24)])
 def test_shared_beginnings_leave_every_bit(model, window):
     if window is not None:
         model = random_model(model_type="mistral", sliding_window=window)

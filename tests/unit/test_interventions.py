@@ -122,7 +122,7 @@ def test_a_derivative_by_a_tap_is_torchs(theirs):
         logits = ours.apply(ours.params, jnp.array([IDS]), interventions={"layers.1.resid": lambda x: x + added})
         return jax.nn.log_softmax(logits[0, -1])[7]
 
-    close(jax.grad(loss)(jnp.zeros((1, len(IDS), 48))), kept["resid"].grad.numpy(), 2e-5)
+    close(jax.jit(jax.grad(loss))(jnp.zeros((1, len(IDS), 48))), kept["resid"].grad.numpy(), 2e-5)
 
 
 def test_an_array_takes_a_values_place():

@@ -413,8 +413,9 @@ def test_trace_gives_tensors_by_the_files_names(model, stored):
     assert names[1:] == ["decode_logits_output", "logits"] and trace.activations[names[0]].shape == (3, 32)
     assert np.abs(trace.activations["logits"] - model.logits([ids])[0]).max() < 1e-4
     assert np.array_equal(trace.activations["decode_logits_output"], trace.activations["logits"])
-    # Or by what they are.
-    assert list(llmjax.trace(model, ids[:1], ["layers.1.resid"]).activations) == names[:1]
+    # Or by what they are: the same program.
+    by_role = llmjax.trace(model, ids[:1], ["layers.1.resid", *names[1:]])
+    assert list(by_role.activations) == names
     assert trace.manifest["numerics"] == "litert" and trace.manifest["token_ids"] == ids
 
 

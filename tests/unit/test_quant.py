@@ -1,6 +1,7 @@
 """Quantized weights: what the integers mean, how they are made, and that every program computes what is defined."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -286,10 +287,16 @@ def test_a_row_has_the_same_bits_in_any_place(kind, rows, shape):
     np.testing.assert_array_equal(alone[1], y[1])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("rows", "out", "width"), [(1, 32, 64), (1, 7, 64), (3, 20, 48), (8, 16, 128), (71, 5, 32)])
-def test_by_cache(rows, out, width, dtype):
+FEW, MANY = [(1, 32, 64), (1, 7, 64), (3, 20, 48), (8, 16, 128)], (71, 5, 32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*itertools.product(FEW, ("float32", "bfloat16")), (MANY, "float32"), slow(MANY, "bfloat16")],
+)
+def test_by_cache(shape, dtype):
     """Batched, as attention has it."""
+    rows, out, width = shape
     x, w = (jnp.asarray(RNG.standard_normal((2, 3, n, width)), dtype) for n in (rows, out))
     y = jax.jit(by_cache, compiler_options=resolve("fast", jnp.float32).compiler_options("cpu"))(x, w)
     truth = np.asarray(x, np.float64) @ np.asarray(w, np.float64).swapaxes(-1, -2)

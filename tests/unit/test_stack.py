@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -149,12 +150,13 @@ def test_a_cache_that_grows_keeps_its_rows():
 
 
 @pytest.mark.parametrize(
-    "model",
-    [packed_model("int8"), packed_model(layers_2="int4"), random_model("fast")],
+    "made",
+    [partial(packed_model, "int8"), partial(packed_model, layers_2="int4"), partial(random_model, "fast")],
     ids=["int8", "mixed", "float"],
 )
-def test_what_would_be_copied_is_not_stacked(model):
+def test_what_would_be_copied_is_not_stacked(made):
     """Weights multiplied as they are stored, and layers of different kinds."""
+    model = made()
     assert stacked(model.params, model.config.period, 17, model.numerics) is None
 
 

@@ -33,6 +33,7 @@ from tests.tiny import checkpoint, random_model, slow
 
 RNG = np.random.default_rng(5)
 CONFIG = TrainConfig(rank=2, learning_rate=0.03, batch_size=2, accumulation=2, epochs=3, checkpoint_every=2, clip=0.5)
+WHOLE = dataclasses.replace(CONFIG, eval_every=2, dora=True)  # of which a test takes what it can: it is compiled once
 
 
 def rows(count: int, seed: int = 0) -> list[dict]:
@@ -51,8 +52,7 @@ def model():
 def whole(model, tmp_path_factory):
     """A run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    config = dataclasses.replace(CONFIG, eval_every=2, dora=True)
-    return llmjax.finetune(model, rows(10), config, eval_rows=rows(4, seed=1), output=folder), folder
+    return llmjax.finetune(model, rows(10), WHOLE, eval_rows=rows(4, seed=1), output=folder), folder
 
 
 @pytest.mark.slow
@@ -137,7 +137,7 @@ def gradients(layers: int, recompute: str | None):
 
 @pytest.mark.parametrize("recompute", [slow("all"), "cheap", slow("nothing")])
 def test_layers_that_are_alike_are_compiled_once(recompute):
-    products = [gradients(n, recompute)[0].as_text().count("stablehlo.dot_general") for n in (4, 8)]
+    products = [gradients(n, recompute)[0].as_text().count("stablehlo.dot_general") for n in (4, 6)]
     assert products[0] == products[1]
 
 
@@ -202,15 +202,14 @@ def test_a_run_that_was_cut_short_ends_in_the_same_bits(whole, model, tmp_path, 
             signal.raise_signal(signal.SIGINT)
 
     result, folder = whole
-    config = dataclasses.replace(CONFIG, eval_every=2, dora=True)
     arguments = {"eval_rows": rows(4, seed=1), "output": tmp_path}
     notes = []
     with pytest.raises(KeyboardInterrupt):
-        llmjax.finetune(model, rows(10), config, report=stop, note=notes.append, **arguments)
+        llmjax.finetune(model, rows(10), WHOLE, report=stop, note=notes.append, **arguments)
     assert not (tmp_path / "adapter_model.safetensors").exists()
     assert any(f"stopped after step {at} of 9; the same run goes on" in note for note in notes) == gently
     with jax.disable_jit(True), jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
-        again = llmjax.finetune(model, rows(10), config, note=notes.append, **arguments)
+        again = llmjax.finetune(model, rows(10), WHOLE, note=notes.append, **arguments)
     state = at if gently else (at - 1) // 2 * 2
     assert any(f"goes on after step {state} of 9" in note for note in notes) == (at > 1)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
@@ -218,9 +217,9 @@ def test_a_run_that_was_cut_short_ends_in_the_same_bits(whole, model, tmp_path, 
     drop = {"seconds": 0}
     assert [m | drop for m in again.metrics] == [m | drop for m in result.metrics]
     with pytest.raises(ResumeError, match="config.rank: was 2, now 3"):
-        llmjax.finetune(model, rows(10), dataclasses.replace(config, rank=3), **arguments)
+        llmjax.finetune(model, rows(10), dataclasses.replace(WHOLE, rank=3), **arguments)
     with pytest.raises(ResumeError, match="rows: was"):
-        llmjax.finetune(model, rows(11), config, **arguments)
+        llmjax.finetune(model, rows(11), WHOLE, **arguments)
 
 
 def test_preferences_are_learned(tmp_path, capsys):
@@ -265,7 +264,7 @@ def test_preferences_are_learned(tmp_path, capsys):
 
 def test_it_stops_when_nothing_gets_better(model):
     """A rate that throws the adapter about: the best is kept, not the last."""
-    config = dataclasses.replace(CONFIG, learning_rate=3.0, clip=None, eval_every=1, patience=2, epochs=9)
+    config = dataclasses.replace(WHOLE, learning_rate=30.0, clip=None, eval_every=1, patience=2, epochs=9)
     result = llmjax.finetune(model, rows(10), config, eval_rows=rows(4, seed=1))
     assert result.finished == f"no better evaluation in 2 after step {result.step}"
     assert len(result.metrics) == result.step + 2
@@ -278,7 +277,7 @@ def test_not_a_number_names_step_and_row(model):
     broken["embed"]["weight"] = broken["embed"]["weight"].at[599].set(jnp.nan)
     data = rows(10)
     data[6]["ids"][0] = 599
-    config = dataclasses.replace(CONFIG, shuffle=False)
+    config = dataclasses.replace(WHOLE, shuffle=False)
     with pytest.raises(TrainingError, match=r"rows: step 2: the loss of row 7 is not finite"):
         llmjax.finetune(dataclasses.replace(model, params=broken), data, config)
 
@@ -358,11 +357,11 @@ def test_adafactor_factors_every_matrix():
     wanted = [[1.0910895, -0.6766649, 1.1834527], [0.7808688, 1.4528229, -0.4234856]], [
         [1.0470455, -0.4751176, 1.2052113], [0.9519616, 1.5118997, -0.1826274]]  # fmt: skip
     transformation = optimizer(TrainConfig(optimizer="adafactor"))
-    params = jnp.zeros((2, 3))
+    params, update = jnp.zeros((2, 3)), jax.jit(transformation.update)
     state = transformation.init(params)
     for k, expected in enumerate(wanted):
         gradient = jnp.asarray([[1.0, -2.0, 4.0], [0.5, 3.0, -1.0]]) * (k + 1) + k
-        direction, state = transformation.update(gradient, state, params)
+        direction, state = update(gradient, state, params)
         np.testing.assert_allclose(direction, expected, rtol=1e-5)
 
 
@@ -508,7 +507,7 @@ def test_it_goes_on_from_an_adapter(model, whole, tmp_path):
 def test_a_full_disk_is_told(model, tmp_path, monkeypatch):
     def told():
         with pytest.raises(OutputError, match="metrics.jsonl: cannot write it: No space left"):
-            llmjax.finetune(model, rows(4), dataclasses.replace(CONFIG, epochs=1), output=tmp_path)
+            llmjax.finetune(model, rows(4), dataclasses.replace(WHOLE, epochs=1), output=tmp_path)
 
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     told()
