@@ -560,7 +560,8 @@ def test_another_first_token_is_tried(model):
 def test_log_probabilities_for_logits_are_tried_first(traced):
     logits = traced.activations["logits"]
     scene = base.Scene(None, 2, "logits", logits, logits, lambda edit: None)
-    for theirs, cause in zip((jax.nn.log_softmax, jax.nn.softmax), catalogue.catalogue(scene, ["logits"]), strict=False):
+    causes = catalogue.catalogue(scene, ["logits"])
+    for theirs, cause in zip((jax.nn.log_softmax, jax.nn.softmax), causes, strict=False):
         assert "probabilities, no logits" in cause.detail
         np.testing.assert_allclose(cause.post(logits), theirs(logits), rtol=1e-4, atol=1e-6)
 
