@@ -83,15 +83,12 @@ class CheckpointReport:
         return printable("\n".join(lines))
 
 
-def inspect(path: str | Path | Source) -> CheckpointReport | BundleReport:
-    """Reads a checkpoint's headers and plans its loading without reading a weight; of a bundle, what is in it.  What is
-    open already stays so.
+def inspect(path: str | Path) -> CheckpointReport | BundleReport:
+    """Reads a checkpoint's headers and plans its loading without reading a weight; of a bundle, what is in it.
 
     Raises:
       CheckpointError: there is no checkpoint, or its headers are damaged.
     """
-    if not isinstance(path, str | Path):
-        return _report(path)
     path = Path(find_model(path))
     if is_graph(path):
         return bundles.inspect(path)

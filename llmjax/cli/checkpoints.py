@@ -1,7 +1,6 @@
 """``llmjax inspect``, ``llmjax diff``, ``llmjax convert`` and ``llmjax bundle``."""
 
 import argparse
-import contextlib
 import json
 import sys
 from dataclasses import fields
@@ -70,25 +69,19 @@ def add(verbs: Verbs) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from converters.readers.opening import is_graph
     from llmjax.checkpoint.inspection import inspect
-    from llmjax.checkpoint.loading import find_model
-    from llmjax.checkpoint.opened import held
 
-    with contextlib.ExitStack() as stack:
-        a = args.path
-        if args.against is not None and not is_graph(find_model(a)):  # of a graph other things are told than compared
-            a = stack.enter_context(held(a))
-        report, same = inspect(a), True
-        values, text = report.to_dict(), report.to_text()
-        if args.against is not None and report.supported:
-            from llmjax.checkpoint import against
-            from llmjax.checkpoint import weight_error as error
+    report, same = inspect(args.path), True
+    values, text = report.to_dict(), report.to_text()
+    if args.against is not None and report.supported:
+        from llmjax.checkpoint import against
+        from llmjax.checkpoint import weight_error as error
+        from llmjax.checkpoint.opened import held
 
-            a, b = stack.enter_context(held(a)), stack.enter_context(held(args.against))
+        with held(args.path) as a, held(args.against) as b:
             found, other = error.errors(a, b), against.differences(a, b)
-            values |= {"error": error.to_dict(found), "differences": against.to_dict(other)}
-            text, same = f"{text}\n\n{error.to_text(found)}\n\n{against.to_text(other)}", not other
+        values |= {"error": error.to_dict(found), "differences": against.to_dict(other)}
+        text, same = f"{text}\n\n{error.to_text(found)}\n\n{against.to_text(other)}", not other
     print(json.dumps(values, indent=2) if args.json else text)
     return 0 if report.supported and same else 1
 
