@@ -279,10 +279,13 @@ class _Finder:
         return float(np.clip(1 - max(0.0, error[at] - noise) / (tap.local[at] - noise), 0, 1))
 
     def hidden(self, tap: Tap) -> dict[str, Any] | None:
-        """The fault beneath a tap's floor; None for none.  A step alone, or what is exact, hides nothing."""
-        if inner(tap.name) != tap.name or len(self.segment(tap.name)) == 1 or tap.excess(("float32",)) <= 1:
+        """The fault beneath a tap's floor; None for none.  A step alone, or what is exact, hides nothing; beneath more
+        layers than two, all of them rounded, nothing is found."""
+        places = self.places(tap)
+        within = inner(tap.name) == tap.name and len(self.segment(tap.name)) > 1 and len(places) <= 2
+        if not within or tap.excess(("float32",)) <= 1:
             return None
-        last = self.places(tap)[-1]
+        last = places[-1]
         ours, axis = self.bench.ours(last)[tap.name], token_axis(tap.name)
         if ours.shape[axis] < TOKENS:
             return None

@@ -645,6 +645,10 @@ def test_a_mistake_beneath_the_floor_of_few_bits_is_found_in_the_error(model, mo
         resids = with_arrays(llmjax.trace(one, IDS), lambda name: name.endswith("resid"), **facts)
         report = llmjax.compare(model, resids)
         assert (report.verdict, told(report)) == (verdict, causes), report.reason
+    # Logits alone are behind all of the rounded layers: there nothing is looked for, nor is that said.
+    logits = with_arrays(llmjax.trace(swapped, IDS), lambda name: name == "logits", **facts)
+    for dump, said in ((resids, True), (logits, False)):
+        assert ("mistakes beneath that floor" in llmjax.compare(model, dump, search=1e-9).reason) == said
 
 
 def test_other_tokens_are_told_in_words(model, traced):
