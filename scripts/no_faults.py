@@ -179,7 +179,7 @@ def to_float8(model: torch.nn.Module) -> None:
 
 def static(bits: int) -> Callable[[Any], None]:
     """Each module's result in unsigned whole numbers, with one scale and zero point that texts gave, the one to be
-    compared among them, lest it saturate; weights of 8 bits."""
+    compared among them, and a little room for what rounding before it adds, lest it saturate; weights of 8 bits."""
 
     def change(model: torch.nn.Module) -> None:
         rounded(8, 0)(model)
@@ -198,7 +198,7 @@ def static(bits: int) -> Callable[[Any], None]:
             hook.remove()
 
         def quantized(module: torch.nn.Module, args: Any, out: torch.Tensor) -> torch.Tensor:
-            low, high = ends[module]
+            low, high = (1.02 * end for end in ends[module])
             scale = max(high - low, 1e-30) / (2**bits - 1)
             zero = round(-low / scale)
             return (torch.clamp(torch.round(out / scale) + zero, 0, 2**bits - 1) - zero) * scale
@@ -260,7 +260,7 @@ THEIRS = {
     "cache of float8": Variant(kept(lambda x: x.to(torch.float8_e4m3fn).to(x.dtype)), kv_cache="fp8", must=True),
     "cache of 4 bits": Variant(kept(lambda x: grid(x, 4)), kv_cache="int4", must=True),
     "cache of 8 bits, int4 and bfloat16": Variant(
-        both(rounded(4, 32), kept(lambda x: grid(x, 8))), "bfloat16", "int4", "int8"
+        both(rounded(4, 32), kept(lambda x: grid(x, 8))), "bfloat16", "int4", "int8", must=True
     ),
 }
 
