@@ -132,9 +132,7 @@ def rounded(bits: int, group: int) -> Callable[[torch.nn.Module], None]:
         for key, tensor in model.named_parameters():
             if tensor.ndim > 1 and not re.search(r"conv\.conv|conv1d|router|mlp\.gate\.|altup", key):
                 rows = tensor.data.reshape(-1, group) if group and tensor.shape[-1] % group == 0 else tensor.data
-                most = 2 ** (bits - 1) - 1
-                scale = rows.abs().amax(-1, keepdim=True).clamp(min=1e-30) / most
-                tensor.data = (torch.clamp(torch.round(rows / scale), -most - 1, most) * scale).reshape(tensor.shape)
+                tensor.data = grid(rows, bits).reshape(tensor.shape)
 
     return change
 
@@ -170,11 +168,19 @@ def dynamic(
     return change
 
 
+def linears(model: torch.nn.Module) -> dict[int, torch.nn.Linear]:
+    """By number, the products whose weights quantizers round; routers stay."""
+    return {
+        i: module
+        for i, (key, module) in enumerate(model.named_modules())
+        if isinstance(module, torch.nn.Linear) and not re.search(r"router|mlp\.gate$|altup", key)
+    }
+
+
 def to_float8(model: torch.nn.Module) -> None:
-    """Weights of products; routers stay."""
-    for key, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and not re.search(r"router|mlp\.gate$|altup", key):
-            module.weight.data = float8(module.weight.data)
+    """Weights of products."""
+    for module in linears(model).values():
+        module.weight.data = float8(module.weight.data)
 
 
 def static(bits: int) -> Callable[[Any], None]:
@@ -220,14 +226,13 @@ def kept(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], None
 
 def awq(model: torch.nn.Module) -> None:
     """4 bits of weights whose columns were scaled, and scaled back behind it."""
-    for i, (key, module) in enumerate(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and not re.search(r"router|mlp\.gate$|altup", key):
-            scale = torch.exp(0.4 * torch.randn(module.in_features, generator=torch.Generator().manual_seed(i)))
-            w = module.weight.data * scale
-            groups = w.reshape(-1, 32) if w.shape[-1] % 32 == 0 else w
-            low, high = (f(groups, -1, keepdim=True) for f in (torch.amin, torch.amax))
-            step = (high - low).clamp(min=1e-30) / 15
-            module.weight.data = ((torch.round((groups - low) / step) * step + low).reshape(w.shape)) / scale
+    for i, module in linears(model).items():
+        scale = torch.exp(0.4 * torch.randn(module.in_features, generator=torch.Generator().manual_seed(i)))
+        w = module.weight.data * scale
+        groups = w.reshape(-1, 32) if w.shape[-1] % 32 == 0 else w
+        low, high = (f(groups, -1, keepdim=True) for f in (torch.amin, torch.amax))
+        step = (high - low).clamp(min=1e-30) / 15
+        module.weight.data = ((torch.round((groups - low) / step) * step + low).reshape(w.shape)) / scale
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,7 +36,7 @@ ROWS = 1024
 # Of a beginning, what tells what a file is.
 _SAMPLE = 64
 # Keys whose values are text, whatever they look like.
-_TEXTS = ("id", "custom_id", "prompt", "text", "lora", "chat_template")
+_TEXTS = (*IDS, "prompt", "text", "lora", "chat_template")
 # Keys whose values are integers.
 _INTEGERS = {*IDS, *(field.name for field in dataclasses.fields(SamplingParams) if field.type in (int, int | None))}
 # The longest cell of a CSV file.

@@ -242,8 +242,7 @@ def hf_config(model: GraphModel, tied: bool, where: str) -> dict[str, Any]:
     facts = _Facts(model, where)
     name = architectures()[kind].config.__name__.removesuffix("Config")
     found: dict[str, Any] = {"architectures": [f"{name}ForCausalLM"], "model_type": kind, **facts.size}
-    # The kinds' own padding may lie beyond the vocabulary, which transformers refuses.
-    found |= {"tie_word_embeddings": tied, "pad_token_id": None, **_FAMILIES[kind](facts)}
+    found |= {"tie_word_embeddings": tied, **_FAMILIES[kind](facts)}
     tokenizer = model.tokenizer
     if tokenizer is not None:
         found |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": list(tokenizer.eos_ids) or None}

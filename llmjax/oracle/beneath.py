@@ -19,6 +19,8 @@ WIDE = {*NO_FACTOR, *SMALL_CACHES} - {"block_int8"}
 # How often a mistake's change is in the error, the least cosine, how many times that of a rounding of ours, and the
 # fewest tokens that can tell.
 _ONCE, _COSINE, _TIMES, TOKENS = (0.75, 1.33), 0.3, 3.0, 8
+# Of what is wrong everywhere, what changes no more than a rounding does.
+_SMALL = ("norm_eps", "cache_precision", "embedding_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,3 @@ def worth(cause: Cause) -> bool:
     """Whether a mistake is one of a program, of a size of its own: not one of a tensor's values, or a rounding."""
     both = cause.cause == "weight_swapped" and len(cause.steps) == 2
     return cause.post is None and (both or cause.cause in EVERYWHERE) and cause.cause not in _SMALL
-
-
-_SMALL = ("norm_eps", "cache_precision", "embedding_scale")

@@ -185,7 +185,8 @@ class _Finder:
         for batch in self.batches(new, self.clock):
             tried += self.tried(tap, left, ours, batch)
             count += len(batch)
-            self.pulse(partial(_so_far, tap, count, len(trials), len(left), self.clock))
+            beyond = f"causes tried; {len(left)} taps are beyond the floor"
+            self.pulse(partial(_so_far, tap, count, len(trials), beyond, self.clock))
         return _Search(_sorted(tried), count, len(trials))
 
     def trials(self, tap: Tap, left: Sequence[Tap], ours: np.ndarray) -> list[_Trial]:
@@ -294,13 +295,14 @@ class _Finder:
         ways = [edit for name in self.found.classes for edit in CLASSES[name]()]
         changes: dict[Place, list[np.ndarray]] = {}
         self.of += len(trials)
+        what = "mistakes looked for beneath the floor"
         for trial in trials:
             if not self.clock.left:
                 break
             self.count += 1
             self.bench.hold(trial.place)
             under = self.bench.under(tap.name, trial.place, trial.cause.edit)
-            self.pulse(partial(_beneath, tap, self.count, self.of, self.clock))
+            self.pulse(partial(_so_far, tap, self.count, self.of, what, self.clock))
             if under is None or under.shape != ours.shape or not np.isfinite(under).all():
                 continue
             found = held(error, under - ours, axis)
@@ -309,7 +311,8 @@ class _Finder:
             if trial.place not in changes:
                 runs = (self.bench.under(tap.name, trial.place, edit) for edit in ways)
                 changes[trial.place] = [run - ours for run in runs if run is not None]
-            rounding = max(abs(held(way, under - ours, axis).cosine) for way in changes[trial.place])
+            cosines = (abs(held(way, under - ours, axis).cosine) for way in changes[trial.place])
+            rounding = max(cosines, default=0.0)  # none of ours may reach this place
             if found.proves(rounding):
                 proven.append((found, trial))
         if not proven:
@@ -374,14 +377,9 @@ def _sorted(tried: Sequence[_Tried]) -> list[_Tried]:
     return sorted(tried, key=lambda t: (-round(t.explains, 4), -len(t.healed), t.trial.number))
 
 
-def _so_far(tap: Tap, count: int, of: int, left: int, clock: Clock) -> str:
+def _so_far(tap: Tap, count: int, of: int, what: str, clock: Clock) -> str:
     more = f"{clock.left:.0f} s are left" if clock.left < float("inf") else "all are tried"
-    return f"{tap.name}: {count} of {of} causes tried; {left} taps are beyond the floor; {more}"
-
-
-def _beneath(tap: Tap, count: int, of: int, clock: Clock) -> str:
-    more = f"; {clock.left:.0f} s are left" if clock.left < float("inf") else ""
-    return f"{tap.name}: {count} of {of} mistakes looked for beneath the floor{more}"
+    return f"{tap.name}: {count} of {of} {what}; {more}"
 
 
 def _unknown(steps: int, search: _Search) -> str:
