@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Whether a GPU is right, then how fast it is; see gpu_measure.sh.
 
-    python scripts/gpu_measure.py [--dry-run] FOLDER [SECONDS] [--only GLOB] [--keep FOLDER]
+    python scripts/gpu_measure.py [--dry-run] FOLDER [SECONDS] [--only GLOB,GLOB] [--keep FOLDER]
 
 First ``gpu_check.py``.  Then Gemma 2B with random weights in bfloat16, int8 and int4, one stream and 64, and a prompt
 of 2,048 tokens, beside the card's copies and products of the same minutes (``llmjax bench``), and transformers.  Then
@@ -90,7 +90,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="for the results")
     parser.add_argument("seconds", type=int, nargs="?", default=560)
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="of the parts' names, and check")
+    parser.add_argument("--only", default="*", metavar="GLOB,GLOB", help="of the parts' names, and check")
     parser.add_argument(
         "--keep", type=Path, default=ROOT / "build" / "gpu", help="parts and programs (default build/gpu)"
     )
@@ -100,7 +100,7 @@ def main() -> int:
     if run.results.get("check", {}).get("exit_code") == 2:  # no card: there is nothing to measure
         return run.finish()
     for wave in waves(4 if args.dry_run else 64):
-        run.wave({name: part for name, part in wave.items() if fnmatchcase(name, args.only)})
+        run.wave({name: part for name, part in wave.items() if run.asked(name)})
     return run.finish()
 
 
@@ -133,6 +133,10 @@ class Run:
         }
         print(json.dumps(self.facts), f"kept: {', '.join(self.results) or 'nothing'}", flush=True)
 
+    def asked(self, name: str) -> bool:
+        """By ``--only``."""
+        return any(fnmatchcase(name, glob) for glob in self.args.only.split(","))
+
     @property
     def left(self) -> float:
         """Seconds."""
@@ -147,7 +151,7 @@ class Run:
 
     def check(self) -> None:
         """Whether it is right."""
-        if not fnmatchcase("check", self.args.only) or "check" in self.results:
+        if not self.asked("check") or "check" in self.results:
             return
         seconds = min(150, self.left / 3)
         command = [sys.executable, "scripts/gpu_check.py", "--seconds", str(int(seconds)), "--output", str(self.keep)]
@@ -336,6 +340,9 @@ def table(results: dict[str, Any]) -> str:
                 f" ({speed['min']:.1f}-{speed['max']:.1f})  {s['bytes_per_second'] / 1e9:8.1f} GB/s"
                 f"  {s['flops_per_second'] / 1e12:7.2f} TFLOP/s  {s['of_limit']:5.0%} of the limit ({s['bound']})"
             )
+        for run, ran in found["kernels"].items():
+            count = sum(n for _, n, _ in ran["kernels"])
+            lines.append(f"  {run}: {count} kernels, {ran['busy']:.0f} of {ran['microseconds']:.0f} microseconds")
     return "\n".join([*lines, *goals(results), ""])
 
 

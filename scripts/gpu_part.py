@@ -1,9 +1,12 @@
 """A part of gpu_measure.py, in a process of its own: it gets ready, says so, waits for its turn, and is measured."""
 
+import collections
+import dataclasses
 import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +79,31 @@ def bench(
         if text == "measuring the machine":
             wait()
 
-    return measure.run(load, options, report).to_dict()
+    with tempfile.TemporaryDirectory() as folder:
+        profile = Path(folder)
+        found = measure.run(load, dataclasses.replace(options, profile=profile), report).to_dict()
+        return found | {"kernels": {run.name: kernels(run) for run in sorted(profile.iterdir())}}
+
+
+def kernels(folder: Path) -> dict[str, Any]:
+    """What a card ran in a profiler's trace: the microseconds from its first to its last event and those in which it
+    was busy, and of each name, the longest first, how often it ran and its microseconds in all."""
+    from jax.profiler import ProfileData
+
+    spans, named = [], collections.defaultdict(list)
+    for file in folder.rglob("*.xplane.pb"):
+        for plane in ProfileData.from_file(str(file)).planes:
+            streams = [line for line in plane.lines if line.name.startswith("Stream")] if "GPU" in plane.name else []
+            for event in (event for line in streams for event in line.events):
+                spans.append((event.start_ns, event.start_ns + event.duration_ns))
+                named[event.name].append(event.duration_ns / 1e3)
+    busy, end = 0.0, 0.0
+    for start, stop in sorted(spans):
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    longest = sorted(((name, len(us), round(sum(us), 2)) for name, us in named.items()), key=lambda n: -n[2])
+    first = min((start for start, _ in spans), default=0.0)
+    return {"microseconds": (end - first) / 1e3, "busy": busy / 1e3, "kernels": longest}
 
 
 def transformers(name: str, long: int, new: int, slots: int, repeat: int, wait: Callable[[], None]) -> dict[str, Any]:

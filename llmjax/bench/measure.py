@@ -44,6 +44,7 @@ class Options:
       contexts: tokens in the cache when decoding begins; None for the prompt lengths.
       caches: positions of the cache, rounded up as the engine does; None for the least that holds a row.
       repeat: measurements of each setting, taken in turns.
+      profile: a folder for the profiler's trace of one run more of each setting; None for none.
     """
 
     slots: int = 8
@@ -54,6 +55,7 @@ class Options:
     contexts: Sequence[int] | None = None
     caches: Sequence[int] | None = None
     repeat: int = 5
+    profile: Path | None = None
 
     def __post_init__(self) -> None:
         numbers = {"prompt length": self.prompt_lengths, "context": self.contexts or (), "cache": self.caches or ()}
@@ -211,6 +213,11 @@ def run(load: Callable[[], Model], options: Options, report: Callable[[str], Non
             rates[name].append(probe())
         for setting in settings:
             setting.run()
+    if options.profile:
+        report("profiling")
+        for setting in settings:
+            with jax.profiler.trace(options.profile / f"{setting.phase}-{setting.tokens}-{setting.in_use}"):
+                setting.time()
     report("")
     spreads = {name: Spread.of(values) for name, values in rates.items()}
     read = spreads.pop("read")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 
 from llmjax.cli import loading
 from llmjax.cli.flags import Verbs, add_verb, id_list, load_flags
@@ -24,6 +25,9 @@ def add(verbs: Verbs) -> None:
     )
     bench.add_argument("--cache", type=id_list, metavar="N,N", help="cache positions (default: the fewest that do)")
     bench.add_argument("--repeat", type=int, default=5, metavar="N", help="measurements of each setting (default 5)")
+    bench.add_argument(
+        "--profile", type=Path, metavar="FOLDER", help="have the profiler trace one more run of each setting, for XProf"
+    )
     bench.add_argument("--json", action="store_true")
 
 
@@ -40,6 +44,7 @@ def _bench(args: argparse.Namespace) -> int:
         contexts=args.context,
         caches=args.cache,
         repeat=args.repeat,
+        profile=args.profile,
     )
     report = measure.run(lambda: loading.load_model(args), options, report_line)
     print(json.dumps(report.to_dict(), indent=2) if args.json else to_text(report))
