@@ -93,10 +93,11 @@ def decode(
         state, produced = carry
         i = produced.steps
         token, record = _choose(processor, state, forced[:, i])
+        put = partial(lax.dynamic_update_index_in_dim, index=i, axis=1)
         produced = Produced(
             i + 1,
             produced.lengths + state.active.astype(jnp.int32),
-            *(lax.dynamic_update_index_in_dim(old, new, i, 1) for old, new in zip(produced[2:], (token, *record), strict=True)),
+            *(put(old, new) for old, new in zip(produced[2:], (token, *record), strict=True)),
         )
         return _advance(module, numerics, block, params, state, table, token), produced
 
