@@ -49,8 +49,8 @@ def test_many_rows_read_a_weight_once(kind, profile):
         assert found["reads_of_a_weight"] == [1]
         assert not found["copied_weights"] and not found["tiled"] and not found["epilogues"]
         assert found["waits"] == (found["program"] == "decode-64")
-        if (profile, found["program"]) == ("fast", "decode-64"):  # logits, 66 MB, are written once and read twice
-            assert found["read"] + found["written"] - found["must"] < 3e8
+        if (profile, found["program"]) == ("fast", "decode-64"):  # logits, 66 MB, are written once and read once
+            assert found["read"] + found["written"] - found["must"] < 2.3e8
 
 
 @pytest.mark.parametrize(("kind", "profile"), [("int4", "fast"), ("int4-g32", "dynamic_int8")])
@@ -91,7 +91,7 @@ def test_a_state_is_carried_on_where_it_lies():
     """Turned for a step's sums, all of it would be copied at every call, and copied back."""
     (found,) = reports("bfloat16", "fast", "decode-1", model="config:qwen3.5-0.8b")
     check_any(found)
-    assert found["temporaries"] < 5e6 and found["written"] < 5e6  # of which 4 are logits; the state of two slots is 2
+    assert found["temporaries"] < 6e6 and found["written"] < 5e6  # of which 4 are logits; the state of two slots is 2
     assert found["waits"] == 1
 
 
