@@ -83,7 +83,7 @@ def test_each_program_is_traced_once(model):
     llm = roomy(LLM(model, max_batch=4, chunk=16, block=16))
     for request in requests(llm):
         results(llm, [request])
-    assert dict(llm.engine.traces) == {"prefill": 1, "decode": 1, "admit": 1}
+    assert dict(llm.engine.traces) == {"prefill": 1, "decode": 1}
 
 
 def test_greedy_equals_full_recompute_without_a_cache(llm, model):
