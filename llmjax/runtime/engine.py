@@ -23,7 +23,7 @@ from llmjax.runtime import state as states
 from llmjax.runtime.decode import BURST, Produced, decode
 from llmjax.runtime.logits import LogitsProcessor, processor_facts
 from llmjax.runtime.memory import LOWER, size, weight_bytes
-from llmjax.runtime.packed import Packed
+from llmjax.runtime.packed import Packed, packing
 from llmjax.runtime.prefill import Scored, prefill, score_chunk
 from llmjax.runtime.prefixes import Place
 from llmjax.runtime.progress import Progress
@@ -126,7 +126,7 @@ class Engine:
 
         def traced(*args: Any) -> Any:
             self.traces[function.__name__] += 1
-            return function(*static, *args[:-1], *args[-1].opened())
+            return packing(function)(*static, *args)
 
         traced.__name__ = function.__name__  # what profiles and the compilation cache know the program by
         options = self.model.compiler_options

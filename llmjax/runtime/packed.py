@@ -1,6 +1,7 @@
 """What the host gives a program, as one array: each on its own way to a GPU takes as long as a thousand numbers do."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,3 +44,12 @@ class Packed(struct.PyTreeNode):
             return part != 0 if dtype == np.bool_ else lax.bitcast_convert_type(part, dtype)
 
         return structure.unflatten([array(part, *kind) for part, kind in zip(parts, kinds, strict=True)])
+
+
+def packing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, whose last arguments come packed."""
+
+    def opening(*args: Any) -> Any:
+        return function(*args[:-1], *args[-1].opened())
+
+    return opening

@@ -12,6 +12,10 @@ from llmjax.runtime.logits import Controls, no_controls, row_controls
 from llmjax.runtime.row import Row
 from llmjax.runtime.sampling import Knobs, key_words
 
+# Fields of ``State``: as long as the vocabulary, and the rest.
+WIDE = ("controls", "stops")
+NARROW = ("step", "knobs", "min_tokens", "max_tokens", "want_logprobs", "adapter")
+
 
 class Terms:
     """Makes them.
@@ -36,16 +40,21 @@ class Terms:
         return jnp.asarray(array)
 
     def of(self, row: Row) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Fields of ``State`` by name, without the ``B``: those as long as the vocabulary, most often on the device
-        already, and the rest, on the host."""
+        """By name, without the ``B``, what is ``WIDE``, most often on the device already, and ``NARROW``, on the
+        host."""
         request, params = row.request, row.request.params
         controls = row_controls(params, request.bad_words, self._vocab)
         ends = (*params.stop_token_ids, *(() if params.ignore_eos else self._eos_ids))
-        floats: list[Any] = [np.float32(x) for x in (params.temperature, params.top_p, params.min_p)]
-        key: Any = key_words(request.seed)
+        knobs: list[Any] = [
+            np.float32(params.temperature),
+            np.int32(params.top_k),
+            np.float32(params.top_p),
+            np.float32(params.min_p),
+            key_words(request.seed),
+        ]
         return {"controls": self._none if controls is None else controls, "stops": self._stops(ends)}, {
             "step": row.produced,
-            "knobs": Knobs(floats[0], np.int32(params.top_k), *floats[1:], key),
+            "knobs": Knobs(*knobs),
             "min_tokens": params.min_tokens,
             "max_tokens": params.max_tokens or 0,
             "want_logprobs": bool(params.logprobs),
