@@ -270,9 +270,10 @@ class Engine:
         forced = np.full((self.slots, BURST), -1, np.int32)
         going = np.zeros(self.slots, np.bool_)
         for slot, row in rows.items():
-            tokens = row.forced[:BURST]
-            forced[slot, : len(tokens)] = tokens
             going[slot] = True
+            if row.request.forced:
+                tokens = row.forced[:BURST]
+                forced[slot, : len(tokens)] = tokens
             if row.request.params.stop:
                 steps = min(steps, STOP_BURST)
         store = self.store
@@ -324,18 +325,16 @@ class Engine:
 
     def _collect(self, rows: dict[int, Row], produced: Produced) -> Iterator[Update]:
         """Hands a burst's tokens to the rows; a row that a stop string ended loses the tokens after it and its slot."""
+        until = int(produced.steps)
+        lengths, tokens, logprobs = (x.tolist() for x in (produced.lengths, *(x[:, :until] for x in produced[2:4])))
         for slot, row in list(rows.items()):
-            piece = ""
-            self.check_finite(produced.logprobs[slot, : produced.lengths[slot]])
-            wanted = row.request.params.logprobs or 0
-            for i in range(int(produced.lengths[slot])):
+            piece, end = "", lengths[slot]
+            self.check_finite(produced.logprobs[slot, :end])
+            wanted = row.request.params.logprobs
+            for i, (token, logprob) in enumerate(zip(tokens[slot][:end], logprobs[slot], strict=False)):
                 self.progress.decode_tokens += not row.again
-                best = zip(produced.top_ids[slot, i, :wanted], produced.top_logprobs[slot, i, :wanted], strict=True)
-                piece += row.push(
-                    int(produced.tokens[slot, i]),
-                    float(produced.logprobs[slot, i]),
-                    {int(t): float(p) for t, p in best},
-                )
+                top = (x[slot, i, :wanted].tolist() for x in produced[4:]) if wanted else ((), ())
+                piece += row.push(token, logprob, dict(zip(*top, strict=True)))
                 if row.finish_reason:
                     break
             if row.finish_reason:
