@@ -325,11 +325,12 @@ class Engine:
 
     def _collect(self, rows: dict[int, Row], produced: Produced) -> Iterator[Update]:
         """Hands a burst's tokens to the rows; a row that a stop string ended loses the tokens after it and its slot."""
-        until = int(produced.steps)
+        until, broken = int(produced.steps), np.isnan(produced.logprobs).any()
         lengths, tokens, logprobs = (x.tolist() for x in (produced.lengths, *(x[:, :until] for x in produced[2:4])))
         for slot, row in list(rows.items()):
             piece, end = "", lengths[slot]
-            self.check_finite(produced.logprobs[slot, :end])
+            if broken:
+                self.check_finite(produced.logprobs[slot, :end])
             wanted = row.request.params.logprobs
             for i, (token, logprob) in enumerate(zip(tokens[slot][:end], logprobs[slot], strict=False)):
                 self.progress.decode_tokens += not row.again

@@ -52,7 +52,8 @@ class Terms:
             np.float32(params.min_p),
             key_words(request.seed),
         ]
-        return {"controls": self._none if controls is None else controls, "stops": self._stops(ends)}, {
+        controls = self._none if controls is None else jax.device_put(controls)  # once, not with every chunk
+        return {"controls": controls, "stops": self._stops(ends)}, {
             "step": row.produced,
             "knobs": Knobs(*knobs),
             "min_tokens": params.min_tokens,
