@@ -141,7 +141,7 @@ class Model:
         return self.config.max_position_embeddings
 
     @property
-    def compiler_options(self) -> dict[str, bool | int]:
+    def compiler_options(self) -> dict[str, bool | int | str]:
         """For ``jax.jit``, where the parameters are."""
         return self.numerics.compiler_options(platform_of(self.params))
 

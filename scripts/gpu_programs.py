@@ -180,7 +180,7 @@ def compiled(
         host = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), args[there:])
         function, args = packing(function), (*args[:there], Packed.of(host))
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_card(card)), args)
-    options: dict[str, Any] = numerics.compiler_options("gpu") | {"xla_gpu_autotune_level": 0}
+    options: dict[str, Any] = numerics.compiler_options("gpu", step=what == "decode") | {"xla_gpu_autotune_level": 0}
     program = jax.jit(function, donate_argnums=donated).lower(*args).compile(compiler_options=options)
     text, leaves = program.as_text(), jax.tree.leaves(params)
     assert text is not None

@@ -93,10 +93,11 @@ def decode(
         state, produced = carry
         i = produced.steps
         token, record = _choose(processor, state, forced[:, i])
+        put = partial(lax.dynamic_update_index_in_dim, index=i, axis=1)
         produced = Produced(
             i + 1,
             produced.lengths + state.active.astype(jnp.int32),
-            *(old.at[:, i].set(new) for old, new in zip(produced[2:], (token, *record), strict=True)),
+            *(put(old, new) for old, new in zip(produced[2:], (token, *record), strict=True)),
         )
         return _advance(module, numerics, block, params, state, table, token), produced
 
@@ -131,9 +132,8 @@ def _drawn(processor: LogitsProcessor | None, state: State, norm: jax.Array | No
 
 def _likeliest_or_drawn(state: State) -> tuple[jax.Array, ...]:
     """``_drawn`` for a GPU, whose host reads what a branch depends on: one branch where no row asks for more than its
-    likeliest token, instead of one for each thing that could be asked for.  The logits are read twice, no more."""
-    highest, best = likeliest(state.logits)
-    norm = highest + jnp.log(jnp.sum(jnp.exp(state.logits - highest[:, None]), -1))
+    likeliest token, instead of one for each thing that could be asked for.  The logits are read once, no more."""
+    _, best, norm = likeliest(state.logits)
 
     def no_more() -> tuple[jax.Array, ...]:
         return best, jnp.zeros_like(state.active), *alternatives(state.logits, norm, jnp.bool_(False))

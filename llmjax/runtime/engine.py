@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from llmjax.device import in_memory
+from llmjax.device import in_memory, platform_of
 from llmjax.errors import CheckpointError, NoRoomError
 from llmjax.model import Model
 from llmjax.models.functions import Known
@@ -129,7 +129,7 @@ class Engine:
             return packing(function)(*static, *args)
 
         traced.__name__ = function.__name__  # what profiles and the compilation cache know the program by
-        options = self.model.compiler_options
+        options = self.model.numerics.compiler_options(platform_of(self.model.params), step=function is decode)
         program = Program(traced, lower=LOWER, donate_argnums=donate, compiler_options=options)
         self._programs.append(program)
 

@@ -136,16 +136,20 @@ def most_likely(logits: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(highest, ids[None], ids[-1]), -1)
 
 
-def likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The highest of ``[B, V]`` and its id as ``most_likely`` has it, NaN left out: a GPU reads them once for both."""
+def likeliest(logits: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The highest of ``[B, V]``, its id as ``most_likely`` has it, NaN left out, and the logsumexp, of which NaN is
+    not: a GPU reads them once for all."""
 
-    def better(a: tuple[jax.Array, jax.Array], b: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def joined(a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         first = (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))
-        return jnp.where(first, a[0], b[0]), jnp.where(first, a[1], b[1])
+        share = jnp.exp(jnp.where(a[0] == b[0], 0, -jnp.abs(a[0] - b[0])))  # of the lower one in terms of the higher
+        total = jnp.where(first, a[2] + b[2] * share, a[2] * share + b[2])
+        return jnp.where(first, a[0], b[0]), jnp.where(first, a[1], b[1]), total
 
-    ids = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    highest, best = lax.reduce((logits, ids), (np.float32(-np.inf), np.int32(logits.shape[1] - 1)), better, [1])
-    return highest, best
+    each = logits, lax.broadcasted_iota(jnp.int32, logits.shape, 1), jnp.ones_like(logits)
+    nothing = np.float32(-np.inf), np.int32(logits.shape[1] - 1), np.float32(0)
+    highest, best, total = lax.reduce(each, nothing, joined, [1])
+    return highest, best, highest + jnp.log(total)
 
 
 def best_candidates(logits: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:

@@ -23,7 +23,7 @@ from llmjax.cli.main import main
 from llmjax.device import by_device, device_of, platform_of
 from llmjax.errors import ConfigError, LlmjaxError, NoRoomError
 from llmjax.models.watched import Program
-from llmjax.numerics import GPU_LIBRARY, GPU_OPTIONS, resolve
+from llmjax.numerics import GPU_LIBRARY, GPU_OPTIONS, GPU_STEP, resolve
 from llmjax.products.matmul import matmul
 from tests.tiny import checkpoint, random_model
 from tests.unit.test_quant import on_device, quantized
@@ -146,7 +146,7 @@ def test_where_nothing_says_it_the_default_device_computes():
 
 def test_a_gpus_compiler_knows_the_options():
     """The CPU's parses them, too, and refuses a name that there is not."""
-    assert jax.jit(lambda x: x + 1, compiler_options=GPU_OPTIONS | GPU_LIBRARY)(1) == 2
+    assert jax.jit(lambda x: x + 1, compiler_options=GPU_OPTIONS | GPU_LIBRARY | GPU_STEP)(1) == 2
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_deterministic_op"):
         jax.jit(lambda x: x + 2, compiler_options={"xla_gpu_deterministic_op": True})(1)
 

@@ -122,7 +122,8 @@ def test_barred_tokens_are_never_drawn():
 
 
 def test_what_a_gpu_chooses_where_nothing_is_asked_for(monkeypatch):
-    """Reading the logits twice: of equals the first, bars, and logits whose exponentials would be infinite."""
+    """Reading the logits once: of equals the first, bars, logits whose exponentials would be infinite, and NaN, which
+    must be seen wherever it stands."""
     monkeypatch.setattr(decode, "draw", lambda logits, knobs, step: jnp.full(len(logits), -1, jnp.int32))
     logits = np.random.default_rng(5).normal(size=(4, 60)).astype(np.float32)
     logits[0, [9, 3, 50]] = logits[0].max() + 1
@@ -134,5 +135,8 @@ def test_what_a_gpu_chooses_where_nothing_is_asked_for(monkeypatch):
     np.testing.assert_allclose(norm, np.log(np.sum(np.exp(logits.astype(np.float64)), -1)), rtol=1e-6)
     np.testing.assert_array_equal(token, [3, *logits[1:].argmax(1)])
     assert not broken.any()
+    for place in (0, 31, 59):
+        norm, *_ = choose(state.replace(logits=state.logits.at[3, place].set(jnp.nan)))
+        assert np.isnan(norm).tolist() == [False, False, False, True]
     asked = state.replace(knobs=state.knobs._replace(temperature=jnp.zeros(4).at[1].set(1)))
     np.testing.assert_array_equal(choose(asked)[1], -1)

@@ -12,7 +12,7 @@ import pytest
 
 from llmjax import LLM, SamplingParams
 from llmjax.models.stack import STACKED, stacked
-from llmjax.numerics import resolve
+from llmjax.numerics import GPU_STEP, resolve
 from llmjax.quant.rounding import quantize
 from llmjax.quant.schemes import Scheme
 from llmjax.runtime import engine
@@ -173,6 +173,11 @@ def test_a_gpu_takes_no_trick_of_the_cpus(monkeypatch):
         "xla_gpu_enable_triton_gemm": False,
         "xla_gpu_dot_merger_threshold_mb": 0,
     }
+    options = {}
+    monkeypatch.setattr(engine, "Program", lambda made, **of: options.update({made.__name__: of["compiler_options"]}))
+    engine.Engine(model, slots=4, memory=1 << 30)
+    assert options["prefill"] == model.compiler_options
+    assert options["decode"] == model.compiler_options | GPU_STEP
 
 
 @pytest.mark.parametrize(
