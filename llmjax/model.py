@@ -96,6 +96,7 @@ class Model:
       generation_config: what the checkpoint says of generation, which ``LLM`` heeds.
       generation_file: the file that says so.
       interventions: by tap, what takes its value's place wherever this model runs: see ``intervened``.
+      dtype: what ``llmjax.load`` was asked to store unquantized weights as.
     """
 
     architecture: Architecture
@@ -111,6 +112,7 @@ class Model:
     generation_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     generation_file: str = "generation_config.json"
     interventions: Interventions = dataclasses.field(default_factory=dict)
+    dtype: str | None = None
 
     def __repr__(self) -> str:
         stored = self.stored()

@@ -40,8 +40,6 @@ NO_PRODUCTS = "from llmjax.products import kernel; kernel.can_serve = lambda q: 
 NO_ATTENTION = "from llmjax.models import flash; flash.can_serve = lambda k: False"
 NO_KERNELS = "from llmjax import device; device.knows_cuda = lambda: False"
 RACED = "from llmjax import numerics as n; n.GPU_OPTIONS.clear(); n.GPU_LIBRARY.clear()"
-NO_ROWS = "from llmjax.products import rows; rows.can_serve = lambda q: False"
-FEW_ROWS = f"{NO_ROWS}; from llmjax.products import defined; defined.FEW = 0"
 # Seconds: for parts to get ready together, for one to be measured, and what the last lines need.
 READY, MEASURE, END = 200, 90, 8
 
@@ -53,12 +51,14 @@ class Part:
     Attributes:
       kind: ``bfloat16``, a scheme of quantization, or ``transformers``.
       slots: streams; 1 is measured with a long prompt, too.
+      dtype: of what is not quantized, and of activations that meet weights.
       before: Python that changes how llmjax does it.
       flags: more of XLA's.
     """
 
     kind: str
     slots: int = 1
+    dtype: str = "bfloat16"
     before: str = ""
     flags: str = ""
 
@@ -70,11 +70,12 @@ def waves(many: int) -> list[dict[str, Part]]:
     }
     second = {
         "bfloat16-folded": Part("bfloat16", before=NO_ATTENTION),
-        f"int4-{many}-plain": Part("int4", many, NO_PRODUCTS),
+        f"int4-{many}-plain": Part("int4", many, before=NO_PRODUCTS),
         "int8-plain": Part("int8", before=NO_PRODUCTS),
         "int4-buffered": Part("int4", flags="--xla_gpu_enable_command_buffer=+WHILE"),
-        "int4-summed": Part("int4", before=NO_ROWS),
-        "int4-products": Part("int4", before=FEW_ROWS),
+        "int8-float32": Part("int8", dtype="float32"),
+        "int4-float32": Part("int4", dtype="float32"),
+        f"int8-float32-{many}": Part("int8", many, dtype="float32"),
         f"int4-g32-{many}": Part("int4-g32", many),
     }
     return [

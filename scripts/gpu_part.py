@@ -34,7 +34,7 @@ def main() -> None:
         found = transformers(model, *lengths, wait)
     else:
         exec(part["before"], {})
-        found = bench(model, part["kind"], *lengths, wait)
+        found = bench(model, part["kind"], part["dtype"], *lengths, wait)
     print(json.dumps(found), file=answers)
 
 
@@ -53,7 +53,7 @@ def check_card(kind: str) -> None:
 
 
 def bench(
-    model: str, kind: str, long: int, new: int, slots: int, repeat: int, wait: Callable[[], None]
+    model: str, kind: str, dtype: str, long: int, new: int, slots: int, repeat: int, wait: Callable[[], None]
 ) -> dict[str, Any]:
     """As ``llmjax bench --random-weights --json``."""
     import llmjax
@@ -69,10 +69,10 @@ def bench(
         contexts=(128,),
         repeat=repeat,
     )
-    how = {"dtype": "bfloat16"} if kind == "bfloat16" else {"quantize": kind}
+    scheme = None if kind == "bfloat16" else kind
 
     def load() -> llmjax.Model:
-        return llmjax.load(model, random_weights=True, numerics="fast", **how)  # type: ignore[arg-type]
+        return llmjax.load(model, random_weights=True, numerics="fast", dtype=dtype, quantize=scheme)
 
     def report(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -53,10 +53,12 @@ from llmjax.numerics import resolve
 from llmjax.quant import schemes
 from llmjax.runtime.cache import _longer, make_cache
 from llmjax.runtime.decode import BURST, decode
+from llmjax.runtime.packed import Packed, packing
 from llmjax.runtime.prefill import prefill
 from llmjax.runtime.sampling import draw
 from llmjax.runtime.scoring import score_texts
 from llmjax.runtime.state import empty_state
+from llmjax.runtime.terms import NARROW, WIDE
 from scripts.hlo import Program
 
 KINDS = ("bfloat16", "int8", "int4", "int4-g32", "int4-asym")
@@ -152,24 +154,31 @@ def compiled(
 
     static, in_use = (config.module(), numerics, BLOCK), nbytes(state.cache)
     donated: int | tuple[()] = 1
+    there: int | None = None  # arguments on the card; the rest is the host's
     function: Any
     args: tuple[Any, ...]
     if what == "decode":
         going, refill = array(slots, dtype=jnp.bool_), array(dtype=jnp.bool_)
         function = partial(decode, *static, None)
-        args = (params, state, array(slots, table), array(slots, BURST), going, array(), refill)
+        args, there = (params, state, array(slots, table), array(slots, BURST), going, array(), refill), 2
     elif what == "prefill":
         function = partial(prefill, *static)
-        args = (params, state, array(1, count), array(), array(table), *[array()] * 4)
+        row = jax.tree.map(lambda x: array(*x.shape[1:], dtype=x.dtype), state)
+        terms = ({name: getattr(row, name) for name in names} for names in (WIDE, NARROW))
+        ends = array(dtype=jnp.bool_)
+        args, there = (params, state, *terms, array(1, count), array(), array(table), *[array()] * 3, ends), 3
     elif what == "score":
         function, donated, in_use = partial(score_texts, *static[:2]), (), 0
-        args = (params, array(count, 128), array(count, 128), array(count), array(count))
+        args, there = (params, array(count, 128), array(count, 128), array(count), array(count)), 1
     elif what == "draw":
         function, donated, in_use, params = draw, (), 0, {}
         args = (state.logits, state.knobs, state.step)
     else:
         function, donated, in_use, params = partial(_longer, layers=1, more=8), (), 0, {}
         args = (jax.tree.leaves(state.cache)[0],)
+    if there is not None:
+        host = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), args[there:])
+        function, args = packing(function), (*args[:there], Packed.of(host))
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_card(card)), args)
     options: dict[str, Any] = numerics.compiler_options("gpu", step=what == "decode") | {"xla_gpu_autotune_level": 0}
     program = jax.jit(function, donate_argnums=donated).lower(*args).compile(compiler_options=options)

@@ -18,6 +18,8 @@ from jax._src.pallas.triton import lowering
 from jax.experimental.pallas import pallas_call
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
+from tests import ptx
+
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "i1": np.bool_, "i8": np.int8}
 DTYPES |= {"i16": np.int16, "i32": np.int32, "i64": np.int64}
 UNSIGNED = {np.dtype(f"i{n}"): np.dtype(f"u{n}") for n in (1, 2, 4, 8)} | {np.dtype(bool): np.dtype(bool)}
@@ -214,6 +216,9 @@ class Program:
         if name == "tt.extern_elementwise":
             symbol = str(attribute["symbol"]).strip('"').removeprefix("__nv_")
             return FUNCTIONS[symbol[:-1] if symbol.endswith("f") and symbol != "fabs" else symbol](x[0]).astype(dtype)
+        if name == "tt.elementwise_inline_asm":
+            asm, constraints = (str(attribute[key]).strip('"') for key in ("asm_string", "constraints"))
+            return ptx.elementwise(asm, number(attribute["packed_element"]), constraints.count("="), x[0], dtype)
         if dialect == "math":
             return FUNCTIONS[{"absf": "fabs"}.get(what, what)](x[0]).astype(dtype)
         return self.arithmetic(what, x, dtype, attribute)

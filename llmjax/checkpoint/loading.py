@@ -97,7 +97,8 @@ def load(
       path: where it is.  Nothing is ever downloaded.
       dtype: how weights that are not quantized are stored: ``float32``, ``bfloat16``, ``float16``.  None keeps each
         tensor's own, so that quantized ones stay packed where llmjax has their type (``inspect`` says which) and become
-        float32 otherwise; with a dtype and no ``quantize`` they are expanded.
+        float32 otherwise; with a dtype and no ``quantize`` they are expanded.  With both it is what a profile takes
+        weights to be stored as: ``fast`` computes in bfloat16 beside quantized weights only if it is asked for here.
       quantize: a scheme (``int8``, ``int4-g32``, ...) or a recipe: see ``llmjax.quant.schemes.parse``.
       numerics: the profile that says how everything is computed (see ``llmjax.numerics``); None for ``reference``, and
         for ``litert`` where a graph is run.
@@ -177,7 +178,7 @@ def load(
         architecture=plan.architecture,
         config=_of_length(computed, context_length),
         params=params,
-        numerics=_numerics(numerics, params, source.path),
+        numerics=_numerics(numerics, params, source.path, dtype),
         tokenizer=tokenizer,
         eos_ids=eos_ids,
         path=source.path,
@@ -186,6 +187,7 @@ def load(
         numerics_chosen=chosen,
         generation_config=said,
         generation_file=file,
+        dtype=dtype,
     )
 
 
@@ -204,7 +206,7 @@ def with_numerics(model: Model, numerics: str) -> Model:
     check("numerics", numerics, STRING, ConfigError)
     if isinstance(model, GraphModel):
         return model.under(numerics)
-    found = _numerics(numerics, model.params, model.path)
+    found = _numerics(numerics, model.params, model.path, model.dtype)
     again = (
         f"numerics {numerics}: the model was loaded for {model.numerics.name}, %s; load it with numerics={numerics!r}"
     )
@@ -318,14 +320,14 @@ def _warn(recipe: Recipe, plan: Plan) -> None:
         )
 
 
-def _numerics(name: str, params: dict[str, Any], path: Path) -> numerics_lib.Numerics:
+def _numerics(name: str, params: dict[str, Any], path: Path, dtype: str | None) -> numerics_lib.Numerics:
     quantized = any(isinstance(x, QTensor) for x in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QTensor)))
     if name == "dynamic_int8" and not quantized:
         raise ConfigError(
             f'{path}: numerics dynamic_int8 is about quantized weights and there are none; add quantize="int8" '
             "(--quantize int8)"
         )
-    return numerics_lib.resolve(name, params["embed"]["weight"].dtype)
+    return numerics_lib.resolve(name, jnp.dtype(dtype or params["embed"]["weight"].dtype))
 
 
 def _random_model(
@@ -352,7 +354,8 @@ def _random_model(
         put(params, parameter, leaf, where=where, is_named_by_hash=True)
     config = emulated(config, numerics, name)
     eos = (facts["special_tokens"]["eos"]["id"],)
-    return Model(architecture, config, params, _numerics(numerics, params, Path(name)), None, eos, Path(name))
+    profile = _numerics(numerics, params, Path(name), dtype)
+    return Model(architecture, config, params, profile, None, eos, Path(name), dtype=dtype)
 
 
 def read_tokenizer(source: Source, override: Override = None) -> Tokenizer | None:

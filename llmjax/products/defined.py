@@ -7,16 +7,16 @@ begins before its x is known, nor is it moved out of a loop over tokens.
 A few rows meet a quantized weight in float32 sums: XLA:GPU takes what a sum is made of into its kernel, however it is
 computed, and the sums of several rows into one, which reads the weight once, as it is stored.  What a product of its
 matrix units is made of it computes first, in memory, unless it is as simple as one conversion: four bits would be
-written in eight, or in sixteen, and read again.  On NVIDIA's cards ``kernel`` does without, and ``rows`` sums in fewer
-instructions; ``in_a_kernel`` says where.
+written in eight, or in sixteen, and read again.  ``kernel``, on NVIDIA's cards, does without; see ``in_a_kernel``.
 
 Float32 products are of the highest precision, on a GPU without TF32.  ``fast`` and ``dynamic_int8`` multiply with
 quantized weights in bfloat16, which tensor cores do at many times the speed, and keep float32's accuracy: a float32
-value is the sum of three bfloat16 ones to the last bit, and an integer of eight bits is one.  ``kernel`` has float16
-instead, of which two are as good, in a row that is scaled into their range.  Activations that are bfloat16, as ``hf``
-may have them, are one piece.
+value is the sum of three bfloat16 ones to the last bit, and an integer of eight bits is one.  Where rows are many
+``kernel`` has float16 instead, of which two are as good, in a row that is scaled into their range.  Activations of a
+profile whose products are bfloat16 are rounded to one piece.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -33,56 +33,61 @@ from llmjax.quant.qtensor import QTensor, columns, halves, integers
 
 # Rows that are few: a card's arithmetic on four bits is then no slower than its memory.
 FEW = 4
+# Rows that meet floats of 16 bits in ``kernel``: with more of them a library's products are quicker.
+MOST_OF_FLOATS = 64
 
 
 def as_defined(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     """``x [rows, in] . weight [out, in] -> float32 [rows, out]``; see ``matmul`` for what it means."""
-    return _defined(numerics, x, weight, _in_bfloat16, _in_sums)
+    if not isinstance(weight, QTensor):
+        return _of_floats(numerics, x.astype(numerics.products), weight)
+    few = len(x) <= FEW
+    if numerics.digits == 1:
+        scale, (n,) = to_digits(x.astype(jnp.float32), 1)
+        return scale * (
+            _in_sums(n.astype(jnp.float32), weight) if few else _in_bfloat16(n.astype(jnp.bfloat16), weight)
+        )
+    x = x.astype(jnp.bfloat16 if jnp.bfloat16 in (x.dtype, numerics.products) else jnp.float32)
+    if few:
+        return _in_sums(x.astype(jnp.float32), weight)
+    if x.dtype == jnp.bfloat16 or numerics.digits is not None:
+        return _in_bfloat16(x, weight)
+    parts, q = _together(columns(x, weight), weight)
+    return total(rows_dot(c, w) for c, w in zip(parts, halves(q), strict=True))
 
 
 def in_a_kernel(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
-    """``as_defined``, but what that multiplies in bfloat16 is ``kernel``'s, where it knows how, and one row's sums of a
-    profile that ``reassociates`` are those of ``rows``."""
-
-    def product(x: jax.Array, q: QTensor) -> jax.Array:
-        from llmjax.products import kernel  # Pallas takes as long to import as all of llmjax
-
-        return kernel.packed_product(x, q) if kernel.can_serve(q) else _in_bfloat16(x, q)
-
-    def sums(x: jax.Array, q: QTensor) -> jax.Array:
-        return _joined(x, [q])[0] if can_join(numerics, x, [q]) else _in_sums(x, q)
-
-    return _defined(numerics, x, weight, product, sums)
+    """``as_defined``, but what is multiplied in 16 bits is ``kernel``'s, where that knows how and is the quicker."""
+    if can_join(numerics, x, [weight]):
+        return joined(numerics, x, [weight])[0]
+    return as_defined(numerics, x, weight)
 
 
 def can_join(numerics: Numerics, x: jax.Array, weights: list[Any]) -> bool:
-    """Whether ``joined`` knows these weights, and x is one row."""
-    from llmjax.products import rows
+    """Whether ``joined`` knows these weights, all of one kind, and such an x."""
+    from llmjax.products import kernel  # Pallas takes as long to import as all of llmjax
 
-    return numerics.reassociates and x.size == x.shape[-1] and all(map(rows.can_serve, weights))
-
-
-def joined(numerics: Numerics, x: jax.Array, weights: list[QTensor]) -> list[jax.Array]:
-    """``in_a_kernel`` of the one row ``x [1, in]`` with some weights that it ``can_join``, all in one."""
-    if numerics.digits != 1:
-        return _joined(x.astype(jnp.float32), weights)
-    scale, (n,) = to_digits(x.astype(jnp.float32), 1)
-    return [scale * y for y in _joined(n.astype(jnp.float32), weights)]
+    if not all(can_choose(weight, x, numerics) for weight in weights) or not kernel.are_alike(weights):
+        return False
+    return isinstance(weights[0], QTensor) or math.prod(x.shape[:-1]) <= MOST_OF_FLOATS
 
 
-def _joined(x: jax.Array, weights: list[QTensor]) -> list[jax.Array]:
-    from llmjax.products import rows
+def joined(numerics: Numerics, x: jax.Array, weights: list[Any]) -> list[jax.Array]:
+    """``in_a_kernel`` of x ``[rows, in]`` with some weights that it ``can_join``, all in one."""
+    from llmjax.products import kernel
 
-    return rows.row_products(x, *weights)
+    scale, x = _in_16_bits(numerics, x, weights[0])
+    found = kernel.packed_products(x, weights)
+    return found if scale is None else [scale * y for y in found]
 
 
-def can_choose(weight: jax.Array | QTensor, x: jax.Array, numerics: Numerics) -> bool:
-    """Whether ``chosen_product`` knows a stack of weights: what is multiplied in 16 bits, in ``kernel``."""
+def can_choose(weight: Any, x: jax.Array, numerics: Numerics) -> bool:
+    """Whether ``kernel`` knows a weight, or a stack, for such an x: what is multiplied in 16 bits."""
     from llmjax.products import kernel
 
     if isinstance(weight, QTensor):
         return (numerics.digits is not None or x.dtype == jnp.bfloat16) and kernel.can_serve(weight)
-    return weight.dtype == numerics.products and kernel.can_serve(weight)
+    return weight is not None and weight.dtype == numerics.products and kernel.can_serve(weight)
 
 
 def chosen_product(numerics: Numerics, x: jax.Array, stack: jax.Array | QTensor, choice: Any) -> jax.Array:
@@ -96,37 +101,21 @@ def chosen_product(numerics: Numerics, x: jax.Array, stack: jax.Array | QTensor,
     """
     from llmjax.products import kernel
 
-    if not isinstance(stack, QTensor):
-        return kernel.packed_product(x.astype(numerics.products), stack, choice)
+    scale, x = _in_16_bits(numerics, x, stack)
+    y = kernel.packed_product(x, stack, choice)
+    if scale is None:
+        return y
+    return y * (scale if choice.rows is None else scale[choice.rows.reshape(-1)])
+
+
+def _in_16_bits(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -> tuple[jax.Array | None, jax.Array]:
+    """What ``kernel`` is given for x, and what each row's result is to be multiplied with, if it is."""
+    if not isinstance(weight, QTensor):
+        return None, x.astype(numerics.products)
     if numerics.digits == 1:
         scale, (n,) = to_digits(x.astype(jnp.float32), 1)
-        y = kernel.packed_product(n.astype(jnp.bfloat16), stack, choice)
-        return y * (scale if choice.rows is None else scale[choice.rows.reshape(-1)])
-    return kernel.packed_product(x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32), stack, choice)
-
-
-def _defined(
-    numerics: Numerics,
-    x: jax.Array,
-    weight: jax.Array | QTensor,
-    in_bfloat16: Callable[[jax.Array, QTensor], jax.Array],
-    in_sums: Callable[[jax.Array, QTensor], jax.Array],
-) -> jax.Array:
-    if not isinstance(weight, QTensor):
-        return _of_floats(numerics, x.astype(numerics.products), weight)
-    given, x = x, x.astype(jnp.float32)
-    few = len(x) <= FEW
-    if numerics.digits == 1:
-        scale, (n,) = to_digits(x, 1)
-        return scale * (in_sums(n.astype(jnp.float32), weight) if few else in_bfloat16(n.astype(jnp.bfloat16), weight))
-    if few:
-        return in_sums(x, weight)
-    if given.dtype == jnp.bfloat16:
-        return in_bfloat16(given, weight)
-    if numerics.digits is None:
-        parts, q = _together(columns(x, weight), weight)
-        return total(rows_dot(c, w) for c, w in zip(parts, halves(q), strict=True))
-    return in_bfloat16(x, weight)
+        return scale, n.astype(jnp.bfloat16)
+    return None, x.astype(jnp.bfloat16 if jnp.bfloat16 in (x.dtype, numerics.products) else jnp.float32)
 
 
 def _of_floats(numerics: Numerics, x: jax.Array, weight: jax.Array) -> jax.Array:

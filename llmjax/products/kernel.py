@@ -1,23 +1,28 @@
-"""Products of many rows with packed weights as one kernel for an NVIDIA card, what ``defined`` writes plainly.
+"""Products in 16 bits as one kernel for an NVIDIA card, what ``defined`` writes plainly.
 
 There XLA unpacks a weight into memory before its matrix units may have it, and writes the products of each piece of x
-before it adds them up.  Here a weight is read as it is stored and unpacked in registers, some columns a turn: integers,
-exact in 16 bits, whose products with the pieces of a float32 x are summed in float32.  Each turn's sum begins at zero
-and is added to the others once, with its scale where groups have their own: matrix units cut off what they add to a
-long sum.  Where tiles are too few to fill a card, the columns are dealt out in parts, whose sums are added in their
-order.  All follows from shapes, and a row's bits do not depend on its neighbours.
+before it adds them up; its sums of a few rows take more arithmetic than a card has while memory brings four bits, or
+eight.  Here a weight is read as it is stored and unpacked in registers, some columns a turn: integers, exact in 16
+bits, whose products with the pieces of a float32 x are summed in float32.  Each turn's sum begins at zero and is added
+to the others once, with its scale where groups have their own: matrix units cut off what they add to a long sum.  Where
+tiles are too few to fill a card, the columns are dealt out in parts, whose sums are added in their order.  All follows
+from shapes, and a row's bits do not depend on its neighbours.
 
-So do rows of which each tile has chosen one weight of a stack, a mixture's experts, floats of 16 bits, too: all in one
-kernel, where XLA would need a turn of a loop for each tile, whose weight the host waits for.  Tiles with one weight
-stand side by side, so that they read it from a card's cache but for the first.
+Weights that meet the same x are one kernel, floats of 16 bits, too, while rows are few.  So are rows of which each tile
+has chosen one weight of a stack, a mixture's experts, where XLA would need a turn of a loop for each tile, whose weight
+the host waits for.  Tiles with one weight stand side by side, so that they read it from a card's cache but for the
+first.
 
-A float32 x is two pieces of float16, each row scaled by a power of two so that they have its range: all but 1.2e-7 of a
+A float32 x is three pieces of bfloat16, to the last bit, while a tile has room for them as rows of their own; matrix
+units have no fewer than 16.  Rows that few meet several groups of a turn at once, too, each in rows of its own.  More
+rows are two pieces of float16, each row scaled by a power of two so that they have its range: all but 1.2e-7 of a
 value, or 1e-12 of the row's largest, which is less than float32 products lose in their sums, and two thirds of the work
-that three pieces of bfloat16 are.
+that three pieces are.
 """
 
-import functools
 import math
+from collections.abc import Sequence
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -27,19 +32,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from llmjax.products import defined
 from llmjax.products.sums import total
 from llmjax.products.tiles import rows_dot
+from llmjax.products.unpacking import in_16_bits
 from llmjax.quant.bits import rounded_off
-from llmjax.quant.qtensor import QTensor, columns, integers
+from llmjax.quant.qtensor import QTensor, columns
 
-# Of one program, at most: output channels and rows, whose sums an SM's registers hold twice.
-_CHANNELS, _ROWS = 128, 128
-# Fewest rows, channels or columns that a tensor core has.
-_FEWEST = 16
-# Bytes of shared memory, as the least of the cards has that Triton serves (A10, L4, RTX): two turns fit into it.
-_MEMORY = 99 << 10
-# Programs that fill a card, and turns that are worth one.
-_ENOUGH, _TURNS = 128, 8
+# Fewest rows that a tensor core has, and most of a tile, whose sums an SM's registers hold twice.
+_FEWEST, _ROWS = 16, 128
 # Values of a row that are split at once.
 _BLOCK = 2048
 
@@ -66,8 +67,18 @@ def can_serve(weight: jax.Array | QTensor) -> bool:
         known = weight.bits != 5
     else:
         known = weight.dtype in (jnp.bfloat16, jnp.float16)
-    fits = math.prod(_stored(weight).shape) < 1 << 31
-    return known and fits and weight.shape[-2] >= _FEWEST and _turn(weight, _ROWS, 2) >= _FEWEST
+    fits, group = math.prod(_stored(weight).shape) < 1 << 31, _stored(weight).shape[-1] // _groups(weight)
+    return known and fits and weight.shape[-2] >= _FEWEST and group % _FEWEST == 0
+
+
+def are_alike(weights: Sequence[Any]) -> bool:
+    """Whether ``packed_products`` takes them together: they differ in their channels alone."""
+
+    def kind(weight: Any) -> Any:
+        leaves, tree = jax.tree.flatten(weight)
+        return tree, [(x.dtype, x.shape[:-2], x.shape[-1]) for x in leaves]
+
+    return all(kind(weight) == kind(weights[0]) for weight in weights)
 
 
 def _stored(weight: Any) -> Any:
@@ -82,14 +93,48 @@ def _groups(weight: Any) -> int:
     return weight.scales.shape[-1] if isinstance(weight, QTensor) else 1
 
 
-def _turn(weight: Any, rows: int, pieces: int) -> int:
-    """Stored columns of a turn, a power of two that divides a group's, where a tile has so many rows and x pieces."""
-    values = _stored(weight)
-    group, parts = values.shape[-1] // _groups(weight), len(_columns(values, weight))
-    width = min(group & -group, (128 if rows < _ROWS else 64) // parts)
-    while 2 * width * (2 * pieces * parts * rows + values.dtype.itemsize * _CHANNELS) > _MEMORY:
-        width //= 2
-    return width
+class Tiling(NamedTuple):
+    """What one program does, and how.
+
+    Attributes:
+      rows: of a tile, a power of two.
+      sets: of those rows, each for a group of its own of a turn's.
+      channels: of the output, a power of two.
+      width: stored columns of a turn: of a group, a power of two, or of ``sets`` whole groups.
+      parts: that the columns are dealt out in.
+      warps: of a program.
+      stages: turns whose loads are under way at once.
+    """
+
+    rows: int
+    sets: int
+    channels: int
+    width: int
+    parts: int
+    warps: int
+    stages: int
+
+
+def _tiling(rows: int, tile: int, tiles: int, pieces: int, weights: Sequence[Any]) -> Tiling:
+    """Of ``tiles`` of ``tile`` rows, of which so many are real, with x in so many pieces.  The numbers were the fastest
+    on an H200 for Gemma 2B: one row has its weights of 16 and 8 bits at 0.9 to 1 times the speed of copies, those of
+    four bits at 0.6."""
+    like, outs = weights[0], [_stored(weight).shape[-2] for weight in weights]
+    stored, groups, few = _stored(like).shape[-1], _groups(like), tile == _FEWEST
+    group, bits = stored // groups, like.bits if isinstance(like, QTensor) else 16
+    channels = min(64 if few else 128, 1 << (min(outs).bit_length() - 1))
+    most = (256 if bits == 8 else 128) if few else (128 if bits == 8 else 64) // pieces
+    width, sets = min(most, group & -group), 1
+    if width == group:
+        while 2 * sets * rows <= tile and 2 * sets * group <= most and groups % (2 * sets) == 0:
+            sets *= 2
+    width *= sets
+    programs, turns = tiles * sum(pl.cdiv(out, channels) for out in outs), stored // width
+    enough, least = (160, 2) if few else (128, 4)  # programs that fill a card, and turns that are worth one
+    possible = [n for n in range(1, max(1, turns // least) + 1) if turns % n == 0]
+    parts = next((n for n in possible if n * programs >= enough), possible[-1])
+    warps, stages = (8, 3) if tile == _ROWS else (4, 4 if pieces > 1 else 3)
+    return Tiling(tile, sets, channels, width, parts, warps, stages)
 
 
 def packed_product(
@@ -104,40 +149,48 @@ def packed_product(
       choice: of a stack.
       interpret: run it on any device, slowly.
     """
-    rows, (out, stored), groups = len(x), _stored(weight).shape[-2:], _groups(weight)
-    tile = min(_ROWS, max(_FEWEST, pl.next_power_of_2(rows))) if choice is None else choice.tile
-    in_pieces = isinstance(weight, QTensor) and x.dtype != jnp.bfloat16
-    channels = min(_CHANNELS, 1 << (out.bit_length() - 1))
-    tiles = (pl.cdiv(rows, tile) if choice is None else len(choice.numbers), pl.cdiv(out, channels))
-    width = _turn(weight, tile, 2 if in_pieces else 1)
-    turns, parts = stored // width, 1
-    while tiles[0] * tiles[1] * parts < _ENOUGH and turns % (2 * parts) == 0 and turns >= 2 * parts * _TURNS:
-        parts *= 2
-    if choice is None:
-        x = jnp.pad(x, ((0, tiles[0] * tile - rows), (0, 0)))
-    scale = sums = None
-    if in_pieces:
-        pieces, scale = in_float16(x, len(_columns(x, weight)), interpret=interpret)
+    return packed_products(x, [weight], choice, interpret=interpret)[0]
+
+
+def packed_products(
+    x: jax.Array, weights: Sequence[Any], choice: Choice | None = None, *, interpret: bool = False
+) -> list[jax.Array]:
+    """``packed_product`` with each of some weights that are ``alike``, in one kernel."""
+    like, rows, scale = weights[0], len(x), None
+    in_pieces = isinstance(like, QTensor) and x.dtype != jnp.bfloat16
+    if in_pieces and choice is None and 3 * rows <= _FEWEST:
+        # Rows of one tile, for which the weight is unpacked once; the small pieces first.
+        x = jnp.concatenate(defined.pieces(x, 3, nearest=partial(rounded_off, bits=16))[::-1])
+    given = len(x)
+    tile = min(_ROWS, max(_FEWEST, pl.next_power_of_2(given))) if choice is None else choice.tile
+    tiles = pl.cdiv(given, tile) if choice is None else len(choice.numbers)
+    if tiles > 1 and choice is None:
+        x = jnp.pad(x, ((0, tiles * tile - given), (0, 0)))
+    if x.dtype == jnp.float32:
+        parts, scale = in_float16(x, len(_columns(x, like)), interpret=interpret)
     else:
-        pieces = jnp.stack(_columns(x, weight))[None]
-    if isinstance(weight, QTensor) and weight.offsets is not None:
-        summed = pieces.astype(jnp.float32).reshape(*pieces.shape[:3], groups, -1)
+        parts = jnp.stack(_columns(x, like))[None]
+    sums = None
+    if isinstance(like, QTensor) and like.offsets is not None:
+        summed = parts.astype(jnp.float32).reshape(*parts.shape[:3], _groups(like), -1)
         sums = total(total(piece) for piece in summed).sum(-1)
+    how = _tiling(given if choice is None else tile, tile, tiles, len(parts), weights)
     chosen = None if choice is None else (choice.numbers, choice.rows)
-    args = (pieces, weight, sums, scale, chosen)
+    args = (parts, list(weights), sums, scale, chosen)
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    y = pl.pallas_call(
-        functools.partial(_multiply, width, tile, channels),
-        grid=(*tiles, parts),
+    written = rows if choice is None else tiles * tile
+    outs = [_stored(weight).shape[-2] for weight in weights]
+    found = pl.pallas_call(
+        partial(_multiply, how, given if choice is None else written, interpret),
+        grid=(tiles, sum(pl.cdiv(out, how.channels) for out in outs), how.parts),
         in_specs=jax.tree.map(lambda _: anywhere, args),
-        out_specs=anywhere,
-        out_shape=jax.ShapeDtypeStruct((parts, tiles[0] * tile, out), jnp.float32),
-        compiler_params=plt.CompilerParams(num_warps=8 if tile * channels > 64 * 64 else 4, num_stages=3),
+        out_specs=[anywhere] * len(weights),
+        out_shape=[jax.ShapeDtypeStruct((how.parts, written, out), jnp.float32) for out in outs],
+        compiler_params=plt.CompilerParams(num_warps=how.warps, num_stages=how.stages),
         interpret=interpret,
         name="packed_product" if choice is None else "experts_product",
     )(*args)
-    y = total(y[part] for part in range(parts))
-    return y[:rows] if choice is None else y
+    return [total(y) for y in found]
 
 
 def in_float16(x: jax.Array, count: int, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -171,7 +224,7 @@ def _split(x: Any, pieces: Any, scales: Any) -> None:
         return at, there, plt.load(x.at[row, at, np.int32(part)], mask=there, other=0.0)
 
     def largest(i: jax.Array, top: jax.Array) -> jax.Array:
-        return functools.reduce(jnp.maximum, [jnp.abs(load(i, part)[2]) for part in range(count)], top)
+        return reduce(jnp.maximum, [jnp.abs(load(i, part)[2]) for part in range(count)], top)
 
     top = jnp.max(lax.fori_loop(0, turns, largest, jnp.zeros(block, jnp.float32)))
     # 2^e of the largest value, no less than 2^-100: that value is to lie between 2^14 and 2^15.
@@ -191,26 +244,54 @@ def _split(x: Any, pieces: Any, scales: Any) -> None:
     lax.fori_loop(0, turns, split, 0)
 
 
-def _float16(q: QTensor) -> list[jax.Array]:
-    """``integers`` in float16.  A card converts one where it adds four: here an integer is the last bits of 1024 and
-    more, of which 1024 is taken away with what means zero, exactly."""
-    if q.bits == 8:
-        numbers, zero = [lax.bitcast_convert_type(q.values, jnp.uint8).astype(jnp.uint16) ^ np.uint16(0x6480)], 128
-    else:
-        nibbles, zero = (q.values & np.uint8(15), q.values >> np.uint8(4)), q.zero
-        numbers = [n.astype(jnp.uint16) | np.uint16(0x6400) for n in nibbles]
-    return [lax.bitcast_convert_type(n, jnp.float16) - np.float16(1024 + zero) for n in numbers]
-
-
 def _power_of_two(biased: jax.Array) -> jax.Array:
     """float32 of an exponent as it is stored."""
     return lax.bitcast_convert_type(biased << 23, jnp.float32)
 
 
 def _multiply(
-    width: int,
-    tile: int,
-    channels: int,
+    how: Tiling,
+    given: int,
+    interpret: bool,
+    x: Any,
+    weights: Any,
+    sums: Any,
+    scale: Any,
+    chosen: tuple[Any, Any] | None,
+    *results: Any,
+) -> None:
+    """One tile of rows and channels of one weight over one part of the columns.
+
+    Args:
+      how: what a program does.
+      given: rows of x that are real, pieces included.
+      interpret: see ``packed_product``.
+      x: pieces, the smallest first, ``[pieces, P, rows, in / P]``, in columns as ``integers`` has the weight's.
+      weights: QTensors, or floats ``[out, in]``; with ``chosen`` of a stack.
+      sums: x's ``[rows, G]``, if the weights have offsets.
+      scale: x's ``[rows]``, powers of two, if it has one.
+      chosen: numbers and rows of a ``Choice``.
+      results: ``[parts, rows, out]`` of each weight.
+    """
+    place, number, part = (pl.program_id(axis) for axis in range(3))
+    first = 0
+    for weight, result in zip(weights, results, strict=True):
+        count = pl.cdiv(result.shape[2], how.channels)
+        mine = partial(
+            _of_one, how, given, interpret, (place, number - first, part), x, weight, sums, scale, chosen, result
+        )
+        if len(weights) == 1:
+            mine()
+        else:
+            pl.when((number >= first) & (number < first + count))(mine)
+        first += count
+
+
+def _of_one(
+    how: Tiling,
+    given: int,
+    interpret: bool,
+    program: tuple[jax.Array, jax.Array, jax.Array],
     x: Any,
     weight: Any,
     sums: Any,
@@ -218,61 +299,74 @@ def _multiply(
     chosen: tuple[Any, Any] | None,
     result: Any,
 ) -> None:
-    """One tile of rows and channels over one part of the columns.
-
-    Args:
-      width: stored columns of a turn.
-      tile: rows.
-      channels: of the output.
-      x: pieces, the smallest first, ``[pieces, P, rows, in / P]``, in columns as ``integers`` has the weight's.
-      weight: a QTensor, or floats ``[out, in]``; with ``chosen`` of a stack.
-      sums: x's ``[rows, G]``, if the weight has offsets.
-      scale: x's ``[rows]``, powers of two, if it has one.
-      chosen: numbers and rows of a ``Choice``.
-      result: ``[parts, rows, out]``.
-    """
-    (out, stored), groups = _stored(weight).shape[-2:], _groups(weight)
-    part, turns = pl.program_id(2), stored // width // result.shape[0]
-    mine = pl.ds(pl.multiple_of(pl.program_id(0) * tile, tile), tile)
-    rows: Any = mine
-    which: tuple[Any, ...] = ()
+    """``_multiply`` with a tile of one weight's channels."""
+    (out, stored), groups, width = _stored(weight).shape[-2:], _groups(weight), how.width
+    place, number, part = program
+    turns, group = stored // width // how.parts, stored // groups
     first, last = part * turns, (part + 1) * turns
+    row = jnp.arange(how.rows, dtype=jnp.int32)
+    to = place * how.rows + row
+    real = (to < how.sets * given)[:, None]
+    # Of each row its row of x and, of a turn's sets, which it meets.
+    mine, its_set = jnp.minimum(to, given - 1), None
+    bulk: Any = pl.ds(pl.multiple_of(place * how.rows, how.rows), how.rows)
+    which: tuple[Any, ...] = ()
+    if how.sets > 1:
+        mine, its_set = lax.rem(row, jnp.int32(given)), jnp.minimum(lax.div(row, jnp.int32(given)), how.sets - 1)
     if chosen is not None:
-        number, count = chosen[0][pl.program_id(0)], len(_stored(weight))
-        which, last = (jnp.minimum(number, count - 1),), jnp.where(number < count, last, first)
+        expert, experts = chosen[0][place], len(_stored(weight))
+        which, last = (jnp.minimum(expert, experts - 1),), jnp.where(expert < experts, last, first)
         if chosen[1] is not None:
-            rows = chosen[1][pl.program_id(0), pl.ds(0, tile)]
+            mine = bulk = chosen[1][place, pl.ds(0, how.rows)]
     # The last tile may repeat channels of the one before, to the same bits.
-    outs = pl.ds(jnp.minimum(pl.program_id(1) * channels, out - channels), channels)
+    begin = jnp.minimum(number * how.channels, out - how.channels)
+    outs, each = pl.ds(begin, how.channels), begin + jnp.arange(how.channels, dtype=jnp.int32)
 
-    def scaled(y: jax.Array, group: Any, first: Any) -> jax.Array:
+    def of_x(piece: int, columns: int, start: Any) -> jax.Array:
+        """Of a turn's columns; rows that are none are zero, and so is what is not of the group that a row meets."""
+        if x.shape[2] % how.rows == 0 or chosen is not None:
+            return x[piece, columns, bulk, pl.ds(start, width)]
+        column = jnp.arange(width, dtype=jnp.int32)
+        mask = jnp.broadcast_to(real, (how.rows, width))
+        if its_set is not None:
+            mask = mask & (lax.div(column, jnp.int32(group))[None] == its_set[:, None])
+        at = x.at[np.int32(piece), np.int32(columns), mine[:, None], (start + column)[None]]
+        return plt.load(at, mask=mask, other=0)
+
+    def of_groups(values: Any, number: Any) -> jax.Array:
+        """float32 ``[rows or 1, channels]``, those of the groups from ``number`` on that rows meet."""
+        if its_set is None:
+            return values[*which, outs, number].astype(jnp.float32)[None]
+        return plt.load(values.at[each[None], (number + its_set)[:, None]]).astype(jnp.float32)
+
+    def scaled(y: jax.Array, number: Any, first: Any) -> jax.Array:
         """With what the group's values mean, its offset when it comes first."""
-        y = y * weight.scales[*which, outs, group].astype(jnp.float32)[:, None]
-        if sums is not None:
-            offsets = weight.offsets[*which, outs, group].astype(jnp.float32)
-            y = y + jnp.where(first, offsets, 0.0)[:, None] * sums[rows, group][None]
-        return y
+        y = y * of_groups(weight.scales, number)
+        if sums is None:
+            return y
+        its_sums = plt.load(sums.at[mine, number + (jnp.zeros_like(row) if its_set is None else its_set)])
+        return y + jnp.where(first, of_groups(weight.offsets, number), 0.0) * its_sums[:, None]
 
     def unpacked(at: Any) -> list[jax.Array]:
         some = _stored(weight)[*which, outs, at]
         if not isinstance(weight, QTensor):
             return [some]
-        q = weight.replace(values=some)
-        return _float16(q) if x.dtype == jnp.float16 else [n.astype(x.dtype) for n in integers(q)]
+        return in_16_bits(weight.replace(values=some), x.dtype, interpret=interpret)
 
     def turn(i: jax.Array, acc: jax.Array) -> jax.Array:
         start = pl.multiple_of(i * width, width)
-        at = pl.ds(start, width)
-        parts = unpacked(at)
-        y = total(rows_dot(n, x[piece, p, rows, at]) for piece in range(x.shape[0]) for p, n in enumerate(parts))
-        if groups > 1:
-            group = stored // groups
-            y = scaled(y, start // group, start % group == 0)
-        return acc + y
+        parts = unpacked(pl.ds(start, width))
+        y = total(rows_dot(of_x(piece, p, start), n) for piece in range(x.shape[0]) for p, n in enumerate(parts))
+        return acc + (scaled(y, start // group, start % group == 0) if groups > 1 else y)
 
-    y = lax.fori_loop(first, last, turn, jnp.zeros((channels, tile), jnp.float32))
+    y = lax.fori_loop(first, last, turn, jnp.zeros((how.rows, how.channels), jnp.float32))
     if isinstance(weight, QTensor) and groups == 1:
-        y = scaled(y, 0, part == 0)
+        y = scaled(y, np.int32(0), part == 0)
     if scale is not None:
-        y = y * scale[rows][None]
-    result[part, mine, outs] = y.T
+        y = y * plt.load(scale.at[mine])[:, None]
+    if result.shape[1] == how.sets * given:
+        plt.store(result.at[part, to[:, None], each[None]], y, mask=jnp.broadcast_to(real, y.shape))
+        return
+    its_row = lax.rem(row, jnp.int32(result.shape[1]))[:, None]
+    for i in range(result.shape[1]):
+        plt.store(result.at[part, np.int32(i), each], jnp.sum(jnp.where(real & (its_row == i), y, 0.0), 0))

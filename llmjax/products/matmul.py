@@ -16,8 +16,8 @@ floats of the product's dtype    all                                  ``dots``: 
 whatever else                    all                                  ``tiles``: converted a tile at a time
 ===============================  ===================================  ==================================================
 
-Elsewhere a product is written as it is defined (``defined``), and the compiler knows best; but many rows meet a packed
-weight on an NVIDIA card in a kernel (``kernel``), and one row weights of four bits (``rows``).
+Elsewhere a product is written as it is defined (``defined``), and the compiler knows best; but on an NVIDIA card what
+is multiplied in 16 bits meets packed weights, and a few rows floats, in a kernel (``kernel``), those of an x at once.
 
 The derivative is that of the float32 product of the same x and W (``plain``), whatever ran: in x, in float weights, in
 a packed weight's scales and offsets.  Activations that are rounded, to the product's dtype or to 8 bits, are passed
@@ -55,12 +55,12 @@ def matmuls(x: jax.Array, weights: list[Any], numerics: Numerics) -> list[jax.Ar
     """``matmul`` with each of some weights, where that is one kernel; None for each of them where it is not."""
     if not (knows_cuda() and can_join(numerics, x, weights)):
         return [None for _ in weights]
-    rows = _products(x.reshape(1, -1), weights, numerics)
+    rows = _products(x.reshape(-1, x.shape[-1]), weights, numerics)
     return [y.reshape(*x.shape[:-1], -1) for y in rows]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _products(x: jax.Array, weights: list[QTensor], numerics: Numerics) -> list[jax.Array]:
+def _products(x: jax.Array, weights: list[Any], numerics: Numerics) -> list[jax.Array]:
     def each(product: Any) -> Any:
         return lambda x, weights: [product(numerics, x, weight) for weight in weights]
 
@@ -114,6 +114,7 @@ def _tangent_weight(weight: Any, tangent: Any) -> Any:
 
 def _on_cpu(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
     if isinstance(weight, QTensor):
+        x = x if numerics.digits == 1 else x.astype(numerics.products)
         return _quantized_product(x.astype(jnp.float32), weight, numerics)
     return _float_product(x.astype(numerics.products), weight, numerics)
 

@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llmjax.device import in_memory, platform_of
@@ -22,16 +21,17 @@ from llmjax.models.watched import Program, interceptors
 from llmjax.outside.values import check, integer
 from llmjax.runtime import state as states
 from llmjax.runtime.decode import BURST, Produced, decode
-from llmjax.runtime.logits import Controls, LogitsProcessor, no_controls, processor_facts, row_controls
+from llmjax.runtime.logits import LogitsProcessor, processor_facts
 from llmjax.runtime.memory import LOWER, size, weight_bytes
+from llmjax.runtime.packed import Packed, packing
 from llmjax.runtime.prefill import Scored, prefill, score_chunk
 from llmjax.runtime.prefixes import Place
 from llmjax.runtime.progress import Progress
 from llmjax.runtime.row import Request, Requests, Row
-from llmjax.runtime.sampling import Knobs, key_words
 from llmjax.runtime.schedule import Filling, Schedule
 from llmjax.runtime.scoring import Found, score_texts, scores
 from llmjax.runtime.store import Store
+from llmjax.runtime.terms import Terms
 
 # Tokens between two looks at the text where a row has stop strings: what it generates after one is lost.
 STOP_BURST = 8
@@ -106,12 +106,12 @@ class Engine:
         self.store = self.new_store()
         static = (model.module, model.numerics, self.block)
         self._programs: list[Program] = []
-        self._prefill = self._compiled(prefill, static, donate=1)
-        self._decode = self._compiled(decode, (*static, logits_processor), donate=1)
-        self._score = self._compiled(score_chunk, static, donate=1)
-        self._score_texts = self._compiled(score_texts, static[:2], donate=())
-        self._share = self._compiled(states.share, (self.store.layers,), donate=0)
-        self._admit = self._compiled(states.admit, (), donate=0)
+        self._prefill = self._compiled(prefill, static, donate=1, there=3)
+        self._decode = self._compiled(decode, (*static, logits_processor), donate=1, there=2)
+        self._score = self._compiled(score_chunk, static, donate=1, there=2)
+        self._score_texts = self._compiled(score_texts, static[:2], donate=(), there=1)
+        self._share = self._compiled(states.share, (self.store.layers,), donate=0, there=2)
+        self._terms = Terms(model.config.vocab_size, model.eos_ids)
         self.processor = functools.partial(processor_facts, logits_processor, slots, model.config.vocab_size)
         self._known = Known()
         self._adapters = adapters
@@ -119,13 +119,14 @@ class Engine:
         self._pending: jax.Array | None = None  # what the chunk under way gives
 
     def _compiled(
-        self, function: Callable[..., Any], static: tuple[Any, ...], donate: int | tuple[()]
+        self, function: Callable[..., Any], static: tuple[Any, ...], donate: int | tuple[()], there: int
     ) -> Callable[..., Any]:
-        """``function`` jitted, its static arguments bound, its traces counted and the time they take added up."""
+        """``function`` jitted, its static arguments bound, its traces counted and the time they take added up; the
+        first ``there`` of the others are trees of arrays on the device, the rest one array of the host's numbers."""
 
         def traced(*args: Any) -> Any:
             self.traces[function.__name__] += 1
-            return function(*static, *args)
+            return packing(function)(*static, *args)
 
         traced.__name__ = function.__name__  # what profiles and the compilation cache know the program by
         options = self.model.numerics.compiler_options(platform_of(self.model.params), step=function is decode)
@@ -134,7 +135,7 @@ class Engine:
 
         def call(*args: Any) -> Any:
             traces, began = self.traces.total(), time.monotonic()
-            result = program(*args)
+            result = program(*args[:there], Packed.of(args[there:]))
             if self.traces.total() > traces:
                 self.compile_seconds += time.monotonic() - began
             return result
@@ -242,15 +243,18 @@ class Engine:
                     if next(work.filling.parts, self) is self:
                         work.rows[work.filling.slot] = work.filling.row
                         work.filling = None
-            with self.timed("prefill_seconds"):
-                self._settle()
             if self.stopping:
+                self._settle()
                 return
             if work.rows:
                 soon = work.filling is not None or (more and not work.waiting and len(work.rows) < self.slots)
                 if steps := work.make_room(1 if soon else burst):
                     with self.timed("decode_seconds"):
-                        produced = self._burst(work.rows, steps, more or bool(work.waiting))
+                        under_way = self._burst(work.rows, steps, more or bool(work.waiting))
+                    with self.timed("prefill_seconds"):
+                        self._settle()  # after the device knows what is next
+                    with self.timed("decode_seconds"):
+                        produced = self._produced(work.rows, under_way)
                     yield from self._collect(work.rows, produced)
             elif work.filling is None and work.waiting:
                 yield Update(work.refuse(), "")
@@ -258,109 +262,80 @@ class Engine:
                 return
 
     def _row(self, request: Request) -> Row:
-        model, adapter = self.model, int(self.adapter(request.lora))
-        return Row(request, model.tokenizer, model.eos_ids, adapter, model.config.renewal)
+        model = self.model
+        return Row(request, model.tokenizer, model.eos_ids, self.adapter(request.lora), model.config.renewal)
 
     def _burst(self, rows: dict[int, Row], steps: int, refill: bool) -> Produced:
-        """Runs the decode program, up to ``steps`` tokens a row."""
+        """Has the decode program run, up to ``steps`` tokens a row."""
         forced = np.full((self.slots, BURST), -1, np.int32)
         going = np.zeros(self.slots, np.bool_)
         for slot, row in rows.items():
-            tokens = row.forced[:BURST]
-            forced[slot, : len(tokens)] = tokens
             going[slot] = True
+            if row.request.forced:
+                tokens = row.forced[:BURST]
+                forced[slot, : len(tokens)] = tokens
             if row.request.params.stop:
                 steps = min(steps, STOP_BURST)
         store = self.store
-        store.state, produced = self._decode(
-            self._params, store.state, store.table, forced, going, np.int32(steps), np.bool_(refill)
-        )
-        produced = jax.device_get(produced)
-        self.progress.decode_steps += int(produced.steps)
+        store.state, produced = self._decode(self._params, store.state, store.table, forced, going, steps, refill)
         return produced
+
+    def _produced(self, rows: dict[int, Row], produced: Produced) -> Produced:
+        """Waits for what it gives; alternatives are most of that, and seldom wanted."""
+        if not any(row.request.params.logprobs for row in rows.values()):
+            nothing: Any = np.zeros((self.slots, BURST, 0))
+            produced = produced._replace(top_ids=nothing, top_logprobs=nothing)
+        found = jax.device_get(produced)
+        self.progress.decode_steps += int(found.steps)
+        return found
 
     def _fill(self, row: Row, place: Place, copied: tuple[int, int]) -> Generator[None, None, None]:
         """Brings a prompt into its slot, a chunk at every ``next``, and makes it active."""
-        store, request, logits = self.store, row.request, place.logits
-        ids, slot = np.asarray(row.ids, np.int32), np.int32(place.slot)
-        adapter, begun = np.int32(row.adapter), place.length
-        if begun and (place.source != place.slot or any(copied) or logits is not None):
-            store.state = self._share(store.state, *map(np.int32, copied), slot, np.int32(begun))
+        store, slot = self.store, place.slot
+        ids, terms = np.asarray(row.ids, np.int32), self._terms.of(row)
+        begun, tokens, scored = place.length, len(ids), row.is_unscored
+        if begun and (place.source != slot or any(copied) or place.is_whole):
+            store.state = self._share(
+                store.state, *terms, place.source, *copied, slot, begun, begun == tokens and not scored
+            )
         self.progress.reused_tokens += begun
-        for start in range(begun, len(ids), self.chunk):
+        for start in range(begun, tokens, self.chunk):
             if start > begun:
                 yield
             part = ids[start : start + self.chunk]
-            padded = np.pad(part, (0, self.chunk - len(part)))[None]
-            table = store.pages.table[place.slot].copy()
-            sizes = map(np.int32, (start, len(part), len(ids)))
-            store.state, logits = self._prefill(self._params, store.state, padded, slot, table, *sizes, adapter)
-            store.prefixes.add(place.slot, ids[: start + len(part)], logits)
+            chunk = np.zeros((1, self.chunk), np.int32)
+            chunk[0, : len(part)] = part
+            end = start + len(part)
+            where = chunk, slot, store.pages.table[slot], start, len(part), tokens, end == tokens and not scored
+            store.state, pending = self._prefill(self._params, store.state, *terms, *where)
+            store.prefixes.add(slot, ids[:end])
             self.progress.prefill_tokens += len(part)
-            self._settle(logits)
-        if row.is_unscored:
+            self._settle(pending)
+        if scored:
             scores: list[dict[int, float] | None] = [None]
-            for scored in self.scored_chunks(ids, adapter, wanted=True):
-                scores += scored.by_token(request.ids[len(scores) :], request.params.prompt_logprobs or 0)
+            for found in self.scored_chunks(ids, row.adapter, wanted=True):
+                scores += found.by_token(row.request.ids[len(scores) :], row.request.params.prompt_logprobs or 0)
                 yield
             row.prompt_logprobs = scores
-        store.state = self._admit(store.state, slot, self._row_arrays(row) | {"logits": logits})
+            store.state = self._share(store.state, *terms, slot, 0, 0, slot, tokens, True)
 
-    @functools.cached_property
-    def _none(self) -> Controls:
-        """The controls of a row that asks for nothing, kept on the device."""
-        return jax.tree.map(lambda x: x[0], no_controls(1, self.model.config.vocab_size))
-
-    @functools.cached_property
-    def _stops(self) -> Callable[[tuple[int, ...]], jax.Array]:
-        @functools.lru_cache(maxsize=64)  # most rows of a job end alike
-        def stops(ends: tuple[int, ...]) -> jax.Array:
-            array = np.zeros(self.model.config.vocab_size, np.bool_)
-            array[[i for i in ends if i < len(array)]] = True
-            return jnp.asarray(array)
-
-        return stops
-
-    def _row_arrays(self, row: Row) -> dict[str, Any]:
-        request, params = row.request, row.request.params
-        controls = row_controls(params, request.bad_words, self.model.config.vocab_size)
-        knobs: list[Any] = [
-            np.float32(params.temperature),
-            np.int32(params.top_k),
-            np.float32(params.top_p),
-            np.float32(params.min_p),
-            key_words(request.seed),
-        ]
-        return {
-            "ids": np.pad(np.asarray(row.ids, np.int32), (0, self.store.length - len(row.ids))),
-            "step": np.int32(row.produced),
-            "knobs": Knobs(*knobs),
-            "controls": self._none if controls is None else controls,
-            "stops": self._stops((*params.stop_token_ids, *(() if params.ignore_eos else self.model.eos_ids))),
-            "min_tokens": np.int32(params.min_tokens),
-            "max_tokens": np.int32(params.max_tokens or 0),
-            "want_logprobs": np.bool_(bool(params.logprobs)),
-            "adapter": self.adapter(request.lora),
-        }
-
-    def adapter(self, lora: str | None) -> np.int32:
+    def adapter(self, lora: str | None) -> int:
         """The place of a resident adapter, 0 for none."""
-        return np.int32(0 if lora is None else self._adapters[lora])
+        return 0 if lora is None else self._adapters[lora]
 
     def _collect(self, rows: dict[int, Row], produced: Produced) -> Iterator[Update]:
         """Hands a burst's tokens to the rows; a row that a stop string ended loses the tokens after it and its slot."""
+        until, broken = int(produced.steps), np.isnan(produced.logprobs).any()
+        lengths, tokens, logprobs = (x.tolist() for x in (produced.lengths, *(x[:, :until] for x in produced[2:4])))
         for slot, row in list(rows.items()):
-            piece = ""
-            self.check_finite(produced.logprobs[slot, : produced.lengths[slot]])
-            wanted = row.request.params.logprobs or 0
-            for i in range(int(produced.lengths[slot])):
+            piece, end = "", lengths[slot]
+            if broken:
+                self.check_finite(produced.logprobs[slot, :end])
+            wanted = row.request.params.logprobs
+            for i, (token, logprob) in enumerate(zip(tokens[slot][:end], logprobs[slot], strict=False)):
                 self.progress.decode_tokens += not row.again
-                best = zip(produced.top_ids[slot, i, :wanted], produced.top_logprobs[slot, i, :wanted], strict=True)
-                piece += row.push(
-                    int(produced.tokens[slot, i]),
-                    float(produced.logprobs[slot, i]),
-                    {int(t): float(p) for t, p in best},
-                )
+                top = (x[slot, i, :wanted].tolist() for x in produced[4:]) if wanted else ((), ())
+                piece += row.push(token, logprob, dict(zip(*top, strict=True)))
                 if row.finish_reason:
                     break
             if row.finish_reason:
@@ -382,16 +357,16 @@ class Engine:
                 "(--check-finite), store them in a wider dtype, or look at interventions and logits processor"
             )
 
-    def scored_chunks(self, ids: np.ndarray, adapter: np.int32, *, wanted: bool) -> Iterator[Scored]:
+    def scored_chunks(self, ids: np.ndarray, adapter: int, *, wanted: bool) -> Iterator[Scored]:
         """What follows each token of a text but the last, chunk by chunk, in the pages it was given
         aside; ``wanted`` asks for alternatives, too."""
         store = self.store
         for start in range(0, len(ids) - 1, self.scored):
             part, after = (array[start : start + self.scored] for array in (ids[:-1], ids[1:]))
             pad = (0, self.scored - len(part))
-            tokens = np.pad(part, pad)[None], np.pad(after, pad), store.pages.table[store.aside].copy()
-            sizes = map(np.int32, (start, len(ids)))
-            store.state, scored = self._score(self._params, store.state, *tokens, *sizes, np.bool_(wanted), adapter)
+            tokens = np.pad(part, pad)[None], np.pad(after, pad), store.pages.table[store.aside]
+            rest = start, len(ids), wanted, adapter
+            store.state, scored = self._score(self._params, store.state, *tokens, *rest)
             scored = Scored(*(x[: len(part)] for x in jax.device_get(scored)))
             self.check_finite(scored.logprobs)
             yield scored

@@ -11,7 +11,7 @@ from jax import lax
 from llmjax.models.context import Context
 from llmjax.numerics import Numerics
 from llmjax.runtime.sampling import alternatives
-from llmjax.runtime.state import State
+from llmjax.runtime.state import State, seated
 
 
 def prefill(
@@ -20,15 +20,17 @@ def prefill(
     block: int,
     params: Any,
     state: State,
+    wide: dict[str, Any],
+    row: dict[str, Any],
     ids: jax.Array,
     slot: jax.Array,
     table: jax.Array,
     start: jax.Array,
     length: jax.Array,
     tokens: jax.Array,
-    adapter: jax.Array,
+    active: jax.Array,
 ) -> tuple[State, jax.Array]:
-    """Runs one chunk of a prompt into a slot's pages.
+    """Runs one chunk of a prompt into a slot's pages, under its row's parameters.
 
     Args:
       module: static.
@@ -36,23 +38,26 @@ def prefill(
       block: static; see ``Context``.
       params: the model's.
       state: donated.
+      wide: of the row, see ``runtime.terms``.
+      row: the rest of it.
       ids: int32 ``[1, C]``, right-padded.
       slot: int32 ``[]``.
       table: int32 ``[N]``, its pages.
       start: int32 ``[]``, position of the chunk's first token.
       length: int32 ``[]``, tokens that are no padding.
       tokens: int32 ``[]``, those of the whole prompt.
-      adapter: int32 ``[]``, see ``Context``.
+      active: bool ``[]``, whether the chunk is the last, and the row goes on.
 
     Returns:
-      the state, and the logits float32 ``[V]`` that follow the chunk's last token.
+      the state, and the tokens in the slot, to wait for.
     """
     positions = start + jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
-    ctx = Context(positions, numerics, block, table[None], slot, adapter=adapter[None], length=tokens[None])
+    ctx = Context(positions, numerics, block, table[None], slot, adapter=row["adapter"][None], length=tokens[None])
     ctx = ctx.replace(last=length[None] - 1)
     logits, out = module.apply({"params": params, "cache": state.cache}, ids, ctx, mutable=["cache"])
-    last = logits[0, 0].astype(jnp.float32)
-    return state.replace(cache=out["cache"], position=state.position.at[slot].set(start + length)), last
+    last, position = logits[0, 0].astype(jnp.float32), start + length
+    state = state.replace(cache=out["cache"], ids=lax.dynamic_update_slice(state.ids, ids, (slot, start)))
+    return seated(state, slot, wide | row, last, position, active), position
 
 
 class Scored(NamedTuple):

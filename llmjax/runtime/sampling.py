@@ -32,6 +32,7 @@ from llmjax.runtime.params import MAX_LOGPROBS
 # Candidates looked at before the whole vocabulary is sorted: a sort of 256,000 logits takes as long as a decode step.
 HEAD = 512
 
+_WORD = 0xFFFFFFFF
 _IMPL = "threefry2x32"  # by name: jax_default_prng_impl must not change a draw
 
 
@@ -48,7 +49,7 @@ class Knobs(NamedTuple):
 
 def key_words(seed: int) -> np.ndarray:
     """uint32 ``[2]``: the key of a seed; equal to ``jax.random.key(seed)`` for seeds that fit it."""
-    return np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
+    return np.array([seed >> 32, seed & _WORD], np.uint32)
 
 
 def row_seed(job_seed: int, row_id: str) -> int:
@@ -64,8 +65,16 @@ def sample_seed(seed: int, index: int) -> int:
 
 
 def _folded(seed: int, data: int) -> int:
-    high, low = np.asarray(_fold_in(key_words(seed), np.uint32(data)))
-    return int(high) << 32 | int(low)
+    """``_fold_in`` on the host, which need not wait for a device: threefry2x32 of 20 rounds (Salmon et al. 2011)."""
+    keys = [seed >> 32, seed & _WORD]
+    keys.append(keys[0] ^ keys[1] ^ 0x1BD11BDA)
+    x, y = keys[0], data + keys[1] & _WORD
+    for i in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+            x = x + y & _WORD
+            y = (y << turn | y >> 32 - turn) & _WORD ^ x
+        x, y = x + keys[(i + 1) % 3] & _WORD, y + keys[(i + 2) % 3] + i + 1 & _WORD
+    return x << 32 | y
 
 
 @jax.jit

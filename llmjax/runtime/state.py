@@ -19,6 +19,7 @@ class State(struct.PyTreeNode):
         layers.  Whose a page is, ``runtime.pages`` knows.  What layers carry lies at each slot's number, and behind the
         slots' that of a text which is scored.
       logits: float32 ``[B, V]``, of the token each row will draw next; anything of a row at rest.
+      after: float32 ``[B, V]``, those that follow the prompt in each slot's pages, or as much of it as is there.
       position: int32 ``[B]``, where that token will stand.
       step: int32 ``[B]``, tokens generated so far.
       active: bool ``[B]``.
@@ -34,6 +35,7 @@ class State(struct.PyTreeNode):
 
     cache: Any
     logits: jax.Array
+    after: jax.Array
     position: jax.Array
     step: jax.Array
     active: jax.Array
@@ -61,6 +63,7 @@ def empty_state(cache: Any, slots: int, length: int, vocab: int) -> State:
     return State(
         cache=cache,
         logits=full(jnp.float32, vocab),
+        after=full(jnp.float32, vocab),
         position=full(jnp.int32),
         step=full(jnp.int32),
         active=full(jnp.bool_),
@@ -80,16 +83,20 @@ def lengthened(state: State, more: int) -> State:
     return state.replace(ids=jnp.pad(state.ids, ((0, 0), (0, more))))
 
 
-def admit(state: State, slot: jax.Array, row: dict[str, Any]) -> State:
-    """Makes a prefilled slot active under a row's parameters.
+def seated(
+    state: State, slot: jax.Array, row: dict[str, Any], logits: jax.Array, position: jax.Array, active: jax.Array
+) -> State:
+    """A slot under a row's parameters.
 
     Args:
-      state: donated.
+      state: of all slots.
       slot: int32 ``[]``.
-      row: ``logits [V]`` that follow its prompt, ``ids [S]``, ``step``, ``knobs``, ``controls``, ``stops [V]``,
-        ``min_tokens``, ``max_tokens``, ``want_logprobs``, ``adapter``.
+      row: fields of the state by name, without the ``B``; see ``runtime.terms``.
+      logits: float32 ``[V]``, that follow what is in its pages.
+      position: int32 ``[]``, tokens in them.
+      active: bool ``[]``, whether that is the whole prompt, and the row goes on.
     """
-    new = {"active": True, **row}
+    new = row | {"logits": logits, "after": logits, "position": position, "active": active}
     return state.replace(
         **{
             name: jax.tree.map(lambda old, value: old.at[slot].set(value), getattr(state, name), value)
@@ -101,26 +108,35 @@ def admit(state: State, slot: jax.Array, row: dict[str, Any]) -> State:
 def share(
     layers: int,
     state: State,
+    wide: dict[str, Any],
+    row: dict[str, Any],
     source: jax.Array,
     page: jax.Array,
+    to: jax.Array,
     slot: jax.Array,
     length: jax.Array,
+    active: jax.Array,
 ) -> State:
-    """Makes a slot go on from the beginning of another's prompt, whose pages it was lent: the same bits as computing
-    it.
+    """Makes a slot go on from the beginning of another's prompt, or of its own, whose pages it was lent: the same bits
+    as computing it.
 
     Args:
       layers: static, in each of the cache's buffers.
       state: donated.
-      source: int32 ``[]``, the page that they share in part.
-      page: int32 ``[]``, the slot's own, which becomes the same.
+      wide: of the row, see ``runtime.terms``.
+      row: the rest of it.
+      source: int32 ``[]``, the other slot.
+      page: int32 ``[]``, the page that they share in part.
+      to: int32 ``[]``, the slot's own, which becomes the same.
       slot: int32 ``[]``.
       length: int32 ``[]``, tokens the slot then holds.
+      active: bool ``[]``, whether that is the whole prompt, and the row goes on.
     """
 
     def copied(x: jax.Array) -> jax.Array:
         each = x.reshape(layers, -1, *x.shape[1:])
-        part = lax.dynamic_index_in_dim(each, source, 1)
-        return lax.dynamic_update_index_in_dim(each, part, page, 1).reshape(x.shape)
+        part = lax.dynamic_index_in_dim(each, page, 1)
+        return lax.dynamic_update_index_in_dim(each, part, to, 1).reshape(x.shape)
 
-    return state.replace(cache=jax.tree.map(copied, state.cache), position=state.position.at[slot].set(length))
+    state = state.replace(cache=jax.tree.map(copied, state.cache), ids=state.ids.at[slot].set(state.ids[source]))
+    return seated(state, slot, wide | row, state.after[source], length, active)

@@ -179,11 +179,12 @@ class Store:
 
     def hold(self, slot: int, tokens: int, busy: Collection[int]) -> bool:
         """Gives a busy slot pages for so many tokens; False, and none, if they cannot be had."""
-        self.ensure(tokens)
         needed = self.pages.needed(tokens)
-        if not self.room(max(0, needed - self.pages.held(slot)), busy):
-            return False
-        self.pages.give(slot, needed)
+        if needed > self.pages.held(slot):  # seldom: all rows are asked about between two steps
+            self.ensure(tokens)
+            if not self.room(needed - self.pages.held(slot), busy):
+                return False
+            self.pages.give(slot, needed)
         return True
 
     def release(self, slot: int) -> None:

@@ -24,7 +24,6 @@ from llmjax.models.attention import Scores, cached_attention
 from llmjax.models.context import Context
 from llmjax.models.experts import _through_experts
 from llmjax.numerics import resolve
-from llmjax.products.defined import FEW
 from llmjax.products.matmul import matmul
 from llmjax.quant.bits import to_storage
 from llmjax.quant.qtensor import dequantize
@@ -97,14 +96,14 @@ def product(
     """``x . W`` at a model's size, whose tiles are not those of the tiny ones, beside float64."""
     rng = np.random.default_rng(0)
     w = rng.standard_normal((out, width)).astype(np.float32)
-    weight = w if kind == "float" else quantized(w, kind)
+    weight = jnp.asarray(w, dtype) if kind == "float" else quantized(w, kind)
     numerics = resolve(profile, jnp.dtype(dtype))
     given = rng.standard_normal((rows, width)) * np.exp(3 * rng.standard_normal((rows, 1)))
-    x = np.asarray(jnp.asarray(given, numerics.activations), np.float64)
-    floats = np.asarray(w if kind == "float" else dequantize(weight), np.float64)
+    x = np.asarray(jnp.asarray(given, numerics.products), np.float64)  # what meets the weight
+    floats = np.asarray(weight if kind == "float" else dequantize(weight), np.float64)
     options = numerics.compiler_options(devices[-1].platform)
     with jax.default_device(devices[-1]):
-        args = jnp.asarray(given, numerics.activations), jnp.asarray(w) if kind == "float" else on_device(weight)
+        args = jnp.asarray(given, numerics.activations), jnp.asarray(weight) if kind == "float" else on_device(weight)
         program = jax.jit(lambda x, w: matmul(x, w, numerics), compiler_options=options).lower(*args).compile()
         found = np.asarray(program(*args), np.float64)
     missing = [] if devices[-1].platform == "cpu" else [s for s in shown if s not in (program.as_text() or "")]
@@ -281,11 +280,16 @@ def demo(path: Path, profile: str, allowed: float, *devices: jax.Device) -> Foun
     return compared(both(lambda: llmjax.load(path, numerics=profile).logits([ids])[0], devices), allowed)
 
 
-# Kind, rows, outputs and inputs, profile and stored dtype: Gemma 2B's widths, no whole number of tiles; steps of a few
-# rows in sums, of many in the kernel, in parts of the columns where the tiles are few.
+# Kind, rows, outputs and inputs, profile and stored dtype: Gemma 2B's widths, no whole number of tiles; few rows and
+# many, in parts of the columns where the tiles are few.
 PRODUCTS = [
     ("int8", 1, 2000, 2048, "fast", "float32"),
     ("int4", 1, 2000, 16384, "fast", "float32"),
+    ("int4-g32-asym", 1, 2000, 2048, "fast", "float32"),
+    ("int8", 1, 2000, 16384, "fast", "bfloat16"),
+    ("float", 1, 2000, 16384, "fast", "bfloat16"),
+    ("float", 64, 2000, 2048, "fast", "bfloat16"),
+    ("int8", 64, 2000, 2048, "fast", "bfloat16"),
     ("int4", 64, 2000, 2048, "fast", "float32"),
     ("int8", 300, 1000, 2048, "fast", "float32"),
     ("int4-g32-asym", 64, 520, 16384, "fast", "float32"),
@@ -325,8 +329,7 @@ def checks(path: Path | None = None) -> dict[str, Check]:
     one = "llama_llama3"
     found: dict[str, Check] = {}
     for kind, rows, out, width, profile, dtype in PRODUCTS:
-        shown = ["packed_product"] if rows > FEW and kind != "float" and profile != "reference" else []
-        shown += ["row_products"] if rows == 1 and kind.startswith("int4") and profile != "reference" else []
+        shown = [] if profile == "reference" else ["packed_product"]
         name = f"product {profile} {dtype} {kind} {rows} x {out} x {width}"
         found[name] = functools.partial(product, kind, rows, out, width, profile, dtype, shown)
     for profile, width, heads, positions, scores in ATTENTION:

@@ -49,20 +49,20 @@ def test_shared_beginnings_leave_every_bit(model, window):
 
 
 def test_what_a_slot_holds():
-    prefixes, logits = Prefixes(3, 4), object()
+    prefixes = Prefixes(3, 4)
     ids = np.arange(11)
     place = prefixes.find(ids, {0, 1, 2})
     prefixes.take(place, ids)
     assert place.length == 0
     for n in (4, 8, 11):
-        prefixes.add(place.slot, ids[:n], logits)
+        prefixes.add(place.slot, ids[:n])
     others = {0, 1, 2} - {place.slot}
 
     def found(ids, free=others):
         return prefixes.find(np.asarray(ids), free)
 
-    assert (found(ids).length, found(ids).logits) == (11, logits)  # the whole prompt
-    assert (found(ids[:10]).length, found(ids[:10]).logits) == (8, None)
+    assert (found(ids).length, found(ids).is_whole) == (11, True)
+    assert (found(ids[:10]).length, found(ids[:10]).is_whole) == (8, False)
     assert found(ids[:8]).length == 4  # its last token must be computed
     assert found([*ids[:9], 99, 98, 97]).length == 8
     assert found([*ids, 11, 12]).length == 8  # what follows the last whole chunk was computed with padding behind it
@@ -100,7 +100,7 @@ def test_slots_stay_busy_and_nothing_is_compiled_on_the_way(model):
     assert progress.rows == len(outputs) == 60
     assert progress.decode_tokens == sum(len(o.outputs[0].token_ids) for o in outputs)
     assert progress.busy > 0.85
-    assert dict(llm.engine.traces) == {"prefill": 1, "decode": 1, "admit": 1}
+    assert dict(llm.engine.traces) == {"prefill": 1, "decode": 1}
 
 
 @pytest.mark.slow

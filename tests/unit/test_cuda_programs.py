@@ -26,6 +26,7 @@ from llmjax.runtime.prefill import prefill, score_chunk
 from llmjax.runtime.sampling import Knobs, draw
 from llmjax.runtime.scoring import score_texts
 from llmjax.runtime.state import empty_state
+from llmjax.runtime.terms import NARROW, WIDE
 from llmjax.training.adapter import new_adapter
 from llmjax.training.batches import from_labels
 from llmjax.training.step import Programs
@@ -84,7 +85,12 @@ def program_of(name, kind, profile):
         step = (table, np.full((SLOTS, BURST), -1, np.int32), np.ones(SLOTS, np.bool_), np.int32(1), np.False_)
         return partial(decode, *static, BLOCK, None), (params, state, *step), state
     if name == "prefill":
-        return partial(prefill, *static, BLOCK), (params, state, ids, zero, table[0], zero, zero, zero, zero), state
+        first = jax.eval_shape(
+            lambda: jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), state.replace(cache=None))
+        )
+        terms = ({n: getattr(first, n) for n in names} for names in (WIDE, NARROW))
+        rest = (*terms, ids, zero, table[0], zero, zero, zero, np.False_)
+        return partial(prefill, *static, BLOCK), (params, state, *rest), state
     if name == "score_chunk":
         rest = (ids, ids[0], table[0], zero, zero, np.False_, zero)
         return partial(score_chunk, *static, BLOCK), (params, state, *rest), state

@@ -2,12 +2,14 @@
 loop."""
 
 import dataclasses
+from collections import Counter
 
 import jax
 import numpy as np
 import pytest
 
 from llmjax import LLM, CheckpointError, RequestError, SamplingParams
+from llmjax.models.watched import Program
 from llmjax.runtime.engine import Engine
 from tests.programs import engine_programs
 from tests.tiny import random_ids, random_model, roomy, slow
@@ -83,7 +85,31 @@ def test_each_program_is_traced_once(model):
     llm = roomy(LLM(model, max_batch=4, chunk=16, block=16))
     for request in requests(llm):
         results(llm, [request])
-    assert dict(llm.engine.traces) == {"prefill": 1, "decode": 1, "admit": 1}
+    assert dict(llm.engine.traces) == {"prefill": 1, "decode": 1}
+
+
+def test_a_chunk_and_a_burst_are_a_program_and_an_array_each(model, monkeypatch):
+    """Whatever a row asks for: a GPU takes its time to be told of each."""
+    llm, calls, run = roomy(LLM(model, max_batch=4, chunk=16, block=16)), [], Program.__call__
+    plain, asking = SamplingParams(max_tokens=3, n=2), SamplingParams(max_tokens=9, logprobs=2, stop_token_ids=[5])
+
+    def answer(i):
+        short, long = [i, 1, 2], [i, *range(40)]
+        return llm.generate([short, long, short], [asking, plain, asking])
+
+    def counted(self, *args):
+        calls.append((self._plain.__name__, sum(not isinstance(x, jax.Array) for x in jax.tree.leaves(args))))
+        with jax.transfer_guard("allow"):
+            return run(self, *args)
+
+    answer(0)
+    monkeypatch.setattr(Program, "__call__", counted)
+    with jax.transfer_guard_host_to_device("disallow_explicit"):
+        for i in (1, 2):
+            answer(i)
+    assert {arrays for _, arrays in calls} == {1}
+    found = Counter(name for name, _ in calls)
+    assert found.pop("decode") <= 6 and found == {"prefill": 2 * (1 + 3), "share": 2 * (1 + 1)}
 
 
 def test_greedy_equals_full_recompute_without_a_cache(llm, model):

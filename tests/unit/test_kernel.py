@@ -14,7 +14,7 @@ from llmjax.models.attention import Scores
 from llmjax.models.context import Context
 from llmjax.models.layers import Attention, GatedMLP
 from llmjax.numerics import resolve
-from llmjax.products import kernel, matmul, rows
+from llmjax.products import kernel, matmul
 from llmjax.products.defined import _in_bfloat16, can_choose
 from llmjax.quant.qtensor import dequantize
 from tests import triton
@@ -24,7 +24,8 @@ from tests.unit.test_quant import on_device, quantized
 # Scheme, rows, outputs, inputs, x's dtype: none a multiple of its tile, the last channels a tile that repeats some; a
 # few tiles of rows; long inputs, in parts.
 CASES = [
-    ("int4-g32-asym", 5, 200, 192, "float32"),
+    ("int4-g32-asym", 1, 200, 384, "float32"),
+    slow("int4-g32-asym", 5, 200, 192, "float32"),
     ("int8", 150, 40, 2048, "bfloat16"),
     slow("int4", 150, 200, 4096, "float32"),
     slow("int8-asym", 7, 130, 2048, "float32"),
@@ -146,20 +147,46 @@ def test_a_mixture_in_kernels_is_the_mixture(kind, profile, tokens, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("scheme", "outs", "width"),
-    [("int4-g64-asym", (130, 64), 256), slow("int4", (20, 16, 9), 2048), slow("int4-g32", (12,), 16384)],
+    ("scheme", "rows", "outs", "width"),
+    [
+        ("int4-g64-asym", 1, (130, 64), 256),
+        ("int8", 2, (40, 16), 1024),
+        slow("int4", 1, (20, 16, 19), 2048),
+        slow("int4-g32", 1, (18,), 16384),
+        slow("int4-g32-asym", 5, (40,), 64),
+        slow("int8-g64", 20, (70, 16), 512),
+        slow("bfloat16", 1, (70, 16), 512),
+        slow("bfloat16", 64, (130, 16), 256),
+        slow("float16", 20, (40,), 64),
+    ],
 )
-def test_one_rows_products_are_the_plain_ones(scheme, outs, width, monkeypatch):
-    """As Triton is given them: channels that two programs have, a turn or two, groups of several loads."""
-    monkeypatch.setattr(rows.pl, "pallas_call", triton.kernel)
+def test_products_with_several_weights_are_the_plain_ones(scheme, rows, outs, width, monkeypatch):
+    """As Triton is given them: channels that two programs have, parts of the columns, rows for groups."""
+    monkeypatch.setattr(kernel.pl, "pallas_call", triton.kernel)
     rng = np.random.default_rng(0)
-    weights = [quantized(rng.standard_normal((out, width)).astype(np.float32), scheme) for out in outs]
-    x = rng.standard_normal((1, width)).astype(np.float32)
-    packed = [on_device(q) for q in weights]
-    assert all(map(rows.can_serve, packed))
-    for q, found in zip(weights, rows.row_products(jnp.asarray(x), *packed), strict=True):
-        w = np.asarray(dequantize(q), np.float64)
-        assert (np.abs(found - x @ w.T) / (np.abs(x) @ np.abs(w).T)).max() < 1e-7
+    weights = [rng.standard_normal((out, width)).astype(np.float32) for out in outs]
+    x = jnp.asarray(rng.standard_normal((rows, width)), jnp.float32)
+    if scheme.startswith("int"):
+        weights = [quantized(w, scheme) for w in weights]
+        packed, values = [on_device(q) for q in weights], [np.asarray(dequantize(q), np.float64) for q in weights]
+    else:
+        x, packed = x.astype(scheme), [jnp.asarray(w, scheme) for w in weights]
+        values = [np.asarray(w, np.float64) for w in packed]
+    assert all(map(kernel.can_serve, packed)) and kernel.are_alike(packed)
+    given = np.asarray(x, np.float64)
+    for w, found in zip(values, kernel.packed_products(x, packed), strict=True):
+        assert (np.abs(found - given @ w.T) / (np.abs(given) @ np.abs(w).T)).max() < 3e-7
+
+
+def test_what_differs_in_more_than_channels_is_not_taken_together():
+    q = on_device(quantized(np.ones((16, 64), np.float32), "int8"))
+    assert kernel.are_alike([q, q.map(lambda leaf: leaf[:8])])
+    others = [
+        quantized(np.ones((16, width), np.float32), kind)
+        for width, kind in ((64, "int4"), (128, "int8"), (64, "int8-g32"))
+    ]
+    assert not any(kernel.are_alike([q, on_device(other)]) for other in others)
+    assert not kernel.are_alike([jnp.ones((16, 64), jnp.bfloat16), jnp.ones((16, 64), jnp.float16)])
 
 
 @pytest.mark.parametrize("profile", ["fast", slow("dynamic_int8")])
@@ -167,11 +194,11 @@ def test_what_meets_the_same_row_is_one_kernel(profile, monkeypatch):
     """And each projection has its own product."""
     calls = []
 
-    def interpreted(x, *weights, product=rows.row_products):
+    def interpreted(x, weights, product=kernel.packed_products):
         calls.append(len(weights))
-        return product(x, *weights, interpret=True)
+        return product(x, weights, interpret=True)
 
-    monkeypatch.setattr(rows, "row_products", interpreted)
+    monkeypatch.setattr(kernel, "packed_products", interpreted)
     monkeypatch.setattr(matmul, "knows_cuda", lambda: True)
     monkeypatch.setattr(matmul, "by_device", lambda plain, cpu, cuda: cuda)
     rng = np.random.default_rng(0)

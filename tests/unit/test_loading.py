@@ -17,6 +17,7 @@ import llmjax
 from llmjax import CheckpointError, ConfigError, RequestError, configs
 from llmjax.checkpoint.conversion import convert
 from llmjax.checkpoint.inspection import inspect
+from llmjax.checkpoint.loading import with_numerics
 from llmjax.models.registry import architectures, read_config
 from llmjax.models.tree import parameter_shapes
 from tests.parity import checkpoints, golden
@@ -120,6 +121,10 @@ def test_stored_values_are_unchanged(folder):
 def test_dtype_is_how_weights_are_stored(folder, dtype):
     leaves = jax.tree.leaves(llmjax.load(folder, dtype=dtype).params)
     assert {str(leaf.dtype) for leaf in leaves} == {dtype}
+    packed = llmjax.load(folder, dtype=dtype, quantize="int8", numerics="fast")
+    for model in (packed, with_numerics(with_numerics(packed, "reference"), "fast")):
+        assert model.numerics.products == ("bfloat16" if dtype == "bfloat16" else "float32")
+    assert llmjax.load(folder, quantize="int8", numerics="fast").numerics.products == "float32"
     with pytest.raises(ConfigError, match="dtype: unknown 'int8'"):
         llmjax.load(folder, dtype="int8")
 

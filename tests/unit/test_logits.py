@@ -101,7 +101,7 @@ def test_every_option_follows_its_definition_and_leaves_the_neighbours_alone(llm
     assert {name: found[name].token_ids for name in expected} == expected
     alone = run(llm, GREEDY)
     assert all(dataclasses.replace(found[f"plain {n}"], seed=0) == dataclasses.replace(alone, seed=0) for n in expected)
-    assert llm.engine.traces["decode"] == llm.engine.traces["admit"] == 1
+    assert llm.engine.traces["decode"] == llm.engine.traces["prefill"] == 1
 
 
 def test_logprobs_stay_the_models_own(llm, model):

@@ -7,9 +7,11 @@ import pytest
 
 from llmjax.numerics import resolve
 from llmjax.products import tiles
+from llmjax.products.defined import as_defined
 from llmjax.products.dots import dot
-from llmjax.products.matmul import matmul
-from llmjax.quant.qtensor import QTensor, pack
+from llmjax.products.matmul import _on_cpu, matmul
+from llmjax.quant.qtensor import QTensor, dequantize, pack
+from tests.unit.test_quant import on_device, quantized
 
 RNG = np.random.default_rng(3)
 
@@ -53,3 +55,15 @@ def test_many_rows(bits, whole, monkeypatch):
     y, pull = jax.vjp(jax.jit(lambda x: matmul(x, weight, resolve("reference", jnp.dtype(jnp.float32)))), x)
     for found, wanted in ((y, np.asarray(x, np.float64) @ w.T), (pull(back)[0], np.asarray(back, np.float64) @ w)):
         np.testing.assert_allclose(found, wanted, atol=3e-6 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("product", [_on_cpu, as_defined])
+def test_activations_are_rounded_where_products_are_bfloat16(product, rows):
+    """Beside packed weights, too, on whatever device."""
+    rng = np.random.default_rng(0)
+    x, q = rng.standard_normal((rows, 64)), quantized(rng.standard_normal((24, 64)).astype(np.float32), "int8")
+    for dtype in (jnp.bfloat16, jnp.float32):
+        found = product(resolve("fast", jnp.dtype(dtype)), jnp.asarray(x, jnp.float32), on_device(q))
+        wanted = np.asarray(jnp.asarray(x, dtype), np.float64) @ np.asarray(dequantize(q), np.float64).T
+        assert np.abs(found - wanted).max() / np.abs(wanted).max() < 2e-6

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmjax.runtime import decode, sampling
-from llmjax.runtime.sampling import HEAD, Knobs, key_words, row_seed
+from llmjax.runtime.sampling import HEAD, Knobs, key_words, row_seed, sample_seed
 from llmjax.runtime.state import empty_state
 
 draw, uniform = jax.jit(sampling.draw), jax.jit(sampling.uniform)
@@ -110,6 +110,9 @@ def test_row_seed_replays_as_a_seed():
     folded = jax.random.fold_in(jax.random.key(5, impl="threefry2x32"), number)
     assert key_words(row_seed(5, "row-7")).tolist() == jax.random.key_data(folded).tolist()
     assert row_seed(5, "row-7") != row_seed(5, "row-8") != row_seed(6, "row-8")
+    for seed in (0, 2**32 - 1, 2**32, 2**64 - 1):  # on the host, as on a device
+        folded = jax.random.fold_in(jax.random.wrap_key_data(key_words(seed), impl="threefry2x32"), 2**32 - 1)
+        assert key_words(sample_seed(seed, 2**32 - 1)).tolist() == jax.random.key_data(folded).tolist()
 
 
 def test_barred_tokens_are_never_drawn():
