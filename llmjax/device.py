@@ -75,6 +75,17 @@ def knows_cuda() -> bool:
     return False
 
 
+def shared_memory() -> int:
+    """Bytes of it that a kernel for NVIDIA's cards may fill: what an A10, L4 or RTX has, unless all here are like an
+    H100, whose tensor cores read from there."""
+    return (227 if capabilities() == {9.0} else 99) << 10
+
+
+def capabilities() -> set[float]:
+    """Of NVIDIA's cards, here."""
+    return {float(card.compute_capability) for card in _cards()}
+
+
 def _cards() -> list[jax.Device]:
     """NVIDIA's, here."""
     try:

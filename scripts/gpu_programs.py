@@ -43,7 +43,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llmjax import configs
+from llmjax import configs, device
 from llmjax.bench.cost import Cost, Costs
 from llmjax.checkpoint.loading import parameter_shapes
 from llmjax.checkpoint.parameters import made
@@ -53,7 +53,7 @@ from llmjax.numerics import resolve
 from llmjax.quant import schemes
 from llmjax.runtime.cache import _longer, make_cache
 from llmjax.runtime.decode import BURST, decode
-from llmjax.runtime.packed import Packed, packing
+from llmjax.runtime.packed import Packed, unpacking
 from llmjax.runtime.prefill import prefill
 from llmjax.runtime.sampling import draw
 from llmjax.runtime.scoring import score_texts
@@ -178,8 +178,9 @@ def compiled(
         args = (jax.tree.leaves(state.cache)[0],)
     if there is not None:
         host = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), args[there:])
-        function, args = packing(function), (*args[:there], Packed.of(host))
+        function, args = unpacking(function), (*args[:there], Packed.of(host))
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_card(card)), args)
+    device.capabilities = lambda: {9.0 if card == "h100" else 8.9}  # not those of a card that is here
     options: dict[str, Any] = numerics.compiler_options("gpu", step=what == "decode") | {"xla_gpu_autotune_level": 0}
     program = jax.jit(function, donate_argnums=donated).lower(*args).compile(compiler_options=options)
     text, leaves = program.as_text(), jax.tree.leaves(params)

@@ -169,9 +169,9 @@ class Program:
         if 'name = "experts_product"' in op.rest:
             dtype, (pieces, parts, _, width) = arrays(given[0])[0][0], dims(given[0])
             return 2.0 * pieces * parts * width * math.prod(dims(op.shape)[1:]), dtype
-        if found := re.search(r'name = "attention(_in_thirds)?"', op.rest):
+        if found := re.search(r'name = "attention(?:_parts)?(_in_halves)?"', op.rest):
             ((dtype, count),) = arrays(given[2])
-            products, dtype = (6, "bf16") if found[1] else (1, dtype)  # of pairs of thirds
+            products, dtype = (3, "f16") if found[1] else (1, dtype)  # of pairs of halves
             return products * 4.0 * count * self.seen, dtype
         at = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]+)', op.rest)
         if at is None or not (op.code == "dot" or "__cublas" in op.rest):

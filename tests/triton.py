@@ -2,7 +2,8 @@
 
 Pallas's own interpreter runs what was written: it clamps an index that is out of bounds, and never sees what Pallas
 makes of it.  Here pointers are offsets into an array: what is read must lie in it, be it masked or not only where the
-mask allows it, what is written is written once, by one program, and nothing of a result is left as it was.
+mask allows it, what is written is written once, by one program, and nothing of a result is left as it was but by what
+writes a row's places in use, of which there is room for more (``PARTIAL``): whoever reads those sees it.
 """
 
 import inspect
@@ -22,6 +23,7 @@ from tests import ptx
 
 DTYPES = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "i1": np.bool_, "i8": np.int8}
 DTYPES |= {"i16": np.int16, "i32": np.int32, "i64": np.int64}
+PARTIAL = ("attention_parts", "attention_parts_in_halves", "attention_halves")
 UNSIGNED = {np.dtype(f"i{n}"): np.dtype(f"u{n}") for n in (1, 2, 4, 8)} | {np.dtype(bool): np.dtype(bool)}
 INTEGERS = ["__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"]  # predicates, signed, then unsigned
 FLOATS = {1: "__eq__", 2: "__gt__", 3: "__ge__", 4: "__lt__", 5: "__le__", 13: "__ne__"}
@@ -86,7 +88,7 @@ def kernel(
                 Program(program[::-1], number, memory).block(
                     body.regions[0].blocks[0], [Pointers(m, np.int64(0)) for m in memory]
                 )
-        for result in memory[len(args) :]:
+        for result in memory[len(args) :] if options.get("name") not in PARTIAL else []:
             assert (result.writer >= 0).all(), f"{result.name}: {np.argmin(result.writer)} is not written"
         results = [m.values.reshape(s.shape) for m, s in zip(memory[len(args) :], shapes, strict=True)]
         return jax.tree.unflatten(structure, map(jax.numpy.asarray, results))

@@ -2,57 +2,75 @@
 
 There a loop whose number of turns follows the tokens in use costs two waits of the host for each layer, and each turn
 writes what it cut out of the cache, scores and sums to memory.  Here the loop is within the kernel, and what it holds
-stays in registers (Dao et al. 2022, arXiv:2205.14135).  Steps, whose queries are too few to fill a card, give each page
-of a row to a program of its own; their results are folded in the order of pages, so that a row's bits depend neither on
-its neighbours nor on the cache's length.
+stays in registers (Dao et al. 2022, arXiv:2205.14135).  A step's queries are too few to fill a card, and a turn is a
+wait for memory: each part of a row's keys is one turn, and many programs share them.  What the parts gave is joined in
+their order, so that a row's bits depend neither on its neighbours nor on the cache's length.
 
-Float32, where a profile does not ask for products of that (``Numerics.digits``), is the sum of three bfloat16 numbers,
-as in ``products.defined``: tensor cores multiply six pairs of those several times as fast as a card does one of
-float32, and the other three are too small to matter.
+Float32 is multiplied as it is, but where a profile does not ask for that (``Numerics.digits``) and queries are many:
+then tensor cores have it in two pieces of float16, scaled to their range, as in ``products.kernel``, and of their four
+products the three that matter.  A prompt's many programs share pieces that a kernel made before.
 
 Triton's arrays are powers of two: a head is cut into such, from which any width is made up.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from llmjax import device
+from llmjax.models.flash_common import (
+    FEWEST,
+    WIDEST,
+    WIDTH,
+    Call,
+    Rule,
+    cut,
+    dot,
+    first_seen,
+    operands,
+    pieces_of,
+    query_pieces,
+    weights_of,
+)
+from llmjax.models.flash_step import PART, step
 from llmjax.numerics import Numerics
-from llmjax.products.defined import pieces
-from llmjax.quant.bits import from_storage, rounded_off
+from llmjax.quant.bits import from_storage
 
-# Queries of one program, by the bytes of a number, and keys in one of its turns: what an SM's registers hold of heads
-# of that width; of wider ones half as many queries.  Tensor cores have no fewer than 16.
-_QUERIES = {2: 64, 4: 16}
-_IN_THIRDS = 32
-_WIDTH = 256
-_KEYS = 32
-_FEWEST = 16
-_WIDEST = 512
-_thirds = functools.partial(pieces, count=3, nearest=functools.partial(rounded_off, bits=16))
-# Dimensions of a head whose thirds shared memory holds at once.
-_SPLIT = 64
-# Bytes of a key that shared memory holds for two turns, on a card of 99 KB.
-_TWICE = 1024
-# Bytes of queries that four warps hold: of 16 float32 heads of 512 their registers spill.
-_FEW_BYTES = 16 << 10
-# Pages whose results are read at once: one after the other, each would wait for memory.
-_PARTS = 16
+# Dimensions of a head whose pieces are multiplied at once.
+_SPLIT = 128
 
-# ``(products, queries, keys, slopes) -> (scores, mask)``, see ``attention.Scores``.
-Rule = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
+
+class _Fit(NamedTuple):
+    """How a prompt is cut.
+
+    Attributes:
+      size: bytes of what is multiplied for a number.
+      tile: queries of a program, at most: what an SM's registers hold of ``WIDTH``; of wider heads half as many.
+      turns: keys of a turn, stages, and turns whose keys and values lie in shared memory at once; the quickest first.
+    """
+
+    size: int
+    tile: int
+    turns: tuple[tuple[int, int, int], ...]
+
+
+_FITS = {
+    "16 bits": _Fit(2, 64, ((64, 3, 3), (64, 2, 2), (32, 2, 2), (32, 1, 0))),
+    "halves": _Fit(4, 64, ((32, 2, 2), (16, 2, 2), (16, 1, 0))),
+    "float32": _Fit(4, 16, ((32, 2, 1), (32, 1, 0))),
+}
 
 
 def can_serve(cache_k: jax.Array) -> bool:
     """Whether the kernel knows such pages: no register file holds wider heads."""
     _, _, page, width = cache_k.shape
-    return page % _KEYS == 0 and width <= _WIDEST
+    return page % PART == 0 and width <= WIDEST
 
 
 def flash_attention(
@@ -82,81 +100,97 @@ def flash_attention(
       slopes: float32 ``[N]``, of the rule; None if it has none.
       interpret: run it on any device, slowly.
     """
+    # Here, where it costs nothing: in a kernel they would be read, turned into floats and written for tensor cores.
+    keys, values = (from_storage(cache, q.dtype) for cache in (cache_k, cache_v))
+    in_halves = q.dtype == jnp.float32 and numerics.digits is not None
+    attend = step if q.shape[1] == 1 else _prompt
+    return attend(Call(rule, window, slopes, interpret), in_halves, table, positions, q, keys, values)
+
+
+def _prompt(
+    call: Call,
+    in_halves: bool,
+    table: jax.Array,
+    positions: jax.Array,
+    q: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+) -> jax.Array:
+    """Many queries a row."""
     batch, count, heads, width = q.shape
-    num_kv, page, pages = *cache_k.shape[1:3], table.shape[1]
-    rows = heads // num_kv * count
-    thirds = q.dtype == jnp.float32 and numerics.digits is not None
-    most = (_IN_THIRDS if thirds else _QUERIES[q.dtype.itemsize]) // (1 if width <= _WIDTH else 2)
-    tile = max(_FEWEST, min(most, pl.next_power_of_2(rows)))
-    stages = 2 if width * q.dtype.itemsize <= (_TWICE // 2 if thirds else _TWICE) else 1
-    warps = 8 if tile * width * q.dtype.itemsize > _FEW_BYTES else 4
-    parts = pages if count == 1 else 1
-    call = functools.partial(pl.pallas_call, interpret=interpret)
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    # What the parts of a row's one query give lies as several queries' results do.
-    shape = (batch, max(count, parts), heads)
-    float32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
-    args = [table, positions, q, cache_k, cache_v] + ([] if slopes is None else [slopes])
-    acc, *sums = call(
-        functools.partial(_fold, rule, numerics, window, tile, thirds, slopes is not None),
-        grid=(batch, num_kv, parts, pl.cdiv(rows, tile)),
-        in_specs=[anywhere] * len(args),
-        out_specs=[anywhere] * (1 if parts == 1 else 3),
-        out_shape=[float32((*shape, width)), *([] if parts == 1 else [float32(shape)] * 2)],
-        compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages),
-        name="attention_in_thirds" if thirds else "attention",
-    )(*args)
-    if parts == 1:
-        return acc
-    return call(
-        functools.partial(_join, page),
-        grid=(batch, heads),
-        in_specs=[anywhere] * 4,
-        out_specs=anywhere,
-        out_shape=float32(q.shape),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
-        name="attention_join",
-    )(positions, acc, *sums)
-
-
-class _Piece(NamedTuple):
-    """Neighbouring dimensions of a head, a power of two; of the last the head may have but some."""
-
-    start: int
-    size: int
-    whole: bool
-
-    @property
-    def lanes(self) -> jax.Array:
-        """int32 ``[size]``: which they are."""
-        return self.start + jnp.arange(self.size, dtype=jnp.int32)
-
-
-def _pieces(width: int, most: int) -> list[_Piece]:
-    """Of a head, the largest first, of so many dimensions at most."""
-    found, start = [], 0
-    while (left := width - start) > 0:
-        size = min(most, max(_FEWEST, 1 << (left.bit_length() - 1)))
-        found.append(_Piece(start, size, size <= left))
-        start += size
-    return found
-
-
-def _dot(a: list[jax.Array], b: list[jax.Array]) -> jax.Array:
-    """``a [M, in] . b [out, in] -> float32 [M, out]``, each one array or three, without TF32; small products first."""
-    each = [(i, n - i) for n in reversed(range(len(a))) for i in range(n + 1)]
-    contracted = (((1,), (1,)), ((), ()))
-    return functools.reduce(
-        jnp.add, [lax.dot_general(a[i], b[j], contracted, lax.Precision.HIGHEST, jnp.float32) for i, j in each]
+    num_kv, page = keys.shape[1:3]
+    rows, rest = heads // num_kv * count, [] if call.slopes is None else [call.slopes]
+    fit = _FITS["halves" if in_halves else "float32" if q.dtype == jnp.float32 else "16 bits"]
+    tile = max(FEWEST, min(fit.tile // (1 if width <= WIDTH else 2), pl.next_power_of_2(rows)))
+    room = device.shared_memory() // (fit.size * sum(piece.size for piece in pieces_of(width, WIDEST)))
+    if in_halves and room < tile + 4 * FEWEST:
+        tile = max(FEWEST, tile // 2)
+    turn, stages = next(
+        (turn, stages) for turn, stages, held in fit.turns if tile + 2 * held * turn <= room and page % turn == 0
     )
+    if in_halves:
+        number = batch * table.shape[1]
+        half = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float16)
+        keys, values, scales = call.run(
+            functools.partial(_halve, turn),
+            (table.shape[1] * (page // turn), num_kv, batch),
+            [table, jnp.max(positions, 1), keys, values],
+            [
+                half((2, number, *keys.shape[1:])),
+                half((2, number, *values.shape[1:])),
+                jax.ShapeDtypeStruct((2, number, num_kv, page // turn), jnp.float32),
+            ],
+            "attention_halves",
+            num_warps=8,
+            num_stages=1,
+        )
+        table, rest = jnp.arange(number, dtype=jnp.int32).reshape(table.shape), [scales, *rest]
+    else:
+        keys, values = keys[None], values[None]
+    result: jax.Array = call.run(
+        functools.partial(_fold, call.rule, call.window, tile, turn, call.slopes is not None),
+        (batch, num_kv, pl.cdiv(rows, tile)),
+        [table, positions, q, keys, values, *rest],
+        jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        "attention_in_halves" if in_halves else "attention",
+        num_warps=4 if width <= WIDTH else 8,
+        num_stages=stages,
+    )
+    return result
+
+
+def _halve(size: int, table: Any, last: Any, cache_k: Any, cache_v: Any, keys: Any, values: Any, scales: Any) -> None:
+    """One row's keys and values of a turn as two pieces of float16, in pages of its own, zero behind its last token."""
+    turn, head, batch = (pl.program_id(i) for i in range(3))
+    page, width = cache_k.shape[2:]
+    number, begin = lax.div(turn, page // size), lax.rem(turn, page // size) * size
+    which, own = table[batch, number], batch * table.shape[1] + number
+    each, pieces = jnp.arange(size, dtype=jnp.int32), pieces_of(width, WIDEST)
+    place, there = pl.multiple_of(begin, size) + each, turn * size + each <= last[batch]
+
+    @pl.when(turn * size <= last[batch])
+    def _() -> None:
+        for n, (cache, result) in enumerate(((cache_k, keys), (cache_v, values))):
+            # A piece's dimensions and places as an index, and as they lie.
+            at = [(place[:, None], p.lanes[None]) if n == 0 else (p.lanes[:, None], place[None]) for p in pieces]
+            real = jnp.expand_dims(there, 1 - n)
+            found = [
+                jnp.where(real, cut(cache, p, width, 1 - n, which, head, *where), 0.0)
+                for p, where in zip(pieces, at, strict=True)
+            ]
+            halved, scale = operands(found, True)
+            for xs, p, where in zip(halved, pieces, at, strict=True):
+                mask = None if p.whole else jnp.expand_dims(p.lanes < width, n)
+                for i, x in enumerate(xs):
+                    plt.store(result.at[np.int32(i), own, head, *where], x, mask=mask)
+            scales[np.int32(n), own, head, begin // size] = scale
 
 
 def _fold(
     rule: Rule,
-    numerics: Numerics,
     window: int | None,
     tile: int,
-    thirds: bool,
+    size: int,
     sloped: bool,
     table: Any,
     positions: Any,
@@ -165,97 +199,67 @@ def _fold(
     cache_v: Any,
     *rest: Any,
 ) -> None:
-    """One tile of queries over one row's keys, all of them or those of one page."""
-    batch, head, part = (pl.program_id(i) for i in range(3))
-    (_, count, heads, width), (_, num_kv, page, _) = q.shape, cache_k.shape
-    groups = heads // num_kv
+    """One tile of queries over one row's keys, ``size`` a turn.  The longest tiles begin first.
+
+    Args:
+      cache_k: ``[1, ...]``, or ``[2, ...]`` of pieces, with scales behind it.
+      cache_v: likewise.
+    """
+    batch, head = pl.program_id(0), pl.program_id(1)
+    (_, count, heads, width), (parts, _, num_kv, page, _) = q.shape, cache_k.shape
+    groups, in_halves = heads // num_kv, parts == 2
+    scales, rest = (rest[0], rest[1:]) if in_halves else (None, rest)
     # All that a key's head meets, a token's queries side by side; those behind the last are none.
-    row = pl.program_id(3) * tile + jnp.arange(tile, dtype=jnp.int32)
+    tiles = -(-groups * count // tile)
+    row = (tiles - 1 - pl.program_id(2)) * tile + jnp.arange(tile, dtype=jnp.int32)
     real, token, query = row < groups * count, lax.div(row, groups), head * groups + lax.rem(row, groups)
     at = positions[batch, jnp.minimum(token, count - 1)]
-    slopes, results = (rest[0][query][:, None], rest[1:]) if sloped else (None, rest)
-    pieces = _pieces(width, _SPLIT if thirds else _WIDEST)
-    split = _thirds if thirds else lambda x: [x]
-    queries = [
-        split(
-            plt.load(
-                q.at[batch, token[:, None], query[:, None], piece.lanes[None]],
-                mask=real[:, None] & (piece.lanes < width)[None],
-                other=0,
-            )
-        )
-        for piece in pieces
-    ]
-    first, last = jnp.int32(0), jnp.max(at) // _KEYS + 1
-    if window is not None:
-        first = jnp.maximum(jnp.min(at) - (window - 1), 0) // _KEYS
-    if len(results) > 1:
-        turns = page // _KEYS
-        first, last = jnp.maximum(first, part * turns), jnp.minimum(last, (part + 1) * turns)
+    slopes, (result,) = (rest[0][query][:, None], rest[1:]) if sloped else (None, rest)
+    pieces = pieces_of(width, _SPLIT if in_halves else WIDEST)
+    queries, q_scale = operands(query_pieces(q, batch, token[:, None], query, real, pieces), in_halves, 1)
+    each, numbers = jnp.arange(size, dtype=jnp.int32), [np.int32(i) for i in range(parts)]
 
-    def cut(cache: Any, piece: _Piece, axis: int, *index: Any) -> jax.Array:
-        """Of a head's keys or values the dimensions of a piece, along ``axis``; zero for those that it has not."""
-        mask = None if piece.whole else jnp.expand_dims(piece.lanes < width, 1 - axis)
-        values = plt.load(cache.at[index], mask=mask, other=None if piece.whole else 0)
-        return from_storage(values, numerics.products)
-
-    def turn(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def turn(masked: bool, i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         top, total, acc = carry
-        start = i * _KEYS
-        number, each = table[batch, start // page], jnp.arange(_KEYS, dtype=jnp.int32)
-        place = pl.multiple_of(start % page, _KEYS) + each
-        products = jnp.zeros((tile, _KEYS), jnp.float32)
+        number, begin = table[batch, lax.div(i * size, page)], lax.rem(i * size, page)
+        place, seen = pl.multiple_of(begin, size) + each, i * size + each
+        scale, p_scale = q_scale, jnp.float32(1)
+        products = jnp.zeros((tile, size), jnp.float32)
         for x, piece in zip(queries, pieces, strict=True):
-            keys = cut(cache_k, piece, 1, number, head, place[:, None], piece.lanes[None])
-            products = products + _dot(x, split(keys))
-        scores, mask = rule(products[None, None, None], at[None], (start + each)[None], slopes)
-        s, mask = scores[0, 0, 0], jnp.broadcast_to(mask[0, 0, 0], (tile, _KEYS))
-        new_top = jnp.maximum(top, jnp.max(jnp.where(mask, s, -1e30), -1))
-        p = jnp.where(mask, jnp.exp(s - new_top[:, None]), 0.0)
-        shrink, weights = jnp.exp(top - new_top), split(p.astype(numerics.products))
+            lanes = (number, head, place[:, None], piece.lanes[None])
+            products = products + dot(x, [cut(cache_k, piece, width, 1, n, *lanes) for n in numbers])
+        if scales is not None:
+            scale, p_scale = (scales[n, number, head, lax.div(begin, size)] for n in numbers)
+            products = products * (q_scale * scale)
+        scores, mask = rule(products[None, None, None], at[None], seen[None], slopes)
+        s = scores[0, 0, 0]
+        if masked:
+            mask = jnp.broadcast_to(mask[0, 0, 0], (tile, size))
+        new_top = jnp.maximum(top, jnp.max(jnp.where(mask, s, -1e30) if masked else s, -1))
+        p = jnp.exp(s - new_top[:, None])
+        p = jnp.where(mask, p, 0.0) if masked else p
+        shrink, (weights, scale) = jnp.exp(top - new_top), weights_of(p, q.dtype, in_halves)
         added = []
         for x, piece in zip(acc, pieces, strict=True):
-            values = cut(cache_v, piece, 0, number, head, piece.lanes[:, None], place[None])
-            added.append(x * shrink[:, None] + _dot(weights, split(values)))
+            lanes = (number, head, piece.lanes[:, None], place[None])
+            y = dot(weights, [cut(cache_v, piece, width, 0, n, *lanes) for n in numbers])
+            added.append(x * shrink[:, None] + y * (scale * p_scale))
         return new_top, total * shrink + jnp.sum(p, -1), tuple(added)
 
+    lowest, highest = jnp.min(at), jnp.max(at)
+    first, last = first_seen(lowest, window, size), lax.div(highest, size) + 1
+    # Turns of which every query sees all need no mask.
+    begin = first if window is None else jnp.clip(pl.cdiv(highest - (window - 1), size), first, last)
+    end = jnp.maximum(begin, lax.div(lowest + 1, size))
     zero = jnp.zeros(tile, jnp.float32)
-    start = (zero - 1e30, zero, tuple(jnp.zeros((tile, piece.size), jnp.float32) for piece in pieces))
-    top, total, acc = lax.fori_loop(first, last, turn, start)
-    place = token + part
+    carry: Any = (zero - 1e30, zero, tuple(jnp.zeros((tile, piece.size), jnp.float32) for piece in pieces))
+    if window is not None:
+        carry = lax.fori_loop(first, begin, functools.partial(turn, True), carry)
+    carry = lax.fori_loop(begin, end, functools.partial(turn, False), carry)
+    top, total, acc = lax.fori_loop(end, last, functools.partial(turn, True), carry)
     for x, piece in zip(acc, pieces, strict=True):
         plt.store(
-            results[0].at[batch, place[:, None], query[:, None], piece.lanes[None]],
-            x / total[:, None] if len(results) == 1 else x,
+            result.at[batch, token[:, None], query[:, None], piece.lanes[None]],
+            x / total[:, None],
             mask=real[:, None] & (piece.lanes < width)[None],
         )
-    for result, x in zip(results[1:], (top, total), strict=False):
-        plt.store(result.at[batch, place, query], x, mask=real)
-
-
-def _join(page: int, positions: Any, accs: Any, tops: Any, totals: Any, out: Any) -> None:
-    """What a row's pages gave one query, in their order, some at a time."""
-    batch, head = pl.program_id(0), pl.program_id(1)
-    (_, parts, _), width = tops.shape, out.shape[3]
-    pieces, used = _pieces(width, _WIDEST), positions[batch, 0] // page + 1
-
-    def turn(i: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        top, total, acc = carry
-        part = i * _PARTS + jnp.arange(_PARTS, dtype=jnp.int32)
-        mask = part < jnp.minimum(used, parts)
-        its_top = plt.load(tops.at[batch, part, head], mask=mask, other=-1e30)
-        its_total = plt.load(totals.at[batch, part, head], mask=mask, other=0)
-        new_top = jnp.maximum(top, jnp.max(its_top))
-        mine, its = jnp.exp(top - new_top), jnp.exp(its_top - new_top)
-        added = []
-        for x, piece in zip(acc, pieces, strict=True):
-            real = mask[:, None] & (piece.lanes < width)[None]
-            its_acc = plt.load(accs.at[batch, part[:, None], head, piece.lanes[None]], mask=real, other=0)
-            added.append(x * mine + jnp.sum(its_acc * its[:, None], 0))
-        return new_top, total * mine + jnp.sum(its_total * its), tuple(added)
-
-    zero = jnp.float32(0)
-    start = (zero - 1e30, zero, tuple(jnp.zeros(piece.size, jnp.float32) for piece in pieces))
-    _, total, acc = lax.fori_loop(0, pl.cdiv(used, _PARTS), turn, start)
-    for x, piece in zip(acc, pieces, strict=True):
-        plt.store(out.at[batch, 0, head, piece.lanes], x / total, mask=piece.lanes < width)

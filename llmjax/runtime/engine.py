@@ -23,7 +23,7 @@ from llmjax.runtime import state as states
 from llmjax.runtime.decode import BURST, Produced, decode
 from llmjax.runtime.logits import LogitsProcessor, processor_facts
 from llmjax.runtime.memory import LOWER, size, weight_bytes
-from llmjax.runtime.packed import Packed, packing
+from llmjax.runtime.packed import Packed, unpacking
 from llmjax.runtime.prefill import Scored, prefill, score_chunk
 from llmjax.runtime.prefixes import Place
 from llmjax.runtime.progress import Progress
@@ -126,7 +126,7 @@ class Engine:
 
         def traced(*args: Any) -> Any:
             self.traces[function.__name__] += 1
-            return packing(function)(*static, *args)
+            return unpacking(function)(*static, *args)
 
         traced.__name__ = function.__name__  # what profiles and the compilation cache know the program by
         options = self.model.numerics.compiler_options(platform_of(self.model.params), step=function is decode)
@@ -229,6 +229,8 @@ class Engine:
         while not self.stopping:
             # As many chunks as slots are free: were it one, short rows would end faster than others begin.
             for _ in range(self.slots - len(work.rows)):
+                if self.stopping:
+                    break
                 if work.filling is None and more and not work.waiting:
                     request = next(queue, self)
                     more = request is not self
@@ -237,9 +239,9 @@ class Engine:
                 if work.filling is None and work.waiting and (admitted := work.admit()):
                     row, place, copied = admitted
                     work.filling = Filling(place.slot, row, self._fill(row, place, copied))
-                if work.filling is None or self.stopping:
+                if work.filling is None:
                     break
-                with self.timed("prefill_seconds"):
+                with self.timed("prefill_seconds"):  # a prompt that has a place has begun: others may share it
                     if next(work.filling.parts, self) is self:
                         work.rows[work.filling.slot] = work.filling.row
                         work.filling = None
@@ -325,16 +327,15 @@ class Engine:
 
     def _collect(self, rows: dict[int, Row], produced: Produced) -> Iterator[Update]:
         """Hands a burst's tokens to the rows; a row that a stop string ended loses the tokens after it and its slot."""
-        until, broken = int(produced.steps), np.isnan(produced.logprobs).any()
-        lengths, tokens, logprobs = (x.tolist() for x in (produced.lengths, *(x[:, :until] for x in produced[2:4])))
+        tokens, logprobs = (x[:, : produced.steps].tolist() for x in (produced.tokens, produced.logprobs))
+        is_finite = not np.isnan(produced.logprobs).any()
         for slot, row in list(rows.items()):
-            piece, end = "", lengths[slot]
-            if broken:
+            piece, end, wanted = "", int(produced.lengths[slot]), row.request.params.logprobs
+            if not is_finite:
                 self.check_finite(produced.logprobs[slot, :end])
-            wanted = row.request.params.logprobs
             for i, (token, logprob) in enumerate(zip(tokens[slot][:end], logprobs[slot], strict=False)):
                 self.progress.decode_tokens += not row.again
-                top = (x[slot, i, :wanted].tolist() for x in produced[4:]) if wanted else ((), ())
+                top = (x[slot, i, :wanted].tolist() for x in (produced.top_ids, produced.top_logprobs) if wanted)
                 piece += row.push(token, logprob, dict(zip(*top, strict=True)))
                 if row.finish_reason:
                     break

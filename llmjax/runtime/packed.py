@@ -46,7 +46,7 @@ class Packed(struct.PyTreeNode):
         return structure.unflatten([array(part, *kind) for part, kind in zip(parts, kinds, strict=True)])
 
 
-def packing(function: Callable[..., Any]) -> Callable[..., Any]:
+def unpacking(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, whose last arguments come packed."""
 
     def opening(*args: Any) -> Any:

@@ -164,9 +164,9 @@ class Row:
         self._token_ids.append(token)
         self._logprobs.append(logprob)
         self._alternatives.append({**alternatives, token: logprob})
-        if self._may_end and token in params.stop_token_ids:
+        if token in params.stop_token_ids and self._may_end:
             self._finish("stop", self._given(token))
-        elif self._may_end and token in self._eos:
+        elif token in self._eos and self._may_end:
             self._finish("stop", None)
         else:
             if self._detokenizer is not None:
@@ -189,7 +189,8 @@ class Row:
     def _append(self, piece: str) -> None:
         before = len(self._text)
         self._text += piece
-        stops = self.request.params.stop if self._may_end else ()
+        if not (stops := self.request.params.stop) or not self._may_end:
+            return
         # As in vLLM, what was whole while nothing could end the row stays text: a stop string ends in the new piece.
         found = [(at, s) for s in stops if (at := self._text.find(s, max(0, before - len(s) + 1))) >= 0]
         if found:
@@ -199,8 +200,8 @@ class Row:
 
     def _show(self) -> str:
         end = len(self._text)
-        if self.finish_reason is None:
-            end -= max((_overlap(self._text, s) for s in self.request.params.stop), default=0)
+        if self.finish_reason is None and (stops := self.request.params.stop):
+            end -= max(_overlap(self._text, s) for s in stops)
         piece = self._text[self._shown : end]
         self._shown = max(self._shown, end)
         return piece

@@ -154,10 +154,20 @@ class Tokenizer:
         """A fresh incremental decoder, special tokens skipped."""
         form, strip = self._decoder
         if form == "bytes":
-            return detokenize.ByteStream(self.token_bytes)
+            return detokenize.ByteStream(self._remembered)
         if form == "whole":
             return detokenize.WholeText(self.decode)
-        return detokenize.PieceStream(self._part, strip)
+        return detokenize.PieceStream(self._remembered, strip)
+
+    def _remembered(self, token: int) -> Any:
+        """What a detokenizer asks at every token of every row, while a device waits."""
+        if token not in self._parts:
+            self._parts[token] = self.token_bytes(token) if self._decoder[0] == "bytes" else self._part(token)
+        return self._parts[token]
+
+    @functools.cached_property
+    def _parts(self) -> dict[int, str | bytes | None]:
+        return {}
 
     def parted(self, text: str, prompt: str = "") -> tuple[str | None, str]:
         """Thoughts and answer of what the model wrote after a prompt, see ``llmjax.text.thinking``."""

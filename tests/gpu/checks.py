@@ -319,6 +319,7 @@ ATTENTION = [
     ("reference", 128, (32, 8), [list(range(40))], Scores(128**-0.5)),
     ("reference", 512, (8, 1), _CHUNK, Scores(1.0)),
     ("dynamic_int8", 256, (8, 1), _STEP, Scores(0.0625)),
+    ("dynamic_int8", 128, (32, 8), _STEP, Scores(128**-0.5)),
     ("dynamic_int8", 256, (8, 1), _CHUNK, Scores(0.0625, softcap=50.0, window=100)),
     ("dynamic_int8", 80, (32, 32), _CHUNK, Scores(80**-0.5)),
 ]

@@ -6,6 +6,7 @@ import pytest
 
 from llmjax import LLM, SamplingParams
 from llmjax.runtime.prefixes import Prefixes
+from llmjax.runtime.schedule import Schedule
 from tests.tiny import random_ids, random_model, roomy, slow
 
 CHUNK = 16
@@ -69,6 +70,28 @@ def test_what_a_slot_holds():
     assert found([5, *ids]).length == 0
     assert found(ids[:9], {0, 1, 2}).slot == place.slot  # nothing to copy
     assert found(np.arange(20, 30), {0, 1, 2}).slot != place.slot  # the slot that rested longest
+
+
+def test_a_run_that_is_stopped_where_a_prompt_is_shared_leaves_what_it_says(model, monkeypatch):
+    """A prompt that has its place holds what the books say, however early the run ends."""
+    llm, admit = engine(model), Schedule.admit
+    request = llm.request(random_ids(RNG, 20), SamplingParams(max_tokens=5, n=2))
+
+    def answered():
+        return [output.outputs for output in llm.outputs([request])]
+
+    def stopped(self):
+        found = admit(self)
+        if self.rows:
+            llm.engine.stop()
+        return found
+
+    expected = answered()
+    llm.engine.store.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(Schedule, "admit", stopped)
+        assert answered() == []
+    assert answered() == expected
 
 
 def spied(llm, name, calls):

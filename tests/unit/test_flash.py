@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmjax.models import attention, flash
+from llmjax.models import attention, flash, flash_step
 from llmjax.models.attention import Scores, cached_attention
 from llmjax.models.context import Context
 from llmjax.numerics import resolve
@@ -16,10 +16,10 @@ from tests import triton
 from tests.tiny import slow
 
 PAGE, PAGES = 32, 18
-# Profiles that are asked about with float32 keys and values, which one of them multiplies in thirds.
+# Profiles that are asked about with float32 keys and values, which one of them multiplies in halves.
 FLOAT32 = ("reference", "dynamic_int8")
 # One row's chunk that ends in the middle of a tile, or rows of a step in their first and last page.
-CHUNK, STEP = [130 + np.arange(30)], [[7], [570]]
+CHUNK, STEP = [130 + np.arange(28)], [[7], [570]]
 # Heads of one power of two, of several, and of some of whose last a part is missing.
 CASES = [
     ("dynamic_int8", STEP, 70, 30.0, 24, True),
@@ -34,6 +34,8 @@ CASES = [
     slow("reference", STEP, None, None, 512, False),
     slow("fast", CHUNK, 40, None, 272, False),
 ]
+# Of a step: as many rows as fill a card, whose programs then have several parts each and, of float32, tensor cores'.
+MANY = {"_FEW": 0, "_ENOUGH": 8, "_PART_OF_MANY": 16}
 
 
 def example(profile, positions, window, cap, width, alibi, pages_each=PAGES):
@@ -53,7 +55,13 @@ def example(profile, positions, window, cap, width, alibi, pages_each=PAGES):
 
 
 @pytest.mark.parametrize(("profile", "positions", "window", "cap", "width", "alibi"), CASES)
-def test_the_kernel_is_the_folded_attention(profile, positions, window, cap, width, alibi, monkeypatch):
+@pytest.mark.parametrize("rows", ["few", slow("many")])
+def test_the_kernel_is_the_folded_attention(profile, positions, window, cap, width, alibi, rows, monkeypatch):
+    if rows == "many":
+        if positions is CHUNK:
+            pytest.skip("a step's alone")
+        for name, value in MANY.items():
+            monkeypatch.setattr(flash_step, name, value)
     monkeypatch.setattr(flash, "flash_attention", partial(flash.flash_attention, interpret=True))
     scores, (queries, keys, values, ctx) = example(profile, positions, window, cap, width, alibi)
     assert flash.can_serve(keys)
@@ -62,8 +70,11 @@ def test_the_kernel_is_the_folded_attention(profile, positions, window, cap, wid
     wanted = cached_attention(queries, keys, values, scores, ctx)
     error = np.abs(np.asarray(found - wanted, np.float64)).max()
     assert error < (1e-6 if profile in FLOAT32 else 1e-2)  # probabilities are rounded under another maximum
-    if profile in FLOAT32:  # neither a neighbour nor a longer table moves a bit
+    if profile in FLOAT32:  # neither a neighbour nor a longer table moves a bit, nor what lies behind the last token
         longer = ctx.replace(positions=ctx.positions[-1:], table=jnp.pad(ctx.table[-1:], ((0, 0), (0, 3))))
+        page, place = divmod(positions[-1][-1], PAGE)
+        page = ctx.table[-1, page]
+        keys, values = keys.at[page, :, place + 1 :].set(1e9), values.at[page, :, :, place + 1 :].set(1e9)
         np.testing.assert_array_equal(kernel(queries[-1:], keys, values, longer), found[-1:])
 
 
