@@ -111,7 +111,8 @@ def chosen_product(numerics: Numerics, x: jax.Array, stack: jax.Array | QTensor,
 def _in_16_bits(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -> tuple[jax.Array | None, jax.Array]:
     """What ``kernel`` is given for x, and what each row's result is to be multiplied with, if it is."""
     if not isinstance(weight, QTensor):
-        return None, x.astype(numerics.products)
+        # A row is rounded where it is read: what another kernel wrote would take one of its own.
+        return None, x if len(x) == 1 else x.astype(numerics.products)
     if numerics.digits == 1:
         scale, (n,) = to_digits(x.astype(jnp.float32), 1)
         return scale, n.astype(jnp.bfloat16)

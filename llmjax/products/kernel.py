@@ -144,7 +144,7 @@ def packed_product(
     tile, out]``, where a tile that nobody asks for has any values.
 
     Args:
-      x: bfloat16, or float32; the dtype of a weight of floats.
+      x: bfloat16, or float32, which is rounded to the dtype of a weight of floats.
       weight: one that ``can_serve``; with a choice a stack of them, ``[E, out, in]``.
       choice: of a stack.
       interpret: run it on any device, slowly.
@@ -166,7 +166,7 @@ def packed_products(
     tiles = pl.cdiv(given, tile) if choice is None else len(choice.numbers)
     if tiles > 1 and choice is None:
         x = jnp.pad(x, ((0, tiles * tile - given), (0, 0)))
-    if x.dtype == jnp.float32:
+    if x.dtype == jnp.float32 and isinstance(like, QTensor):
         parts, scale = in_float16(x, len(_columns(x, like)), interpret=interpret)
     else:
         parts = jnp.stack(_columns(x, like))[None]
@@ -301,6 +301,7 @@ def _of_one(
 ) -> None:
     """``_multiply`` with a tile of one weight's channels."""
     (out, stored), groups, width = _stored(weight).shape[-2:], _groups(weight), how.width
+    dtype = x.dtype if isinstance(weight, QTensor) else weight.dtype
     place, number, part = program
     turns, group = stored // width // how.parts, stored // groups
     first, last = part * turns, (part + 1) * turns
@@ -325,13 +326,13 @@ def _of_one(
     def of_x(piece: int, columns: int, start: Any) -> jax.Array:
         """Of a turn's columns; rows that are none are zero, and so is what is not of the group that a row meets."""
         if x.shape[2] % how.rows == 0 or chosen is not None:
-            return x[piece, columns, bulk, pl.ds(start, width)]
+            return x[piece, columns, bulk, pl.ds(start, width)].astype(dtype)
         column = jnp.arange(width, dtype=jnp.int32)
         mask = jnp.broadcast_to(real, (how.rows, width))
         if its_set is not None:
             mask = mask & (lax.div(column, jnp.int32(group))[None] == its_set[:, None])
         at = x.at[np.int32(piece), np.int32(columns), mine[:, None], (start + column)[None]]
-        return plt.load(at, mask=mask, other=0)
+        return plt.load(at, mask=mask, other=0).astype(dtype)
 
     def of_groups(values: Any, number: Any) -> jax.Array:
         """float32 ``[rows or 1, channels]``, those of the groups from ``number`` on that rows meet."""

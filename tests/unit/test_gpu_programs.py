@@ -50,9 +50,9 @@ def test_many_rows_read_a_weight_once(kind, profile):
         assert found["reads_of_a_weight"] == [1]
         assert not found["copied_weights"] and not found["tiled"] and not found["epilogues"]
         assert found["waits"] == (found["program"] == "decode-64")
-        # Logits, 66 MB, are written once and read twice, and what parts of 2,048 positions gave attention, 34, once.
+        # Logits, 66 MB, are written once and read once, and so is what parts of 2,048 positions gave attention, 34.
         if (profile, found["program"]) == ("fast", "decode-64"):
-            assert found["read"] + found["written"] - found["must"] < 3.5e8
+            assert found["read"] + found["written"] - found["must"] < 2.8e8
 
 
 @pytest.mark.parametrize(("kind", "profile"), [("int4", "fast"), ("int4-g32", "dynamic_int8")])
@@ -93,7 +93,7 @@ def test_a_state_is_carried_on_where_it_lies():
     """Turned for a step's sums, all of it would be copied at every call, and copied back."""
     (found,) = reports("bfloat16", "fast", "decode-1", model="config:qwen3.5-0.8b")
     check_any(found)
-    assert found["temporaries"] < 5e6 and found["written"] < 5e6  # of which 4 are logits; the state of two slots is 2
+    assert found["temporaries"] < 6e6 and found["written"] < 5e6  # of which 4 are logits; the state of two slots is 2
     assert found["waits"] == 1
 
 

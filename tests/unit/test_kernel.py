@@ -170,10 +170,10 @@ def test_products_with_several_weights_are_the_plain_ones(scheme, rows, outs, wi
         weights = [quantized(w, scheme) for w in weights]
         packed, values = [on_device(q) for q in weights], [np.asarray(dequantize(q), np.float64) for q in weights]
     else:
-        x, packed = x.astype(scheme), [jnp.asarray(w, scheme) for w in weights]
+        x, packed = x if rows == 1 else x.astype(scheme), [jnp.asarray(w, scheme) for w in weights]
         values = [np.asarray(w, np.float64) for w in packed]
     assert all(map(kernel.can_serve, packed)) and kernel.are_alike(packed)
-    given = np.asarray(x, np.float64)
+    given = np.asarray(x if scheme.startswith("int") else x.astype(scheme), np.float64)
     for w, found in zip(values, kernel.packed_products(x, packed), strict=True):
         assert (np.abs(found - given @ w.T) / (np.abs(given) @ np.abs(w).T)).max() < 3e-7
 
