@@ -50,9 +50,9 @@ def test_many_rows_read_a_weight_once(kind, profile):
         assert found["reads_of_a_weight"] == [1]
         assert not found["copied_weights"] and not found["tiled"] and not found["epilogues"]
         assert found["waits"] == (found["program"] == "decode-64")
-        # Logits, 66 MB, are written once and read once, and what parts of 2,048 positions gave attention, 34, once.
+        # Logits, 66 MB, are written once and read once, and so is what parts of 2,048 positions gave attention, 34.
         if (profile, found["program"]) == ("fast", "decode-64"):
-            assert found["read"] + found["written"] - found["must"] < 3.1e8
+            assert found["read"] + found["written"] - found["must"] < 2.8e8
 
 
 @pytest.mark.parametrize(("kind", "profile"), [("int4", "fast"), ("int4-g32", "dynamic_int8")])
