@@ -17,8 +17,7 @@ profile whose products are bfloat16 are rounded to one piece.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from llmjax.numerics import Numerics
-from llmjax.products.digits import to_digits
+from llmjax.products.digits import pieces, to_digits
 from llmjax.products.sums import total
 from llmjax.products.tiles import rows_dot
 from llmjax.quant.qtensor import QTensor, columns, halves, integers
@@ -158,21 +157,6 @@ def _in_bfloat16(x: jax.Array, q: QTensor) -> jax.Array:
         return product(found, [n.astype(jnp.bfloat16) for n in integers(q)]) * q.scales.astype(jnp.float32)[None, :, 0]
     large, small = zip(*(pieces(w, 2) for w in halves(q)), strict=True)
     return product(found[:1], small) + product(found[:2], large)
-
-
-# A pair of casts XLA may drop.
-_nearest = partial(lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
-
-
-def pieces(x: jax.Array, count: int, nearest: Callable[[jax.Array], jax.Array] = _nearest) -> list[jax.Array]:
-    """bfloat16 arrays that add up to float32 x, to the last bit if they are three, the largest first; ``nearest``
-    rounds to such a number."""
-    found = []
-    for _ in range(count):
-        piece = nearest(x)
-        found.append(piece.astype(jnp.bfloat16))
-        x = x - piece
-    return found
 
 
 def _together(x: Any, weight: Any) -> Any:

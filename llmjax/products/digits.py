@@ -19,6 +19,9 @@ weight-only with less error than a float32 product has (2e-7 of max|x|), one dig
 same bits for any number of rows, in any order of summation.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,3 +118,18 @@ def _combined(sums: jax.Array, count: int, rows: int) -> jax.Array:
     for k in range(count - 2, -1, -1):
         total = parts[k] + total * np.float32(1 / _BASE)
     return total
+
+
+# A pair of casts XLA may drop.
+_nearest = partial(lax.reduce_precision, exponent_bits=8, mantissa_bits=7)
+
+
+def pieces(x: jax.Array, count: int, nearest: Callable[[jax.Array], jax.Array] = _nearest) -> list[jax.Array]:
+    """bfloat16 arrays that add up to float32 x, to the last bit if they are three, the largest first; ``nearest``
+    rounds to such a number."""
+    found = []
+    for _ in range(count):
+        piece = nearest(x)
+        found.append(piece.astype(jnp.bfloat16))
+        x = x - piece
+    return found

@@ -32,7 +32,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from llmjax.products import defined
+from llmjax.products import digits
 from llmjax.products.sums import total
 from llmjax.products.tiles import rows_dot
 from llmjax.products.unpacking import in_16_bits
@@ -160,7 +160,7 @@ def packed_products(
     in_pieces = isinstance(like, QTensor) and x.dtype != jnp.bfloat16
     if in_pieces and choice is None and 3 * rows <= _FEWEST:
         # Rows of one tile, for which the weight is unpacked once; the small pieces first.
-        x = jnp.concatenate(defined.pieces(x, 3, nearest=partial(rounded_off, bits=16))[::-1])
+        x = jnp.concatenate(digits.pieces(x, 3, nearest=partial(rounded_off, bits=16))[::-1])
     given = len(x)
     tile = min(_ROWS, max(_FEWEST, pl.next_power_of_2(given))) if choice is None else choice.tile
     tiles = pl.cdiv(given, tile) if choice is None else len(choice.numbers)
