@@ -223,14 +223,14 @@ def _fold(
         top, total, acc = carry
         number, begin = table[batch, lax.div(i * size, page)], lax.rem(i * size, page)
         place, seen = pl.multiple_of(begin, size) + each, i * size + each
-        scale, p_scale = q_scale, jnp.float32(1)
+        v_scale = jnp.float32(1)
         products = jnp.zeros((tile, size), jnp.float32)
         for x, piece in zip(queries, pieces, strict=True):
             lanes = (number, head, place[:, None], piece.lanes[None])
             products = products + dot(x, [cut(cache_k, piece, width, 1, n, *lanes) for n in numbers])
         if scales is not None:
-            scale, p_scale = (scales[n, number, head, lax.div(begin, size)] for n in numbers)
-            products = products * (q_scale * scale)
+            k_scale, v_scale = (scales[n, number, head, lax.div(begin, size)] for n in numbers)
+            products = products * (q_scale * k_scale)
         scores, mask = rule(products[None, None, None], at[None], seen[None], slopes)
         s = scores[0, 0, 0]
         if masked:
@@ -238,12 +238,12 @@ def _fold(
         new_top = jnp.maximum(top, jnp.max(jnp.where(mask, s, -1e30) if masked else s, -1))
         p = jnp.exp(s - new_top[:, None])
         p = jnp.where(mask, p, 0.0) if masked else p
-        shrink, (weights, scale) = jnp.exp(top - new_top), weights_of(p, q.dtype, in_halves)
+        shrink, (weights, p_scale) = jnp.exp(top - new_top), weights_of(p, q.dtype, in_halves)
         added = []
         for x, piece in zip(acc, pieces, strict=True):
             lanes = (number, head, piece.lanes[:, None], place[None])
             y = dot(weights, [cut(cache_v, piece, width, 0, n, *lanes) for n in numbers])
-            added.append(x * shrink[:, None] + y * (scale * p_scale))
+            added.append(x * shrink[:, None] + y * (p_scale * v_scale))
         return new_top, total * shrink + jnp.sum(p, -1), tuple(added)
 
     lowest, highest = jnp.min(at), jnp.max(at)

@@ -20,6 +20,8 @@ PAGE, PAGES = 32, 18
 FLOAT32 = ("reference", "dynamic_int8")
 # One row's chunk that ends in the middle of a tile, or rows of a step in their first and last page.
 CHUNK, STEP = [130 + np.arange(28)], [[7], [570]]
+# The same, as if they were so many that programs have several parts each and, of float32, tensor cores.
+MANY = [[7], [570]]
 # Heads of one power of two, of several, and of some of whose last a part is missing.
 CASES = [
     ("dynamic_int8", STEP, 70, 30.0, 24, True),
@@ -33,9 +35,10 @@ CASES = [
     slow("reference", CHUNK, None, None, 64, False),
     slow("reference", STEP, None, None, 512, False),
     slow("fast", CHUNK, 40, None, 272, False),
+    slow("dynamic_int8", MANY, 70, 30.0, 24, True),
+    slow("reference", MANY, None, None, 100, False),
+    slow("fast", MANY, 70, None, 112, True),
 ]
-# Of a step: as many rows as fill a card, whose programs then have several parts each and, of float32, tensor cores'.
-MANY = {"_FEW": 0, "_ENOUGH": 8, "_PART_OF_MANY": 16}
 
 
 def example(profile, positions, window, cap, width, alibi, pages_each=PAGES):
@@ -54,14 +57,15 @@ def example(profile, positions, window, cap, width, alibi, pages_each=PAGES):
     return Scores(width**-0.5, softcap=cap, window=window, alibi=alibi), (queries, keys, values, ctx)
 
 
-@pytest.mark.parametrize(("profile", "positions", "window", "cap", "width", "alibi"), CASES)
-@pytest.mark.parametrize("rows", ["few", slow("many")])
-def test_the_kernel_is_the_folded_attention(profile, positions, window, cap, width, alibi, rows, monkeypatch):
-    if rows == "many":
-        if positions is CHUNK:
-            pytest.skip("a step's alone")
-        for name, value in MANY.items():
+def as_asked(positions, monkeypatch):
+    if positions is MANY:
+        for name, value in {"_FEW": 0, "_ENOUGH": 8, "_PART_OF_MANY": 16}.items():
             monkeypatch.setattr(flash_step, name, value)
+
+
+@pytest.mark.parametrize(("profile", "positions", "window", "cap", "width", "alibi"), CASES)
+def test_the_kernel_is_the_folded_attention(profile, positions, window, cap, width, alibi, monkeypatch):
+    as_asked(positions, monkeypatch)
     monkeypatch.setattr(flash, "flash_attention", partial(flash.flash_attention, interpret=True))
     scores, (queries, keys, values, ctx) = example(profile, positions, window, cap, width, alibi)
     assert flash.can_serve(keys)
@@ -87,6 +91,7 @@ def test_the_kernel_is_the_folded_attention(profile, positions, window, cap, wid
         slow("reference", [[7], [95]], None, None, 512, False),
         slow("dynamic_int8", CHUNK, None, 30.0, 112, True),
         slow("hf", CHUNK, 40, 30.0, 8, True),
+        slow("dynamic_int8", MANY, 70, None, 24, True),
     ],
 )
 def test_what_triton_is_given_reads_and_writes_what_it_may(profile, positions, window, cap, width, alibi, monkeypatch):
@@ -95,6 +100,7 @@ def test_what_triton_is_given_reads_and_writes_what_it_may(profile, positions, w
         profile, positions, window, cap, width, alibi, pages_each=1 + max(map(max, positions)) // PAGE
     )
     with monkeypatch.context() as patched:
+        as_asked(positions, patched)
         patched.setattr(flash.pl, "pallas_call", triton.kernel)
         found = attention._in_a_kernel(scores, *args)
     options = args[-1].numerics.compiler_options("cpu")
