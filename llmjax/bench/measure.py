@@ -304,7 +304,7 @@ class Runner:
         jax.block_until_ready(engine.store.state)
         began = time.perf_counter()
         for done in range(0, new, BURST):
-            engine._produced(rows, engine._burst(rows, min(BURST, new - done), False))
+            engine._produced(rows, *engine._burst(rows, min(BURST, new - done), False))
         return time.perf_counter() - began
 
 

@@ -16,6 +16,7 @@ from llmjax.device import by_device
 from llmjax.models.context import Context
 from llmjax.numerics import Numerics
 from llmjax.runtime.logits import LogitsProcessor, adjust
+from llmjax.runtime.packed import Packed
 from llmjax.runtime.params import MAX_LOGPROBS
 from llmjax.runtime.sampling import alternatives, draw, likeliest
 from llmjax.runtime.state import State
@@ -57,7 +58,7 @@ def decode(
     going: jax.Array,
     steps: jax.Array,
     refill: jax.Array,
-) -> tuple[State, Produced]:
+) -> tuple[State, Packed, tuple[jax.Array, jax.Array]]:
     """Generates up to ``steps`` tokens in every active row.
 
     Args:
@@ -72,6 +73,9 @@ def decode(
       going: bool ``[B]``, rows the host has not ended (by a stop string, say); the others become inactive.
       steps: int32 ``[]``, at most BURST.  The stream asks for 1 and runs the same program.
       refill: bool ``[]``: stop early when a row ends, since another waits for its slot.
+
+    Returns:
+      the state, and what ``Produced`` has: all but alternatives in one, and those.
     """
     slots = state.active.shape[0]
     state = state.replace(active=state.active & going)
@@ -101,7 +105,8 @@ def decode(
         )
         return _advance(module, numerics, block, params, state, table, token), produced
 
-    return lax.while_loop(goes_on, body, (state, produced))
+    state, produced = lax.while_loop(goes_on, body, (state, produced))
+    return state, Packed.of(produced[:4]), produced[4:]
 
 
 def _choose(

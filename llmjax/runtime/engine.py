@@ -256,7 +256,7 @@ class Engine:
                     with self.timed("prefill_seconds"):
                         self._settle()  # after the device knows what is next
                     with self.timed("decode_seconds"):
-                        produced = self._produced(work.rows, under_way)
+                        produced = self._produced(work.rows, *under_way)
                     yield from self._collect(work.rows, produced)
             elif work.filling is None and work.waiting:
                 yield Update(work.refuse(), "")
@@ -267,8 +267,8 @@ class Engine:
         model = self.model
         return Row(request, model.tokenizer, model.eos_ids, self.adapter(request.lora), model.config.renewal)
 
-    def _burst(self, rows: dict[int, Row], steps: int, refill: bool) -> Produced:
-        """Has the decode program run, up to ``steps`` tokens a row."""
+    def _burst(self, rows: dict[int, Row], steps: int, refill: bool) -> tuple[Packed, *tuple[Any, ...]]:
+        """Has the decode program run, up to ``steps`` tokens a row; gives what ``_produced`` waits for."""
         forced = np.full((self.slots, BURST), -1, np.int32)
         going = np.zeros(self.slots, np.bool_)
         for slot, row in rows.items():
@@ -279,15 +279,15 @@ class Engine:
             if row.request.params.stop:
                 steps = min(steps, STOP_BURST)
         store = self.store
-        store.state, produced = self._decode(self._params, store.state, store.table, forced, going, steps, refill)
-        return produced
+        store.state, packed, top = self._decode(self._params, store.state, store.table, forced, going, steps, refill)
+        return packed, *top
 
-    def _produced(self, rows: dict[int, Row], produced: Produced) -> Produced:
+    def _produced(self, rows: dict[int, Row], packed: Packed, *top: Any) -> Produced:
         """Waits for what it gives; alternatives are most of that, and seldom wanted."""
         if not any(row.request.params.logprobs for row in rows.values()):
-            nothing: Any = np.zeros((self.slots, BURST, 0))
-            produced = produced._replace(top_ids=nothing, top_logprobs=nothing)
-        found = jax.device_get(produced)
+            top = (np.zeros((self.slots, BURST, 0)),) * 2
+        packed, top = jax.device_get((packed, top))
+        found = Produced(*packed.opened(), *top)
         self.progress.decode_steps += int(found.steps)
         return found
 

@@ -36,10 +36,11 @@ def test_a_step_reads_each_weight_once_as_it_is_stored(kind):
     assert found["extra"] < 0.05  # of all bytes read and written, of one layer and the head
     assert not found["copied_weights"]
     assert found["temporaries"] < 6e6  # the logits, four times
-    # Of a layer 12, of packed weights 4 more that cut a float32 x in pieces, and 5 that sum it up for their offsets.
-    assert found["kernels"] <= 48 + 4 * kind.startswith("int") + 5 * kind.endswith("asym")
-    # All of a step is one command buffer; whether there is another, the host is told.
-    assert (found["waits"], found["launched"]) == (1, 1)
+    # Of a layer 12, of packed weights 4 more that cut a float32 x in pieces, and 5 that sum it up for their offsets; 4 of
+    # a call, for what the host gives and gets.
+    assert found["kernels"] <= 52 + 4 * kind.startswith("int") + 5 * kind.endswith("asym")
+    # All of a step is one command buffer; whether there is another, the host is told, and in the end what came of it.
+    assert (found["waits"], found["launched"]) == (1, 2)
 
 
 @pytest.mark.parametrize(("kind", "profile"), [("bfloat16", "fast"), ("bfloat16", "hf"), ("int8", "fast")])
@@ -69,7 +70,7 @@ def test_heads_of_any_width_and_other_scores_are_the_kernels(model, profile):
     """Folded block by block, they are waited for in each layer, and the cache is copied."""
     for found in reports("bfloat16", profile, "decode-1", "prefill-128", model=f"config:{model}"):
         check_any(found)
-        assert found["waits"] == found["launched"] == (found["program"] == "decode-1")
+        assert 2 * found["waits"] == found["launched"] == 2 * (found["program"] == "decode-1")
         if found["program"] == "decode-1":
             assert found["written"] < 5e6
 
@@ -79,7 +80,7 @@ def test_wide_heads_fit_into_the_smallest_memory(kind):
     """Gemma 4's fifth layer has heads of 512; keys of packed models are float32."""
     for found in reports(kind, "fast", "decode-1", "prefill-128", model="config:gemma-4-e2b-it", card="l4", layers=5):
         check_any(found)
-        assert found["waits"] == found["launched"] == (found["program"] == "decode-1")
+        assert 2 * found["waits"] == found["launched"] == 2 * (found["program"] == "decode-1")
 
 
 def test_a_gate_that_is_cut_off_is_computed_once():
@@ -103,7 +104,7 @@ def test_a_mixture_waits_for_none_of_its_experts(kind):
     for found in reports(kind, "fast", "decode-1", "decode-64", "prefill-128", model="config:qwen3-30b-a3b"):
         check_any(found)
         assert found["waits"] == (found["program"] != "prefill-128")
-        assert found["launched"] <= 2  # one is a sort of the draw
+        assert found["launched"] <= 3  # one is a sort of the draw, one puts together what the host gets
         if found["program"] == "decode-1":
             assert found["read"] < 0.32 * found["must"] and found["temporaries"] < 6e6
 
