@@ -36,7 +36,7 @@ def test_a_step_reads_each_weight_once_as_it_is_stored(kind):
     assert found["extra"] < 0.05  # of all bytes read and written, of one layer and the head
     assert not found["copied_weights"]
     assert found["temporaries"] < 6e6  # the logits, four times
-    # Of a layer 12, of packed weights 4 more that cut a float32 x in pieces and 5 that sum it up for their offsets; of a
+    # Of a layer 12, of packed weights 4 more that cut a float32 x in pieces, 5 that sum it up for their offsets; of a
     # call 4 for what is given and got.
     assert found["kernels"] <= 52 + 4 * kind.startswith("int") + 5 * kind.endswith("asym")
     # All of a step is one command buffer; whether there is another, the host is told, and in the end what came of it.
