@@ -29,7 +29,9 @@ def add_verb(
 def weight_flags(group: Any) -> None:
     """How weights are stored, and under which configuration."""
     group.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="how weights are stored (default: as they are)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="how weights are stored (default: as they are); with --quantize the others, and what fast computes in",
     )
     group.add_argument(
         "--quantize", metavar="SCHEME", help="int8, int4, int4-g32, ... or a recipe: its name or a *.toml file"
