@@ -36,7 +36,7 @@ from llmjax.products import digits
 from llmjax.products.sums import total
 from llmjax.products.tiles import rows_dot
 from llmjax.products.unpacking import in_16_bits
-from llmjax.quant.bits import rounded_off
+from llmjax.quant.bits import halves, into_half, rounded_off
 from llmjax.quant.qtensor import QTensor, columns
 
 # Fewest rows that a tensor core has, and most of a tile, whose sums an SM's registers hold twice.
@@ -227,26 +227,16 @@ def _split(x: Any, pieces: Any, scales: Any) -> None:
         return reduce(jnp.maximum, [jnp.abs(load(i, part)[2]) for part in range(count)], top)
 
     top = jnp.max(lax.fori_loop(0, turns, largest, jnp.zeros(block, jnp.float32)))
-    # 2^e of the largest value, no less than 2^-100: that value is to lie between 2^14 and 2^15.
-    exponent = jnp.maximum(lax.bitcast_convert_type(top, jnp.int32) >> 23, 27)
-    scales[row] = _power_of_two(exponent - 14)
-    factor = _power_of_two(268 - exponent)
+    factor, scales[row] = into_half(top)
 
     def split(i: jax.Array, carry: int) -> int:
         for part in range(count):
             at, there, values = load(i, part)
-            values = values * factor
-            large = rounded_off(values, 13)  # as float16 has it
-            for piece, value in enumerate((values - large, large)):
-                plt.store(pieces.at[np.int32(piece), np.int32(part), row, at], value.astype(jnp.float16), mask=there)
+            for piece, value in enumerate(reversed(halves(values * factor))):
+                plt.store(pieces.at[np.int32(piece), np.int32(part), row, at], value, mask=there)
         return carry
 
     lax.fori_loop(0, turns, split, 0)
-
-
-def _power_of_two(biased: jax.Array) -> jax.Array:
-    """float32 of an exponent as it is stored."""
-    return lax.bitcast_convert_type(biased << 23, jnp.float32)
 
 
 def _multiply(
