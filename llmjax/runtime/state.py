@@ -134,7 +134,8 @@ def share(
     """
 
     def copied(x: jax.Array) -> jax.Array:
-        each = x.reshape(layers, -1, *x.shape[1:])
+        pages, *one = x.shape  # of which nothing may be kept: no -1 stands for their number
+        each = x.reshape(layers, pages // layers, *one)
         part = lax.dynamic_index_in_dim(each, page, 1)
         return lax.dynamic_update_index_in_dim(each, part, to, 1).reshape(x.shape)
 

@@ -5,12 +5,14 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import llmjax
 from llmjax.models.shared_keys import GIVEN, OWN, TAKEN
 from llmjax.runtime.cache import grown, make_cache
+from llmjax.runtime.state import empty_state, share
 from tests import tiny
 
 LOCAL, GLOBAL = "sliding_attention", "full_attention"
@@ -195,6 +197,9 @@ def test_a_cache_grows_of_which_a_part_is_empty():
             assert shapes == {"before": (4, 0, 44), "state": (4, 4, 6, 5)}
         else:
             assert {x[0] for x in shapes.values()} == {5}
+    state = empty_state(cache, 3, 32, model.config.vocab_size)  # a prompt that was scored is shared with itself
+    shared = jax.eval_shape(partial(share, 1), state, {}, {}, 0, 0, 0, 0, 3, True)
+    assert jax.tree.map(jnp.shape, shared) == jax.tree.map(jnp.shape, state)
 
 
 def test_what_is_carried_takes_memory_by_the_slot(llm):
