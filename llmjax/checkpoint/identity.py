@@ -48,6 +48,8 @@ def model_facts(model: Model) -> dict[str, Any]:
         of weights of each kind.
     ``numerics``
         the profile.
+    ``products``
+        what quantized weights are multiplied in, where that is not float32: the dtype that was asked for beside them.
     ``interventions``
         where there are some, by tap a hash of what it computes (``models.functions``) of one token and of several.
     ``tokenizer_sha256``, ``chat_template_sha256``
@@ -63,6 +65,7 @@ def model_facts(model: Model) -> dict[str, Any]:
     in_files = sha is not None and all(a["sha256"] for a in adapters)
     kinds = model.stored()
     floats = [kind for kind in kinds if not kind.startswith("int")]
+    quantization, products = _quantization(model, origin.quantize if origin else None), str(model.numerics.products)
     facts = {
         "model": str(model.path),
         "model_type": model.architecture.model_type,
@@ -72,9 +75,10 @@ def model_facts(model: Model) -> dict[str, Any]:
         "config": dataclasses.asdict(model.config),
         "eos_ids": model.eos_ids,
         "dtype": max(floats, key=lambda kind: kinds[kind], default="float32"),
-        "quantization": _quantization(model, origin.quantize if origin else None),
+        "quantization": quantization,
         "stored": kinds,
         "numerics": model.numerics.label,
+        **({"products": products} if quantization and products != "float32" else {}),
         **({"interventions": _interventions(model)} if model.interventions else {}),
         "tokenizer_sha256": tokenizer and _sha256([tokenizer.fingerprint(), tokenizer.stop]),
         "chat_template_sha256": tokenizer

@@ -98,7 +98,7 @@ def load(
       dtype: how weights that are not quantized are stored: ``float32``, ``bfloat16``, ``float16``.  None keeps each
         tensor's own, so that quantized ones stay packed where llmjax has their type (``inspect`` says which) and become
         float32 otherwise; with a dtype and no ``quantize`` they are expanded.  With both it is what a profile takes
-        weights to be stored as: ``fast`` computes in bfloat16 beside quantized weights only if it is asked for here.
+        weights to be stored as: beside a quantized embedding ``fast`` computes in bfloat16 only if asked to here.
       quantize: a scheme (``int8``, ``int4-g32``, ...) or a recipe: see ``llmjax.quant.schemes.parse``.
       numerics: the profile that says how everything is computed (see ``llmjax.numerics``); None for ``reference``, and
         for ``litert`` where a graph is run.

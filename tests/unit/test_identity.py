@@ -117,6 +117,10 @@ def test_what_changes_a_number_changes_its_field(folder, tmp_path):
     # A directory that is quantized already.
     llmjax.convert(folder, tmp_path / "q", quantize=recipe)
     assert facts(tmp_path / "q")["quantization"] == mixed["quantization"]
+    # Of one that stores bfloat16 a dtype beside a scheme changes no weight, but what they are multiplied in.
+    llmjax.convert(folder, tmp_path / "b", dtype="bfloat16")
+    options = {"quantize": "int8", "numerics": "fast"}
+    assert changed(facts(tmp_path / "b", **options), facts(tmp_path / "b", dtype="bfloat16", **options)) == {"products"}
 
 
 def test_the_tokenizer_and_the_template(folder, tmp_path):
