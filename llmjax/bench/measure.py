@@ -21,6 +21,7 @@ from llmjax.errors import RequestError
 from llmjax.litert.model import GraphModel
 from llmjax.model import Model
 from llmjax.outside.values import POSITIVE, check
+from llmjax.outside.whole import make_folder
 from llmjax.products.matmul import integer_digits
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine
@@ -180,8 +181,10 @@ def run(load: Callable[[], Model], options: Options, report: Callable[[str], Non
 
     Raises:
       LlmjaxError: the model does not load, or no setting fits its context.
-      RequestError: it is an op graph.
+      RequestError: it is an op graph, or there cannot be the profile's folder.
     """
+    if options.profile:
+        make_folder(options.profile, RequestError)
     began = time.perf_counter()
     model = load()
     jax.block_until_ready(model.params)
@@ -216,7 +219,8 @@ def run(load: Callable[[], Model], options: Options, report: Callable[[str], Non
     if options.profile:
         report("profiling")
         for setting in settings:
-            with jax.profiler.trace(options.profile / f"{setting.phase}-{setting.tokens}-{setting.in_use}"):
+            name = f"{setting.phase}-{setting.tokens}-{setting.in_use}-{setting.cache}"
+            with jax.profiler.trace(options.profile / name):
                 setting.time()
     report("")
     spreads = {name: Spread.of(values) for name, values in rates.items()}

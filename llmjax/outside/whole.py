@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from llmjax.errors import CheckpointError, LlmjaxError, ResumeError
+from llmjax.errors import CheckpointError, LlmjaxError, ResumeError, lies_at
 from llmjax.outside.paths import checked_path
 
 try:
@@ -29,6 +29,20 @@ _LOCK = ".lock-of-llmjax"
 _OWNER = re.compile(rb"\d{0,20}\s*")
 # Flags that open no link, and wait for no pipe.
 NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+
+
+def make_folder(folder: Path, error: type[LlmjaxError]) -> None:
+    """Makes a folder where there is none.
+
+    Raises:
+      LlmjaxError: as ``error`` says, it cannot be made, or is something else.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as raised:
+        found = f"expected a directory, found {lies_at(folder)}"
+        why = found if folder.exists() else f"cannot be made: {raised.strerror}"
+        raise error(f"{folder}: {why}") from None
 
 
 @contextlib.contextmanager

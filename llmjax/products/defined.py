@@ -40,19 +40,15 @@ def as_defined(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) ->
     """``x [rows, in] . weight [out, in] -> float32 [rows, out]``; see ``matmul`` for what it means."""
     if not isinstance(weight, QTensor):
         return _of_floats(numerics, x.astype(numerics.products), weight)
-    few = len(x) <= FEW
-    if numerics.digits == 1:
-        scale, (n,) = to_digits(x.astype(jnp.float32), 1)
-        return scale * (
-            _in_sums(n.astype(jnp.float32), weight) if few else _in_bfloat16(n.astype(jnp.bfloat16), weight)
-        )
-    x = x.astype(jnp.bfloat16 if jnp.bfloat16 in (x.dtype, numerics.products) else jnp.float32)
-    if few:
-        return _in_sums(x.astype(jnp.float32), weight)
-    if x.dtype == jnp.bfloat16 or numerics.digits is not None:
-        return _in_bfloat16(x, weight)
-    parts, q = _together(columns(x, weight), weight)
-    return total(rows_dot(c, w) for c, w in zip(parts, halves(q), strict=True))
+    scale, x = _operand(numerics, x, weight)
+    if len(x) <= FEW:
+        y = _in_sums(x.astype(jnp.float32), weight)
+    elif x.dtype == jnp.bfloat16 or numerics.digits is not None:
+        y = _in_bfloat16(x, weight)
+    else:
+        parts, q = _together(columns(x, weight), weight)
+        y = total(rows_dot(c, w) for c, w in zip(parts, halves(q), strict=True))
+    return y if scale is None else scale * y
 
 
 def in_a_kernel(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -> jax.Array:
@@ -75,7 +71,7 @@ def joined(numerics: Numerics, x: jax.Array, weights: list[Any]) -> list[jax.Arr
     """``in_a_kernel`` of x ``[rows, in]`` with some weights that it ``can_join``, all in one."""
     from llmjax.products import kernel
 
-    scale, x = _in_16_bits(numerics, x, weights[0])
+    scale, x = _operand(numerics, x, weights[0])
     found = kernel.packed_products(x, weights)
     return found if scale is None else [scale * y for y in found]
 
@@ -100,15 +96,15 @@ def chosen_product(numerics: Numerics, x: jax.Array, stack: jax.Array | QTensor,
     """
     from llmjax.products import kernel
 
-    scale, x = _in_16_bits(numerics, x, stack)
+    scale, x = _operand(numerics, x, stack)
     y = kernel.packed_product(x, stack, choice)
     if scale is None:
         return y
     return y * (scale if choice.rows is None else scale[choice.rows.reshape(-1)])
 
 
-def _in_16_bits(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -> tuple[jax.Array | None, jax.Array]:
-    """What ``kernel`` is given for x, and what each row's result is to be multiplied with, if it is."""
+def _operand(numerics: Numerics, x: jax.Array, weight: jax.Array | QTensor) -> tuple[jax.Array | None, jax.Array]:
+    """What each row's result is to be multiplied with, if it is, and x as it meets a weight."""
     if not isinstance(weight, QTensor):
         # A row is rounded where it is read: what another kernel wrote would take one of its own.
         return None, x if len(x) == 1 else x.astype(numerics.products)

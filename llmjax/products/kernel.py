@@ -62,7 +62,7 @@ class Choice(NamedTuple):
 
 def can_serve(weight: jax.Array | QTensor) -> bool:
     """Whether the kernel knows such a weight or stack: floats of 16 bits, or packed; its arrays are powers of two, and
-    a turn is of one group.  A place in it is a number of 32 bits."""
+    so is what a turn has of a group.  A place in it is a number of 32 bits."""
     if isinstance(weight, QTensor):
         known = weight.bits != 5
     else:
@@ -155,7 +155,7 @@ def packed_product(
 def packed_products(
     x: jax.Array, weights: Sequence[Any], choice: Choice | None = None, *, interpret: bool = False
 ) -> list[jax.Array]:
-    """``packed_product`` with each of some weights that are ``alike``, in one kernel."""
+    """``packed_product`` with each of some weights that ``are_alike``, in one kernel."""
     like, rows, scale = weights[0], len(x), None
     in_pieces = isinstance(like, QTensor) and x.dtype != jnp.bfloat16
     if in_pieces and choice is None and 3 * rows <= _FEWEST:

@@ -14,12 +14,12 @@ from typing import Any, cast
 import jax
 
 from llmjax.checkpoint.identity import model_facts, runtime_facts
-from llmjax.errors import ConfigError, LoraError, OutputError, RequestError, ResumeError, TrainingError, lies_at, shown
+from llmjax.errors import ConfigError, LoraError, OutputError, RequestError, ResumeError, TrainingError, shown
 from llmjax.lora.apply import Lora
 from llmjax.model import Model
 from llmjax.outside.interrupts import Interrupts
 from llmjax.outside.paths import checked_path
-from llmjax.outside.whole import locked
+from llmjax.outside.whole import locked, make_folder
 from llmjax.runtime.memory import size, weight_bytes
 from llmjax.text.dates import Date
 from llmjax.training import checkpoints, curves
@@ -206,12 +206,7 @@ class _Run:
         """
         if self.output is None:
             return self._finish(report, note)
-        try:
-            self.output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            found = f"expected a directory, found {lies_at(self.output)}"
-            why = found if self.output.exists() else f"cannot be made: {error.strerror}"
-            raise OutputError(f"{self.output}: {why}") from None
+        make_folder(self.output, OutputError)
         with contextlib.ExitStack() as stack:
             with _told(self.output / METRICS):
                 stack.enter_context(locked(self.output / METRICS))

@@ -1,6 +1,7 @@
 """The benchmark: that it measures what it says, in the engine's own programs; never how fast."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +27,8 @@ def test_command(small_probes, tmp_path, capsys):
     path = str(checkpoint(tmp_path / "m", max_position_embeddings=1000, num_hidden_layers=1))
     command = ["bench", "--model", path, "--quantize", "int8", "--max-batch", "4", "--in-use", "1,4", "--repeat", "2"]
     command += ["--prompt-lengths", "9,150", "--output-length", "40", "--context", "20,600", "--cache", "512,1024"]
-    assert main([*command, "--json"]) == 0
+    assert main([*command, "--json", "--profile", str(tmp_path / "p")]) == 0
+    profiles = {path.parents[3].name for path in (tmp_path / "p").rglob("*.xplane.pb")}
     found = json.loads(capsys.readouterr().out)
     keys = [(s["phase"], s["tokens"], s["cache"], s["in_use"]) for s in found["settings"]]
     assert keys == [
@@ -34,6 +36,7 @@ def test_command(small_probes, tmp_path, capsys):
         *[("decode", 20, 512, 1), ("decode", 20, 512, 4), ("decode", 20, 1024, 1), ("decode", 20, 1024, 4)],
         *[("decode", 600, 1024, 1), ("decode", 600, 1024, 4)],
     ]
+    assert profiles == {f"{phase}-{tokens}-{rows}-{cache}" for phase, tokens, cache, rows in keys}
     # Three digits are multiplied in integers only where tiles of them are.
     assert set(found["matmul_flops_per_second"]) == {"float32"} | ({"int8"} if has_integer_tiles() else set())
     assert found["model"]["weight_bytes"] < 2 * found["model"]["parameters"]
@@ -101,6 +104,8 @@ def test_probes_are_positive():
         ({"prompt_lengths": (0,)}, "prompt length: expected a positive"),
         ({"contexts": (190,)}, "model's context of 200"),
         ({"contexts": (50,), "caches": (60,)}, "cache: 60 positions do not hold 50 tokens and 32"),
+        ({"profile": Path(__file__)}, "test_bench.py: expected a directory, found"),
+        ({"profile": Path(__file__) / "p"}, "p: cannot be made: Not a directory"),
     ],
 )
 def test_what_cannot_be_measured(options, message):
