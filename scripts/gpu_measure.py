@@ -6,7 +6,7 @@
 First ``gpu_check.py``.  Then Gemma 2B with random weights in bfloat16, int8 and int4, one stream and 64, and a prompt
 of 2,048 tokens, beside the card's copies and products of the same minutes (``llmjax bench``), and transformers.  Then
 the same the other way: in plain formulas instead of kernels, with kernels that race for their place (a job's bits may
-then differ), with the loop over tokens decided on the card, with one row of int4 in the kernel of many.
+then differ), with the loop over tokens decided on the card, with float32 x beside packed weights.
 
 To make weights and to compile takes a part a minute of one processor, and to measure it some seconds.  So each part is
 a process; some get ready together, and when all of these are, each has the card to itself in turn, the others held.  A
