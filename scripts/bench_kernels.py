@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """How long products and attention of Gemma 2B's size take on a card, alone.
 
-    python scripts/bench_kernels.py [--only GLOB] [--dry-run]
+    python scripts/bench_kernels.py [--only GLOB] [--tilings] [--dry-run]
 
 Times are those of a profiler's trace, the mean of some calls whose weights are never the same two in a row, so that
 none is left in the card's cache: of all kernels of a call, and how many those are.  Beside each product stand the bytes
-of its weights a second.  ``--dry-run`` runs all once, in small, on whatever device there is.
+of its weights a second.  ``--tilings`` tries other tilings of each product than the kernel's own, some half a minute a
+line: what is found so belongs into ``products.kernel``.  ``--dry-run`` runs all once, in small, on whatever device
+there is.
 """
 
 import argparse
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,6 +29,7 @@ import numpy as np
 from llmjax.models.attention import Scores, cached_attention
 from llmjax.models.context import Context
 from llmjax.numerics import resolve
+from llmjax.products import kernel
 from llmjax.products.matmul import matmul, matmuls
 from llmjax.quant.bits import to_storage
 from llmjax.quant.qtensor import QTensor
@@ -35,8 +39,10 @@ SHAPES = {
     "gate, up": [(16384, 2048)] * 2,
     "down": [(2048, 16384)],
     "q, k, v": [(2048, 2048), (256, 2048), (256, 2048)],
+    "o": [(2048, 2048)],
     "head": [(256000, 2048)],
 }
+BEST = 8  # tilings that are shown
 CALLS, CACHE = 12, 200e6  # bytes of weights that no cache holds
 PAGE = 256
 
@@ -44,6 +50,7 @@ PAGE = 256
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="*", metavar="GLOB", help="of the lines' names")
+    parser.add_argument("--tilings", action="store_true", help="try others than the kernel's own, the quickest first")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
     device = jax.devices()[0]
@@ -54,6 +61,9 @@ def main() -> None:
             us, count = microseconds(call, inputs, args.dry_run)
             speed = f"{nbytes / us / 1e3:8.0f} GB/s" if nbytes and us else ""
             print(f"{name:48} {us:9.2f} us in {count} kernels {speed}", flush=True)
+            if args.tilings and nbytes:
+                for us, tiling in sorted(of_tilings(make, args.dry_run))[:BEST]:
+                    print(f"    {us:9.2f} us {tiling}", flush=True)
 
 
 def cases(small: bool) -> Iterator[tuple[str, Callable[[], tuple[Any, list[Any], int]]]]:
@@ -99,6 +109,46 @@ def weight(kind: str, out: int, width: int, key: jax.Array) -> Any:
     if kind == "int8":
         return QTensor(jax.random.randint(key, (out, width), -127, 128, jnp.int8), scales)
     return QTensor(jax.random.bits(key, (out, width // 2), jnp.uint8), scales, bits=4, zero=8)
+
+
+def of_tilings(make: Callable[[], tuple[Any, list[Any], int]], small: bool) -> Iterator[tuple[float, kernel.Tiling]]:
+    """A product's microseconds under its own tiling and its neighbours, none where it is not the kernel's."""
+    own, chosen = kernel._tiling, set[kernel.Tiling]()
+
+    def tried(*args: Any) -> kernel.Tiling:
+        chosen.update(neighbours(own(*args), args[-1]))
+        return own(*args)
+
+    with mock.patch.object(kernel, "_tiling", tried):
+        call, inputs, _ = make()
+        call.lower(*inputs[0])
+    for tiling in sorted(chosen)[: 2 if small else None]:
+        with mock.patch.object(kernel, "_tiling", lambda *args, tiling=tiling: tiling):
+            call, inputs, _ = make()
+            try:
+                yield microseconds(call, inputs, small)[0], tiling
+            except jax.errors.JaxRuntimeError as error:  # more shared memory than the card has
+                print(f"    {tiling}: {str(error).partition(chr(10))[0][:80]}", flush=True)
+
+
+def neighbours(own: kernel.Tiling, weights: list[Any]) -> Iterator[kernel.Tiling]:
+    """The tiling, and those that differ in channels and parts, in width and stages, or in warps."""
+    stored = kernel._stored(weights[0]).shape[-1]
+    least = min(kernel._stored(weight).shape[-2] for weight in weights)
+    widths = {own.width // 2, own.width, own.width * 2, own.width * 4} if own.sets == 1 else {own.width}
+    group = stored // kernel._groups(weights[0])
+    for channels in (16, 32, 64, 128):
+        for parts in (1, 2, 4, 8, 16):
+            if channels <= least and (stored // own.width) % parts == 0:
+                yield own._replace(channels=channels, parts=parts)
+    for width in widths:
+        for stages in (2, 3, 4, 6):
+            if width >= 16 and (own.sets > 1 or group % width == 0) and (stored // width) % own.parts == 0:
+                yield own._replace(width=width, stages=stages)
+                # Few channels, whose sums need no parts, have as many bytes under way in wide turns.
+                yield own._replace(channels=16, parts=1, width=width, stages=stages)
+    for warps in (2, 4, 8):
+        yield own._replace(warps=warps)
 
 
 def attention(dtype: str, rows: int, tokens: int, past: int) -> tuple[Any, list[Any], int]:
