@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn, Unpack
 
 from llmjax.checkpoint.loading import LoadOptions, as_asked
-from llmjax.errors import NoRoomError, RequestError
+from llmjax.errors import LlmjaxError, RequestError
 from llmjax.lora.adapter import AnyLora
 from llmjax.lora.resident import with_adapters
 from llmjax.model import Model
@@ -199,6 +199,7 @@ class LLM(Asking):
         Raises:
           RequestError: before anything runs, naming the prompt by its place.
           NoRoomError: a prompt and its answer do not fit the memory.
+          CheckpointError: the model computes NaN for one, whose place is named.
         """
         many, single = prompt_list(prompts, "prompts")
         return self._answers("prompt", many, single, self.request, sampling_params, lora)
@@ -221,7 +222,7 @@ class LLM(Asking):
         done = {output.request_id: output for output in self.outputs(requests)}
         for i, request in enumerate(requests):
             if error := done[request.request_id].error:
-                raise error if len(requests) == 1 else NoRoomError(f"prompt {i}: {error}")
+                raise error if len(requests) == 1 else type(error)(f"prompt {i}: {error}")
         return [done[r.request_id] for r in requests]
 
     def stream(self, prompt: Prompt, sampling_params: Params = None, *, lora: str | None = None) -> Iterator[str]:
@@ -285,7 +286,8 @@ class LLM(Asking):
         scores = []
         for output in self.scores(requests):
             if output.score is None:
-                raise output.error or RequestError(f"text {output.request_id}: not scored")
+                error = output.error or RequestError("not scored")
+                raise error if single else type(error)(f"text {output.request_id}: {error}")
             scores.append(output.score)
         return scores
 
@@ -297,7 +299,7 @@ class LLM(Asking):
         """
         with self._turn():
             for request, found in self.engine.scores(requests):
-                if isinstance(found, NoRoomError):
+                if isinstance(found, LlmjaxError):
                     yield ScoreOutput(request.request_id, request.ids, None, found)
                     continue
                 logprobs, best = found

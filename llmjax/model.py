@@ -250,8 +250,7 @@ class Model:
             width = len(ids) if self.interventions else padded_width(len(ids))
             if self.interventions and self._known.changed(self.module.computed((1, width))):
                 self._logits.forget(everything=True)
-            padded = np.zeros((1, width), np.int32)
-            padded[0, : len(ids)] = checked
+            padded = np.pad(checked, (0, width - len(ids)), mode="edge")[None]  # no token that is not the row's own
             length = np.array([len(ids)], np.int32)
             # Cut by NumPy: JAX would compile a slice for every length.
             rows.append(np.asarray(self._logits(self.params, padded, length))[0, : len(ids)].copy())

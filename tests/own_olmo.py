@@ -10,7 +10,16 @@ import llmjax
 from llmjax.models.attention import Scores
 from llmjax.models.config import DecoderConfig, dimensions
 from llmjax.models.context import Context, tap
-from llmjax.models.layers import ACTIVATIONS, Embedding, GatedMLP, Projection, attended, kept, language_head, parameter
+from llmjax.models.layers import (
+    ACTIVATIONS,
+    Embedding,
+    GatedMLP,
+    Projection,
+    attended,
+    keys_and_values,
+    language_head,
+    parameter,
+)
 from llmjax.models.names import hf_names
 from llmjax.models.rope import Rope
 from llmjax.models.stack import in_turn
@@ -66,7 +75,7 @@ class Attention(nn.Module):
         v = Projection(kv, name="v")(x, ctx).reshape(shape)
         q, k = (tap(self, f"{n}_rot", c.rope(a.reshape(shape), ctx)) for n, a in (("q", q), ("k", k)))
         scores = Scores(scale=c.head_dim**-0.5)
-        out = attended(self, q, kept(self, "k", k, ctx), kept(self, "v", v, ctx), scores, ctx)
+        out = attended(self, q, *keys_and_values(self, k, v, ctx), scores, ctx)
         return Projection(c.hidden_size, name="o")(out, ctx)
 
 

@@ -9,7 +9,7 @@ from llmjax.batch.index import Index, Written
 from llmjax.batch.progress import Count, Gauge
 from llmjax.batch.reading import AnyLines
 from llmjax.batch.rows import InputRow, Shard, Work, read_rows, row_error
-from llmjax.errors import RequestError
+from llmjax.errors import CheckpointError, RequestError
 from llmjax.runtime.params import SamplingParams
 from llmjax.runtime.row import Request, Requests
 
@@ -112,6 +112,7 @@ class Answering:
         self._retry_errors, self._stopped = retry_errors, stopped
         self._waiting: dict[str, InputRow] = {}  # rows that the engine has
         self._ended: Exception | None = None  # why the input was not read to its end
+        self._sound = False  # the engine has answered something, so a row without numbers is to blame itself
 
     def run(self, rows: Rows) -> Iterator[None]:
         """Does them; yields whenever one is done.
@@ -133,7 +134,11 @@ class Answering:
     def _run(self, requests: Requests) -> Iterator[None]:
         with contextlib.closing(self._work.outputs(requests)) as outputs:
             while (output := _next(outputs)) is not None:
-                row = self._waiting.pop(output.request_id)
+                row = self._waiting[output.request_id]
+                if isinstance(output.error, CheckpointError) and not self._sound:
+                    raise _RunEnded(output.error)
+                del self._waiting[output.request_id]
+                self._sound |= output.error is None
                 if output.error is not None:
                     self._append(row._replace(error=output.error).failure(), row.line)
                 else:
@@ -164,6 +169,7 @@ class Answering:
             return
         if not rows or (len(failed) == len(rows) and not self._is_sound()):
             raise error
+        self._sound = True
         for row in failed:
             del self._waiting[str(row.row_id)]
             self._append(row.failure(), row.line)
@@ -175,7 +181,7 @@ class Answering:
         prompt = [(tokenizer and tokenizer.bos_id) or 0]
         try:
             probe = self._llm.request(prompt, SamplingParams(max_tokens=1), request_id="probe")
-            return any(self._llm.outputs([probe]))
+            return all(output.error is None for output in self._llm.outputs([probe]))
         except Exception:
             return False
 

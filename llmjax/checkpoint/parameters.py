@@ -16,7 +16,7 @@ from converters.readers.source import Source, TensorSpec
 from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.checkpoint.plan import Assignment, Plan
 from llmjax.errors import CheckpointError, ConfigError, named
-from llmjax.lora.adapter import Adapter, AnyLora, Delta, read_adapter
+from llmjax.lora.adapter import TABLE, Adapter, AnyLora, Delta, read_adapter
 from llmjax.lora.merge import Merge, merged_rows
 from llmjax.models.config import DecoderConfig
 from llmjax.models.names import DamagedError, TornError
@@ -70,14 +70,17 @@ def read_all(
       ConfigError: a tensor that does not fit its scheme, or values that do not fit the dtype (all of them named).
     """
     bad, too_large = [], []
-    for assignment in plan.assignments:
+    merge = merge or Merge({}, None, "reference")
+    for assignment in sorted(plan.assignments, key=lambda a: a.parameter != TABLE):  # see ``Merge.embedding``
         where = _where(assignment)
         try:
             table = _is_table(assignment.parameter, plan.config)
-            value = _read(source, assignment, dtype, recipe, merge or Merge({}, None, "reference"), narrowed, table)
+            value = _read(source, assignment, dtype, recipe, merge, narrowed, table)
         except _TooLargeError as error:
             too_large.append(f"{where}: {error}")
             continue
+        if assignment.parameter == TABLE:
+            merge.embedding = value.dtype
         if check_finite and not _finite(value):
             bad.append(where)
         yield assignment.parameter, value

@@ -45,6 +45,8 @@ class Merge:
       numerics: the profile the weights are for; None for files, whose floats keep the dtype they have.
       where: the adapter's path, for messages.
       survivals: by parameter, of packed weights that were rounded again.
+      embedding: the dtype that the model's embedding is found to have, by which a profile chooses its products'; None
+        before it is read.
     """
 
     deltas: Mapping[str, Delta]
@@ -52,6 +54,7 @@ class Merge:
     numerics: str | None
     where: str = "lora"
     survivals: dict[str, Survival] = dataclasses.field(default_factory=dict)
+    embedding: np.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.mode is not None and self.mode not in MODES:
@@ -73,9 +76,11 @@ class Merge:
         return self.deltas.get(parameter) if merges else None
 
     def dtype(self, stored: np.dtype) -> np.dtype:
-        """What merged floats are kept as: a rounding to 16 bits that the products do not make would cost a part of the
-        delta."""
-        return stored if self.numerics is None else jnp.dtype(resolve(self.numerics, stored).products)
+        """What merged floats, the sum of float32 rounded once, are kept as: a rounding to 16 bits that the products do
+        not make would cost a part of the delta."""
+        if self.numerics is None:
+            return stored
+        return jnp.promote_types(stored, resolve(self.numerics, self.embedding or stored).products)
 
     def into_packed(self, q: QTensor, delta: Delta, parameter: str) -> QTensor:
         """A quantized weight with its delta, rounded again under the scheme it has."""

@@ -257,7 +257,7 @@ class Attention(nn.Module):
             q = tap(self, "q_rot", self.rope(q, ctx))
             k = tap(self, "k_rot", self.rope(k, ctx))
         q = self.scores.grown(q, ctx.positions)
-        out = attended(self, q, kept(self, "k", k, ctx), kept(self, "v", v, ctx), self.scores, ctx)
+        out = attended(self, q, *keys_and_values(self, k, v, ctx), self.scores, ctx)
         return self.projection(x.shape[-1], self.out_bias, name="o")(out, ctx)
 
 
@@ -270,6 +270,18 @@ def kept(module: nn.Module, name: str, new: jax.Array, ctx: Context) -> jax.Arra
     cache = written(module.get_variable("cache", name), name, new, ctx)
     module.put_variable("cache", name, cache)
     return cache
+
+
+def keys_and_values(module: nn.Module, k: jax.Array, v: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:
+    """``kept`` for both, ``[B, T, K, H]``.
+
+    A value that is not finite is kept as 0, its key as NaN instead: whoever sees the token gets NaN all the same.  A
+    mask hides keys; of a hidden value it makes 0 * NaN, in a row that has the page next, too.
+    """
+    if module.has_variable("cache", "v") and ctx.mask is None:
+        is_finite = jnp.isfinite(v.astype(ctx.numerics.products))
+        k, v = jnp.where(is_finite, k, jnp.nan), jnp.where(is_finite, v, 0)
+    return kept(module, "k", k, ctx), kept(module, "v", v, ctx)
 
 
 def attended(module: nn.Module, q: jax.Array, k: jax.Array, v: jax.Array, scores: Scores, ctx: Context) -> jax.Array:

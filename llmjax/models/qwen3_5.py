@@ -21,7 +21,7 @@ from llmjax.models.layers import (
     Projection,
     UnitOffsetRMSNorm,
     attended,
-    kept,
+    keys_and_values,
     language_head,
     sigmoid,
 )
@@ -114,7 +114,7 @@ class GatedAttention(nn.Module):
         q, k = (UnitOffsetRMSNorm(c.rms_norm_eps, name=f"{name}_norm")(y) for name, y in (("q", q), ("k", k)))
         q, k = tap(self, "q_rot", c.rope(q, ctx)), tap(self, "k_rot", c.rope(k, ctx))
         scores = Scores(scale=c.head_dim**-0.5)
-        y = attended(self, q, kept(self, "k", k, ctx), kept(self, "v", v, ctx), scores, ctx)
+        y = attended(self, q, *keys_and_values(self, k, v, ctx), scores, ctx)
         y = tap(self, "gated", y * sigmoid(gate).reshape(y.shape))
         return Projection(x.shape[-1], c.bias, name="o")(y, ctx)
 

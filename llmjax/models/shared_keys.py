@@ -14,7 +14,7 @@ from llmjax.models.attention import Scores
 from llmjax.models.config import DecoderConfig
 from llmjax.models.context import Context, tap
 from llmjax.models.hf_config import Reader
-from llmjax.models.layers import Projection, WideRMSNorm, attended, kept, rms_normalised
+from llmjax.models.layers import Projection, WideRMSNorm, attended, keys_and_values, rms_normalised
 from llmjax.models.rope import Rope
 from llmjax.models.stack import in_turn
 
@@ -136,7 +136,7 @@ class SharingAttention(nn.Module):
             k = WideRMSNorm(self.eps, name="k_norm")(k)
             k = tap(self, "k_rot", self.rope(k, ctx))
             v = tap(self, "v_norm", rms_normalised(v, self.eps).astype(v.dtype))
-            k, v = kept(self, "k", k, ctx), kept(self, "v", v, ctx)
+            k, v = keys_and_values(self, k, v, ctx)
         if self.keys == GIVEN:
             given = given | {self.kind: (k, v)}
         out = attended(self, q, k, v, self.scores, ctx)

@@ -32,8 +32,8 @@ class Produced(NamedTuple):
       steps: int32 ``[]``, steps that were run.
       lengths: int32 ``[B]``, tokens of each row.
       tokens: int32 ``[B, M]``.
-      logprobs: float32 ``[B, M]``, log-softmax of the model's own logits at the token; NaN where the logits processor
-        made one.
+      logprobs: float32 ``[B, M]``, log-softmax of the model's own logits at the token; NaN where those are not
+        finite, or the logits processor made one.
       top_ids: int32 ``[B, M, MAX_LOGPROBS]``, most likely tokens where ``want_logprobs``.
       top_logprobs: float32, as top_ids.
     """
@@ -118,7 +118,7 @@ def _choose(
     norm, token, broken, *top = chosen(state.replace(cache=None))
     token = jnp.where(forced >= 0, forced, token)
     logprob = jnp.take_along_axis(state.logits, token[:, None], -1)[:, 0] - norm
-    return token, (jnp.where(broken, jnp.nan, logprob), *top)
+    return token, (jnp.where(broken | ~jnp.isfinite(norm), jnp.nan, logprob), *top)
 
 
 def _drawn(processor: LogitsProcessor | None, state: State, norm: jax.Array | None = None) -> tuple[jax.Array, ...]:

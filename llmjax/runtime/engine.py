@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from llmjax.device import in_memory, platform_of
-from llmjax.errors import CheckpointError, NoRoomError
+from llmjax.errors import CheckpointError, LlmjaxError
 from llmjax.model import Model
 from llmjax.models.functions import Known
 from llmjax.models.stack import stacked
@@ -186,7 +186,7 @@ class Engine:
         self.stopping = False
         self._forget_watched()
 
-    def scores(self, requests: Requests) -> Iterator[tuple[Request, Found | NoRoomError]]:
+    def scores(self, requests: Requests) -> Iterator[tuple[Request, Found | LlmjaxError]]:
         """Log-probabilities of each text, or why there are none, in their order."""
         return scores(self, requests)
 
@@ -243,8 +243,12 @@ class Engine:
                     break
                 with self.timed("prefill_seconds"):  # a prompt that has a place has begun: others may share it
                     if next(work.filling.parts, self) is self:
-                        work.rows[work.filling.slot] = work.filling.row
-                        work.filling = None
+                        filled, work.filling = work.filling, None
+                        if filled.row.error is None:
+                            work.rows[filled.slot] = filled.row
+                        else:
+                            self._leave(filled.slot)
+                            yield Update(filled.row, "")
             if self.stopping:
                 self._settle()
                 return
@@ -305,8 +309,7 @@ class Engine:
             if start > begun:
                 yield
             part = ids[start : start + self.chunk]
-            chunk = np.zeros((1, self.chunk), np.int32)
-            chunk[0, : len(part)] = part
+            chunk = np.pad(part, (0, self.chunk - len(part)), mode="edge")[None]  # no token that is not the row's own
             end = start + len(part)
             where = chunk, slot, store.pages.table[slot], start, len(part), tokens, end == tokens and not scored
             store.state, pending = self._prefill(self._params, store.state, *terms, *where)
@@ -315,9 +318,13 @@ class Engine:
             self._settle(pending)
         if scored:
             scores: list[dict[int, float] | None] = [None]
-            for found in self.scored_chunks(ids, row.adapter, wanted=True):
-                scores += found.by_token(row.request.ids[len(scores) :], row.request.params.prompt_logprobs or 0)
-                yield
+            try:
+                for found in self.scored_chunks(row.request, ids, wanted=True):
+                    scores += found.by_token(row.request.ids[len(scores) :], row.request.params.prompt_logprobs or 0)
+                    yield
+            except CheckpointError as error:
+                row.fail(error)
+                return
             row.prompt_logprobs = scores
             store.state = self._share(store.state, *terms, slot, 0, 0, slot, tokens, True)
 
@@ -326,14 +333,16 @@ class Engine:
         return 0 if lora is None else self._adapters[lora]
 
     def _collect(self, rows: dict[int, Row], produced: Produced) -> Iterator[Update]:
-        """Hands a burst's tokens to the rows; a row that a stop string ended loses the tokens after it and its slot."""
+        """Hands a burst's tokens to the rows; one that a stop string ended loses the tokens after it and its slot, one
+        whose numbers are none any more fails."""
         tokens, logprobs = (x[:, : produced.steps].tolist() for x in (produced.tokens, produced.logprobs))
-        is_finite = not np.isnan(produced.logprobs).any()
+        is_broken = bool(np.isnan(produced.logprobs).any())
         for slot, row in list(rows.items()):
             piece, end, wanted = "", int(produced.lengths[slot]), row.request.params.logprobs
-            if not is_finite:
-                self.check_finite(produced.logprobs[slot, :end])
             for i, (token, logprob) in enumerate(zip(tokens[slot][:end], logprobs[slot], strict=False)):
+                if is_broken and np.isnan(logprob):
+                    row.fail(self.no_number(row.request))
+                    break
                 self.progress.decode_tokens += not row.again
                 top = (x[slot, i, :wanted].tolist() for x in (produced.top_ids, produced.top_logprobs) if wanted)
                 piece += row.push(token, logprob, dict(zip(*top, strict=True)))
@@ -341,34 +350,42 @@ class Engine:
                     break
             if row.finish_reason:
                 del rows[slot]
-                self.store.release(slot)
+                self._leave(slot, forget=row.error is not None)
                 self.progress.rows += 1
             if piece or row.finish_reason:
                 yield Update(row, piece)
 
-    def check_finite(self, logprobs: np.ndarray | jax.Array) -> None:
-        """A wrong number is worse than a crash.
+    def _leave(self, slot: int, *, forget: bool = True) -> None:
+        """A row's slot is free; ``forget`` what it holds of the prompt, too."""
+        if forget:
+            self.store.prefixes.forget(slot)
+        self.store.release(slot)
+
+    def no_number(self, request: Request) -> CheckpointError:
+        """What there is to say of a row for which NaN, or infinity, came out of the model."""
+        beside = f" with the adapter {request.lora!r}" if request.lora is not None else ""
+        return CheckpointError(
+            f"{self.model.path}: the model computes NaN{beside}; look for damaged weights with check_finite=True "
+            "(--check-finite), store them in a wider dtype, or look at adapters, interventions and logits processor"
+        )
+
+    def scored_chunks(self, request: Request, ids: np.ndarray, *, wanted: bool) -> Iterator[Scored]:
+        """What follows each token of a request's text ``ids`` but the last, chunk by chunk, in the pages it was given
+        aside; ``wanted`` asks for alternatives, too.
 
         Raises:
-          CheckpointError: NaN came out of the model.
+          CheckpointError: see ``no_number``.
         """
-        if np.isnan(logprobs).any():
-            raise CheckpointError(
-                f"{self.model.path}: the model computes NaN; look for damaged weights with check_finite=True "
-                "(--check-finite), store them in a wider dtype, or look at interventions and logits processor"
-            )
-
-    def scored_chunks(self, ids: np.ndarray, adapter: int, *, wanted: bool) -> Iterator[Scored]:
-        """What follows each token of a text but the last, chunk by chunk, in the pages it was given
-        aside; ``wanted`` asks for alternatives, too."""
-        store = self.store
+        store, adapter = self.store, self.adapter(request.lora)
         for start in range(0, len(ids) - 1, self.scored):
             part, after = (array[start : start + self.scored] for array in (ids[:-1], ids[1:]))
             pad = (0, self.scored - len(part))
-            tokens = np.pad(part, pad)[None], np.pad(after, pad), store.pages.table[store.aside]
+            tokens = np.pad(part, pad, mode="edge")[None], np.pad(after, pad), store.pages.table[store.aside]
             rest = start, len(ids), wanted, adapter
             store.state, scored = self._score(self._params, store.state, *tokens, *rest)
             scored = Scored(*(x[: len(part)] for x in jax.device_get(scored)))
-            self.check_finite(scored.logprobs)
+            if np.isnan(scored.logprobs).any():
+                store.release(store.aside)
+                raise self.no_number(request)
             yield scored
         store.release(store.aside)

@@ -123,4 +123,5 @@ def score_chunk(
     norm = jax.nn.logsumexp(logits, -1)
     chosen = jnp.take_along_axis(logits, targets[:, None], -1)[:, 0]
     top = alternatives(logits, norm, wanted)
-    return state.replace(cache=out["cache"]), Scored(chosen - norm, lax.argmax(logits, 1, jnp.int32), *top)
+    logprobs = jnp.where(jnp.isfinite(norm), chosen - norm, jnp.nan)
+    return state.replace(cache=out["cache"]), Scored(logprobs, lax.argmax(logits, 1, jnp.int32), *top)

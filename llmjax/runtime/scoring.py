@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from llmjax.errors import NoRoomError
+from llmjax.errors import CheckpointError, LlmjaxError
 from llmjax.models.context import Context
 from llmjax.numerics import Numerics
 from llmjax.runtime.row import Request, Requests
@@ -53,10 +53,11 @@ def score_texts(
     logits: jax.Array = module.apply({"params": params}, ids, ctx)  # type: ignore[assignment]
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, -1), lax.argmax(logits, 2, jnp.int32)
+    norm = jax.nn.logsumexp(logits, -1)
+    return jnp.where(jnp.isfinite(norm), chosen - norm, jnp.nan), lax.argmax(logits, 2, jnp.int32)
 
 
-def scores(engine: "Engine", requests: Requests) -> Iterator[tuple[Request, Found | NoRoomError]]:
+def scores(engine: "Engine", requests: Requests) -> Iterator[tuple[Request, Found | LlmjaxError]]:
     """Each request with what was found, in their order; ``Engine.stop`` ends it.
 
     Args:
@@ -80,23 +81,24 @@ def scores(engine: "Engine", requests: Requests) -> Iterator[tuple[Request, Foun
         yield from _together(engine, short)
 
 
-def _together(engine: "Engine", requests: list[Request]) -> Iterator[tuple[Request, Found]]:
+def _together(engine: "Engine", requests: list[Request]) -> Iterator[tuple[Request, Found | LlmjaxError]]:
     width = engine.scored // ROWS
     ids, targets = np.zeros((2, ROWS, width), np.int32)
     lengths, adapters = np.ones(ROWS, np.int32), np.zeros(ROWS, np.int32)
     for i, request in enumerate(requests):
-        ids[i, : len(request.ids) - 1], targets[i, : len(request.ids) - 1] = request.ids[:-1], request.ids[1:]
+        ids[i], targets[i, : len(request.ids) - 1] = request.ids[-1], request.ids[1:]
+        ids[i, : len(request.ids) - 1] = request.ids[:-1]
         lengths[i], adapters[i] = len(request.ids), engine.adapter(request.lora)
     with engine.cleared_by_errors(), engine.timed("prefill_seconds"):
         logprobs, best = jax.device_get(engine.score_texts(ids, targets, lengths, adapters))
     for i, request in enumerate(requests):
         count = len(request.ids) - 1
-        engine.check_finite(logprobs[i, :count])
         engine.progress.prefill_tokens += len(request.ids)
-        yield request, (logprobs[i, :count], best[i, :count])
+        is_broken = np.isnan(logprobs[i, :count]).any()
+        yield request, engine.no_number(request) if is_broken else (logprobs[i, :count], best[i, :count])
 
 
-def _alone(engine: "Engine", request: Request) -> Found | NoRoomError:
+def _alone(engine: "Engine", request: Request) -> Found | LlmjaxError:
     store, count = engine.store, len(request.ids)
     tokens = padded(count, engine.chunk)
     with engine.cleared_by_errors():
@@ -107,8 +109,10 @@ def _alone(engine: "Engine", request: Request) -> Found | NoRoomError:
                 return no_room(store, count)
             store.hold(store.aside, tokens, ())
         with engine.timed("prefill_seconds"):
-            ids, adapter = np.asarray(request.ids, np.int32), engine.adapter(request.lora)
-            scored = list(engine.scored_chunks(ids, adapter, wanted=False))
+            try:
+                scored = list(engine.scored_chunks(request, np.asarray(request.ids, np.int32), wanted=False))
+            except CheckpointError as error:
+                return error
     engine.progress.prefill_tokens += count
     return (
         np.concatenate([np.zeros(0, np.float32), *(s.logprobs for s in scored)]),

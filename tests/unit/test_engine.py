@@ -5,6 +5,7 @@ import dataclasses
 from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -346,6 +347,61 @@ def test_nan_is_an_error_not_a_text(model):
         llm.generate([1, 2, 3])
     with pytest.raises(CheckpointError, match="the model computes NaN"):
         llm.score([[1, 2, 3]])
+
+
+@pytest.fixture(scope="module")
+def overflowing(model):
+    """Of the tokens 0 and 7 it computes NaN."""
+    params = jax.tree.map(lambda x: x, model.params)
+    params["embed"]["weight"] = params["embed"]["weight"].at[np.array([0, 7])].set(np.inf)
+    return roomy(LLM(dataclasses.replace(model, params=params), max_batch=4, chunk=16, block=16))
+
+
+HEALTHY = [[100 + i, *range(200, 209)] for i in range(8)]
+FEW = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+
+
+def told(outputs):
+    return [(o.outputs[0].token_ids, o.outputs[0].token_logprobs) for o in outputs]
+
+
+def test_a_row_of_nan_fails_alone(overflowing, llm):
+    """Padding, of whatever token, is nobody's fault."""
+    wanted = told(llm.generate(HEALTHY, FEW))
+    prompts = [*HEALTHY[:3], [7, 3], *HEALTHY[3:], [4] * 40 + [7]]  # places 3 and 9
+    for scored in ({}, {"prompt_logprobs": 0}):
+        params = dataclasses.replace(FEW, **scored)
+        reqs = [overflowing.request(p, params, request_id=str(i)) for i, p in enumerate(prompts)]
+        found = {output.request_id: output for output in overflowing.outputs(reqs)}
+        for output in (found.pop("3"), found.pop("9")):
+            assert "the model computes NaN" in str(output.error) and not output.outputs
+        assert told(found[i] for i in sorted(found, key=int)) == wanted
+    with pytest.raises(CheckpointError, match="^prompt 3: tiny: the model computes NaN"):
+        overflowing.generate(prompts, FEW)
+    with pytest.raises(CheckpointError, match="^text 3: tiny: the model computes NaN"):
+        overflowing.score(prompts)
+    assert [s.logprobs for s in overflowing.score(HEALTHY)] == [s.logprobs for s in llm.score(HEALTHY)]
+
+
+def test_infinity_is_no_number_either(model):
+    """A token beside an infinite logit has the log-probability -inf, which a text could have."""
+    params = jax.tree.map(lambda x: x, model.params)
+    params["head"]["weight"] = jnp.zeros_like(params["head"]["weight"]).at[5, 0].set(np.inf).at[6, 0].set(-np.inf)
+    llm = roomy(LLM(dataclasses.replace(model, params=params), max_batch=4, chunk=16, block=16))
+    with pytest.raises(CheckpointError, match="the model computes NaN"):
+        list(llm.run([llm.request([1, 2, 3], FEW, forced=[3, 3])]))
+    with pytest.raises(CheckpointError, match="the model computes NaN"):
+        llm.score([[1, 2, 3]])
+
+
+def test_what_a_row_leaves_in_its_pages_is_nobody_elses(overflowing, llm):
+    wanted = told(llm.generate(HEALTHY, FEW))
+    reqs = [overflowing.request(ids, FEW, request_id=str(i)) for i, ids in enumerate([[1, 2], [7] * 150])]
+    outputs = overflowing.outputs(reqs)
+    assert next(outputs).request_id == "0"
+    outputs.close()  # before anybody has looked at the other's numbers
+    assert np.isnan(np.asarray(overflowing.engine.store.state.cache["layers_1"]["attn"]["k"])).any()
+    assert told(overflowing.generate(HEALTHY, FEW)) == wanted
 
 
 def test_numpy_ids_are_ids(llm):

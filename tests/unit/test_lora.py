@@ -7,6 +7,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -18,6 +19,7 @@ from llmjax.lora import adapter as lora_adapter
 from llmjax.lora.adapter import Delta, LoraSource, read_adapter
 from llmjax.lora.apply import together
 from llmjax.models.context import Context
+from llmjax.models.tree import get_at, path_of
 from llmjax.numerics import resolve
 from llmjax.quant.qtensor import dequantize
 from tests.tiny import CONFIG, checkpoint, random_ids
@@ -188,6 +190,25 @@ def test_quantized_weights_keep_it_apart(base, adapter, expected):
     packed = llmjax.convert(base, base.parent / "packed", quantize="int8")
     with pytest.warns(UserWarning, match=r"rounded again: [\d,]+ of [\d,]+ values changed, \d+% of the delta"):
         llmjax.load(packed, lora=adapter, lora_mode="merged")
+
+
+def test_merged_weights_are_kept_as_the_products_need_them(base, adapter, tmp_path):
+    """Beside an embedding of float32 the fast profile multiplies in float32: in bfloat16, as the others are stored, a
+    part of the delta would be lost.  With all in bfloat16 there is one rounding, that of the sum."""
+    where, name, tensor = tmp_path / "mixed", "layers.0.attn.q.weight", "model.layers.0.self_attn.q_proj.weight"
+    shutil.copytree(base, where)
+    for embedding, kept in ((np.float32, np.float32), (ml_dtypes.bfloat16, ml_dtypes.bfloat16)):
+        kinds = {n: embedding if "embed" in n else ml_dtypes.bfloat16 for n in weights(base)}
+        save_file({n: w.astype(kinds[n]) for n, w in weights(base).items()}, where / "model.safetensors")
+        model = llmjax.load(where, numerics="fast", lora=adapter)
+        factors = load_file(adapter / "adapter_model.safetensors")
+        a, b = (factors[f"base_model.model.{tensor}".replace("weight", f"lora_{x}.weight")] for x in "AB")
+        exact = weights(where)[tensor].astype(np.float64) + 5 / 3 * (b.astype(np.float64) @ a)
+        found = np.asarray(get_at(model.params, path_of(name)))
+        assert found.dtype == model.numerics.products == kept
+        np.testing.assert_allclose(
+            found.astype(np.float64), exact, rtol=float(ml_dtypes.finfo(kept).eps) / 1.9, atol=1e-6
+        )
 
 
 def test_scales(base, adapter):
