@@ -20,7 +20,7 @@ from jax import lax
 from llmjax.device import platform_of
 from llmjax.models.context import PATCHES, Context
 from llmjax.models.recompute import recomputed
-from llmjax.models.scanned import scanned
+from llmjax.models.scanned import kind_of, scanned
 from llmjax.models.watched import watched
 from llmjax.numerics import Numerics
 from llmjax.products.matmul import summed_rows
@@ -223,7 +223,7 @@ def stacked(params: dict[str, Any], period: int, slots: int, numerics: Numerics)
     ):
         return None
     groups = [layers[i::period] for i in range(period)]
-    if any(_kind(layer) != _kind(group[0]) for group in groups for layer in group):
+    if any(kind_of(layer) != kind_of(group[0]) for group in groups for layer in group):
         return None
     rest = {name: value for name, value in params.items() if not name.startswith("layers_")}
     return {**rest, STACKED: tuple(jax.tree.map(_stack, *group) for group in groups)}
@@ -245,7 +245,3 @@ def _converted(layer: Any, slots: int, numerics: Numerics) -> bool:
         else leaf.ndim < 2
         for leaf in leaves
     )
-
-
-def _kind(layer: Any) -> Any:
-    return jax.tree.structure(layer), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(layer)]
