@@ -304,8 +304,3 @@ def outside(token: int, model: Model) -> str:
     name = f" ({text!r})" if text else ""
     why = ": the tokenizer has it, the model's embedding no row for it" if text else ""
     return f"{token}{name} is outside the vocabulary (0 to {model.config.vocab_size - 1}){why}"
-
-
-def plain(token: Any) -> Any:
-    """NumPy's integers as Python's, so that results hold what JSON can; anything else is left for ``check_ids``."""
-    return int(token) if isinstance(token, np.integer) else token
