@@ -23,7 +23,7 @@ from llmjax.models.functions import Known
 from llmjax.models.interventions import Interventions, checked, intervened
 from llmjax.models.watched import Program
 from llmjax.numerics import Numerics
-from llmjax.quant.qtensor import QTensor
+from llmjax.quant.qtensor import QTensor, is_qtensor
 from llmjax.quant.schemes import Recipe
 from llmjax.text.tokenizer import Tokenizer
 
@@ -133,7 +133,7 @@ class Model:
     def stored(self) -> dict[str, int]:
         """The kinds of weights there are, dtypes and schemes of quantized ones, and how many weights are of each."""
         kinds: Counter[str] = Counter()
-        for leaf in jax.tree.leaves(self.params, is_leaf=lambda x: isinstance(x, QTensor)):
+        for leaf in jax.tree.leaves(self.params, is_leaf=is_qtensor):
             kinds[leaf.scheme if isinstance(leaf, QTensor) else str(leaf.dtype)] += int(np.prod(leaf.shape))
         return dict(sorted(kinds.items()))
 

@@ -27,7 +27,7 @@ from llmjax.products.matmul import summed_rows
 from llmjax.products.tiles import converted_whole
 from llmjax.quant.arrays import aligned
 from llmjax.quant.bits import from_storage, to_storage
-from llmjax.quant.qtensor import QTensor
+from llmjax.quant.qtensor import QTensor, is_qtensor
 
 # The entry of the ``params`` and ``cache`` collections that holds stacked layers: a tuple with one tree for each layer
 # of the pattern that repeats, leaves ``[n, ...]`` and cache buffers of ``n * P`` pages or slots, n being the
@@ -236,7 +236,7 @@ def _stack(*leaves: jax.Array) -> jax.Array:
 
 def _converted(layer: Any, slots: int, numerics: Numerics) -> bool:
     """Whether each weight of a layer is small, and converted where a decode step multiplies with it."""
-    leaves = jax.tree.leaves(layer, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    leaves = jax.tree.leaves(layer, is_leaf=is_qtensor)
     return all(
         leaf.values.ndim == 2
         and converted_whole(leaf.shape, 4)
