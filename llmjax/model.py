@@ -244,14 +244,14 @@ class Model:
         if isinstance(batch, str | bytes | Mapping) or not np.iterable(batch):
             raise RequestError(f"batch: expected a list of token id lists, found {shown(batch)}")
         self._logits.forget()
-        for index, ids in enumerate(batch):
-            checked = check_ids(ids, self, f"row {index}")
+        for index, given in enumerate(batch):
+            ids = check_ids(given, self, f"row {index}")
             # An intervention sees the text as it is.
             width = len(ids) if self.interventions else padded_width(len(ids))
             if self.interventions and self._known.changed(self.module.computed((1, width))):
                 self._logits.forget(everything=True)
             padded = np.zeros((1, width), np.int32)
-            padded[0, : len(ids)] = checked
+            padded[0, : len(ids)] = ids
             length = np.array([len(ids)], np.int32)
             # Cut by NumPy: JAX would compile a slice for every length.
             rows.append(np.asarray(self._logits(self.params, padded, length))[0, : len(ids)].copy())
