@@ -23,7 +23,7 @@ from llmjax.models.functions import Known
 from llmjax.models.interventions import Interventions, checked, intervened
 from llmjax.models.watched import Program
 from llmjax.numerics import Numerics
-from llmjax.quant.qtensor import QTensor
+from llmjax.quant.qtensor import QTensor, is_qtensor
 from llmjax.quant.schemes import Recipe
 from llmjax.text.tokenizer import Tokenizer
 
@@ -133,7 +133,7 @@ class Model:
     def stored(self) -> dict[str, int]:
         """The kinds of weights there are, dtypes and schemes of quantized ones, and how many weights are of each."""
         kinds: Counter[str] = Counter()
-        for leaf in jax.tree.leaves(self.params, is_leaf=lambda x: isinstance(x, QTensor)):
+        for leaf in jax.tree.leaves(self.params, is_leaf=is_qtensor):
             kinds[leaf.scheme if isinstance(leaf, QTensor) else str(leaf.dtype)] += int(np.prod(leaf.shape))
         return dict(sorted(kinds.items()))
 
@@ -244,13 +244,14 @@ class Model:
         if isinstance(batch, str | bytes | Mapping) or not np.iterable(batch):
             raise RequestError(f"batch: expected a list of token id lists, found {shown(batch)}")
         self._logits.forget()
-        for index, ids in enumerate(batch):
-            checked = check_ids(ids, self, f"row {index}")
+        for index, given in enumerate(batch):
+            ids = check_ids(given, self, f"row {index}")
             # An intervention sees the text as it is.
             width = len(ids) if self.interventions else padded_width(len(ids))
             if self.interventions and self._known.changed(self.module.computed((1, width))):
                 self._logits.forget(everything=True)
-            padded = np.pad(checked, (0, width - len(ids)), mode="edge")[None]  # no token that is not the row's own
+            # Padding is no token that is not the row's own.
+            padded = np.pad(np.asarray(ids, np.int32), (0, width - len(ids)), mode="edge")[None]
             length = np.array([len(ids)], np.int32)
             # Cut by NumPy: JAX would compile a slice for every length.
             rows.append(np.asarray(self._logits(self.params, padded, length))[0, : len(ids)].copy())
@@ -303,8 +304,3 @@ def outside(token: int, model: Model) -> str:
     name = f" ({text!r})" if text else ""
     why = ": the tokenizer has it, the model's embedding no row for it" if text else ""
     return f"{token}{name} is outside the vocabulary (0 to {model.config.vocab_size - 1}){why}"
-
-
-def plain(token: Any) -> Any:
-    """NumPy's integers as Python's, so that results hold what JSON can; anything else is left for ``check_ids``."""
-    return int(token) if isinstance(token, np.integer) else token

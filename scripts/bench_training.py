@@ -70,7 +70,7 @@ def ours(args: argparse.Namespace, kind: str) -> dict[str, Any]:
     adapter = new_adapter(model, config.lora)
     programs = Programs(model, adapter.targets, config)
     step, state = train_step(programs, config), first_state(adapter.factors, config)
-    before = programs.mean_loss(state.factors, held_out) if args.evaluate else None
+    before = programs.evaluated(state.factors, held_out)["loss"] if args.evaluate else None
     shapes = {tuple((b.ids.shape, b.at.shape) for b in group): group for group in groups}
     began = time.monotonic()
     for group in shapes.values():
@@ -81,7 +81,7 @@ def ours(args: argparse.Namespace, kind: str) -> dict[str, Any]:
         state, outcome = step(state, group, args.rate)
         losses.append(outcome.loss)
     seconds = time.monotonic() - began
-    after = programs.mean_loss(state.factors, held_out) if args.evaluate else None
+    after = programs.evaluated(state.factors, held_out)["loss"] if args.evaluate else None
     return {"steps_per_second": len(losses) / seconds, "peak_mb": peak_mb(), "warm_up_seconds": warm, "losses": losses,
             "shapes": len(shapes), "eval": [before, after]}  # fmt: skip
 

@@ -214,7 +214,7 @@ def replay(folder: Path, base: Path, output: Path, numerics: str | None = None) 
     held_out_batches = cut(held_out, config.batch_size)
 
     def evaluated() -> float | None:
-        return programs.mean_loss(state.factors, held_out_batches) if held_out_batches else None
+        return programs.evaluated(state.factors, held_out_batches)["loss"] if held_out_batches else None
 
     history: dict[str, Any] = {"loss": [], "grad_norm": [], "lr": [], "tokens": [], "eval_loss_before": evaluated()}
     history |= {name: [] for name in (_PREFERENCES if config.dpo else ())}

@@ -21,10 +21,11 @@ from typing import IO, Any
 from converters.readers.litert import tflite
 from converters.readers.mediapipe.package import METADATA, MODEL, OPTIONAL, TOKENIZER
 from converters.readers.mediapipe.parameters import LlmParameters
-from llmjax.errors import ConfigError, LlmjaxError, TokenizerError, named, shown
+from llmjax.errors import ConfigError, LlmjaxError, named, shown
 from llmjax.outside.paths import checked_path
 from llmjax.outside.values import FLAG, STRING, TEXT, Rule, each
 from llmjax.outside.whole import whole_file
+from llmjax.text import sentencepiece
 
 _ALIGNMENT = 4
 _HEADER_BYTES = 30  # of an entry, before its name
@@ -205,24 +206,14 @@ def _check_files(config: BundleConfig, options: list[str], output: Path) -> None
 
 
 def _check_tokens(config: BundleConfig, vocabulary: bytes) -> None:
-    import sentencepiece
-
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
-        count = processor.get_piece_size()
-    except Exception as error:  # RuntimeError and others
-        raise TokenizerError(
-            f"{config.tokenizer_model}: not a SentencePiece model, or a damaged one: {error or 'it does not parse'}"
-        ) from None
-    if not count:
-        raise TokenizerError(f"{config.tokenizer_model}: not a SentencePiece model: it has no pieces")
+    processor = sentencepiece.processor_of(vocabulary, config.tokenizer_model)
     if not config.strict:
         return
     given = [("start_token", config.start_token)] * bool(config.start_token)
     given += [("stop_tokens", text) for text in config.stop_tokens]
     missing = [(option, text) for option, text in given if processor.id_to_piece(processor.piece_to_id(text)) != text]
     if missing:
-        special = [processor.id_to_piece(i) for i in range(count) if processor.is_control(i)]
+        special = [processor.id_to_piece(i) for i in range(processor.get_piece_size()) if processor.is_control(i)]
         known = f"; its control pieces are {', '.join(map(named, special[:10]))}" if special else ""
         lines = [f"{option}: {text!r} is not in the vocabulary of {config.tokenizer_model}" for option, text in missing]
         known += " (strict=False, --no-strict, takes any text)"

@@ -22,11 +22,13 @@ from converters.mediapipe import job, lora, writer
 from converters.mediapipe import vocabulary as vocabulary_lib
 from converters.mediapipe.weight_files import Weights
 from converters.readers.huggingface import HuggingFaceSource
+from converters.readers.jsonfile import read_json
 from converters.readers.mediapipe.lora import Factors
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.opening import open_source
 from converters.readers.peft import CONFIG, WEIGHTS
 from converters.readers.source import Source
+from converters.readers.weights_file import TORCH
 from llmjax.checkpoint.loading import find_model, is_quantized
 from llmjax.checkpoint.mediapipe_config import ModelType
 from llmjax.checkpoint.parameters import OnParameter
@@ -44,7 +46,7 @@ from llmjax.quant.schemes import parse
 # By checkpoint format: what a directory's weights are called, the first one found, and endings.
 _FORMATS = {
     "safetensors": (("model.safetensors.index.json", "model.safetensors"), (".safetensors",)),
-    "pytorch": (("pytorch_model.bin.index.json", "pytorch_model.bin"), (".bin", ".pt", ".pth")),
+    "pytorch": (("pytorch_model.bin.index.json", "pytorch_model.bin"), TORCH),
 }
 _PATH = Rule("a path that a file can have", lambda v: isinstance(v, str | Path) and not (str(v) and path_problem(v)))
 _PATH_OR_NONE = Rule("a path that a file can have, or None", lambda v: v is None or _PATH.holds(v))
@@ -328,8 +330,6 @@ def convert_source(
 def _combine(config: ConversionConfig, kind: ModelType, output: Path, path: Path, report: OnParameter) -> None:
     directory = Path(config.input_ckpt)
     directory = directory if directory.is_dir() else directory.parent
-    from converters.readers.jsonfile import read_json
-
     beside = directory / "config.json"
     found = read_json(beside) if config.input_ckpt else None
     _, model = read_config(found or kind.config, str(beside) if found else kind.name)

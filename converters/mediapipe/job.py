@@ -25,7 +25,7 @@ from llmjax.models.config import DecoderConfig
 from llmjax.models.registry import read_config
 from llmjax.outside.whole import whole_files
 from llmjax.quant.schemes import Recipe, Scheme, role_of
-from llmjax.text import mediapipe
+from llmjax.text import mediapipe, sentencepiece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,15 +236,8 @@ def check_vocabulary(vocabulary: bytes, rows: int, kind: ModelType, where: str) 
     Raises:
       TokenizerError: it does not fit.
     """
-    import sentencepiece
-
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
-        pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
-    except Exception as error:  # RuntimeError and others
-        raise TokenizerError(f"{where}: not a SentencePiece model, or a damaged one: {error}") from None
-    if not pieces:
-        raise TokenizerError(f"{where}: not a SentencePiece model: it has no pieces")
+    model = sentencepiece.processor_of(vocabulary, where)
+    pieces = [model.id_to_piece(i) for i in range(model.get_piece_size())]
     if len(pieces) > rows:
         raise TokenizerError(
             f"{where}: the vocabulary has {len(pieces)} pieces, the model's embedding only {rows} rows; "

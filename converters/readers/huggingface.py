@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from converters.readers.float8 import Float8
 from converters.readers.jsonfile import read_json
 from converters.readers.safetensors import SafetensorsFile
 from converters.readers.source import TensorSpec, problems_error
+from converters.readers.weights_file import ENDINGS, WeightsFile, open_weights
 from llmjax.errors import CheckpointError, named
 
 # As transformers looks for them, the first one found.
@@ -24,16 +25,6 @@ WEIGHTS = (
 )
 
 _T = TypeVar("_T")
-
-
-class _File(Protocol):
-    path: Path
-    stamp: Stamp
-
-    def names(self) -> list[str]: ...
-    def spec(self, name: str) -> TensorSpec: ...
-    def read(self, name: str) -> np.ndarray: ...
-    def release(self, name: str) -> None: ...
 
 
 class HuggingFaceSource:
@@ -62,7 +53,7 @@ class HuggingFaceSource:
         self.directory = directory
         self.path = path or directory
         self.metadata: dict[str, Any] = {}
-        self._home: dict[str, _File] = {}
+        self._home: dict[str, WeightsFile] = {}
         problems: list[str] = []
         if config is None or (directory / "config.json").exists():
             config = self._read_config(problems)
@@ -120,7 +111,7 @@ class HuggingFaceSource:
         return index, [self.directory / shard for shard in sorted(set(index.values()))]
 
     def _others(self) -> str:
-        others = sorted(p.name for p in self.directory.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+        others = sorted(p.name for p in self.directory.iterdir() if p.suffix in ENDINGS)
         if not others:
             return ""
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
@@ -167,14 +158,8 @@ class HuggingFaceSource:
         """See ``Source``.  Each map goes when the last array that views it does."""
 
 
-def _open(path: Path) -> _File:
-    if path.suffix == ".safetensors":
-        return SafetensorsFile(path)
-    if path.suffix in (".bin", ".pt", ".pth"):
-        from converters.readers.torch.archive import TorchFile
-
-        return TorchFile(path)
-    raise CheckpointError(f"{path}: unknown kind of weights file; expected *.safetensors, *.bin or *.gguf")
+def _open(path: Path) -> WeightsFile:
+    return open_weights(path, "unknown kind of weights file; expected *.safetensors, *.bin or *.gguf")
 
 
 def _collect(problems: list[str], read: Callable[[Path], _T], path: Path) -> _T | None:

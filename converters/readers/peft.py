@@ -6,13 +6,14 @@ Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from converters.readers.digest import Stamp, stamp
 from converters.readers.jsonfile import read_json
 from converters.readers.source import TensorSpec
+from converters.readers.weights_file import WeightsFile, open_weights
 from llmjax.errors import CheckpointError, lies_at, named
 
 CONFIG = "adapter_config.json"
@@ -36,14 +37,6 @@ _FOREIGN = (
 )
 
 
-class _Tensors(Protocol):
-    stamp: Stamp
-
-    def names(self) -> list[str]: ...
-    def spec(self, name: str) -> TensorSpec: ...
-    def read(self, name: str) -> np.ndarray: ...
-
-
 @dataclass(frozen=True)
 class AdapterFile:
     """What an adapter's files say.
@@ -64,7 +57,7 @@ class AdapterFile:
     bases: dict[str, dict[str, str]]
     problems: list[str]
     files: tuple[Stamp, ...]
-    _tensors: _Tensors
+    _tensors: WeightsFile
 
     def spec(self, name: str) -> TensorSpec:
         """A tensor's header."""
@@ -93,7 +86,7 @@ def open_adapter(path: Path) -> AdapterFile:
     config = read_json(weights.parent / CONFIG)
     if config is None and path.is_dir():
         raise CheckpointError(f"{path / CONFIG}: no such file; copy it, or name the weights file and give alpha")
-    tensors = _open(weights)
+    tensors = open_weights(weights, "unknown kind of adapter; expected a directory, *.safetensors or *.bin")
     factors: dict[str, dict[str, str]] = {}
     bases: dict[str, dict[str, str]] = {}
     problems = []
@@ -108,15 +101,3 @@ def open_adapter(path: Path) -> AdapterFile:
     problems += [f"tensor {named(name)}: of the base, beside which there are no factors"
                  for module in bases.keys() - factors.keys() for name in bases[module].values()]  # fmt: skip
     return AdapterFile(weights, config, factors, bases, problems, (tensors.stamp, *configs), tensors)
-
-
-def _open(path: Path) -> _Tensors:
-    if path.suffix == ".safetensors":
-        from converters.readers.safetensors import SafetensorsFile
-
-        return SafetensorsFile(path)
-    if path.suffix in (".bin", ".pt", ".pth"):
-        from converters.readers.torch.archive import TorchFile
-
-        return TorchFile(path)
-    raise CheckpointError(f"{path}: unknown kind of adapter; expected a directory, *.safetensors or *.bin")

@@ -46,7 +46,7 @@ class Source(Protocol):
 
     Attributes:
       path: what the user named.
-      format: ``huggingface``, ``gguf``, ``llmjax`` or ``mediapipe``.
+      format: ``huggingface``, ``gguf``, ``llmjax`` or ``mediapipe``; ``graph`` of an op graph's weights.
       config: ``config.json`` of a directory; empty for GGUF.
       generation_config: ``generation_config.json`` beside it, or None.
       metadata: key-value pairs of a GGUF file; empty for other formats.

@@ -15,6 +15,7 @@ from typing import Any
 
 from llmjax.batch.answering import Task, is_done
 from llmjax.batch.cluster import Cluster, last_line, room
+from llmjax.batch.identity import without_path
 from llmjax.batch.rows import InputRow, Shard, Work, read_rows, row_key
 from llmjax.batch.worker import Greeting, Piece, Sent, Worker
 from llmjax.checkpoint.identity import differences
@@ -221,7 +222,7 @@ class Fleet:
         if self._first is None:
             self._first = greeting
             _say(f"workers, {len(self._members)} in all, are as the first one, on {greeting.node}:", greeting.told)
-        elif changed := list(differences(_facts(self._first), _facts(greeting))):
+        elif changed := list(differences(without_path(self._first.identity), without_path(greeting.identity))):
             first, other = self._first.node, greeting.node
             raise RequestError(
                 "\n  ".join([f"workers on {first} (was) and {other} (now) would not give the same bits:", *changed])
@@ -280,11 +281,6 @@ class _Later:
     def request(self, question: Any, row_id: str, date: Date | None) -> Request:
         """Stands for one that a worker will make."""
         return Request(row_id, None, [], SamplingParams(), 0)
-
-
-def _facts(greeting: Greeting) -> dict[str, Any]:
-    """All that a worker's bits hang on: not the path of its model."""
-    return {name: value for name, value in greeting.identity.items() if name != "model" or not isinstance(value, str)}
 
 
 def _say(text: str, more: str = "") -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from llmjax.checkpoint.identity import model_facts, runtime_facts
@@ -14,6 +15,11 @@ def chat_options(llm: LLM) -> dict[str, Any]:
     template = llm.chat_options.get("chat_template")
     sha = {} if template is None else {"chat_template": hashlib.sha256(template.encode()).hexdigest()}
     return json.loads(json.dumps({**llm.chat_options, **sha}, default=str))
+
+
+def without_path(job: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity, of any job, without what changes no answer: the model's path."""
+    return {name: value for name, value in job.items() if name != "model" or not isinstance(value, str)}
 
 
 def identity(llm: LLM, params: SamplingParams, shard: str = "1/1", date: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from llmjax.batch.identity import without_path
 from llmjax.checkpoint.identity import differences
 from llmjax.errors import RequestError, ResumeError
 from llmjax.outside.whole import write_whole
@@ -99,7 +100,7 @@ def going_on(output: Path, job: dict[str, Any], found: Manifest | None) -> Manif
                 "output, or start over with --force"
             )
         return Manifest(job)
-    changed = list(differences(_facts(found.job), _facts(job)))
+    changed = list(differences(without_path(found.job), without_path(job)))
     if changed:
         raise ResumeError(
             "\n  ".join(
@@ -111,11 +112,6 @@ def going_on(output: Path, job: dict[str, Any], found: Manifest | None) -> Manif
             )
         )
     return found
-
-
-def _facts(job: Mapping[str, Any]) -> Mapping[str, Any]:
-    """All but what changes no answer: the model's path."""
-    return {name: value for name, value in job.items() if name != "model" or not isinstance(value, str)}
 
 
 def _has_bytes(path: Path) -> bool:

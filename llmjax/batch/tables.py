@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any
 
+from converters.readers.jsonfile import unique_keys
 from llmjax.batch.magic import binary_kind
 from llmjax.batch.native import IDS, finite
 from llmjax.errors import RequestError, shown
@@ -202,7 +203,7 @@ def _parsed(key: str, cell: str) -> Any:
     if not key or key in _TEXTS:
         return cell
     try:
-        return json.loads(cell)
+        return json.loads(cell, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError):
         return cell
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from llmjax.model import Model
-from llmjax.quant.qtensor import QTensor
+from llmjax.quant.qtensor import is_qtensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Costs:
     def __init__(self, model: Model):
         self._config = model.config
         self._item = model.numerics.products.itemsize
-        leaves = jax.tree_util.tree_leaves_with_path(model.params, is_leaf=is_quantized)
+        leaves = jax.tree_util.tree_leaves_with_path(model.params, is_leaf=is_qtensor)
         self.weight_bytes = sum(leaf.nbytes for _, leaf in leaves)
         self.parameters = sum(_count(leaf) for _, leaf in leaves)
         self._head = model.config.vocab_size * model.config.hidden_size
@@ -87,11 +87,6 @@ class Costs:
             carried = (size for sizes in config.carried(layer).values() for size in sizes.values())
             nbytes += sum(2 * 4 * math.prod(size) for size in carried)
         return nbytes, flops
-
-
-def is_quantized(leaf: Any) -> bool:
-    """Keeps a quantized weight whole in a walk over a tree."""
-    return isinstance(leaf, QTensor)
 
 
 def _count(leaf: Any) -> int:

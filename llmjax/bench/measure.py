@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.bench.cost import Cost, Costs, is_quantized
+from llmjax.bench.cost import Cost, Costs
 from llmjax.bench.probes import matmul_probe, read_probe
 from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.device import device_of, platform_of
@@ -23,6 +23,7 @@ from llmjax.model import Model
 from llmjax.outside.values import POSITIVE, check
 from llmjax.outside.whole import make_folder
 from llmjax.products.matmul import integer_digits
+from llmjax.quant.qtensor import is_qtensor
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine
 from llmjax.runtime.params import SamplingParams
@@ -365,7 +366,7 @@ def _product_dtypes(model: Model) -> list[str]:
     """What the model's products may run in; quantized weights are multiplied in integers on some CPUs, elsewhere in
     bfloat16 (``products.defined``)."""
     found = ["float32", str(model.numerics.products)]
-    if any(map(is_quantized, jax.tree.leaves(model.params, is_leaf=is_quantized))):
+    if any(map(is_qtensor, jax.tree.leaves(model.params, is_leaf=is_qtensor))):
         on_cpu = platform_of(model.params) == "cpu"
         if model.numerics.digits and not on_cpu:
             found.append("bfloat16")

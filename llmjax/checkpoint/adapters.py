@@ -78,20 +78,19 @@ def _listed(values: list[Any]) -> str:
     return ", ".join(f"{v:.6g}" for v in values)
 
 
-def check(path: str | Path, lora: AnyLora, *, prompt: str | None = None, dtype: str | None = None) -> Check:
+def check(path: str | Path, lora: AnyLora, *, prompt: str | None = None) -> Check:
     """Reads an adapter, fits it to a model, and runs it merged and unmerged over a short text.
 
     Args:
       path: the model: see ``llmjax.load``.
       lora: the adapter.
       prompt: the text; where there is none, a few token ids.
-      dtype: see ``llmjax.load``.
 
     Raises:
       LoraError: it does not fit.
       LlmjaxError: the model cannot be loaded.
     """
-    base = load(path, dtype=dtype)
+    base = load(path)
     values = values_of(base.params)
     adapter = read_adapter(lora, base.architecture, base.config, values)
     if prompt is not None and base.tokenizer is not None:
@@ -105,7 +104,7 @@ def check(path: str | Path, lora: AnyLora, *, prompt: str | None = None, dtype: 
     without = base.logits([ids])[0]
     del base
     modes = ["unmerged"] if TABLE in adapter.deltas else ["unmerged", "merged"]
-    unmerged, *merged = (load(path, dtype=dtype, lora=adapter, lora_mode=m).logits([ids])[0] for m in modes)
+    unmerged, *merged = (load(path, lora=adapter, lora_mode=m).logits([ids])[0] for m in modes)
     return Check(
         adapter.path,
         modules,

@@ -24,7 +24,7 @@ from llmjax.lora.apply import Lora
 from llmjax.model import Model
 from llmjax.models.sharding import mesh_of
 from llmjax.models.tree import canonical
-from llmjax.quant.qtensor import QTensor
+from llmjax.quant.qtensor import QTensor, is_qtensor
 from llmjax.quant.schemes import Recipe, role_of
 
 # Rows and tokens: functions may do one thing to prompts, another to what is generated.
@@ -173,10 +173,6 @@ def _quantization(model: Model, recipe: Recipe | None) -> Any:
     return found if len(same) > 1 else None if same == {"float"} else same.pop()
 
 
-def _is_packed(x: Any) -> bool:
-    return isinstance(x, QTensor)
-
-
 def _abridged(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:24]}..."
@@ -195,7 +191,7 @@ def _arrays_sha256(params: Any) -> str:
         f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype} {sha}"
         for (path, leaf), sha in zip(leaves, hashes, strict=True)
     ]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_packed):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_qtensor):
         if isinstance(leaf, QTensor):
             lines.append(f"{jax.tree_util.keystr(path)} {leaf.bits} {leaf.zero}")
     return _sha256(lines)

@@ -25,7 +25,7 @@ class CheckpointReport:
 
     Attributes:
       path: of the checkpoint.
-      format: ``huggingface``, ``gguf`` or ``llmjax``.
+      format: ``huggingface``, ``gguf``, ``llmjax`` or ``mediapipe``.
       model_type: its architecture, as it names it.
       supported: whether ``llmjax.load`` would take it.
       problems: why not.

@@ -39,7 +39,7 @@ from llmjax.models.tree import get_at, parameter_shapes, path_of
 from llmjax.numerics import FAST
 from llmjax.outside.paths import checked_path
 from llmjax.outside.values import FLAG, POSITIVE, STRING, check, plain
-from llmjax.quant.qtensor import QTensor
+from llmjax.quant.qtensor import QTensor, is_qtensor
 from llmjax.quant.schemes import Recipe, parse
 from llmjax.text.tokenizer import Tokenizer
 
@@ -321,7 +321,7 @@ def _warn(recipe: Recipe, plan: Plan) -> None:
 
 
 def _numerics(name: str, params: dict[str, Any], path: Path, dtype: str | None) -> numerics_lib.Numerics:
-    quantized = any(isinstance(x, QTensor) for x in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QTensor)))
+    quantized = any(map(is_qtensor, jax.tree.leaves(params, is_leaf=is_qtensor)))
     if name == "dynamic_int8" and not quantized:
         raise ConfigError(
             f'{path}: numerics dynamic_int8 is about quantized weights and there are none; add quantize="int8" '

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from llmjax.batch import job
-    from llmjax.batch.rows import Work
+    from llmjax.batch.rows import Shard, Work
     from llmjax.llm import LLM
     from llmjax.model import Model
     from llmjax.runtime.asking import Params
@@ -103,13 +103,13 @@ class _Named(argparse.Action):
 
 def _batch(args: argparse.Namespace) -> int:
     from llmjax.batch import dryrun
-    from llmjax.batch.rows import WHOLE, Generating, Shard
+    from llmjax.batch.rows import Generating
 
     given, load = sampling_given(args), functools.partial(_generating, args)
     if args.dry_run:
         if args.ray:
             raise RequestError("--dry-run: rows are checked here; leave --ray out")
-        shard = Shard.parse(args.shard) if args.shard else WHOLE
+        shard = _shard(args)
         report = dryrun.run(load, args.input, args.output, given, shard, args.date, args.column or {})
         print(report.describe())
         return 1 if report.bad else 0
@@ -160,12 +160,16 @@ def _scoring(args: argparse.Namespace) -> "LLM":
 
 def _options(args: argparse.Namespace) -> "job.Options":
     from llmjax.batch import job
-    from llmjax.batch.rows import WHOLE, Shard
 
-    shard = Shard.parse(args.shard) if args.shard else WHOLE
     date = getattr(args, "date", None)
     columns = args.column or {}
-    return job.Options(args.ordered, shard, args.retry_errors, args.force, args.progress_seconds, date, columns)
+    return job.Options(args.ordered, _shard(args), args.retry_errors, args.force, args.progress_seconds, date, columns)
+
+
+def _shard(args: argparse.Namespace) -> "Shard":
+    from llmjax.batch.rows import WHOLE, Shard
+
+    return Shard.parse(args.shard) if args.shard else WHOLE
 
 
 def _about(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Flags that several verbs share, and what their values mean."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+from converters.readers.jsonfile import parse_json
 from llmjax.errors import RequestError
 
 # What ``add_subparsers`` returns; argparse has no public name for it.
@@ -177,7 +177,7 @@ def _bias(text: str) -> dict[int, float]:
 
 def _json_object(text: str) -> dict[str, Any]:
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"not valid JSON: {error}") from None
     if not isinstance(found, dict):

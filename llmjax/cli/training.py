@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,14 +158,12 @@ class _Progress:
         self._last = (0.0, 0)
 
     def __call__(self, report: "Report") -> None:
-        import time
-
-        from llmjax.batch.progress import clock
+        from llmjax.batch.progress import PLAIN_SECONDS, TERMINAL_SECONDS, clock
 
         values, now = report.values, time.monotonic()
         terminal, end = sys.stderr.isatty(), report.step == report.steps
         told, tokens = self._last
-        if not (end or "eval_loss" in values or now - told >= (0.2 if terminal else 10)):
+        if not (end or "eval_loss" in values or now - told >= (TERMINAL_SECONDS if terminal else PLAIN_SECONDS)):
             return
         rate = (values["tokens"] - tokens) / (now - told) if told else values["tokens"] / max(values["seconds"], 1e-3)
         self._last = now, values["tokens"]

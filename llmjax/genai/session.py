@@ -96,16 +96,17 @@ class LlmInferenceSession:
         most = max(llm_inference._options.max_top_k, llm_inference._options.top_k)
         if options.top_k > most:
             raise RequestError(f"top_k: {options.top_k}, larger than the task's max_top_k of {most}; raise that")
-        if llm_inference._busy.locked():
-            raise RequestError("LlmInferenceSession: an answer is still under way; wait for it")
+        _check_free(llm_inference)
         own = llm_inference._lora if options.lora_path is None else llm_inference._with(options.lora_path)
         return cls(llm_inference, options, own)
 
     def _check(self) -> None:
+        self._check_open()
+        _check_free(self._task)
+
+    def _check_open(self) -> None:
         if self._closed:
             raise RequestError("LlmInferenceSession: this session is closed; make another")
-        if self._task._busy.locked():
-            raise RequestError("LlmInferenceSession: an answer is still under way; wait for it")
 
     def add_query_chunk(self, text: str, *, role: str = "user") -> None:
         """Adds to the prompt; chunks of one role are one text.
@@ -174,8 +175,7 @@ class LlmInferenceSession:
         Raises:
           RequestError: the session is closed.
         """
-        if self._closed:
-            raise RequestError("LlmInferenceSession: this session is closed; make another")
+        self._check_open()
         return self._task.size_in_tokens(text)
 
     def clone(self) -> "LlmInferenceSession":
@@ -196,6 +196,11 @@ class LlmInferenceSession:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _check_free(task: LlmInference) -> None:
+    if task._busy.locked():
+        raise RequestError("LlmInferenceSession: an answer is still under way; wait for it")
 
 
 def _sampling(options: LlmInferenceSessionOptions) -> SamplingParams:

@@ -127,6 +127,11 @@ def settled(lora: Lora, weight: jax.Array | QTensor, parameter: str) -> Lora:
     return lora.replace(norm=norm)
 
 
+def has_lora(params: Any) -> bool:
+    """Whether an adapter is beside some of a model's weights."""
+    return any(isinstance(x, Lora) for x in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Lora)))
+
+
 def beside(delta: Delta, weight: jax.Array | QTensor, parameter: str) -> Lora:
     """One adapter for all rows.
 

@@ -3,11 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 
-import jax
-
 from llmjax.errors import LoraError, shown
 from llmjax.lora.adapter import AnyLora, read_adapter, values_of
-from llmjax.lora.apply import Lora, together, with_loras
+from llmjax.lora.apply import has_lora, together, with_loras
 from llmjax.model import AdapterOrigin, Model, Origin
 
 
@@ -19,7 +17,7 @@ def with_adapters(model: Model, loras: Mapping[str, AnyLora]) -> Model:
     """
     if not isinstance(loras, Mapping):
         raise LoraError(f"loras: expected adapters by name, found {shown(loras)}")
-    if any(isinstance(leaf, Lora) for leaf in jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, Lora))):
+    if has_lora(model.params):
         raise LoraError(f"{model.path}: loaded with an adapter beside its weights (lora); give that one a name as well")
     values = values_of(model.params)
     adapters = {name: read_adapter(lora, model.architecture, model.config, values) for name, lora in loras.items()}

@@ -6,7 +6,7 @@ import dataclasses
 import jax
 from flax import linen as nn
 
-from llmjax.models.architecture import Architecture
+from llmjax.models.architecture import ROTARY_BUFFERS, Architecture
 from llmjax.models.attention import Scores, softcap
 from llmjax.models.config import FULL, SLIDING, DecoderConfig, dimensions, layer_windows
 from llmjax.models.context import Context, tap
@@ -119,6 +119,6 @@ ARCHITECTURE = Architecture(
     config=Gemma2Config,
     hf_names=lambda config: HF_NAMES,
     gguf="gemma2",
-    dropped=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    dropped=ROTARY_BUFFERS,
     needs_bos=True,
 )

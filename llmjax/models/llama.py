@@ -10,7 +10,7 @@ from typing import Self
 import jax
 from flax import linen as nn
 
-from llmjax.models.architecture import Architecture
+from llmjax.models.architecture import ROTARY_BUFFERS, Architecture
 from llmjax.models.attention import Scores
 from llmjax.models.config import DecoderConfig, dimensions
 from llmjax.models.context import Context, tap
@@ -136,5 +136,5 @@ ARCHITECTURE = Architecture(
     config=LlamaConfig,
     hf_names=lambda config: HF_NAMES,
     gguf="llama",
-    dropped=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    dropped=ROTARY_BUFFERS,
 )

@@ -2,7 +2,7 @@
 
 from typing import Self
 
-from llmjax.models.architecture import Architecture
+from llmjax.models.architecture import ROTARY_BUFFERS, Architecture
 from llmjax.models.config import dimensions
 from llmjax.models.hf_config import Reader
 from llmjax.models.llama import HF_NAMES, LlamaConfig
@@ -30,5 +30,5 @@ ARCHITECTURE = Architecture(
     config=MistralConfig,
     hf_names=lambda config: HF_NAMES,
     gguf="llama",
-    dropped=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    dropped=ROTARY_BUFFERS,
 )

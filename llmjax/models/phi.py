@@ -6,7 +6,7 @@ import dataclasses
 import jax
 from flax import linen as nn
 
-from llmjax.models.architecture import Architecture
+from llmjax.models.architecture import ROTARY_BUFFERS, Architecture
 from llmjax.models.attention import Scores
 from llmjax.models.config import DecoderConfig, dimensions
 from llmjax.models.context import Context, tap
@@ -114,5 +114,5 @@ ARCHITECTURE = Architecture(
     config=PhiConfig,
     hf_names=lambda config: HF_NAMES,
     gguf="phi2",
-    dropped=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    dropped=ROTARY_BUFFERS,
 )

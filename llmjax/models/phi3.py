@@ -3,7 +3,7 @@ fused tensors on disk."""
 
 from typing import Self
 
-from llmjax.models.architecture import Architecture
+from llmjax.models.architecture import ROTARY_BUFFERS, Architecture
 from llmjax.models.config import dimensions
 from llmjax.models.hf_config import Reader
 from llmjax.models.llama import LlamaConfig
@@ -61,5 +61,5 @@ ARCHITECTURE = Architecture(
     config=Phi3Config,
     hf_names=_names,
     gguf="phi3",
-    dropped=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    dropped=ROTARY_BUFFERS,
 )

@@ -3,7 +3,7 @@ mention."""
 
 from typing import Any, Self
 
-from llmjax.models.architecture import Architecture
+from llmjax.models.architecture import ROTARY_BUFFERS, Architecture
 from llmjax.models.config import FULL, SLIDING, dimensions, layer_windows
 from llmjax.models.hf_config import Reader
 from llmjax.models.llama import HF_NAMES, LlamaConfig
@@ -41,5 +41,5 @@ ARCHITECTURE = Architecture(
     config=Qwen2Config,
     hf_names=lambda config: HF_NAMES,
     gguf="qwen2",
-    dropped=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+    dropped=ROTARY_BUFFERS,
 )

@@ -103,6 +103,7 @@ class Dynamic:
     Attributes:
       factor: how fast.
       original: the context it was trained for, in tokens.
+      attention_factor: multiplies cosines and sines, as of the other scalings; here always 1.
     """
 
     factor: float

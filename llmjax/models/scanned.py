@@ -49,7 +49,7 @@ def scanned(apply: Apply, blocks: Sequence[nn.Module], x: Any, ctx: Context, own
       own: the arguments of each beside x.
     """
     plain = [block.clone(parent=None, name=None) for block in blocks]
-    size, turns = periods([(each, _kind(block.variables)) for each, block in zip(plain, blocks, strict=True)])
+    size, turns = periods([(each, kind_of(block.variables)) for each, block in zip(plain, blocks, strict=True)])
     if turns < 2:
         return x, 0
     split = [_split((block.variables, extra)) for block, extra in zip(blocks, own, strict=True)]
@@ -67,7 +67,7 @@ def scanned(apply: Apply, blocks: Sequence[nn.Module], x: Any, ctx: Context, own
 
     step = jax.checkpoint(turn, policy=_KEPT[ctx.recompute], prevent_cse=False)
     places = (jnp.arange(turns, dtype=jnp.int32), learned)
-    if _kind(jax.eval_shape(step, x, jax.tree.map(lambda leaf: leaf[0], places))[0]) != _kind(x):
+    if kind_of(jax.eval_shape(step, x, jax.tree.map(lambda leaf: leaf[0], places))[0]) != kind_of(x):
         return x, 0  # what travels grows on its way
     x, _ = lax.scan(step, x, places)
     return x, turns * size
@@ -95,5 +95,6 @@ def _split(tree: Any) -> tuple[list[Any], list[Any], Callable[[list[Any], list[A
     return some, rest, join
 
 
-def _kind(tree: Any) -> Any:
+def kind_of(tree: Any) -> Any:
+    """The tree's structure with the shapes and dtypes of its leaves: equal for what one program can compute."""
     return jax.tree.structure(tree), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]

@@ -20,14 +20,14 @@ from jax import lax
 from llmjax.device import platform_of
 from llmjax.models.context import PATCHES, Context
 from llmjax.models.recompute import recomputed
-from llmjax.models.scanned import scanned
+from llmjax.models.scanned import kind_of, scanned
 from llmjax.models.watched import watched
 from llmjax.numerics import Numerics
 from llmjax.products.matmul import summed_rows
 from llmjax.products.tiles import converted_whole
 from llmjax.quant.arrays import aligned
 from llmjax.quant.bits import from_storage, to_storage
-from llmjax.quant.qtensor import QTensor
+from llmjax.quant.qtensor import QTensor, is_qtensor
 
 # The entry of the ``params`` and ``cache`` collections that holds stacked layers: a tuple with one tree for each layer
 # of the pattern that repeats, leaves ``[n, ...]`` and cache buffers of ``n * P`` pages or slots, n being the
@@ -223,7 +223,7 @@ def stacked(params: dict[str, Any], period: int, slots: int, numerics: Numerics)
     ):
         return None
     groups = [layers[i::period] for i in range(period)]
-    if any(_kind(layer) != _kind(group[0]) for group in groups for layer in group):
+    if any(kind_of(layer) != kind_of(group[0]) for group in groups for layer in group):
         return None
     rest = {name: value for name, value in params.items() if not name.startswith("layers_")}
     return {**rest, STACKED: tuple(jax.tree.map(_stack, *group) for group in groups)}
@@ -236,7 +236,7 @@ def _stack(*leaves: jax.Array) -> jax.Array:
 
 def _converted(layer: Any, slots: int, numerics: Numerics) -> bool:
     """Whether each weight of a layer is small, and converted where a decode step multiplies with it."""
-    leaves = jax.tree.leaves(layer, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    leaves = jax.tree.leaves(layer, is_leaf=is_qtensor)
     return all(
         leaf.values.ndim == 2
         and converted_whole(leaf.shape, 4)
@@ -245,7 +245,3 @@ def _converted(layer: Any, slots: int, numerics: Numerics) -> bool:
         else leaf.ndim < 2
         for leaf in leaves
     )
-
-
-def _kind(layer: Any) -> Any:
-    return jax.tree.structure(layer), [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(layer)]

@@ -27,7 +27,7 @@ from llmjax.models.tree import named
 from llmjax.numerics import Numerics
 from llmjax.oracle.steps import order, split
 from llmjax.oracle.trace import to_numpy
-from llmjax.quant.qtensor import QTensor, dequantize
+from llmjax.quant.qtensor import QTensor, dequantize, is_qtensor
 
 Run = Callable[..., Any]
 Hook = Callable[[nn.Module, Run, Any], Any]
@@ -268,4 +268,4 @@ def floats(tree: Any) -> Any:
             return dequantize(leaf.map(jnp.asarray))
         return jnp.asarray(leaf, jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
-    return jax.tree.map(convert, tree, is_leaf=lambda x: isinstance(x, QTensor))
+    return jax.tree.map(convert, tree, is_leaf=is_qtensor)

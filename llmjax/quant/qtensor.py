@@ -73,6 +73,11 @@ class QTensor(struct.PyTreeNode):
         return jax.tree.map(function, self)
 
 
+def is_qtensor(leaf: Any) -> bool:
+    """For ``is_leaf`` in a walk over a tree: a packed weight stays whole."""
+    return isinstance(leaf, QTensor)
+
+
 def integers(q: QTensor) -> tuple[Any, ...]:
     """``n - zero`` as int8: for 8 bits ``([out, in],)``; for fewer the even and the odd columns, each ``[out, in /
     2]``.

@@ -10,7 +10,8 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 
 from llmjax.errors import RequestError, TokenizerError, TooLongError, shown
-from llmjax.model import Model, check_ids, outside, plain
+from llmjax.model import Model, check_ids, outside
+from llmjax.outside.values import plain
 from llmjax.runtime.generation import sampling_defaults, suppressed
 from llmjax.runtime.logits import bad_word_ids, row_controls
 from llmjax.runtime.params import SamplingParams

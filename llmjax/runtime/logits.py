@@ -120,12 +120,12 @@ def row_controls(params: SamplingParams, bad_words: Sequence[Sequence[int]], voc
     """One row's controls, without the ``B``; None if it asks for nothing.
 
     Args:
-      params: of the row.
+      params: of the row, its ids in the vocabulary.
       bad_words: token sequences of ``params.bad_words``.
       vocab: V.
 
     Raises:
-      RequestError: an id outside the vocabulary, more bad words than there is room for, or no token left.
+      RequestError: more bad words than there is room for, or no token left.
     """
     penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
     if not (params.allowed_token_ids or params.logit_bias or bad_words) and penalties == (1, 0, 0):
@@ -133,9 +133,9 @@ def row_controls(params: SamplingParams, bad_words: Sequence[Sequence[int]], voc
     bias = np.zeros(vocab, np.float32)
     if params.allowed_token_ids is not None:
         bias[:] = -np.inf
-        bias[_in_vocabulary("allowed_token_ids", params.allowed_token_ids, vocab)] = 0
+        bias[list(params.allowed_token_ids)] = 0
     for token, value in (params.logit_bias or {}).items():
-        bias[_in_vocabulary("logit_bias", [token], vocab)] += np.float32(value)
+        bias[token] += np.float32(value)
     words = [w for w in bad_words if len(w) > 1]
     bias[[w[0] for w in bad_words if len(w) == 1]] = -np.inf
     if not np.isfinite(bias).any():
@@ -163,13 +163,6 @@ def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int,
         if spaced and len(spaced) == len(plain) and spaced[0] != plain[0]:
             found.append(spaced)
     return tuple(found)
-
-
-def _in_vocabulary(field: str, ids: Sequence[int], vocab: int) -> list[int]:
-    for token in ids:
-        if token >= vocab:
-            raise RequestError(f"{field}: {token} is outside the vocabulary (0 to {vocab - 1})")
-    return list(ids)
 
 
 def adjust(logits: jax.Array, controls: Controls, early: jax.Array, stops: jax.Array, tokens: Tokens) -> jax.Array:

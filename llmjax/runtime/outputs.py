@@ -164,7 +164,7 @@ class Pooled:
 
     @property
     def nll(self) -> float:
-        """Mean negative log-likelihood, nats a token; NaN for a single token."""
+        """Mean negative log-likelihood, nats a token; NaN where there is none, as of a text of one token."""
         return self.total / self.tokens if self.tokens else math.nan
 
     @property

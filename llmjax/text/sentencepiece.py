@@ -79,7 +79,6 @@ def parse(data: bytes, where: str, *, bytes_to_unicode: bool = False) -> Vocabul
     Raises:
       TokenizerError: it is damaged, not a BPE model, or normalizes text in a way llmjax does not.
     """
-    import sentencepiece as spm
     from sentencepiece import sentencepiece_model_pb2
 
     proto: Any = sentencepiece_model_pb2  # generated code, without types
@@ -87,11 +86,9 @@ def parse(data: bytes, where: str, *, bytes_to_unicode: bool = False) -> Vocabul
     model = proto.ModelProto()
     try:
         model.ParseFromString(data)
-        processor = spm.SentencePieceProcessor(model_proto=data)
-    except Exception as error:  # protobuf's own class, RuntimeError and others
-        raise TokenizerError(
-            f"{where}: not a SentencePiece model, or a damaged one: {error or 'it does not parse'}"
-        ) from None
+    except Exception as error:  # protobuf's own class
+        raise _damaged(where, error) from None
+    processor = processor_of(data, where)
     spec, trainer = model.normalizer_spec, model.trainer_spec
     refused = []
     if trainer.model_type != proto.TrainerSpec.BPE:
@@ -115,6 +112,26 @@ def parse(data: bytes, where: str, *, bytes_to_unicode: bool = False) -> Vocabul
         charsmap=spec.precompiled_charsmap,
         single_spaces=spec.remove_extra_whitespaces,
     )
+
+
+def processor_of(data: bytes, where: str) -> Any:
+    """The library's own ``SentencePieceProcessor`` of a ``tokenizer.model``, of any kind.
+
+    Raises:
+      TokenizerError: it is damaged, or empty.
+    """
+    import sentencepiece
+
+    if not data:
+        raise TokenizerError(f"{where}: not a SentencePiece model: it has no pieces")
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=data)
+    except Exception as error:  # RuntimeError and others
+        raise _damaged(where, error) from None
+
+
+def _damaged(where: str, error: Exception) -> TokenizerError:
+    return TokenizerError(f"{where}: not a SentencePiece model, or a damaged one: {error or 'it does not parse'}")
 
 
 def special_tokens(model: Vocabulary) -> dict[str, str]:

@@ -35,7 +35,8 @@ class Progress:
       seconds: spent so far, compiling included.
       metrics: bytes of ``metrics.jsonl`` that belong to the steps done.
       first_eval: the evaluation's loss before the first step.
-      best: the least loss of an evaluation, and its step.
+      best: the least loss of an evaluation.
+      best_step: after which that was.
       waited: evaluations since.
       finished: why the run ended; None while it goes on.
     """

@@ -2,6 +2,7 @@
 
 import html
 import importlib.util
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -65,8 +66,6 @@ def _what(metrics: Sequence[dict[str, Any]]) -> str:
 
 
 def _png(lines: dict[str, Line], title: str, what: str) -> bytes:
-    import io
-
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

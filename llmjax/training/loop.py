@@ -11,11 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import jax
-
 from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.errors import ConfigError, LoraError, OutputError, RequestError, ResumeError, TrainingError, shown
-from llmjax.lora.apply import Lora
+from llmjax.lora.apply import has_lora
 from llmjax.model import Model
 from llmjax.outside.interrupts import Interrupts
 from llmjax.outside.paths import checked_path
@@ -124,7 +122,7 @@ def finetune(
     config = TrainConfig() if config is None else config
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"config: expected a TrainConfig, found {shown(config)}")
-    if any(isinstance(leaf, Lora) for leaf in jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, Lora))):
+    if has_lora(model.params):
         raise ConfigError(f"{model.path}: it has an adapter beside its weights; load it without, and give it as start")
     if config.patience and not (eval_rows is not None and config.eval_every):
         raise ConfigError("patience: goes with rows for evaluation, and eval_every")

@@ -184,12 +184,9 @@ class Programs:
             give_back_free()
         return self._compiled[key]
 
-    def mean_loss(self, factors: Factors, group: Sequence[Batch]) -> float:
-        """Over all learned tokens of the batches, or over their pairs."""
-        return self.evaluated(factors, group)["loss"]
-
     def evaluated(self, factors: Factors, group: Sequence[Batch]) -> dict[str, float]:
-        """``loss``, and of pairs what ``preferences.measures`` says of the batches; nothing dropped."""
+        """``loss``, over all learned tokens of the batches or over their pairs, and of pairs what
+        ``preferences.measures`` says of them; nothing dropped."""
         group = [self.referenced(batch) for batch in group]
         return self._measured(group, [self.losses(factors, batch).astype(np.float64) for batch in group])
 

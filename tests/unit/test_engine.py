@@ -411,3 +411,9 @@ def test_numpy_ids_are_ids(llm):
     assert one.outputs[0].token_ids == other.outputs[0].token_ids and one.prompt_token_ids == [3, 4, 5]
     with pytest.raises(RequestError, match="expected a list of token ids"):
         llm.request([[1], [2, 3]])
+
+
+def test_ids_of_any_library_become_pythons(llm):
+    assert [type(i) for i in llm.request([3, np.int64(4), jax.numpy.int32(5)]).ids] == [int] * 3
+    with pytest.raises(RequestError, match="expected a list of token ids"):
+        llm.request([3, np.True_])

@@ -74,8 +74,22 @@ def test_activation_patching(example, tiny):
 
 @pytest.mark.slow
 def test_head_ablation(example, tiny):
+    """What a head costs is what the model loses where nothing of that head goes through o."""
     cost, texts = example("head_ablation", "--model", tiny)
-    assert cost.shape == (2, 6) and "layer 1" in texts and np.abs(cost).min() > 0
+    assert cost.shape == (2, 6) and "layer 1" in texts
+    model = llmjax.load(tiny)
+    ids = 2 * model.tokenizer.encode(importlib.import_module("head_ablation").TEXT)
+
+    def loss():
+        logits = model.logits([ids[:-1]])[0]
+        log_probs = logits - np.logaddexp.reduce(logits, -1, keepdims=True)
+        return -log_probs[np.arange(len(ids) - 1), ids[1:]][len(ids) // 2 :].mean()
+
+    whole, o = loss(), model.params["layers_1"]["attn"]["o"]
+    width = o["weight"].shape[1] // 6
+    o["weight"] = o["weight"].at[:, 4 * width : 5 * width].set(0)
+    np.testing.assert_allclose(cost[1, 4], loss() - whole, atol=1e-5)
+    assert abs(cost[1, 4]) > 1e-4
 
 
 @pytest.mark.slow

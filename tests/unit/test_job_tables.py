@@ -83,6 +83,13 @@ def test_csv_in_and_out(llm, folder):
     assert [(row["year"], row["note"]) for row in found] == [(str(r["year"]), r["note"] or "") for r in ROWS]
 
 
+def test_a_cell_of_csv_in_which_a_key_is_there_twice_is_no_object(llm, tmp_path):
+    (tmp_path / "in.csv").write_text('id,prompt,logit_bias\na,x,"{""5"": 1, ""5"": 2}"\n')
+    run(llm, tmp_path / "in.csv", tmp_path / "out.jsonl", job.Options())
+    error = json.loads((tmp_path / "out.jsonl").read_text())["error"]
+    assert error.startswith("line 1: logit_bias: expected token ids with numbers") and 'found \'{"5": 1' in error
+
+
 def test_an_interrupted_job_goes_on_and_has_its_table_at_the_end(llm, folder, monkeypatch):
     run(llm, folder / "in.parquet", folder / "whole.parquet")
     answered = llm.outputs

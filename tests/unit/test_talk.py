@@ -138,6 +138,7 @@ def test_a_broken_template_is_told_before_anything_runs(llm, capsys, tmp_path):
         (["batch", "--lora-modules", "a"], "expected NAME=PATH, found 'a'"),
         (["generate", "--logit-bias", "1:2,1:3"], "a token is there twice in '1:2,1:3'"),
         (["generate", "--chat-template-kwargs", "[1]"], "expected a JSON object, found '[1]'"),
+        (["generate", "--chat-template-kwargs", '{"a": 1, "a": 2}'], "not valid JSON: a is there twice"),
         (["generate", "--logprobs", "2"], "unrecognized arguments: --logprobs"),
         (["score", "--max-batch", "2"], "unrecognized arguments: --max-batch"),
         (["trace", "--truncate-prompt"], "unrecognized arguments: --truncate-prompt"),

@@ -14,7 +14,7 @@ from llmjax.model import Model
 from llmjax.oracle.dump import Dump, open_dump
 from llmjax.oracle.dumps import llama_debug, llama_perplexity
 from llmjax.outside.paths import checked_path, path_problem
-from llmjax.quant.qtensor import QTensor
+from llmjax.quant.qtensor import QTensor, is_qtensor
 
 
 def opened(path: str | Path, model: Model | None) -> Sequence[Dump]:
@@ -94,7 +94,7 @@ def _as_llama_cpp(dumps: Sequence[Dump], model: Model | None) -> Sequence[Dump]:
 
 def _kinds(model: Model) -> set[str]:
     """How the matrices of a model are stored, and those of a GGUF file in that, whatever ours were expanded to."""
-    leaves = jax.tree.leaves(model.params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    leaves = jax.tree.leaves(model.params, is_leaf=is_qtensor)
     kinds = {"block_int8" if isinstance(x, QTensor) else x.dtype.name for x in leaves if len(x.shape) > 1}
     if model.path.suffix == ".gguf" and model.path.is_file():
         source = open_source(model.path)
