@@ -362,21 +362,27 @@ def _deltas(
     out, width = parts[0].entry.source_shape(parts[0].shape)
     shapes: dict[str, tuple[int, ...]] = {"A": (rank, width), "B": (out, rank), MAGNITUDE: (out,)}
     for side, spec in specs.items():
-        if spec.dtype not in _DTYPES:
-            raise LoraError(f"{what}: {called[side]}: expected {', '.join(_DTYPES)}, found {spec.dtype}")
         if spec.shape != shapes[side]:
             raise LoraError(
                 f"{what}: {called[side]}: expected shape {list(shapes[side])} at rank {rank}, found {list(spec.shape)}"
             )
-    a, b, *m = (file.read(factors[side]).astype(np.float32) for side in sides)
-    if not all(np.isfinite(values).all() for values in (a, b, *m)):
-        raise LoraError(f"{what}: NaN or infinite values")
+    a, b, *m = (factor_values(file, factors[side], f"{what}: {called[side]}") for side in sides)
     scale = settings.scale_of(module, rank)
 
     def rows(part: Part, values: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(part.entry.make([values]))
 
     return {p.parameter: Delta(a, rows(p, b), scale, *(rows(p, v[:, None])[:, 0] for v in m)) for p in parts}
+
+
+def factor_values(file: AdapterFile, tensor: str, what: str) -> np.ndarray:
+    """A factor, float32; LoraError where it is of another type than floats, or not finite."""
+    if (dtype := file.spec(tensor).dtype) not in _DTYPES:
+        raise LoraError(f"{what}: expected {', '.join(_DTYPES)}, found {dtype}")
+    values: np.ndarray = file.read(tensor).astype(np.float32)
+    if not np.isfinite(values).all():
+        raise LoraError(f"{what}: NaN or infinite values")
+    return values
 
 
 def _error(path: Path, problems: list[str]) -> LoraError:

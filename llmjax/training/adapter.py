@@ -218,7 +218,13 @@ def changes(model: Model, targets: tuple[Target, ...], factors: Factors) -> bool
 
 def _names(chosen: list[str], modules: Mapping[str, list[Part]], model: Model) -> tuple[str, ...]:
     """The modules' last names, where no other module has one of them; else their whole names."""
-    endings = {name.rsplit(".", 1)[-1] for name in chosen}
-    meant = {parts[0].module for parts in modules.values() if parts[0].module.rsplit(".", 1)[-1] in endings}
+    endings = {_ending(name) for name in chosen}
+    meant = {parts[0].module for parts in modules.values() if _ending(parts[0].module) in endings}
     others = any("tower" in pattern for pattern in model.architecture.dropped)  # parts that llmjax leaves out
     return tuple(sorted(endings)) if meant == set(chosen) and not others else tuple(chosen)
+
+
+def _ending(module: str) -> str:
+    """Its last name; of one in a list, which has a number for a name as layers have, the list's before it."""
+    *_, before, last = f".{module}".rsplit(".", 2)
+    return f"{before}.{last}" if last.isdecimal() else last

@@ -11,7 +11,7 @@ import numpy as np
 from converters.readers.peft import CONFIG, MAGNITUDE, NAMES, WEIGHTS, open_adapter
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
 from llmjax.errors import CheckpointError, LoraError, OutputError, named
-from llmjax.lora.adapter import modules_of, strange_bases, values_of
+from llmjax.lora.adapter import factor_values, modules_of, strange_bases, values_of
 from llmjax.lora.config import LoraConfig
 from llmjax.model import Model
 from llmjax.outside.paths import checked_path
@@ -76,15 +76,14 @@ def read_trained(path: str | Path, model: Model) -> Adapter:
         factors[target.module] = {}
         shapes: dict[str, tuple[int, ...]] = {"A": (target.rank, width), "B": (out, target.rank), MAGNITUDE: (out,)}
         for side in {**begun.factors[target.module], **names}:
+            what = f"{file.path}: module {named(target.module)}: {NAMES[side].removesuffix('.weight')}"
             expected = shapes[side] if side in begun.factors[target.module] else None
             found = file.spec(names[side]).shape if side in names else None
             if found != expected:
                 shown = [list(shape) if shape else "none" for shape in (expected, found)]
-                raise LoraError(
-                    f"{file.path}: module {named(target.module)}: {NAMES[side].removesuffix('.weight')}: expected "
-                    f"shape {shown[0]}, found {shown[1]}"
-                )
-            factors[target.module][side] = jnp.asarray(file.read(names[side]).astype(np.float32))
+                raise LoraError(f"{what}: expected shape {shown[0]}, found {shown[1]}")
+            values = factor_values(file, names[side], what)
+            factors[target.module][side] = jnp.asarray(values)
     return begun.replace(factors)
 
 

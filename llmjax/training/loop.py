@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,10 +29,13 @@ from llmjax.training.files import read_trained, save_adapter
 from llmjax.training.lines import read_rows
 from llmjax.training.optimizer import schedule
 from llmjax.training.rows import Data, make_examples
-from llmjax.training.step import Outcome, Programs, first_state, train_step
+from llmjax.training.step import Outcome, Programs, State, first_state, train_step
 
 METRICS = "metrics.jsonl"
 Rows = Iterable[Any] | str | Path
+# What an adapter to start from says itself.
+_OF_THE_START = ("targets", "rank", "alpha", "rslora", "rank_pattern", "alpha_pattern", "exclude")
+_PLAIN = TrainConfig()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +134,8 @@ def finetune(
         raise ConfigError(
             f"dora: the adapter to start from has no magnitudes (use_dora is false in {start}); leave it out"
         )
+    if start is not None and (idle := [n for n in _OF_THE_START if getattr(config, n) != getattr(_PLAIN, n)]):
+        note(f"{', '.join(idle)}: not used, for {start} says rank, scale and modules")
     run = _Run(model, adapter, config, _data(model, rows, config, "rows", date),
                None if eval_rows is None else _data(model, eval_rows, config, "eval", date),
                None if output is None else checked_path("output", output, OutputError))  # fmt: skip
@@ -223,14 +228,16 @@ class _Run:
         began, before, first_step = time.monotonic(), self.progress.seconds, self.state.step
         try:
             if self.held_out and self.progress.first_eval is None:
-                self.progress.first_eval = self._evaluated()["loss"]
+                self.progress.first_eval = self._evaluated(self.state)["loss"]
             for group in self._groups():
                 rate = self.rate(self.state.step)
-                self.state, outcome = self.step(self.state, group, rate)
+                state, outcome = self.step(self.state, group, rate)
+                found = self._evaluated(state) if self._is_judged(state.step) else {}
+                self.state = state  # behind its evaluation: where that fails, the run that goes on comes to it again
                 self.progress.group += 1
                 self.progress.tokens += outcome.tokens
                 self.progress.seconds = before + time.monotonic() - began
-                self._note_step(outcome, rate)
+                self._note_step(outcome, rate, found)
                 left = (self.steps - self.state.step) * (time.monotonic() - began) / (self.state.step - first_step)
                 report(Report(self.state.step, self.steps, self.metrics[-1], left))
                 if self.progress.finished:
@@ -318,7 +325,11 @@ class _Run:
             if self.progress.group >= self.per_epoch:
                 self.progress.epoch, self.progress.group = self.progress.epoch + 1, 0
 
-    def _note_step(self, outcome: Outcome, rate: float) -> None:
+    def _is_judged(self, step: int) -> bool:
+        every = self.config.eval_every
+        return bool(self.held_out) and ((every > 0 and step % every == 0) or step == self.steps)
+
+    def _note_step(self, outcome: Outcome, rate: float, found: Mapping[str, float]) -> None:
         values: dict[str, Any] = {
             "step": self.state.step,
             "epoch": round(self.progress.epoch + self.progress.group / self.per_epoch, 4),
@@ -329,21 +340,20 @@ class _Run:
             "tokens": self.progress.tokens,
             "seconds": round(self.progress.seconds, 3),
         }
-        every = self.config.eval_every
-        if self.held_out and ((every and self.state.step % every == 0) or self.state.step == self.steps):
-            values |= {f"eval_{name}": value for name, value in self._evaluated().items()}
-            self._judge(values["eval_loss"])
+        values |= {f"eval_{name}": value for name, value in found.items()}
+        if found:
+            self._judge(found["loss"])
         self.metrics.append(values)
         if self.output:
             with _told(self.output / METRICS), open(self.output / METRICS, "ab") as file:
                 file.write(f"{json.dumps(values)}\n".encode())
                 self.progress.metrics = file.tell()
 
-    def _evaluated(self) -> dict[str, float]:
+    def _evaluated(self, state: State) -> dict[str, float]:
         self.held_out = [self.programs.referenced(batch) for batch in self.held_out]  # once: it stays what it is
-        found = self.programs.evaluated(self.state.factors, self.held_out)
+        found = self.programs.evaluated(state.factors, self.held_out)
         if not math.isfinite(found["loss"]):
-            raise TrainingError(f"after step {self.state.step} the loss of the rows for evaluation is not finite")
+            raise TrainingError(f"after step {state.step} the loss of the rows for evaluation is not finite")
         return found
 
     def _judge(self, loss: float) -> None:

@@ -260,7 +260,8 @@ def train_step(programs: Programs, config: "TrainConfig") -> Step:
     @jax.jit
     def updated(factors: Factors, gradients: Factors, moments: Any, norm: jax.Array, rate: jax.Array) -> Any:
         direction, moments = transformation.update(clipped(gradients, norm, config.clip), moments, factors)
-        return jax.tree.map(lambda p, d: p - rate * d, factors, direction), moments
+        factors = jax.tree.map(lambda p, d: p - rate * d, factors, direction)
+        return factors, moments, jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(factors)]).all()
 
     @usual_programs()
     def step(state: State, group: Sequence[Batch], rate: float) -> tuple[State, Outcome]:
@@ -270,7 +271,11 @@ def train_step(programs: Programs, config: "TrainConfig") -> Step:
         except TrainingError as error:
             raise TrainingError(f"step {state.step + 1}: {error}") from None
         norm = jnp.float32(outcome.grad_norm)
-        factors, moments = updated(state.factors, gradients, state.moments, norm, jnp.float32(rate))
+        factors, moments, finite = updated(state.factors, gradients, state.moments, norm, jnp.float32(rate))
+        if not finite:
+            raise TrainingError(
+                f"step {state.step + 1}: at the learning rate {rate:g} the factors go beyond float32's range"
+            )
         return State(state.step + 1, factors, moments), outcome
 
     return step

@@ -266,7 +266,7 @@ def extra(name):
         (None, {"use_dora": True}, r"layers.0.mlp.down_proj: lora_magnitude_vector is missing \(use_dora\)"),
         (None, {"dora": True, "use_dora": False}, "the file has a magnitude of it .DoRA., but use_dora is false"),
         (magnitude(lambda m: m[None]), {"dora": True}, r"vector: expected shape \[48\] at rank 3, found \[1, 48\]"),
-        (magnitude(lambda m: m * np.nan), {"dora": True}, "layers.1.mlp.down_proj: NaN or infinite values"),
+        (magnitude(lambda m: m * np.nan), {"dora": True}, "down_proj: lora_magnitude_vector: NaN or infinite values"),
         (None, {"modules_to_save": ["lm_head"]}, "modules_to_save"),
         (None, {"bias": "all"}, "bias"),
         (None, {"peft_type": "LOHA"}, "peft_type"),

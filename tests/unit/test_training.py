@@ -282,6 +282,19 @@ def test_not_a_number_names_step_and_row(model):
         llmjax.finetune(dataclasses.replace(model, params=broken), data, config)
 
 
+def test_a_rate_beyond_all_numbers_keeps_what_was_before(model, tmp_path):
+    """What fails behind a step fails again where the run goes on, and the adapter is that of before."""
+    config = dataclasses.replace(CONFIG, learning_rate=1e30, steps=1, targets=("q_proj", "v_proj"))
+    for _ in range(2):
+        with pytest.raises(TrainingError, match=r"after step 1 the loss of the rows for evaluation is not finite; the"):
+            llmjax.finetune(model, rows(4), config, eval_rows=rows(2, seed=1), output=tmp_path)
+    assert not any(pair["B"].any() for pair in read_trained(tmp_path, model).factors.values())
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+    config = dataclasses.replace(config, learning_rate=1e38, weight_decay=100.0)
+    with pytest.raises(TrainingError, match=r"step 1: at the learning rate 1e\+38 the factors go beyond"):
+        llmjax.finetune(model, rows(4), config)
+
+
 def test_dropout_follows_from_its_key(model):
     adapter = new_adapter(model, TrainConfig(rank=4).lora)
     for pair in adapter.factors.values():
@@ -394,6 +407,9 @@ def test_targets(model, tmp_path):
             mixture, [{"ids": [5, 6]}], TrainConfig(targets="all-linear"), output=tmp_path, note=notes.append
         )
     assert notes == ["targets: all-linear leaves 9 stacks of experts as they are (layers.0.experts.down.weight ...)"]
+    text = json.loads((FOLDER / "gemma3n_cond" / "config.json").read_text())["text_config"]
+    numbered = new_adapter(random_model(**text), TrainConfig(targets=r".*altup_projections.*").lora)
+    assert numbered.names == tuple(f"altup_projections.{i}" for i in range(3))  # peft takes "0" for layers.0, too
     narrow = new_adapter(model, TrainConfig(rank=20).lora)  # k and v have 16 rows: peft takes that
     assert {t.shape[0] for t in narrow.targets if t.rank > min(t.shape)} == {16}
 
@@ -492,7 +508,14 @@ def test_it_goes_on_from_an_adapter(model, whole, tmp_path):
             np.testing.assert_allclose(pair[side], result.adapter.factors[module][side], atol=1e-6)
     with pytest.raises(LoraError, match="lora_A: expected shape"):
         llmjax.finetune(random_model(num_hidden_layers=1, hidden_size=96), rows(4), start=folder)
-    plain = save_adapter(new_adapter(model, CONFIG.lora), tmp_path)
+    adapter = new_adapter(model, CONFIG.lora)
+    adapter.factors[adapter.targets[1].module]["A"] *= np.nan
+    with pytest.raises(LoraError, match=r"self_attn.\w_proj: lora_A: NaN or infinite values"):
+        read_trained(save_adapter(adapter, tmp_path / "bad"), model)
+    plain, notes = save_adapter(new_adapter(model, CONFIG.lora), tmp_path), []
+    llmjax.finetune(model, rows(1), dataclasses.replace(CONFIG, alpha=3, exclude="q_proj"), start=plain,
+                    note=notes.append)  # fmt: skip
+    assert notes[0] == f"rank, alpha, exclude: not used, for {plain} says rank, scale and modules"
     with pytest.raises(ConfigError, match="dora: the adapter to start from has no magnitudes"):
         llmjax.finetune(model, rows(4), dataclasses.replace(CONFIG, dora=True), start=plain)
     file = plain / "adapter_config.json"
