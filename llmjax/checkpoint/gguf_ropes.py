@@ -9,7 +9,7 @@ import numpy as np
 from llmjax.errors import ConfigError, shown
 from llmjax.models.config import FULL, DecoderConfig
 from llmjax.models.rope import Rope
-from llmjax.models.scalings import LongRope
+from llmjax.models.scalings import Llama3Scaling, LongRope, plain_frequencies
 
 FREQS = "rope_freqs.weight"
 SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
@@ -18,10 +18,16 @@ TENSORS = (FREQS, SHORT_FACTORS, LONG_FACTORS)
 # What divides the frequencies of pairs that do not turn.
 _STILL = 1e30
 
+# Whose files have Llama 3's scaling as divisors, and contexts that it may be of: first that of all published ones.
+_LLAMAS = ("llama", "mistral", "smollm3", "granite")
+_ORIGINALS = (8192, *(1 << n for n in range(4, 21)))
+# Converters compute the divisors of the slow frequencies in float32, as differences.
+_ROUNDING = 5e-6
+
 
 def described(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Such tensors put into a ``config.json`` that has a place for them: longrope's factors, and how much of Gemma 4's
-    global heads turns.  What is wrong with them ``with_ropes`` says.
+    """Such tensors put into a ``config.json`` that has a place for them: longrope's factors, how much of Gemma 4's
+    global heads turns, and divisors that are Llama 3's scaling.  What is wrong with them ``with_ropes`` says.
 
     Args:
       config: ``gguf_config.hf_config``'s.
@@ -33,6 +39,8 @@ def described(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> d
         if key in scaling and found.shape == (len(scaling[key]),) and (0 < found).all() and np.isfinite(found).all():
             scaling[key] = found.tolist()
     whole, found = ropes.get(FULL, {}), tensors.get(FREQS, np.zeros(0)).reshape(-1)
+    if config["model_type"] in _LLAMAS and not scaling and (llama3 := _llama3(config["rope_theta"], found)):
+        scaling = {"rope_type": "llama3", **dataclasses.asdict(llama3)}
     if whole.get("rope_type") == "proportional" and (turning := _turning(tuple(found.tolist()))) is not None:
         # As of rope.dimension_count: half a dimension more is safe.
         ropes[FULL] = whole | {"partial_rotary_factor": min(1.0, (2 * turning + 0.5) / (2 * len(found)))}
@@ -51,7 +59,8 @@ def with_ropes(config: DecoderConfig, tensors: Mapping[str, np.ndarray], where: 
       where: for messages.
 
     Raises:
-      ConfigError: another shape, a value that is not a positive number, or a model that has no such rope.
+      ConfigError: another shape, a value that is not a positive number, a model that has no such rope, or a given
+        configuration that says otherwise.
     """
     for name, tensor in tensors.items():
         place = _place(config, name)
@@ -64,6 +73,11 @@ def with_ropes(config: DecoderConfig, tensors: Mapping[str, np.ndarray], where: 
         values = tuple(float(v) for v in tensor)
         if not all(0 < v < float("inf") for v in values):
             raise ConfigError(f"{where}: tensor {name}: expected positive numbers, found {shown(tensor)}")
+        if rope.llama3 is not None and not _is(rope.llama3, rope.theta, tensor):
+            raise ConfigError(
+                f"{where}: tensor {name}: the file scales its rotation otherwise than rope_scaling says; leave "
+                "that out of the configuration given"
+            )
         config = dataclasses.replace(config, **{place: _with(rope, name, values)})  # type: ignore[arg-type]
     return config
 
@@ -83,6 +97,8 @@ def _with(rope: Rope, name: str, values: tuple[float, ...]) -> Rope:
             dataclasses.replace(old, short=values) if name == SHORT_FACTORS else dataclasses.replace(old, long=values)
         )
         return dataclasses.replace(rope, scaling=scaling)
+    if rope.llama3 is not None:
+        return rope  # the same again
     if rope.turning is not None and (turning := _turning(values)) is not None:
         return dataclasses.replace(rope, turning=turning)
     return rope if set(values) == {1.0} else dataclasses.replace(rope, divisors=values)
@@ -93,3 +109,19 @@ def _turning(values: tuple[float, ...]) -> int | None:
     turning = sum(v == 1 for v in values)
     still = (float(np.float32(_STILL)),) * (len(values) - turning)
     return turning if values and values == (1.0,) * turning + still else None
+
+
+def _llama3(theta: float, divisors: np.ndarray) -> Llama3Scaling | None:
+    """The scaling that divisors ``[H / 2]`` are values of, as all of Llama 3's models have it but for factor and
+    context; None where they are of another kind.  Of any that fit the first, since they turn alike."""
+    factor = float(divisors.max(initial=1))
+    if not (divisors.size and 1 < factor < float("inf")):
+        return None
+    found = (Llama3Scaling(factor, 1.0, 4.0, original) for original in _ORIGINALS)
+    return next((scaling for scaling in found if _is(scaling, theta, divisors)), None)
+
+
+def _is(scaling: Llama3Scaling, theta: float, divisors: np.ndarray) -> bool:
+    """Whether it divides frequencies so, but for rounding."""
+    plain = plain_frequencies(theta, 2 * len(divisors))
+    return np.allclose(scaling(plain) * divisors, plain, rtol=_ROUNDING, atol=0)

@@ -14,6 +14,7 @@ class Gemma3MultimodalConfig(gemma3.Gemma3Config):
     def from_hf(cls, r: Reader) -> Self:
         """See ``DecoderConfig.from_hf``."""
         r.ignore("vision_config", "mm_tokens_per_image", "boi_token_index", "eoi_token_index", "image_token_index")
+        r.ignore("boi_token_id", "eoi_token_id", "image_token_id")  # the same by other names
         text = r.text_section("gemma3_text", {"vocab_size": 262208, "num_attention_heads": 8})
         if text.get("final_logit_softcapping") is not None:
             text.problem(

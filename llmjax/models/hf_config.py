@@ -87,17 +87,23 @@ class Reader:
         return self._sections[key]
 
     def text_section(self, model_type: str, defaults: Mapping[str, Any], *, tied: bool = True) -> "Reader":
-        """The reader of a multimodal config's ``text_config``, whose head is tied where the outer object says so.
+        """The reader of a multimodal config's ``text_config``, whose head is tied where the outer object says so:
+        transformers asks that alone, and saves the text model's default beside it.
 
         Args:
           model_type: the text model's.
           defaults: what published files leave to transformers.
           tied: what an outer object means that does not say it.
         """
+        said = self.get("tie_word_embeddings") is not None
         tied = self.flag("tie_word_embeddings", tied)
         text = self.section("text_config", {**defaults, "tie_word_embeddings": tied})
         text.expect("model_type", (model_type,), model_type)
-        text.expect("tie_word_embeddings", (tied,))
+        if said:
+            text.flag("tie_word_embeddings", tied)
+            text._config["tie_word_embeddings"] = tied
+        else:  # versions differ in what they take
+            text.expect("tie_word_embeddings", (tied,))
         return text
 
     def ignore(self, *keys: str) -> None:

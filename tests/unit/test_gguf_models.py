@@ -139,14 +139,36 @@ def test_every_architecture_is_here():
 
 
 def test_llama3_scaling(written):
-    """The golden logits, with the frequencies from the file's ``rope_freqs``."""
-    _, path = written("llama_llama3")
+    """The golden logits, with the frequencies from the file's ``rope_freqs``, which are a scaling that configs have."""
+    folder, path = written("llama_llama3")
     model, expected = llmjax.load(path), golden.arrays("llama_llama3")
-    assert len(set(model.config.rope.divisors)) > 2
+    assert model.config.rope == llmjax.load(folder).config.rope and model.config.rope.llama3
     ids, rows = expected["long"].tolist(), golden.meta("llama_llama3")["rows"]
     assert golden.error(model.logits([ids])[0][rows], expected["logits_long"]) < golden.TOLERANCE
     uses = {t["name"]: t["use"] for t in llmjax.inspect(path).tensors if not t["fills"]}
     assert uses == {"rope_freqs.weight": "in the config"}
+
+
+def test_llama3_scaling_becomes_part_of_a_directory(written, tmp_path):
+    _, path = written("llama_llama3")
+    llmjax.convert(path, tmp_path / "hf", to="hf")
+    assert llmjax.load(tmp_path / "hf").config == llmjax.load(path).config
+
+
+def test_divisors_of_another_kind_divide_and_have_no_place_in_a_directory(written, tmp_path):
+    _, path = written("llama_llama3", change=lambda t: t["rope_freqs.weight"].__setitem__(1, 3.0))
+    assert llmjax.load(path).config.rope.divisors[1] == 3
+    with pytest.raises(ConfigError, match=r"rope_freqs.weight: the files to be written have no place for it"):
+        llmjax.convert(path, tmp_path / "hf", to="hf")
+
+
+def test_a_scaling_is_applied_once_where_a_given_configuration_has_it_too(written):
+    folder, path = written("llama_llama3")
+    config = json.loads((folder / "config.json").read_text())
+    assert llmjax.load(path, config=config).config.rope == llmjax.load(folder).config.rope
+    other = config | {"rope_scaling": config["rope_scaling"] | {"factor": 4.0}}
+    with pytest.raises(ConfigError, match=r"rope_freqs.weight: the file scales its rotation otherwise"):
+        llmjax.load(path, config=other)
 
 
 def test_logits_equal(written):

@@ -424,10 +424,19 @@ class TestGemma3Multimodal:
             assert f"\n  {problem}" in message
         assert "text_config: expected an object, found None" in self.refusal(text_config=None)
 
-    def test_the_head_is_tied_in_both_or_in_neither(self):
-        assert self.read(tie_word_embeddings=False).tie_word_embeddings is False
-        message = self.refusal({"tie_word_embeddings": True}, tie_word_embeddings=False)
-        assert "text_config.tie_word_embeddings: True is not supported, expected False" in message
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_the_head_is_tied_as_the_outer_object_says(self, tied):
+        """transformers asks no other, and saves the text model's own default beside it."""
+        assert self.read(tie_word_embeddings=tied).tie_word_embeddings is tied
+        assert self.read({"tie_word_embeddings": not tied}, tie_word_embeddings=tied).tie_word_embeddings is tied
+        message = self.refusal({"tie_word_embeddings": "no"}, tie_word_embeddings=tied)
+        assert "text_config.tie_word_embeddings: expected true or false, found 'no'" in message
+
+    def test_where_the_outer_object_says_nothing_of_the_head_the_text_model_does_not_contradict_its_default(self):
+        assert "text_config.tie_word_embeddings: False is not" in self.refusal({"tie_word_embeddings": False})
+
+    def test_tokens_of_images_by_both_names(self):
+        assert self.read(image_token_id=7, boi_token_id=8, eoi_token_id=9) == self.read(image_token_index=7)
 
     def test_a_cap_that_transformers_applies_to_the_text_model_alone(self):
         assert "text_config.final_logit_softcapping: transformers applies" in self.refusal(
