@@ -140,6 +140,35 @@ def log(x: jax.Array) -> jax.Array:
     return jnp.where((x > 0) & (x < jnp.inf), y, jnp.log(x))
 
 
+def exp(x: jax.Array) -> jax.Array:
+    """Exponential: a power of two, and a quotient for the rest of the logarithm.  From 88.4 on it is infinite, and 0 of
+    what is no number."""
+    log2 = jnp.clip(x * np.float32(1.442695022), -127, 128)
+    log2 = jnp.where(jnp.isnan(x), -127, log2)
+    whole = jnp.round(log2)
+    rest = log2 - whole
+    above = rest * _polynomial(rest, 5.5375634693e-03, 4.8078041524e-02, 6.9314718246e-01)
+    below = _polynomial(rest, 2.3987604305e-02, -2.7721086144e-01, 1)
+    # Were the sum's product one of several, XLA would multiply it out.
+    share = lax.optimization_barrier(above / below) + 1
+    return lax.bitcast_convert_type((whole.astype(jnp.int32) + 127) << 23, jnp.float32) * share
+
+
+def power(x: jax.Array, exponent: jax.Array) -> jax.Array:
+    """A power.  Of one exponent for all, a positive whole number or nearly, the runtime's own kernel multiplies: the
+    power of its half by itself, and by x once more where it is odd."""
+    y = x**exponent
+    if exponent.size != 1 or exponent.shape == x.shape:
+        return y
+    whole = jnp.round(exponent)
+
+    def multiplied(i: jax.Array, y: jax.Array) -> jax.Array:
+        return y * y * jnp.where(whole.astype(jnp.int32) >> 30 - i & 1, x, 1)
+
+    counted = (jnp.abs(exponent - whole) < 1e-5) & (whole >= 1) & (whole < 2.0**31)
+    return jnp.where(counted, lax.fori_loop(0, 31, multiplied, jnp.ones_like(y)), y)
+
+
 def softmax(x: jax.Array) -> jax.Array:
     """Along the last dimension."""
     e = _exp(x - jnp.max(x, -1, keepdims=True))

@@ -74,8 +74,8 @@ def _approximated(exact: Callable[..., Any], theirs: Callable[..., Any]) -> Kern
     """The runtime's own arithmetic where activations are rounded behind it."""
 
     def kernel(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
-        array = as_array(x[0])
-        return activated(op, (theirs if numerics.digits == 1 and array.dtype == jnp.float32 else exact)(array))
+        arrays = list(map(as_array, x))
+        return activated(op, (theirs if numerics.digits == 1 and arrays[0].dtype == jnp.float32 else exact)(*arrays))
 
     return kernel
 
@@ -299,7 +299,6 @@ def _squared(kernel: Kernel) -> Kernel:
 _UNARY: dict[str, Callable[..., Any]] = {
     "ABS": jnp.abs,
     "CEIL": jnp.ceil,
-    "EXP": jnp.exp,
     "FLOOR": jnp.floor,
     "LOGICAL_NOT": jnp.logical_not,
     "NEG": jnp.negative,
@@ -326,7 +325,6 @@ _BINARY: dict[str, Callable[..., Any]] = {
     "MINIMUM": jnp.minimum,
     "MUL": operator.mul,
     "NOT_EQUAL": jnp.not_equal,
-    "POW": jnp.power,
     "SQUARED_DIFFERENCE": lambda x, y: jnp.square(x - y),
     "SUB": operator.sub,
 }
@@ -352,6 +350,7 @@ KERNELS: dict[str, Kernel] = {
     "DEQUANTIZE": _dequantize,
     "DYNAMIC_UPDATE_SLICE": _update_slice,
     "EMBEDDING_LOOKUP": _embedding,
+    "EXP": _approximated(jnp.exp, approximations.exp),
     "FILL": _broadcast,
     "FULLY_CONNECTED": _fully_connected,
     "GATHER": _gather,
@@ -364,6 +363,7 @@ KERNELS: dict[str, Kernel] = {
     "PACK": lambda op, x, out, n: jnp.stack(list(map(as_array, x)), op.options["axis"]),
     "PAD": _pad,
     "PADV2": _pad,
+    "POW": _approximated(jnp.power, approximations.power),
     "RSQRT": _approximated(lax.rsqrt, approximations.rsqrt),
     "SELECT": _select,
     "SELECT_V2": _select,

@@ -85,9 +85,11 @@ APPROXIMATED = {
     "COS": ((8.0, 4.0, 4.110961), (-0.14549997, -0.6536434, -0.56582034)),
     "SIN": ((3.0, 3.4785054, 14.0), (0.1411201, -0.3305751, 0.9906072)),
     "TANH": ((4.206176, -3.4739516, -1.6903521), (0.9995557, -0.9980804, -0.9341919)),
+    "EXP": ((5.3, 18.02, 17.31, -15.95, -90), (200.336868, 66986360, 32933424, 1.18305095e-07, 0)),
     "GELU by tanh": ((-3.7594442, -3.5894952, -3.851498), (-0.00021074756, -0.00043089647, -0.00014003598)),
     "GELU": ((-5.1782, -3.9309, -4.3333), (0, -0.00016600148, -3.2156458e-05)),
     "LOG": ((0.97, 1.25, 7.5, 0.0078125), (-0.0304591171, 0.223143533, 2.01490307, -4.85203028)),
+    "POW 5": ((0.92000008, 1.29000008, 1.66000009), (0.659081757, 3.57230616, 12.6049328)),
     "LOGISTIC": ((5.27199984, 2.68400002, 2.65199995, -90), (0.994892895, 0.936075866, 0.934134126, 0)),
     "RSQRT": ((15.9793816, 3.9690721, 3.95876288, 4), (0.25016126, 0.501944244, 0.502597451, 0.5)),
     "SQRT": ((13.6597939, 14.5876293, 4.03092766, 0), (3.69591546, 3.81937504, 2.00771689, 0)),
@@ -104,6 +106,7 @@ def test_functions_before_rounded_activations_are_the_runtimes(name):
     op = types.SimpleNamespace(options={"approximate": "tanh" in name, "beta": 1.0, "keep_dims": True})
     tensors = [types.SimpleNamespace(shape=theirs.shape)]
     more = [np.array([0])] if name.startswith(("MEAN", "SUM")) else []
+    more += [np.array([5], np.float32)] if name == "POW 5" else []
 
     def found(digits):
         numerics = dataclasses.replace(numerics_for(None), digits=digits)
@@ -118,6 +121,17 @@ def test_functions_before_rounded_activations_are_the_runtimes(name):
 
     assert np.abs(found(1) - theirs).max() < 2e-8
     assert np.abs(found(None) - theirs).max() > 5e-8  # exact where nothing is rounded behind them
+
+
+def test_an_exponential_at_its_ends():
+    x = np.array([88.5, np.inf, -np.inf, np.nan], np.float32)
+    assert KERNELS["EXP"](types.SimpleNamespace(options={}), [x], [], ROUNDS).tolist() == [np.inf, np.inf, 0, 0]
+
+
+def test_exponents_of_their_own_and_those_that_are_not_whole_are_powers():
+    x, op = np.float32([0.92, 1.29, 1.66]), types.SimpleNamespace(options={})
+    for exponent in (np.float32([1.3]), np.float32([5, 5, 5]), np.float32([-3]), np.float32([0])):
+        assert np.array_equal(KERNELS["POW"](op, [x, exponent], [], ROUNDS), jax.numpy.power(x, exponent))
 
 
 # Shape, dimensions, what is added up, and ai-edge-litert 2.3.0's sums (AVX-512).
