@@ -107,9 +107,9 @@ def _batch(args: argparse.Namespace) -> int:
 
     given, load = sampling_given(args), functools.partial(_generating, args)
     if args.dry_run:
-        if args.ray:
+        if args.ray is not None:
             raise RequestError("--dry-run: rows are checked here; leave --ray out")
-        shard = Shard.parse(args.shard) if args.shard else WHOLE
+        shard = WHOLE if args.shard is None else Shard.parse(args.shard)
         report = dryrun.run(load, args.input, args.output, given, shard, args.date, args.column or {})
         print(report.describe())
         return 1 if report.bad else 0
@@ -135,7 +135,7 @@ def _run(
     files = load, args.input, args.output, given, _options(args), about, work
     wanted = {"actors": args.actors, "cpus": args.actor_cpus, "gpus": args.actor_gpus}
     wanted = {name: value for name, value in wanted.items() if value is not None}
-    if args.ray:
+    if args.ray is not None:
         from llmjax.batch import ray
 
         return ray.run(*files, ray.Cluster(args.ray, **wanted))
@@ -162,7 +162,7 @@ def _options(args: argparse.Namespace) -> "job.Options":
     from llmjax.batch import job
     from llmjax.batch.rows import WHOLE, Shard
 
-    shard = Shard.parse(args.shard) if args.shard else WHOLE
+    shard = WHOLE if args.shard is None else Shard.parse(args.shard)
     date = getattr(args, "date", None)
     columns = args.column or {}
     return job.Options(args.ordered, shard, args.retry_errors, args.force, args.progress_seconds, date, columns)

@@ -15,6 +15,7 @@ import safetensors
 import llmjax
 from llmjax.cli import loading
 from llmjax.cli.main import main
+from llmjax.errors import RequestError
 from tests.tiny import checkpoint, roomy
 
 
@@ -222,10 +223,36 @@ def test_what_the_environment_forbids(capsys, monkeypatch):
 def test_bad_settings(capsys, smollm2_path):
     for flags, message in (
         (["--numerics", "exact"], "numerics: unknown profile 'exact'"),
-        (["--max-batch", "0"], "slots: expected an integer of at least 1"),
+        (["--max-batch", "0"], "max_batch: expected a positive integer"),
     ):
         code, err = failing(capsys, "generate", "--model", "smollm2", "--prompt", "hi", *flags)
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_an_empty_flag_is_a_flag(capsys, monkeypatch):
+    """What a script's unset variable makes of one is told, or means what the flag does, but is not left out."""
+    job = ("batch", "--model", "x", "--input", "x", "--output", "y")
+    for words, message in (
+        ((*job, "--shard", ""), "shard: expected i/n"),
+        ((*job, "--ray", ""), "--ray"),
+        (("generate", "--model", "x", "--prompt", "hi", "--date", ""), "date: only a chat template takes one"),
+        (("generate", "--model", "x", "--prompt", "hi", "--chat-template-kwargs", "{}"), "only a chat template"),
+        (("convert", "smollm2", "y", "--to", "llmjax", "--group-size", "0"), "--group-size goes with --bits"),
+        (("convert", "smollm2", "y", "--to", "llmjax", "--bits", "4", "--group-size", "0"), "unknown 'int4-g0'"),
+    ):
+        code, err = failing(capsys, *words)
+        assert code == 2 and message in err, words
+    asked = []
+
+    class Llm:
+        def chat_request(self, messages, *_, **__):
+            asked.append(messages)
+            raise RequestError("enough")
+
+    monkeypatch.setattr(loading, "load_llm", lambda args: (Llm(), 0.0))
+    monkeypatch.setattr(loading, "tell_defaults", lambda *_: None)
+    failing(capsys, "generate", "--model", "x", "--prompt", "hi", "--system", "")
+    assert asked == [[{"role": "user", "content": "hi"}]]
 
 
 def test_bad_models(capsys, tmp_path, smollm2_path):
