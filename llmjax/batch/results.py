@@ -21,8 +21,8 @@ from llmjax.outside.whole import whole_file, workspace
 _OURS = {"error", "line"}
 # Tables and packed files of kinds that none is made of; rows of JSONL under such a name would not be seen for what they
 # are.
-_OTHERS = (".tsv", ".csv.gz", ".tsv.gz", ".parquet.gz", ".xls", ".xlsx", ".ods", ".arrow", ".feather", ".orc", ".avro")
-_OTHERS += (".zst", ".bz2", ".xz", ".lz4", ".zip")
+_TABLES = (".tsv", ".csv.gz", ".tsv.gz", ".parquet.gz", ".xls", ".xlsx", ".ods", ".arrow", ".feather", ".orc", ".avro")
+_OTHERS = (*_TABLES, ".zst", ".bz2", ".xz", ".lz4", ".zip")
 
 
 def is_made(output: str) -> bool:
