@@ -13,7 +13,7 @@ from llmjax.lora.adapter import AnyLora
 from llmjax.lora.resident import with_adapters
 from llmjax.model import Model
 from llmjax.models.interventions import Interventions
-from llmjax.outside.values import plain
+from llmjax.outside.values import POSITIVE, check, plain
 from llmjax.runtime.asking import Asking, ChatOptions, Message, Params, Prompt, for_each, listed, prompt_list
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine, Update
@@ -89,6 +89,7 @@ class LLM(Asking):
         fold_system: bool = False,
         **loading: Unpack[LoadOptions],
     ):
+        check("max_batch", max_batch := plain(max_batch), POSITIVE)
         model = as_asked(model, numerics, loading).intervened(interventions)
         if loras:
             model = with_adapters(model, loras)
@@ -106,7 +107,7 @@ class LLM(Asking):
         )
         self.engine = Engine(
             model,
-            slots=plain(max_batch),
+            slots=max_batch,
             chunk=plain(chunk),
             block=plain(block),
             logits_processor=logits_processor,

@@ -1,8 +1,9 @@
 """``LlmInference``: the face of MediaPipe's LLM Inference API, option for option (``llmjax.genai`` lists them)."""
 
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -119,7 +120,7 @@ class LlmInference:
             )
         return room
 
-    def _pieces(self, text: str, sampling: SamplingParams, lora: str) -> Iterator[str]:
+    def _pieces(self, text: str, sampling: SamplingParams, lora: str) -> Generator[str, None, None]:
         """The answer to a whole prompt, as it comes."""
         room = self._room(text)
         yield from self._open(lora).stream(text, dataclasses.replace(sampling, max_tokens=room))
@@ -150,7 +151,7 @@ class LlmInference:
         if not self._busy.acquire(blocking=False):
             raise RequestError("LlmInference: the previous answer is still under way; wait for it")
 
-    def _in_background(self, pieces: Iterator[str], listener: ResultListener) -> "Future[str]":
+    def _in_background(self, pieces: Generator[str, None, None], listener: ResultListener) -> "Future[str]":
         """Reads an answer in another thread: see ``generate_response_async``."""
         on_error = self._options.error_listener
         self._begin()
@@ -160,17 +161,21 @@ class LlmInference:
             try:
                 found = []
                 try:
-                    for piece in pieces:
-                        found.append(piece)
-                        listener(piece, False)
+                    # A listener that fails leaves an answer unread, and the model with it.
+                    with contextlib.closing(pieces):
+                        for piece in pieces:
+                            found.append(piece)
+                            listener(piece, False)
                 finally:
                     self._busy.release()
                 listener("", True)
                 future.set_result("".join(found))
-            except Exception as error:  # handed on, to the listener and through the future
-                if on_error is not None:
-                    on_error(error)
-                future.set_exception(error)
+            except BaseException as error:  # handed on, to the listener, which may fail itself, and through the future
+                try:
+                    if on_error is not None and isinstance(error, Exception):
+                        on_error(error)
+                finally:
+                    future.set_exception(error)
 
         threading.Thread(target=work, name="llmjax-generate", daemon=True).start()
         return future

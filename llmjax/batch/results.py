@@ -19,18 +19,23 @@ from llmjax.outside.whole import whole_file, workspace
 
 # Columns that rows bring are named otherwise, whether or not any answer has these.
 _OURS = {"error", "line"}
-# Tables of kinds that none is made of; rows of JSONL under such a name would not be seen for what they are.
-_OTHERS = (".tsv", ".csv.gz", ".tsv.gz", ".parquet.gz", ".xlsx", ".ods", ".arrow", ".feather", ".orc", ".avro")
+# Tables and packed files of kinds that none is made of; rows of JSONL under such a name would not be seen for what they
+# are.
+_TABLES = (".tsv", ".csv.gz", ".tsv.gz", ".parquet.gz", ".xls", ".xlsx", ".ods", ".arrow", ".feather", ".orc", ".avro")
+_OTHERS = (*_TABLES, ".zst", ".bz2", ".xz", ".lz4", ".zip")
 
 
 def is_made(output: str) -> bool:
     """Whether an output is made at the end, of answers that a job keeps elsewhere until then.
 
     Raises:
-      RequestError: its name says that it is a table of another kind.
+      RequestError: its name says that it is a table of another kind, or packed by anything but gzip.
     """
     if file_name(output).lower().endswith(_OTHERS):
-        kinds = "tables are written as *.parquet or *.csv, all else as JSONL: expected a name such as answers.jsonl"
+        kinds = (
+            "tables are written as *.parquet or *.csv, all else as JSONL, packed or not: expected a name such as "
+            "answers.jsonl or answers.jsonl.gz"
+        )
         raise RequestError(f"{shown_url(output)}: {kinds}")
     return is_table(output) or is_url(output)
 

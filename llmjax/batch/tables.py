@@ -7,6 +7,7 @@ In: a column is the key of a row that it is named for, or that it is said to be 
 goes to the row's answer as it is.  Empty cells are as if they were not there, but an id's: such a row fails, where the
 number of its line might be another row's id.  In CSV text is text, a number or a list what JSON makes of the cell.
 Whole floats are integers where those are wanted: pandas makes floats of a column of them in which a cell is empty.
+Decimals, which SQL makes of ``0.7``, are numbers for the parameters of a row, and else their digits as text.
 
 Out: a column for each key that any answer has, and for each column that only went along; ``usage`` is two.  Its type is
 that of its values, JSON as text where they have none in common; ids are text then, as they are.
@@ -210,23 +211,29 @@ def _parsed(key: str, cell: str) -> Any:
 
 def plain(key: str, value: Any) -> Any:
     """A value of Arrow's as JSON has it; bytes that are no UTF-8 spoil the row whose key they are."""
-    return _plain(value, "surrogateescape" if key else "backslashreplace")
+    number = _number if key and key not in _TEXTS else str
+    return _plain(value, "surrogateescape" if key else "backslashreplace", number)
 
 
-def _plain(value: Any, errors: str) -> Any:
+def _plain(value: Any, errors: str, number: Callable[[decimal.Decimal], Any]) -> Any:
     if isinstance(value, float):
         return finite(value)
     if isinstance(value, dict):
-        return {name: _plain(v, errors) for name, v in value.items() if v is not None}
+        return {name: _plain(v, errors, number) for name, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
-        return [_plain(v, errors) for v in value]
+        return [_plain(v, errors, number) for v in value]
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, bytes):
         return value.decode("utf-8", errors)
     if isinstance(value, datetime.timedelta):  # pandas has others, which are written otherwise
         return str(datetime.timedelta(value.days, value.seconds, value.microseconds))
-    return str(value) if isinstance(value, decimal.Decimal) else value
+    return number(value) if isinstance(value, decimal.Decimal) else value
+
+
+def _number(value: decimal.Decimal) -> int | float:
+    """What SQL makes of ``0.7``, and of integers that it counts: a parameter's number, as JSON has it."""
+    return int(value) if value == value.to_integral_value() else float(value)
 
 
 def _cells(column: Any) -> list[Any]:

@@ -107,7 +107,7 @@ def _batch(args: argparse.Namespace) -> int:
 
     given, load = sampling_given(args), functools.partial(_generating, args)
     if args.dry_run:
-        if args.ray:
+        if args.ray is not None:
             raise RequestError("--dry-run: rows are checked here; leave --ray out")
         shard = _shard(args)
         report = dryrun.run(load, args.input, args.output, given, shard, args.date, args.column or {})
@@ -135,7 +135,7 @@ def _run(
     files = load, args.input, args.output, given, _options(args), about, work
     wanted = {"actors": args.actors, "cpus": args.actor_cpus, "gpus": args.actor_gpus}
     wanted = {name: value for name, value in wanted.items() if value is not None}
-    if args.ray:
+    if args.ray is not None:
         from llmjax.batch import ray
 
         return ray.run(*files, ray.Cluster(args.ray, **wanted))
@@ -169,7 +169,7 @@ def _options(args: argparse.Namespace) -> "job.Options":
 def _shard(args: argparse.Namespace) -> "Shard":
     from llmjax.batch.rows import WHOLE, Shard
 
-    return Shard.parse(args.shard) if args.shard else WHOLE
+    return WHOLE if args.shard is None else Shard.parse(args.shard)
 
 
 def _about(args: argparse.Namespace) -> dict[str, Any]:

@@ -120,8 +120,8 @@ def _convert(args: argparse.Namespace) -> int:
     given = ["--quantize"] * (quantize is not None)
     if args.bits is not None:
         given.append("--bits")
-        quantize = f"int{args.bits}" + (f"-g{args.group_size}" if args.group_size else "")
-    elif args.group_size:
+        quantize = f"int{args.bits}" + ("" if args.group_size is None else f"-g{args.group_size}")
+    elif args.group_size is not None:
         raise RequestError("--group-size goes with --bits")
     by_role = {role: getattr(args, f"{role}_bits") for role in _BITS}
     if args.asymmetric or any(by_role.values()):

@@ -34,10 +34,10 @@ def add(verbs: Verbs) -> None:
 
 def _generate(args: argparse.Namespace) -> int:
     given = sampling_given(args)
-    chat = args.chat or args.system
+    chat = args.chat or args.system is not None  # an empty one, a script's unset variable say, does not turn it off
     if not chat:
         for name in ("date", "chat_template", "chat_template_kwargs", "fold_system"):
-            if getattr(args, name):
+            if getattr(args, name) not in (None, False):
                 raise RequestError(f"{name}: only a chat template takes one; give --chat, too")
     prompt = prompt_text(args.prompt)
     llm, seconds = loading.load_llm(args)

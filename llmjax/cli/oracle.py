@@ -8,7 +8,8 @@ from functools import partial
 from llmjax.cli import loading
 from llmjax.cli.flags import Verbs, add_verb, cache_flags, id_list, load_flags, prompt_text
 from llmjax.errors import RequestError, amount
-from llmjax.outside.whole import write_text
+from llmjax.outside.paths import checked_path
+from llmjax.outside.whole import expect_file, expect_room, write_text
 
 
 def add(verbs: Verbs) -> None:
@@ -70,6 +71,7 @@ def _trace(args: argparse.Namespace) -> int:
     from llmjax.oracle.trace import trace
     from llmjax.runtime.asking import warn_of_two_starts
 
+    expect_room(checked_path("output", args.output, RequestError), RequestError)
     model = loading.load_model(args)
     ids = args.ids
     if ids is None:
@@ -89,6 +91,7 @@ def _trace(args: argparse.Namespace) -> int:
 def _vectors(args: argparse.Namespace) -> int:
     from llmjax.oracle.vectors import write
 
+    expect_room(checked_path("output", args.output, RequestError), RequestError)
     tell = partial(print, file=sys.stderr, flush=True)
     index = write(loading.load_model(args), args.output, args.taps or "logits", longest=args.longest, progress=tell)
     for left in index["left_out"]:
@@ -108,8 +111,11 @@ def _compare(args: argparse.Namespace) -> int:
     if len(dumps) != wanted and not (args.model is not None and len(dumps) == 2 and args.candidate_model is None):
         raise RequestError(
             "compare: expected REF CAND, or --model M and CAND, or --model M --candidate-model N; "
-            f"found {len(dumps)} dumps"
+            f"found {amount(len(dumps), 'dump')}"
         )
+    for page in (args.html, args.junit):
+        if page is not None and (path := checked_path("output", page, RequestError)).is_dir():
+            expect_file(path, RequestError)
     model = None if args.model is None else loading.load_model(args)
     candidate = dumps.pop() if args.candidate_model is None else load(args.candidate_model)
     ids = args.ids

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future
 from typing import Any
 
@@ -127,7 +127,7 @@ class LlmInferenceSession:
         self._task._room(longer)
         self._text, self._role, self._asked = longer, role, True
 
-    def _pieces(self) -> Iterator[str]:
+    def _pieces(self) -> Generator[str, None, None]:
         """The answer, which is then a part of the session."""
         prompt = self._text + self._templates.between(self._role, "model")
         answer = ""
@@ -136,7 +136,7 @@ class LlmInferenceSession:
             yield piece
         self._text, self._role, self._asked = prompt + answer, "model", False
 
-    def _checked_pieces(self) -> Iterator[str]:
+    def _checked_pieces(self) -> Generator[str, None, None]:
         self._check()
         if not self._asked:
             raise RequestError("generate_response: nothing to answer; add_query_chunk first")

@@ -91,6 +91,8 @@ def compare(
     ours = given[0] if given else None
     if isinstance(model, GraphModel) and isinstance(candidate, Model) and not isinstance(candidate, GraphModel):
         model, candidate = candidate, model  # a graph's steps are measured by those of the model it was made of
+    if token_ids is not None and (given or not isinstance(candidate, Model)):
+        raise RequestError("token_ids: what two checkpoints are compared on (--prompt, --ids); a dump has its own")
     if isinstance(candidate, Model):
         if len(given) > 1:
             raise RequestError(f"{reference}: {len(given)} texts; a model is compared with one of them")

@@ -143,8 +143,7 @@ def whole_file(path: Path, error: type[LlmjaxError] = CheckpointError) -> Iterat
     """
     with _told(path, error):
         path = _absolute(path)
-        if path.exists() and not path.is_file():
-            raise error(f"{path}: expected a file to write to, found {_kind(path)}")
+        expect_file(path, error)
         with _replacing(path) as place:
             yield place
 
@@ -162,9 +161,7 @@ def whole_folder(path: Path, error: type[LlmjaxError] = CheckpointError) -> Iter
     """
     with _told(path, error):
         path = _absolute(path)
-        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
-            link = " as a link" if path.is_symlink() else ""
-            raise error(f"{path}: exists{link}; expected a new directory, or an empty one")
+        expect_room(path, error)
         with _replacing(path) as place:
             place.mkdir()
             yield place
@@ -215,6 +212,19 @@ def write_text(path: str | Path, text: str, error: type[LlmjaxError]) -> None:
         return
     with whole_file(place, error) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def expect_file(path: Path, error: type[LlmjaxError]) -> None:
+    """Raises ``error`` where ``path`` is something that no file can take the place of: to be told before long work."""
+    if path.exists() and not path.is_file():
+        raise error(f"{path}: expected a file to write to, found {_kind(path)}")
+
+
+def expect_room(path: Path, error: type[LlmjaxError]) -> None:
+    """Raises ``error`` where ``path`` is not that of a new folder, or an empty one: to be told before long work."""
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
+        link = " as a link" if path.is_symlink() else ""
+        raise error(f"{path}: exists{link}; expected a new directory, or an empty one")
 
 
 def expect_new(path: Path) -> None:

@@ -130,6 +130,11 @@ def _number(value: Any) -> Any:
 _OPTIONAL = {"seed", "max_tokens", "logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids"}
 _ID = integer(0, INT32)
 _BIAS = number(-100, 100)
+# Half a surrogate pair, or a byte that is no UTF-8, is in no text that a model generates.
+_GENERATED = Rule(
+    "a non-empty string of whole characters",
+    lambda v: TEXT.holds(v) and not any("\ud800" <= char <= "\udfff" for char in v),
+)
 _RULES: dict[str, Rule] = {
     "n": integer(1, MAX_SAMPLES),
     "temperature": number(0, 100, "a number from 0 (greedy) to 100"),
@@ -139,7 +144,7 @@ _RULES: dict[str, Rule] = {
     "seed": integer(0, 2**64 - 1, "an integer from 0 to 2**64 - 1 (or its digits as text)"),
     "max_tokens": integer(1, _INT64, "a positive integer below 2**63"),
     "min_tokens": integer(0, _INT64, "an integer from 0, below 2**63"),
-    "stop": each(TEXT, "non-empty strings"),
+    "stop": each(_GENERATED, "non-empty strings of whole characters"),
     "stop_token_ids": each(_ID, "token ids"),
     "ignore_eos": FLAG,
     "logprobs": integer(0, MAX_LOGPROBS),
@@ -152,5 +157,5 @@ _RULES: dict[str, Rule] = {
         lambda v: isinstance(v, Mapping) and all(map(_ID.holds, v)) and all(map(_BIAS.holds, v.values())),
     ),
     "allowed_token_ids": each(_ID, "token ids, at least one", least=1),
-    "bad_words": each(TEXT, "non-empty strings"),
+    "bad_words": each(_GENERATED, "non-empty strings of whole characters"),
 }

@@ -279,8 +279,11 @@ def _not_text(text: Any) -> str:
     if not isinstance(text, str):
         return f"text: expected a string, found {type(text).__name__}"
     at = next(i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff")
+    # So Python, and a job that reads a table, keep bytes that are no UTF-8.
+    byte = f", perhaps of byte {ord(text[at]) - 0xDC00:#04x}" if "\udc80" <= text[at] <= "\udcff" else ""
     return (
-        f"text: character {at} is half a surrogate pair ({text[at]!r}), which no UTF-8 text has; decode its source anew"
+        f"text: character {at} is half a surrogate pair ({text[at]!r}{byte}), which no UTF-8 text has; decode its "
+        "source anew"
     )
 
 

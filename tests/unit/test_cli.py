@@ -15,6 +15,7 @@ import safetensors
 import llmjax
 from llmjax.cli import loading
 from llmjax.cli.main import main
+from llmjax.errors import RequestError
 from tests.tiny import checkpoint, roomy
 
 
@@ -222,10 +223,58 @@ def test_what_the_environment_forbids(capsys, monkeypatch):
 def test_bad_settings(capsys, smollm2_path):
     for flags, message in (
         (["--numerics", "exact"], "numerics: unknown profile 'exact'"),
-        (["--max-batch", "0"], "slots: expected an integer of at least 1"),
+        (["--max-batch", "0"], "max_batch: expected a positive integer"),
     ):
         code, err = failing(capsys, "generate", "--model", "smollm2", "--prompt", "hi", *flags)
         assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_an_empty_flag_is_a_flag(capsys, monkeypatch, tmp_path):
+    """What a script's unset variable makes of one is told, or means what the flag does, but is not left out."""
+    (tmp_path / "in.jsonl").write_text('{"prompt": "hi"}')
+    job = ("batch", "--model", "x", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "y"))
+    for words, message in (
+        ((*job, "--shard", ""), "shard: expected i/n"),
+        ((*job, "--ray", ""), "--ray"),
+        (("generate", "--model", "x", "--prompt", "hi", "--date", ""), "date: only a chat template takes one"),
+        (("generate", "--model", "x", "--prompt", "hi", "--chat-template-kwargs", "{}"), "only a chat template"),
+        (("convert", "smollm2", "y", "--to", "llmjax", "--group-size", "0"), "--group-size goes with --bits"),
+        (
+            ("convert", "smollm2", "y", "--to", "llmjax", "--bits", "4", "--group-size", "0"),
+            "expected a group of 32, 64 or 128, found 0",
+        ),
+    ):
+        code, err = failing(capsys, *words)
+        assert code == 2 and message in err, words
+    asked = []
+
+    class Llm:
+        def chat_request(self, messages, *_, **__):
+            asked.append(messages)
+            raise RequestError("enough")
+
+    monkeypatch.setattr(loading, "load_llm", lambda args: (Llm(), 0.0))
+    monkeypatch.setattr(loading, "tell_defaults", lambda *_: None)
+    failing(capsys, "generate", "--model", "x", "--prompt", "hi", "--system", "")
+    assert asked == [[{"role": "user", "content": "hi"}]]
+
+
+def test_an_output_that_cannot_be_is_told_before_long_work(capsys, monkeypatch, tmp_path):
+    def load(*_, **__):
+        raise AssertionError("nothing is to be loaded")
+
+    monkeypatch.setattr(loading, "load_model", load)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/x").write_text("mine")
+    there = str(tmp_path / "there")
+    for words, message in (
+        (("trace", "--ids", "1", "--output", there), "exists; expected a new directory"),
+        (("vectors", "--output", there), "exists; expected a new directory"),
+        (("compare", "d", "--html", there), "expected a file to write to, found a directory"),
+        (("compare", "d", "--junit", there), "expected a file to write to, found a directory"),
+    ):
+        code, err = failing(capsys, words[0], "--model", "x", *words[1:])
+        assert code == 2 and message in err, words
 
 
 def test_bad_models(capsys, tmp_path, smollm2_path):

@@ -463,6 +463,13 @@ def test_segments(traced):
 # Verdicts.
 
 
+def test_ids_are_two_models_alone(model, traced):
+    """A dump is made of ids; others beside it would be left out in silence."""
+    for reference, candidate in ((model, traced), (traced, traced), (traced, model)):
+        with pytest.raises(RequestError, match="token_ids: what two checkpoints are compared on"):
+            llmjax.compare(reference, candidate, token_ids=IDS)
+
+
 def test_the_same_is_identical_and_float32_rounding_is_equivalent(model, traced):
     assert llmjax.compare(model, traced).verdict == "identical"
     logits = traced.activations["logits"] * np.float32(1 + 2**-21)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from decimal import Decimal
 
 import fsspec
 import pyarrow
@@ -157,7 +158,7 @@ def test_what_is_no_such_table(llm, tmp_path, name, content, message):
         run(llm, tmp_path / name, tmp_path / "out.jsonl", job.Options())
 
 
-@pytest.mark.parametrize("name", ["out.tsv", "out.CSV.gz", "memory://out.arrow"])
+@pytest.mark.parametrize("name", ["out.tsv", "out.CSV.gz", "memory://out.arrow", "out.jsonl.zst"])
 def test_rows_do_not_go_by_the_name_of_another_kind_of_table(folder, name):
     with pytest.raises(RequestError, match="tables are written as"):
         job.run(None, str(folder / "in.jsonl"), name if "://" in name else str(folder / name))
@@ -293,6 +294,25 @@ def test_values_of_every_type(llm, tmp_path):
     raw = pyarrow.array([b"x", b"\xff"])
     found = answers_of(llm, tmp_path, pyarrow.table({"prompt": raw, "raw": raw}))
     assert "half a surrogate pair" in found["error"][1].as_py() and found["raw"].to_pylist() == ["x", "\\xff"]
+
+
+def test_decimals(llm, tmp_path):
+    """What SQL makes of numbers with a point, and of integers that are counted or too wide for 64 bits."""
+    decimals = [
+        ("temperature", ["0.7", "1.0"], 2, 1),
+        ("max_tokens", ["2", "3"], 38, 0),
+        ("seed", [str(2**64 - 1), "7"], 20, 0),
+        ("id", ["10", "11"], 38, 0),
+        ("price", ["1.50", None], 5, 2),
+    ]
+    columns = {
+        name: pyarrow.array([v and Decimal(v) for v in values], pyarrow.decimal128(digits, scale))
+        for name, values, digits, scale in decimals
+    }
+    found = answers_of(llm, tmp_path, pyarrow.table({"prompt": ["a", "b"], **columns}))
+    params = [json.loads(text) for text in found["params"].to_pylist()]
+    assert [(p["temperature"], p["max_tokens"], p["seed"]) for p in params] == [(0.7, 2, 2**64 - 1), (1.0, 3, 7)]
+    assert found["id"].to_pylist() == ["10", "11"] and found["price"].to_pylist() == ["1.50", None]
 
 
 def test_blank_lines_and_tables_without_rows(llm, tmp_path):

@@ -1,6 +1,7 @@
 """MediaPipe's face: its option names and defaults, synchronous and with listeners."""
 
 import dataclasses
+import sys
 import threading
 
 import pytest
@@ -59,6 +60,20 @@ def test_async_errors_reach_the_listener_and_the_future(task):
         future.result(timeout=60)
     assert [type(e) for e in errors] == [RequestError]
     assert other.generate_response_async("hi").result(timeout=60) is not None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_listener_that_fails_leaves_no_future_open(task):
+    def fail(*_):
+        raise ValueError("mine")
+
+    other = with_listeners(task, result_listener=fail, error_listener=fail)
+    with pytest.raises(ValueError, match="mine"):
+        other.generate_response_async("hi").result(timeout=60)
+    leaving = with_listeners(task, result_listener=lambda *_: sys.exit(3), error_listener=fail)
+    with pytest.raises(SystemExit):
+        leaving.generate_response_async("hi").result(timeout=60)
+    assert task.generate_response("hi") is not None
 
 
 def test_one_answer_at_a_time(task):

@@ -67,6 +67,8 @@ NESTED = functools.reduce(lambda inner, _: [inner], range(5000), [])
         ("seed", "-1"),
         ("seed", "9" * 5000),
         ("stop", [10**5000]),
+        ("stop", ["\ud800"]),
+        ("bad_words", "a\udcff"),
         ("stop_token_ids", [2**31]),
         ("allowed_token_ids", [10**5000]),
         ("logit_bias", {"9" * 5000: 1}),
