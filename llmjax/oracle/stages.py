@@ -120,20 +120,23 @@ class Stages:
         (``DecoderConfig.period``)."""
         config = self.model.config
         calls: Counter[tuple[str, ...]] = Counter()
+        running: list[tuple[str, ...]] = []
 
         def note(next_function: Any, args: Any, kwargs: Any, context: Any) -> Any:
             module, method = context.module, context.method_name
             path = module.path
             if method == "__call__":
-                calls[path] += 1
+                calls[path] += path not in running  # a class that calls its parent's is called once
+            running.append(path)
+            made = next_function(*args, **kwargs)
+            running.pop()
             if len(path) != 1 or method not in ("__call__", "attend"):
-                return next_function(*args, **kwargs)
+                return made
             if path[0].startswith("layers_"):
                 self.blocks.append(module.clone(parent=None, name=None))
             elif self.blocks:
                 self._after.add(path[0])
-            made = next_function(*args, **kwargs)
-            if not self.blocks:
+            else:
                 self._before[path[0], method] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made)
             return made
 
@@ -215,7 +218,11 @@ class Stages:
             def run(other: nn.Module, *given: Any) -> Any:
                 rest = args[len(given) :]
                 if other is module:
-                    return next_function(*given, *rest, **kwargs)
+                    raw[id(module)] = module  # a class that calls its parent's is hooked once
+                    try:
+                        return next_function(*given, *rest, **kwargs)
+                    finally:
+                        del raw[id(module)]
                 bound = other.clone(parent=module.scope)
                 raw[id(bound)] = bound
                 return bound(*given, *rest, **kwargs)

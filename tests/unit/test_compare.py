@@ -26,7 +26,7 @@ from llmjax.oracle.floors import allowed, floor
 from llmjax.oracle.measure import Tap, _is_factor
 from llmjax.oracle.metrics import gap, logits_report, narrowed
 from llmjax.oracle.names import layouts, named
-from llmjax.oracle.stages import Stages
+from llmjax.oracle.stages import Edit, Stages
 from llmjax.oracle.steps import segment
 from llmjax.oracle.verdict import Explained, caveats, explain
 from tests import tiny
@@ -252,6 +252,21 @@ def test_calls_of_one_module_are_told_apart():
     found = named(dumps.from_arrays("d", {}, np.arange(3), arrays), shapes, model, None, {tap})
     assert found.read(tap).all() and found.unknown == ("model.layers.1.altup.modality_router",)
     assert np.array_equal(found.read("layers.1.streams")[2, 1], streams[1, 0, 2])
+
+
+def test_a_class_that_calls_its_parents_is_called_and_hooked_once():
+    model = tiny.random_model(model_type="olmo2", hidden_size=16, intermediate_size=24, num_attention_heads=4,
+                              num_key_value_heads=2, num_hidden_layers=1, vocab_size=96)  # fmt: skip
+    stages, calls = Stages(model, np.arange(3, dtype=np.int32)), list[str]()
+
+    def hook(module, run, x):
+        calls.append(module.name)
+        return run(module, x)
+
+    stages.run(0, stages.run(-1, None, {})[0], {}, Edit({"attn.q_norm": hook}))
+    arrays = {"model.layers.0.self_attn.q_norm": np.ones((1, 3, 16), np.float32)}
+    found = named(dumps.from_arrays("d", {}, np.arange(3), arrays), stages.shapes, model, None, stages.twice)
+    assert list(found.taps) == ["layers.0.attn.q_norm"] and calls == ["q_norm"]
 
 
 def test_a_map_reshapes_transposes_and_splits(tmp_path, model):
