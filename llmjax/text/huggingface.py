@@ -205,19 +205,25 @@ def _add_named(
 
 
 def _prefix_space(backend: tokenizers.Tokenizer, wanted: Any, class_name: str, config_file: Path) -> None:
-    """``add_prefix_space`` beside a byte-level ``tokenizer.json``: some classes of transformers make their
-    pre-tokenizer anew by it, the others leave the file's as it is."""
-    if not isinstance(wanted, bool) or backend.pre_tokenizer is None:
+    """``add_prefix_space`` beside a ``tokenizer.json``: some classes of transformers make a byte-level pre-tokenizer
+    anew by it, the others leave the file's as it is."""
+    if not isinstance(wanted, bool):
         return
-    state = json.loads(backend.pre_tokenizer.__getstate__())
-    steps = state["pretokenizers"] if state["type"] == "Sequence" else [state]
+    state, steps = _steps(backend.pre_tokenizer, "pretokenizers")
     found = next((step for step in steps if step["type"] == "ByteLevel"), None)
-    if found is None or found["add_prefix_space"] == wanted:
+    if found is None:
+        kinds = {step["type"]: step for step in [*steps, *_steps(backend.normalizer, "normalizers")[1]]}
+        metaspace = kinds.get("Metaspace", {"prepend_scheme": "never"})
+        same = wanted == ("Prepend" in kinds or metaspace["prepend_scheme"] != "never")
+    else:
+        same = wanted == found["add_prefix_space"]
+    if same:
         return
-    if class_name not in _PREFIX_SPACE:
+    if found is None or class_name not in _PREFIX_SPACE:
+        why = "" if found is None else f" and tokenizer_class is not one of {', '.join(_PREFIX_SPACE)}"
         warnings.warn(
-            f"{config_file}: add_prefix_space {str(wanted).lower()}: not heeded, for tokenizer.json says otherwise and "
-            f"tokenizer_class is not one of {', '.join(_PREFIX_SPACE)}",
+            f"{config_file}: add_prefix_space {str(wanted).lower()}: not heeded, for tokenizer.json says "
+            f"otherwise{why}",
             stacklevel=5,
         )
         return
@@ -225,6 +231,12 @@ def _prefix_space(backend: tokenizers.Tokenizer, wanted: Any, class_name: str, c
     whole = json.loads(backend.to_str())
     whole["pre_tokenizer"] = state
     backend.pre_tokenizer = tokenizers.Tokenizer.from_str(json.dumps(whole)).pre_tokenizer
+
+
+def _steps(part: Any, inside: str) -> tuple[Any, list[Any]]:
+    """The state of a pre-tokenizer or normalizer, and of what it is made of."""
+    state: Any = {"type": None} if part is None else json.loads(part.__getstate__())
+    return state, state[inside] if state["type"] == "Sequence" else [state]
 
 
 def _affixes(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import warnings
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,31 @@ def test_a_space_before_the_text(tmp_path, wanted, name):
     with pytest.warns(UserWarning, match=f"add_prefix_space {str(wanted).lower()}: not heeded"):
         kept = byte_level(tmp_path, {"add_prefix_space": wanted}, prefix=not wanted)
     assert kept.encode("ab") == [220][wanted:] + [64, 65]
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "pre_tokenizer", "has"),
+    [
+        (normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), None, True),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="first"), True),
+        (None, pre_tokenizers.Metaspace(prepend_scheme="never"), False),
+    ],
+)
+def test_a_space_before_the_text_that_the_file_has_otherwise(tmp_path, normalizer, pre_tokenizer, has):
+    """SentencePiece's; the file wins, and that is said."""
+    backend = tokenizers.Tokenizer(models.BPE({"▁": 0, "a": 1}, []))
+    backend.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    backend.save(str(tmp_path / "tokenizer.json"))
+    for wanted in (has, not has):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_prefix_space": wanted}))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert from_huggingface(tmp_path).encode("a") == [0][not has :] + [1]
+        found = [str(warning.message) for warning in said]
+        assert all("not heeded, for tokenizer.json says otherwise" in text for text in found)
+        assert len(found) == (wanted != has)
 
 
 def test_a_stream_shows_what_decode_does(tmp_path):
