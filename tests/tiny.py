@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import tokenizers
 from safetensors.numpy import save_file
 
@@ -33,6 +32,8 @@ CONFIG = {
 
 def slow(*values):
     """A test's parameters that are left to ``--runslow``: as true as the others, and as costly."""
+    import pytest  # scripts, which have these models from here, do without
+
     return pytest.param(*values, marks=pytest.mark.slow)
 
 

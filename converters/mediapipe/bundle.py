@@ -96,6 +96,8 @@ def create_bundle(config: BundleConfig) -> Path:
       TokenizerError: the vocabulary is no SentencePiece model.
       CheckpointError: the file cannot be written.
     """
+    if not isinstance(config, BundleConfig):
+        raise ConfigError(f"config: expected a BundleConfig, found {shown(config)}")
     problems = list(_problems(config))
     if problems:
         raise ConfigError("BundleConfig: " + "\n  ".join(problems))

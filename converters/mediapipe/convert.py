@@ -33,7 +33,7 @@ from llmjax.checkpoint.loading import find_model, is_quantized
 from llmjax.checkpoint.mediapipe_config import ModelType
 from llmjax.checkpoint.parameters import OnParameter
 from llmjax.checkpoint.plan import Override
-from llmjax.errors import CheckpointError, ConfigError, LoraError
+from llmjax.errors import CheckpointError, ConfigError, LoraError, shown
 from llmjax.lora.adapter import LoraSource, read_adapter
 from llmjax.models.config import DecoderConfig
 from llmjax.models.registry import architectures, read_config
@@ -196,6 +196,8 @@ def convert_checkpoint(config: ConversionConfig, *, report: OnParameter = lambda
       CheckpointError: the checkpoint or the raw files are damaged, or something cannot be written.
       TokenizerError: the vocabulary is damaged or does not fit the model.
     """
+    if not isinstance(config, ConversionConfig):
+        raise ConfigError(f"config: expected a ConversionConfig, found {shown(config)}")
     config = dataclasses.replace(config)  # options may have been set after the check
     kind, output = job.model_type(config.model_type), Path(config.output_dir)
     assert config.output_tflite_file is not None

@@ -19,10 +19,13 @@ from llmjax.batch.cluster import Cluster, connected
 from llmjax.batch.datasets import Answers
 from llmjax.batch.fleet import Fleet
 from llmjax.batch.job import Options, Summary
+from llmjax.batch.native import KEYS
 from llmjax.batch.rows import Generating, Work
+from llmjax.errors import RequestError, shown
 from llmjax.llm import LLM
 from llmjax.outside.values import check, integer
 from llmjax.runtime.asking import Params
+from llmjax.runtime.params import SamplingParams
 from llmjax.text.dates import Date, settled
 
 _OPTIONS, _CLUSTER = Options(), Cluster()
@@ -96,10 +99,14 @@ def build(
       options: of ``LLM``, such as ``max_batch``, ``seed`` and ``loras``.
 
     Raises:
-      RequestError: a number or the date is none.
+      RequestError: a number or the date is none, or there is no such parameter or key of a row.
     """
     for name, value in (("actors", actors), ("rows", rows)):
         check(name, value, integer(1))
+    if isinstance(params, Mapping):
+        SamplingParams.from_dict(params)  # here, rather than from a cluster's actors
+    if unknown := sorted(set(columns) - set(KEYS)):
+        raise RequestError(f"columns: a row has no key {shown(unknown[0])}; its keys: {', '.join(KEYS)}")
     load = functools.partial(LLM, model, **options) if isinstance(model, str | Path) else model
     made: dict[str, Any] = {"load": load, "params": params, "columns": dict(columns)}
     made["date"] = settled(date).isoformat(timespec="seconds")

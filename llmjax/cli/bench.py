@@ -28,7 +28,7 @@ def add(verbs: Verbs) -> None:
     bench.add_argument(
         "--profile", type=Path, metavar="FOLDER", help="have the profiler trace one more run of each setting, for XProf"
     )
-    bench.add_argument("--json", action="store_true")
+    bench.add_argument("--json", action="store_true", help="machine-readable, to stdout")
 
 
 def _bench(args: argparse.Namespace) -> int:

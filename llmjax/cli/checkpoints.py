@@ -32,13 +32,13 @@ def add(verbs: Verbs) -> None:
     inspect.add_argument(
         "--against", metavar="SRC", help="what it was made from: report each weight's error; 1 where more differs"
     )
-    inspect.add_argument("--json", action="store_true")
+    inspect.add_argument("--json", action="store_true", help="machine-readable, to stdout")
     text = "Say where two checkpoints differ: settings, tokenizers, weights; 0 the same, 1 different."
     diff = add_verb(verbs, "diff", _diff, text)
     for name in ("a", "b"):
         diff.add_argument(name, metavar=name.upper(), help="anything that inspect reads")
     diff.add_argument("--tokenizer", action="store_true", help="the tokenizers alone; directories need no weights")
-    diff.add_argument("--json", action="store_true")
+    diff.add_argument("--json", action="store_true", help="machine-readable, to stdout")
     text = "Write a checkpoint in another form, quantized or expanded."
     convert = add_verb(verbs, "convert", _convert, text)
     convert.add_argument("source", metavar="SRC", help="a checkpoint's path, or smollm2")

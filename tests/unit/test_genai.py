@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import llmjax
-from llmjax import LLM, LoraError, RequestError, genai
+from llmjax import LLM, ConfigError, LoraError, RequestError, genai
 from llmjax.genai import (
     LlmInference,
     LlmInferenceOptions,
@@ -366,3 +366,9 @@ def test_what_sessions_refuse(task, second):
 def test_an_adapters_scale_is_the_options(task):
     strong = session_of(task, "the quick brown fox", lora_path=LoraSource(LORA, alpha=40.0)).generate_response()
     assert strong != session_of(task, "the quick brown fox", lora_path=LORA).generate_response()
+
+
+def test_options_of_another_kind():
+    for call, name in ((converter.convert_checkpoint, "ConversionConfig"), (bundler.create_bundle, "BundleConfig")):
+        with pytest.raises(ConfigError, match=f"config: expected a {name}, found {{'input_ckpt': 'x'}}"):
+            call({"input_ckpt": "x"})

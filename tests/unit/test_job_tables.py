@@ -13,6 +13,7 @@ import pytest
 from llmjax import LLM
 from llmjax.batch import job, reading, results, rows, scoring, tables
 from llmjax.batch.datasets import Answers
+from llmjax.batch.ray import build
 from llmjax.cli.main import main
 from llmjax.errors import OutputError, RequestError
 from llmjax.outside import urls
@@ -234,6 +235,17 @@ def test_a_dataset_is_answered_as_a_job_answers(llm, folder):
     ):
         with pytest.raises(RequestError, match=message):
             answers(pyarrow.table({name: ["x"] for name in names}))
+
+
+def test_a_pipelines_step_is_checked_where_it_is_made():
+    """Without Ray, whose actors would say it much later."""
+    with pytest.raises(RequestError, match="max_tokens: expected a positive integer"):
+        build("m", {"max_tokens": 0})
+    with pytest.raises(RequestError, match="unknown sampling parameter max_token;"):
+        build("m", {"max_token": 3})
+    with pytest.raises(RequestError, match="columns: a row has no key 'question'; its keys: id, "):
+        build("m", columns={"question": "prompt"})
+    assert callable(build("m", PARAMS, columns={"prompt": "question"}))
 
 
 def test_what_a_table_holds_is_counted_without_reading_its_cells(folder, monkeypatch):

@@ -1,13 +1,16 @@
 """What scripts make of a user's mistake: one line and an exit code, never a traceback, nor "right" over nothing."""
 
+import ast
 import sys
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from scripts import check_litert, gpu_part, measure_full_size, plan_job
+from tests import tiny
 
 PLAN = ["--model", "config:gemma-2b", "--rows", "10", "--prompt-tokens", "8", "--answer-tokens", "4"]
 FULL = ["config:gemma-2b", "bfloat16"]
@@ -68,3 +71,10 @@ def test_what_is_no_number_is_not_right(tmp_path, monkeypatch):
     assert list(check_litert.check_model(path)) == []
     found.logits = np.full((3, 5), np.nan)
     assert list(check_litert.check_model(path)) == ["logits: 9 rows of 9 above 5e-05, up to nan"]
+
+
+def test_models_of_scripts_want_no_pytest():
+    """scripts/quickstart.sh installs none, and the README's kill_test.py runs in what it made."""
+    top = ast.parse(Path(tiny.__file__).read_text(encoding="utf-8")).body
+    names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+    assert "jax" in names and "pytest" not in names
