@@ -250,7 +250,7 @@ class Model:
             width = len(ids) if self.interventions else padded_width(len(ids))
             if self.interventions and self._known.changed(self.module.computed((1, width))):
                 self._logits.forget(everything=True)
-            # Padding is no token that is not the row's own.
+            # Padded with a token of its own: what another's embedding is may be no number.
             padded = np.pad(np.asarray(ids, np.int32), (0, width - len(ids)), mode="edge")[None]
             length = np.array([len(ids)], np.int32)
             # Cut by NumPy: JAX would compile a slice for every length.

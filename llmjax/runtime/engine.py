@@ -309,7 +309,8 @@ class Engine:
             if start > begun:
                 yield
             part = ids[start : start + self.chunk]
-            chunk = np.pad(part, (0, self.chunk - len(part)), mode="edge")[None]  # no token that is not the row's own
+            chunk = np.full((1, self.chunk), part[-1], np.int32)  # the row's own: another's embedding may be no number
+            chunk[0, : len(part)] = part
             end = start + len(part)
             where = chunk, slot, store.pages.table[slot], start, len(part), tokens, end == tokens and not scored
             store.state, pending = self._prefill(self._params, store.state, *terms, *where)
