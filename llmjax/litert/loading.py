@@ -49,8 +49,8 @@ def load_graph(path: Path, numerics: str | None = None) -> GraphModel:
     model.tokenizer = None if found is None else read_tokenizer(found)
     model.eos_ids = model.tokenizer.eos_ids if model.tokenizer else ()
     if found is not None and found.format != "task":
-        facts = [found.metadata(part) for part in found.parts if part.kind == package.FACTS]
-        barred = [i for metadata in facts for i in metadata.suppress_tokens.ids]
+        facts = _facts(found)
+        barred = list(facts.suppress_tokens.ids) if facts else []
         model.generation_config, model.generation_file = {"suppress_tokens": barred} if barred else {}, "LlmMetadata"
     return model
 
@@ -172,10 +172,22 @@ def read_tokenizer(found: Package) -> Tokenizer | None:
         return None
     if len(parts) > 1:
         raise TokenizerError(f"{found.path}: expected one tokenizer, found {len(parts)}")
-    facts = [found.metadata(part) for part in found.parts if part.kind == package.FACTS]
+    facts = _facts(found)
     read = _ends_of_task if found.format == "task" else _ends
-    ends, bytes_to_unicode = read(found, facts[0]) if facts else (Ends(), False)
+    ends, bytes_to_unicode = read(found, facts) if facts else (Ends(), False)
     return _tokenizer(found, parts[0], ends, bytes_to_unicode)
+
+
+def _facts(found: Package) -> Any:
+    """What a bundle says of its model; None where nothing does.
+
+    Raises:
+      CheckpointError: it says so twice, or the section is damaged.
+    """
+    parts = [part for part in found.parts if part.kind == package.FACTS]
+    if len(parts) > 1:
+        raise CheckpointError(f"{found.path}: expected one {parts[0].name}, found {len(parts)}")
+    return found.metadata(parts[0]) if parts else None
 
 
 def _tokenizer(found: Package, part: Part, ends: Ends, bytes_to_unicode: bool) -> Tokenizer:

@@ -70,6 +70,9 @@ def _with_ends(tokenizer: Tokenizer, ends: Ends) -> Tokenizer:
     start = [_start(tokenizer, ends.start)] if isinstance(ends.start, str) else list(ends.start[:1])
     if wrong := [i for i in start if not 0 <= i < tokenizer.vocab_size]:
         raise TokenizerError(f"{tokenizer.where}: the start token {wrong[0]} is not in this vocabulary")
+    # One that is not in the vocabulary is never drawn, and ends nothing; but a negative one is no token.
+    if wrong := [i for stop in ends.stop if not isinstance(stop, str) for i in stop if i < 0]:
+        raise TokenizerError(f"{tokenizer.where}: the stop token {wrong[0]} is no token: expected ids from 0 on")
     ids, texts = set(tokenizer.eos_ids), list(tokenizer.stop)
     for stop in ends.stop:
         if isinstance(stop, str):

@@ -464,6 +464,24 @@ def test_several_start_tokens_of_a_file(source):
     assert found.encode("a") == [257, *found.encode("a", add_bos=False)]
 
 
+@pytest.mark.parametrize("stop", [(-1,), (-300,), (256, -1)])
+def test_a_stop_token_that_is_none(source, stop):
+    """Counted from the end, -1 was the vocabulary's last."""
+    state = (source / "tokenizer.json").read_bytes()
+    with pytest.raises(TokenizerError, match=f"x: the stop token {min(stop)} is no token"):
+        bundle.from_huggingface(state, "x", bundle.Ends(stop=((257,), stop)))
+    assert bundle.from_huggingface(state, "x", bundle.Ends(stop=((9999,),))).eos_ids == (9999,)
+
+
+def test_two_sections_that_say_which_tokens_end(written, tmp_path):
+    found = Package(written)
+    parts = [container.Section(part.name, bytes(found.read(part)), part.notes) for part in found.parts]
+    with open(tmp_path / "m.litertlm", "wb") as file:
+        container.write(file, [*parts, parts[0]], {})
+    with pytest.raises(CheckpointError, match="expected one LlmMetadataProto, found 2"):
+        llmjax.load(tmp_path / "m.litertlm")
+
+
 def test_a_template_that_cannot_go_along(source, tmp_path, caplog, quick):
     folder = copied(source, tmp_path / "m", tokenizer_config__json={"chat_template": "{{ messages.count(1) }}"})
     with pytest.raises(TokenizerError, match="cannot be carried over.*--chat-template none"):
