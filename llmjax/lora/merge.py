@@ -80,7 +80,8 @@ class Merge:
         not make would cost a part of the delta."""
         if self.numerics is None:
             return stored
-        return jnp.promote_types(stored, resolve(self.numerics, self.embedding or stored).products)
+        products = resolve(self.numerics, stored if self.embedding is None else self.embedding).products
+        return jnp.dtype(jnp.promote_types(stored, products))
 
     def into_packed(self, q: QTensor, delta: Delta, parameter: str) -> QTensor:
         """A quantized weight with its delta, rounded again under the scheme it has."""
