@@ -774,6 +774,15 @@ def test_yarn_of_which_half_is_there(monkeypatch):
     )
 
 
+def test_a_norm_of_all_heads_that_is_left_out(monkeypatch):
+    model = tiny.random_model(model_type="olmo2", hidden_size=16, intermediate_size=24, num_attention_heads=4,
+                              num_key_value_heads=2, num_hidden_layers=1, vocab_size=96)  # fmt: skip
+    q = llmjax.trace(model, IDS, "layers.0.attn.q").activations["layers.0.attn.q"]
+    wrong = llmjax.trace(model.intervened({"layers.0.attn.q_norm": q}), IDS, "layers.0.attn.q*")
+    report = llmjax.compare(model, dataclasses.replace(wrong, manifest={"token_ids": IDS, "dtype": "float32"}))
+    assert told(report) == [("layers.0.attn.q_norm", "qk_norm")]
+
+
 def test_a_norm_of_each_head_has_one_bias(monkeypatch):
     x, bias = np.random.default_rng(0).normal(size=(5, 2, 3)), np.arange(3.0)
     monkeypatch.setattr(base, "weight_of", lambda *_: bias)
