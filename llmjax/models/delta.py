@@ -23,7 +23,7 @@ from llmjax.models.pages import carried, put_carried
 
 _L2_EPS = 1e-6
 # Tokens that are computed at once.
-_CHUNK = 64
+CHUNK = 64
 
 
 class GatedDelta(nn.Module):
@@ -147,7 +147,7 @@ def _in_chunks(
 ) -> tuple[jax.Array, jax.Array]:
     """Many tokens: ``N`` chunks of ``C``, filled up with tokens that change nothing."""
     batch, tokens = q.shape[:2]
-    size = min(_CHUNK, 1 << (tokens - 1).bit_length())
+    size = min(CHUNK, 1 << (tokens - 1).bit_length())
 
     def cut(x: jax.Array) -> jax.Array:  # [B, T, ...] to [N, B, ..., C, width]
         x = jnp.pad(x, [(0, 0), (0, -tokens % size), *[(0, 0)] * (x.ndim - 2)])
@@ -183,12 +183,12 @@ def _in_chunks(
 def _by_chunk(state: jax.Array, *each: jax.Array) -> tuple[jax.Array, jax.Array]:
     """As ``_in_chunks``, of which each is done with before the next one begins."""
     batch, tokens = each[0].shape[:2]
-    if tokens <= _CHUNK:
+    if tokens <= CHUNK:
         return _in_chunks(state, *each)
 
     def cut(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, -tokens % _CHUNK), *[(0, 0)] * (x.ndim - 2)])
-        return jnp.moveaxis(x.reshape(batch, -1, _CHUNK, *x.shape[2:]), 1, 0)
+        x = jnp.pad(x, [(0, 0), (0, -tokens % CHUNK), *[(0, 0)] * (x.ndim - 2)])
+        return jnp.moveaxis(x.reshape(batch, -1, CHUNK, *x.shape[2:]), 1, 0)
 
     step = jax.checkpoint(lambda state, chunk: _in_chunks(state, *chunk), prevent_cse=False)  # within a loop
     state, y = lax.scan(step, state, tuple(map(cut, each)))

@@ -16,6 +16,7 @@ import numpy as np
 
 from llmjax.errors import RequestError, shown
 from llmjax.models.context import Context
+from llmjax.models.delta import CHUNK, GatedDelta
 from llmjax.models.layers import Projection, over
 from llmjax.models.rope import Rope
 from llmjax.numerics import Numerics
@@ -89,6 +90,23 @@ class _Nudged:
         return self.rope(x, ctx.replace(positions=nudged, length=ctx.tokens))
 
 
+class _OfSums(GatedDelta):
+    """Decays from one token to another as differences of their running sums in a chunk, which transformers rounds."""
+
+    def _read(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, decay: jax.Array, ctx: Context
+    ) -> jax.Array:
+        tokens = decay.shape[1]
+        chunks = jnp.pad(decay, ((0, 0), (0, -tokens % CHUNK), (0, 0))).reshape(len(decay), -1, CHUNK, decay.shape[2])
+        steps = jnp.diff(jnp.cumsum(chunks, 2), axis=2, prepend=0)
+        return super()._read(q, k, v, beta, steps.reshape(len(decay), -1, decay.shape[2])[:, :tokens], ctx)
+
+
+def _of_sums(module: Any, run: Any, x: jax.Array) -> Any:
+    given = {field.name: getattr(module, field.name) for field in dataclasses.fields(module)}
+    return run(_OfSums(**given | {"parent": None}), x)
+
+
 def _products(hook: Hook) -> dict[str, Hook]:
     """A hook for each product with a weight."""
 
@@ -99,7 +117,7 @@ def _products(hook: Hook) -> dict[str, Hook]:
 
 
 def _other_order() -> Edit:
-    """Sums from the other end, and angles one rounding off."""
+    """Sums from the other end, angles one rounding off, and decays as they are where sums of them are rounded."""
 
     def backwards(module: Any, run: Any, x: jax.Array) -> Any:
         return run(module, x[..., ::-1])
@@ -116,7 +134,7 @@ def _other_order() -> Edit:
         "lora": lambda lora: lora.replace(a=lora.a[..., ::-1]),
     }
     lookups: dict[str, Hook] = {"embed": looked_up, "*.embed": looked_up}
-    return Edit(lookups | {"attn": nudged} | _products(backwards), partial(_edited, mirrored))
+    return Edit(lookups | {"attn": nudged, "delta": _of_sums} | _products(backwards), partial(_edited, mirrored))
 
 
 def _ties_upwards(x: jax.Array) -> jax.Array:

@@ -17,6 +17,8 @@ from safetensors.numpy import save_file
 import llmjax
 from llmjax.cli.main import main
 from llmjax.errors import RequestError
+from llmjax.models import delta
+from llmjax.models.scalings import Yarn, plain_frequencies
 from llmjax.oracle import clock, patching
 from llmjax.oracle import dump as dumps
 from llmjax.oracle.beneath import held, worth
@@ -31,6 +33,11 @@ from llmjax.oracle.steps import segment
 from llmjax.oracle.verdict import Explained, caveats, explain
 from tests import tiny
 
+QWEN35 = {"model_type": "qwen3_5_text", "vocab_size": 96, "hidden_size": 16, "intermediate_size": 24,
+          "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
+          "layer_types": ["linear_attention"], "linear_num_key_heads": 1, "linear_num_value_heads": 2,
+          "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 2,
+          "max_position_embeddings": 128, "rms_norm_eps": 1e-6}  # fmt: skip
 IDS = np.random.default_rng(3).integers(0, 96, 12).tolist()
 
 
@@ -757,11 +764,57 @@ def test_a_layer_that_is_left_out_where_layers_share_keys():
     assert told(report) == [("layers.1", "layer_order")]
 
 
+def test_yarn_of_which_half_is_there(monkeypatch):
+    """Another base comes near to plain frequencies, and is not what is wrong."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    model = tiny.random_model(vocab_size=96, rope_scaling=scaling, num_hidden_layers=1)
+    rope = model.config.rope
+    factor = rope.scaling.attention_factor
+    monkeypatch.setattr(Yarn, "frequencies", lambda self, theta, dims: plain_frequencies(theta, dims))
+    trace = llmjax.trace(dataclasses.replace(model), IDS)
+    monkeypatch.undo()
+    cause = llmjax.compare(model, trace).faults[0]["causes"][0]
+    assert (
+        cause["cause"] == "rope_scaling"
+        and cause["explains"] > 0.99
+        and f"factor of cosines and sines, {factor:.4g}" in cause["detail"]
+    )
+
+
+def test_a_norm_of_all_heads_that_is_left_out(monkeypatch):
+    model = tiny.random_model(model_type="olmo2", hidden_size=16, intermediate_size=24, num_attention_heads=4,
+                              num_key_value_heads=2, num_hidden_layers=1, vocab_size=96)  # fmt: skip
+    q = llmjax.trace(model, IDS, "layers.0.attn.q").activations["layers.0.attn.q"]
+    wrong = llmjax.trace(model.intervened({"layers.0.attn.q_norm": q}), IDS, "layers.0.attn.q*")
+    report = llmjax.compare(model, dataclasses.replace(wrong, manifest={"token_ids": IDS, "dtype": "float32"}))
+    assert told(report) == [("layers.0.attn.q_norm", "qk_norm")]
+
+
 def test_a_norm_of_each_head_has_one_bias(monkeypatch):
     x, bias = np.random.default_rng(0).normal(size=(5, 2, 3)), np.arange(3.0)
     monkeypatch.setattr(base, "weight_of", lambda *_: bias)
     scene = types.SimpleNamespace(ours=x + bias, theirs=2 * x + bias)
     assert base.scale_of(scene, "attn.q_norm") == pytest.approx(2)
+
+
+def test_decays_as_differences_of_running_sums_are_float32(monkeypatch):
+    """What transformers makes of them: exact where sums are small, and far off where they are large."""
+    model = tiny.random_model(**QWEN35)
+    own = model.params["layers_0"]["delta"]
+    own |= {"dt_bias": jnp.zeros(2), "a_log": jnp.ones(2), "decay": {"weight": 20 * own["decay"]["weight"]}}
+    right, ids = delta.delta_rule, np.random.default_rng(2).integers(0, 96, 40).tolist()
+
+    def rounded(state, q, k, v, decay, beta, kept=True):
+        sums = jnp.cumsum(decay, 1)
+        return right(state, q, k, v, jnp.diff(sums, axis=1, prepend=0), beta, kept=kept)
+
+    monkeypatch.setattr(delta, "delta_rule", rounded)
+    trace = llmjax.trace(dataclasses.replace(model), ids)
+    monkeypatch.undo()
+    report = llmjax.compare(
+        dataclasses.replace(model), llmjax.Trace(trace.activations, {"token_ids": ids, "dtype": "float32"})
+    )
+    assert (report.verdict, report.explained_by) == ("equivalent", "float32"), report.reason
 
 
 @pytest.mark.parametrize("case", ["qwen3_moe", "qwen3_5_cond"])

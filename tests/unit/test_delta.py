@@ -10,7 +10,7 @@ import pytest
 
 from llmjax.models import delta
 from llmjax.models.context import Context
-from llmjax.models.delta import _CHUNK, GatedDelta, delta_rule
+from llmjax.models.delta import CHUNK, GatedDelta, delta_rule
 from llmjax.numerics import resolve
 
 
@@ -23,7 +23,7 @@ def tokens(count):
     return found | {"beta": rng.uniform(0.1, 1, (2, count, 2, 3))}
 
 
-@pytest.mark.parametrize("count", [1, 9, _CHUNK + 7])
+@pytest.mark.parametrize("count", [1, 9, CHUNK + 7])
 def test_the_rule(count):
     """As it is written: ``S (I - beta k k^T) decay + beta v k^T``, a matrix a head; some tokens forget nothing, some
     all, some see a key once more."""
@@ -42,7 +42,7 @@ def test_the_rule(count):
 
 def test_gradients_in_chunks():
     """Those of one token after the other; where nothing within a chunk is kept, the memory of one chunk does."""
-    x = {name: jnp.float32(value) for name, value in tokens(12 * _CHUNK + 3).items()}
+    x = {name: jnp.float32(value) for name, value in tokens(12 * CHUNK + 3).items()}
 
     def in_turn(state, **each):
         def step(state, token):
@@ -66,13 +66,13 @@ def test_gradients_in_chunks():
     kept, again = (program.memory_analysis().temp_size_in_bytes for program in programs[1:])
     assert again < 0.2 * kept
     # Blocks of a chunk's inverse are not cut out one by one: sixty slices, and half of what there was to compile.
-    assert jax.jit(delta._inverse).lower(jnp.zeros((_CHUNK, _CHUNK))).as_text().count("stablehlo.slice") < _CHUNK // 2
+    assert jax.jit(delta._inverse).lower(jnp.zeros((CHUNK, CHUNK))).as_text().count("stablehlo.slice") < CHUNK // 2
 
 
 def test_training_keeps_no_chunks():
     """On the way to a gradient, where it recomputes anything, a layer keeps little of what is within chunks."""
     module = GatedDelta(2, 6, 8, 8, 4, jax.nn.silu, 1e-6)
-    x = jnp.zeros((1, 12 * _CHUNK, 16))
+    x = jnp.zeros((1, 12 * CHUNK, 16))
     ids = jnp.zeros(x.shape[:2], jnp.int32)
 
     def kept(recompute):

@@ -45,6 +45,22 @@ class _Apart:
         return self.rope(x, ctx.replace(positions=move(ctx.positions)))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Times:
+    """Cosines and sines so many times as large, at the scaling's frequencies or at ``plain`` ones."""
+
+    rope: Rope
+    plain: bool
+    factor: float
+
+    def __call__(self, x: jax.Array, ctx: Context) -> jax.Array:
+        if self.rope.scaling is None:
+            return self.rope(x, ctx)
+        rope = dataclasses.replace(self.rope, scaling=None) if self.plain else self.rope
+        rotated, rest = x[..., : rope.dims], x[..., rope.dims :]
+        return rope(jnp.concatenate([self.factor * rotated, rest], -1), ctx)
+
+
 def _rope(change: Callable[[Rope], Any]) -> Edit:
     return Edit({"attn": field(rope=change)})
 
@@ -66,6 +82,11 @@ def rotation(scene: Scene) -> Iterator[Cause]:
     for name, value in {"linear": 1.0, "llama3": None, "divisors": None, "scaling": None}.items():
         if any(getattr(r, name) != value for r in ropes):
             yield cause("rope_scaling", f"{name} scaling is ignored", lambda r, n=name, v=value: replace(r, **{n: v}))
+    for factor in {getattr(r.scaling, "attention_factor", 1.0) for r in ropes} - {1.0}:
+        yield cause("rope_scaling", f"only the factor of cosines and sines, {factor:.4g}, is scaling's",
+                    lambda r, f=factor: _Times(r, True, f))  # fmt: skip
+        yield cause("rope_scaling", f"the factor of cosines and sines, {factor:.4g}, is left out",
+                    lambda r, f=factor: _Times(r, False, 1 / f))  # fmt: skip
     for factor in (2.0, 4.0, 8.0):
         yield cause("rope_scaling", f"positions are divided by {factor:g}", lambda r, f=factor: replace(r, linear=f))
     for other in ropes:

@@ -59,9 +59,11 @@ _PAIRS = 1 << 25
 
 
 class _Identity(nn.Module):
+    flat: bool = False  # the step shows all heads in one
+
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return tap(self, "", x)
+        return tap(self, "", x.reshape(*x.shape[:2], -1) if self.flat else x).reshape(x.shape)
 
 
 class _NoMean(nn.Module):
@@ -110,7 +112,8 @@ def norm(scene: Scene, step: str) -> Iterator[Cause]:
         return Cause(word, detail, here, Edit({step: hook} if hook else {}, params or (lambda p: p)))
 
     missing = "qk_norm" if step.endswith(("q_norm", "k_norm")) else "norm_kind"
-    yield cause(missing, "the norm is not applied", lambda module, run, x: run(_Identity(), x))
+    identity = _Identity(flat=scene.step == step and scene.ours.ndim == 2)
+    yield cause(missing, "the norm is not applied", lambda module, run, x: run(identity, x))
     yield cause("norm_offset", "1 + w and w are confused", _offset)
     yield cause("norm_kind", "root mean square and mean-and-variance norm are confused", _other_kind)
     for eps in _EPSILONS:
