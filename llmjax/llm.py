@@ -286,8 +286,8 @@ class LLM(Asking):
         scores = []
         for output in self.scores(requests):
             if output.score is None:
-                error = output.error or RequestError("not scored")
-                raise error if single else type(error)(f"text {output.request_id}: {error}")
+                why = output.error or RequestError("not scored")
+                raise why if single else type(why)(f"text {output.request_id}: {why}")
             scores.append(output.score)
         return scores
 
