@@ -112,8 +112,8 @@ def norm(scene: Scene, step: str) -> Iterator[Cause]:
         return Cause(word, detail, here, Edit({step: hook} if hook else {}, params or (lambda p: p)))
 
     missing = "qk_norm" if step.endswith(("q_norm", "k_norm")) else "norm_kind"
-    identity = _Identity(flat=scene.step == step and scene.ours.ndim == 2)
-    yield cause(missing, "the norm is not applied", lambda module, run, x: run(identity, x))
+    flat = scene.step == step and scene.ours.ndim == 2
+    yield cause(missing, "the norm is not applied", lambda module, run, x: run(_Identity(flat), x))
     yield cause("norm_offset", "1 + w and w are confused", _offset)
     yield cause("norm_kind", "root mean square and mean-and-variance norm are confused", _other_kind)
     for eps in _EPSILONS:
@@ -134,9 +134,8 @@ def norm(scene: Scene, step: str) -> Iterator[Cause]:
     if scene.step == step and own.ndim == 1:
         scale = scale_of(scene, step)
         if scale is not None:
-            yield cause(
-                "weight", f"the weight is scaled by {scale:.4g}", params=leaf(step, "weight", lambda w: w * scale)
-            )
+            scaled = leaf(step, "weight", lambda w: w * scale)
+            yield cause("weight", f"the weight is scaled by {scale:.4g}", params=scaled)
         yield from shifted(scene, step)
     yield cause("precision", "the norm is computed in bfloat16", _narrow_norm)
 
@@ -336,12 +335,8 @@ def embedding(scene: Scene) -> Iterator[Cause]:
             yield Cause("token_ids", f"other ids were fed (position {pairs})", steps, _fed(fed))
     scale = scale_of(scene, "nothing")
     if scale is not None:
-        yield Cause(
-            "weight",
-            f"the table is scaled by {scale:.4g}",
-            steps,
-            Edit(params=leaf("embed", "weight", lambda w: w * scale)),
-        )
+        edit = Edit(params=leaf("embed", "weight", lambda w: w * scale))
+        yield Cause("weight", f"the table is scaled by {scale:.4g}", steps, edit)
 
 
 def _other_starts(scene: Scene) -> Iterator[Cause]:
