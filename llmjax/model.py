@@ -250,8 +250,7 @@ class Model:
             width = len(ids) if self.interventions else padded_width(len(ids))
             if self.interventions and self._known.changed(self.module.computed((1, width))):
                 self._logits.forget(everything=True)
-            # Padded with a token of its own: what another's embedding is may be no number.
-            padded = np.pad(np.asarray(ids, np.int32), (0, width - len(ids)), mode="edge")[None]
+            padded = filled_up(ids, width)[None]
             length = np.array([len(ids)], np.int32)
             # Cut by NumPy: JAX would compile a slice for every length.
             rows.append(np.asarray(self._logits(self.params, padded, length))[0, : len(ids)].copy())
@@ -261,6 +260,14 @@ class Model:
 def padded_width(tokens: int) -> int:
     """What a text of so many tokens is padded to, so that few programs serve all lengths."""
     return max(16, 1 << (tokens - 1).bit_length())
+
+
+def filled_up(ids: Sequence[int] | np.ndarray, width: int) -> np.ndarray:
+    """Some ids, at least one, padded to int32 ``[width]`` with the last of them: of another token the model may compute
+    NaN, which no mask keeps from the text."""
+    padded = np.full(width, ids[-1], np.int32)
+    padded[: len(ids)] = ids
+    return padded
 
 
 def check_rows(ids: Any) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from llmjax.checkpoint.identity import model_facts, runtime_facts
 from llmjax.errors import RequestError, shown
 from llmjax.litert.model import GraphModel
-from llmjax.model import Model, check_ids, padded_width
+from llmjax.model import Model, check_ids, filled_up, padded_width
 from llmjax.models.context import Context
 from llmjax.models.interventions import Interventions, tap_places
 from llmjax.models.tree import named
@@ -120,7 +120,7 @@ def hidden_states(
             group = groups.pop(width)
             ids, length = np.zeros((_together(width), width), np.int32), np.ones(_together(width), np.int32)
             for i, (_, row) in enumerate(group):
-                ids[i, : len(row)], length[i] = row, len(row)
+                ids[i], length[i] = filled_up(row, width), len(row)
             for name, values in jax.device_get(program(model.params, ids, length)).items():
                 for (at, row), value in zip(group, values, strict=False):
                     if not np.isfinite(value[: len(row)]).all():

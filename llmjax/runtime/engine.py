@@ -14,7 +14,7 @@ import numpy as np
 
 from llmjax.device import in_memory, platform_of
 from llmjax.errors import CheckpointError, LlmjaxError
-from llmjax.model import Model
+from llmjax.model import Model, filled_up
 from llmjax.models.functions import Known
 from llmjax.models.stack import stacked
 from llmjax.models.watched import Program, interceptors
@@ -242,13 +242,14 @@ class Engine:
                 if work.filling is None:
                     break
                 with self.timed("prefill_seconds"):  # a prompt that has a place has begun: others may share it
-                    if next(work.filling.parts, self) is self:
-                        filled, work.filling = work.filling, None
-                        if filled.row.error is None:
-                            work.rows[filled.slot] = filled.row
-                        else:
-                            self._leave(filled.slot)
-                            yield Update(filled.row, "")
+                    is_filled = next(work.filling.parts, self) is self
+                if is_filled:
+                    filled, work.filling = work.filling, None
+                    if filled.row.error is None:
+                        work.rows[filled.slot] = filled.row
+                    else:
+                        self._leave(filled.slot)
+                        yield Update(filled.row, "")
             if self.stopping:
                 self._settle()
                 return
@@ -309,10 +310,9 @@ class Engine:
             if start > begun:
                 yield
             part = ids[start : start + self.chunk]
-            chunk = np.full((1, self.chunk), part[-1], np.int32)  # the row's own: another's embedding may be no number
-            chunk[0, : len(part)] = part
             end = start + len(part)
-            where = chunk, slot, store.pages.table[slot], start, len(part), tokens, end == tokens and not scored
+            chunk, active = filled_up(part, self.chunk)[None], end == tokens and not scored
+            where = chunk, slot, store.pages.table[slot], start, len(part), tokens, active
             store.state, pending = self._prefill(self._params, store.state, *terms, *where)
             store.prefixes.add(slot, ids[:end])
             self.progress.prefill_tokens += len(part)
@@ -380,10 +380,9 @@ class Engine:
         store, adapter = self.store, self.adapter(request.lora)
         for start in range(0, len(ids) - 1, self.scored):
             part, after = (array[start : start + self.scored] for array in (ids[:-1], ids[1:]))
-            pad = (0, self.scored - len(part))
-            tokens = np.pad(part, pad, mode="edge")[None], np.pad(after, pad), store.pages.table[store.aside]
-            rest = start, len(ids), wanted, adapter
-            store.state, scored = self._score(self._params, store.state, *tokens, *rest)
+            tokens = filled_up(part, self.scored)[None], filled_up(after, self.scored)
+            where = store.pages.table[store.aside], start, len(ids), wanted, adapter
+            store.state, scored = self._score(self._params, store.state, *tokens, *where)
             scored = Scored(*(x[: len(part)] for x in jax.device_get(scored)))
             if np.isnan(scored.logprobs).any():
                 store.release(store.aside)

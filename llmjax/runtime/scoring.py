@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax import lax
 
 from llmjax.errors import CheckpointError, LlmjaxError
+from llmjax.model import filled_up
 from llmjax.models.context import Context
 from llmjax.numerics import Numerics
 from llmjax.runtime.row import Request, Requests
@@ -86,8 +87,8 @@ def _together(engine: "Engine", requests: list[Request]) -> Iterator[tuple[Reque
     ids, targets = np.zeros((2, ROWS, width), np.int32)
     lengths, adapters = np.ones(ROWS, np.int32), np.zeros(ROWS, np.int32)
     for i, request in enumerate(requests):
-        ids[i], targets[i, : len(request.ids) - 1] = request.ids[-1], request.ids[1:]
-        ids[i, : len(request.ids) - 1] = request.ids[:-1]
+        ids[i] = filled_up(request.ids[:-1] or request.ids, width)
+        targets[i, : len(request.ids) - 1] = request.ids[1:]
         lengths[i], adapters[i] = len(request.ids), engine.adapter(request.lora)
     with engine.cleared_by_errors(), engine.timed("prefill_seconds"):
         logprobs, best = jax.device_get(engine.score_texts(ids, targets, lengths, adapters))

@@ -1,5 +1,6 @@
 """Activations of many texts: on disk what a trace has, and derivatives by any of them."""
 
+import dataclasses
 import json
 
 import jax
@@ -48,6 +49,15 @@ def test_a_text_is_as_long_as_without_its_padding(tmp_path):
     for i, text in enumerate(texts):
         for name, value in llmjax.trace(model, text, "*.resid").activations.items():
             np.testing.assert_allclose(found.row(i)[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_is_of_no_token_for_which_the_model_computes_nan(states, tmp_path):
+    params = jax.tree.map(lambda x: x, MODEL.params)
+    params["embed"]["weight"] = params["embed"]["weight"].at[0].set(np.inf)
+    model = dataclasses.replace(MODEL, params=params)
+    found = llmjax.hidden_states(model, [TEXTS[0]], "*.resid", output=tmp_path / "out")
+    assert 0 not in TEXTS[0]
+    np.testing.assert_array_equal(found.row(0)["layers.1.resid"], states.row(0)["layers.1.resid"])
 
 
 def test_groups_that_fill_on_the_way_and_half_the_bytes(states, tmp_path, monkeypatch):
