@@ -116,8 +116,9 @@ def of_tilings(make: Callable[[], tuple[Any, list[Any], int]], small: bool) -> I
     own, chosen = kernel._tiling, set[kernel.Tiling]()
 
     def tried(*args: Any) -> kernel.Tiling:
-        chosen.update(neighbours(own(*args), args[-1]))
-        return own(*args)
+        tiling = own(*args)
+        chosen.update(neighbours(tiling, args[-1]))
+        return tiling
 
     with mock.patch.object(kernel, "_tiling", tried):
         call, inputs, _ = make()
