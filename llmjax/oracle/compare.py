@@ -17,9 +17,10 @@ from llmjax.model import Model, check_ids
 from llmjax.oracle import pairs
 from llmjax.oracle.clock import Pulse
 from llmjax.oracle.comparison import Comparison, of_file
+from llmjax.oracle.declared import Allowed, allowed
 from llmjax.oracle.dump import Dump, from_arrays
 from llmjax.oracle.dumps.opening import each, opened, refuse_reference
-from llmjax.oracle.floors import MARGIN, Allowed, allowed
+from llmjax.oracle.floors import MARGIN
 from llmjax.oracle.measure import MismatchError, Tap, fitted, leaving, measure, row
 from llmjax.oracle.metrics import logits_report
 from llmjax.oracle.names import named

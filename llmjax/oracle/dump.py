@@ -6,6 +6,7 @@ have no name for bfloat16 and hold it as ``V2``.
 """
 
 import dataclasses
+import difflib
 import os
 import zipfile
 import zlib
@@ -172,9 +173,19 @@ def _manifest(folder: Path) -> dict[str, Any]:
         if manifest.get(key) is not None and not isinstance(manifest[key], kind):
             found = shown(manifest[key])
             raise RequestError(f"{folder / 'manifest.json'}: {key}: expected {_KINDS[kind]}, found {found}")
+    for key in manifest.keys() - {*_READ}:  # other facts are the dump's own affair
+        known = {_letters(name): name for name in _READ if name not in manifest}
+        for near in difflib.get_close_matches(_letters(key), known, 1, 0.9):
+            raise RequestError(f"{folder / 'manifest.json'}: {shown(key)} is not read; {known[near]} would be")
     return manifest
 
 
+def _letters(key: str) -> str:
+    return key.lower().replace("_", "").replace("-", "").replace(" ", "")
+
+
+# What a manifest's author writes that changes what is made of its arrays.
+_READ = ("token_ids", "dtype", "numerics", "quantization", "kv_cache", "runtime", "names")
 _KINDS: dict[type, str] = {str: "a text", dict: "an object of names"}
 
 

@@ -5,7 +5,6 @@ are there: most of the steps that it moves must have moved.  One step that is of
 """
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -14,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.errors import RequestError, shown
 from llmjax.models.context import Context
 from llmjax.models.delta import CHUNK, GatedDelta
 from llmjax.models.layers import Projection, over
@@ -215,6 +213,34 @@ def in_blocks(most: int, size: int, x: jax.Array, kept: Change = lambda scale: s
     return (steps * kept(scale)).reshape(x.shape)
 
 
+def _of_range(bits: int) -> tuple[Edit, ...]:
+    """Weights in so few bits that every format spans what is there: from the least to the largest of a row, or of 32.
+
+    Four levels are 5 times as coarse as sixteen, which is beyond what int4 explains.
+    """
+
+    def change(size: int | None, weight: jax.Array) -> jax.Array:
+        if weight.shape[-1] % (size or 1):
+            return weight
+        groups = weight.reshape(*weight.shape[:-1], -1, size or weight.shape[-1])
+        low = jnp.min(groups, -1, keepdims=True)
+        step = jnp.maximum(jnp.max(groups, -1, keepdims=True) - low, 1e-30) / (2**bits - 1)
+        return (jnp.round((groups - low) / step) * step + low).reshape(weight.shape)
+
+    return tuple(Edit(params=weights(partial(change, size))) for size in (None, 32))
+
+
+def _tf32() -> Edit:
+    """Every product's inputs, those of attention among them, with 10 bits behind the point, summed in float32."""
+    change = partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=10)
+
+    def product(module: Any, run: Any, x: Any) -> Any:
+        return run(module, change(x))
+
+    met = dict.fromkeys((*_KEPT, "attn.q_rot", "attn.probs"), change)
+    return Edit({"experts": product} | _products(product), weights(change), after=met)
+
+
 def _static(bits: int) -> Edit:
     """Every step's result, and every product's input, in whole numbers with one scale for all tokens, as calibration
     finds it."""
@@ -242,6 +268,7 @@ CLASSES: dict[str, Callable[[], tuple[Edit, ...]]] = {
     # What meets a cache in llama.cpp is as narrow: queries, probabilities, and their sums where attention is fused.
     "cache_float16": lambda: (_cache(jnp.float16), _cache(jnp.float16, "attn.q_rot", "attn.probs", "attn.out")),
     "cache16": lambda: (_cache(jnp.float16), _cache(jnp.bfloat16)),
+    "tf32": lambda: (_tf32(),),
     "float16": partial(_narrow, jnp.float16),
     "bfloat16": partial(_narrow, jnp.bfloat16),
     "static_int16": lambda: (_static(16),),
@@ -258,113 +285,17 @@ CLASSES: dict[str, Callable[[], tuple[Edit, ...]]] = {
         Edit({"experts": _rows_float8} | _products(_rows_float8), weights(_one_float8)),
     ),
     "int4": lambda: tuple(Edit(params=weights(requantized(s))) for s in ("int4", "int4-g32")),
+    "int3": partial(_of_range, 3),
+    "int2": partial(_of_range, 2),
 }
 # Weights of few bits.
-FEW = ("block_int8", "int8", "dynamic_int8", "float8", "int4")
+FEW = ("block_int8", "int8", "dynamic_int8", "float8", "int4", "int3", "int2")
 # Activations in whole numbers, by scales that calibration found.
-_STATIC = ("static_int16", "static_int8")
+STATIC = ("static_int16", "static_int8")
 # What makes no step one factor off, however coarse it is.
 NO_FACTOR = (*FEW, "static_int8")
-_CACHES = ("cache_float16", "cache16")
 # Caches of few bits, which go with anything.
 SMALL_CACHES = ("cache_int8", "cache_float8", "cache_int4")
-_NARROW = ("gelu16", *_CACHES, "float16", "bfloat16", *_STATIC)
-# What no runtime is taken to do that does not say so, or is known to.
-_KNOWN_ALONE = ("block_int8", "cache_float16", "float8", *_STATIC, *SMALL_CACHES)
-_FLOAT8 = r"\b(mx)?(fp|float|f)8|e4m3|e5m2"
-# ExecuTorch's 16a4w has 16 bits of activations by calibration, its 8da4w 8 that are found at run time.
-_A16 = r"(\b16a[48]w|static.*a16|a16.*static|int16|\b16x8)"
-_SPELLINGS = {
-    "float16": r"\b(fp16|float16|f16|half)\b",
-    "bfloat16": r"\b(bf16|bfloat16)\b",
-    "float8": _FLOAT8,
-    "static_int16": _A16,
-    "static_int8": rf"^(?=.*static)(?!.*{_A16})|\b8a[48]w",
-    "dynamic_int8": rf"^(?!.*({_FLOAT8})).*dynamic|^(?!.*static).*w[48]a8|\b8da[48]w|mediapipe_cpu|\bint8 activations",
-    "block_int8": r"block_int8",
-    "int8": r"(?<!block_)(?<!cache_)int8|q8|wi?8|a8w|16x8|8.?bit|\bbits\W+8\b|\bmixed\b.*\b8(?!\d)",
-    "int4": r"(?<!cache_)int[2-6]|q[2-6]|wi?4|a4w|nf4|fp4|(?<!\d)[2-6].?bit|\bbits\W+[2-6]\b"
-    r"|^(?!.*8).*(gptq|awq|hqq)|\bmixed\b.*\b[2-6](?!\d)",
-    **{name: rf"{name}\b" for name in (*_CACHES, *SMALL_CACHES, "gelu16")},
-}
-# Of a manifest's kv_cache.
-_CACHE_SPELLINGS = {
-    "cache16": r"\b(bf16|fp16|f16|b?float16|half)\b|16.?bit",
-    "cache_float8": _FLOAT8,
-    "cache_int8": r"int8|q8|(?<!\d)8.?bit",
-    "cache_int4": r"int[2-6]|q[2-6]|nf4|(?<!\d)[2-6].?bit",
-}
-# Quantizations and dtypes that are none, or no narrower than float32.
-_PLAIN = r"none|no|false|null|(torch\.|jnp\.|np\.)?((bf|fp?|float|bfloat)(16|32|64)|single|double)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Allowed:
-    """Which classes may explain a candidate.
-
-    Attributes:
-      singles: each alone, from narrow to wide.
-      declared: the candidate says so itself, or ``--class`` does.
-      unread: what it declares and is no class of ours.
-    """
-
-    singles: tuple[str, ...]
-    declared: bool
-    unread: str | None = None
-
-    @property
-    def together(self) -> list[tuple[str, ...]]:
-        """Classes alone and what goes together: a 16-bit cache and activation, as llama.cpp has them, weights of few
-        bits with anything narrow, and a cache of few bits with all of that."""
-        few = [name for name in self.singles if name in FEW]
-        narrow: list[tuple[str, ...]] = []
-        for name in (name for name in self.singles if name in _NARROW):
-            narrow += [(name,), ("gelu16", name)] if name in _CACHES and "gelu16" in self.singles else [(name,)]
-        wide = [name for name in self.singles if name not in (*_NARROW, *SMALL_CACHES, "float32")]
-        first = [("float32",)] if "float32" in self.singles else []
-        found = [*narrow, *((name,) for name in wide), *((*some, name) for name in few for some in narrow)]
-        small = [name for name in self.singles if name in SMALL_CACHES]
-        caches: list[tuple[str, ...]] = [(name,) for name in small]
-        if len(small) > 1:
-            caches.append(tuple(small))  # keys in one, values in another
-        return [*first, *found, *caches, *((*some, *cache) for cache in caches for some in found)]
-
-
-def allowed(manifest: Mapping[str, Any], forced: str | None) -> Allowed:
-    """The classes that a dump's manifest, or ``--class``, leaves; several, with commas between them, may go together.
-
-    Of llama.cpp's files, whose other arithmetic is known, a forced cache stands in the place of the usual one.
-
-    Raises:
-      RequestError: there is no such class.
-    """
-    if forced is not None:
-        names = {name.strip() for name in forced.split(",")}
-        if unknown := sorted(names - {*CLASSES}):
-            raise RequestError(f"class: unknown {unknown[0]!r}; expected one of {', '.join(CLASSES)}, or several: a,b")
-        if names <= {*_CACHES, *SMALL_CACHES} and str(manifest.get("numerics")).startswith("llama.cpp: "):
-            names |= {*allowed(manifest, None).singles} - {*_CACHES}
-        return Allowed(tuple(name for name in CLASSES if name in names), True)
-    declared = {key: manifest.get(key) for key in ("dtype", "numerics", "quantization", "kv_cache")}
-    if not any(declared.values()):
-        return Allowed(tuple(name for name in CLASSES if name not in _KNOWN_ALONE), False)
-    said = {
-        key: f"{value} bit" if type(value) is int else str(value).lower() for key, value in declared.items() if value
-    }
-    others = " ".join(value for key, value in said.items() if key != "kv_cache")
-    found = {name for name, pattern in _SPELLINGS.items() if re.search(pattern, others)}
-    kept = {name for name, pattern in _CACHE_SPELLINGS.items() if re.search(pattern, said.get("kv_cache", ""))}
-    if declared["dtype"] is None and not found & {"float16", "bfloat16"}:
-        found |= {*_NARROW} - {*_KNOWN_ALONE}  # nothing is said of activations
-    read = {
-        "quantization": any(name in (*FEW, *_STATIC) for name in found),
-        "dtype": any(re.search(pattern, said.get("dtype", "")) for pattern in _SPELLINGS.values()),
-        "kv_cache": bool(kept),
-    }
-    unread = [f"the {key} {shown(declared[key])}" for key, known in read.items()
-              if not known and not re.fullmatch(_PLAIN, said.get(key, "none"))]  # fmt: skip
-    singles = tuple(name for name in CLASSES if name in found | kept | {"float32"})
-    return Allowed(singles, True, " and ".join(unread) or None)
 
 
 def floor(measured: np.ndarray, float32: np.ndarray, margin: Any = MARGIN) -> np.ndarray:

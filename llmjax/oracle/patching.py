@@ -17,7 +17,8 @@ from llmjax.oracle.beneath import TOKENS, WIDE, Held, held, worth
 from llmjax.oracle.causes.base import Cause, Scene
 from llmjax.oracle.causes.catalogue import EVERYWHERE, catalogue
 from llmjax.oracle.clock import Clock, Pulse
-from llmjax.oracle.floors import CLASSES, Allowed
+from llmjax.oracle.declared import Allowed
+from llmjax.oracle.floors import CLASSES
 from llmjax.oracle.measure import Tap, inner, pair, token_axis
 from llmjax.oracle.names import Named
 from llmjax.oracle.stages import Stages

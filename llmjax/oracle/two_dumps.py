@@ -7,15 +7,18 @@ from typing import Any
 import numpy as np
 
 from llmjax.oracle.comparison import Comparison, of_file
+from llmjax.oracle.declared import Allowed
 from llmjax.oracle.dump import Dump
-from llmjax.oracle.floors import CLASSES, FEW, Allowed
+from llmjax.oracle.floors import CLASSES, FEW
 from llmjax.oracle.measure import MismatchError, Tap, compared, leaving, row
 from llmjax.oracle.metrics import logits_report
 from llmjax.oracle.names import Named, named
+from llmjax.oracle.verdict import caveats
 
 # The largest error of a pair that a class may leave where no model measures floors: rough, and said to be so.
 _WITHOUT_MODEL = {
     "float32": 1e-4,
+    "tf32": 1e-2,
     "float16": 1e-2,
     "bfloat16": 6e-2,
     "static_int16": 6e-2,
@@ -27,6 +30,8 @@ _WITHOUT_MODEL = {
     "dynamic_int8": 2e-1,
     "float8": 2e-1,
     "int4": 5e-1,
+    "int3": 7e-1,
+    "int2": 9e-1,
 }
 assert set(_WITHOUT_MODEL) <= set(CLASSES)
 
@@ -66,7 +71,8 @@ def two_dumps(
     reason = {
         "identical": "every value is the same in every bit",
         "equivalent": f"the largest error is {worst:.1e}, about what {''.join(holds[:1])} arithmetic leaves; {note}",
-        "different": f"the largest error is {worst:.1e}, with {flips} best tokens beyond their margin; {note}",
+        "different": f"the largest error is {worst:.1e}, with {flips} best tokens beyond their margin; {note}"
+        + caveats(permitted, theirs),
     }[verdict]
     missing = [tap for tap in left.taps if tap not in right.taps]
     coverage = {

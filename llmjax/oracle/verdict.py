@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from llmjax.oracle.declared import Allowed
 from llmjax.oracle.dump import Dump
-from llmjax.oracle.floors import CLASSES, FEW, FINER, MARGIN, TRACES, Allowed
+from llmjax.oracle.floors import CLASSES, FEW, FINER, MARGIN, TRACES
 from llmjax.oracle.measure import Tap
 from llmjax.oracle.steps import split
 

@@ -19,12 +19,14 @@ from llmjax.cli.main import main
 from llmjax.errors import RequestError
 from llmjax.models import delta
 from llmjax.models.scalings import Yarn, plain_frequencies
+from llmjax.numerics import Numerics
 from llmjax.oracle import clock, patching
 from llmjax.oracle import dump as dumps
 from llmjax.oracle.beneath import held, worth
 from llmjax.oracle.causes import base, blocks, catalogue, weights
 from llmjax.oracle.compare import _reason
-from llmjax.oracle.floors import allowed, floor
+from llmjax.oracle.declared import allowed
+from llmjax.oracle.floors import floor
 from llmjax.oracle.measure import Tap, _is_factor
 from llmjax.oracle.metrics import gap, logits_report, narrowed
 from llmjax.oracle.names import layouts, named
@@ -166,6 +168,10 @@ MALFORMED = {
     ),
     "no manifest": (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
     "no ids": (lambda f: (f / "manifest.json").write_text("{}"), "token_ids is missing"),
+    "a key nearly": (
+        lambda f: (f / "manifest.json").write_text('{"token_ids": [1, 2], "quantisation": "int4"}'),
+        "'quantisation' is not read; quantization would be",
+    ),
     "ids of text": (lambda f: (f / "manifest.json").write_text('{"token_ids": ["a"]}'), "expected a list of token ids"),
     "no JSON": (lambda f: (f / "manifest.json").write_text("{"), "not valid JSON"),
     "truncated": (
@@ -389,9 +395,87 @@ def test_what_a_dump_declares_limits_the_classes():
     said = caveats(allowed({"quantization": "bitnet", "dtype": "float32"}, None), half)
     assert "'bitnet' is no class" in said and "stored as float16" in said
     assert caveats(allowed({"dtype": "float16"}, None), half) == ""
-    assert "the dtype 'tf32' is no class" in caveats(allowed({"dtype": "tf32"}, None), half)
+    assert "the dtype 'posit16' is no class" in caveats(allowed({"dtype": "posit16"}, None), half)
     assert not allowed({"dtype": "torch.float32"}, None).unread
     assert allowed({"quantization": "bitnet"}, None).unread and not allowed({"quantization": "none"}, None).unread
+
+
+@pytest.mark.parametrize(
+    "classes, spellings",
+    [
+        (("int8",), ("8", "i8", "u8", "8.0bpw", "LLM.int8()", "load_in_8bit")),
+        (("int4",), ("4", "i4", "u4", "4.0bpw", "exl2 4.65 bpw", "q4f16_1", "IQ4_XS", "Q5_K_M", "awq g128")),
+        (("int3",), ("iq3_m", "Q3_K_S", "3-bit", "3.5bpw", {"bits": 3, "group_size": 128}, 3)),
+        (("int2",), ("q2_k", "q2", "int2", "IQ2_XXS", "2bit", "2.4bpw", "w2a16", "u2", {"nbits": 2, "group_size": 64})),
+        (("int4",), ({"quant_method": "awq", "w_bit": 4, "q_group_size": 128},)),
+        ((), ("none", "q0f32", {"load_in_8bit": False}, False)),
+    ],
+)
+def test_spellings_of_a_quantization(classes, spellings):
+    for said in spellings:
+        found = allowed({"dtype": "float32", "quantization": said}, None)
+        assert (found.singles, found.unread) == (("float32", *classes), None), said
+
+
+def test_what_a_quantization_does_not_say_is_told():
+    """A library alone, and ternary weights, which are neither of 8 bits nor of 2."""
+    for said in ("bitsandbytes", {"quant_method": "bitsandbytes"}, "1.58bit", "1.58-bit", "ternary", "tq1_0", "TQ2_0"):
+        found = allowed({"dtype": "float32", "quantization": said}, None)
+        assert found.singles == ("float32",) and found.unread.startswith("the quantization "), said
+    knobs = {"llm_int8_threshold": 6.0, "bnb_4bit_quant_type": "fp4", "bnb_4bit_compute_dtype": "float32"}
+    for bits, other in ((8, 4), (4, 8)):  # as transformers writes its configuration, whichever it is
+        said = {"quant_method": "bitsandbytes", f"_load_in_{bits}bit": True, f"_load_in_{other}bit": False, **knobs}
+        assert allowed({"dtype": "float32", "quantization": said}, None).singles == ("float32", f"int{bits}")
+    few = allowed({"dtype": "float32", "kv_cache": "2-bit"}, None)
+    assert few.singles == ("float32",) and few.unread == "the kv_cache '2-bit'"
+
+
+def test_spellings_of_a_dtype_and_what_says_nothing_of_precision():
+    dtypes = {"mixed_bfloat16": "bfloat16", "bf16-mixed": "bfloat16", "mixed_float16": "float16", "TF32": "tf32"}
+    for said, name in dtypes.items():
+        found = allowed({"dtype": said}, None)
+        assert (found.singles, found.unread) == (("float32", name), None), said
+    assert allowed({"dtype": "float"}, None).unread is None
+    for said in ("auto", "dynamic", "static", "offloaded_static", True):
+        assert allowed({"kv_cache": said}, None) == allowed({}, None), said
+        assert allowed({"dtype": "bfloat16", "kv_cache": said}, None) == allowed({"dtype": "bfloat16"}, None), said
+    assert allowed({"dtype": "auto"}, None) == allowed({}, None)
+
+
+def test_what_is_not_read_is_told_without_a_model_too():
+    logits = np.random.default_rng(0).normal(size=(12, 96)).astype(np.float32)
+    facts = {"token_ids": IDS, "dtype": "float32"}
+    theirs = llmjax.Trace({"logits": 1.01 * logits}, facts | {"quantization": "ternary"})
+    report = llmjax.compare(llmjax.Trace({"logits": logits}, facts), theirs)
+    assert report.verdict == "different" and "the quantization 'ternary' is no class" in report.reason
+
+
+@pytest.mark.slow
+def test_two_bits_are_a_class_of_their_own(model):
+    """Four levels from the least to the largest of each row; int4's sixteen do not explain them."""
+
+    def change(weight):
+        edges = np.linspace(weight.min(-1), weight.max(-1), 4, axis=-1)
+        nearest = np.abs(np.asarray(weight)[..., None] - edges[:, None]).argmin(-1)
+        return np.take_along_axis(edges, nearest, -1).astype(np.float32)
+
+    paths = [f"layers_{i}/{m}/weight" for i in range(2) for m in ("attn/q", "attn/o", "mlp/up", "mlp/down")]
+    coarse = llmjax.trace(broken(model, dict.fromkeys(paths, change)), IDS)
+    for said, found in (("q2_k", ("equivalent", "int2")), ("int4", ("different", None))):
+        theirs = with_arrays(coarse, runtime="theirs", dtype="float32", numerics=None, quantization=said)
+        report = llmjax.compare(model, theirs, search=0.1)
+        assert (report.verdict, report.explained_by) == found, report.reason
+
+
+@pytest.mark.slow
+def test_inputs_of_ten_bits_are_tf32(model):
+    """As products in float16 are, which have as many; what tf32 explains, float32 does not."""
+    half = Numerics("hf", jnp.dtype(jnp.float32), jnp.dtype(jnp.float16))
+    narrow = jax.tree.map(lambda x: x.astype(jnp.float16).astype(x.dtype) if x.ndim > 1 else x, model.params)
+    theirs = llmjax.trace(dataclasses.replace(model, numerics=half, params=narrow), IDS)
+    for said, found in (("tf32", ("equivalent", "tf32")), ("float32", ("different", None))):
+        report = llmjax.compare(model, with_arrays(theirs, runtime="theirs", dtype=said, numerics=None), search=0.1)
+        assert (report.verdict, report.explained_by) == found, report.reason
 
 
 def test_a_small_cache_is_a_class_without_a_model_too():

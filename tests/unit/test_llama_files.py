@@ -12,8 +12,9 @@ import llmjax
 from llmjax.cli.main import main
 from llmjax.errors import RequestError
 from llmjax.oracle.clock import Pulse
+from llmjax.oracle.declared import allowed
 from llmjax.oracle.dumps.opening import opened
-from llmjax.oracle.floors import CLASSES, allowed
+from llmjax.oracle.floors import CLASSES
 from llmjax.oracle.measure import measure
 from llmjax.oracle.metrics import gap
 from llmjax.oracle.names import named
