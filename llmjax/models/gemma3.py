@@ -39,7 +39,10 @@ class Gemma3Config(DecoderConfig):
         r.expect("use_bidirectional_attention", (False,), False)
         r.ignore("attn_logit_softcapping")  # a remainder of Gemma 2 that no version of transformers applies
         r.ignore("hidden_act", "cache_implementation")  # the activation stands in hidden_activation
-        pattern = r.size("sliding_window_pattern", r.size("_sliding_window_pattern", 6))
+        pattern = r.size("sliding_window_pattern", 6)
+        if r.get("layer_types") is None:  # beside which transformers writes the other one; alone it reads this one
+            r.expect("_sliding_window_pattern", (pattern,), pattern)
+        r.ignore("_sliding_window_pattern")
         kinds = [SLIDING if (i + 1) % pattern else FULL for i in range(layers)]
         check_rope_types(r)
         return cls(

@@ -369,11 +369,21 @@ class TestGemma3:
         windows = read("gemma3_text", num_hidden_layers=13, sliding_window=8).windows
         assert windows == ((8,) * 5 + (None,)) * 2 + (8,)
 
-    @pytest.mark.parametrize("key", ["sliding_window_pattern", "_sliding_window_pattern"])
-    def test_the_pattern_under_both_its_names(self, key):
-        assert read("gemma3_text", **{key: 2}).windows == (4096, None, 4096, None)
+    def test_the_pattern(self):
+        assert read("gemma3_text", sliding_window_pattern=2).windows == (4096, None, 4096, None)
         types = ["full_attention"] * 3 + ["sliding_attention"]
-        assert read("gemma3_text", layer_types=types, **{key: 2}).windows == (None, None, None, 4096)
+        assert read("gemma3_text", layer_types=types, sliding_window_pattern=2).windows == (None, None, None, 4096)
+
+    def test_the_pattern_that_transformers_writes_beside_the_types_and_does_not_read(self):
+        other = "_sliding_window_pattern"
+        types = ["full_attention"] * 3 + ["sliding_attention"]
+        assert read("gemma3_text", layer_types=types, **{other: 2}).windows == (None, None, None, 4096)
+        assert read("gemma3_text", **{other: 6}) == read("gemma3_text")
+        assert read("gemma3_text", sliding_window_pattern=2, **{other: 2}).windows == (4096, None, 4096, None)
+        assert f"{other}: 2 is not supported, expected 6" in refusal("gemma3_text", **{other: 2})
+        assert f"{other}: 6 is not supported, expected 2" in refusal(
+            "gemma3_text", sliding_window_pattern=2, **{other: 6}
+        )
 
     def test_rotations_in_both_dialects(self):
         scaling = {"rope_type": "linear", "factor": 8.0}
