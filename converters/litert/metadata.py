@@ -6,7 +6,7 @@ from typing import Any
 from converters.litert.templates import Carried
 from converters.readers.mediapipe.parameters import LlmMetadata
 from llmjax.errors import TokenizerError, shown
-from llmjax.outside.values import COUNT, number
+from llmjax.outside.values import COUNT, FLAG, number
 from llmjax.text.thinking import KINDS
 from llmjax.text.tokenizer import Tokenizer
 
@@ -126,7 +126,10 @@ def _family(message: Any, tokenizer: Tokenizer, model_type: str) -> None:
 def _sampling(message: Any, config: Mapping[str, Any], vocab_size: int, file: str) -> None:
     if barred := config.get("suppress_tokens"):
         message.suppress_tokens.ids.extend(_ids(barred, vocab_size, file))
-    if config.get("do_sample") is not True:
+    sampled = config.get("do_sample")
+    if sampled is not None and (problem := FLAG.problem(sampled)):
+        raise TokenizerError(f"{file}: do_sample: {problem}")
+    if not sampled:
         return
     found: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
     for key, rule in (("top_k", COUNT), ("top_p", _SHARE), ("temperature", _HEAT)):

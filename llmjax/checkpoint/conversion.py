@@ -34,6 +34,7 @@ from llmjax.quant.qtensor import QTensor, dequantize
 from llmjax.quant.schemes import Recipe
 from llmjax.text import export
 from llmjax.text.mediapipe import MediapipeTokenizer, for_transformers
+from llmjax.text.tokenizer import Tokenizer
 
 FORMATS: tuple[str, ...] = ("llmjax", "hf")
 
@@ -71,6 +72,7 @@ def convert(
         if read_config(facts, where)[1] != plan.config:
             names = ", ".join(spec.name for spec in plan.configuring)
             raise ConfigError(f"{where}: {names}: the files to be written have no place for it; use the source itself")
+        tokenizer = read_tokenizer(found, override)  # what could not be loaded is not written either
         with whole_folder(Path(destination)) as folder:
             merge, made_from = checkpoint.merge(), _made_from(found, checkpoint.adapter)
             parameters = read_all(found, plan, dtype, recipe, check_finite, merge)
@@ -84,7 +86,7 @@ def convert(
                 if found.format != "huggingface":  # what transformers takes for it may be beyond the vocabulary
                     facts.setdefault("pad_token_id", None)
             _write_json(folder / "config.json", facts)
-            _write_tokenizer(found, folder, override)
+            _write_tokenizer(found, tokenizer, folder, override)
         if merge.survivals:
             warnings.warn(f"{destination}: {merging.describe(merge.survivals)}", stacklevel=2)
     return Path(destination)
@@ -175,7 +177,7 @@ def _joined(parts: dict[str, np.ndarray], files: tuple[str, ...], names: Any) ->
         yield name, rows[i * each : (i + 1) * each].reshape(shape)
 
 
-def _write_tokenizer(source: Source, folder: Path, override: Override) -> None:
+def _write_tokenizer(source: Source, tokenizer: Tokenizer | None, folder: Path, override: Override) -> None:
     vocabulary = source.vocabulary if isinstance(source, MediapipeSource | GraphSource) else None
     if vocabulary:
         (folder / "tokenizer.model").write_bytes(vocabulary)
@@ -189,7 +191,6 @@ def _write_tokenizer(source: Source, folder: Path, override: Override) -> None:
             ids = list(end_tokens(source, None, override))
             _write_json(folder / "generation_config.json", {**own, "eos_token_id": ids})
         return
-    tokenizer = read_tokenizer(source, override)
     if tokenizer is not None:
         if isinstance(tokenizer, MediapipeTokenizer) and vocabulary:
             tokenizer = for_transformers(tokenizer, vocabulary)

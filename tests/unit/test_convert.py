@@ -2,6 +2,8 @@
 
 import errno
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,13 +11,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import llmjax
-from llmjax import CheckpointError, ConfigError
+from llmjax import CheckpointError, ConfigError, LlmjaxError
 from llmjax.checkpoint import weight_error as error
 from llmjax.cli.main import main
 from llmjax.quant.qtensor import QTensor
 from tests.parity import golden
 from tests.parity.golden import arrays
 from tests.tiny import slow
+
+TOKENIZERS = Path(__file__).parents[1] / "data" / "tokenizers"
 
 
 def folder(path, name="llama", dtype="float32"):
@@ -92,6 +96,32 @@ def test_tokenizer_files_come_along(tmp_path, smollm2_path):
         assert before.encode(text) == after.encode(text)
     chat = [{"role": "user", "content": "hi"}]
     assert before.render_chat(chat) == after.render_chat(chat) and before.eos_ids == after.eos_ids
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("generation_config.json", '{"eos_token_id": "</s>"}', "eos_token_id: expected a token id or a list of them"),
+        ("tokenizer.json", "{", "tokenizer.json"),
+        ("tokenizer_config.json", '{"chat_template": 1}', "chat_template: expected a string, found int"),
+        ("special_tokens_map.json", '{"bos_token": 1}', "bos_token: expected a token's string"),
+        ("chat_template.jinja", b"\xff", "chat_template.jinja: expected UTF-8 text"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_copied(tmp_path, file, content, message):
+    """The same error as of loading, before any weight is written."""
+    source = folder(tmp_path)
+    for part in (TOKENIZERS / "llama").iterdir():
+        shutil.copyfile(part, source / part.name)
+    llmjax.convert(source, tmp_path / "good")
+    (source / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(LlmjaxError, match=message) as loading:
+        llmjax.load(source)
+    for to in ("llmjax", "hf"):
+        with pytest.raises(LlmjaxError) as converting:
+            llmjax.convert(source, tmp_path / "bad", to=to, report=lambda *_: pytest.fail("too late"))
+        assert str(converting.value) == str(loading.value)
+        assert not (tmp_path / "bad").exists()
 
 
 def _tokenizer(path):

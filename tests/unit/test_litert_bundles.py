@@ -300,7 +300,14 @@ def test_sampling_that_litert_lm_has(source, config, expected):
 
 
 @pytest.mark.parametrize(
-    "config", [{"top_p": 2}, {"top_k": "5"}, {"temperature": None, "top_k": -1}, {"suppress_tokens": [260]}]
+    "config",
+    [
+        {"top_p": 2},
+        {"top_k": "5"},
+        {"temperature": None, "top_k": -1},
+        {"suppress_tokens": [260]},
+        {"do_sample": "true"},
+    ],
 )
 def test_odd_sampling(source, config):
     with pytest.raises(TokenizerError, match="^config.json: "):
