@@ -17,6 +17,7 @@ from converters.readers.litert.options import HADAMARD
 from converters.readers.litert.tflite import Operator, Tensor
 from llmjax.litert import approximations, products, recurrence
 from llmjax.litert.products import Dequantized, Filter, Square, Value, as_array
+from llmjax.models.layers import gelu_erf, gelu_tanh
 from llmjax.numerics import Numerics
 from llmjax.quant.qtensor import QTensor, take
 
@@ -151,7 +152,7 @@ def _gelu(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -
     array, by_tanh = as_array(x[0]), op.options["approximate"]
     if numerics.digits == 1:
         return (approximations.gelu_tanh if by_tanh else approximations.gelu)(array)
-    return jax.nn.gelu(array, approximate=by_tanh)
+    return (gelu_tanh if by_tanh else gelu_erf)(array)
 
 
 def _reshape(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:

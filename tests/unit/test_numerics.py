@@ -10,6 +10,7 @@ from jax import lax
 
 from llmjax.models.context import Context
 from llmjax.models.experts import Experts
+from llmjax.models.layers import gelu_tanh
 from llmjax.models.ministral3 import GrowingScores
 from llmjax.models.rope import Rope
 from llmjax.numerics import PROFILES, resolve
@@ -37,6 +38,16 @@ def test_functions_keep_their_accuracy(name):
     y = np.asarray(jax.jit(function, compiler_options=FAST)(x))
     truth = definition(x.astype(np.float64))
     np.testing.assert_array_less(np.abs(y - truth) / np.maximum(1, np.abs(truth)), error)
+
+
+@pytest.mark.parametrize("options", [None, FAST], ids=["reference", "fast"])
+def test_gelu_keeps_its_digits_where_it_is_small(options):
+    """A norm behind a branch that is small everywhere would show what is left of them."""
+    x = np.linspace(-8, -0.01, 4001, dtype=np.float32)
+    y = np.asarray(jax.jit(gelu_tanh, compiler_options=options)(x))
+    z = x.astype(np.float64)
+    truth = z / (1 + np.exp(-2 * (2 / np.pi) ** 0.5 * (z + 0.044715 * z**3)))
+    np.testing.assert_allclose(y, truth, rtol=1e-5)
 
 
 def test_ministral3_rounds_its_queries():
