@@ -149,10 +149,9 @@ def _softmax(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics
 
 
 def _gelu(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
-    array, by_tanh = as_array(x[0]), op.options["approximate"]
-    if numerics.digits == 1:
-        return (approximations.gelu_tanh if by_tanh else approximations.gelu)(array)
-    return (gelu_tanh if by_tanh else gelu_erf)(array)
+    own = approximations.gelu, approximations.gelu_tanh
+    by_erf, by_tanh = own if numerics.digits == 1 else (gelu_erf, gelu_tanh)
+    return (by_tanh if op.options["approximate"] else by_erf)(as_array(x[0]))
 
 
 def _reshape(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
