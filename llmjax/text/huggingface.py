@@ -52,6 +52,8 @@ def read(directory: Path) -> Tokenizer:
     dummy_prefix = False
     if file.name == "tokenizer.json":
         backend = load_backend(lambda: tokenizers.Tokenizer.from_str(_text(read_file(file), file)), str(file))
+        if (other := directory / VOCABULARIES[1]).exists():
+            _check_beside(backend, file, sentencepiece.some_pieces(read_file(other)), other)
     else:
         vocabulary = sentencepiece.parse(read_file(file), str(file))
         wanted = config.get("add_prefix_space")
@@ -95,6 +97,19 @@ def read(directory: Path) -> Tokenizer:
         where=str(file),
         dummy_prefix=dummy_prefix,
     )
+
+
+def _check_beside(backend: tokenizers.Tokenizer, file: Path, pieces: Mapping[int, str], other: Path) -> None:
+    """Refuses a ``tokenizer.json`` that is not made of the ``tokenizer.model`` beside it: some pieces that were given
+    other names leave most as they are, another model's vocabulary leaves few."""
+    others = [(i, piece, found) for i, piece in pieces.items() if (found := backend.id_to_token(i)) != piece]
+    if 2 * len(others) > len(pieces):
+        token, piece, found = others[0]
+        raise TokenizerError(
+            f"{file}: expected the vocabulary of {other.name} beside it, found another in {len(others)} of "
+            f"{len(pieces)} pieces asked (the first, {token}: {found!r} here, {piece!r} there); one of them is another "
+            "model's: put the right one in its place, or take the wrong one out"
+        )
 
 
 def _text(data: bytes, path: Path) -> str:

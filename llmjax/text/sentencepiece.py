@@ -73,6 +73,20 @@ def read(data: bytes, where: str, *, add_bos: bool, bytes_to_unicode: bool = Fal
     )
 
 
+def some_pieces(data: bytes, most: int = 256) -> dict[int, str]:
+    """Pieces of a ``tokenizer.model`` by id, evenly from among those that stand for text; none of a file of another
+    kind, which may have that name, too."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model: Any = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except Exception:  # protobuf's own class
+        return {}
+    normal = [i for i, piece in enumerate(model.pieces) if piece.type == NORMAL]
+    return {i: model.pieces[i].piece for i in normal[:: -(-len(normal) // most) or 1]}
+
+
 def parse(data: bytes, where: str, *, bytes_to_unicode: bool = False) -> Vocabulary:
     """Reads a ``tokenizer.model``; with ``bytes_to_unicode`` (see ``build``) it need not mark spaces.
 

@@ -321,3 +321,32 @@ def test_heavy_imports_wait():
     code = "import sys, llmjax.text, llmjax.text.tokenizer; print({'jax', 'jinja2', 'sentencepiece'} & {*sys.modules})"
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True).stdout == "set()\n"
+
+
+def both(folder, name):
+    """Gemma's ``tokenizer.model`` beside the ``tokenizer.json`` of some model."""
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DATA / name / file, folder)
+    shutil.copy(DATA / "gemma_2b" / "tokenizer.model", folder)
+    return folder / "tokenizer.json"
+
+
+def test_another_models_tokenizer_beside_a_tokenizer_model(tmp_path):
+    both(tmp_path, "llama")
+    with pytest.raises(TokenizerError, match="expected the vocabulary of tokenizer.model beside it, found another"):
+        from_huggingface(tmp_path)
+
+
+def test_a_tokenizer_of_its_own_beside_a_tokenizer_model(tmp_path):
+    """Some pieces may have other names in it, and the other file may be of another kind."""
+    file = both(tmp_path, "gemma_2b")
+    state = json.loads(file.read_text())
+    vocabulary = state["model"]["vocab"]
+    renamed = dict(zip(list(vocabulary)[-40:], range(40), strict=True))
+    state["model"]["vocab"] = {f"<new{renamed[t]}>" if t in renamed else t: i for t, i in vocabulary.items()}
+    state["model"]["merges"] = []
+    file.write_text(json.dumps(state))
+    assert from_huggingface(tmp_path).vocab_size == len(vocabulary)
+    for content in (b"IQ== 0\nIg== 1\nIw== 2\n", b""):  # tiktoken's form
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        from_huggingface(tmp_path)
