@@ -78,7 +78,8 @@ def some_pieces(data: bytes, most: int = 256) -> dict[int, str]:
     kind, which may have that name, too."""
     from sentencepiece import sentencepiece_model_pb2
 
-    model: Any = sentencepiece_model_pb2.ModelProto()
+    proto: Any = sentencepiece_model_pb2  # generated code, without types
+    model = proto.ModelProto()
     try:
         model.ParseFromString(data)
     except Exception:  # protobuf's own class
