@@ -100,15 +100,16 @@ def read(directory: Path) -> Tokenizer:
 
 
 def _check_beside(backend: tokenizers.Tokenizer, file: Path, pieces: Mapping[int, str], other: Path) -> None:
-    """Refuses a ``tokenizer.json`` that is not made of the ``tokenizer.model`` beside it: some pieces that were given
-    other names leave most as they are, another model's vocabulary leaves few."""
+    """Warns of a ``tokenizer.json``, which is read as in transformers, that was not made of the ``tokenizer.model``
+    beside it: some pieces that were given other names leave most as they are, another model's vocabulary leaves few."""
     others = [(i, piece, found) for i, piece in pieces.items() if (found := backend.id_to_token(i)) != piece]
     if 2 * len(others) > len(pieces):
         token, piece, found = others[0]
-        raise TokenizerError(
-            f"{file}: expected the vocabulary of {other.name} beside it, found another in {len(others)} of "
-            f"{len(pieces)} pieces asked (the first, {token}: {found!r} here, {piece!r} there); one of them is another "
-            "model's: put the right one in its place, or take the wrong one out"
+        warnings.warn(
+            f"{file}: has another vocabulary than {other.name} beside it, in {len(others)} of {len(pieces)} pieces "
+            f"asked (the first, {token}: {found!r} here, {piece!r} there), and is the one that is read; one of them is "
+            "another model's",
+            stacklevel=3,
         )
 
 
