@@ -422,6 +422,12 @@ def test_targets(model, tmp_path):
     text = json.loads((FOLDER / "gemma3n_cond" / "config.json").read_text())["text_config"]
     numbered = new_adapter(random_model(**text), TrainConfig(targets=r".*altup_projections.*").lora)
     assert numbered.names == tuple(f"altup_projections.{i}" for i in range(3))  # peft takes "0" for layers.0, too
+    # As the modules are called in transformers, wherever checkpoints have them: a head stands outside the text model.
+    for case in ("ministral3_cond", "qwen3_5_cond"):
+        settings = TrainConfig(targets=r".*(down_proj|lm_head)").lora
+        found = {target.module for target in new_adapter(llmjax.load(FOLDER / case), settings).targets}
+        layers = {name for name in found if name.startswith("model.language_model.layers.")}
+        assert layers and found - layers == {"lm_head"}
     narrow = new_adapter(model, TrainConfig(rank=20).lora)  # k and v have 16 rows: peft takes that
     assert {t.shape[0] for t in narrow.targets if t.rank > min(t.shape)} == {16}
 
