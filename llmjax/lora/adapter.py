@@ -300,8 +300,7 @@ def modules_of(architecture: Architecture, config: DecoderConfig) -> dict[str, l
         linear = role_of(parameter) in ("attention", "feed_forward", "head") or _DECIDES.search(parameter)
         if linear and len(shape) == 2:  # no stacks of experts
             entry, (tensor,) = sources_of(parameter, names)
-            module = tensor.removesuffix(".weight")
-            short = stem(module)
+            short = stem(module := tensor.removesuffix(".weight"))
             within = "" if role_of(parameter) == "head" else architecture.modules  # a head stands outside
             name = module if architecture.modules is None else f"{within}{short}"
             modules.setdefault(short, []).append(Part(name, parameter, shape, entry))
