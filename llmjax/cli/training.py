@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmjax.cli import loading
 from llmjax.cli.flags import Verbs, add_verb, cache_flags, load_flags
-from llmjax.errors import RequestError
+from llmjax.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
     from llmjax.training.loop import Report
@@ -127,7 +127,11 @@ def _train(args: argparse.Namespace) -> int:
     from llmjax.training.loop import finetune
 
     given = {field.name: getattr(args, field.name) for field in fields(TrainConfig)}
-    given |= {name: dict(given[name]) for name in ("rank_pattern", "alpha_pattern") if given[name]}
+    for name in ("rank_pattern", "alpha_pattern"):
+        pairs = given[name] or ()
+        if twice := next((key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i])), None):
+            raise ConfigError(f"--{name.replace('_', '-')}: {twice!r} is given twice; give it once")
+        given[name] = dict(pairs) or None
     unlimited = {"clip": None} if given["clip"] == "none" else {}
     config = TrainConfig.from_dict({name: v for name, v in given.items() if v is not None} | unlimited)
     if args.lora is not None:

@@ -300,9 +300,9 @@ def modules_of(architecture: Architecture, config: DecoderConfig) -> dict[str, l
         linear = role_of(parameter) in ("attention", "feed_forward", "head") or _DECIDES.search(parameter)
         if linear and len(shape) == 2:  # no stacks of experts
             entry, (tensor,) = sources_of(parameter, names)
-            module = tensor.removesuffix(".weight")
-            short = stem(module)
-            name = module if architecture.modules is None else architecture.modules + short
+            short = stem(module := tensor.removesuffix(".weight"))
+            within = "" if role_of(parameter) == "head" else architecture.modules  # a head stands outside
+            name = module if architecture.modules is None else f"{within}{short}"
             modules.setdefault(short, []).append(Part(name, parameter, shape, entry))
         if parameter == TABLE and config.tie_word_embeddings:  # transformers has a head all the same
             entry, (tensor,) = sources_of("head.weight", names)

@@ -30,5 +30,6 @@ ARCHITECTURE = Architecture(
     model_type="mistral3",
     config=Mistral3Config,
     hf_names=lambda config: HF_NAMES,
+    modules="model.language_model.",
     dropped=(r"(vision_tower|multi_modal_projector)\..*",),
 )

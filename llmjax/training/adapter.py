@@ -88,18 +88,27 @@ def new_adapter(model: Model, settings: LoraConfig, *, seed: int = 0) -> Adapter
       seed: of A.  A module's draws follow from it and the module's name.
 
     Raises:
-      LoraError: a target matches no module of the model, or a row of its weight has no length for a magnitude.
+      LoraError: a target matches no module of the model, a row of its weight has no length for a magnitude, or memory
+        ends.
     """
-    if settings.rank is None:
-        raise LoraError("rank: missing, expected a positive integer")
-    modules = modules_of(model.architecture, model.config)
-    chosen = _chosen(modules, settings)
-    found = tuple(_target(parts, settings) for parts in chosen.values())
+    modules, found = modules_of(model.architecture, model.config), targets_of(model, settings)
     factors = {target.module: _begun(target, seed) for target in found}
     if settings.dora:
         for target in found:
             factors[target.module][MAGNITUDE] = _lengths(target, factors[target.module], model)
     return Adapter(settings, found, factors, _names([t.module for t in found], modules, model))
+
+
+def targets_of(model: Model, settings: LoraConfig) -> tuple[Target, ...]:
+    """The modules that an adapter of these settings has, in the model's order.
+
+    Raises:
+      LoraError: a target matches no module of the model.
+    """
+    if settings.rank is None:
+        raise LoraError("rank: missing, expected a positive integer")
+    chosen = _chosen(modules_of(model.architecture, model.config), settings)
+    return tuple(_target(parts, settings) for parts in chosen.values())
 
 
 def adapted(
@@ -165,7 +174,8 @@ def _chosen(modules: Mapping[str, list[Part]], settings: LoraConfig) -> dict[str
         if not any(module == name or module.endswith(f".{name}") for module in names):
             raise LoraError(f"targets: {name!r} matches no module of this model; expected some of {endings}")
     if not chosen:
-        raise LoraError(f"targets: {wanted!r} matches no module of this model, which has {endings}")
+        left = f" but what exclude leaves out ({settings.exclude_modules!r})" if settings.exclude_modules else ""
+        raise LoraError(f"targets: {wanted!r} matches no module of this model{left}, which has {endings}")
     return chosen
 
 
@@ -186,8 +196,11 @@ def _begun(target: Target, seed: int) -> dict[str, Any]:
     out, width = target.shape
     rng = np.random.default_rng([seed, zlib.crc32(target.module.encode())])
     bound = width**-0.5
-    a = rng.uniform(-bound, bound, (target.rank, width)).astype(np.float32)
-    return {"A": jnp.asarray(a), "B": jnp.zeros((out, target.rank), jnp.float32)}
+    try:
+        a = rng.uniform(-bound, bound, (target.rank, width)).astype(np.float32)
+        return {"A": jnp.asarray(a), "B": jnp.zeros((out, target.rank), jnp.float32)}
+    except MemoryError:
+        raise LoraError(f"module {target.module}: factors of rank {target.rank} do not fit into memory") from None
 
 
 def _lengths(target: Target, factors: dict[str, Any], model: Model) -> jax.Array:
@@ -204,6 +217,15 @@ def stacks_of(model: Model) -> list[str]:
     """Parameters that hold all experts of a layer, on which adapters do not go (peft's all-linear does, of some)."""
     shapes = parameter_shapes(model.config).items()
     return [name for name, shape in shapes if role_of(name) == "feed_forward" and len(shape) > 2]
+
+
+def idle_excludes(model: Model, names: str | tuple[str, ...]) -> list[str]:
+    """Of names of modules to leave out, or one regular expression, those that no module of the model has."""
+    modules = [parts[0].module for parts in modules_of(model.architecture, model.config).values()]
+    one_by_one: list[str | tuple[str, ...]] = [names] if names and isinstance(names, str) else [(n,) for n in names]
+    settings = [LoraConfig(1, 1.0, target_modules=".*", exclude_modules=one) for one in one_by_one]
+    idle = (s.exclude_modules for s in settings if all(map(s.targets, modules)))
+    return [one if isinstance(one, str) else one[0] for one in idle]
 
 
 def changes(model: Model, targets: tuple[Target, ...], factors: Factors) -> bool:

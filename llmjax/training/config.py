@@ -107,8 +107,9 @@ class TrainConfig:
                 object.__setattr__(self, name, tuple(value))
         found = {name: rule.problem(getattr(self, name)) for name, rule in _RULES.items()}
         problems = [f"{name}: {problem}" for name, problem in found.items() if problem]
-        if not problems and self.momentum and self.optimizer != "sgd":
-            problems.append(f"momentum: goes with the optimizer sgd, not with {self.optimizer}")
+        for name, which in _OF_OPTIMIZERS.items():
+            if not problems and getattr(self, name) != getattr(TrainConfig, name) and self.optimizer not in which:
+                problems.append(f"{name}: goes with the optimizer {' or '.join(which)}, not with {self.optimizer}")
         if not problems and self.beta is not None and not self.dpo:
             problems.append("beta: goes with dpo")
         if problems:
@@ -167,6 +168,8 @@ def _optional(rule: Rule, what: str) -> Rule:
     return Rule(what, lambda v: v is None or rule.holds(v))
 
 
+# What not every optimizer has a use for.
+_OF_OPTIMIZERS = {"momentum": ("sgd",), "betas": ("adamw", "lion", "rmsprop"), "eps": ("adamw", "rmsprop")}
 _SHARE = Rule("a number from 0 to below 1", lambda v: number(0, 1).holds(v) and v < 1)
 _COUNT = integer(0, INT32, "a whole number, 0 or more")
 _SIZE = integer(1, INT32, "a positive integer")

@@ -68,7 +68,8 @@ def read_trained(path: str | Path, model: Model) -> Adapter:
     begun = new_adapter(model, settings)
     if set(file.factors) != set(begun.factors):
         odd = min(set(file.factors) ^ set(begun.factors))
-        which = "target_modules does not name it" if odd in file.factors else "the file has no factors of it"
+        which = "target_modules does not name it" if odd in modules else "this model has no projection of that name"
+        which = which if odd in file.factors else "the file has no factors of it"
         raise LoraError(f"{file.path}: module {named(odd)}: {which}")
     factors: Factors = {}
     for target in begun.targets:

@@ -21,7 +21,15 @@ from llmjax.outside.whole import locked, make_folder
 from llmjax.runtime.memory import size, weight_bytes
 from llmjax.text.dates import Date
 from llmjax.training import checkpoints, curves
-from llmjax.training.adapter import ALL_LINEAR, Adapter, new_adapter, settled_beside, stacks_of
+from llmjax.training.adapter import (
+    ALL_LINEAR,
+    Adapter,
+    idle_excludes,
+    new_adapter,
+    settled_beside,
+    stacks_of,
+    targets_of,
+)
 from llmjax.training.batches import Batch, Example, Pair, batches, cut
 from llmjax.training.checkpoints import Progress
 from llmjax.training.config import TrainConfig
@@ -127,6 +135,8 @@ def finetune(
         raise ConfigError(f"config: expected a TrainConfig, found {shown(config)}")
     if has_lora(model.params):
         raise ConfigError(f"{model.path}: it has an adapter beside its weights; load it without, and give it as start")
+    if config.eval_every and eval_rows is None:
+        raise ConfigError("eval_every: goes with rows for evaluation")
     if config.patience and not (eval_rows is not None and config.eval_every):
         raise ConfigError("patience: goes with rows for evaluation, and eval_every")
     adapter = _new(model, config) if start is None else read_trained(start, model)
@@ -141,6 +151,8 @@ def finetune(
                None if output is None else checked_path("output", output, OutputError))  # fmt: skip
     if start is None and config.targets == ALL_LINEAR and (stacks := stacks_of(model)):
         note(f"targets: all-linear leaves {len(stacks)} stacks of experts as they are ({stacks[0]} ...)")
+    for name in idle_excludes(model, config.exclude) if start is None else ():
+        note(f"exclude: {name!r} matches no module of this model")
     for data in run.data:
         for line in data.notes():
             note(line)
@@ -148,13 +160,14 @@ def finetune(
 
 
 def _new(model: Model, config: TrainConfig) -> Adapter:
-    adapter = new_adapter(model, config.lora, seed=config.seed)
+    targets = targets_of(model, config.lora)
     # Some modules are narrow (four columns of AltUp's) and take any rank, as with peft; all of them are a mistake.
-    if all(target.rank > min(target.shape) for target in adapter.targets):
-        widest = max(adapter.targets, key=lambda target: min(target.shape))
+    if all(target.rank > min(target.shape) for target in targets):
+        widest = max(targets, key=lambda target: min(target.shape))
         raise LoraError(
             f"rank: {widest.rank} is more than any module has; the largest, {widest.module}, is {list(widest.shape)}"
         )
+    adapter = new_adapter(model, config.lora, seed=config.seed)
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
             single = dataclasses.replace(adapter.settings, rank=None, rank_pattern={key: 1}, alpha_pattern={})
@@ -288,7 +301,10 @@ class _Run:
             if not metrics.is_file() or metrics.stat().st_size < self.progress.metrics:
                 raise ResumeError(f"{metrics}: lines that were written are gone; delete {self.output} to begin anew")
             os.truncate(metrics, self.progress.metrics)
-            self.metrics = [json.loads(line) for line in metrics.read_text().splitlines()]
+            try:
+                self.metrics = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+            except ValueError as error:
+                raise ResumeError(f"{metrics}: damaged: {error}; delete {self.output} to begin anew") from None
             note(f"{self.output}: goes on after step {self.state.step} of {self.steps}")
         else:
             # Beside a model's files an adapter would be taken for a part of it, by transformers for one.

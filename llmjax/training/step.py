@@ -16,6 +16,7 @@ from llmjax.model import Model
 from llmjax.models.context import Context
 from llmjax.numerics import Numerics, resolve
 from llmjax.runtime.memory import give_back_free
+from llmjax.runtime.sampling import key_words
 from llmjax.training.adapter import Factors, Target, adapted, changes
 from llmjax.training.batches import Batch
 from llmjax.training.optimizer import clipped, optimizer
@@ -172,7 +173,7 @@ class Programs:
         not say."""
         if self._beta is not None:
             batch = batch.replace(reference=np.zeros(len(batch.ids), np.float32))
-        arguments = self._params, factors, batch.arrays(), jnp.float32(1), jax.random.key(0)
+        arguments = self._params, factors, batch.arrays(), jnp.float32(1), dropout_key(0)
         found = self._program(self._gradients, arguments).memory_analysis()
         return None if found is None else int(found.temp_size_in_bytes)
 
@@ -242,6 +243,11 @@ def _listed(rows: Sequence[int]) -> str:
 Step = Callable[[State, Sequence[Batch], float], tuple[State, Outcome]]
 
 
+def dropout_key(seed: int) -> jax.Array:
+    """Of all 64 bits of a seed, where ``jax.random.key`` takes 32, and whatever ``jax_default_prng_impl`` says."""
+    return jax.random.wrap_key_data(jnp.asarray(key_words(seed)), impl="threefry2x32")
+
+
 def first_state(factors: Factors, config: "TrainConfig") -> State:
     """The state before the first step."""
     return State(0, factors, optimizer(config).init(factors))
@@ -256,6 +262,7 @@ def train_step(programs: Programs, config: "TrainConfig") -> Step:
       config: optimizer, clipping, seed of dropout.
     """
     transformation = optimizer(config)
+    seed = dropout_key(config.seed)
 
     @jax.jit
     def updated(factors: Factors, gradients: Factors, moments: Any, norm: jax.Array, rate: jax.Array) -> Any:
@@ -265,7 +272,7 @@ def train_step(programs: Programs, config: "TrainConfig") -> Step:
 
     @usual_programs()
     def step(state: State, group: Sequence[Batch], rate: float) -> tuple[State, Outcome]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        key = jax.random.fold_in(seed, state.step)
         try:
             gradients, outcome = programs.accumulated(state.factors, group, key)
         except TrainingError as error:

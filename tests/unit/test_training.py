@@ -23,11 +23,11 @@ from llmjax.lora.config import LoraConfig
 from llmjax.models.recompute import recomputed
 from llmjax.models.scanned import periods
 from llmjax.models.tree import get_at, path_of
-from llmjax.training.adapter import adapted, changes, new_adapter
+from llmjax.training.adapter import adapted, changes, idle_excludes, new_adapter
 from llmjax.training.batches import Example, batches, bucket, from_labels, make_batch
 from llmjax.training.files import read_trained, save_adapter
 from llmjax.training.optimizer import optimizer, schedule
-from llmjax.training.step import Programs, first_state, loss, train_step
+from llmjax.training.step import Programs, dropout_key, first_state, loss, train_step
 from tests.parity.test_cases import FOLDER
 from tests.tiny import checkpoint, random_model, slow
 
@@ -220,6 +220,10 @@ def test_a_run_that_was_cut_short_ends_in_the_same_bits(whole, model, tmp_path, 
         llmjax.finetune(model, rows(10), dataclasses.replace(WHOLE, rank=3), **arguments)
     with pytest.raises(ResumeError, match="rows: was"):
         llmjax.finetune(model, rows(11), WHOLE, **arguments)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_bytes(b"\xff" + metrics.read_bytes()[1:])
+    with pytest.raises(ResumeError, match="metrics.jsonl: damaged"):
+        llmjax.finetune(model, rows(10), WHOLE, **arguments)
 
 
 def test_preferences_are_learned(tmp_path, capsys):
@@ -268,8 +272,9 @@ def test_it_stops_when_nothing_gets_better(model):
     result = llmjax.finetune(model, rows(10), config, eval_rows=rows(4, seed=1))
     assert result.finished == f"no better evaluation in 2 after step {result.step}"
     assert len(result.metrics) == result.step + 2
-    with pytest.raises(ConfigError, match="patience: goes with rows for evaluation"):
-        llmjax.finetune(model, rows(10), config)
+    for wrong, name in ((config, "eval_every"), (dataclasses.replace(config, eval_every=0), "patience")):
+        with pytest.raises(ConfigError, match=f"{name}: goes with rows for evaluation"):
+            llmjax.finetune(model, rows(10), wrong)
 
 
 def test_not_a_number_names_step_and_row(model):
@@ -277,7 +282,7 @@ def test_not_a_number_names_step_and_row(model):
     broken["embed"]["weight"] = broken["embed"]["weight"].at[599].set(jnp.nan)
     data = rows(10)
     data[6]["ids"][0] = 599
-    config = dataclasses.replace(WHOLE, shuffle=False)
+    config = dataclasses.replace(WHOLE, shuffle=False, eval_every=0)
     with pytest.raises(TrainingError, match=r"rows: step 2: the loss of row 7 is not finite"):
         llmjax.finetune(dataclasses.replace(model, params=broken), data, config)
 
@@ -309,6 +314,8 @@ def test_dropout_follows_from_its_key(model):
     found = [float(at(seed)) for seed in (1, 1, 2)]
     plain = float(jax.jit(lambda: loss(model, model.params, adapter.targets, adapter.factors, batch)[0])())
     assert found[0] == found[1] != found[2] and plain not in found
+    words = [jax.random.key_data(dropout_key(seed)).tolist() for seed in (7, 7 + (1 << 40))]
+    assert words == [jax.random.key_data(jax.random.key(7)).tolist(), [1 << 8, 7]]  # all of a seed counts
     # What q, k and v share as one module, with one A, drops the same of its input, as peft's one dropout does.
     whole = dataclasses.replace(adapter.targets[0], parts=tuple((t.parts[0][0], None) for t in adapter.targets[:2]))
     fused = adapted(model.params, (whole,), adapter.factors, dropout=0.5, key=jax.random.key(1))
@@ -394,8 +401,13 @@ def test_targets(model, tmp_path):
             modules(target_modules=wrong)
     with pytest.raises(ConfigError, match="rank_pattern: 'query' matches none"):
         llmjax.finetune(model, rows(2), TrainConfig(rank_pattern={"query": 2}))
-    with pytest.raises(LoraError, match="rank: 99 is more than any module has"):
-        llmjax.finetune(model, rows(2), TrainConfig(rank=99))
+    for rank in (99, 10**9):  # before anything is drawn
+        with pytest.raises(LoraError, match=f"rank: {rank} is more than any module has"):
+            llmjax.finetune(model, rows(2), TrainConfig(rank=rank))
+    with pytest.raises(LoraError, match="matches no module of this model but what exclude leaves out"):
+        llmjax.finetune(model, rows(2), TrainConfig(targets=("q_proj",), exclude=("q_proj",)))
+    assert idle_excludes(model, ("lm_head", "query", "mlp.up_proj")) == ["query"]
+    assert idle_excludes(model, ".*up") == [".*up"] and not idle_excludes(model, ".*up_proj")
     patterns = {"q_proj": 4, ".*proj": 2}  # the first that matches wins
     adapter = new_adapter(model, TrainConfig(rank_pattern=patterns, alpha_pattern=patterns).lora)
     again = read_trained(save_adapter(adapter, tmp_path), model)
@@ -410,6 +422,12 @@ def test_targets(model, tmp_path):
     text = json.loads((FOLDER / "gemma3n_cond" / "config.json").read_text())["text_config"]
     numbered = new_adapter(random_model(**text), TrainConfig(targets=r".*altup_projections.*").lora)
     assert numbered.names == tuple(f"altup_projections.{i}" for i in range(3))  # peft takes "0" for layers.0, too
+    # As the modules are called in transformers, wherever checkpoints have them: a head stands outside the text model.
+    for case in ("ministral3_cond", "qwen3_5_cond"):
+        settings = TrainConfig(targets=r".*(down_proj|lm_head)").lora
+        found = {target.module for target in new_adapter(llmjax.load(FOLDER / case), settings).targets}
+        layers = {name for name in found if name.startswith("model.language_model.layers.")}
+        assert layers and found - layers == {"lm_head"}
     narrow = new_adapter(model, TrainConfig(rank=20).lora)  # k and v have 16 rows: peft takes that
     assert {t.shape[0] for t in narrow.targets if t.rank > min(t.shape)} == {16}
 
@@ -435,6 +453,8 @@ def test_what_changes_nothing(model, dora):
     ({"dropout": 1.0}, "dropout: expected a number"),
     ({"momentum": 0.5}, "momentum: goes with the optimizer sgd"),
     ({"dora": 1}, "dora: expected true or false"),
+    ({"optimizer": "sgd", "betas": [0.8, 0.9]}, "betas: goes with the optimizer adamw or lion or rmsprop, not"),
+    ({"optimizer": "lion", "eps": 1e-6}, "eps: goes with the optimizer adamw or rmsprop, not with lion"),
     ({"beta": 0.2}, "beta: goes with dpo"),
     ({"dpo": True, "beta": 0}, "beta: expected a positive number, found 0"),
     ({"lr": 1.0}, "unknown lr; expected some of accumulation"),
@@ -471,6 +491,8 @@ def test_command_line(tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["use_dora"] is True
     assert main(command) == 1 and "goes on after step 2 of 2" in capsys.readouterr().err
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == saved
+    assert main([*command, "--rank-pattern", "q_proj=2"]) == 2
+    assert "--rank-pattern: 'q_proj' is given twice" in capsys.readouterr().err
     (tmp_path / "rows.jsonl").write_text(json.dumps(bad[0]))
     assert main(command) == 2 and "no row to learn from" in capsys.readouterr().err
 
@@ -508,6 +530,9 @@ def test_it_goes_on_from_an_adapter(model, whole, tmp_path):
             np.testing.assert_allclose(pair[side], result.adapter.factors[module][side], atol=1e-6)
     with pytest.raises(LoraError, match="lora_A: expected shape"):
         llmjax.finetune(random_model(num_hidden_layers=1, hidden_size=96), rows(4), start=folder)
+    two_layers = save_adapter(new_adapter(random_model(), CONFIG.lora), tmp_path / "two")
+    with pytest.raises(LoraError, match=r"module model.layers.1.\S+: this model has no projection of that name"):
+        read_trained(two_layers, model)
     adapter = new_adapter(model, CONFIG.lora)
     adapter.factors[adapter.targets[1].module]["A"] *= np.nan
     with pytest.raises(LoraError, match=r"self_attn.\w_proj: lora_A: NaN or infinite values"):
@@ -530,7 +555,7 @@ def test_it_goes_on_from_an_adapter(model, whole, tmp_path):
 def test_a_full_disk_is_told(model, tmp_path, monkeypatch):
     def told():
         with pytest.raises(OutputError, match="metrics.jsonl: cannot write it: No space left"):
-            llmjax.finetune(model, rows(4), dataclasses.replace(WHOLE, epochs=1), output=tmp_path)
+            llmjax.finetune(model, rows(4), dataclasses.replace(WHOLE, epochs=1, eval_every=0), output=tmp_path)
 
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     told()
