@@ -6,7 +6,7 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from llmjax.cli.flags import Verbs, add_verb, id_list, weight_flags
+from llmjax.cli.flags import Either, Verbs, add_verb, id_list, weight_flags
 from llmjax.cli.loading import adapter_of
 from llmjax.cli.progress import report_tensors
 from llmjax.errors import ConfigError, RequestError
@@ -188,7 +188,7 @@ def _graph_flags(group: Any) -> None:
     group.add_argument("--chat-template", metavar="FILE", help=text)
     group.add_argument(
         "--verify",
-        action=argparse.BooleanOptionalAction,
+        action=Either,
         help="run the file against the checkpoint before it gets its name (default: models below 1 GB as float32)",
     )
 

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
 def add(verbs: Verbs) -> None:
     """Registers the verbs."""
-    lora = verbs.add_parser(
-        "lora", help="Train a LoRA adapter, check it, or merge it into a checkpoint.", allow_abbrev=False
-    )
+    lora = verbs.add_parser("lora", help="Train a LoRA adapter, check it, or merge it into a checkpoint.")
     lora_verbs = lora.add_subparsers(required=True, metavar="VERB")
     training.add(lora_verbs)
     for name, run, text in (

@@ -1,5 +1,6 @@
 """``generate`` and ``chat`` on the command line: conversations that outlive mistakes, and text in any encoding."""
 
+import argparse
 import contextlib
 import io
 import re
@@ -142,6 +143,10 @@ def test_a_broken_template_is_told_before_anything_runs(llm, capsys, tmp_path):
         (["generate", "--logprobs", "2"], "unrecognized arguments: --logprobs"),
         (["score", "--max-batch", "2"], "unrecognized arguments: --max-batch"),
         (["trace", "--truncate-prompt"], "unrecognized arguments: --truncate-prompt"),
+        (["generate", "--prompt", "y"], "argument --prompt: given twice, expected once"),
+        (["generate", "--seed", "1", "--seed=1"], "argument --seed: given twice, expected once"),
+        (["batch", "--model", "y"], "argument --model: given twice, expected once"),
+        (["trace", "--taps", "a", "--taps", "b", "--output", "p"], "argument --output: given twice, expected once"),
     ],
 )
 def test_what_is_said_twice_or_means_nothing(capsys, args, message):
@@ -150,6 +155,32 @@ def test_what_is_said_twice_or_means_nothing(capsys, args, message):
     with pytest.raises(SystemExit) as stopped:
         main([args[0], "--model", "x", *needed, *args[1:]])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_no_flag_of_one_value_is_given_twice(capsys):
+    """Of every verb, whoever adds the flag; ``append`` takes several, and a switch twice says the same."""
+    verbs = {(): _parser()}
+    for words in ((), ("lora",)):
+        [inner] = [a.choices for a in verbs.pop(words)._actions if isinstance(a, argparse._SubParsersAction)]
+        verbs |= {(*words, name): parser for name, parser in inner.items()}
+    assert len(verbs) > 10
+    for words, parser in verbs.items():
+        flags = [
+            a
+            for a in parser._actions
+            if a.option_strings and a.nargs is None and not isinstance(a, argparse._AppendAction)
+        ]
+        for flag in flags:
+            value = next(iter(flag.choices or ["1=1" if "=" in str(flag.metavar) else "1"]))
+            value = {"--logit-bias": "1:1", "--chat-template-kwargs": "{}", "--shuffle": "on"}.get(
+                name := flag.option_strings[-1], value
+            )
+            with pytest.raises(SystemExit):
+                main([*words, name, str(value), name, str(value)])
+            assert f"{name}: given twice, expected once" in capsys.readouterr().err, (words, name)
+    with pytest.raises(SystemExit):
+        main(["convert", "a", "b", "--to", "task", "--verify", "--no-verify"])
+    assert "--verify/--no-verify: given twice, expected once" in capsys.readouterr().err
 
 
 def test_version(capsys):
