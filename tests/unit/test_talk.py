@@ -157,26 +157,33 @@ def test_what_is_said_twice_or_means_nothing(capsys, args, message):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_no_flag_of_one_value_is_given_twice(capsys):
-    """Of every verb, whoever adds the flag; ``append`` takes several, and a switch twice says the same."""
+def every_verb():
+    """By its words, the parser of each."""
     verbs = {(): _parser()}
     for words in ((), ("lora",)):
-        [inner] = [a.choices for a in verbs.pop(words)._actions if isinstance(a, argparse._SubParsersAction)]
+        [inner] = [a.choices for a in verbs[words]._actions if isinstance(a, argparse._SubParsersAction)]
         verbs |= {(*words, name): parser for name, parser in inner.items()}
-    assert len(verbs) > 10
-    for words, parser in verbs.items():
-        flags = [
-            a
-            for a in parser._actions
-            if a.option_strings and a.nargs is None and not isinstance(a, argparse._AppendAction)
-        ]
-        for flag in flags:
-            value = next(iter(flag.choices or ["1=1" if "=" in str(flag.metavar) else "1"]))
-            value = {"--logit-bias": "1:1", "--chat-template-kwargs": "{}", "--shuffle": "on"}.get(
-                name := flag.option_strings[-1], value
-            )
+    assert len(verbs) > 15
+    return verbs
+
+
+def test_every_verb_and_flag_says_what_it_is():
+    for words, parser in every_verb().items():
+        assert parser.description, words
+        assert not [a.option_strings or a.dest for a in parser._actions[1:] if not a.help and a.nargs != "A..."], words
+
+
+def test_no_flag_of_one_value_is_given_twice(capsys):
+    """Of every verb, whoever adds the flag; ``append`` takes several, and a switch twice says the same."""
+    values = {"--logit-bias": "1:1", "--chat-template-kwargs": "{}", "--shuffle": "on"}
+    for words, parser in every_verb().items():
+        for flag in parser._actions:
+            if flag.nargs is not None or not flag.option_strings or isinstance(flag, argparse._AppendAction):
+                continue
+            name = flag.option_strings[-1]
+            value = str(next(iter(flag.choices or [values.get(name, "1")])))
             with pytest.raises(SystemExit):
-                main([*words, name, str(value), name, str(value)])
+                main([*words, name, value, name, value])
             assert f"{name}: given twice, expected once" in capsys.readouterr().err, (words, name)
     with pytest.raises(SystemExit):
         main(["convert", "a", "b", "--to", "task", "--verify", "--no-verify"])
