@@ -106,7 +106,7 @@ def _no_interrupt_lost() -> Iterator[None]:
         if _importing(frame):
             return send_again(number)
         heard.append(number)
-        signal.default_int_handler(number, frame)
+        raise KeyboardInterrupt(number)
 
     def hook(ignored: "sys.UnraisableHookArgs") -> None:
         if not issubclass(ignored.exc_type, KeyboardInterrupt):

@@ -3,8 +3,11 @@
 import argparse
 import contextlib
 import io
+import os
 import re
+import signal
 import sys
+import time
 
 import pytest
 
@@ -54,6 +57,25 @@ def test_a_conversation_outlives_what_cannot_be_answered(asked, capsys, monkeypa
     assert asked[5] == ["new"]
     assert "longer than the model's context of 200" in err and "the conversation is as it was before (/undo" in err
     assert "stdin: expected UTF-8 text, found byte 0xe9 after 3 characters" in err
+
+
+@pytest.mark.parametrize(("number", "goes_on"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+@pytest.mark.usefixtures("in_a_terminal")
+def test_only_ctrl_c_ends_an_answer_alone(asked, llm, capsys, monkeypatch, number, goes_on):
+    """What asks the process to end ends it, also in the middle of an answer."""
+    run = llm.run
+
+    def signalled(requests, **options):
+        if len(asked) == 1:
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        return run(requests, **options)
+
+    monkeypatch.setattr(llm, "run", signalled)
+    say(monkeypatch, b"hi\nso\n")
+    assert main(["chat", *FLAGS]) == (0 if goes_on else 130)
+    assert len(asked) == (2 if goes_on else 1)
+    assert ("the conversation goes on" in capsys.readouterr().err) is goes_on
 
 
 def test_an_interrupted_answer_stays_as_far_as_it_came(asked, llm, capsys, monkeypatch):
