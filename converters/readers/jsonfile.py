@@ -1,5 +1,6 @@
 """JSON objects from files that nobody vouches for."""
 
+import collections
 import json
 import re
 from collections.abc import Callable
@@ -69,9 +70,8 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     Raises:
       ValueError: a key is there twice.
     """
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"{named(key)} is there twice")
-        result[key] = value
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        twice = collections.Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{named(twice)} is there twice")
     return result

@@ -42,6 +42,7 @@ class Journal:
 
     def __init__(self, path: Path, index: Index, describe: Callable[[Any], Written | None], *, fresh: bool = False):
         self.path, self._index = path, index
+        self._place = Path(os.path.realpath(path))  # rows go through a link, so what is made of them at the end does
         self._zipped = path.suffix == ".gz"
         self.partial = path.with_name(f"{path.name}.partial") if self._zipped else path
         if self._zipped and path.exists() and not fresh and not self.partial.exists():
@@ -127,14 +128,14 @@ class Journal:
             previous = self.path.with_name(f"{self.path.name}.previous")
             previous.unlink(missing_ok=True)
             try:
-                os.link(self.partial, previous)
+                os.link(self.partial if self._zipped else self._place, previous)
             except OSError:  # not every file system has links
                 write_whole(previous, _pieces(self.partial))
         if self._zipped:
-            write_whole(self.path, _compressed(self._read(order)))
+            write_whole(self._place, _compressed(self._read(order)))
             self.partial.unlink()
         elif kept < self.lines or not self._is_sorted(order):
-            write_whole(self.path, self._read(order))
+            write_whole(self._place, self._read(order))
         return kept < self.lines
 
     def rows(self, *, ordered: bool) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from converters.readers.jsonfile import unique_keys
 from llmjax.batch.identity import without_path
 from llmjax.checkpoint.identity import differences
 from llmjax.errors import RequestError, ResumeError
@@ -57,7 +58,7 @@ def read(output: Path) -> Manifest | None:
     """
     path = _path(output)
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
         if values.pop("format") != FORMAT or values.pop("version") != VERSION:
             raise ValueError(f"expected format {FORMAT} version {VERSION}")
         manifest = Manifest(**values)

@@ -195,7 +195,7 @@ def _port(name: str, tensor: Tensor) -> dict[str, Any]:
 
 def _tokenizer(found: Package, part: Part) -> dict[str, Any]:
     """A vocabulary's facts, and whether llmjax reads it."""
-    from llmjax.text import sentencepiece, tokenizer
+    from llmjax.text import huggingface, sentencepiece
 
     if part.kind == package.SENTENCEPIECE:
         kind, data = "sentencepiece", found.read(part)
@@ -206,9 +206,7 @@ def _tokenizer(found: Package, part: Part) -> dict[str, Any]:
         if kind == "sentencepiece":
             vocabulary = sentencepiece.parse(data, where)
             return {"kind": kind, "vocab_size": len(vocabulary.pieces), **sentencepiece.special_tokens(vocabulary)}
-        import tokenizers
-
-        backend = tokenizer.load_backend(lambda: tokenizers.Tokenizer.from_buffer(data), where)
+        backend = huggingface.load_json(data, where)
         return {"kind": kind, "vocab_size": backend.get_vocab_size(with_added_tokens=True)}
     except LlmjaxError as error:
         return {"kind": kind, "problem": str(error)}

@@ -6,7 +6,7 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from llmjax.cli.flags import Verbs, add_verb, id_list, weight_flags
+from llmjax.cli.flags import Either, Verbs, add_verb, id_list, weight_flags
 from llmjax.cli.loading import adapter_of
 from llmjax.cli.progress import report_tensors
 from llmjax.errors import ConfigError, RequestError
@@ -28,7 +28,7 @@ def add(verbs: Verbs) -> None:
     """Registers the verbs."""
     text = "Say what a checkpoint is and whether llmjax runs it, from its headers alone."
     inspect = add_verb(verbs, "inspect", _inspect, text)
-    inspect.add_argument("path", metavar="PATH")
+    inspect.add_argument("path", metavar="PATH", help="a checkpoint's file or directory, or smollm2")
     inspect.add_argument(
         "--against", metavar="SRC", help="what it was made from: report each weight's error; 1 where more differs"
     )
@@ -57,7 +57,7 @@ def add(verbs: Verbs) -> None:
     convert.add_argument("--lora-alpha", type=float, metavar="A", help="scale = A / rank, where its files do not say")
     bin_file = convert.add_argument_group("with --to mediapipe")
     bin_file.add_argument("--model-type", metavar="TYPE", help="GEMMA_2B, PHI_2, ... (default: by the architecture)")
-    bin_file.add_argument("--backend", choices=("cpu", "gpu"))
+    bin_file.add_argument("--backend", choices=("cpu", "gpu"), help="which of MediaPipe's runtimes is to read the file")
     for role in _BITS:
         bin_file.add_argument(f"--{role.replace('_', '-')}-bits", type=int, choices=(4, 8), help="default 8")
     bin_file.add_argument("--asymmetric", action="store_true", default=None, help="use zero points (gpu)")
@@ -188,7 +188,7 @@ def _graph_flags(group: Any) -> None:
     group.add_argument("--chat-template", metavar="FILE", help=text)
     group.add_argument(
         "--verify",
-        action=argparse.BooleanOptionalAction,
+        action=Either,
         help="run the file against the checkpoint before it gets its name (default: models below 1 GB as float32)",
     )
 
@@ -196,14 +196,16 @@ def _graph_flags(group: Any) -> None:
 def _bundle_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--tflite-model", required=True, metavar="FILE", help="with signatures to prefill and decode")
     flags.add_argument("--tokenizer-model", required=True, metavar="FILE", help="a SentencePiece model")
-    flags.add_argument("--start-token", required=True, metavar="TEXT")
-    flags.add_argument("--stop-token", required=True, action="append", dest="stop_tokens", metavar="TEXT")
+    flags.add_argument("--start-token", required=True, metavar="TEXT", help="put before every text")
+    text = "a token that ends an answer; may be repeated"
+    flags.add_argument("--stop-token", required=True, action="append", dest="stop_tokens", metavar="TEXT", help=text)
     flags.add_argument("--output", required=True, dest="output_filename", metavar="FILE", help=".task is added")
-    flags.add_argument("--bytes-to-unicode", action="store_true", dest="enable_bytes_to_unicode_mapping")
-    flags.add_argument("--system-prompt", metavar="TEXT")
+    text = "the vocabulary's pieces are written in GPT-2's characters for bytes"
+    flags.add_argument("--bytes-to-unicode", action="store_true", dest="enable_bytes_to_unicode_mapping", help=text)
+    flags.add_argument("--system-prompt", metavar="TEXT", help="text before every conversation")
     for role in ("user", "model", "system"):
         flags.add_argument(f"--prompt-prefix-{role}", metavar="TEXT", help=f"text before the turn of {role}")
-        flags.add_argument(f"--prompt-suffix-{role}", metavar="TEXT")
+        flags.add_argument(f"--prompt-suffix-{role}", metavar="TEXT", help="text behind it")
     flags.add_argument(
         "--no-strict", action="store_false", dest="strict", help="take tokens and graphs unchecked, as MediaPipe does"
     )

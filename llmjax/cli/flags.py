@@ -13,6 +13,42 @@ from llmjax.errors import RequestError
 Verbs = Any
 
 
+class Parser(argparse.ArgumentParser):
+    """Refuses a flag of one value that is given twice, of which argparse would take the last, and a flag's beginning
+    for its name."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+        for name in (None, "store"):
+            self.register("action", name, _Once)
+
+
+class _Once(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        once(self, namespace)
+        setattr(namespace, self.dest, values)
+
+
+class Either(argparse.BooleanOptionalAction):
+    """``--x`` or ``--no-x``."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        once(self, namespace)
+        super().__call__(parser, namespace, values, option)
+
+
+def once(flag: argparse.Action, namespace: argparse.Namespace) -> None:
+    """Notes that a flag was given.
+
+    Raises:
+      argparse.ArgumentError: it was before.
+    """
+    given = vars(namespace).setdefault("_given", set())
+    if flag.option_strings and flag.dest in given:
+        raise argparse.ArgumentError(flag, "given twice, expected once")
+    given.add(flag.dest)
+
+
 def add_verb(
     verbs: Verbs,
     name: str,
@@ -21,7 +57,7 @@ def add_verb(
     *parents: argparse.ArgumentParser,
 ) -> argparse.ArgumentParser:
     """A verb's parser; ``run`` gets what it parsed and returns the exit code."""
-    parser = verbs.add_parser(name, help=text, description=text, parents=parents, allow_abbrev=False)
+    parser = verbs.add_parser(name, help=text, description=text, parents=parents)
     parser.set_defaults(run=run)
     return parser
 
@@ -43,7 +79,7 @@ def weight_flags(group: Any) -> None:
 
 def load_flags(numerics: str | None = "fast", required: bool = True) -> argparse.ArgumentParser:
     """What ``cli.loading.load_model`` reads; no ``numerics`` leaves the profile to ``llmjax.load``."""
-    flags = argparse.ArgumentParser(add_help=False)
+    flags = Parser(add_help=False)
     group = flags.add_argument_group("model")
     group.add_argument(
         "--model", required=required, help="a checkpoint's path, or smollm2 for the installed demo model"
@@ -74,7 +110,7 @@ def load_flags(numerics: str | None = "fast", required: bool = True) -> argparse
 
 def engine_flags() -> argparse.ArgumentParser:
     """What ``cli.loading.load_llm`` reads."""
-    flags = argparse.ArgumentParser(add_help=False, parents=[load_flags(), cache_flags()])
+    flags = Parser(add_help=False, parents=[load_flags(), cache_flags()])
     group = flags.add_argument_group("engine")
     group.add_argument("--max-batch", type=int, metavar="N", help="decode slots (default 1; batch: up to 32)")
     group.add_argument("--truncate-prompt", action="store_true", help="drop the beginning of a prompt that is too long")
@@ -114,14 +150,14 @@ def memory_flag(group: Any) -> None:
 
 def cache_flags() -> argparse.ArgumentParser:
     """What ``cli.loading.keep_compiled`` reads."""
-    flags = argparse.ArgumentParser(add_help=False)
+    flags = Parser(add_help=False)
     flags.add_argument("--no-compile-cache", action="store_true", help="compile anew, keep nothing")
     return flags
 
 
 def sampling_flags() -> argparse.ArgumentParser:
     """What ``sampling_given`` reads."""
-    flags = argparse.ArgumentParser(add_help=False)
+    flags = Parser(add_help=False)
     group = flags.add_argument_group("sampling")
     group.add_argument("--max-tokens", type=int, metavar="N", help="most tokens to generate (default 256)")
     group.add_argument("--min-tokens", type=int, metavar="N", help="end nothing before as many (default 0)")

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -132,8 +133,10 @@ def _chat(args: argparse.Namespace) -> int:
                 print(f"llmjax: {error}; the conversation is as it was before{hint}", file=sys.stderr)
                 failed = True
                 continue
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as heard:
                 print(flush=True)
+                if heard.args not in ((), (signal.SIGINT,)):
+                    raise  # the system's request to end, or the terminal is gone: not this answer's end alone
                 print("llmjax: interrupted; the conversation goes on from what there is", file=sys.stderr)
                 if not pieces:
                     continue

@@ -15,9 +15,8 @@ if TYPE_CHECKING:
 
 def add(verbs: Verbs) -> None:
     """Registers the verbs."""
-    lora = verbs.add_parser(
-        "lora", help="Train a LoRA adapter, check it, or merge it into a checkpoint.", allow_abbrev=False
-    )
+    text = "Train a LoRA adapter, check it, or merge it into a checkpoint."
+    lora = verbs.add_parser("lora", help=text, description=text)
     lora_verbs = lora.add_subparsers(required=True, metavar="VERB")
     training.add(lora_verbs)
     for name, run, text in (

@@ -20,6 +20,7 @@ from types import FrameType
 
 import llmjax
 from llmjax.cli import batch, bench, checkpoints, generate, loading, lora, oracle
+from llmjax.cli.flags import Parser
 from llmjax.errors import LlmjaxError, OutputError, TrainingError, printable
 from llmjax.outside.interrupts import HANGUP
 
@@ -105,7 +106,7 @@ def _no_interrupt_lost() -> Iterator[None]:
         if _importing(frame):
             return send_again(number)
         heard.append(number)
-        signal.default_int_handler(number, frame)
+        raise KeyboardInterrupt(number)
 
     def hook(ignored: "sys.UnraisableHookArgs") -> None:
         if not issubclass(ignored.exc_type, KeyboardInterrupt):
@@ -169,9 +170,7 @@ def _tell_log() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llmjax", description="On-device LLM inference in pure JAX.", allow_abbrev=False
-    )
+    parser = Parser(prog="llmjax", description="On-device LLM inference in pure JAX.")
     parser.add_argument("--version", action="version", version=f"llmjax {llmjax.__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for group in (generate, batch, oracle, checkpoints, lora, bench):

@@ -9,11 +9,10 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 
-import tokenizers
-
 from llmjax.errors import TokenizerError
 from llmjax.text import mediapipe
-from llmjax.text.tokenizer import Tokenizer, load_backend
+from llmjax.text.huggingface import load_json
+from llmjax.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
 _ROLES = {"user": "user", "model": "assistant", "system": "system"}
@@ -51,7 +50,7 @@ def from_huggingface(data: bytes, where: str, ends: Ends) -> Tokenizer:
     Raises:
       TokenizerError: it is damaged.
     """
-    backend = load_backend(lambda: tokenizers.Tokenizer.from_buffer(data), where)
+    backend = load_json(data, where)
     found = Tokenizer(
         backend=backend,
         bos_id=None,

@@ -5,6 +5,7 @@
 ``tokenizer_config.json``, or the tokenizer class's documented default.
 """
 
+import collections
 import json
 import warnings
 from collections.abc import Mapping
@@ -13,7 +14,8 @@ from typing import Any
 
 import tokenizers
 
-from llmjax.errors import TokenizerError
+from converters.readers.jsonfile import parse_json, unique_keys
+from llmjax.errors import TokenizerError, shown
 from llmjax.text import sentencepiece
 from llmjax.text.tokenizer import Tokenizer, add_tokens, load_backend, read_file
 
@@ -51,7 +53,7 @@ def read(directory: Path) -> Tokenizer:
     special = _special(directory, config)
     dummy_prefix = False
     if file.name == "tokenizer.json":
-        backend = load_backend(lambda: tokenizers.Tokenizer.from_str(_text(read_file(file), file)), str(file))
+        backend = load_json(read_file(file), str(file))
         if (other := directory / VOCABULARIES[1]).exists():
             _check_beside(backend, file, sentencepiece.some_pieces(read_file(other)), other)
     else:
@@ -113,12 +115,41 @@ def _check_beside(backend: tokenizers.Tokenizer, file: Path, pieces: Mapping[int
         )
 
 
-def _text(data: bytes, path: Path) -> str:
+def load_json(data: bytes, where: str) -> tokenizers.Tokenizer:
+    """The backend of a ``tokenizer.json``.  What says two things, of which the library would take the last, another one
+    at every start, or neither, is not left to it.
+
+    Raises:
+      TokenizerError: it is damaged, names a key twice, or gives two tokens one id.
+    """
+    text = _text(data, where)
+    try:
+        state = json.loads(text, object_pairs_hook=unique_keys)
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{where}: not valid JSON: {error}") from None
+    backend = load_backend(lambda: tokenizers.Tokenizer.from_str(text), where)
+    vocab = state["model"]["vocab"]
+    if isinstance(vocab, dict) and len(set(vocab.values())) < len(vocab):
+        twice = collections.Counter(vocab.values()).most_common(1)[0][0]
+        first, second = [shown(piece) for piece, number in vocab.items() if number == twice][:2]
+        raise TokenizerError(f"{where}: model.vocab: {first} and {second} both have the id {twice}")
+    ids = [(e["content"], e["id"], backend.token_to_id(e["content"])) for e in state.get("added_tokens") or []]
+    if moved := [(shown(content), said, found) for content, said, found in ids if said != found]:
+        content, said, found = moved[0]
+        warnings.warn(
+            f"{where}: added token {content} has the id {said} there and gets {found}, as in transformers, and so do "
+            f"{len(moved) - 1} more: ids of added tokens follow the vocabulary's without a hole, each once",
+            stacklevel=3,
+        )
+    return backend
+
+
+def _text(data: bytes, where: Path | str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TokenizerError(
-            f"{path}: expected UTF-8 text, found byte {data[error.start]:#04x} at {error.start}"
+            f"{where}: expected UTF-8 text, found byte {data[error.start]:#04x} at {error.start}"
         ) from None
 
 
@@ -127,8 +158,7 @@ def _object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        value = json.loads(_text(read_file(path), path))
-        json.dumps(value, ensure_ascii=False).encode()  # which half a surrogate pair cannot be
+        value = parse_json(_text(read_file(path), path))
     except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):

@@ -476,3 +476,19 @@ def test_an_interrupt_is_heeded_between_the_chunks_of_a_prompt(llm, folder, monk
     run(llm, folder, ordered=True)
     assert llm.engine.progress.reused_tokens - reused >= 3 * 16
     assert (folder / "out.jsonl").read_bytes() == (folder / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz"])
+def test_an_output_that_is_a_link_is_still_one_at_the_end(llm, folder, name):
+    """Rows are put in order, and superseded ones removed, where the link leads: on another disk, say."""
+    (folder / "big").mkdir()
+    (folder / name).symlink_to(folder / "big" / name)
+    run(llm, folder, name, ordered=True)
+    run(llm, folder, f"whole-{name}", ordered=True)
+    assert (folder / name).is_symlink()
+    assert (folder / "big" / name).read_bytes() == (folder / f"whole-{name}").read_bytes()
+    write(folder, ROWS[:3])
+    assert run(llm, folder, name, ordered=True).removed
+    first = (gzip.decompress if name.endswith(".gz") else bytes)((folder / "big" / name).read_bytes())
+    assert (folder / name).is_symlink() and len(first.splitlines()) == 3
+    assert len((folder / f"{name}.previous").read_bytes().splitlines()) == len(ROWS)

@@ -188,7 +188,8 @@ def test_inspect(capsys, smollm2_path):
     ],
 )
 def test_bad_requests(shared, capsys, flags, message):
-    code, err = failing(capsys, "generate", "--model", "x", "--prompt", "hi", *flags)
+    prompt = [] if "--prompt" in flags else ["--prompt", "hi"]
+    code, err = failing(capsys, "generate", "--model", "x", *prompt, *flags)
     assert code == 2 and message in err and err.count("\n") == 1
 
 

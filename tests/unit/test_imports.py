@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[2]
 FLOORS = (
     "llmjax.errors",
     "llmjax.configs llmjax.device llmjax.numerics llmjax.outside",
-    "llmjax.quant llmjax.text",
+    "llmjax.quant",
     "converters.readers llmjax.products",
-    "llmjax.models",
+    "llmjax.models llmjax.text",
     "llmjax.model",
     "llmjax.lora llmjax.litert",
     "llmjax.checkpoint llmjax.runtime",

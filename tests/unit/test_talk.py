@@ -1,9 +1,13 @@
 """``generate`` and ``chat`` on the command line: conversations that outlive mistakes, and text in any encoding."""
 
+import argparse
 import contextlib
 import io
+import os
 import re
+import signal
 import sys
+import time
 
 import pytest
 
@@ -53,6 +57,25 @@ def test_a_conversation_outlives_what_cannot_be_answered(asked, capsys, monkeypa
     assert asked[5] == ["new"]
     assert "longer than the model's context of 200" in err and "the conversation is as it was before (/undo" in err
     assert "stdin: expected UTF-8 text, found byte 0xe9 after 3 characters" in err
+
+
+@pytest.mark.parametrize(("number", "goes_on"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
+@pytest.mark.usefixtures("in_a_terminal")
+def test_only_ctrl_c_ends_an_answer_alone(asked, llm, capsys, monkeypatch, number, goes_on):
+    """What asks the process to end ends it, also in the middle of an answer."""
+    run = llm.run
+
+    def signalled(requests, **options):
+        if len(asked) == 1:
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+        return run(requests, **options)
+
+    monkeypatch.setattr(llm, "run", signalled)
+    say(monkeypatch, b"hi\nso\n")
+    assert main(["chat", *FLAGS]) == (0 if goes_on else 130)
+    assert len(asked) == (2 if goes_on else 1)
+    assert ("the conversation goes on" in capsys.readouterr().err) is goes_on
 
 
 def test_an_interrupted_answer_stays_as_far_as_it_came(asked, llm, capsys, monkeypatch):
@@ -142,6 +165,10 @@ def test_a_broken_template_is_told_before_anything_runs(llm, capsys, tmp_path):
         (["generate", "--logprobs", "2"], "unrecognized arguments: --logprobs"),
         (["score", "--max-batch", "2"], "unrecognized arguments: --max-batch"),
         (["trace", "--truncate-prompt"], "unrecognized arguments: --truncate-prompt"),
+        (["generate", "--prompt", "y"], "argument --prompt: given twice, expected once"),
+        (["generate", "--seed", "1", "--seed=1"], "argument --seed: given twice, expected once"),
+        (["batch", "--model", "y"], "argument --model: given twice, expected once"),
+        (["trace", "--taps", "a", "--taps", "b", "--output", "p"], "argument --output: given twice, expected once"),
     ],
 )
 def test_what_is_said_twice_or_means_nothing(capsys, args, message):
@@ -150,6 +177,39 @@ def test_what_is_said_twice_or_means_nothing(capsys, args, message):
     with pytest.raises(SystemExit) as stopped:
         main([args[0], "--model", "x", *needed, *args[1:]])
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def every_verb():
+    """By its words, the parser of each."""
+    verbs = {(): _parser()}
+    for words in ((), ("lora",)):
+        [inner] = [a.choices for a in verbs[words]._actions if isinstance(a, argparse._SubParsersAction)]
+        verbs |= {(*words, name): parser for name, parser in inner.items()}
+    assert len(verbs) > 15
+    return verbs
+
+
+def test_every_verb_and_flag_says_what_it_is():
+    for words, parser in every_verb().items():
+        assert parser.description, words
+        assert not [a.option_strings or a.dest for a in parser._actions[1:] if not a.help and a.nargs != "A..."], words
+
+
+def test_no_flag_of_one_value_is_given_twice(capsys):
+    """Of every verb, whoever adds the flag; ``append`` takes several, and a switch twice says the same."""
+    values = {"--logit-bias": "1:1", "--chat-template-kwargs": "{}", "--shuffle": "on"}
+    for words, parser in every_verb().items():
+        for flag in parser._actions:
+            if flag.nargs is not None or not flag.option_strings or isinstance(flag, argparse._AppendAction):
+                continue
+            name = flag.option_strings[-1]
+            value = str(next(iter(flag.choices or [values.get(name, "1")])))
+            with pytest.raises(SystemExit):
+                main([*words, name, value, name, value])
+            assert f"{name}: given twice, expected once" in capsys.readouterr().err, (words, name)
+    with pytest.raises(SystemExit):
+        main(["convert", "a", "b", "--to", "task", "--verify", "--no-verify"])
+    assert "--verify/--no-verify: given twice, expected once" in capsys.readouterr().err
 
 
 def test_version(capsys):

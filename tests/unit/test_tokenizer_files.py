@@ -215,6 +215,15 @@ def test_a_template_for_tools(directory, tmp_path_factory, place):
         ("special_tokens_map.json", '{"eos_token": []}', r"special_tokens_map.json: eos_token: .*found \[\]"),
         ("chat_template.jinja", b"\xff", "chat_template.jinja: expected UTF-8 text, found byte 0xff at 0"),
         ("chat_template.json", "3", "chat_template.json: expected a JSON object, found int"),
+        ("tokenizer_config.json", '{"bos_token": "a", "bos_token": "b"}', "not valid JSON: bos_token is there twice"),
+        ("special_tokens_map.json", '{"eos_token": "a", "eos_token": "b"}', "json: not valid JSON: eos_token is there"),
+        (
+            "tokenizer.json",
+            '{"model": {"type": "BPE", "merges": [], "vocab": {"a": 0, "a": 1}}}',
+            "JSON: a is there tw",
+        ),
+        ("tokenizer.json", '{"version": "1.0", "model": {"vocab": 1}, "model": {}}', "not valid JSON: model is there"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "merges": [], "vocab": {"a": 7, "b": 7}}}', "'a' and 'b' both"),
     ],
 )
 def test_damaged_files(directory, file, content, message):
@@ -222,6 +231,18 @@ def test_damaged_files(directory, file, content, message):
     (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(TokenizerError, match=message):
         from_huggingface(folder)
+
+
+def test_an_added_token_that_gets_another_id(directory):
+    """The library, and so transformers, numbers them by their places alone."""
+    path = directory("phi2") / "tokenizer.json"
+    state = json.loads(path.read_text())
+    last = state["added_tokens"][-1]
+    new = last | {"id": last["id"] + 7, "content": "<new>"}
+    edit(path, added_tokens=[*state["added_tokens"], new])
+    with pytest.warns(UserWarning, match=f"'<new>' has the id {new['id']} there and gets {last['id'] + 1}, as in"):
+        tokenizer = from_huggingface(path.parent)
+    assert tokenizer.encode("<new>") == [last["id"] + 1]
 
 
 def test_the_older_gpt2_files_are_named(tmp_path):
