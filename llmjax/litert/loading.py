@@ -57,7 +57,7 @@ def load_graph(path: Path, numerics: str | None = None) -> GraphModel:
     facts = None if found is None or found.format == "task" else _facts(found)
     if facts is not None:
         model.generation_config, model.generation_file = _generation(facts), "LlmMetadata"
-    if not model.config.positional:
+    if not model.config.rewinds:
         model.module.padding = _padding(model, found, facts)
     return model
 
