@@ -8,7 +8,7 @@ from pathlib import Path
 
 from converters.litert.container import Section, packed_json
 from converters.litert.templates import Carried
-from converters.mediapipe.convert import read_vocabulary
+from converters.mediapipe.vocabulary import read_vocabulary
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.source import Source
 from llmjax.checkpoint.graph_source import GraphSource

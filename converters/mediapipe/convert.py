@@ -14,12 +14,12 @@ place for them.  Use them for the gpu alone.
 
 import dataclasses
 import glob
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from converters.mediapipe import job, lora, writer
-from converters.mediapipe import vocabulary as vocabulary_lib
+from converters.mediapipe.vocabulary import read_vocabulary
 from converters.mediapipe.weight_files import Weights
 from converters.readers.huggingface import HuggingFaceSource
 from converters.readers.jsonfile import read_json
@@ -39,7 +39,7 @@ from llmjax.models.config import DecoderConfig
 from llmjax.models.registry import architectures, read_config
 from llmjax.models.tree import parameter_shapes
 from llmjax.outside.paths import checked_path, path_problem
-from llmjax.outside.values import FLAG, POSITIVE, Rule, one_of
+from llmjax.outside.values import FLAG, POSITIVE, Rule, one_of, settle
 from llmjax.outside.whole import expect_new, whole_file
 from llmjax.quant.schemes import parse
 
@@ -144,6 +144,7 @@ class ConversionConfig:
     apply_srq: Any = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        settle(self)
         problems = list(self._problems())
         if problems:
             raise ConfigError("ConversionConfig: " + "\n  ".join(problems))
@@ -160,9 +161,10 @@ class ConversionConfig:
                 yield f"{name}: {problem}"
         if _PATH.holds(self.output_dir) and (not self.output_dir or Path(self.output_dir).is_file()):
             yield f"output_dir: expected a directory, found {'nothing' if not self.output_dir else 'a file'}"
-        path = self.output_tflite_file
-        if path is not None and _PATH.holds(path) and Path(path).is_dir():
-            yield f"output_tflite_file: {path}: expected a file, found a directory"
+        for option in ("output_tflite_file", "lora_output_tflite_file"):
+            path = getattr(self, option)
+            if path is not None and _PATH.holds(path) and Path(path).is_dir():
+                yield f"{option}: {path}: expected a file, found a directory"
         yield from self._lora_problems()
 
     def _lora_problems(self) -> Any:
@@ -182,6 +184,8 @@ class ConversionConfig:
             yield "lora_ckpt: not with combine_file_only, which reads no checkpoint"
         if self.lora_output_tflite_file is None:
             yield "lora_output_tflite_file: missing, expected the file for the LoRA weights"
+        elif self.lora_output_tflite_file == (self.output_tflite_file or str(Path(self.output_dir) / "model.tflite")):
+            yield f"lora_output_tflite_file: {self.lora_output_tflite_file} is the output_tflite_file"
 
 
 def convert_checkpoint(config: ConversionConfig, *, report: OnParameter = lambda done, total: None) -> None:
@@ -208,6 +212,7 @@ def convert_checkpoint(config: ConversionConfig, *, report: OnParameter = lambda
     source = _open(config, kind)
     try:
         vocabulary, where = _vocabulary(config, source.directory)
+        _check_outputs(config, [*(file.path for file in source.files), where])
         attention, feed_forward, embedding = (getattr(config, name) for name in _BITS)
         recipe = job.recipe(attention, feed_forward, embedding, config.is_symmetric)
         try:
@@ -225,6 +230,15 @@ def convert_checkpoint(config: ConversionConfig, *, report: OnParameter = lambda
         _write_lora(config, factors, work, vocabulary)
     finally:
         source.close()
+
+
+def _check_outputs(config: ConversionConfig, inputs: Sequence[str]) -> None:
+    """Refuses to write over what is read."""
+    for option in ("output_tflite_file", "lora_output_tflite_file"):
+        path = getattr(config, option)
+        for file in (*inputs, config.lora_ckpt):
+            if path and file and Path(path).exists() and Path(file).exists() and Path(path).samefile(file):
+                raise ConfigError(f"{option}: {path} is what is read, and would be lost; give another name")
 
 
 def _lora_factors(config: ConversionConfig, kind: ModelType, model: DecoderConfig) -> dict[tuple[int, str], Factors]:
@@ -337,6 +351,7 @@ def _combine(config: ConversionConfig, kind: ModelType, output: Path, path: Path
     _, model = read_config(found or kind.config, str(beside) if found else kind.name)
     job.check_config(model, kind, str(beside) if found else kind.name)
     vocabulary, where = _vocabulary(config, directory)
+    _check_outputs(config, [where])
     job.check_vocabulary(vocabulary, model.vocab_size, kind, where)
     places = writer.items(parameter_shapes(model), model, kind, config.backend, lambda parameter: (32, False))
     weights = Weights(output, places, kind, config.backend)
@@ -373,27 +388,3 @@ def _keep(vocabulary: bytes, where: str, output: Path) -> None:
     if Path(where).name == "tokenizer.json":
         with whole_file(output / "spm.model") as partial:
             partial.write_bytes(vocabulary)
-
-
-def read_vocabulary(path: str | Path, *, given: bool) -> tuple[bytes, str]:
-    """A SentencePiece model from a file, or from a directory's ``tokenizer.model`` or ``tokenizer.json``.
-
-    Raises:
-      ConfigError: there is none.
-      TokenizerError: it is damaged.
-    """
-    path = checked_path("vocab_model_file", path, ConfigError)
-    if path.is_dir():
-        model = path / "tokenizer.model"
-        if not model.is_file() and (path / "tokenizer.json").is_file():
-            return vocabulary_lib.from_huggingface(path), str(path / "tokenizer.json")
-        if not model.is_file():
-            raise ConfigError(
-                f"{path}: neither tokenizer.model nor tokenizer.json"
-                + ("" if given else "; give vocab_model_file: a SentencePiece model, or a directory with one of these")
-            )
-        path = model
-    try:
-        return path.read_bytes(), str(path)
-    except OSError as error:
-        raise ConfigError(f"vocab_model_file: {path}: cannot read it: {error.strerror}") from None

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from converters.readers.jsonfile import read_json
-from llmjax.errors import CheckpointError, TokenizerError
+from llmjax.errors import CheckpointError, ConfigError, TokenizerError
+from llmjax.outside.paths import checked_path
 
 _NORMAL, _UNKNOWN, _USER_DEFINED = 1, 2, 4
 
@@ -114,3 +115,27 @@ def _is_text(text: str) -> bool:
         return b"\0" not in text.encode()
     except UnicodeEncodeError:
         return False
+
+
+def read_vocabulary(path: str | Path, *, given: bool) -> tuple[bytes, str]:
+    """A SentencePiece model from a file, or from a directory's ``tokenizer.model`` or ``tokenizer.json``.
+
+    Raises:
+      ConfigError: there is none.
+      TokenizerError: it is damaged.
+    """
+    path = checked_path("vocab_model_file", path, ConfigError)
+    if path.is_dir():
+        model = path / "tokenizer.model"
+        if not model.is_file() and (path / "tokenizer.json").is_file():
+            return from_huggingface(path), str(path / "tokenizer.json")
+        if not model.is_file():
+            raise ConfigError(
+                f"{path}: neither tokenizer.model nor tokenizer.json"
+                + ("" if given else "; give vocab_model_file: a SentencePiece model, or a directory with one of these")
+            )
+        path = model
+    try:
+        return path.read_bytes(), str(path)
+    except OSError as error:
+        raise ConfigError(f"vocab_model_file: {path}: cannot read it: {error.strerror}") from None

@@ -14,7 +14,7 @@ from converters.readers.mediapipe.package import Package, Part
 from llmjax.errors import CheckpointError, LlmjaxError, amount, named, printable
 from llmjax.litert import ports
 from llmjax.litert.graph import problems_of
-from llmjax.litert.loading import described, kind_of_part, read_tokenizer, tokenizers_of
+from llmjax.litert.loading import described, embedders, kind_of_part, read_tokenizer, tokenizers_of
 from llmjax.litert.module import MAIN
 
 
@@ -100,6 +100,7 @@ def inspect(path: Path) -> BundleReport:
         return BundleReport(str(path), "tflite", "", not problems, problems, [], {}, None, None, [], [graph])
     found = Package(path)
     problems, graphs, unused = list[str](), list[dict[str, Any]](), list[str]()
+    files: dict[str, TfliteFile] = {}
     kinds = [(part, kind_of_part(found, part)) for part in found.parts if part.kind == package.GRAPH]
     for part, kind in kinds:
         unused += [described(part)] if kind is None else []
@@ -112,15 +113,28 @@ def inspect(path: Path) -> BundleReport:
         graph, wrong = _graph(file, part.name, kind == MAIN)
         graphs.append(graph)
         problems += wrong
-    if MAIN not in (kind for _, kind in kinds):
+        if kind in files:
+            problems.append(f"two graphs for {kind}")
+        elif kind is not None:
+            files[kind] = file
+    rows = None
+    if MAIN not in files:
         problems.append("there is no model's graph")
+    elif not problems:
+        decode = ports.read(files[MAIN])[1]
+        rows = decode.vocab_size
+        try:
+            for kind, name in embedders(files, decode, path).items():
+                problems += problems_of(files[kind], [name])
+        except CheckpointError as error:
+            problems.append(str(error))
     facts = [found.metadata(part) for part in found.parts if part.kind == package.FACTS]
     tokenizers = [_tokenizer(found, part) for part in tokenizers_of(found)]
     if not graphs:
         names = ", ".join(map(described, found.parts)) or "nothing"
         raise CheckpointError(f"{path}: a .{found.format} bundle without a TFLite graph; it holds {names}")
     try:
-        read_tokenizer(found)
+        read_tokenizer(found, rows)
     except LlmjaxError as error:
         problems.append(str(error))
     return BundleReport(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from converters.readers.litert.options import HADAMARD
 from llmjax.errors import ConfigError, named
 from llmjax.litert.model import GraphModel
 from llmjax.litert.roles import Attention, Roles
@@ -19,6 +20,10 @@ from llmjax.models.scalings import Llama3Scaling
 
 # Whose norms multiply by 1 + w, which the exporter computes.
 UNIT_OFFSET = ("gemma", "gemma2", "gemma3_text")
+# What the exporter does to others' weights, so that no checkpoint is found in its graph.
+_FOLDED = {
+    "granite": "residual_multiplier and logits_scaling are multiplied into them, and it does not say what they were"
+}
 _MODULE = re.compile(r"transformers\.models\.(\w+)\.modeling_\w+\.")
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 # Llama 3.1 and 3.2's: the frequencies tell theta and the factor, these are as published.
@@ -40,7 +45,10 @@ def model_type(roles: Roles, where: str) -> str:
     kind = next((kind for kind in (found, f"{found}_text") if kind in _FAMILIES), None)
     if kind is None:
         known = ", ".join(sorted(_FAMILIES))
-        raise ConfigError(f"{where}: made of {named(found)}, whose weights llmjax cannot take out; it can: {known}")
+        why = f" ({_FOLDED[found]})" if found in _FOLDED else ""
+        raise ConfigError(
+            f"{where}: made of {named(found)}, whose weights llmjax cannot take out{why}; it can: {known}"
+        )
     return kind
 
 
@@ -165,6 +173,10 @@ def _qwen3(f: _Facts) -> dict[str, Any]:
     return _qwen2(f) | f.head_dim | {"attention_bias": f.has_bias("q_proj")}
 
 
+def _olmo2(f: _Facts) -> dict[str, Any]:
+    return _without_bias(f) | {"attention_bias": f.has_bias("q_proj")}
+
+
 def _phi(f: _Facts) -> dict[str, Any]:
     normed = any(m.endswith("q_layernorm") for m in f.roles.steps)
     act = f.act().replace("gelu_pytorch_tanh", "gelu_new")
@@ -214,12 +226,26 @@ _FAMILIES: dict[str, Callable[[_Facts], dict[str, Any]]] = {
     "lfm2": _lfm2,
     "llama": _llama,
     "mistral": _mistral,
+    "olmo2": _olmo2,
     "phi": _phi,
     "phi3": _phi3,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "smollm3": _smollm3,
 }
+
+
+def _rotates(roles: Roles) -> bool:
+    """Whether some inputs of products are rotated."""
+    for op in roles.graph.operators:
+        if op.name == HADAMARD:
+            return True
+        weight = roles.graph.tensors[op.inputs[1]] if op.name == "FULLY_CONNECTED" else None
+        if weight and weight.type == "FLOAT32" and len(set(weight.shape)) == 1 < weight.shape[0]:
+            values = roles.file.data(weight).view("<f4") if roles.file.is_constant(weight) else np.zeros(1)
+            if np.allclose(np.abs(values), weight.shape[0] ** -0.5, rtol=1e-5, atol=0):
+                return True
+    return False
 
 
 def hf_config(model: GraphModel, tied: bool, where: str) -> dict[str, Any]:
@@ -234,11 +260,13 @@ def hf_config(model: GraphModel, tied: bool, where: str) -> dict[str, Any]:
       ConfigError: a model of which llmjax does not know the names, or that says too little.
     """
     kind = model_type(model.roles, where)
-    if not model.roles.attentions or not model.roles.acts:
+    if _rotates(model.roles):
         raise ConfigError(
-            f"{where}: no attention or no MLP is found in its graph, so its sizes are not known; "
-            "weights that were rotated before they were rounded are not taken out"
+            f"{where}: its weights were rotated (by Hadamard's matrix) before they were rounded, and fit none; "
+            "llmjax runs the graph as it is"
         )
+    if not model.roles.attentions or not model.roles.acts:
+        raise ConfigError(f"{where}: no attention or no MLP is found in its graph, so its sizes are not known")
     facts = _Facts(model, where)
     name = architectures()[kind].config.__name__.removesuffix("Config")
     found: dict[str, Any] = {"architectures": [f"{name}ForCausalLM"], "model_type": kind, **facts.size}

@@ -1,8 +1,11 @@
 """From a ``.tflite``, ``.task`` or ``.litertlm`` file to a model that runs its graph."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from converters.readers.digest import Stamp
 from converters.readers.litert import tflite
@@ -15,11 +18,14 @@ from llmjax.litert import ports
 from llmjax.litert.graph import Graph, numerics_for
 from llmjax.litert.model import ARCHITECTURE, GraphConfig, GraphModel
 from llmjax.litert.module import EMBEDDER, MAIN, PER_LAYER, GraphModule
+from llmjax.litert.ports import Ports
 from llmjax.model import Origin
 from llmjax.text import bundle
 from llmjax.text.bundle import Ends
 from llmjax.text.tokenizer import Tokenizer
 
+_LOG = logging.getLogger(__name__)
+_TOP_K, _TOP_P, _GREEDY = 1, 2, 3  # of LlmMetadata
 # A part by its name in a .task, or by the model_type of a section, in small letters.
 _PARTS = {package.MODEL.lower(): MAIN, "tf_lite_embedder": EMBEDDER, "tf_lite_per_layer_embedder": PER_LAYER}
 
@@ -46,13 +52,58 @@ def load_graph(path: Path, numerics: str | None = None) -> GraphModel:
     files, found, stamp = graphs_of(path)
     model = model_of(files, path, numerics)
     model.origin = Origin(model.params, (stamp,))
-    model.tokenizer = None if found is None else read_tokenizer(found)
+    model.tokenizer = None if found is None else read_tokenizer(found, model.config.vocab_size)
     model.eos_ids = model.tokenizer.eos_ids if model.tokenizer else ()
-    if found is not None and found.format != "task":
-        facts = _facts(found)
-        barred = list(facts.suppress_tokens.ids) if facts else []
-        model.generation_config, model.generation_file = {"suppress_tokens": barred} if barred else {}, "LlmMetadata"
+    facts = None if found is None or found.format == "task" else _facts(found)
+    if facts is not None:
+        model.generation_config, model.generation_file = _generation(facts), "LlmMetadata"
+    if not model.config.rewinds:
+        model.module.padding = _padding(model, found, facts)
     return model
+
+
+def _generation(metadata: Any) -> dict[str, Any]:
+    """How ``LlmMetadata`` would have texts sampled, as ``generation_config.json`` says it."""
+    sampler = metadata.sampler_params
+    # Float32 as people write it.
+    found = {"top_k": sampler.k, "top_p": float(str(np.float32(sampler.p)))}
+    found["temperature"] = float(str(np.float32(sampler.temperature)))
+    if sampler.type == _GREEDY or (sampler.type == _TOP_P and not (found["top_p"] and found["temperature"])):
+        found = {"do_sample": False}
+    elif sampler.type == _TOP_K:
+        del found["top_p"]
+    elif sampler.type != _TOP_P:
+        found = {}
+    barred = list(metadata.suppress_tokens.ids)
+    return found | ({"suppress_tokens": barred} if barred else {})
+
+
+def _padding(model: GraphModel, found: Package | None, metadata: Any) -> int:
+    """The token that fills up prefill signatures, which a graph that carries something along must tell from text: what
+    ``LlmMetadata`` names, or else 0, as LiteRT-LM has it; in a file without a bundle the one the graph looks for.
+
+    Raises:
+      TokenizerError: the bundle names none of the model's.
+    """
+    known = ports.padding(model.module.graphs[MAIN].file, [p.name for p in model.module.prefills])
+    if found is None:
+        return 0 if known is None else known
+    token = 0
+    if metadata is not None and metadata.HasField("pad_token"):
+        ids, text = list(metadata.pad_token.token_ids.ids), metadata.pad_token.token_str
+        if text and (tokenizer := model.tokenizer) is not None:
+            one = tokenizer.backend.token_to_id(text)
+            ids = tokenizer.encode(text, add_bos=False)[:1] if one is None else [one]
+        if len(ids) != 1 or not 0 <= ids[0] < model.config.vocab_size:
+            rows = model.config.vocab_size
+            raise TokenizerError(f"{found.path}: pad_token: expected one token below {rows}, found {text or ids!r}")
+        token = ids[0]
+    if known not in (None, token):
+        _LOG.warning(
+            f"{found.path}: prompts are filled up with token {token}, as its pad_token has it, where the graph takes "
+            f"{known} for padding: what it computes is then wrong, in LiteRT-LM, too"
+        )
+    return token
 
 
 def graphs_of(path: Path) -> tuple[dict[str, TfliteFile], Package | None, Stamp]:
@@ -90,11 +141,8 @@ def model_of(files: Mapping[str, TfliteFile], path: Path, numerics: str | None =
         )
     prefills, decode = ports.read(main)
     graphs = {MAIN: Graph(main, profile, ports.wanted(main))}
-    for port, part in ((decode.embeddings, EMBEDDER), (decode.per_layer, PER_LAYER)):
-        if port:
-            if part not in files:
-                raise CheckpointError(f"{path}: its graph takes {port}, and there is no {part} to make them")
-            graphs[part] = _embedder(files[part], graphs[MAIN].numerics, decode.tensors[port].shape)
+    for part, name in embedders(files, decode, path).items():
+        graphs[part] = Graph(files[part], graphs[MAIN].numerics, [name])
     return GraphModel(
         architecture=ARCHITECTURE,
         config=GraphConfig.of(prefills, decode),
@@ -146,36 +194,66 @@ def _files(found: Package) -> dict[str, TfliteFile]:
     return files
 
 
-def _embedder(file: TfliteFile, profile: Any, shape: tuple[int, ...]) -> Graph:
-    """The first signature alone, as LiteRT-LM has it, which must give what one token of the model takes."""
-    name, signature = next(iter(file.signatures.items()))
-    tensors = file.subgraphs[signature.subgraph].tensors
-    given = [tensors[i] for i in signature.outputs.values()]
-    taken = [tensors[i] for i in signature.inputs.values()]
-    if len(given) != 1 or len(taken) != 1 or taken[0].type != "INT32" or set(taken[0].shape) - {1}:
-        raise CheckpointError(f"{file.where}: {name}: expected one token id to its embedding")
-    if given[0].type != "FLOAT32" or [d for d in given[0].shape if d > 1] != [d for d in shape if d > 1]:
-        raise CheckpointError(
-            f"{file.where}: {name}: gives {given[0].type} {list(given[0].shape)}, the model takes FLOAT32 {list(shape)}"
-        )
-    return Graph(file, profile, [name])
+def embedders(files: Mapping[str, TfliteFile], decode: Ports, where: Path | str) -> dict[str, str]:
+    """The parts that give what ``decode`` takes in place of tokens, and the signature of each: the first, as LiteRT-LM
+    has it.
 
-
-def read_tokenizer(found: Package) -> Tokenizer | None:
-    """A bundle's tokenizer, with the tokens that start and stop a text; None where there is none.
+    Args:
+      files: by part.
+      decode: the model's signature.
+      where: for messages.
 
     Raises:
+      CheckpointError: one is missing, or does not give what one token of the model takes.
+    """
+    found: dict[str, str] = {}
+    for port, part in ((decode.embeddings, EMBEDDER), (decode.per_layer, PER_LAYER)):
+        if port is None:
+            continue
+        if part not in files:
+            raise CheckpointError(f"{where}: its graph takes {port}, and there is no {part} to make them")
+        file, shape = files[part], decode.tensors[port].shape
+        found[part], signature = next(iter(file.signatures.items()))
+        tensors = file.subgraphs[signature.subgraph].tensors
+        given = [tensors[i] for i in signature.outputs.values()]
+        taken = [tensors[i] for i in signature.inputs.values()]
+        what = f"{file.where}: {found[part]}"
+        if len(given) != 1 or len(taken) != 1 or taken[0].type != "INT32" or set(taken[0].shape) - {1}:
+            raise CheckpointError(f"{what}: expected one token id to its embedding")
+        if given[0].type != "FLOAT32" or [d for d in given[0].shape if d > 1] != [d for d in shape if d > 1]:
+            raise CheckpointError(
+                f"{what}: gives {given[0].type} {list(given[0].shape)}, the model takes FLOAT32 {list(shape)}"
+            )
+    return found
+
+
+def read_tokenizer(found: Package, rows: int | None = None) -> Tokenizer | None:
+    """A bundle's tokenizer, with the tokens that start and stop a text; None where there is none.
+
+    Args:
+      found: the bundle.
+      rows: V, that tokens beyond are told.
+
+    Raises:
+      CheckpointError: the bundle says twice what its tokens are, or damaged.
       TokenizerError: it is damaged, or lacks these tokens.
     """
-    parts = tokenizers_of(found)
+    parts, facts = tokenizers_of(found), _facts(found)
     if not parts:
         return None
     if len(parts) > 1:
         raise TokenizerError(f"{found.path}: expected one tokenizer, found {len(parts)}")
-    facts = _facts(found)
     read = _ends_of_task if found.format == "task" else _ends
     ends, bytes_to_unicode = read(found, facts) if facts else (Ends(), False)
-    return _tokenizer(found, parts[0], ends, bytes_to_unicode)
+    tokenizer = _tokenizer(found, parts[0], ends, bytes_to_unicode)
+    if rows is not None and tokenizer.vocab_size > rows:
+        _LOG.warning(
+            f"{tokenizer.where}: {tokenizer.vocab_size} tokens, and the graph knows {rows}: texts with the others are "
+            "refused; is the tokenizer the model's?"
+        )
+    if lost := [i for i in tokenizer.eos_ids if rows is not None and i >= rows]:
+        _LOG.warning(f"{tokenizer.where}: the stop token {lost[0]} is beyond the graph's {rows}, and ends nothing")
+    return tokenizer
 
 
 def _facts(found: Package) -> Any:

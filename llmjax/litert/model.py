@@ -130,7 +130,7 @@ class GraphModel(Model):
         """The same model under another profile, nothing read again."""
         main = self.module.graphs[MAIN].under(numerics_for(numerics))
         graphs = {part: graph.under(main.numerics) for part, graph in self.module.graphs.items()}
-        module = GraphModule(graphs, self.module.prefills, self.module.decode_ports)
+        module = GraphModule(graphs, self.module.prefills, self.module.decode_ports, self.module.padding)
         return dataclasses.replace(self, numerics=graphs[MAIN].numerics, signatures=module, numerics_chosen=True)
 
     def intervened(self, interventions: Interventions) -> "GraphModel":

@@ -26,10 +26,12 @@ class GraphModule:
       graphs: by part: the model's, and those of its embedders.
       prefills: its prefill signatures, shortest first.
       decode: its decode signature.
+      padding: the token that fills up a prefill signature; graphs that carry something along tell it from text.
     """
 
-    def __init__(self, graphs: Mapping[str, Graph], prefills: Sequence[Ports], decode: Ports):
+    def __init__(self, graphs: Mapping[str, Graph], prefills: Sequence[Ports], decode: Ports, padding: int = 0):
         self.graphs, self.prefills, self.decode_ports = dict(graphs), tuple(prefills), decode
+        self.padding = padding
 
     def empty(self) -> States:
         """The states of a row that has no token yet."""
@@ -82,7 +84,7 @@ class GraphModule:
     ) -> tuple[dict[str, jax.Array], States, dict[str, jax.Array]]:
         """Runs a signature on a row's next tokens.
 
-        Padding is as LiteRT-LM's: token 0 at position 0, which attends to nothing.
+        Padding is as LiteRT-LM's: tokens ``padding`` at position 0, which attend to nothing.
 
         Args:
           params: the weights by part.
@@ -100,7 +102,7 @@ class GraphModule:
         real = place < length
         positions = jnp.where(real, start + place, 0)
         seen = real[:, None] & (jnp.arange(ports.context, dtype=jnp.int32)[None] <= positions[:, None])
-        inputs = self.inputs(params, ports, states, jnp.where(real, ids, 0), positions, seen)
+        inputs = self.inputs(params, ports, states, jnp.where(real, ids, self.padding), positions, seen)
         outputs, found = self.graphs[MAIN].function(ports.name, taps)(params[MAIN], inputs)
         return (
             {name: value for name, value in outputs.items() if name not in ports.states},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -122,6 +123,20 @@ def _axes(file: TfliteFile) -> dict[str, int]:
             if len(along) == 1:
                 found[names[op.inputs[0]]] = along[0]
     return found
+
+
+def padding(file: TfliteFile, prefills: Sequence[str]) -> int | None:
+    """The token that a prefill signature takes for no text: what its tokens are compared with."""
+    for name in prefills:
+        signature = file.signatures[name]
+        graph = file.subgraphs[signature.subgraph]
+        tokens = {i for port, i in signature.inputs.items() if port in TOKENS}
+        for op in graph.operators:
+            if op.name in ("NOT_EQUAL", "EQUAL") and tokens.intersection(op.inputs):
+                for tensor in (graph.tensors[i] for i in op.inputs if i not in tokens):
+                    if tensor.type == "INT32" and np.prod(tensor.shape) == 1 and file.is_constant(tensor):
+                        return int(file.data(tensor).view("<i4")[0])
+    return None
 
 
 def _ports(file: TfliteFile, name: str, axes: dict[str, int], problems: list[str]) -> Ports | None:

@@ -74,7 +74,9 @@ def _with_ends(tokenizer: Tokenizer, ends: Ends) -> Tokenizer:
         raise TokenizerError(f"{tokenizer.where}: the stop token {wrong[0]} is no token: expected ids from 0 on")
     ids, texts = set(tokenizer.eos_ids), list(tokenizer.stop)
     for stop in ends.stop:
-        if isinstance(stop, str):
+        if not stop:
+            _LOG.warning(f"{tokenizer.where}: a stop token is empty, and ends nothing")
+        elif isinstance(stop, str):
             found = tokenizer.backend.token_to_id(stop)
             if found is None:
                 texts.append(stop)
@@ -82,8 +84,17 @@ def _with_ends(tokenizer: Tokenizer, ends: Ends) -> Tokenizer:
                 ids.add(found)
         elif len(stop) == 1:
             ids.add(stop[0])
-        else:  # several tokens that end a text together
+        elif wrong := [i for i in stop if i >= tokenizer.vocab_size]:  # several tokens end a text together
+            _LOG.warning(
+                f"{tokenizer.where}: the stop token {wrong[0]} is not in this vocabulary, so {stop} ends nothing"
+            )
+        else:
             texts.append(tokenizer.decode(list(stop), skip_special_tokens=False))
+    if not ids and not texts:
+        _LOG.warning(
+            f"{tokenizer.where}: nothing in the file says which token ends a text: answers go on to max_tokens, and "
+            "LiteRT-LM does not run it; --stop TEXT or --stop-token-ids ends them"
+        )
     special = {**tokenizer.special, "bos_token": tokenizer.piece(start[0]) if start else ""}
     if ids:
         special = {"eos_token": tokenizer.piece(min(ids)), **special}
@@ -96,7 +107,7 @@ def _with_ends(tokenizer: Tokenizer, ends: Ends) -> Tokenizer:
         stop=tuple(dict.fromkeys(text for text in texts if text)),
         chat_template=ends.template,
         special=special,
-    )
+    ).told()
 
 
 def _start(tokenizer: Tokenizer, text: str) -> int:

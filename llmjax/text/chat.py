@@ -48,15 +48,7 @@ def render(
     now = settled(date)
     # Absent and null are the same to the templates that ask for these.
     names = {"tools": None, "documents": None, **variables}
-    try:
-        compiled = _compile(template)
-    except LimitError as error:
-        raise TokenizerError(f"{where}: the chat template is refused: {error}") from None
-    except jinja2.TemplateError as error:
-        line = getattr(error, "lineno", None)
-        raise TokenizerError(
-            f"{where}: the chat template is broken{f' in line {line}' if line else ''}: {error}"
-        ) from None
+    compiled = compiled_template(template, where)
     try:
         plain, names = _plain(messages), {**_plain(names), "strftime_now": now.strftime}
         _join_unread(compiled, plain, names)
@@ -74,6 +66,27 @@ def render(
         raise TokenizerError(f"{where}: the chat template failed: {error}") from None
     except Exception as error:  # a template may run into any error on messages it did not expect
         raise RequestError(f"messages: the chat template cannot use them: {type(error).__name__}: {error}") from None
+
+
+def compiled_template(template: str, where: str) -> jinja2.Template:
+    """A template ready to render.
+
+    Args:
+      template: Jinja source.
+      where: the template's file, for messages.
+
+    Raises:
+      TokenizerError: it is broken, or larger than any template needs to be.
+    """
+    try:
+        return _compile(template)
+    except LimitError as error:
+        raise TokenizerError(f"{where}: the chat template is refused: {error}") from None
+    except jinja2.TemplateError as error:
+        line = getattr(error, "lineno", None)
+        raise TokenizerError(
+            f"{where}: the chat template is broken{f' in line {line}' if line else ''}: {error}"
+        ) from None
 
 
 def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:

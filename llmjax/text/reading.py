@@ -19,7 +19,7 @@ def from_huggingface(directory: str | Path) -> Tokenizer:
     Raises:
       TokenizerError: files are missing, damaged, or of an unknown kind.
     """
-    return huggingface.read(Path(directory))
+    return huggingface.read(Path(directory)).told()
 
 
 def from_gguf(metadata: Mapping[str, Any], path: str | Path) -> Tokenizer:
@@ -32,4 +32,4 @@ def from_gguf(metadata: Mapping[str, Any], path: str | Path) -> Tokenizer:
     Raises:
       TokenizerError: entries are missing, of the wrong type or length, or of an unknown kind.
     """
-    return gguf.read(metadata, Path(path))
+    return gguf.read(metadata, Path(path)).told()

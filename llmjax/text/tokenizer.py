@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
@@ -17,6 +18,7 @@ from llmjax.text.dates import Date
 from llmjax.text.detokenize import IncrementalDetokenizer
 from llmjax.text.thinking import KINDS, MARKS, parted
 
+_LOG = logging.getLogger(__name__)
 # Ids that a vocabulary may leave out, however small it is.
 _MOST_HOLES = 1 << 16
 
@@ -209,6 +211,17 @@ class Tokenizer:
             )
         names = {**self.special, **variables, "add_generation_prompt": add_generation_prompt}
         return chat.render(template, messages, names, self.where, date)
+
+    def told(self) -> Self:
+        """The same, after its broken templates were logged: plain texts need none, so only conversations fail."""
+        for template in filter(None, (self.chat_template, self.tools_template)):
+            from llmjax.text import chat  # imports Jinja
+
+            try:
+                chat.compiled_template(template, self.where)
+            except TokenizerError as error:
+                _LOG.warning(f"{error}; conversations need another one (--chat-template FILE), plain texts run")
+        return self
 
     def with_template(self, template: str | None, where: str) -> Self:
         """The same with another chat template, from ``where``, for conversations with tools, too."""

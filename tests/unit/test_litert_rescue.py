@@ -1,6 +1,6 @@
 """Checkpoints out of op graphs: ``qwen2.tflite`` was made of ``qwen2`` (``tests/data/litert``) by litert-torch 0.10.0,
 ``gemma2_int4.tflite`` of a Gemma 2 whose configuration is known, ``lfm2_zeros.tflite`` of an LFM2, whose large weights
-were then made zero."""
+were then made zero; ``olmo2_w8.tflite`` of an OLMo 2, its weights rounded to 8 bits and no activation."""
 
 import json
 import lzma
@@ -15,7 +15,7 @@ from converters.readers.litert import tflite
 from llmjax.checkpoint import against, weight_error
 from llmjax.checkpoint.graph_config import _ropes
 from llmjax.checkpoint.graph_source import GraphSource
-from llmjax.errors import CheckpointError
+from llmjax.errors import CheckpointError, ConfigError
 from llmjax.models.rope import Rope
 from llmjax.models.scalings import Llama3Scaling
 
@@ -41,6 +41,15 @@ def test_a_float_graph_gives_its_checkpoint_back(tmp_path):
     graph = tmp_path / "qwen2.tflite"
     assert against.differences(graph, DATA / "qwen2") == {"max_position_embeddings": (64, 512)}
     assert all(e.max == 0 for e in weight_error.errors(graph, DATA / "qwen2"))
+
+
+def test_norms_behind_the_branches(tmp_path):
+    """OLMo 2's, whose checkpoint computes what LiteRT's interpreter gave for its graph."""
+    llmjax.convert(unpacked("olmo2_w8", tmp_path), tmp_path / "out", to="llmjax")
+    ours = llmjax.load(tmp_path / "out")
+    assert np.abs(ours.logits([IDS])[0] - np.load(DATA / "olmo2_w8.npz")["logits"]).max() < 2e-5
+    assert (ours.config.rms_norm_eps, ours.config.rope.theta, ours.config.num_key_value_heads) == (1e-5, 10000.0, 2)
+    assert ours.stored()["int8"]
 
 
 def test_a_convolution_has_its_bias(tmp_path):
@@ -92,6 +101,29 @@ def test_what_computes_something_else_is_not_written(tmp_path):
     with pytest.raises(CheckpointError, match=r"compute\s+logits .* from the graph's .*nothing is written"):
         llmjax.convert(path, tmp_path / "out", to="hf")
     assert not (tmp_path / "out").exists()
+
+
+def test_rotated_weights_are_told(tmp_path):
+    """ai-edge-quantizer's ``hr`` recipes put products with Hadamard's matrix before those with weights."""
+    path = unpacked("qwen2", tmp_path)
+    data, matrix = bytearray(path.read_bytes()), np.float32([[1]])
+    file = tflite.read(memoryview(data), str(path))
+    graph = file.subgraphs[file.signatures["decode"].subgraph]
+    products = (graph.tensors[op.inputs[1]] for op in graph.operators if op.name == "FULLY_CONNECTED")
+    square = next(weight for weight in products if len(set(weight.shape)) == 1)
+    while len(matrix) < square.shape[0]:
+        matrix = np.kron(matrix, np.float32([[1, 1], [1, -1]]) / np.sqrt(np.float32(2)))
+    file.data(square).view("<f4")[:] = matrix.reshape(-1)
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="qwen2.tflite: its weights were rotated .by Hadamard's matrix. before"):
+        llmjax.convert(path, tmp_path / "out", to="hf")
+
+
+def test_what_was_folded_for_good_is_told(tmp_path):
+    path = unpacked("qwen2", tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"models.qwen2.modeling_qwen2.", b"models.granite.modeling_gra."))
+    with pytest.raises(ConfigError, match="made of granite, whose .* .residual_multiplier and logits_scaling are"):
+        llmjax.convert(path, tmp_path / "out", to="hf")
 
 
 def is_scale(file, tensor) -> bool:

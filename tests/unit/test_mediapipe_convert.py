@@ -214,6 +214,27 @@ def test_checkpoints_by_file_and_pattern(tmp_path):
         assert (tmp_path / "out" / "model.tflite").read_bytes() == whole
 
 
+@pytest.mark.parametrize("option", ["input_ckpt", "vocab_model_file", "lora_ckpt"])
+def test_what_is_read_is_not_written_over(option, tmp_path):
+    """As MediaPipe, an output replaces what is there; the checkpoint itself was lost."""
+    shutil.copytree(DATA / "GEMMA_2B", tmp_path / "m")
+    options = {"input_ckpt": str(tmp_path / "m" / "model.safetensors")}
+    options["vocab_model_file"] = config("GEMMA_2B", "gpu", tmp_path).vocab_model_file
+    written = "output_tflite_file"
+    if option == "lora_ckpt":
+        written = "lora_output_tflite_file"
+        shutil.copy(DATA / "GEMMA_2B_lora" / "adapter_model.safetensors", tmp_path / "lora.safetensors")
+        options |= {"lora_ckpt": str(tmp_path / "lora.safetensors"), "lora_rank": 4}
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=f"^{written}: .* is what is read, and would be lost; give another name"):
+        convert_checkpoint(config("GEMMA_2B", "gpu", tmp_path, **options, **{written: options[option]}))
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_bits_of_numpy(tmp_path):
+    assert config("GEMMA_2B", "gpu", tmp_path, bits=(8, 8, np.int64(4))).embedding_quant_bits == 4
+
+
 WRONG = {
     "ckpt_format: expected 'safetensors' or 'pytorch', found 'gguf'": {"ckpt_format": "gguf"},
     "'GEMMA2_2B' or 'PHI_2' or 'FALCON_RW_1B' or 'STABLELM_4E1T_3B', found 'GEMMA3_1B'": {"model_type": "GEMMA3_1B"},
@@ -226,6 +247,13 @@ WRONG = {
     "output_tflite_file: expected a path that a file can have, or None, found 5": {"output_tflite_file": 5},
     "lora_ckpt and lora_rank: expected both or none": {"lora_rank": 4},
     "MediaPipe's cpu backend has no LoRA": {"lora_rank": 4, "lora_ckpt": "x", "lora_output_tflite_file": "y"},
+    "lora_output_tflite_file: y is the output_tflite_file": {
+        **{"lora_rank": 4, "lora_ckpt": "x", "lora_output_tflite_file": "y", "output_tflite_file": "y"},
+        "backend": "gpu",
+    },
+    "lora_output_tflite_file: /: expected a file, found a directory": {
+        **{"lora_rank": 4, "lora_ckpt": "x", "lora_output_tflite_file": "/", "backend": "gpu"},
+    },
     "fp16_scale: 0.5 is not supported: MediaPipe's converter ignores it": {"fp16_scale": 0.5},
     "obfuscate: True is not supported": {"obfuscate": True},
     "is_quantized: True is not supported: of MediaPipe 0.10.30": {"is_quantized": True},

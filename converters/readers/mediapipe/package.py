@@ -219,12 +219,15 @@ class Package:
         """
         data = self.read(part)
         size = int.from_bytes(data[:8], "little")
+        packed = zlib.decompressobj()
         try:
-            found = zlib.decompressobj().decompress(data[8:], min(size, _MAX_SMALL) + 1)
+            found = packed.decompress(data[8:], min(size, _MAX_SMALL) + 1)
         except zlib.error as error:
             self._fail(f"{_DAMAGED}: {part.name}: {error}")
         if len(found) != size:
             self._fail(f"{_DAMAGED}: {part.name}: expected {size} bytes unpacked, found {len(found)} or more")
+        if not packed.eof:
+            self._fail(f"{_DAMAGED}: {part.name}: it ends before its checksum")
         return found
 
 
