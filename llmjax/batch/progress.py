@@ -62,13 +62,17 @@ class Count:
         """
         to_come = (self.total or 0) - self.done - self.under_way
         prompts = self.prompt_tokens * (1 + to_come / max(self.begun, 1))
-        mean = self.answer_tokens / self.answered if self.answered else self.most_tokens / max(self.begun, 1)
-        answers = mean * (self.begun + to_come)
+        prompts_left = max(prompts - run["prefill_tokens"] - run["reused_tokens"], 0)
+        most = self.most_tokens / max(self.begun, 1)
+        # Short answers are there first: what the others have so far counts, too, as long as they are without an end.
+        mean = min(run["decode_tokens"] / self.answered, most) if self.answered else most
+        begun = max(run["decode_tokens"] - self.answer_tokens, 0) / max(self.under_way, 1)
+        answers_left = to_come * mean + self.under_way * min(mean, max(most - begun, 0))
         return sum(
-            max(tokens - done, 0) * seconds / max(done, 1)
-            for tokens, done, seconds in (
-                (prompts, run["prefill_tokens"] + run["reused_tokens"], run["prefill_seconds"]),
-                (answers, run["decode_tokens"], run["decode_seconds"]),
+            left * run[f"{what}_seconds"] / max(done, 1)
+            for what, left, done in (
+                ("prefill", prompts_left, run["prefill_tokens"] + run["reused_tokens"]),
+                ("decode", answers_left, run["decode_tokens"]),
             )
         )
 

@@ -228,7 +228,8 @@ def test_a_calibrations_prompts_are_none_to_be_warned_of():
 
 
 def test_progress_says_what_is_left(llm):
-    """Of 10 rows 2 are answered and 2 under way, their prompts 400 tokens: all have 1,000, and 500 of answers."""
+    """Of 10 rows 2 are answered and 2 under way, their prompts 400 tokens: all have 1,000.  120 tokens are two answers
+    and what others have so far: 60 an answer, for 8 of them."""
     count = Count(total=10, begun=4, done=2, under_way=2, prompt_tokens=400, most_tokens=4000)
     reporter = Reporter(llm.engine, count, lambda: None, seconds=0)
     assert reporter.line() == "2/10 rows · 2/4 slots"
@@ -242,7 +243,12 @@ def test_progress_says_what_is_left(llm):
     counted["decode_tokens"] -= 120
     counted["decode_seconds"] -= 6
     count.answered, count.answer_tokens = 2, 100
-    assert reporter.line() == "2/10 rows · prefill 10 tok/s · decode 20 tok/s · 2/4 slots · 1:29 left"
+    assert reporter.line() == "2/10 rows · prefill 10 tok/s · decode 20 tok/s · 2/4 slots · 1:34 left"
+    count.done, count.under_way, count.begun, count.answered = 9, 1, 10, 9  # the last has more than the others' mean
+    count.most_tokens, count.prompt_tokens, count.answer_tokens = 1000, 300, 45
+    assert reporter.line().endswith(" · 0:01 left")  # of 13 tokens, at 20 a second
+    count.most_tokens = 760
+    assert reporter.line().endswith(" · 0:00 left")  # one token more, at the most
 
 
 def test_a_terminal_that_is_closed_ends_nothing(llm, monkeypatch):
