@@ -363,7 +363,9 @@ def test_schedules(name, warmup, wanted):
 ])  # fmt: skip
 def test_optimizers(name, wanted):
     """Two steps by hand, of gradients (1, -2) and (2, -3)."""
-    config = TrainConfig(optimizer=name, momentum=0.5 if name == "sgd" else 0.0, betas=(0.9, 0.99), eps=1e-12)
+    decays = {"betas": (0.9, 0.99)}
+    settings = {"sgd": {"momentum": 0.5}, "lion": decays, "rmsprop": decays | {"eps": 1e-12}}
+    config = TrainConfig(optimizer=name, **settings[name])
     transformation = optimizer(config)
     params = jnp.zeros(2)
     state = transformation.init(params)
