@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from converters.litert.templates import Carried
-from converters.readers.mediapipe.parameters import LlmMetadata
+from converters.readers.mediapipe.parameters import TOP_P, LlmMetadata
 from llmjax.errors import TokenizerError, shown
 from llmjax.outside.values import COUNT, FLAG, number
 from llmjax.text.thinking import KINDS
@@ -36,7 +36,6 @@ _GEMMA4 = {
 }
 _SHARE = number(0, 1)
 _HEAT = number(0, 100)
-_TOP_P = 2
 
 
 def llm_metadata(
@@ -141,7 +140,7 @@ def _sampling(message: Any, config: Mapping[str, Any], vocab_size: int, file: st
         found = {"top_k": 1, "top_p": 1.0, "temperature": 1.0}  # the likeliest token
     # LiteRT-LM 0.18 has this sampler alone, and it wants a number of tokens.
     sampler = message.sampler_params
-    sampler.type, sampler.k = _TOP_P, min(found["top_k"] or vocab_size, vocab_size)
+    sampler.type, sampler.k = TOP_P, min(found["top_k"] or vocab_size, vocab_size)
     sampler.p, sampler.temperature = found["top_p"], found["temperature"]
 
 

@@ -13,6 +13,7 @@ from converters.readers.litert.tflite import TfliteFile
 from converters.readers.mapped import MappedFile
 from converters.readers.mediapipe import package
 from converters.readers.mediapipe.package import Package, Part
+from converters.readers.mediapipe.parameters import GREEDY, TOP_K, TOP_P
 from llmjax.errors import CheckpointError, TokenizerError
 from llmjax.litert import ports
 from llmjax.litert.graph import Graph, numerics_for
@@ -25,7 +26,6 @@ from llmjax.text.bundle import Ends
 from llmjax.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
-_TOP_K, _TOP_P, _GREEDY = 1, 2, 3  # of LlmMetadata
 # A part by its name in a .task, or by the model_type of a section, in small letters.
 _PARTS = {package.MODEL.lower(): MAIN, "tf_lite_embedder": EMBEDDER, "tf_lite_per_layer_embedder": PER_LAYER}
 
@@ -65,15 +65,14 @@ def load_graph(path: Path, numerics: str | None = None) -> GraphModel:
 def _generation(metadata: Any) -> dict[str, Any]:
     """How ``LlmMetadata`` would have texts sampled, as ``generation_config.json`` says it."""
     sampler = metadata.sampler_params
-    # Float32 as people write it.
-    found = {"top_k": sampler.k, "top_p": float(str(np.float32(sampler.p)))}
-    found["temperature"] = float(str(np.float32(sampler.temperature)))
-    if sampler.type == _GREEDY or (sampler.type == _TOP_P and not (found["top_p"] and found["temperature"])):
-        found = {"do_sample": False}
-    elif sampler.type == _TOP_K:
-        del found["top_p"]
-    elif sampler.type != _TOP_P:
-        found = {}
+    top_p, temperature = (float(str(np.float32(x))) for x in (sampler.p, sampler.temperature))  # as people write them
+    likeliest = {"do_sample": False}
+    among = {"top_k": sampler.k, "top_p": top_p, "temperature": temperature}
+    found: dict[str, Any] = {
+        GREEDY: likeliest,
+        TOP_K: {"top_k": sampler.k, "temperature": temperature},
+        TOP_P: among if top_p and temperature else likeliest,
+    }.get(sampler.type, {})
     barred = list(metadata.suppress_tokens.ids)
     return found | ({"suppress_tokens": barred} if barred else {})
 

@@ -10,6 +10,8 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message, message_fa
 
 from llmjax.errors import CheckpointError
 
+# Of SamplerParameters.type, as _ENUMS numbers them.
+TOP_K, TOP_P, GREEDY = 1, 2, 3
 _TYPES = {"int64": 3, "int32": 5, "bool": 8, "float": 2, "string": 9, "enum": 14}
 _ENUMS = {
     "Activation": ("ACTIVATION_UNSPECIFIED", "GELU", "SILU", "RELU", "RELU1P5"),
