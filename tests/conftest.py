@@ -77,9 +77,3 @@ def short_smollm2(smollm2_path: Path):
     from tests.tiny import shortened
 
     return shortened(llmjax.load(smollm2_path, numerics="fast"), 2)
-
-
-@pytest.fixture
-def any_vocabulary(monkeypatch):
-    """Phi-2's start id lies beyond every vocabulary that a model made small has room for."""
-    monkeypatch.setattr("llmjax.text.mediapipe.check_tokens", lambda *_: None)

@@ -244,7 +244,7 @@ def check_vocabulary(vocabulary: bytes, rows: int, kind: ModelType, where: str) 
             "it belongs to another model"
         )
     eos = model.eos_id()
-    mediapipe.check_tokens(pieces, eos if eos >= 0 else None, kind.start_id, [kind.stop], where)
+    mediapipe.check_tokens(pieces, eos if eos >= 0 else None, kind.start_id, [kind.stop], rows, where)
 
 
 def _kept(source: Source, plan: Plan, recipe: Recipe | None, backend: str) -> dict[str, tuple[int, bool]]:

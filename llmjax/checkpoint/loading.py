@@ -395,5 +395,6 @@ def _mediapipe_tokenizer(source: MediapipeSource) -> Tokenizer | None:
         str(source.path),
         start_id=start,
         stop=tokens.stop_tokens,
+        rows=tokens.vocab_size,
         bytes_to_unicode=kind.bytes_to_unicode,
     )

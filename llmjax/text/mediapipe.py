@@ -46,7 +46,13 @@ class MediapipeTokenizer(Tokenizer):
 
 
 def read(
-    model: bytes, where: str, *, start_id: int | None, stop: Sequence[str], bytes_to_unicode: bool = False
+    model: bytes,
+    where: str,
+    *,
+    start_id: int | None,
+    stop: Sequence[str],
+    rows: int | None = None,
+    bytes_to_unicode: bool = False,
 ) -> MediapipeTokenizer:
     """A tokenizer whose texts begin with ``start_id`` and end at ``stop``.
 
@@ -55,13 +61,14 @@ def read(
       where: the file, for messages.
       start_id: put before every text.
       stop: what ends a text: tokens, or strings in it.
+      rows: of the model's embedding, V; None asks for nothing.
       bytes_to_unicode: texts are spelled in GPT-2's characters for bytes before SentencePiece sees them.
 
     Raises:
       TokenizerError: the model is damaged, of a kind llmjax does not have, or lacks these tokens.
     """
     vocabulary = sentencepiece.parse(model, where, bytes_to_unicode=bytes_to_unicode)
-    check_tokens(vocabulary.pieces, vocabulary.eos_id, start_id, stop, where)
+    check_tokens(vocabulary.pieces, vocabulary.eos_id, start_id, stop, rows, where)
     backend, _ = sentencepiece.build(vocabulary, where, dummy_prefix=False, bytes_to_unicode=bytes_to_unicode)
     prefix = [normalizers.Prepend("▁")] if vocabulary.add_dummy_prefix else []
     normalizer = normalizers.Sequence([backend.normalizer, *prefix])
@@ -84,18 +91,20 @@ def read(
 
 
 def check_tokens(
-    pieces: Collection[str], eos_id: int | None, start_id: int | None, stop: Sequence[str], where: str
+    pieces: Collection[str], eos_id: int | None, start_id: int | None, stop: Sequence[str], rows: int | None, where: str
 ) -> None:
     """Refuses another model's vocabulary, under which texts would be other ids than the model was trained with.
 
-    A text that should end an answer and is no piece is logged where the vocabulary has an end of its own: MediaPipe's
-    runtimes look for the text, and run such files.
+    Two things are logged alone.  A text that should end an answer and is no piece, where the vocabulary has an end of
+    its own: MediaPipe's runtimes look for the text, and run such files.  And a start that the embedding has no row for:
+    it is the model that is smaller than the published one, and token ids still run.
 
     Args:
       pieces: the vocabulary's.
       eos_id: its own piece that ends a text.
       start_id: put before every text.
       stop: what ends a text.
+      rows: of the model's embedding, V.
       where: the file, for messages.
 
     Raises:
@@ -103,7 +112,13 @@ def check_tokens(
     """
     lacking = []
     if start_id is not None and start_id >= len(pieces):
-        lacking.append(f"the id {start_id}, which begins every prompt")
+        if rows is not None and start_id >= rows:
+            _LOG.warning(
+                f"{where}: every text begins with the id {start_id}, for which this model's {rows} rows have no place: "
+                "it takes token ids, and no text"
+            )
+        else:
+            lacking.append(f"the id {start_id}, which begins every prompt")
     ends = [text for text in stop if text]
     if ends and not set(ends) & set(pieces):
         names = " or ".join(map(repr, ends))

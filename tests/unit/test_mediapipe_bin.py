@@ -27,7 +27,6 @@ from llmjax.errors import CheckpointError, ConfigError, LlmjaxError
 from tests.mediapipe_files import BINS, DATA, GEMMA, facts
 from tests.tiny import slow, some
 
-pytestmark = pytest.mark.usefixtures("any_vocabulary")
 WEB = json.loads((DATA / "web_runtime.json").read_text())["results"]
 
 

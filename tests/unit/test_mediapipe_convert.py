@@ -21,8 +21,6 @@ from llmjax.cli.main import main
 from llmjax.errors import CheckpointError, ConfigError, LlmjaxError, TokenizerError
 from tests.mediapipe_files import BINS, DATA, GEMMA, config, converted, differences, digest, facts, vocabulary
 
-pytestmark = pytest.mark.usefixtures("any_vocabulary")
-
 
 @pytest.mark.parametrize("path", BINS, ids=lambda path: path.stem)
 def test_equal_to_the_real_converters(path, tmp_path):

@@ -52,7 +52,6 @@ def test_equal_to_the_real_converters(real, tmp_path):
     assert not same(written(kind, tmp_path / "b", lora_o_proj="right"), real)
 
 
-@pytest.mark.usefixtures("any_vocabulary")
 @pytest.mark.parametrize("kind", ["GEMMA_2B", slow("GEMMA2_2B"), slow("PHI_2")])
 def test_round_trip(kind, tmp_path):
     """o in order, or scrambled and restored, is the adapter itself, to the rounding of the file."""
@@ -72,7 +71,6 @@ def test_round_trip(kind, tmp_path):
     assert np.abs(wrong.logits([IDS])[0] - expected).max() > 0.05 * np.abs(expected).max()
 
 
-@pytest.mark.usefixtures("any_vocabulary")
 def test_an_adapter_that_was_trained_here(tmp_path):
     """``mediapipe``, the targets that training begins with, are those such a file holds."""
     model = llmjax.load(DATA / "PHI_2")
