@@ -110,8 +110,8 @@ def load(
       random_weights: for ``config:NAME`` alone: build the full-size model with random weights instead of reading any.
       config: keys of a ``config.json`` that win over the checkpoint's own, or a whole one (with ``model_type``): a
         mapping, a JSON file or ``config:NAME``.  ``eos_token_id`` wins over ``generation_config.json``, too.
-      context_length: the most tokens of a text, instead of as many as the configuration says; the angles of its
-        positions stay what they are.
+      context_length: the most tokens of a text, instead of as many as the configuration or its rope's stretching
+        says; the angles of its positions stay what they are.
       mesh: devices to spread weights and cache over, each weight by its role (``models.sharding``): their number, or a
         mesh with an axis ``model``.  None keeps all on one.
 

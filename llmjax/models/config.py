@@ -9,7 +9,8 @@ from flax import linen as nn
 from llmjax.errors import named, shown
 from llmjax.models.hf_config import Reader
 from llmjax.models.rope import Rope
-from llmjax.models.scalings import Dynamic, LongRope
+from llmjax.models.scalings import Dynamic, LongRope, Yarn
+from llmjax.outside.values import INT32
 
 # Far above any model's: what is planned from a configuration, before its tensors are compared, must cost little.
 MOST_LAYERS = 1024
@@ -106,11 +107,21 @@ class DecoderConfig:
         """A text that grows beyond so many tokens is computed anew, from its first on; None for never."""
         return next((s.original for s in self._following if isinstance(s, LongRope)), None)
 
+    def stretched(self) -> Self:
+        """With the context that ropes of ``Yarn`` and ``Dynamic`` stretch the original one to, where that is longer: as
+        vLLM takes it, since files with such a rope put in by hand (Qwen2.5's way) keep ``max_position_embeddings``."""
+        reach = max((s.factor * s.original for s in self._scalings if isinstance(s, Yarn | Dynamic)), default=0)
+        context = max(self.max_position_embeddings, int(min(reach, INT32)))
+        return dataclasses.replace(self, max_position_embeddings=context)
+
+    @property
+    def _scalings(self) -> list[Yarn | Dynamic | LongRope]:
+        ropes = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return [rope.scaling for rope in ropes if isinstance(rope, Rope) and rope.scaling]
+
     @property
     def _following(self) -> list[Dynamic | LongRope]:
-        ropes = (getattr(self, field.name) for field in dataclasses.fields(self))
-        scalings = (rope.scaling for rope in ropes if isinstance(rope, Rope))
-        return [scaling for scaling in scalings if isinstance(scaling, Dynamic | LongRope)]
+        return [scaling for scaling in self._scalings if isinstance(scaling, Dynamic | LongRope)]
 
     @classmethod
     def from_hf(cls, config: Reader) -> Self:

@@ -109,4 +109,4 @@ def read_config(config: Mapping[str, Any], where: str) -> tuple[Architecture, De
         reader.finish()  # a wrong value derailed the reading: what was noted explains it
         raise
     reader.finish()
-    return architecture, result
+    return architecture, result.stretched()

@@ -173,6 +173,24 @@ class TestRopeTypes:
         assert read("llama", rope_scaling={"type": "yarn", "factor": 4.0}).rope.scaling.original == 2048
         assert "mystery" in refusal("llama", rope_scaling=scaling | {"mystery": 1})
 
+    @pytest.mark.parametrize(
+        ("scaling", "context"),
+        [
+            ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+            ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8}, 64),
+            ({"type": "dynamic", "factor": 4.0}, 256),
+            ({"type": "dynamic", "factor": 1e6}, 64_000_000),
+            ({"type": "dynamic", "factor": 0.5}, 64),
+            ({"type": "linear", "factor": 4.0}, 64),
+        ],
+    )
+    def test_the_context_that_a_rope_was_stretched_to(self, scaling, context):
+        """Qwen2.5's model cards add such a rope and leave the length; others have multiplied it already."""
+        found = read("qwen2", rope_scaling=scaling, max_position_embeddings=64)
+        assert found.max_position_embeddings == context
+        huge = read("qwen2", rope_scaling=scaling | {"factor": 1e6}, max_position_embeddings=2**30)
+        assert huge.max_position_embeddings <= 2**31 - 1
+
     def test_dynamic_stretches_the_declared_context(self):
         rope = read("llama", rope_scaling={"type": "dynamic", "factor": 4.0}, max_position_embeddings=64).rope
         assert rope.scaling == Dynamic(4.0, 64)
