@@ -24,7 +24,7 @@ from llmjax.oracle.floors import MARGIN
 from llmjax.oracle.measure import MismatchError, Tap, fitted, leaving, measure, row
 from llmjax.oracle.metrics import logits_report
 from llmjax.oracle.names import named
-from llmjax.oracle.patching import PROVEN, SEARCH, judged
+from llmjax.oracle.patching import PROVEN, SEARCH, SURE, judged
 from llmjax.oracle.stages import Stages
 from llmjax.oracle.texts import together
 from llmjax.oracle.trace import Trace, trace
@@ -348,7 +348,7 @@ def _reason(
     parts = []
     for module, best in ((fault["module"], fault["causes"][0]) for fault in proven[:3]):
         why = best["cause"] if best["cause"] == "unknown" else f"{best['cause']}: {best['detail']}"
-        if 0 < best["explains"] < PROVEN:
+        if 0 < best["explains"] < SURE:
             why += f", which explains {best['explains']:.0%} of it"
         parts.append(f"{module} ({why})")
     more = f" and {len(proven) - 3} more" if len(proven) > 3 else ""

@@ -653,7 +653,8 @@ def test_a_cause_of_a_part_is_told_as_one(model):
         dumps.from_arrays("d", {}, np.arange(2), {}),
         Tap("mlp", gap(np.ones((2, 3)), np.zeros((2, 3))), 0, False),
     )
-    for share, told in ((0.99, "m (mask: all)"), (0.3, "m (mask: all, which explains 30% of it)")):
+    shares = (0.99, ""), (0.97, ", which explains 97% of it"), (0.3, ", which explains 30% of it")
+    for share, told in ((share, f"m (mask: all{more})") for share, more in shares):
         causes = [{"cause": "mask", "detail": "all", "explains": share}]
         faults = [{"module": "m", "tried": [1, 1], "causes": causes}]
         beyond = Explained(("float32",), (tap,))
@@ -668,6 +669,37 @@ def test_another_first_token_is_tried(model):
     assert list(causes) == [f"another first token was fed: {i} for 7" for i in (0, 1, 2)]
     (_, found) = stages.run(-1, None, {}, causes["another first token was fed: 2 for 7"].edit)
     assert np.array_equal(found["embed"], model.params["embed"]["weight"][np.array([2, *IDS])])
+
+
+def causes_of_a_norm(model, bad, *words) -> list[str]:
+    """Those of some words that make the first norm of ours theirs, where nothing behind it was dumped, in order."""
+    ours, theirs = (Stages(m, np.array(IDS, np.int32)) for m in (model, bad))
+    tap, flow = "layers.0.attn_norm", ours.run(-1, None, {})[0]
+
+    def under(edit):
+        return ours.run(0, flow, {}, edit, [tap])[1].get(tap, np.zeros(1))
+
+    scene = base.Scene(ours, 0, "attn_norm", under(Edit()), theirs.run(0, flow, {}, Edit(), [tap])[1][tap], under)
+    causes = (c for c in catalogue.catalogue(scene, ["attn_norm"]) if c.post is None and c.cause in words)
+    return [c.detail for c in causes if np.allclose(under(c.edit), scene.theirs, 1e-4, 1e-5)]
+
+
+def test_a_norm_that_was_rounded_or_scaled_is_not_told_as_scales_that_moved(model):
+    """Where products behind it were not dumped, or their class is wide, that would explain as much."""
+    for change, detail in (
+        (lambda w: w.astype(jnp.float16).astype(w.dtype), "the norm's weight is rounded to float16"),
+        (lambda w: w.at[3:5].multiply(1.2), "2 of 24 channels are scaled"),
+    ):
+        bad = broken(model, {"layers_0/attn_norm/weight": change})
+        found = causes_of_a_norm(model, bad, "precision", "weight")
+        assert found[0] == detail and "scaled back" in found[-1], found
+
+
+@pytest.mark.parametrize("eps", [0.0203, 3e-4])
+def test_an_epsilon_that_nobody_else_has_is_found(model, eps):
+    config = dataclasses.replace(model.config, rms_norm_eps=eps)
+    found = causes_of_a_norm(model, dataclasses.replace(model, config=config), "norm_eps")
+    assert f"epsilon is {eps:g}" in found
 
 
 def test_log_probabilities_for_logits_are_tried_first(traced):
