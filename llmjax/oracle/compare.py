@@ -18,7 +18,7 @@ from llmjax.oracle import pairs
 from llmjax.oracle.clock import Pulse
 from llmjax.oracle.comparison import Comparison, of_file
 from llmjax.oracle.declared import Allowed, allowed
-from llmjax.oracle.dump import Dump, from_arrays
+from llmjax.oracle.dump import Dump, in_memory
 from llmjax.oracle.dumps.opening import each, opened, refuse_reference
 from llmjax.oracle.floors import MARGIN
 from llmjax.oracle.measure import MismatchError, Tap, fitted, leaving, measure, row
@@ -140,8 +140,7 @@ def _dumps(what: AnyDump, role: str, model: Model | None = None) -> Sequence[Dum
     if isinstance(what, Dump):
         return [what]
     if isinstance(what, Trace):
-        ids = np.array(what.manifest["token_ids"], np.int32)
-        return [from_arrays(role, what.manifest, ids, what.activations)]
+        return [in_memory(role, what.manifest, what.activations)]
     return opened(what, model) if role == "candidate" else each(what)
 
 

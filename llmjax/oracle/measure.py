@@ -111,9 +111,10 @@ def fitted(named: Named, tap: str, shape: tuple[int, ...], near: np.ndarray | No
     shape = shape if window is None else (len(window.positions), *shape[1:])
     found = layouts(array, shape)
     if not found:
-        raise MismatchError(
-            f"{named.dump.path}: {named.taps[tap].name}: shape {list(array.shape)}, expected {list(shape)} for {tap}"
-        )
+        what = f"{named.dump.path}: {named.taps[tap].name}: shape {list(array.shape)}, expected {list(shape)} for {tap}"
+        if tap == "logits" and array.size == shape[-1]:
+            what += "; of the last token alone they are read as llama-debug writes them, X.bin beside X-tokens.bin"
+        raise MismatchError(what)
     if len(found) > 1 and near is not None:
         return min(found, key=lambda x: gap(x, near, token_axis(tap)).error)
     return found[0]

@@ -26,7 +26,7 @@ from llmjax.oracle.beneath import held, worth
 from llmjax.oracle.causes import base, blocks, catalogue, weights
 from llmjax.oracle.compare import _reason
 from llmjax.oracle.declared import allowed
-from llmjax.oracle.floors import floor
+from llmjax.oracle.floors import CLASSES, floor
 from llmjax.oracle.measure import Tap, _is_factor
 from llmjax.oracle.metrics import gap, logits_report, narrowed
 from llmjax.oracle.names import layouts, named
@@ -200,6 +200,51 @@ def test_malformed_dumps_are_one_line(kind, tmp_path, capsys):
     assert main(["compare", str(good), str(folder), "--json", "--no-compile-cache"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and words in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda arrays, facts: arrays.update(embed=arrays["embed"] + 0j), "candidate: embed: expected .*complex64"),
+        (lambda arrays, facts: arrays.update(embed=arrays["embed"].astype(object)), "embed: expected floats .*object"),
+        (lambda arrays, facts: arrays.update(embed=[[1.0], [2.0, 3.0]]), "candidate: 'embed': expected an array"),
+        (lambda arrays, facts: arrays.update(logits=arrays["logits"][:0]), "candidate: logits: holds no values"),
+        (lambda arrays, facts: arrays.clear(), "candidate: no arrays"),
+        (lambda arrays, facts: arrays.update({3: arrays["embed"]}), "candidate: activations: expected a mapping"),
+        (lambda arrays, facts: facts.pop("token_ids"), "candidate: manifest: token_ids is missing"),
+        (lambda arrays, facts: facts.update(token_ids=[i + 0.5 for i in IDS]), "token_ids: expected a list of token"),
+        (lambda arrays, facts: facts.update(dtype=16), "candidate: manifest: dtype: expected a text, found 16"),
+        (lambda arrays, facts: facts.update(KVcache="q8_0"), "candidate: manifest: 'KVcache' is not read; kv_cache"),
+    ],
+)  # fmt: skip
+def test_a_dump_in_memory_is_checked_as_one_on_disk(model, traced, change, message):
+    """Imaginary parts and halves of ids were cut off without a word, the others tracebacks."""
+    arrays, facts = dict(traced.activations), dict(traced.manifest)
+    change(arrays, facts)
+    with pytest.raises(RequestError, match=message):
+        llmjax.compare(model, llmjax.Trace(arrays, facts))
+
+
+def test_arrays_of_others_in_memory_are_taken(model, traced):
+    arrays = {
+        "embed": jnp.asarray(traced.activations["embed"]),
+        "layers.0.resid": traced.activations["layers.0.resid"].astype(">f4"),
+        "logits": traced.activations["logits"].tolist(),
+    }
+    facts = traced.manifest | {"token_ids": np.array(IDS)}
+    assert llmjax.compare(model, llmjax.Trace(arrays, facts)).verdict == "identical"
+
+
+def test_logits_of_one_token_say_how_they_are_read(model, traced):
+    for rows in (traced.activations["logits"][-1], traced.activations["logits"][-1:]):
+        report = llmjax.compare(model, llmjax.Trace({"logits": rows}, traced.manifest))
+        assert report.verdict == "not_comparable" and "X.bin beside X-tokens.bin" in report.reason
+
+
+def test_every_class_stands_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert set(CLASSES) <= set(re.findall(r"[a-z0-9_]+", capsys.readouterr().out))
 
 
 def test_nan_is_told_by_name(tmp_path):
