@@ -246,7 +246,7 @@ def _compare(
     return Comparison(
         verdict=verdict,
         explained_by=found.name if verdict == "equivalent" else None,
-        reason=_reason(verdict, found, permitted, proven, missing, theirs, model),
+        reason=_reason(verdict, found, permitted, proven, missing, theirs, model, [*known.taps] == ["logits"]),
         coverage=coverage,
         logits=logits,
         taps=rows,
@@ -329,7 +329,9 @@ def _reason(
     missing: Sequence[str],
     theirs: Dump,
     model: Model,
+    alone: bool = False,
 ) -> str:
+    """One sentence; of logits ``alone``, whose floor is that of all steps together, with what they do not show."""
     who = "known of the program" if theirs.kind and theirs.manifest.get("numerics") else "declared"
     declared = f" ({who}: {', '.join(permitted.singles)})" if permitted.declared else ""
     if verdict == "identical":
@@ -337,7 +339,9 @@ def _reason(
     bos = _bos_note(theirs, model)
     if verdict == "equivalent":
         lossy = " and the file's own rounding" if any(w.rounding for w in theirs.windows.values()) else ""
-        few = "; by logits alone, of which a fault within that floor does not show" if theirs.windows else ""
+        few = "; by logits alone, of which a fault within that floor does not show" if alone else ""
+        if len(theirs.token_ids) == 1:
+            few += "; of one token, which attends to itself alone: rotation, mask, window and scale do not show"
         if not permitted.declared and found.classes != ("float32",):
             few += "; nothing is declared, so that is the narrowest that is wide enough, not what was run"
         few += of_the_cache(found, permitted) + of_few_bits(found, missing)

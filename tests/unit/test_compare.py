@@ -25,6 +25,7 @@ from llmjax.oracle import dump as dumps
 from llmjax.oracle.beneath import held, worth
 from llmjax.oracle.causes import base, blocks, catalogue, weights
 from llmjax.oracle.compare import _reason
+from llmjax.oracle.comparison import Comparison
 from llmjax.oracle.declared import allowed
 from llmjax.oracle.floors import CLASSES, floor
 from llmjax.oracle.measure import Tap, _is_factor
@@ -239,6 +240,27 @@ def test_logits_of_one_token_say_how_they_are_read(model, traced):
     for rows in (traced.activations["logits"][-1], traced.activations["logits"][-1:]):
         report = llmjax.compare(model, llmjax.Trace({"logits": rows}, traced.manifest))
         assert report.verdict == "not_comparable" and "X.bin beside X-tokens.bin" in report.reason
+
+
+def test_what_does_not_show_is_told_of_logits_alone_and_of_one_token(model):
+    one = llmjax.trace(model, IDS[:1])
+    logits = {"logits": np.nextafter(one.activations["logits"], np.float32(9))}
+    report = llmjax.compare(model, llmjax.Trace(logits, one.manifest))
+    assert report.verdict == "equivalent" and "by logits alone" in report.reason and "of one token" in report.reason
+    assert "alone" not in llmjax.compare(model, with_arrays(llmjax.trace(model, IDS), runtime="x")).reason
+
+
+def test_a_cause_of_a_part_is_not_what_to_do_next():
+    """What explains a third of an error leaves where it begins open."""
+    fault = {"module": "logits", "tap": "logits", "proof": "", "also": (), "tried": [1, 1]}
+    causes = [{"cause": "residual", "detail": "twice", "explains": 0.95}]
+    report = Comparison(
+        "different", None, "", {"taps": 1, "of": 2, "tokens": 3, "missing": ["layers.0.resid"]},
+        faults=[fault | {"causes": causes}],
+    )  # fmt: skip
+    assert report.to_text().endswith("next: look at logits (residual: twice), and compare again without it")
+    causes[0]["explains"] = 0.37
+    assert "next: dump layers.*.resid of the same token ids" in report.to_text()
 
 
 def test_every_class_stands_in_the_help(capsys):
