@@ -226,9 +226,9 @@ _KINDS: dict[type, str] = {str: "a text", dict: "an object of names"}
 
 def _token_ids(where: str, manifest: Mapping[str, Any]) -> np.ndarray:
     ids = manifest.get("token_ids")
-    ids = ids.tolist() if hasattr(ids, "tolist") else ids
     if ids is None:
         raise RequestError(f"{where}: token_ids is missing: the ids as they were fed, BOS included if it was")
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids  # an array in memory
     if isinstance(ids, list) and len(ids) == 1 and isinstance(ids[0], list):
         ids = ids[0]  # a batch of one
     whole = isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < 1 << 31 for i in ids)

@@ -583,6 +583,11 @@ def test_weights_of_eight_bits_and_a_fault_are_not_weights_of_four():
     assert told(0.007, 0.006, 0.1, 0.006, 0.007, 0.12).name == "int4"  # 8 and 4 are mixed
     found = told(0.007, 0.006, 0.17, 0.007, 0.005)
     assert found.name == "int8" and [tap.name for tap in found.beyond] == ["layers.2.resid"]
+    # Where half of the steps are right in float32, no bits are few: layer 0 is wrong as well.
+    found = told(0.2, 0.5, 1e-7, 1e-7)
+    assert found.name == "float32" and [tap.name for tap in found.beyond] == ["layers.0.resid", "layers.1.resid"]
+    found = told(0.1, 0.5, 0.11, 0.1, 1e-7)
+    assert found.name == "int4" and [tap.name for tap in found.beyond] == ["layers.1.resid"]
 
 
 def test_one_factor_is_no_rounding():
