@@ -14,8 +14,8 @@ from llmjax.oracle.steps import split
 # The share of its steps that an undeclared class must have moved, for what is beyond it to be told: it moves all, but
 # perhaps the head; where the run was another, it would hide mistakes.
 _LIKELY = 0.75
-# Layers that have a step, for one of them to be held against the others, and the share that most of them are: where
-# weights of more and of fewer bits are mixed, those of fewer are a quarter at least.
+# Layers that have a step, for one of them to be held against the others, and the share that most of them (and of
+# tokens) are: where weights of more and of fewer bits are mixed, those of fewer are a quarter at least.
 _SEVERAL, _MOST = 3, 0.75
 
 
@@ -125,12 +125,20 @@ def _traced(taps: Sequence[Tap], classes: Sequence[str], allowed: Allowed, most:
 def _moved(taps: Sequence[Tap], name: str, most: float) -> bool:
     for way in range(len(taps[0].ways[name])):
         marks = [tap for tap in taps if _differs(tap, name, way)]
-        moved = sum(tap.excess(("float32",)) > 1 for tap in marks)
+        moved = sum(_everywhere(tap) for tap in marks)
         far = sum(_as_far(tap, name, way) for tap in marks)  # of mixed weights those of the fewest bits alone
         enough = moved >= TRACES * len(marks) and moved > most * len(marks)
         if len(marks) > (name in FEW) and enough and far >= TRACES / 2 * len(marks):
             return True
     return False
+
+
+def _everywhere(tap: Tap) -> bool:
+    """Whether a step is off, at most of its tokens if that is known: rounding leaves none as it is, but a mask, a slot
+    or a position does."""
+    if tap.excess(("float32",)) <= 1:
+        return False
+    return tap.own is None or bool(np.quantile(tap.own, 1 - _MOST) > tap.floor(("float32",))[1])
 
 
 def _as_far(tap: Tap, name: str, way: int) -> bool:

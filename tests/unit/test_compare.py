@@ -590,6 +590,21 @@ def test_weights_of_eight_bits_and_a_fault_are_not_weights_of_four():
     assert found.name == "int4" and [tap.name for tap in found.beyond] == ["layers.1.resid"]
 
 
+def test_what_is_right_at_many_tokens_is_no_rounding():
+    """A slot that is stale in all layers was equivalent, explained by int4: what comes before it is right."""
+    none, four, off = np.zeros(2), np.full(2, 0.1), np.full(2, 0.08)
+    ways = {"float32": [(none, none)], "int4": [(four, four)]}
+    apart = gap(np.ones((2, 3)), np.full((2, 3), 1.3))
+
+    def told(own: np.ndarray) -> Explained:
+        taps = [Tap(f"layers.{i}.resid", apart, 0.0, False, off, ways, own=own) for i in range(3)]
+        return explain(taps, allowed({}, None))
+
+    assert told(np.full(40, 0.08)).name == "int4" and not told(np.full(40, 0.08)).beyond
+    found = told(np.where(np.arange(40) < 20, 1e-7, 0.08))
+    assert found.name == "float32" and len(found.beyond) == 3
+
+
 def test_one_factor_is_no_rounding():
     """Of weights of few bits each value is off in its own way."""
     rng = np.random.default_rng(0)
