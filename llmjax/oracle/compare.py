@@ -18,13 +18,13 @@ from llmjax.oracle import pairs
 from llmjax.oracle.clock import Pulse
 from llmjax.oracle.comparison import Comparison, of_file
 from llmjax.oracle.declared import Allowed, allowed
-from llmjax.oracle.dump import Dump, from_arrays
+from llmjax.oracle.dump import Dump, in_memory
 from llmjax.oracle.dumps.opening import each, opened, refuse_reference
 from llmjax.oracle.floors import MARGIN
 from llmjax.oracle.measure import MismatchError, Tap, fitted, leaving, measure, row
 from llmjax.oracle.metrics import logits_report
 from llmjax.oracle.names import named
-from llmjax.oracle.patching import PROVEN, SEARCH, judged
+from llmjax.oracle.patching import PROVEN, SEARCH, SURE, judged
 from llmjax.oracle.stages import Stages
 from llmjax.oracle.texts import together
 from llmjax.oracle.trace import Trace, trace
@@ -140,8 +140,7 @@ def _dumps(what: AnyDump, role: str, model: Model | None = None) -> Sequence[Dum
     if isinstance(what, Dump):
         return [what]
     if isinstance(what, Trace):
-        ids = np.array(what.manifest["token_ids"], np.int32)
-        return [from_arrays(role, what.manifest, ids, what.activations)]
+        return [in_memory(role, what.manifest, what.activations)]
     return opened(what, model) if role == "candidate" else each(what)
 
 
@@ -247,7 +246,7 @@ def _compare(
     return Comparison(
         verdict=verdict,
         explained_by=found.name if verdict == "equivalent" else None,
-        reason=_reason(verdict, found, permitted, proven, missing, theirs, model),
+        reason=_reason(verdict, found, permitted, proven, missing, theirs, model, [*known.taps] == ["logits"]),
         coverage=coverage,
         logits=logits,
         taps=rows,
@@ -330,7 +329,9 @@ def _reason(
     missing: Sequence[str],
     theirs: Dump,
     model: Model,
+    alone: bool = False,
 ) -> str:
+    """One sentence; of logits ``alone``, whose floor is that of all steps together, with what they do not show."""
     who = "known of the program" if theirs.kind and theirs.manifest.get("numerics") else "declared"
     declared = f" ({who}: {', '.join(permitted.singles)})" if permitted.declared else ""
     if verdict == "identical":
@@ -338,7 +339,9 @@ def _reason(
     bos = _bos_note(theirs, model)
     if verdict == "equivalent":
         lossy = " and the file's own rounding" if any(w.rounding for w in theirs.windows.values()) else ""
-        few = "; by logits alone, of which a fault within that floor does not show" if theirs.windows else ""
+        few = "; by logits alone, of which a fault within that floor does not show" if alone else ""
+        if len(theirs.token_ids) == 1:
+            few += "; of one token, which attends to itself alone: rotation, mask, window and scale do not show"
         if not permitted.declared and found.classes != ("float32",):
             few += "; nothing is declared, so that is the narrowest that is wide enough, not what was run"
         few += of_the_cache(found, permitted) + of_few_bits(found, missing)
@@ -348,7 +351,7 @@ def _reason(
     parts = []
     for module, best in ((fault["module"], fault["causes"][0]) for fault in proven[:3]):
         why = best["cause"] if best["cause"] == "unknown" else f"{best['cause']}: {best['detail']}"
-        if 0 < best["explains"] < PROVEN:
+        if 0 < best["explains"] < SURE:
             why += f", which explains {best['explains']:.0%} of it"
         parts.append(f"{module} ({why})")
     more = f" and {len(proven) - 3} more" if len(proven) > 3 else ""

@@ -119,7 +119,7 @@ def open_dump(path: str | Path) -> Dump:
             "llama.cpp's: of llama-debug --save-logits, or of llama-perplexity --kl-divergence-base"
         )
     manifest = _manifest(folder)
-    ids = _token_ids(folder / "manifest.json", manifest)
+    ids = _token_ids(str(folder / "manifest.json"), manifest)
     arrays: dict[str, Stored] = {}
     names: Counter[str] = Counter()
     for file in sorted(folder.iterdir()):
@@ -133,20 +133,51 @@ def open_dump(path: str | Path) -> Dump:
                 raise RequestError(
                     text if str(file) in text else f"{file}: not a readable array file: {text}"
                 ) from None
+    twice = [f"{name} is there {count} times" for name, count in names.items() if count > 1]
+    expected = "expected *.safetensors, *.npz or *.npy beside manifest.json"
+    return Dump(str(folder), manifest, ids, _activations(str(folder), manifest, arrays, twice, expected))
+
+
+def _activations(
+    path: str, manifest: Mapping[str, Any], arrays: Mapping[str, Stored], problems: list[str], expected: str
+) -> Mapping[str, Stored]:
+    """The arrays, each of floats ``[T, ...]``; all ``problems`` in one line."""
     if "modules" in manifest:  # of an op graph, whose whole numbers are no steps of a model
         arrays = {name: stored for name, stored in arrays.items() if stored.dtype in _FLOATS}
-    problems = [f"{name} is there {count} times" for name, count in names.items() if count > 1]
     for name, stored in arrays.items():
         if stored.dtype not in _FLOATS:
             problems.append(f"{name}: expected floats ({', '.join(_FLOATS)}), found {stored.dtype}")
         elif 0 in stored.shape or not stored.shape:
             problems.append(f"{name}: holds no values [T, ...], its shape is {list(stored.shape)}")
     if not arrays:
-        problems.append("no arrays: expected *.safetensors, *.npz or *.npy beside manifest.json")
+        problems.append(f"no arrays: {expected}")
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise RequestError(f"{folder}: {'; '.join(problems[:3])}{more}")
-    return Dump(str(folder), manifest, ids, arrays)
+        raise RequestError(f"{path}: {'; '.join(problems[:3])}{more}")
+    return arrays
+
+
+def in_memory(path: str, manifest: Any, arrays: Any) -> Dump:
+    """A dump whose arrays (NumPy's, JAX's, or lists of numbers) and manifest somebody made, checked as a directory is.
+
+    Raises:
+      RequestError: it is malformed.
+    """
+    for what, value in (("manifest", manifest), ("activations", arrays)):
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise RequestError(f"{path}: {what}: expected a mapping by names, found {shown(value)}")
+    where = f"{path}: manifest"
+    _check_manifest(where, manifest)
+    ids = _token_ids(where, manifest)
+    made = {}
+    for name, value in arrays.items():
+        try:
+            made[name] = np.asarray(value)
+        except _DAMAGED as error:
+            raise RequestError(f"{path}: {shown(name)}: expected an array: {_line(error)}") from None
+    found = from_arrays(path, manifest, ids, {name: _typed(array) for name, array in made.items()})
+    expected = "expected activations by their names"
+    return dataclasses.replace(found, arrays=_activations(path, manifest, found.arrays, [], expected))
 
 
 def from_arrays(path: str, manifest: Mapping[str, Any], ids: np.ndarray, arrays: Mapping[str, np.ndarray]) -> Dump:
@@ -169,15 +200,19 @@ def _manifest(folder: Path) -> dict[str, Any]:
             f"{folder}: manifest.json is missing; a dump names at least the token ids that it was made of: "
             '{"token_ids": [...]}'
         )
+    _check_manifest(str(folder / "manifest.json"), manifest)
+    return manifest
+
+
+def _check_manifest(where: str, manifest: Mapping[str, Any]) -> None:
     for key, kind in {"dtype": str, "numerics": str, "runtime": str, "names": dict}.items():
         if manifest.get(key) is not None and not isinstance(manifest[key], kind):
             found = shown(manifest[key])
-            raise RequestError(f"{folder / 'manifest.json'}: {key}: expected {_KINDS[kind]}, found {found}")
+            raise RequestError(f"{where}: {key}: expected {_KINDS[kind]}, found {found}")
     for key in manifest.keys() - {*_READ}:  # other facts are the dump's own affair
         known = {_letters(name): name for name in _READ if name not in manifest}
         for near in difflib.get_close_matches(_letters(key), known, 1, 0.9):
-            raise RequestError(f"{folder / 'manifest.json'}: {shown(key)} is not read; {known[near]} would be")
-    return manifest
+            raise RequestError(f"{where}: {shown(key)} is not read; {known[near]} would be")
 
 
 def _letters(key: str) -> str:
@@ -189,15 +224,16 @@ _READ = ("token_ids", "dtype", "numerics", "quantization", "kv_cache", "runtime"
 _KINDS: dict[type, str] = {str: "a text", dict: "an object of names"}
 
 
-def _token_ids(file: Path, manifest: Mapping[str, Any]) -> np.ndarray:
+def _token_ids(where: str, manifest: Mapping[str, Any]) -> np.ndarray:
     ids = manifest.get("token_ids")
     if ids is None:
-        raise RequestError(f"{file}: token_ids is missing: the ids as they were fed, BOS included if it was")
+        raise RequestError(f"{where}: token_ids is missing: the ids as they were fed, BOS included if it was")
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids  # an array in memory
     if isinstance(ids, list) and len(ids) == 1 and isinstance(ids[0], list):
         ids = ids[0]  # a batch of one
     whole = isinstance(ids, list) and ids and all(type(i) is int and 0 <= i < 1 << 31 for i in ids)
     if not whole:
-        raise RequestError(f"{file}: token_ids: expected a list of token ids, found {shown(manifest['token_ids'])}")
+        raise RequestError(f"{where}: token_ids: expected a list of token ids, found {shown(manifest['token_ids'])}")
     return np.array(ids, np.int32)
 
 

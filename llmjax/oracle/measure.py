@@ -44,6 +44,7 @@ class Tap:
       ways: by class, for each of its ways what it does to the whole run and to this step alone, both as ``local``.
       rounding: the most that a lossy file may have moved it by, as ``local``.
       scaled: the step's own error is one factor, which no rounding to few bits is.
+      own: the step's own error by token; None where it is not known.
       like: by classes, how many times as far as their ways the same step of most layers is, and how far their narrowest
         ones are, both as ``local``; filled by ``verdict.explain`` for what has its like.
     """
@@ -56,6 +57,7 @@ class Tap:
     ways: dict[str, list[tuple[np.ndarray, np.ndarray]]] = dataclasses.field(default_factory=dict)
     rounding: np.ndarray = dataclasses.field(default_factory=partial(np.zeros, 2))
     scaled: bool = False
+    own: np.ndarray | None = None
     like: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def margin(self, classes: Sequence[str]) -> np.ndarray:
@@ -111,9 +113,10 @@ def fitted(named: Named, tap: str, shape: tuple[int, ...], near: np.ndarray | No
     shape = shape if window is None else (len(window.positions), *shape[1:])
     found = layouts(array, shape)
     if not found:
-        raise MismatchError(
-            f"{named.dump.path}: {named.taps[tap].name}: shape {list(array.shape)}, expected {list(shape)} for {tap}"
-        )
+        what = f"{named.dump.path}: {named.taps[tap].name}: shape {list(array.shape)}, expected {list(shape)} for {tap}"
+        if tap == "logits" and array.size == shape[-1]:
+            what += "; of the last token alone they are read as llama-debug writes them, X.bin beside X-tokens.bin"
+        raise MismatchError(what)
     if len(found) > 1 and near is not None:
         return min(found, key=lambda x: gap(x, near, token_axis(tap)).error)
     return found[0]
@@ -132,10 +135,15 @@ def compared(tap: str, ours: np.ndarray, theirs: np.ndarray, window: Window | No
 
 def pair(x: np.ndarray, y: np.ndarray, tap: str) -> np.ndarray:
     """``[whole, worst token]`` errors; of a way that overflows nothing."""
+    return _pair(x, y, tap)[0]
+
+
+def _pair(x: np.ndarray, y: np.ndarray, tap: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """See ``pair``; and the error of each token."""
     if x.shape != y.shape or not (np.isfinite(x).all() and np.isfinite(y).all()):
-        return np.zeros(2)
+        return np.zeros(2), None
     found = gap(x, y, token_axis(tap))
-    return np.array([found.error, found.worst])
+    return np.array([found.error, found.worst]), found.by_token
 
 
 def inner(tap: str) -> str:
@@ -210,7 +218,7 @@ def measure(
                 found.local = pair(value, theirs[step], tap)
                 found.ways = {name: [(np.zeros(2), np.zeros(2))] * 3 for name in classes}
             else:
-                found.local = pair(value, plain[1][step], tap)
+                found.local, found.own = _pair(value, plain[1][step], tap)
                 found.ways = moved[tap]
                 found.scaled = _is_factor(plain[1][step], value)
             yield found, ours

@@ -30,8 +30,9 @@ from llmjax.oracle.verdict import Explained
 PROVEN = 0.9
 # One that was proven before and explains this much is it again.
 _AGAIN = 0.97
-# A mistake that explains this much is likelier than an arithmetic that nobody declared; these words are no mistakes.
-_SURE = 0.99
+# A mistake that explains this much is likelier than an arithmetic that nobody declared, and is told without its share:
+# of a base or an epsilon that is nearly the right one more is left.  These words are no mistakes.
+SURE = 0.99
 _ARITHMETIC = ("precision", "cache_precision", "quantization")
 # A cause that explains less is not worth a word.
 _WORTH = 0.3
@@ -146,7 +147,7 @@ def faults(
 
 def _surely(tried: Sequence[_Tried]) -> bool:
     """Whether a mistake takes the error away, and no other arithmetic does."""
-    best = [one.trial.cause.cause for one in tried if one.explains >= _SURE]
+    best = [one.trial.cause.cause for one in tried if one.explains >= SURE]
     return bool(best) and not any(cause in _ARITHMETIC for cause in best)
 
 

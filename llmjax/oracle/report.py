@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
 from llmjax.errors import amount
+from llmjax.oracle.patching import PROVEN
 
 if TYPE_CHECKING:
     from llmjax.oracle.comparison import Comparison
@@ -59,7 +60,7 @@ def _next(report: "Comparison") -> list[str]:
     layer, missing = fault["tap"].rsplit(".", 1)[0], report.coverage["missing"]
     ends = [name for name in missing if name.endswith(".resid")]
     inside = [name for name in missing if layer.startswith("layers.") and name.startswith(f"{layer}.")]
-    if best["cause"] != "unknown":
+    if best["explains"] >= PROVEN:
         what = f"look at {fault['module']} ({best['cause']}: {best['detail']}), and compare again without it"
     elif ends or inside:
         what = f"dump {'layers.*.resid' if ends else f'{layer}.*'} of the same token ids, and compare again"

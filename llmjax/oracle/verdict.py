@@ -11,8 +11,11 @@ from llmjax.oracle.floors import CLASSES, FEW, FINER, MARGIN, TRACES
 from llmjax.oracle.measure import Tap
 from llmjax.oracle.steps import split
 
-# Layers that have a step, for one of them to be held against the others, and the share that most of them are: where
-# weights of more and of fewer bits are mixed, those of fewer are a quarter at least.
+# The share of its steps that an undeclared class must have moved, for what is beyond it to be told: it moves all, but
+# perhaps the head; where the run was another, it would hide mistakes.
+_LIKELY = 0.75
+# Layers that have a step, for one of them to be held against the others, and the share that most of them (and of
+# tokens) are: where weights of more and of fewer bits are mixed, those of fewer are a quarter at least.
 _SEVERAL, _MOST = 3, 0.75
 
 
@@ -39,7 +42,7 @@ class Explained:
 def explain(taps: Sequence[Tap], allowed: Allowed) -> Explained:
     """The narrowest allowed classes that hold every step; where there are none, those that hold the most of them.
 
-    A class that is not declared must have left its traces, too.
+    A class that is not declared must have left its traces, too: where it does not hold, nearly everywhere.
     """
     found = []
     for classes in allowed.together:
@@ -49,7 +52,8 @@ def explain(taps: Sequence[Tap], allowed: Allowed) -> Explained:
             if not beyond:
                 return Explained(classes, ())
             found.append(Explained(classes, beyond))
-    return min(found, key=lambda e: len(e.beyond))
+    likely = [one for one in found if _traced(taps, one.classes, allowed, _LIKELY)]
+    return min(likely or found, key=lambda e: len(e.beyond))
 
 
 def caveats(allowed: Allowed, theirs: Dump, proven: bool = False) -> str:
@@ -109,22 +113,32 @@ def _alike(taps: Sequence[Tap], classes: tuple[str, ...]) -> None:
             tap.like[classes] = like, finest
 
 
-def _traced(taps: Sequence[Tap], classes: Sequence[str], allowed: Allowed) -> bool:
-    """Whether at least one way of each class moved most of the steps that it would, or need not have.
+def _traced(taps: Sequence[Tap], classes: Sequence[str], allowed: Allowed, most: float = 0.0) -> bool:
+    """Whether at least one way of each class moved half of the steps that it would, more than ``most``, or need not
+    have.
 
     Weights of few bits move any step far: what one alone shows of them is no trace.
     """
-    return all(name == "float32" or allowed.declared or _moved(taps, name) for name in classes)
+    return all(name == "float32" or allowed.declared or _moved(taps, name, most) for name in classes)
 
 
-def _moved(taps: Sequence[Tap], name: str) -> bool:
+def _moved(taps: Sequence[Tap], name: str, most: float) -> bool:
     for way in range(len(taps[0].ways[name])):
         marks = [tap for tap in taps if _differs(tap, name, way)]
-        moved = sum(tap.excess(("float32",)) > 1 for tap in marks)
+        moved = sum(_everywhere(tap) for tap in marks)
         far = sum(_as_far(tap, name, way) for tap in marks)  # of mixed weights those of the fewest bits alone
-        if len(marks) > (name in FEW) and moved >= TRACES * len(marks) and far >= TRACES / 2 * len(marks):
+        enough = moved >= TRACES * len(marks) and moved > most * len(marks)
+        if len(marks) > (name in FEW) and enough and far >= TRACES / 2 * len(marks):
             return True
     return False
+
+
+def _everywhere(tap: Tap) -> bool:
+    """Whether a step is off, at most of its tokens if that is known: rounding leaves none as it is, but a mask, a slot
+    or a position does."""
+    if tap.excess(("float32",)) <= 1:
+        return False
+    return tap.own is None or bool(np.quantile(tap.own, 1 - _MOST) > tap.floor(("float32",))[1])
 
 
 def _as_far(tap: Tap, name: str, way: int) -> bool:

@@ -25,8 +25,9 @@ from llmjax.oracle import dump as dumps
 from llmjax.oracle.beneath import held, worth
 from llmjax.oracle.causes import base, blocks, catalogue, weights
 from llmjax.oracle.compare import _reason
+from llmjax.oracle.comparison import Comparison
 from llmjax.oracle.declared import allowed
-from llmjax.oracle.floors import floor
+from llmjax.oracle.floors import CLASSES, floor
 from llmjax.oracle.measure import Tap, _is_factor
 from llmjax.oracle.metrics import gap, logits_report, narrowed
 from llmjax.oracle.names import layouts, named
@@ -200,6 +201,72 @@ def test_malformed_dumps_are_one_line(kind, tmp_path, capsys):
     assert main(["compare", str(good), str(folder), "--json", "--no-compile-cache"]) == 2
     out, err = capsys.readouterr()
     assert out == "" and words in err and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda arrays, facts: arrays.update(embed=arrays["embed"] + 0j), "candidate: embed: expected .*complex64"),
+        (lambda arrays, facts: arrays.update(embed=arrays["embed"].astype(object)), "embed: expected floats .*object"),
+        (lambda arrays, facts: arrays.update(embed=[[1.0], [2.0, 3.0]]), "candidate: 'embed': expected an array"),
+        (lambda arrays, facts: arrays.update(logits=arrays["logits"][:0]), "candidate: logits: holds no values"),
+        (lambda arrays, facts: arrays.clear(), "candidate: no arrays"),
+        (lambda arrays, facts: arrays.update({3: arrays["embed"]}), "candidate: activations: expected a mapping"),
+        (lambda arrays, facts: facts.pop("token_ids"), "candidate: manifest: token_ids is missing"),
+        (lambda arrays, facts: facts.update(token_ids=[i + 0.5 for i in IDS]), "token_ids: expected a list of token"),
+        (lambda arrays, facts: facts.update(dtype=16), "candidate: manifest: dtype: expected a text, found 16"),
+        (lambda arrays, facts: facts.update(KVcache="q8_0"), "candidate: manifest: 'KVcache' is not read; kv_cache"),
+    ],
+)  # fmt: skip
+def test_a_dump_in_memory_is_checked_as_one_on_disk(model, traced, change, message):
+    """Imaginary parts and halves of ids were cut off without a word, the others tracebacks."""
+    arrays, facts = dict(traced.activations), dict(traced.manifest)
+    change(arrays, facts)
+    with pytest.raises(RequestError, match=message):
+        llmjax.compare(model, llmjax.Trace(arrays, facts))
+
+
+def test_arrays_of_others_in_memory_are_taken(model, traced):
+    arrays = {
+        "embed": jnp.asarray(traced.activations["embed"]),
+        "layers.0.resid": traced.activations["layers.0.resid"].astype(">f4"),
+        "logits": traced.activations["logits"].tolist(),
+    }
+    facts = traced.manifest | {"token_ids": np.array(IDS)}
+    assert llmjax.compare(model, llmjax.Trace(arrays, facts)).verdict == "identical"
+
+
+def test_logits_of_one_token_say_how_they_are_read(model, traced):
+    for rows in (traced.activations["logits"][-1], traced.activations["logits"][-1:]):
+        report = llmjax.compare(model, llmjax.Trace({"logits": rows}, traced.manifest))
+        assert report.verdict == "not_comparable" and "X.bin beside X-tokens.bin" in report.reason
+
+
+def test_what_does_not_show_is_told_of_logits_alone_and_of_one_token(model):
+    one = llmjax.trace(model, IDS[:1])
+    logits = {"logits": np.nextafter(one.activations["logits"], np.float32(9))}
+    report = llmjax.compare(model, llmjax.Trace(logits, one.manifest))
+    assert report.verdict == "equivalent" and "by logits alone" in report.reason and "of one token" in report.reason
+    assert "alone" not in llmjax.compare(model, with_arrays(llmjax.trace(model, IDS), runtime="x")).reason
+
+
+def test_a_cause_of_a_part_is_not_what_to_do_next():
+    """What explains a third of an error leaves where it begins open."""
+    fault = {"module": "logits", "tap": "logits", "proof": "", "also": (), "tried": [1, 1]}
+    causes = [{"cause": "residual", "detail": "twice", "explains": 0.95}]
+    report = Comparison(
+        "different", None, "", {"taps": 1, "of": 2, "tokens": 3, "missing": ["layers.0.resid"]},
+        faults=[fault | {"causes": causes}],
+    )  # fmt: skip
+    assert report.to_text().endswith("next: look at logits (residual: twice), and compare again without it")
+    causes[0]["explains"] = 0.37
+    assert "next: dump layers.*.resid of the same token ids" in report.to_text()
+
+
+def test_every_class_stands_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    assert set(CLASSES) <= set(re.findall(r"[a-z0-9_]+", capsys.readouterr().out))
 
 
 def test_nan_is_told_by_name(tmp_path):
@@ -516,6 +583,26 @@ def test_weights_of_eight_bits_and_a_fault_are_not_weights_of_four():
     assert told(0.007, 0.006, 0.1, 0.006, 0.007, 0.12).name == "int4"  # 8 and 4 are mixed
     found = told(0.007, 0.006, 0.17, 0.007, 0.005)
     assert found.name == "int8" and [tap.name for tap in found.beyond] == ["layers.2.resid"]
+    # Where half of the steps are right in float32, no bits are few: layer 0 is wrong as well.
+    found = told(0.2, 0.5, 1e-7, 1e-7)
+    assert found.name == "float32" and [tap.name for tap in found.beyond] == ["layers.0.resid", "layers.1.resid"]
+    found = told(0.1, 0.5, 0.11, 0.1, 1e-7)
+    assert found.name == "int4" and [tap.name for tap in found.beyond] == ["layers.1.resid"]
+
+
+def test_what_is_right_at_many_tokens_is_no_rounding():
+    """A slot that is stale in all layers was equivalent, explained by int4: what comes before it is right."""
+    none, four, off = np.zeros(2), np.full(2, 0.1), np.full(2, 0.08)
+    ways = {"float32": [(none, none)], "int4": [(four, four)]}
+    apart = gap(np.ones((2, 3)), np.full((2, 3), 1.3))
+
+    def told(own: np.ndarray) -> Explained:
+        taps = [Tap(f"layers.{i}.resid", apart, 0.0, False, off, ways, own=own) for i in range(3)]
+        return explain(taps, allowed({}, None))
+
+    assert told(np.full(40, 0.08)).name == "int4" and not told(np.full(40, 0.08)).beyond
+    found = told(np.where(np.arange(40) < 20, 1e-7, 0.08))
+    assert found.name == "float32" and len(found.beyond) == 3
 
 
 def test_one_factor_is_no_rounding():
@@ -653,7 +740,8 @@ def test_a_cause_of_a_part_is_told_as_one(model):
         dumps.from_arrays("d", {}, np.arange(2), {}),
         Tap("mlp", gap(np.ones((2, 3)), np.zeros((2, 3))), 0, False),
     )
-    for share, told in ((0.99, "m (mask: all)"), (0.3, "m (mask: all, which explains 30% of it)")):
+    shares = (0.99, ""), (0.97, ", which explains 97% of it"), (0.3, ", which explains 30% of it")
+    for share, told in ((share, f"m (mask: all{more})") for share, more in shares):
         causes = [{"cause": "mask", "detail": "all", "explains": share}]
         faults = [{"module": "m", "tried": [1, 1], "causes": causes}]
         beyond = Explained(("float32",), (tap,))
@@ -668,6 +756,37 @@ def test_another_first_token_is_tried(model):
     assert list(causes) == [f"another first token was fed: {i} for 7" for i in (0, 1, 2)]
     (_, found) = stages.run(-1, None, {}, causes["another first token was fed: 2 for 7"].edit)
     assert np.array_equal(found["embed"], model.params["embed"]["weight"][np.array([2, *IDS])])
+
+
+def causes_of_a_norm(model, bad, *words) -> list[str]:
+    """Those of some words that make the first norm of ours theirs, where nothing behind it was dumped, in order."""
+    ours, theirs = (Stages(m, np.array(IDS, np.int32)) for m in (model, bad))
+    tap, flow = "layers.0.attn_norm", ours.run(-1, None, {})[0]
+
+    def under(edit):
+        return ours.run(0, flow, {}, edit, [tap])[1].get(tap, np.zeros(1))
+
+    scene = base.Scene(ours, 0, "attn_norm", under(Edit()), theirs.run(0, flow, {}, Edit(), [tap])[1][tap], under)
+    causes = (c for c in catalogue.catalogue(scene, ["attn_norm"]) if c.post is None and c.cause in words)
+    return [c.detail for c in causes if np.allclose(under(c.edit), scene.theirs, 1e-4, 1e-5)]
+
+
+def test_a_norm_that_was_rounded_or_scaled_is_not_told_as_scales_that_moved(model):
+    """Where products behind it were not dumped, or their class is wide, that would explain as much."""
+    for change, detail in (
+        (lambda w: w.astype(jnp.float16).astype(w.dtype), "the norm's weight is rounded to float16"),
+        (lambda w: w.at[3:5].multiply(1.2), "2 of 24 channels are scaled"),
+    ):
+        bad = broken(model, {"layers_0/attn_norm/weight": change})
+        found = causes_of_a_norm(model, bad, "precision", "weight")
+        assert found[0] == detail and "scaled back" in found[-1], found
+
+
+@pytest.mark.parametrize("eps", [0.0203, 3e-4])
+def test_an_epsilon_that_nobody_else_has_is_found(model, eps):
+    config = dataclasses.replace(model.config, rms_norm_eps=eps)
+    found = causes_of_a_norm(model, dataclasses.replace(model, config=config), "norm_eps")
+    assert f"epsilon is {eps:g}" in found
 
 
 def test_log_probabilities_for_logits_are_tried_first(traced):

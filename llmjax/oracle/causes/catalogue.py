@@ -10,7 +10,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.oracle.causes import blocks, rotation, weights
+from llmjax.oracle.causes import blocks, norms, rotation, weights
 from llmjax.oracle.causes.base import Cause, Scene, modules
 from llmjax.oracle.causes.rescaled import rescaled
 from llmjax.oracle.metrics import log_softmax
@@ -32,12 +32,12 @@ def _all(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
     for what, post in (("log-probabilities", log_softmax), ("probabilities", _softmax)):
         yield Cause("head", f"they are {what}, no logits", ("logits", "head"), post=post)
     yield from blocks.residual(scene)  # before weights: a branch left out is told so, not as a weight of zeros
-    yield from rescaled(scene)
-    norms = [norm for norm in modules(scene, norms=True) if norm in steps]
-    for norm in norms:
-        yield from weights.norm(scene, norm)
-    if len(norms) > 1:
-        yield from weights.norms(norms)
+    steps_of_norms = [norm for norm in modules(scene, norms=True) if norm in steps]
+    for norm in steps_of_norms:
+        yield from norms.norm(scene, norm)
+    if len(steps_of_norms) > 1:
+        yield from norms.norms(steps_of_norms)
+    yield from rescaled(scene)  # after norms: of two that explain as much, that less was changed is likelier
     for projection in modules(scene, norms=False):
         if projection in steps:
             yield from weights.projection(scene, projection)

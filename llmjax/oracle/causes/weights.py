@@ -1,7 +1,7 @@
-"""Mistakes in norms, products, the embedding, the head and the order of layers."""
+"""Mistakes in products, the embedding, the head and the order of layers."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,6 @@ import numpy as np
 from flax import linen as nn
 
 from llmjax.models.context import tap
-from llmjax.models.layers import LayerNorm, RMSNorm, UnitOffsetRMSNorm, WideRMSNorm, parameter, rms_normalised
 from llmjax.oracle.causes.base import (
     PROJECTIONS,
     SCHEMES,
@@ -30,7 +29,7 @@ from llmjax.oracle.causes.base import (
     weight_of,
 )
 from llmjax.oracle.floors import Change, requantized, rounded
-from llmjax.oracle.stages import Edit, Hook, Params
+from llmjax.oracle.stages import Edit, Params
 from llmjax.quant.qtensor import QTensor
 
 
@@ -54,100 +53,6 @@ _ROUNDINGS: dict[str, Change] = {
 }
 # Pairs of rows that are held against each other at most.
 _PAIRS = 1 << 25
-
-# Norms.
-
-
-class _Identity(nn.Module):
-    flat: bool = False  # the step shows all heads in one
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return tap(self, "", x.reshape(*x.shape[:2], -1) if self.flat else x).reshape(x.shape)
-
-
-class _NoMean(nn.Module):
-    """LayerNorm without taking the mean away."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = rms_normalised(x, self.eps) * parameter(self, "weight", nn.initializers.ones, x.shape[-1:])
-        if self.has_variable("params", "bias"):
-            y = y + self.get_variable("params", "bias")
-        return tap(self, "", y.astype(x.dtype))
-
-
-def _offset(module: Any, run: Any, x: Any) -> Any:
-    kind = {RMSNorm: UnitOffsetRMSNorm, WideRMSNorm: UnitOffsetRMSNorm, UnitOffsetRMSNorm: RMSNorm}.get(type(module))
-    return run(kind(module.eps) if kind else module, x)
-
-
-def _other_kind(module: Any, run: Any, x: Any) -> Any:
-    if type(module) is LayerNorm:
-        return run(_NoMean(module.eps), x)
-    return run(module, x - jnp.mean(x, -1, keepdims=True))
-
-
-_EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-4, 1e-3, 1e-2, 0.0)
-
-
-def norms(steps: Sequence[str]) -> Iterator[Cause]:
-    """Of several norms at once, where one code makes them all."""
-    mistakes: dict[tuple[str, str], Hook] = {
-        ("norm_offset", "1 + w and w are confused in all norms"): _offset,
-        ("norm_kind", "root mean square and mean-and-variance norms are confused, all of them"): _other_kind,
-        **{("norm_eps", f"epsilon is {eps:g} in all norms"): field(eps=eps) for eps in _EPSILONS},
-    }
-    for (word, detail), hook in mistakes.items():
-        yield Cause(word, detail, tuple(steps), Edit(dict.fromkeys(steps, hook)))
-
-
-def norm(scene: Scene, step: str) -> Iterator[Cause]:
-    """Of one norm."""
-    here = (step,)
-
-    def cause(word: str, detail: str, hook: Hook | None = None, params: Any = None) -> Cause:
-        return Cause(word, detail, here, Edit({step: hook} if hook else {}, params or (lambda p: p)))
-
-    missing = "qk_norm" if step.endswith(("q_norm", "k_norm")) else "norm_kind"
-    flat = scene.step == step and scene.ours.ndim == 2
-    yield cause(missing, "the norm is not applied", lambda module, run, x: run(_Identity(flat), x))
-    yield cause("norm_offset", "1 + w and w are confused", _offset)
-    yield cause("norm_kind", "root mean square and mean-and-variance norm are confused", _other_kind)
-    for eps in _EPSILONS:
-        yield cause("norm_eps", f"epsilon is {eps:g}", field(eps=eps))
-    yield cause("bias", "the norm's bias is not added", params=leaf(step, "bias", jnp.zeros_like))
-    own = weight_of(scene, step)
-    if own is None:
-        return
-    for other in (n for n in modules(scene, norms=True) if n != step):
-        weight = weight_of(scene, other)
-        if weight is not None and weight.shape == own.shape and scene.stage < scene.stages.layers:
-            yield cause("weight_swapped", f"the weight is that of {other}", params=leaf(step, "weight", always(weight)))
-    for j in other_layers(scene):
-        if (theirs := borrowed(scene, step, j, "weight")) is not None:
-            yield cause("weight_swapped", f"the weight is layer {j}'s", params=theirs)
-    yield cause("weight", "the norm's weight is left out (1)", params=leaf(step, "weight", jnp.ones_like))
-    yield cause("weight", "the norm's weight is left out (0)", params=leaf(step, "weight", jnp.zeros_like))
-    if scene.step == step and own.ndim == 1:
-        scale = scale_of(scene, step)
-        if scale is not None:
-            scaled = leaf(step, "weight", lambda w: w * scale)
-            yield cause("weight", f"the weight is scaled by {scale:.4g}", params=scaled)
-        yield from shifted(scene, step)
-    yield cause("precision", "the norm is computed in bfloat16", _narrow_norm)
-
-
-def _narrow_norm(module: Any, run: Any, x: Any) -> Any:
-    """Squares, their mean and the root in bfloat16, the weight after it."""
-    narrow = x.astype(jnp.bfloat16)
-    mean = jnp.mean(narrow * narrow, -1, keepdims=True).astype(jnp.bfloat16)
-    wanted = (narrow * jax.lax.rsqrt(mean + jnp.bfloat16(module.eps))).astype(jnp.float32)
-    # The module normalises once more, which but for rounding changes nothing.
-    return rounded(jnp.bfloat16)(run(module, wanted))
-
 
 # Products.
 
