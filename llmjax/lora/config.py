@@ -92,6 +92,9 @@ class LoraConfig:
         r.expect("bias", ("none",), "none")
         r.expect("init_lora_weights", _INIT, True)
         r.flag("fan_in_fan_out", False)  # of Conv1D layers; PEFT, too, takes no notice of it on linear ones
+        for key in ("r", "lora_alpha"):  # PEFT's defaults are for what is absent
+            if key in values and values[key] is None:
+                r.problem(f"{key}: expected a number, found None")
         for key in _OFF:
             if r.get(key) not in (None, False, [], {}):
                 r.problem(f"{key}: {shown(r.get(key))} is not supported, expected it off")

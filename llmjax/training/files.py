@@ -69,7 +69,12 @@ def read_trained(path: str | Path, model: Model) -> Adapter:
     modules = modules_of(model.architecture, model.config)
     if problems := [*file.problems, *strange_bases(file, modules, values_of(model.params))]:
         raise LoraError("\n  ".join([f"{file.path}: this adapter cannot be trained on:", *problems]))
-    begun = new_adapter(model, settings)
+    if settings.target_modules is None:
+        settings = dataclasses.replace(settings, target_modules=tuple(sorted(file.factors)))
+    try:
+        begun = new_adapter(model, settings)
+    except LoraError as error:
+        raise LoraError(f"{where}: {error}") from None
     if set(file.factors) != set(begun.factors):
         odd = min(set(file.factors) ^ set(begun.factors))
         ours = {part.module for parts in modules.values() for part in parts}

@@ -582,6 +582,16 @@ def test_it_goes_on_from_an_adapter(model, whole, tmp_path):
         llmjax.finetune(model, rows(4), dataclasses.replace(CONFIG, dora=True), start=plain)
     file = plain / "adapter_config.json"
     text = file.read_text()
+    for change, why in (
+        ({"target_modules": []}, r"targets: \(\) matches no module of this model"),
+        ({"layers_to_transform": [1]}, "targets: .* matches no module of this model"),
+        ({"lora_alpha": None}, "lora_alpha: expected a number, found None"),
+    ):
+        file.write_text(json.dumps(json.loads(text) | change))
+        with pytest.raises(LoraError, match=f"adapter_config.json: {why}"):
+            read_trained(plain, model)
+    file.write_text(json.dumps(json.loads(text) | {"target_modules": None}))  # then the file's modules are meant
+    assert set(read_trained(plain, model).factors) == set(adapter.factors)
     # Peft leaves B of MiCA as it is; and what a file says of itself comes before what its tensors look like.
     for key, value, why in (("init_lora_weights", "mica", "trains A alone"), ("bias", "lora_only", "is not supported")):
         file.write_text(json.dumps(json.loads(text) | {key: value}))
