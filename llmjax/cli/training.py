@@ -123,6 +123,7 @@ def add(verbs: Verbs) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from llmjax.training.checkpoints import expect_output
     from llmjax.training.config import TrainConfig
     from llmjax.training.loop import finetune
 
@@ -136,6 +137,7 @@ def _train(args: argparse.Namespace) -> int:
     config = TrainConfig.from_dict({name: v for name, v in given.items() if v is not None} | unlimited)
     if args.lora is not None:
         raise RequestError("--lora: an adapter to train on is given as --start")
+    expect_output(args.output)
     result = finetune(
         loading.load_model(args),
         Path(args.data),

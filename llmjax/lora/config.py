@@ -14,7 +14,7 @@ from llmjax.outside.values import INT32, POSITIVE_NUMBER, Rule, integer
 _IRRELEVANT = frozenset(
     """
     auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config inference_mode loftq_config
-    lora_dropout lora_ga_config megatron_core peft_version qalora_group_size revision task_type
+    lora_ga_config megatron_core peft_version qalora_group_size revision task_type
     """.split()
 )
 # Each changes what the adapter computes; PEFT writes them as null or false where they are off.
@@ -63,6 +63,7 @@ class LoraConfig:
       exclude_modules: as target_modules.
       layers: numbers of the layers that names in ``target_modules`` mean; None for all.
       layers_pattern: what those layers' list is called.
+      dropout: share of a factor's inputs that were dropped in training; it changes nothing of what an adapter computes.
       matcher: of the regular expressions.
     """
 
@@ -76,6 +77,7 @@ class LoraConfig:
     exclude_modules: tuple[str, ...] | str = ()
     layers: tuple[int, ...] | None = None
     layers_pattern: tuple[str, ...] = ()
+    dropout: float = 0.0
     matcher: Matcher = dataclasses.field(default_factory=Matcher, compare=False, repr=False)
 
     @classmethod
@@ -90,6 +92,9 @@ class LoraConfig:
         r.expect("bias", ("none",), "none")
         r.expect("init_lora_weights", _INIT, True)
         r.flag("fan_in_fan_out", False)  # of Conv1D layers; PEFT, too, takes no notice of it on linear ones
+        for key in ("r", "lora_alpha"):  # PEFT's defaults are for what is absent
+            if key in values and values[key] is None:
+                r.problem(f"{key}: expected a number, found None")
         for key in _OFF:
             if r.get(key) not in (None, False, [], {}):
                 r.problem(f"{key}: {shown(r.get(key))} is not supported, expected it off")
@@ -104,6 +109,7 @@ class LoraConfig:
             exclude_modules=_modules(r, "exclude_modules") or (),
             layers=_layers(r),
             layers_pattern=_patterns(r, "layers_pattern"),
+            dropout=r.get("lora_dropout") or 0.0,
         )
         if isinstance(result.target_modules, str) and (result.layers or result.layers_pattern):
             r.problem("layers_to_transform: goes with names in target_modules, not with a regular expression")

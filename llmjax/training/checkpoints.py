@@ -6,6 +6,7 @@ The file is written whole and then put in the place of the one before, so there 
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import numpy as np
 from converters.readers.safetensors import SafetensorsFile
 from llmjax.checkpoint.identity import differences
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
-from llmjax.errors import CheckpointError, OutputError, ResumeError
+from llmjax.errors import CheckpointError, OutputError, RequestError, ResumeError, lies_at
+from llmjax.outside.paths import checked_path
 from llmjax.outside.whole import whole_file
 from llmjax.training.step import State
 
@@ -51,6 +53,25 @@ class Progress:
     best_step: int = 0
     waited: int = 0
     finished: str | None = None
+
+
+def expect_output(path: str | Path) -> Path:
+    """Where a run has its output: a new folder, or one that holds a run.  To be told before long work.
+
+    Raises:
+      RequestError: something else is there.
+    """
+    folder = checked_path("output", path, RequestError)
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise RequestError(f"{folder}: expected a directory, found {lies_at(folder)}")
+    held = os.listdir(folder) if folder.is_dir() else []
+    # Beside a model's files an adapter would be taken for a part of it, by transformers for one.
+    adapter = "an adapter that no run here made"
+    taken = {"adapter_config.json": adapter, "adapter_model.safetensors": adapter, "config.json": "a model"}
+    what = next((what for name, what in taken.items() if name in held), None)
+    if what and FILE not in held:
+        raise RequestError(f"{folder}: holds {what}; name another directory")
+    return folder
 
 
 def save(folder: Path, state: State, best: Any, progress: Progress, identity: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Adapters of PEFT's form: written so that peft loads them, read to train on from."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,12 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from converters.readers.peft import CONFIG, MAGNITUDE, NAMES, WEIGHTS, open_adapter
+from converters.readers.peft import CONFIG, MAGNITUDE, NAMES, WEIGHTS, AdapterFile, open_adapter
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
 from llmjax.errors import CheckpointError, LoraError, OutputError, named
 from llmjax.lora.adapter import factor_values, modules_of, strange_bases, values_of
 from llmjax.lora.config import LoraConfig
 from llmjax.model import Model
+from llmjax.models.names import stem
 from llmjax.outside.paths import checked_path
 from llmjax.outside.whole import whole_files
 from llmjax.training.adapter import Adapter, Factors, new_adapter
@@ -47,7 +49,8 @@ def _write_factors(path: Path, factors: Factors) -> None:
 
 
 def read_trained(path: str | Path, model: Model) -> Adapter:
-    """An adapter of PEFT's form, to train on.
+    """An adapter of PEFT's form, to train on.  Its modules keep the names they have there: those of a text model's
+    class, say, where the base is a whole one's.
 
     Raises:
       LoraError: it is missing, damaged, of a kind that is not supported, or made for another model.
@@ -62,13 +65,20 @@ def read_trained(path: str | Path, model: Model) -> Adapter:
     settings = LoraConfig.from_peft(file.config, str(where))  # what it refuses says more than the tensors of it do
     if file.config.get("init_lora_weights") == "mica":
         raise LoraError(f"{where}: init_lora_weights: 'mica' trains A alone, while here A and B are; merge it first")
+    model = _named_as(file, model)
     modules = modules_of(model.architecture, model.config)
     if problems := [*file.problems, *strange_bases(file, modules, values_of(model.params))]:
         raise LoraError("\n  ".join([f"{file.path}: this adapter cannot be trained on:", *problems]))
-    begun = new_adapter(model, settings)
+    if settings.target_modules is None:
+        settings = dataclasses.replace(settings, target_modules=tuple(sorted(file.factors)))
+    try:
+        begun = new_adapter(model, settings)
+    except LoraError as error:
+        raise LoraError(f"{where}: {error}") from None
     if set(file.factors) != set(begun.factors):
         odd = min(set(file.factors) ^ set(begun.factors))
-        which = "target_modules does not name it" if odd in modules else "this model has no projection of that name"
+        ours = {part.module for parts in modules.values() for part in parts}
+        which = "target_modules does not name it" if odd in ours else "this model has no projection of that name"
         which = which if odd in file.factors else "the file has no factors of it"
         raise LoraError(f"{file.path}: module {named(odd)}: {which}")
     factors: Factors = {}
@@ -86,6 +96,15 @@ def read_trained(path: str | Path, model: Model) -> Adapter:
             values = factor_values(file, names[side], what)
             factors[target.module][side] = jnp.asarray(values)
     return begun.replace(factors)
+
+
+def _named_as(file: AdapterFile, model: Model) -> Model:
+    """The model with its layers' modules called as in a file, if that has one name for what is before them."""
+    modules = modules_of(model.architecture, model.config)
+    begin = {name.removesuffix(stem(name)) for name in file.factors if stem(name) in modules and name != stem(name)}
+    if len(begin) != 1:
+        return model
+    return dataclasses.replace(model, architecture=dataclasses.replace(model.architecture, modules=begin.pop()))
 
 
 def _peft_config(adapter: Adapter, base: str) -> Mapping[str, Any]:

@@ -16,7 +16,6 @@ from llmjax.errors import ConfigError, LoraError, OutputError, RequestError, Res
 from llmjax.lora.apply import has_lora
 from llmjax.model import Model
 from llmjax.outside.interrupts import Interrupts
-from llmjax.outside.paths import checked_path
 from llmjax.outside.whole import locked, make_folder
 from llmjax.runtime.memory import size, weight_bytes
 from llmjax.text.dates import Date
@@ -123,7 +122,7 @@ def finetune(
     Raises:
       ConfigError: a setting is wrong.
       LoraError: a target matches nothing, or ``start`` does not fit.
-      RequestError: no row can be learned from.
+      RequestError: no row can be learned from, or ``output`` is none.
       TrainingError: a loss or a gradient is not finite; the step and the rows are named.
       ResumeError: ``output`` holds another run.
       OutputError: ``output`` cannot be written.
@@ -133,6 +132,7 @@ def finetune(
     config = TrainConfig() if config is None else config
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"config: expected a TrainConfig, found {shown(config)}")
+    folder = None if output is None else checkpoints.expect_output(output)
     if has_lora(model.params):
         raise ConfigError(f"{model.path}: it has an adapter beside its weights; load it without, and give it as start")
     if config.eval_every and eval_rows is None:
@@ -146,9 +146,11 @@ def finetune(
         )
     if start is not None and (idle := [n for n in _OF_THE_START if getattr(config, n) != getattr(_PLAIN, n)]):
         note(f"{', '.join(idle)}: not used, for {start} says rank, scale and modules")
+    if start is not None and adapter.settings.dropout != config.dropout:
+        said = shown(adapter.settings.dropout)
+        note(f"dropout: {config.dropout:g}, while {start} was trained with lora_dropout {said}")
     run = _Run(model, adapter, config, _data(model, rows, config, "rows", date),
-               None if eval_rows is None else _data(model, eval_rows, config, "eval", date),
-               None if output is None else checked_path("output", output, OutputError))  # fmt: skip
+               None if eval_rows is None else _data(model, eval_rows, config, "eval", date), folder)  # fmt: skip
     if start is None and config.targets == ALL_LINEAR and (stacks := stacks_of(model)):
         note(f"targets: all-linear leaves {len(stacks)} stacks of experts as they are ({stacks[0]} ...)")
     for name in idle_excludes(model, config.exclude) if start is None else ():
@@ -218,11 +220,12 @@ class _Run:
         """Goes on to the end.
 
         Raises:
-          OutputError: the output's folder cannot be made, or written to.
+          RequestError: the output's folder cannot be made.
+          OutputError: it cannot be written to.
         """
         if self.output is None:
             return self._finish(report, note)
-        make_folder(self.output, OutputError)
+        make_folder(self.output, RequestError)
         with contextlib.ExitStack() as stack:
             with _told(self.output / METRICS):
                 stack.enter_context(locked(self.output / METRICS))
@@ -307,11 +310,6 @@ class _Run:
                 raise ResumeError(f"{metrics}: damaged: {error}; delete {self.output} to begin anew") from None
             note(f"{self.output}: goes on after step {self.state.step} of {self.steps}")
         else:
-            # Beside a model's files an adapter would be taken for a part of it, by transformers for one.
-            adapter, held = "an adapter that no run here made", os.listdir(self.output)
-            taken = {"adapter_config.json": adapter, "adapter_model.safetensors": adapter, "config.json": "a model"}
-            if what := next((what for name, what in taken.items() if name in held), None):
-                raise OutputError(f"{self.output}: holds {what}; name another directory")
             with _told(metrics):
                 metrics.write_bytes(b"")
         return identity

@@ -271,10 +271,11 @@ def test_an_output_that_cannot_be_is_told_before_long_work(capsys, monkeypatch, 
     for words, message in (
         (("trace", "--ids", "1", "--output", there), "exists; expected a new directory"),
         (("vectors", "--output", there), "exists; expected a new directory"),
+        (("lora", "train", "--data", "d", "--output", f"{there}/x"), "there/x: expected a directory, found a file"),
         (("compare", "d", "--html", there), "expected a file to write to, found a directory"),
         (("compare", "d", "--junit", there), "expected a file to write to, found a directory"),
     ):
-        code, err = failing(capsys, words[0], "--model", "x", *words[1:])
+        code, err = failing(capsys, *words, "--model", "x")
         assert code == 2 and message in err, words
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import llmjax
 from llmjax import ConfigError, LoraError, RequestError, ResumeError, TrainConfig, TrainingError, training
@@ -416,9 +417,11 @@ def test_targets(model, tmp_path):
     kept, made = ({t.module: (t.rank, t.scale) for t in a.targets} for a in (again, adapter))
     assert kept == made and set(kept.values()) == {(4, 1.0), (2, 1.0)}
     mixture, notes = llmjax.load(FOLDER / "qwen3_moe"), []  # peft's all-linear means its experts, too
-    with pytest.raises(OutputError, match="holds an adapter"):
+    (tmp_path / "lock").mkdir()
+    (tmp_path / "lock/metrics.jsonl.lock").write_text("mine")
+    with pytest.raises(ResumeError, match="a file that is no lock"):  # before anything is compiled
         llmjax.finetune(
-            mixture, [{"ids": [5, 6]}], TrainConfig(targets="all-linear"), output=tmp_path, note=notes.append
+            mixture, [{"ids": [5, 6]}], TrainConfig(targets="all-linear"), output=tmp_path / "lock", note=notes.append
         )
     assert notes == ["targets: all-linear leaves 9 stacks of experts as they are (layers.0.experts.down.weight ...)"]
     text = json.loads((FOLDER / "gemma3n_cond" / "config.json").read_text())["text_config"]
@@ -514,13 +517,42 @@ def test_a_loop_of_ones_own(tmp_path, monkeypatch, capsys):
 def test_no_adapter_is_written_over(model, whole, tmp_path):
     _, folder = whole
     (tmp_path / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
-    with pytest.raises(llmjax.LlmjaxError, match="holds an adapter that no run here made"):
+    with pytest.raises(RequestError, match="holds an adapter that no run here made"):
         llmjax.finetune(model, rows(4), CONFIG, output=tmp_path)
     (tmp_path / "adapter_config.json").rename(tmp_path / "config.json")
-    with pytest.raises(llmjax.LlmjaxError, match="holds a model; name another directory"):
+    with pytest.raises(RequestError, match="holds a model; name another directory"):
         llmjax.finetune(model, rows(4), CONFIG, output=tmp_path)
-    with pytest.raises(llmjax.LlmjaxError, match="config.json: expected a directory, found a file"):
+    with pytest.raises(RequestError, match="config.json: expected a directory, found a file"):
         llmjax.finetune(model, rows(4), CONFIG, output=tmp_path / "config.json")
+    with pytest.raises(RequestError, match="inside: cannot be made: Not a directory"):
+        llmjax.finetune(model, rows(4), CONFIG, output=tmp_path / "config.json" / "inside")
+
+
+def test_names_of_another_class(tmp_path):
+    """An adapter of the text model's own class goes on beside the whole model, under the names it has."""
+    model = llmjax.load(FOLDER / "ministral3_cond")
+    layer = "model.language_model.layers.1.self_attn.q_proj"
+    settings = TrainConfig(targets=("q_proj", "lm_head"), rank_pattern={layer: 3}).lora
+    save_adapter(new_adapter(model, settings), tmp_path / "whole")
+    (tmp_path / "text").mkdir()
+    tensors = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    text = {name.replace(".language_model.", "."): values for name, values in tensors.items()}
+    save_file(text, tmp_path / "text" / "adapter_model.safetensors")
+    said = (tmp_path / "whole" / "adapter_config.json").read_text().replace(".language_model.", ".")
+    (tmp_path / "text" / "adapter_config.json").write_text(said)
+    whole, own = (read_trained(tmp_path / name, model) for name in ("whole", "text"))
+    assert [t.parts for t in own.targets] == [t.parts for t in whole.targets]
+    assert [(t.rank, t.scale) for t in own.targets] == [(t.rank, t.scale) for t in whole.targets]
+    assert {t.rank for t in own.targets} == {8, 3}
+    save_adapter(own, tmp_path / "again")
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert again.keys() == text.keys() and all(np.array_equal(again[name], text[name]) for name in text)
+    assert read_trained(tmp_path / "again", model).names == own.names
+    config = json.loads(said)
+    config["target_modules"] = [name for name in config["target_modules"] if ".layers.1." not in name]
+    (tmp_path / "text" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(LoraError, match=r"model.layers.1.self_attn.q_proj: target_modules does not name it"):
+        read_trained(tmp_path / "text", model)
 
 
 def test_it_goes_on_from_an_adapter(model, whole, tmp_path):
@@ -540,13 +572,26 @@ def test_it_goes_on_from_an_adapter(model, whole, tmp_path):
     with pytest.raises(LoraError, match=r"self_attn.\w_proj: lora_A: NaN or infinite values"):
         read_trained(save_adapter(adapter, tmp_path / "bad"), model)
     plain, notes = save_adapter(new_adapter(model, CONFIG.lora), tmp_path), []
+    said = json.loads((plain / "adapter_config.json").read_text())
+    (plain / "adapter_config.json").write_text(json.dumps(said | {"lora_dropout": 0.1}))
     llmjax.finetune(model, rows(1), dataclasses.replace(CONFIG, alpha=3, exclude="q_proj"), start=plain,
                     note=notes.append)  # fmt: skip
     assert notes[0] == f"rank, alpha, exclude: not used, for {plain} says rank, scale and modules"
+    assert notes[1] == f"dropout: 0, while {plain} was trained with lora_dropout 0.1"
     with pytest.raises(ConfigError, match="dora: the adapter to start from has no magnitudes"):
         llmjax.finetune(model, rows(4), dataclasses.replace(CONFIG, dora=True), start=plain)
     file = plain / "adapter_config.json"
     text = file.read_text()
+    for change, why in (
+        ({"target_modules": []}, r"targets: \(\) matches no module of this model"),
+        ({"layers_to_transform": [1]}, "targets: .* matches no module of this model"),
+        ({"lora_alpha": None}, "lora_alpha: expected a number, found None"),
+    ):
+        file.write_text(json.dumps(json.loads(text) | change))
+        with pytest.raises(LoraError, match=f"adapter_config.json: {why}"):
+            read_trained(plain, model)
+    file.write_text(json.dumps(json.loads(text) | {"target_modules": None}))  # then the file's modules are meant
+    assert set(read_trained(plain, model).factors) == set(adapter.factors)
     # Peft leaves B of MiCA as it is; and what a file says of itself comes before what its tensors look like.
     for key, value, why in (("init_lora_weights", "mica", "trains A alone"), ("bias", "lora_only", "is not supported")):
         file.write_text(json.dumps(json.loads(text) | {key: value}))
