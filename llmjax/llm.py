@@ -60,7 +60,7 @@ class LLM(Asking):
       chat_template_kwargs: see ``ChatOptions``; a call's own win.
       fold_system: put system messages into the user's first, for templates that refuse them.
       loading: for a path alone, whatever ``llmjax.load`` takes: ``dtype``, ``quantize``, ``config``, ``lora``,
-        ``lora_mode``, ``check_finite``, ``random_weights``.
+        ``lora_mode``, ``check_finite``, ``random_weights``, ``context_length``, ``mesh``.
 
     Raises:
       RequestError: a loaded model with a parameter of ``llmjax.load`` that would want it loaded again, or a

@@ -111,12 +111,13 @@ class LlmInference:
         """Tokens left for an answer to ``text``."""
         llm = self._open()
         tokens = len(llm.tokenizer.encode(text))
-        room = min(self._options.max_tokens, llm.model.context_length) - tokens
+        most, context = self._options.max_tokens, llm.model.context_length
+        room = min(most, context) - tokens
         if room < 1:
             raise RequestError(
-                f"prompt: {tokens} tokens leave no room for an answer within max_tokens {self._options.max_tokens} "
-                f"(prompt and output together) and the model's context of {llm.model.context_length}; "
-                "shorten it, or raise max_tokens"
+                f"prompt: {tokens} tokens leave no room for an answer within max_tokens {most} "
+                f"(prompt and output together) and the model's context of {context}; "
+                f"shorten it{', or raise max_tokens' if tokens < context else ''}"
             )
         return room
 
