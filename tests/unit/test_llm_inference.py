@@ -44,6 +44,12 @@ def test_more_tokens_are_advised_where_they_help(task):
             LlmInference(task._options, llm)._room("word " * 40)
 
 
+@pytest.mark.parametrize("name", ["result_listener", "error_listener"])
+def test_a_listener_is_a_function(name):
+    with pytest.raises(RequestError, match=f"{name}: expected a function, found 5"):
+        LlmInference.create_from_options(LlmInferenceOptions("m", **{name: 5}))
+
+
 def with_listeners(task, **listeners):
     other = LlmInference(dataclasses.replace(task._options, **listeners), task._llm)
     return other
