@@ -51,9 +51,9 @@ def _add_compare(verbs: Verbs) -> None:
         "--class",
         dest="arithmetic",
         metavar="CLASS[,CLASS]",
-        help="what alone, or together, may explain differences: float32, gelu16, cache_float16, cache16, float16, "
-        "bfloat16, static_int16, static_int8, cache_int8, cache_float8, cache_int4, block_int8, int8, dynamic_int8, "
-        "float8, int4 (default: what the dump declares, else the narrowest that holds)",
+        help="what alone, or together, may explain differences: float32, gelu16, cache_float16, cache16, tf32, "
+        "float16, bfloat16, static_int16, static_int8, cache_int8, cache_float8, cache_int4, block_int8, int8, "
+        "dynamic_int8, float8, int4, int3, int2 (default: what the dump declares, else the narrowest that holds)",
     )
     compare.add_argument("--texts", type=int, metavar="N", help="of a file of several texts, the first N alone")
     compare.add_argument(
