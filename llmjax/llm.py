@@ -13,7 +13,7 @@ from llmjax.lora.adapter import AnyLora
 from llmjax.lora.resident import with_adapters
 from llmjax.model import Model
 from llmjax.models.interventions import Interventions
-from llmjax.outside.values import POSITIVE, check, plain
+from llmjax.outside.values import FLAG, POSITIVE, check, plain
 from llmjax.runtime.asking import Asking, ChatOptions, Message, Params, Prompt, for_each, listed, prompt_list
 from llmjax.runtime.decode import BURST
 from llmjax.runtime.engine import Engine, Update
@@ -60,11 +60,11 @@ class LLM(Asking):
       chat_template_kwargs: see ``ChatOptions``; a call's own win.
       fold_system: put system messages into the user's first, for templates that refuse them.
       loading: for a path alone, whatever ``llmjax.load`` takes: ``dtype``, ``quantize``, ``config``, ``lora``,
-        ``lora_mode``, ``check_finite``, ``random_weights``.
+        ``lora_mode``, ``check_finite``, ``random_weights``, ``context_length``, ``mesh``.
 
     Raises:
-      RequestError: a loaded model with a parameter of ``llmjax.load`` that would want it loaded again, or a
-        ``logits_processor`` that is none.
+      RequestError: an option out of range, a loaded model with a parameter of ``llmjax.load`` that would want it
+        loaded again, or a ``logits_processor`` that is none.
       LlmjaxError: see ``llmjax.load``.
     """
 
@@ -90,6 +90,8 @@ class LLM(Asking):
         **loading: Unpack[LoadOptions],
     ):
         check("max_batch", max_batch := plain(max_batch), POSITIVE)
+        check("truncate_prompt", truncate_prompt := plain(truncate_prompt), FLAG)
+        check("enable_prefix_caching", enable_prefix_caching := plain(enable_prefix_caching), FLAG)
         model = as_asked(model, numerics, loading).intervened(interventions)
         if loras:
             model = with_adapters(model, loras)
@@ -199,6 +201,7 @@ class LLM(Asking):
 
         Raises:
           RequestError: before anything runs, naming the prompt by its place.
+          TokenizerError: a text, for a model without a tokenizer.
           NoRoomError: a prompt and its answer do not fit the memory.
           CheckpointError: the model computes NaN for one, whose place is named.
         """
@@ -258,6 +261,7 @@ class LLM(Asking):
 
         Raises:
           RequestError: before anything runs, naming the conversation by its place.
+          TokenizerError: there is no tokenizer or no chat template, or a broken one.
           NoRoomError: a conversation and its answer do not fit the memory.
         """
         found = listed(messages, "messages", "a list of messages, or a list of those")

@@ -13,7 +13,7 @@ from llmjax.llm import LLM
 from llmjax.lora.adapter import AnyLora, checked_lora, read_adapter, values_of
 from llmjax.lora.apply import beside, with_loras
 from llmjax.numerics import FAST
-from llmjax.outside.values import POSITIVE, check, each, integer, one_of, settle
+from llmjax.outside.values import POSITIVE, Rule, check, each, integer, one_of, settle
 from llmjax.runtime.params import SamplingParams
 
 ResultListener = Callable[[str, bool], None]
@@ -111,12 +111,13 @@ class LlmInference:
         """Tokens left for an answer to ``text``."""
         llm = self._open()
         tokens = len(llm.tokenizer.encode(text))
-        room = min(self._options.max_tokens, llm.model.context_length) - tokens
+        most, context = self._options.max_tokens, llm.model.context_length
+        room = min(most, context) - tokens
         if room < 1:
             raise RequestError(
-                f"prompt: {tokens} tokens leave no room for an answer within max_tokens {self._options.max_tokens} "
-                f"(prompt and output together) and the model's context of {llm.model.context_length}; "
-                "shorten it, or raise max_tokens"
+                f"prompt: {tokens} tokens leave no room for an answer within max_tokens {most} "
+                f"(prompt and output together) and the model's context of {context}; "
+                f"shorten it{', or raise max_tokens' if tokens < context else ''}"
             )
         return room
 
@@ -223,6 +224,8 @@ def _check(options: LlmInferenceOptions) -> None:
         check(name, getattr(options, name), integer(least))
     ranks = each(POSITIVE, "positive integers", kinds=(tuple, list, set, frozenset))
     check("supported_lora_ranks", options.supported_lora_ranks, ranks)
+    for name in ("result_listener", "error_listener"):
+        check(name, getattr(options, name), Rule("a function", lambda v: v is None or callable(v)))
     backend = options.preferred_backend
     check("preferred_backend", backend, one_of(*BACKENDS, None))
     if backend not in (None, platform_of()):

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +113,9 @@ class Model:
     generation_file: str = "generation_config.json"
     interventions: Interventions = dataclasses.field(default_factory=dict)
     dtype: str | None = None
+
+    # What else messages advise where a text is longer than the context.
+    longer_context: ClassVar[str] = ", or load the model with a longer one (context_length, --context-length)"
 
     def __repr__(self) -> str:
         stored = self.stored()
@@ -297,7 +300,8 @@ def check_ids(ids: Sequence[int], model: Model, what: str) -> np.ndarray:
         raise RequestError(f"{what}: expected a list of token ids, found {shown(ids)}")
     if len(array) > model.context_length:
         raise RequestError(
-            f"{what}: {len(array)} tokens, longer than the model's context of {model.context_length}; shorten it"
+            f"{what}: {len(array)} tokens, longer than the model's context of {model.context_length}; "
+            f"shorten it{model.longer_context}"
         )
     wrong = array[(array < 0) | (array >= model.config.vocab_size)]
     if wrong.size:

@@ -176,7 +176,10 @@ def _read_index(path: Path) -> dict[str, str]:
     index = read_json(path) or {}
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{path}: expected a non-empty object 'weight_map' from tensor names to file names")
+        advice = "" if path.name.endswith(".index.json") else "; it is no index of weights: name the model's directory"
+        raise CheckpointError(
+            f"{path}: expected a non-empty object 'weight_map' from tensor names to file names{advice}"
+        )
     tricks = [s for s in sorted(set(weight_map.values())) if s in ("", ".", "..") or any(c in s for c in "/\\:\0")]
     if tricks:
         raise problems_error(

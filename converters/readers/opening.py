@@ -37,7 +37,10 @@ def open_source(path: str | Path) -> Source:
         raise CheckpointError(f"{path}: cannot read it: {error.strerror}") from None
     if glob.has_magic(str(path)):
         found = "no file matches this pattern"
-    raise CheckpointError(f"{path}: {found}; expected a model directory, a *.gguf file or weights files")
+    wanted = "a model directory, a *.gguf file or weights files"
+    if len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists():  # a name on Hugging Face's hub?
+        wanted += f"; llmjax downloads nothing, 'hf download {path} --local-dir FOLDER' does"
+    raise CheckpointError(f"{path}: {found}; expected {wanted}")
 
 
 def is_graph(path: Path) -> bool:

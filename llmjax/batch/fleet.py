@@ -8,11 +8,11 @@ they have come back and are written: those of a worker that died are sent again.
 
 import collections
 import dataclasses
-import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from llmjax import __version__
 from llmjax.batch.answering import Task, is_done
 from llmjax.batch.cluster import Cluster, last_line, room
 from llmjax.batch.identity import without_path
@@ -213,7 +213,7 @@ class Fleet:
     def _greeted(self, member: _Member, greeting: Greeting) -> None:
         if greeting.problem:
             raise RequestError(f"the worker on {greeting.node} cannot begin: {greeting.problem}")
-        mine, theirs = importlib.metadata.version("llmjax"), greeting.identity["runtime_version"]
+        mine, theirs = __version__, greeting.identity["runtime_version"]
         if mine != theirs:
             raise RequestError(
                 f"the worker on {greeting.node} has llmjax {theirs}, and this process {mine}; "

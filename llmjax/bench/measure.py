@@ -320,7 +320,7 @@ def _settings(bench: Runner, costs: Costs, options: Options) -> Iterator[_Settin
         if tokens + new > context_length:
             raise RequestError(
                 f"{tokens} tokens and {new} new ones are more than the model's context of {context_length}; "
-                "measure fewer (--prompt-lengths, --context, --output-length)"
+                f"measure fewer (--prompt-lengths, --context, --output-length){bench.engine.model.longer_context}"
             )
     for tokens in options.prompt_lengths:
         length = bench.length(tokens + new)

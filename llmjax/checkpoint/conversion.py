@@ -1,7 +1,6 @@
 """A checkpoint into llmjax's or Hugging Face's form, tensor by tensor, whole or not at all."""
 
 import contextlib
-import importlib.metadata
 import json
 import math
 import shutil
@@ -17,6 +16,7 @@ from converters.readers import digest
 from converters.readers.llmjax_directory import PARTS, VERSION, WEIGHTS, LlmjaxSource
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.source import Source
+from llmjax import __version__
 from llmjax.checkpoint.ends import end_tokens
 from llmjax.checkpoint.graph_source import GraphSource
 from llmjax.checkpoint.loading import check_dtype, read_tokenizer
@@ -95,7 +95,7 @@ def convert(
 def _made_from(source: Source, adapter: Adapter | None) -> str:
     """For the metadata of the weights file, as JSON: SHA-256 of the source's files (``digest.sha256``) and of the
     adapter's, and the version that wrote it."""
-    facts: dict[str, Any] = {"sha256": digest.sha256(source.files), "llmjax": importlib.metadata.version("llmjax")}
+    facts: dict[str, Any] = {"sha256": digest.sha256(source.files), "llmjax": __version__}
     if adapter is not None:
         facts["adapter"] = {"sha256": digest.sha256(adapter.files), **adapter.options}
     return json.dumps(facts)

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from converters.readers import digest
+from llmjax import __version__
 from llmjax.checkpoint.hashes import array_sha256
 from llmjax.device import device_of, wants_kernels
 from llmjax.lora.apply import Lora
@@ -97,7 +98,7 @@ def runtime_facts(params: Any = None) -> dict[str, Any]:
     """What computes with these parameters: llmjax under what, and on which machine; compiled programs differ with the
     processor, with ``xla_flags``, where the environment has any, and on a card without ``kernels``."""
     device = device_of(params)
-    versions = {name: importlib.metadata.version(name) for name in ("llmjax", "jax", "jaxlib")}
+    versions = {"llmjax": __version__} | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
     return {
         "runtime": "llmjax",
         "runtime_version": versions["llmjax"],

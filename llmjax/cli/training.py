@@ -67,7 +67,7 @@ _FLAGS: dict[str, tuple[Any, str, str]] = {
     "beta": (float, "B", "of --dpo: how dear it is to go away from the base (default 0.1)"),
     "optimizer": (str, "NAME", "adamw, lion, sgd, rmsprop or adafactor (default adamw)"),
     "learning_rate": (float, "RATE", "the highest (default 2e-4)"),
-    "betas": (_pair, "B,B", "of adamw and lion (default 0.9,0.999)"),
+    "betas": (_pair, "B,B", "of adamw and lion; the second is rmsprop's decay (default 0.9,0.999)"),
     "eps": (float, "E", "of adamw and rmsprop (default 1e-8)"),
     "momentum": (float, "M", "of sgd (default 0)"),
     "weight_decay": (float, "W", "default 0"),

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +98,8 @@ class GraphModel(Model):
     """
 
     signatures: GraphModule | None = None
+
+    longer_context: ClassVar[str] = ""  # its caches are as long as they are
 
     @property
     def module(self) -> GraphModule:

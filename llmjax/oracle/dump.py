@@ -196,9 +196,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
     except CheckpointError as error:
         raise RequestError(_line(error)) from None
     if manifest is None:
+        is_model = (folder / "config.json").exists()
         raise RequestError(
             f"{folder}: manifest.json is missing; a dump names at least the token ids that it was made of: "
-            '{"token_ids": [...]}'
+            f'{{"token_ids": [...]}}{"; a model is compared by --candidate-model" if is_model else ""}'
         )
     _check_manifest(str(folder / "manifest.json"), manifest)
     return manifest

@@ -40,19 +40,33 @@ class HiddenStates:
     Attributes:
       path: a folder with ``TAP.npy`` ``[tokens, ...]`` of all texts one after the other, ``token_ids.npy``
         ``[tokens]``, ``rows.npy`` ``[texts + 1]``, where each text begins, and ``manifest.json``.
+
+    Raises:
+      RequestError: no path; and, when something is asked for, a folder that ``hidden_states`` did not write.
     """
 
     path: Path
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", checked_path("path", self.path, RequestError))
+
+    def _read(self, name: str, read: Callable[[Path], Any]) -> Any:
+        path = self.path / name
+        try:
+            return read(path)
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise RequestError(f"{path}: cannot be read, expected a folder of hidden_states: {why}") from None
+
     @functools.cached_property
     def rows(self) -> np.ndarray:
         """int64 ``[texts + 1]``: text i is ``[rows[i] : rows[i + 1]]`` of every array."""
-        return np.asarray(np.load(self.path / "rows.npy"))
+        return np.asarray(self._read("rows.npy", np.load))
 
     @functools.cached_property
     def manifest(self) -> dict[str, Any]:
         """What was computed, of what and on what."""
-        found: dict[str, Any] = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = self._read("manifest.json", lambda path: json.loads(path.read_text(encoding="utf-8")))
         return found
 
     @property
@@ -67,7 +81,7 @@ class HiddenStates:
         """One tap's values of all texts ``[tokens, ...]``, or ``token_ids``, mapped into memory."""
         if name not in (*self.taps, "token_ids"):
             raise RequestError(f"{self.path}: holds no {shown(name)}; there are {', '.join(self.taps)}")
-        return np.asarray(np.load(self.path / f"{name}.npy", mmap_mode="r"))
+        return np.asarray(self._read(f"{name}.npy", functools.partial(np.load, mmap_mode="r")))
 
     def row(self, text: int) -> dict[str, np.ndarray]:
         """Each tap's values of one text ``[T, ...]``."""

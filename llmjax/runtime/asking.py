@@ -183,7 +183,7 @@ class Asking:
         if not self.truncate_prompt:
             raise TooLongError(
                 f"prompt: {len(ids)} tokens, longer than the model's context of {context} less one for the answer; "
-                "shorten it, or ask for truncation (truncate_prompt, --truncate-prompt)"
+                f"shorten it, or ask for truncation (truncate_prompt, --truncate-prompt){self.model.longer_context}"
             )
         room = min(max_tokens or context, max(1, context // _ANSWER_PART))
         bos = ids[:1] if ids[0] == (self.model.tokenizer and self.model.tokenizer.bos_id) else []

@@ -359,7 +359,10 @@ def _example(number: int, segments: Segments, model: Model, longest: int) -> Exa
     ids = [token for part, _ in segments for token in part]
     learned = [flag for part, flag in segments for _ in part]
     if len(ids) > longest:
-        raise RequestError(f"{len(ids)} tokens, longer than {longest}")
+        whole = f"the model's context; shorten it{model.longer_context}"
+        raise RequestError(
+            f"{len(ids)} tokens, longer than {longest}, {whole if longest == model.context_length else 'max_length'}"
+        )
     found = Example(number, check_ids(ids, model, "ids"), np.array(learned, bool) & (np.arange(len(ids)) > 0))
     if not found.tokens:
         raise RequestError("no token to learn: nothing comes before the first, and the others are not marked")

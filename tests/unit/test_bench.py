@@ -102,7 +102,7 @@ def test_probes_are_positive():
     [
         ({"in_use": (9,)}, "at most the 8 there are"),
         ({"prompt_lengths": (0,)}, "prompt length: expected a positive"),
-        ({"contexts": (190,)}, "model's context of 200"),
+        ({"contexts": (190,)}, r"model's context of 200; measure fewer .*, or load the model with a longer one"),
         ({"contexts": (50,), "caches": (60,)}, "cache: 60 positions do not hold 50 tokens and 32"),
         ({"profile": Path(__file__)}, "test_bench.py: expected a directory, found"),
         ({"profile": Path(__file__) / "p"}, "p: cannot be made: Not a directory"),

@@ -1048,3 +1048,16 @@ def test_a_residual_around_what_is_no_attention_or_no_mlp(case, step, given, det
     report = llmjax.compare(model, dataclasses.replace(wrong, manifest={"token_ids": IDS, "dtype": "float32"}))
     assert told(report) == [(f"layers.0.{step}", "residual")]
     assert report.faults[0]["causes"][0]["detail"] == detail
+
+
+def test_a_model_in_place_of_a_dump_is_told(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RequestError, match="manifest.json is missing; .*; a model is compared by --candidate-model"):
+        dumps.open_dump(tmp_path)
+
+
+def test_help_names_all_classes(capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"may explain differences: {', '.join(CLASSES)} (default" in text

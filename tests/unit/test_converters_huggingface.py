@@ -122,6 +122,10 @@ def test_paths_that_are_no_checkpoint(tmp_path, model):
     assert refused(tmp_path / "none") == [
         f"{tmp_path}/none: no such file or directory; expected a model directory, a *.gguf file or weights files"
     ]
+    (message,) = refused("google/gemma-2b")
+    assert message.endswith("; llmjax downloads nothing, 'hf download google/gemma-2b --local-dir FOLDER' does")
+    (message,) = refused(model / "config.json")
+    assert message.endswith("it is no index of weights: name the model's directory")
     assert "no file matches this pattern" in refused(tmp_path / "*.safetensors")[0]
     (tmp_path / "x.txt").write_text("x")
     assert "x.txt: unknown kind of weights file" in refused(tmp_path / "x.txt")[0]

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import llmjax
 from llmjax import LLM, CheckpointError, RequestError, SamplingParams
 from llmjax.models.watched import Program
 from llmjax.runtime.engine import Engine
 from tests.programs import engine_programs
-from tests.tiny import random_ids, random_model, roomy, slow
+from tests.tiny import checkpoint, random_ids, random_model, roomy, slow
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +245,7 @@ def test_output_ends_at_the_context(llm):
     ("prompt", "message"),
     [
         ([], "prompt: empty"),
-        (list(range(200)), "200 tokens, longer than the model's context of 200"),
+        (list(range(200)), "200 tokens, longer than the model's context of 200 .*, or load the model with a longer"),
         ([1, 600], "token id 600 is outside the vocabulary"),
         ([1, -1], "token id -1 is outside the vocabulary"),
     ],
@@ -255,6 +256,13 @@ def test_bad_prompts(llm, prompt, message):
     if prompt:
         with pytest.raises(RequestError, match="prompt 1: "):
             llm.generate([[1], prompt])
+
+
+def test_a_longer_context_is_advised_where_it_helps(model, tmp_path):
+    with pytest.raises(RequestError, match=r"row 0: 201 tokens, .* 200; shorten it, or load .* \(context_length, --"):
+        model.logits([[1] * 201])
+    longer = llmjax.load(checkpoint(tmp_path / "model"), context_length=300)
+    assert longer.logits([[1] * 201])[0].shape == (201, 600)
 
 
 def test_truncated_prompt_keeps_its_end(model):

@@ -140,3 +140,16 @@ def test_what_is_no_number_has_no_gradients():
         llmjax.trace(MODEL, TEXTS[0], "embed", gradients_of=lambda logits: logits[-1])
     with pytest.raises(RequestError, match="gradients_of: expected a function of the logits, found 'logits'"):
         llmjax.trace(MODEL, TEXTS[0], "embed", gradients_of="logits")
+
+
+def test_a_folder_is_opened_again_by_its_name(states, tmp_path):
+    again = llmjax.HiddenStates(str(states.path))
+    assert len(again) == len(TEXTS) and again.taps == states.taps
+    with pytest.raises(RequestError, match="path: expected a path, found 5"):
+        llmjax.HiddenStates(5)
+    for ask in (len, lambda found: found.taps, lambda found: found.row(0)):
+        with pytest.raises(RequestError, match="cannot be read, expected a folder of hidden_states: No such file"):
+            ask(llmjax.HiddenStates(tmp_path))
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(RequestError, match="manifest.json: cannot be read"):
+        llmjax.HiddenStates(tmp_path).taps  # noqa: B018

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import pickle
 import shutil
@@ -93,6 +94,20 @@ def test_every_shard_and_the_index(folder, tmp_path):
     assert first["weights_from"] == "files" and write() == first
     assert changed(first, write(change=1.0)) == {"weights_sha256"}
     assert changed(first, write(note="x")) == {"weights_sha256"}
+
+
+def test_a_checkout_that_is_not_installed_knows_its_version(monkeypatch):
+    """Of a package's metadata there is none then."""
+    installed = importlib.metadata.version
+
+    def version(name):
+        if name == "llmjax":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = runtime_facts()
+    assert found["runtime_version"] == found["versions"]["llmjax"] == llmjax.__version__
 
 
 def test_what_changes_a_number_changes_its_field(folder, tmp_path):

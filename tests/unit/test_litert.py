@@ -388,6 +388,8 @@ def test_what_a_graph_says_of_itself(model, stored):
     assert model.tokenizer is None and model.numerics.label == "litert"
     with pytest.raises(RequestError, match="row 0: prefill: expected 0 to 3, its length, found 4"):
         model.logits([[1, 2, 3]], prefill=4)
+    with pytest.raises(RequestError, match="row 0: 65 tokens, longer than the model's context of 64; shorten it$"):
+        model.logits([[1] * 65])
     with pytest.raises(ConfigError, match="dtype, quantize: an op graph is run as it is"):
         llmjax.load(model.path, dtype="float32", quantize="int8")
     with pytest.raises(ConfigError, match="mediapipe_cpu is not about op graphs"):

@@ -109,3 +109,9 @@ def test_mediapipes_face_takes_numerics(folder):
     for options, expected in (({}, "fast"), ({"numerics": "reference"}, "reference")):
         with LlmInference.create_from_options(LlmInferenceOptions(str(folder), **options)) as task:
             assert task._llm.model.numerics.name == expected
+
+
+@pytest.mark.parametrize("name", ["truncate_prompt", "enable_prefix_caching", "fold_system"])
+def test_a_switch_is_true_or_false(name):
+    with pytest.raises(RequestError, match=f"{name}: expected true or false, found 'false'"):
+        LLM(tiny.random_model(), **{name: "false"})

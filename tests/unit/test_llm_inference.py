@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import threading
+import types
 
 import pytest
 
@@ -34,6 +35,19 @@ def test_response_counts_prompt_and_output_together(task):
 def test_a_prompt_that_leaves_no_room(task):
     with pytest.raises(RequestError, match="leave no room for an answer within max_tokens 24"):
         task.generate_response("word " * 40)
+
+
+def test_more_tokens_are_advised_where_they_help(task):
+    for context, advice in ((8192, "shorten it, or raise max_tokens$"), (30, "of 30; shorten it$")):
+        llm = types.SimpleNamespace(model=types.SimpleNamespace(context_length=context), tokenizer=task._llm.tokenizer)
+        with pytest.raises(RequestError, match=advice):
+            LlmInference(task._options, llm)._room("word " * 40)
+
+
+@pytest.mark.parametrize("name", ["result_listener", "error_listener"])
+def test_a_listener_is_a_function(name):
+    with pytest.raises(RequestError, match=f"{name}: expected a function, found 5"):
+        LlmInference.create_from_options(LlmInferenceOptions("m", **{name: 5}))
 
 
 def with_listeners(task, **listeners):

@@ -152,7 +152,7 @@ def test_ids(model):
     ({"messages": [{"role": "user", "content": "a"}]}, "no turn of the assistant"),
     ({"messages": [{"role": "assistant"}]}, "content: expected a string"),
     ({"text": "\ud800"}, "half a surrogate"),
-    ({"text": "x" * 40}, "41 tokens, longer than 32"),
+    ({"text": "x" * 40}, "41 tokens, longer than 32, max_length"),
     ([1], "expected an object"),
 ])  # fmt: skip
 def test_bad_rows(model, row, why):
@@ -207,3 +207,8 @@ def test_files_of_rows(tmp_path):
 def test_no_rows(model, rows):
     with pytest.raises(RequestError, match="^rows: expected a JSONL file's path or objects, found"):
         make_examples(rows, model)
+
+
+def test_a_row_beyond_the_context(model):
+    (bad,) = make_examples([{"text": "x" * 300}, {"text": "fine"}], model).bad
+    assert bad.why.startswith("301 tokens, longer than 200, the model's context; shorten it, or load the model with")
