@@ -38,7 +38,7 @@ from llmjax.models.sharding import as_mesh, check_splits, of_parameter
 from llmjax.models.tree import get_at, parameter_shapes, path_of
 from llmjax.numerics import FAST
 from llmjax.outside.paths import checked_path
-from llmjax.outside.values import FLAG, POSITIVE, STRING, check, plain
+from llmjax.outside.values import FLAG, INT32, STRING, check, integer, plain
 from llmjax.quant.qtensor import QTensor, is_qtensor
 from llmjax.quant.schemes import Recipe, parse
 from llmjax.text.tokenizer import Tokenizer
@@ -124,7 +124,7 @@ def load(
     """
     check_dtype(dtype)
     if (context_length := plain(context_length)) is not None:
-        check("context_length", context_length, POSITIVE, ConfigError)
+        check("context_length", context_length, integer(1, INT32), ConfigError)
     for option, switch in {"check_finite": check_finite, "random_weights": random_weights}.items():
         check(option, plain(switch), FLAG, ConfigError)
     if numerics is not None:

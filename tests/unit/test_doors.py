@@ -110,6 +110,7 @@ def test_a_stream_refuses_what_it_has_no_place_for(llm):
         (ConfigError, {"dtype": np.zeros(0)}),
         (ConfigError, {"check_finite": np.array([1, 2])}),
         (ConfigError, {"context_length": np.array([1, 2])}),
+        (ConfigError, {"context_length": 2**70}),
         (RequestError, {"seed": -1}),
         (RequestError, {"max_batch": True}),
         (RequestError, {"generation_config": "vllm"}),
