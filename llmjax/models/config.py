@@ -33,7 +33,7 @@ class DecoderConfig:
       num_attention_heads: N.
       num_key_value_heads: K.
       head_dim: H.
-      max_position_embeddings: the context length, in tokens.
+      max_position_embeddings: the context length, in tokens; what a file says, or more, see ``stretched``.
       tie_word_embeddings: the head is the embedding table.
     """
 
