@@ -44,15 +44,16 @@ def explain(taps: Sequence[Tap], allowed: Allowed) -> Explained:
 
     A class that is not declared must have left its traces, too: where it does not hold, nearly everywhere.
     """
+    off = [_everywhere(tap) for tap in taps]
     found = []
     for classes in allowed.together:
-        if all(name in tap.ways for name in classes for tap in taps) and _traced(taps, classes, allowed):
+        if all(name in tap.ways for name in classes for tap in taps) and _traced(taps, off, classes, allowed):
             _alike(taps, classes)
             beyond = tuple(tap for tap in taps if tap.excess(classes) > 1)
             if not beyond:
                 return Explained(classes, ())
             found.append(Explained(classes, beyond))
-    likely = [one for one in found if _traced(taps, one.classes, allowed, _LIKELY)]
+    likely = [one for one in found if _traced(taps, off, one.classes, allowed, _LIKELY)]
     return min(likely or found, key=lambda e: len(e.beyond))
 
 
@@ -113,20 +114,22 @@ def _alike(taps: Sequence[Tap], classes: tuple[str, ...]) -> None:
             tap.like[classes] = like, finest
 
 
-def _traced(taps: Sequence[Tap], classes: Sequence[str], allowed: Allowed, most: float = 0.0) -> bool:
+def _traced(
+    taps: Sequence[Tap], off: Sequence[bool], classes: Sequence[str], allowed: Allowed, most: float = 0.0
+) -> bool:
     """Whether at least one way of each class moved half of the steps that it would, more than ``most``, or need not
-    have.
+    have; ``off`` says which steps are off everywhere.
 
     Weights of few bits move any step far: what one alone shows of them is no trace.
     """
-    return all(name == "float32" or allowed.declared or _moved(taps, name, most) for name in classes)
+    return all(name == "float32" or allowed.declared or _moved(taps, off, name, most) for name in classes)
 
 
-def _moved(taps: Sequence[Tap], name: str, most: float) -> bool:
+def _moved(taps: Sequence[Tap], off: Sequence[bool], name: str, most: float) -> bool:
     for way in range(len(taps[0].ways[name])):
-        marks = [tap for tap in taps if _differs(tap, name, way)]
-        moved = sum(_everywhere(tap) for tap in marks)
-        far = sum(_as_far(tap, name, way) for tap in marks)  # of mixed weights those of the fewest bits alone
+        marks = [(tap, moved) for tap, moved in zip(taps, off, strict=True) if _differs(tap, name, way)]
+        moved = sum(moved for _, moved in marks)
+        far = sum(_as_far(tap, name, way) for tap, _ in marks)  # of mixed weights those of the fewest bits alone
         enough = moved >= TRACES * len(marks) and moved > most * len(marks)
         if len(marks) > (name in FEW) and enough and far >= TRACES / 2 * len(marks):
             return True
