@@ -55,6 +55,7 @@ def convert(
 
     Raises:
       CheckpointError: the source is damaged, or the destination exists or cannot be written.
+      OutputError: the disk is full; nothing is left behind.
       ConfigError: the scheme or dtype does not fit.
       LoraError: the adapter is damaged, of a kind that is not supported, or does not fit.
     """

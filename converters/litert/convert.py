@@ -22,7 +22,7 @@ from llmjax.checkpoint.ends import generation
 from llmjax.checkpoint.opened import Checkpoint, opened
 from llmjax.checkpoint.parameters import OnParameter
 from llmjax.checkpoint.plan import Plan, describe
-from llmjax.errors import CheckpointError, ConfigError, RequestError, TokenizerError, amount
+from llmjax.errors import CheckpointError, ConfigError, OutputError, RequestError, TokenizerError, amount
 from llmjax.lora.adapter import AnyLora
 from llmjax.models.config import DecoderConfig
 from llmjax.outside.paths import checked_path
@@ -91,8 +91,9 @@ def convert_source(
       announce: told what is written before it begins, and what was shown.
 
     Raises:
-      CheckpointError: the source is damaged, the destination exists or cannot be written, the disk lacks the room, or
-        the file does not compute what the checkpoint does.
+      CheckpointError: the source is damaged, the destination exists or cannot be written, or the file does not
+        compute what the checkpoint does.
+      OutputError: the disk lacks the room.
       ConfigError: an option does not fit the model or the format.
       LoraError: the adapter is damaged, or does not fit.
       TokenizerError: there is no tokenizer, it does not fit the model, or its chat template cannot be carried over.
@@ -193,7 +194,7 @@ def _check_room(graph: ExportedGraph, path: Path, copies: int) -> None:
     folder = next(p for p in path.absolute().parents if p.exists())
     needed, free = copies * graph.size, shutil.disk_usage(folder).free
     if needed > free:
-        raise CheckpointError(
+        raise OutputError(
             f"{path}: writing it takes {needed / 1e6:,.0f} MB of {folder}, which has {free / 1e6:,.0f} MB left; make "
             "room, or write to another disk"
         )

@@ -11,7 +11,7 @@ from typing import IO
 from llmjax.errors import RequestError
 from llmjax.outside.paths import checked_path
 from llmjax.outside.urls import is_url
-from llmjax.outside.whole import locked, workspace
+from llmjax.outside.whole import blamed, locked, made, workspace
 
 
 def send(stream: IO[bytes], data: bytes) -> None:
@@ -34,6 +34,7 @@ def claimed(output: str, source: str) -> Iterator[tuple[Path, IO[bytes] | None]]
 
     Raises:
       RequestError: it cannot be written to.
+      OutputError: the disk is full.
       ResumeError: another job does.
     """
     path = checked_path("output", output, RequestError)
@@ -48,7 +49,8 @@ def claimed(output: str, source: str) -> Iterator[tuple[Path, IO[bytes] | None]]
                 check_apart(path, source)
                 if path.exists():
                     open(path, "ab").close()  # a directory, or no permission
+                stack.enter_context(made(path.absolute().parent))
                 stack.enter_context(locked(path))
         except OSError as error:
-            raise RequestError(f"{path}: cannot write the output: {error.strerror}") from None
+            raise blamed(error, RequestError)(f"{path}: cannot write the output: {error.strerror}") from None
         yield path, stream

@@ -5,7 +5,7 @@ import sqlite3
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from llmjax.errors import ResumeError
+from llmjax.errors import OutputError
 
 
 def digest(text: str) -> bytes:
@@ -109,7 +109,7 @@ class Index:
         try:
             return self._db.execute(statement, values)
         except sqlite3.OperationalError as error:
-            raise ResumeError(
+            raise OutputError(
                 f"the temporary index of rows cannot be written: {error}; make room in /var/tmp, or name another "
                 "folder in SQLITE_TMPDIR"
             ) from None

@@ -12,7 +12,7 @@ from llmjax.batch.identity import identity
 from llmjax.batch.index import Written, digest
 from llmjax.batch.question import Question, check_text_id, checked_json
 from llmjax.batch.reading import AnyLines
-from llmjax.errors import LlmjaxError, RequestError, ResumeError
+from llmjax.errors import LlmjaxError, OutputError, RequestError
 from llmjax.llm import LLM
 from llmjax.runtime.asking import ChatOptions, Params
 from llmjax.runtime.outputs import RequestOutput
@@ -204,7 +204,7 @@ def read_rows(
 
     Raises:
       RequestError: the lines cannot be read on.
-      ResumeError: the index cannot be written.
+      OutputError: the index cannot be written.
     """
     number = 0
     for line in lines:
@@ -245,7 +245,7 @@ def row_error(error: BaseException) -> LlmjaxError:
     """
     # Where its Rust code panics, the tokenizers library raises a BaseException of its own.
     own = isinstance(error, Exception) or type(error).__name__ == "PanicException"
-    if isinstance(error, ResumeError) or not own:
+    if isinstance(error, OutputError) or not own:
         raise error
     return error if isinstance(error, LlmjaxError) else RequestError(f"{type(error).__name__}: {error}")
 

@@ -35,6 +35,7 @@ def add(verbs: Verbs) -> None:
     inspect.add_argument("--json", action="store_true", help="machine-readable, to stdout")
     text = "Say where two checkpoints differ: settings, tokenizers, weights; 0 the same, 1 different."
     diff = add_verb(verbs, "diff", _diff, text)
+    diff.set_defaults(verdict=True)
     for name in ("a", "b"):
         diff.add_argument(name, metavar=name.upper(), help="anything that inspect reads")
     diff.add_argument("--tokenizer", action="store_true", help="the tokenizers alone; directories need no weights")

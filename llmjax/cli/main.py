@@ -1,7 +1,7 @@
 """The ``llmjax`` command: each verb calls one library function.
 
-Data goes to stdout or the named file, progress and logs to stderr.  Exit codes: 0 fine, 1 the work failed in part, 2
-wrong usage or bad input, 130 interrupted.
+Data goes to stdout or the named file, progress and logs to stderr.  Exit codes: 0 fine, 1 the work failed (in part), 2
+wrong usage or bad input, 130 interrupted; of ``compare`` and ``diff`` 1 different, 2 all that fails.
 """
 
 import argparse
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    failed, code = 1, 0
     try:
         with warnings.catch_warnings(), _no_interrupt_lost():
             try:
@@ -49,12 +50,14 @@ def _run(words: list[str]) -> int:
             warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
             _tell_log()
             loading.keep_compiled(args)
+            if getattr(args, "verdict", False):
+                failed = code = 2  # 1 says that something differs, 0 that nothing does
             code = args.run(args)
             sys.stdout.flush()
             return code
     except (OutputError, TrainingError) as error:
         _tell(str(error))
-        return 1
+        return failed
     except LlmjaxError as error:
         _tell(str(error))
         return 2
@@ -71,11 +74,11 @@ def _run(words: list[str]) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output left: not an error, and nothing more can be told
         _drop_stdout()
-        return 0
+        return code
     except OSError as error:  # a full disk behind stdout, say, which has no name
         _tell(str(error) if error.filename else f"writing to stdout or a file failed: {error.strerror or error}")
         _drop_stdout()
-        return 1
+        return failed
 
 
 def _open_closed() -> None:

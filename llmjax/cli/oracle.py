@@ -33,6 +33,7 @@ def _add_compare(verbs: Verbs) -> None:
     text = "Say whether another runtime computes the same, where it begins to differ, and why."
     flags = load_flags("reference", required=False)
     compare = add_verb(verbs, "compare", _compare, text, flags, cache_flags())
+    compare.set_defaults(verdict=True)
     compare.add_argument(
         "dumps",
         nargs="*",

@@ -84,6 +84,7 @@ class Comparison:
 
         Raises:
           RequestError: it cannot be written.
+          OutputError: the disk is full.
         """
         found = page(self)
         if path is not None:

@@ -114,6 +114,7 @@ def hidden_states(
     Raises:
       RequestError: bad ids, globs that match nothing, a value that ``dtype`` does not hold, or a folder that cannot be
         written.
+      OutputError: the disk is full; nothing is left behind.
     """
     if not isinstance(model, Model) or isinstance(model, GraphModel):
         raise RequestError(f"model: expected a checkpoint's, of llmjax.load, found {shown(model)}")

@@ -10,6 +10,7 @@ token goes through ``decode``.
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
@@ -71,6 +72,7 @@ class Trace:
 
         Raises:
           RequestError: the directory exists and is not empty, or cannot be written.
+          OutputError: the disk is full; nothing is left behind.
         """
         from safetensors import SafetensorError
         from safetensors.numpy import save_file
@@ -87,7 +89,7 @@ class Trace:
                     (folder / "gradients").mkdir()
                     save_file(slopes, folder / "gradients/gradients.safetensors")
             except SafetensorError as error:  # a full disk
-                raise OSError(str(error)) from None
+                raise OSError(errno.EIO, str(error)) from None
             (folder / "manifest.json").write_text(json.dumps(self.manifest, indent=2) + "\n", encoding="utf-8")
 
 

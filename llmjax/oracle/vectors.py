@@ -137,15 +137,20 @@ def write(
 
     Raises:
       RequestError: a tap that there is not, or the directory exists or cannot be written.
+      OutputError: the disk is full; nothing is left behind.
     """
     check("longest", longest, POSITIVE, RequestError)
     every = list(vectors(model))
     found, left = ([v for v in every if (len(v.ids) > longest) == out] for out in (False, True))
-    most = max((len(v.ids) for v in found), default=1)
+    prompt, drawn = _beginning(model, next(v for v in every if v.name == "text"), longest)
+    lengths = [*(len(v.ids) for v in found), *([len(prompt) + drawn] if drawn else ())]
+    most = max(lengths, default=1)
     size = bytes_of(model, most, taps)
-    total = size * sum(len(v.ids) for v in found) / most
-    progress(f"{len(found)} texts: up to {size / 1e6:,.1f} MB of memory for one, about {total / 1e6:,.1f} MB on disk")
-    found += _drawn(model, next(v for v in every if v.name == "text"), longest)
+    total = size * sum(lengths) / most
+    texts = amount(len(lengths), "text")
+    progress(f"{texts}: up to {size / 1e6:,.1f} MB of memory for one, about {total / 1e6:,.1f} MB on disk")
+    if drawn:
+        found.append(_drawn(model, prompt, drawn))
     index: dict[str, Any] = {"schema": 1, "vectors": [], "left_out": [_entry(v) for v in left]}
     with whole_folder(checked_path("directory", directory, RequestError), RequestError) as folder:
         for vector in found:
@@ -165,17 +170,20 @@ def _entry(vector: Vector) -> dict[str, Any]:
     return {"name": vector.name, "shows": vector.shows, "tokens": len(vector.ids), "drawn": vector.drawn}
 
 
-def _drawn(model: Model, text: Vector, longest: int) -> Iterator[Vector]:
-    """What the model goes on with, after the beginning of a text; none where there is no room for it."""
+def _beginning(model: Model, text: Vector, longest: int) -> tuple[tuple[int, ...], int]:
+    """That of a text, and how many tokens the model is to go on with; 0 where there is no room for them."""
     prompt = text.ids[: min(_PROMPT, max(1, model.context_length // 2))]
-    count = min(_DRAWN, min(longest, model.context_length) - len(prompt))
-    if count > 0:
-        llm = LLM(model, numerics=model.numerics.name, max_batch=1, generation_config="none")
-        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-        (answer,) = llm.generate([list(prompt)], params)
-        ids = answer.outputs[0].token_ids
-        shows = "tokens that were generated, one after the other, from a cache"
-        yield Vector("drawn", shows, (*prompt, *ids), drawn=len(ids))
+    return prompt, max(0, min(_DRAWN, min(longest, model.context_length) - len(prompt)))
+
+
+def _drawn(model: Model, prompt: tuple[int, ...], count: int) -> Vector:
+    """What the model goes on with."""
+    llm = LLM(model, numerics=model.numerics.name, max_batch=1, generation_config="none")
+    params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+    (answer,) = llm.generate([list(prompt)], params)
+    ids = answer.outputs[0].token_ids
+    shows = "tokens that were generated, one after the other, from a cache"
+    return Vector("drawn", shows, (*prompt, *ids), drawn=len(ids))
 
 
 def _margins(vector: Vector, logits: np.ndarray) -> list[float]:

@@ -7,6 +7,7 @@ them.
 """
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -15,7 +16,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from llmjax.errors import CheckpointError, LlmjaxError, ResumeError, lies_at
+from llmjax.errors import CheckpointError, LlmjaxError, OutputError, ResumeError, lies_at
 from llmjax.outside.paths import checked_path
 
 try:
@@ -27,8 +28,15 @@ _NAME = re.compile(r"\.llmjax-[0-9a-f]{16}\.partial")
 _LOCK = ".lock-of-llmjax"
 # What a lock file of ours holds: the number of a process, or nothing yet.
 _OWNER = re.compile(rb"\d{0,20}\s*")
+# What the system says of a disk that is full, or broken: nothing is wrong with the place that was named.
+_FAILED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 # Flags that open no link, and wait for no pipe.
 NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+
+
+def blamed(raised: OSError, error: type[LlmjaxError]) -> type[LlmjaxError]:
+    """``error``, which says that an output's path is wrong; but OutputError where the path is not to blame."""
+    return OutputError if raised.errno in _FAILED else error
 
 
 def make_folder(folder: Path, error: type[LlmjaxError]) -> None:
@@ -36,13 +44,34 @@ def make_folder(folder: Path, error: type[LlmjaxError]) -> None:
 
     Raises:
       LlmjaxError: as ``error`` says, it cannot be made, or is something else.
+      OutputError: the disk is full.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as raised:
         found = f"expected a directory, found {lies_at(folder)}"
         why = found if folder.exists() else f"cannot be made: {raised.strerror}"
-        raise error(f"{folder}: {why}") from None
+        raise blamed(raised, error)(f"{folder}: {why}") from None
+
+
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """Makes a folder where there is none, and removes it at the end where nothing came into it.
+
+    Raises:
+      OSError: it cannot be made, or is something else.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:  # it is there, and no folder
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from None
+        yield
+    finally:
+        for path in new:
+            with contextlib.suppress(OSError):  # it holds something
+                path.rmdir()
 
 
 @contextlib.contextmanager
@@ -52,23 +81,15 @@ def workspace(folder: Path) -> Iterator[Path]:
     Raises:
       OSError: ``folder`` cannot be written to.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    kept = False
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with made(folder):
         _remove_dead(folder)
         space, lock = _begin(folder)
         try:
             yield space
-            kept = True
         finally:
             with contextlib.suppress(OSError):
                 _remove(space)
             os.close(lock)
-    finally:
-        for path in () if kept else made:
-            with contextlib.suppress(OSError):  # someone else may use it by now
-                path.rmdir()
 
 
 def _begin(folder: Path) -> tuple[Path, int]:
@@ -140,6 +161,7 @@ def whole_file(path: Path, error: type[LlmjaxError] = CheckpointError) -> Iterat
 
     Raises:
       LlmjaxError: as ``error`` says: it cannot be written; what was at ``path`` is still there.
+      OutputError: the disk is full; likewise.
     """
     with _told(path, error):
         path = _absolute(path)
@@ -158,6 +180,7 @@ def whole_folder(path: Path, error: type[LlmjaxError] = CheckpointError) -> Iter
 
     Raises:
       LlmjaxError: as ``error`` says: it exists, or cannot be written; nothing is left behind.
+      OutputError: the disk is full; likewise.
     """
     with _told(path, error):
         path = _absolute(path)
@@ -177,6 +200,7 @@ def whole_files(folder: Path, error: type[LlmjaxError] = CheckpointError) -> Ite
 
     Raises:
       LlmjaxError: as ``error`` says: they cannot be written; nothing is left behind.
+      OutputError: the disk is full; likewise.
     """
     with _told(folder, error), workspace(_absolute(folder)) as space:
         place = space / "files"
@@ -204,6 +228,7 @@ def write_text(path: str | Path, text: str, error: type[LlmjaxError]) -> None:
 
     Raises:
       LlmjaxError: as ``error`` says: it cannot be written.
+      OutputError: the disk is full.
     """
     place = checked_path("output", path, error)
     if place.exists() and not place.is_file() and not place.is_dir():
@@ -240,7 +265,7 @@ def _told(path: Path, error: type[LlmjaxError]) -> Iterator[None]:
         yield
     except OSError as raised:
         reason = raised.strerror or str(raised)
-        raise error(f"{path}: cannot write it: {reason}; nothing is left behind") from None
+        raise blamed(raised, error)(f"{path}: cannot write it: {reason}; nothing is left behind") from None
 
 
 def _absolute(path: Path) -> Path:

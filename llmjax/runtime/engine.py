@@ -264,6 +264,7 @@ class Engine:
                         produced = self._produced(work.rows, *under_way)
                     yield from self._collect(work.rows, produced)
             elif work.filling is None and work.waiting:
+                self.progress.rows += 1
                 yield Update(work.refuse(), "")
             elif work.filling is None and not more:
                 return
@@ -352,12 +353,12 @@ class Engine:
             if row.finish_reason:
                 del rows[slot]
                 self._leave(slot, forget=row.error is not None)
-                self.progress.rows += 1
             if piece or row.finish_reason:
                 yield Update(row, piece)
 
     def _leave(self, slot: int, *, forget: bool = True) -> None:
-        """A row's slot is free; ``forget`` what it holds of the prompt, too."""
+        """A row has finished, and its slot is free; ``forget`` what it holds of the prompt, too."""
+        self.progress.rows += 1
         if forget:
             self.store.prefixes.forget(slot)
         self.store.release(slot)

@@ -15,7 +15,7 @@ class Progress:
       decode_steps: steps of all slots together.
       prefill_seconds: that prompts took, without compiling.
       decode_seconds: that generating took, likewise.
-      rows: finished.
+      rows: finished, in whatever way.
     """
 
     slots: int

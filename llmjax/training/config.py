@@ -148,6 +148,7 @@ class TrainConfig:
             "lora_alpha": self.alpha,
             "use_rslora": self.rslora,
             "use_dora": self.dora,
+            "lora_dropout": float(self.dropout),
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
             "target_modules": _listed(self.targets),

@@ -116,7 +116,7 @@ def _peft_config(adapter: Adapter, base: str) -> Mapping[str, Any]:
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": settings.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": settings.rank,

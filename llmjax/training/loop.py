@@ -149,6 +149,8 @@ def finetune(
     if start is not None and adapter.settings.dropout != config.dropout:
         said = shown(adapter.settings.dropout)
         note(f"dropout: {config.dropout:g}, while {start} was trained with lora_dropout {said}")
+        settings = dataclasses.replace(adapter.settings, dropout=float(config.dropout))
+        adapter = dataclasses.replace(adapter, settings=settings)
     run = _Run(model, adapter, config, _data(model, rows, config, "rows", date),
                None if eval_rows is None else _data(model, eval_rows, config, "eval", date), folder)  # fmt: skip
     if start is None and config.targets == ALL_LINEAR and (stacks := stacks_of(model)):

@@ -1,5 +1,6 @@
 """The command line: what it prints where, exit codes, and one clear line for every user's mistake."""
 
+import errno
 import io
 import json
 import os
@@ -16,6 +17,7 @@ import llmjax
 from llmjax.cli import loading
 from llmjax.cli.main import main
 from llmjax.errors import RequestError
+from llmjax.outside import whole
 from tests.tiny import checkpoint, roomy
 
 
@@ -310,7 +312,7 @@ def test_unwritable_output_is_found_before_the_model_is_loaded(capsys, tmp_path)
     source = tmp_path / "in.jsonl"
     source.write_text('{"prompt": "x"}\n')
     for target, message in (
-        (tmp_path / "no" / "out.jsonl", "cannot write the output: No such file"),
+        (source / "out.jsonl", "cannot write the output: Not a directory"),
         (tmp_path, "cannot write the output: Is a directory"),
         (source, "the output is the input file"),
     ):
@@ -330,6 +332,40 @@ def test_an_earlier_result_outlives_a_model_that_does_not_load(capsys, tmp_path)
         code, _ = failing(capsys, "batch", "--model", "nowhere", *args)
         assert code == 2
     assert old.read_text() == "precious\n" and not new.exists()
+
+
+def test_a_folder_for_the_output_is_made(llm, capsys, monkeypatch, tmp_path):
+    """As by every verb; but none is left where nothing came into it."""
+    source, target = tmp_path / "in.jsonl", tmp_path / "new/one/out.jsonl"
+    source.write_text('{"text": "One, two,"}\n')
+    files = ["--input", str(source), "--output", str(target)]
+    code, err = failing(capsys, "score", "--model", str(tmp_path / "none"), *files)
+    assert code == 2 and not (tmp_path / "new").exists()
+    monkeypatch.setattr(loading, "load_llm", lambda args, slots=None: (llm, 0.0))
+    assert main(["score", "--model", "x", *files]) == 0
+    assert len(json.loads(target.read_text())["tokens"]) == 4
+
+
+def test_an_output_that_a_full_disk_cuts_short(capsys, monkeypatch, tmp_path):
+    """It is work that failed: 1, which of ``compare`` and ``diff`` alone says that something differs."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    model = str(checkpoint(tmp_path / "model"))
+    trace = ["trace", "--model", model, "--ids", "50,35", "--taps", "logits", "--output"]
+    assert main([*trace, str(tmp_path / "t")]) == 0
+    monkeypatch.setattr(whole.os, "fsync", full)
+    for words in (
+        [*trace, str(tmp_path / "new")],
+        ["convert", model, str(tmp_path / "new"), "--to", "hf"],
+        ["compare", str(tmp_path / "t"), str(tmp_path / "t"), "--html", str(tmp_path / "new")],
+    ):
+        capsys.readouterr()
+        code, err = main(words), capsys.readouterr().err
+        assert code == (2 if words[0] == "compare" else 1), words
+        assert f"new: cannot write it: {os.strerror(errno.ENOSPC)}; nothing is left behind" in err.splitlines()[-1]
+    assert sorted(os.listdir(tmp_path)) == ["model", "t"]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

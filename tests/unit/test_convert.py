@@ -14,6 +14,7 @@ import llmjax
 from llmjax import CheckpointError, ConfigError, LlmjaxError
 from llmjax.checkpoint import weight_error as error
 from llmjax.cli.main import main
+from llmjax.errors import OutputError
 from llmjax.quant.qtensor import QTensor
 from tests.parity import golden
 from tests.parity.golden import arrays
@@ -143,7 +144,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("llmjax.checkpoint.safetensors_writer.SafetensorsWriter.write", full)
-    with pytest.raises(CheckpointError, match="No space left on device; nothing is left behind"):
+    with pytest.raises(OutputError, match="No space left on device; nothing is left behind"):
         llmjax.convert(source, tmp_path / "q", quantize="int8")
     assert [p.name for p in tmp_path.iterdir()] == ["llama"]
 

@@ -380,7 +380,9 @@ def test_a_row_of_nan_fails_alone(overflowing, llm):
     for scored in ({}, {"prompt_logprobs": 0}):
         params = dataclasses.replace(FEW, **scored)
         reqs = [overflowing.request(p, params, request_id=str(i)) for i, p in enumerate(prompts)]
+        before = overflowing.engine.progress.rows
         found = {output.request_id: output for output in overflowing.outputs(reqs)}
+        assert overflowing.engine.progress.rows - before == len(prompts)  # those that fail are over, too
         for output in (found.pop("3"), found.pop("9")):
             assert "the model computes NaN" in str(output.error) and not output.outputs
         assert told(found[i] for i in sorted(found, key=int)) == wanted

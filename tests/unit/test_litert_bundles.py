@@ -21,7 +21,7 @@ from converters.readers.opening import open_source
 from llmjax import writing
 from llmjax.checkpoint.parameters import Stored
 from llmjax.cli.main import main
-from llmjax.errors import CheckpointError, LlmjaxError, RequestError, TokenizerError
+from llmjax.errors import CheckpointError, LlmjaxError, OutputError, RequestError, TokenizerError
 from llmjax.litert.loading import read_tokenizer
 from llmjax.text import bundle, reading
 from tests.mediapipe_files import DATA
@@ -383,7 +383,7 @@ def test_a_name_that_is_taken(source, written):
 def test_a_full_disk_is_told_before(source, tmp_path, monkeypatch, quick):
     usage = types.SimpleNamespace(free=1000)
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(CheckpointError, match="MB of .*, which has 0 MB left"):
+    with pytest.raises(OutputError, match="MB of .*, which has 0 MB left"):
         writing.convert(source, tmp_path / "m.litertlm", to="litertlm", **SMALL)
     assert not list(tmp_path.iterdir())
 
@@ -393,7 +393,7 @@ def test_a_disk_that_fills_up(source, tmp_path, monkeypatch, quick):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(container, "write", full)
-    with pytest.raises(CheckpointError, match="cannot write it: No space left on device; nothing is left behind"):
+    with pytest.raises(OutputError, match="cannot write it: No space left on device; nothing is left behind"):
         writing.convert(source, tmp_path / "m.litertlm", to="litertlm", verify=False, **SMALL)
     assert not list(tmp_path.iterdir())
 
@@ -406,7 +406,7 @@ def test_a_disk_that_fills_up_under_the_graph(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(weights, "write", full)
     path = tmp_path / "m.litertlm"
-    with pytest.raises(CheckpointError, match=f"^{path}: cannot write it: No space left on device; nothing is left"):
+    with pytest.raises(OutputError, match=f"^{path}: cannot write it: No space left on device; nothing is left"):
         writing.convert(source, path, to="litertlm", verify=False, **SMALL)
     assert not list(tmp_path.iterdir())
 

@@ -18,7 +18,7 @@ from converters.readers.safetensors import SafetensorsFile
 from llmjax.checkpoint import mediapipe_config
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
 from llmjax.cli.main import main
-from llmjax.errors import CheckpointError, ConfigError, LlmjaxError, TokenizerError
+from llmjax.errors import CheckpointError, ConfigError, LlmjaxError, OutputError, TokenizerError
 from tests.mediapipe_files import BINS, DATA, GEMMA, config, converted, differences, digest, facts, vocabulary
 
 
@@ -409,7 +409,7 @@ def test_nothing_is_left_of_a_full_disk(monkeypatch, tmp_path):
         written(self, name, data)
 
     monkeypatch.setattr(BinWriter, "write", full)
-    with pytest.raises(CheckpointError, match="No space left on device; nothing is left behind"):
+    with pytest.raises(OutputError, match="No space left on device; nothing is left behind"):
         convert_checkpoint(config("GEMMA_2B", "gpu", tmp_path))
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["model.tflite"]
     assert (tmp_path / "out" / "model.tflite").read_bytes() == b"from before"

@@ -122,6 +122,7 @@ def test_a_row_that_does_not_fit_alone_fails_and_the_others_are_answered():
     model = random_model()
     ample, tight = roomy(engine(model)), engine(model, 5)  # the one runs the programs of other tests
     found = results(tight)
+    assert tight.engine.progress.rows == len(found)
     expected = results(ample, reserve=())
     assert [name for name in found if found[name].error] == ["r3"]
     assert not found["r3"].outputs and "181 tokens" in str(found["r3"].error)  # its prompt twice: it is scored, too

@@ -12,7 +12,7 @@ from converters import BundleConfig, ConversionConfig, create_bundle
 from llmjax.batch.files import claimed
 from llmjax.batch.reading import open_lines
 from llmjax.cli.main import main
-from llmjax.errors import CheckpointError, LlmjaxError, RequestError
+from llmjax.errors import CheckpointError, LlmjaxError, OutputError
 from llmjax.lora.adapter import LoraSource
 from llmjax.oracle.comparison import Comparison
 from llmjax.oracle.dump import from_arrays
@@ -123,7 +123,7 @@ def test_a_disk_without_room_for_a_trace(tmp_path):
     whole = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, whole[1]))
     try:
-        with pytest.raises(RequestError, match=f"^{tmp_path}/t: cannot write it: .*File too large.*nothing is left"):
+        with pytest.raises(OutputError, match=f"^{tmp_path}/t: cannot write it: .*File too large.*nothing is left"):
             Trace({"embed": np.ones(5000)}, {"token_ids": [1]}).save(tmp_path / "t")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, whole)

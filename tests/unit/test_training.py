@@ -574,10 +574,14 @@ def test_it_goes_on_from_an_adapter(model, whole, tmp_path):
     plain, notes = save_adapter(new_adapter(model, CONFIG.lora), tmp_path), []
     said = json.loads((plain / "adapter_config.json").read_text())
     (plain / "adapter_config.json").write_text(json.dumps(said | {"lora_dropout": 0.1}))
-    llmjax.finetune(model, rows(1), dataclasses.replace(CONFIG, alpha=3, exclude="q_proj"), start=plain,
-                    note=notes.append)  # fmt: skip
+    trained = llmjax.finetune(model, rows(1), dataclasses.replace(CONFIG, alpha=3, exclude="q_proj"), start=plain,
+                              note=notes.append)  # fmt: skip
     assert notes[0] == f"rank, alpha, exclude: not used, for {plain} says rank, scale and modules"
     assert notes[1] == f"dropout: 0, while {plain} was trained with lora_dropout 0.1"
+    dropping = new_adapter(model, dataclasses.replace(CONFIG, dropout=0.25).lora)
+    for adapter_, wanted in ((trained.adapter, 0.0), (dropping, 0.25), (read_trained(plain, model), 0.1)):
+        written = json.loads((save_adapter(adapter_, tmp_path / "again") / "adapter_config.json").read_text())
+        assert written["lora_dropout"] == wanted  # as it was used
     with pytest.raises(ConfigError, match="dora: the adapter to start from has no magnitudes"):
         llmjax.finetune(model, rows(4), dataclasses.replace(CONFIG, dora=True), start=plain)
     file = plain / "adapter_config.json"

@@ -52,6 +52,16 @@ def test_which_there_are(source, written):
     assert report.subject["verdicts"] == {"drawn": "identical", "ends": "identical"}
 
 
+@pytest.mark.parametrize(("longest", "drawn"), [(40, 8), (1, 0)])
+def test_how_many_there_are_is_told_before(source, tmp_path, longest, drawn):
+    """The one that is drawn among them, where there is room for it."""
+    told = []
+    index = vectors.write(llmjax.load(source), tmp_path / "v", longest=longest, progress=told.append)
+    count, *each = len(index["vectors"]), *told[1:]
+    assert len(each) == count and told[0].startswith(f"{count} text{'s' * (count > 1)}: up to ")
+    assert sum(v["drawn"] for v in index["vectors"]) == drawn
+
+
 def test_what_was_drawn(source, written):
     facts = manifest(written[0] / "drawn")
     ids, drawn = facts["token_ids"], facts["drawn"]
