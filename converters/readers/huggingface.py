@@ -55,6 +55,7 @@ class HuggingFaceSource:
         self.metadata: dict[str, Any] = {}
         self._home: dict[str, WeightsFile] = {}
         problems: list[str] = []
+        is_alone = config is None and self.path != directory and not (directory / "config.json").exists()
         if config is None or (directory / "config.json").exists():
             config = self._read_config(problems)
         self.config, eights = float8.settings(config)
@@ -63,6 +64,8 @@ class HuggingFaceSource:
         index, files = self._find_files(files, problems)
         shards = {path.name: _collect(problems, _open, path) for path in files}
         opened = [file for file in shards.values() if file is not None]
+        if is_alone and not opened:  # what is no weights file wants no config.json beside it
+            problems = problems[1:]
         self.files = (*self._index, *(file.stamp for file in opened))
         for file in opened:
             for name in file.names():

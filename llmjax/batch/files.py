@@ -1,12 +1,13 @@
 """Files of a job: the place that rows are written to, and its lock."""
 
 import contextlib
+import io
 import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, cast
 
 from llmjax.errors import RequestError
 from llmjax.outside.paths import checked_path
@@ -20,6 +21,24 @@ def send(stream: IO[bytes], data: bytes) -> None:
     while rest:
         rest = rest[stream.write(rest) :]
     stream.flush()
+
+
+class _Text(io.RawIOBase):
+    """What stands for stdout and takes text alone, StringIO say, as a stream of UTF-8's bytes."""
+
+    def __init__(self, stream: IO[str]):
+        self._stream = stream
+
+    def write(self, data: Any) -> int:
+        self._stream.write(bytes(data).decode())
+        return len(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def _stdout() -> IO[bytes]:
+    return getattr(sys.stdout, "buffer", None) or cast(IO[bytes], _Text(sys.stdout))
 
 
 def check_apart(path: Path, source: str) -> None:
@@ -41,7 +60,7 @@ def claimed(output: str, source: str) -> Iterator[tuple[Path, IO[bytes] | None]]
     with contextlib.ExitStack() as stack:
         try:
             if output == "-" or (path.exists() and not path.is_file() and not path.is_dir()):
-                stream = sys.stdout.buffer if output == "-" else stack.enter_context(open(path, "wb", buffering=0))
+                stream = _stdout() if output == "-" else stack.enter_context(open(path, "wb", buffering=0))
                 folder = stack.enter_context(workspace(Path(tempfile.gettempdir())))
                 path = Path(folder, "rows.jsonl")
             else:

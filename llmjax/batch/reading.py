@@ -175,7 +175,10 @@ def open_lines(
     if path == "-":
         if sys.stdin is None:
             raise RequestError("-: cannot read the input: stdin is closed")
-        yield Lines(sys.stdin.buffer, path)  # type: ignore[arg-type]
+        stdin: Any = getattr(sys.stdin, "buffer", None)
+        if stdin is None:  # what stands for it, StringIO say, gives text alone
+            stdin = io.BytesIO(sys.stdin.read().encode("utf-8", "surrogateescape"))
+        yield Lines(stdin, path)
         return
     with contextlib.ExitStack() as stack:
         try:

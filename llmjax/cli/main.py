@@ -153,7 +153,8 @@ def _tell(message: str) -> None:
 
 def _drop_stdout() -> None:
     """What could not be written must not be tried once more when Python ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(io.UnsupportedOperation):  # what stands for it is no file of the system's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _ToStderr(logging.Handler):

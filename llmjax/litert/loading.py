@@ -186,6 +186,7 @@ def _files(found: Package) -> dict[str, TfliteFile]:
             continue
         if kind in files:
             raise CheckpointError(f"{found.path}: two graphs for {kind}")
+        found.check(part)
         files[kind] = tflite.read(found.view(part), f"{found.path}: {part.name}")
     if MAIN not in files:
         names = ", ".join(map(described, found.parts)) or "nothing"

@@ -334,6 +334,17 @@ def test_an_earlier_result_outlives_a_model_that_does_not_load(capsys, tmp_path)
     assert old.read_text() == "precious\n" and not new.exists()
 
 
+def test_streams_of_text_alone(shared, monkeypatch):
+    """As a caller of ``main`` may put in place of stdin and stdout."""
+    rows = '{"id": "é", "prompt": "One, two,", "max_tokens": 2}\n{"id": "b"}\n'
+    for order in ((), ("--ordered",)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(rows))
+        monkeypatch.setattr(sys, "stdout", io.StringIO())
+        assert main(["batch", "--model", "x", "--input", "-", "--output", "-", *order]) == 1
+        found = {row["id"]: row for row in map(json.loads, sys.stdout.getvalue().splitlines())}
+        assert found["é"]["usage"]["completion_tokens"] == 2 and "expected exactly one of" in found["b"]["error"]
+
+
 def test_a_folder_for_the_output_is_made(llm, capsys, monkeypatch, tmp_path):
     """As by every verb; but none is left where nothing came into it."""
     source, target = tmp_path / "in.jsonl", tmp_path / "new/one/out.jsonl"

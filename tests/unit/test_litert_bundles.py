@@ -58,6 +58,19 @@ def source(tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_graph_without_its_checksum(tmp_path):
+    """Which nothing else may tell from one that computes something."""
+    path = shutil.copy(DATA / "tiny_bundle_0.10.21.task", tmp_path)
+    (graph,) = (part for part in Package(Path(path)).parts if part.kind == "graph")
+    whole = bytearray(Path(path).read_bytes())
+    with pytest.raises(CheckpointError, match="no language model's graph"):
+        llmjax.load(path)
+    whole[graph.start + graph.nbytes - 1] ^= 1
+    Path(path).write_bytes(whole)
+    with pytest.raises(CheckpointError, match="damaged .*: entry TF_LITE_PREFILL_DECODE does not have the checksum"):
+        llmjax.load(path)
+
+
 def copied(source: Path, folder: Path, **files) -> Path:
     shutil.copytree(source, folder)
     for name, change in files.items():

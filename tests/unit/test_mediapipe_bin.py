@@ -180,7 +180,10 @@ def test_not_such_a_file(tmp_path):
     with pytest.raises(CheckpointError, match="x.bin: truncated or damaged file"):
         llmjax.load(path)
     path.write_bytes(b"\x1c\0\0\0TFL4" + b"\0" * 100)
-    with pytest.raises(CheckpointError, match="not a PyTorch weights file"):
+    with pytest.raises(CheckpointError, match=f"^{path}: not a PyTorch weights file, nor one of MediaPipe's"):
+        open_source(path)
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"^{path}: the file is empty$"):
         open_source(path)
 
 

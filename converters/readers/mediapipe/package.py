@@ -55,6 +55,7 @@ BLOCK = 16 << 10
 _MAX_PARTS = 256
 # No vocabulary and no metadata is larger.
 _MAX_SMALL = 128 << 20
+_AT_ONCE = 16 << 20
 _DAMAGED = "truncated or damaged file, download or convert it again"
 
 
@@ -68,6 +69,7 @@ class Part:
       start: its first byte in the file.
       nbytes: its size.
       notes: keys and values that the file has for it.
+      checksum: its CRC-32, as the file has it; None in a ``.litertlm`` file, which has none.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Part:
     start: int
     nbytes: int
     notes: dict[str, Any] = field(default_factory=dict)
+    checksum: int | None = None
 
 
 def kind_of(path: Path) -> str | None:
@@ -163,9 +166,9 @@ class Package:
                 self._fail(f"{_DAMAGED}: entry {name} has no header at byte {at}")
             start = at + len(header) + name_bytes + extra_bytes
             kind = _TASK_KINDS.get(entry.filename, OTHER)
-            part = Part(name, kind, start, entry.file_size)
-            if kind in (SENTENCEPIECE, FACTS) and zlib.crc32(self.read(part)) != entry.CRC:
-                self._fail(f"{_DAMAGED}: entry {name} does not have the checksum the file gives for it")
+            part = Part(name, kind, start, entry.file_size, checksum=entry.CRC)
+            if kind in (SENTENCEPIECE, FACTS):
+                self.check(part)
             yield part
 
     def _sections(self) -> Iterator[Part]:
@@ -205,6 +208,20 @@ class Package:
         if part.nbytes > _MAX_SMALL or part.start + part.nbytes > len(self._file):
             self._fail(f"{_DAMAGED}: {part.name}: {part.nbytes} bytes from byte {part.start}")
         return self.view(part).tobytes()
+
+    def check(self, part: Part) -> None:
+        """Reads a part, which may be large, for its checksum.
+
+        Raises:
+          CheckpointError: it has another.
+        """
+        found = 0
+        for start in range(part.start, part.start + part.nbytes, _AT_ONCE):
+            length = min(_AT_ONCE, part.start + part.nbytes - start)
+            found = zlib.crc32(self._file.bytes[start : start + length].data, found)
+            self._file.release(start, length)
+        if part.checksum not in (None, found):
+            self._fail(f"{_DAMAGED}: entry {part.name} does not have the checksum the file gives for it")
 
     def metadata(self, part: Part) -> Any:
         """A part's ``LlmParameters`` or ``LlmMetadata``."""

@@ -99,7 +99,10 @@ class TorchFile:
             self._fail(f"written in PyTorch's form from before 1.6, expected the zip form; {RESAVE}")
         if head[257:262] == b"ustar":
             self._fail(f"a tar file, PyTorch's form from before 0.1.10; expected the zip form; {RESAVE}")
-        self._fail(f"not a PyTorch weights file: expected a zip file, found {head[:16]!r}; download it again")
+        self._fail(
+            "not a PyTorch weights file, nor one of MediaPipe's: expected a zip file, or b'TFL3' at byte 4, found "
+            f"{head[:16]!r}; download it again"
+        )
 
     def _read_directory(self) -> dict[str, zipfile.ZipInfo]:
         try:
