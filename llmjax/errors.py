@@ -60,7 +60,8 @@ def lies_at(path: str | os.PathLike[str]) -> str:
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        return "no such file or directory"
+        is_link = os.path.islink(path)
+        return f"a link to {shown(os.readlink(path))}, which is not there" if is_link else "no such file or directory"
     except (OSError, ValueError) as error:
         return f"cannot be looked at: {getattr(error, 'strerror', None) or error}"
     if stat.S_ISFIFO(mode):

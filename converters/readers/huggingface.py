@@ -1,6 +1,7 @@
 """A Hugging Face model directory: ``config.json`` and weights in one or several files."""
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,7 +100,7 @@ class HuggingFaceSource:
     def _find_files(self, files: Sequence[Path] | None, problems: list[str]) -> tuple[dict[str, str], list[Path]]:
         """The index (empty where there is none) and the weights files."""
         if files is None:
-            found = next((self.directory / n for n in WEIGHTS if (self.directory / n).exists()), None)
+            found = next((self.directory / n for n in WEIGHTS if os.path.lexists(self.directory / n)), None)
             if found is None:
                 problems.append(f"{self.directory}: no weights; looked for {', '.join(WEIGHTS)}{self._others()}")
                 return {}, []

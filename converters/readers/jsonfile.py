@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmjax.errors import CheckpointError, lfs_pointer, named
+from llmjax.errors import CheckpointError, lfs_pointer, lies_at, named
 
 # Half a pair, or the escape of one.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
@@ -54,6 +54,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
             raise CheckpointError(f"{path}: {pointer}")
         value = parse_json(data)
     except FileNotFoundError:
+        if path.is_symlink():
+            raise CheckpointError(f"{path}: {lies_at(path)}; download it again") from None
         return None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot read the file: {error.strerror}") from None

@@ -1,6 +1,7 @@
 """Which reader opens what a user names."""
 
 import glob
+import os
 from pathlib import Path
 
 from converters.readers.gguf import GgufSource, without_later_parts
@@ -52,7 +53,7 @@ def _open_directory(path: Path) -> Source:
     if is_llmjax(path):
         return LlmjaxSource(path)
     ggufs = without_later_parts(sorted(path.glob("*.gguf")))
-    if not ggufs or any((path / name).exists() for name in WEIGHTS):
+    if not ggufs or any(os.path.lexists(path / name) for name in WEIGHTS):
         return HuggingFaceSource(path)
     if len(ggufs) > 1:
         names = [named(p.name) for p in ggufs]

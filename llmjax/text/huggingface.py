@@ -7,6 +7,7 @@
 
 import collections
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ def read(directory: Path) -> Tokenizer:
     """See ``llmjax.text.reading.from_huggingface``."""
     config_file = directory / "tokenizer_config.json"
     config = _object(config_file)
-    file = next((f for n in VOCABULARIES if (f := directory / n).exists()), None)
+    file = next((f for n in VOCABULARIES if os.path.lexists(f := directory / n)), None)
     if file is None:
         hint = ""
         if (directory / "vocab.json").exists():
@@ -54,7 +55,7 @@ def read(directory: Path) -> Tokenizer:
     dummy_prefix = False
     if file.name == "tokenizer.json":
         backend = load_json(read_file(file), str(file))
-        if (other := directory / VOCABULARIES[1]).exists():
+        if os.path.lexists(other := directory / VOCABULARIES[1]):
             _check_beside(backend, file, sentencepiece.some_pieces(read_file(other)), other)
     else:
         vocabulary = sentencepiece.parse(read_file(file), str(file))
@@ -155,7 +156,7 @@ def _text(data: bytes, where: Path | str) -> str:
 
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty where there is no such file."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     try:
         value = parse_json(_text(read_file(path), path))
@@ -303,8 +304,8 @@ def _token_id(backend: tokenizers.Tokenizer, token: str | None) -> int | None:
 def _chat_templates(directory: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
     """The template for conversations, and one of its own for those with tools, which goes by the name ``tool_use``."""
     path, more = directory / "chat_template.jinja", directory / "additional_chat_templates" / "tool_use.jinja"
-    with_tools = _text(read_file(more), more) if more.exists() else None
-    if path.exists():
+    with_tools = _text(read_file(more), more) if os.path.lexists(more) else None
+    if os.path.lexists(path):
         return _text(read_file(path), path), with_tools
     path = directory / "chat_template.json"
     found = _object(path).get("chat_template")

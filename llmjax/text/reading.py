@@ -1,5 +1,6 @@
 """Which reader makes a ``Tokenizer`` of which files."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from llmjax.text.tokenizer import Tokenizer
 
 def is_in(directory: Path) -> bool:
     """Whether a Hugging Face directory has a tokenizer."""
-    return any((directory / name).exists() for name in huggingface.VOCABULARIES)
+    return any(os.path.lexists(directory / name) for name in huggingface.VOCABULARIES)
 
 
 def from_huggingface(directory: str | Path) -> Tokenizer:

@@ -41,6 +41,26 @@ def test_git_lfs_pointers(copied, name):
         llmjax.load(copied)
 
 
+@pytest.mark.parametrize("target", ["gone", "itself"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.safetensors", "tokenizer.json", "tokenizer.model", "config.json", "generation_config.json"),
+        *("tokenizer_config.json", "chat_template.jinja"),
+    ],
+)
+def test_links_that_lead_nowhere(copied, name, target):
+    """As in a cache that lost a part: not the same as a file that a checkpoint does not have."""
+    (copied / name).unlink(missing_ok=True)
+    (copied / name).symlink_to(name if target == "itself" else "../blobs/gone")
+    with pytest.raises(LlmjaxError, match=rf"^{copied / name}: .*(not there|No such file|Too many levels)"):
+        llmjax.load(copied)
+    path = copied / "m.gguf"
+    path.symlink_to("gone")
+    with pytest.raises(CheckpointError, match="m.gguf: a link to 'gone', which is not there; expected a model"):
+        llmjax.load(path)
+
+
 def test_git_lfs_pointers_of_other_formats(copied):
     for name in ("m.gguf", "m.bin", "pytorch_model.bin"):
         (copied / "model.safetensors").unlink(missing_ok=True)
