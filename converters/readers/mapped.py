@@ -2,12 +2,15 @@
 
 import contextlib
 import mmap
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 from converters.readers.digest import stamp
 from llmjax.errors import CheckpointError, lfs_pointer
+
+_AT_ONCE = 16 << 20
 
 
 class MappedFile:
@@ -39,6 +42,15 @@ class MappedFile:
 
     def __len__(self) -> int:
         return len(self.bytes)
+
+    def crc32(self, start: int, length: int) -> int:
+        """The CRC-32 of the range, which is read for it and released."""
+        found = 0
+        for at in range(start, start + length, _AT_ONCE):
+            piece = min(_AT_ONCE, start + length - at)
+            found = zlib.crc32(self.bytes[at : at + piece].data, found)
+            self.release(at, piece)
+        return found
 
     def release(self, start: int, length: int) -> None:
         """Tells the system that the pages inside the range are not needed now; reading them again is allowed."""

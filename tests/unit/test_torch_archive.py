@@ -3,6 +3,8 @@
 ``base`` is ``torch.arange(24.).reshape(4, 6) / 8``; ``transposed``, ``slice`` and ``row`` are views of it.
 """
 
+import struct
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from converters.readers.torch.archive import TorchFile
+from llmjax.errors import CheckpointError
 
 PATH = Path(__file__).parents[1] / "data/torchbin/tiny.bin"
 BASE = np.arange(24, dtype=np.float32).reshape(4, 6) / 8
@@ -38,3 +41,22 @@ def test_tensors_of_a_file_written_by_torch(name):
     assert spec.nbytes == expected.nbytes and spec.file == PATH
     file.release(name)
     np.testing.assert_array_equal(file.read(name), expected)
+
+
+def test_values_without_their_checksum(tmp_path):
+    """Torch itself loads them, as wrong as they are; and it writes 0 where it was told to compute none."""
+    data, path = PATH.read_bytes(), tmp_path / "x.bin"
+    with zipfile.ZipFile(PATH) as archive:
+        crc = next(info.CRC for info in archive.infolist() if archive.read(info) == BASE.tobytes())
+    wrong = bytearray(data)
+    wrong[data.index(BASE.tobytes()) + 5] ^= 1
+    path.write_bytes(wrong)
+    file = TorchFile(path)
+    with pytest.raises(CheckpointError, match=r"x.bin: entry '\S+/data/0' does not have the checksum .*; download it"):
+        file.read("row")  # a view of it
+    np.testing.assert_array_equal(file.read("i64"), np.arange(5))
+    path.write_bytes(bytes(wrong).replace(struct.pack("<I", crc), bytes(4)))
+    assert (TorchFile(path).read("base") != BASE).sum() == 1
+    path.write_bytes(data.replace(b"transposed", b"transpozed"))  # in the pickle
+    with pytest.raises(CheckpointError, match=r"/data.pkl' does not have the checksum"):
+        TorchFile(path)

@@ -47,12 +47,14 @@ class TorchFile:
             self._fail(f"expected one entry */data.pkl, found {len(pickles)}; {RESAVE}")
         self._prefix = pickles[0].removesuffix("data.pkl")
         self._starts: dict[str, int] = {}
+        self._whole: set[str] = set()
         self._check_byteorder()
         if self._entries[pickles[0]].file_size > _MAX_PICKLE:
             self._fail(
                 f"entry {shown(pickles[0])} has {self._entries[pickles[0]].file_size} bytes, expected at most "
                 f"{_MAX_PICKLE}; save the tensors alone, or as safetensors"
             )
+        self._expect_whole(pickles[0])
         root = Interpreter(self._bytes(pickles[0]), self._storage, self._fail).run()
         self._tensors = self._select(root)
         self._specs = {
@@ -77,6 +79,7 @@ class TorchFile:
         dtype = np.dtype(ml_dtypes.bfloat16 if storage.dtype == "BF16" else storage.code)
         if not math.prod(tensor.shape):
             return np.empty(tensor.shape, dtype)
+        self._expect_whole(f"{self._prefix}data/{storage.key}")
         strides = [stride * storage.itemsize for stride in tensor.strides]
         offset = storage.start + tensor.offset * storage.itemsize
         value: np.ndarray = np.ndarray(tensor.shape, dtype, self._file.bytes.data, offset, strides)
@@ -158,6 +161,15 @@ class TorchFile:
             )
         self._starts[name] = start
         return start
+
+    def _expect_whole(self, name: str) -> None:
+        """Of the checksum that an entry has; torch, which does not look at it, may be told to write 0 for it."""
+        wanted = self._entries[name].CRC
+        if name in self._whole or not wanted:
+            return
+        if self._file.crc32(self._start(name), self._entries[name].file_size) != wanted:
+            self._fail(f"entry {shown(name)} does not have the checksum the file gives for it; download it again")
+        self._whole.add(name)
 
     def _bytes(self, name: str) -> memoryview:
         start = self._start(name)
