@@ -13,8 +13,10 @@ def path_problem(path: Any) -> str:
         return f"expected a path, found {shown(path)}"
     try:
         os.stat(path)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):  # told where it is opened, or made
+    except (FileNotFoundError, NotADirectoryError):  # told where it is opened, or made
         pass
+    except PermissionError as error:  # of a folder above; a file that may not be read can be looked at
+        return f"{shown(os.fspath(path))} cannot be looked at: {error.strerror}"
     except (OSError, ValueError) as error:  # too long, in a circle; ValueError: NUL, or half a surrogate pair
         reason = getattr(error, "strerror", None) or error
         return f"no file can have the path {shown(os.fspath(path))}: {reason}"

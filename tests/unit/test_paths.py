@@ -1,5 +1,6 @@
 """Paths that no file can have: one clear line from every door that takes one, and nothing left behind."""
 
+import errno
 import os
 import resource
 from pathlib import Path
@@ -117,6 +118,32 @@ def test_the_command_line_says_it_in_one_line(capsys, flags):
     assert main([flag.replace("@", "x" * 5000) for flag in flags]) == 2
     told = capsys.readouterr().err
     assert told.startswith("llmjax: ") and told.count("\n") == 1 and len(told) < 2600
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["inspect", "@"],
+        ["generate", "--prompt", "x", "--model", "@"],
+        ["diff", "@", "@"],
+        ["compare", "@", "@"],
+        ["compare", "a", "b", "--html", "@"],
+        ["lora", "train", "--model", "m", "--data", "d", "--output", "@"],
+        ["batch", "--model", "m", "--input", "@", "--output", "o"],
+    ],
+)
+def test_a_folder_that_may_not_be_entered(capsys, monkeypatch, tmp_path, flags):
+    hidden, stat = str(tmp_path / "x"), os.stat
+
+    def denied(path, **options):
+        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(hidden):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", denied)
+    assert main([flag.replace("@", hidden) for flag in flags]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "Permission denied" in told and "Errno" not in told
 
 
 def test_a_disk_without_room_for_a_trace(tmp_path):
