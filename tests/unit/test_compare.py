@@ -1,6 +1,7 @@
 """``llmjax compare``: metrics, dumps and their faults, names, verdicts, what patching proves, causes, the command."""
 
 import dataclasses
+import fnmatch
 import json
 import re
 import time
@@ -26,9 +27,9 @@ from llmjax.oracle.beneath import held, worth
 from llmjax.oracle.causes import base, blocks, catalogue, weights
 from llmjax.oracle.compare import _reason
 from llmjax.oracle.comparison import Comparison
-from llmjax.oracle.declared import allowed
+from llmjax.oracle.declared import Allowed, allowed
 from llmjax.oracle.floors import CLASSES, floor
-from llmjax.oracle.measure import Tap, _is_factor
+from llmjax.oracle.measure import Tap, _is_factor, measure
 from llmjax.oracle.metrics import gap, logits_report, narrowed
 from llmjax.oracle.names import layouts, named
 from llmjax.oracle.stages import Edit, Stages
@@ -603,6 +604,27 @@ def test_what_is_right_at_many_tokens_is_no_rounding():
     assert told(np.full(40, 0.08)).name == "int4" and not told(np.full(40, 0.08)).beyond
     found = told(np.where(np.arange(40) < 20, 1e-7, 0.08))
     assert found.name == "float32" and len(found.beyond) == 3
+
+
+@pytest.mark.parametrize(("keep", "times", "name"), [("logits", 1.003, "float16"), ("*resid", 2.0, "int4")])
+def test_what_spares_the_first_token_is_no_rounding(model, keep, times, name):
+    """Scores that are too large were equivalent in float32, explained by whatever is as wide: a token that attends to
+    itself alone has them right, which no rounding leaves it."""
+    classes = ("float32", name)
+
+    def explained(edit: Edit) -> Explained:
+        stages, flow, arrays = Stages(model, np.array(IDS)), None, {}
+        for stage in range(-1, stages.layers + 1):
+            flow, values = stages.run(stage, flow, {}, edit)
+            arrays |= {tap: x for tap, x in values.items() if fnmatch.fnmatch(tap, keep)}
+        dump = named(dumps.in_memory("x", {"token_ids": IDS}, arrays), stages.shapes, model, None, stages.twice)
+        taps = [tap for tap, _ in measure(stages, dump, lambda tap: None, classes, clock.Pulse(lambda line: None))]
+        return explain(taps, Allowed(classes, False))
+
+    found = explained(Edit({"attn": base.field(scores=lambda s: dataclasses.replace(s, scale=times * s.scale))}))
+    assert found.name == "float32" and found.beyond
+    found = explained(CLASSES[name]()[0])
+    assert found.name == name and not found.beyond
 
 
 def test_one_factor_is_no_rounding():
