@@ -363,10 +363,10 @@ class _Finder:
 
 
 def _cost(trial: _Trial) -> tuple[int, bool]:
-    """Of a trial, where there may not be time for all: one stage is cheap, but not to round a head's weight; what is
-    another layer's is tried last, of which a deep model has hundreds."""
+    """Of a trial, where there may not be time for all: one stage is cheap, but not to round a head's weight; weights of
+    other layers are tried last, of which a deep model has hundreds."""
     word, several = trial.cause.cause, trial.place.first < trial.place.last
-    return 2 if word == "quantization" else int(several), word in ("weight_swapped", "layer_order")
+    return 2 if word == "quantization" else int(several), word == "weight_swapped"
 
 
 def _apart(ours: np.ndarray, theirs: np.ndarray, tap: str) -> np.ndarray:

@@ -633,12 +633,12 @@ def test_positions_behind_a_prompt_are_told(model, move, detail):
     assert cause["explains"] == 1
 
 
-def test_what_is_another_layers_is_tried_last():
-    """Of a model of thirty layers hundreds of such causes stood before a rotation's."""
+def test_weights_of_other_layers_are_tried_last():
+    """Of a model of thirty layers hundreds of them stood before a rotation's base and the order of layers."""
     words = ("weight_swapped", "norm_eps", "quantization", "layer_order", "rope_theta")
     trials = [patching._Trial(i, base.Cause(word, "", ()), Place(0, 0, 0)) for i, word in enumerate(words)]
     found = [trial.cause.cause for trial in sorted(trials, key=patching._cost)]
-    assert found == ["norm_eps", "rope_theta", "weight_swapped", "layer_order", "quantization"]
+    assert found == ["norm_eps", "layer_order", "rope_theta", "weight_swapped", "quantization"]
 
 
 @pytest.mark.parametrize(("keep", "times", "name"), [("logits", 1.003, "float16"), ("*resid", 2.0, "int4")])
