@@ -1,7 +1,8 @@
 """Classes of arithmetic, and what each does to every tap: measured by running our own model in their ways.
 
 A class holds an error that is within ``MARGIN`` of what one of its ways does to the same step, where that way's traces
-are there: most of the steps that it moves must have moved.  One step that is off does not make a float32 run bfloat16.
+are there: most of the steps that it moves must have moved, at every token.  One step, or all but the first token,
+that is off does not make a float32 run bfloat16.
 """
 
 import dataclasses

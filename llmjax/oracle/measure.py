@@ -14,7 +14,7 @@ import numpy as np
 from llmjax.errors import RequestError
 from llmjax.oracle.clock import Pulse
 from llmjax.oracle.dump import Window
-from llmjax.oracle.floors import CLASSES, FEW, LIKE, MARGIN, NO_FACTOR, OWN, floor
+from llmjax.oracle.floors import CLASSES, FEW, LEAST, LIKE, MARGIN, NO_FACTOR, OWN, floor
 from llmjax.oracle.metrics import Gap, gap, narrowed
 from llmjax.oracle.names import Named, layouts
 from llmjax.oracle.stages import PLAIN, Edit, Stages
@@ -23,6 +23,8 @@ from llmjax.oracle.steps import OUTER
 # What a scale of 16 bits is not off by, the share of an error that one factor leaves where it is all there is, and
 # values that can tell it.
 _FACTOR, _PURE, _SEVERAL = 0.01, 0.02, 16
+# How many times as far off as another order of sums makes it a token is that is right, and one that is clearly moved.
+_RIGHT, _CLEARLY = 2.0, 10.0
 
 Read = Callable[[str], np.ndarray | None]
 
@@ -45,6 +47,7 @@ class Tap:
       rounding: the most that a lossy file may have moved it by, as ``local``.
       scaled: the step's own error is one factor, which no rounding to few bits is.
       own: the step's own error by token; None where it is not known.
+      spared: those ways, by class and number, that clearly move a token which is right here.
       like: by classes, how many times as far as their ways the same step of most layers is, and how far their narrowest
         ones are, both as ``local``; filled by ``verdict.explain`` for what has its like.
     """
@@ -58,6 +61,7 @@ class Tap:
     rounding: np.ndarray = dataclasses.field(default_factory=partial(np.zeros, 2))
     scaled: bool = False
     own: np.ndarray | None = None
+    spared: set[tuple[str, int]] = dataclasses.field(default_factory=set)
     like: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def margin(self, classes: Sequence[str]) -> np.ndarray:
@@ -186,6 +190,8 @@ def measure(
     patched, wanted = False, {inner(tap) for tap in named.taps}
     for stage in range(-1, stages.layers + 1):
         moved: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
+        spared: dict[str, set[tuple[str, int]]] = {}
+        noise: dict[str, np.ndarray | None] = {}
         for i, (name, edit) in enumerate(ways):
             pulse(lambda stage=stage, i=i: _where(stages, stage, i, len(ways)))  # type: ignore[misc]
             flow, values = stages.run(stage, xs[i], {}, edit, wanted)
@@ -201,12 +207,17 @@ def measure(
             xs[i], locals_[i] = flow, own
             if i == 0:
                 plain = whole, apart
+                errors = {tap: _pair(value, apart[inner(tap)], tap) for tap, value in theirs.items()}
                 continue
             for tap in theirs:
                 step = inner(tap)
-                run = pair(whole[step], plain[0][step], tap)
-                alone = pair(apart[step], plain[1][step], tap) if patched else run
+                run, tokens = _pair(whole[step], plain[0][step], tap)
+                alone, tokens = _pair(apart[step], plain[1][step], tap) if patched else (run, tokens)
                 moved.setdefault(tap, {}).setdefault(name, []).append((run, alone))
+                if name == "float32":
+                    noise[tap] = None if tokens is None else np.maximum(tokens, max(alone[0], LEAST))
+                if _spares(errors[tap][1], tokens, noise[tap]):
+                    spared.setdefault(tap, set()).add((name, len(moved[tap][name]) - 1))
         for tap, value in theirs.items():
             step = inner(tap)
             known = reference(step)
@@ -218,10 +229,18 @@ def measure(
                 found.local = pair(value, theirs[step], tap)
                 found.ways = {name: [(np.zeros(2), np.zeros(2))] * 3 for name in classes}
             else:
-                found.local, found.own = _pair(value, plain[1][step], tap)
-                found.ways = moved[tap]
+                found.local, found.own = errors[tap]
+                found.ways, found.spared = moved[tap], spared.get(tap, set())
                 found.scaled = _is_factor(plain[1][step], value)
             yield found, ours
+
+
+def _spares(own: np.ndarray | None, moved: np.ndarray | None, noise: np.ndarray | None) -> bool:
+    """Whether a token is as right as another order of sums has it, which a way moves clearly: rounding moves the first
+    token as any other, but that one attends to itself alone, and is right whatever is wrong with attention."""
+    if own is None or moved is None or noise is None:
+        return False
+    return bool(np.any((own <= _RIGHT * noise) & (moved > _CLEARLY * noise)))
 
 
 def _is_factor(ours: np.ndarray, theirs: np.ndarray) -> bool:

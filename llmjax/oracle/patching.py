@@ -362,9 +362,11 @@ class _Finder:
         }
 
 
-def _cost(trial: _Trial) -> int:
-    """Of a trial, where there may not be time for all: one stage is cheap, but not to round a head's weight."""
-    return 2 if trial.cause.cause == "quantization" else int(trial.place.first < trial.place.last)
+def _cost(trial: _Trial) -> tuple[int, bool]:
+    """Of a trial, where there may not be time for all: one stage is cheap, but not to round a head's weight; weights of
+    other layers are tried last, of which a deep model has hundreds."""
+    word, several = trial.cause.cause, trial.place.first < trial.place.last
+    return 2 if word == "quantization" else int(several), word == "weight_swapped"
 
 
 def _apart(ours: np.ndarray, theirs: np.ndarray, tap: str) -> np.ndarray:

@@ -117,8 +117,8 @@ def _alike(taps: Sequence[Tap], classes: tuple[str, ...]) -> None:
 def _traced(
     taps: Sequence[Tap], off: Sequence[bool], classes: Sequence[str], allowed: Allowed, most: float = 0.0
 ) -> bool:
-    """Whether at least one way of each class moved half of the steps that it would, more than ``most``, or need not
-    have; ``off`` says which steps are off everywhere.
+    """Whether at least one way of each class moved half of the steps that it would, and no token of these less than it
+    must, more than ``most``, or need not have; ``off`` says which steps are off everywhere.
 
     Weights of few bits move any step far: what one alone shows of them is no trace.
     """
@@ -128,7 +128,7 @@ def _traced(
 def _moved(taps: Sequence[Tap], off: Sequence[bool], name: str, most: float) -> bool:
     for way in range(len(taps[0].ways[name])):
         marks = [(tap, moved) for tap, moved in zip(taps, off, strict=True) if _differs(tap, name, way)]
-        moved = sum(moved for _, moved in marks)
+        moved = sum(moved and (name, way) not in tap.spared for tap, moved in marks)
         far = sum(_as_far(tap, name, way) for tap, _ in marks)  # of mixed weights those of the fewest bits alone
         enough = moved >= TRACES * len(marks) and moved > most * len(marks)
         if len(marks) > (name in FEW) and enough and far >= TRACES / 2 * len(marks):

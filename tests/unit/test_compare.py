@@ -1,6 +1,7 @@
 """``llmjax compare``: metrics, dumps and their faults, names, verdicts, what patching proves, causes, the command."""
 
 import dataclasses
+import fnmatch
 import json
 import re
 import time
@@ -23,16 +24,17 @@ from llmjax.numerics import Numerics
 from llmjax.oracle import clock, patching
 from llmjax.oracle import dump as dumps
 from llmjax.oracle.beneath import held, worth
-from llmjax.oracle.causes import base, blocks, catalogue, weights
+from llmjax.oracle.causes import base, blocks, catalogue, rotation, weights
 from llmjax.oracle.compare import _reason
 from llmjax.oracle.comparison import Comparison
-from llmjax.oracle.declared import allowed
+from llmjax.oracle.declared import Allowed, allowed
 from llmjax.oracle.floors import CLASSES, floor
-from llmjax.oracle.measure import Tap, _is_factor
+from llmjax.oracle.measure import Tap, _is_factor, measure
 from llmjax.oracle.metrics import gap, logits_report, narrowed
 from llmjax.oracle.names import layouts, named
 from llmjax.oracle.stages import Edit, Stages
 from llmjax.oracle.steps import segment
+from llmjax.oracle.trials import Place
 from llmjax.oracle.verdict import Explained, caveats, explain
 from tests import tiny
 
@@ -69,6 +71,15 @@ def broken(model: llmjax.Model, edits: dict) -> llmjax.Model:
 def with_arrays(trace: llmjax.Trace, keep=lambda name: True, **manifest) -> llmjax.Trace:
     arrays = {name: x for name, x in trace.activations.items() if keep(name)}
     return llmjax.Trace(arrays, {**trace.manifest, **manifest})
+
+
+def edited(stages: Stages, edit: Edit, keep: str) -> dict[str, np.ndarray]:
+    """What the stages of a model compute in another way."""
+    flow, arrays = None, {}
+    for stage in range(-1, stages.layers + 1):
+        flow, values = stages.run(stage, flow, {}, edit)
+        arrays |= {tap: x for tap, x in values.items() if fnmatch.fnmatch(tap, keep)}
+    return arrays
 
 
 def told(report: llmjax.Comparison) -> list[tuple[str, str]]:
@@ -603,6 +614,49 @@ def test_what_is_right_at_many_tokens_is_no_rounding():
     assert told(np.full(40, 0.08)).name == "int4" and not told(np.full(40, 0.08)).beyond
     found = told(np.where(np.arange(40) < 20, 1e-7, 0.08))
     assert found.name == "float32" and len(found.beyond) == 3
+
+
+@pytest.mark.parametrize(
+    ("move", "detail"),
+    [
+        (lambda p: p + (p >= 5), "from token 5 on positions are one too high"),
+        (lambda p: p - 5 * (p >= 5), "from token 5 on positions begin again at 0"),
+    ],
+)
+def test_positions_behind_a_prompt_are_told(model, move, detail):
+    """They were unknown: all positions one too high are no mistake of a rotation, those of what is drawn are."""
+    edit = Edit({"attn": base.field(rope=lambda r: rotation._Apart(r, (move, move)))})
+    arrays = edited(Stages(model, np.array(IDS)), edit, "layers.0.attn.[qk]*")
+    report = llmjax.compare(model, llmjax.Trace(arrays, {"token_ids": IDS, "dtype": "float32"}), search=0)
+    fault, cause = report.faults[0], report.faults[0]["causes"][0]
+    assert (fault["tap"], cause["cause"], cause["detail"]) == ("layers.0.attn.q_rot", "rope_positions", detail)
+    assert cause["explains"] == 1
+
+
+def test_weights_of_other_layers_are_tried_last():
+    """Of a model of thirty layers hundreds of them stood before a rotation's base and the order of layers."""
+    words = ("weight_swapped", "norm_eps", "quantization", "layer_order", "rope_theta")
+    trials = [patching._Trial(i, base.Cause(word, "", ()), Place(0, 0, 0)) for i, word in enumerate(words)]
+    found = [trial.cause.cause for trial in sorted(trials, key=patching._cost)]
+    assert found == ["norm_eps", "layer_order", "rope_theta", "weight_swapped", "quantization"]
+
+
+@pytest.mark.parametrize(("keep", "times", "name"), [("logits", 1.003, "float16"), ("*resid", 2.0, "int4")])
+def test_what_spares_the_first_token_is_no_rounding(model, keep, times, name):
+    """Scores that are too large were equivalent in float32, explained by whatever is as wide: a token that attends to
+    itself alone has them right, which no rounding leaves it."""
+    classes, stages = ("float32", name), Stages(model, np.array(IDS))
+
+    def explained(edit: Edit) -> Explained:
+        dump = dumps.in_memory("x", {"token_ids": IDS}, edited(stages, edit, keep))
+        dump = named(dump, stages.shapes, model, None, stages.twice)
+        taps = [tap for tap, _ in measure(stages, dump, lambda tap: None, classes, clock.Pulse(lambda line: None))]
+        return explain(taps, Allowed(classes, False))
+
+    found = explained(Edit({"attn": base.field(scores=lambda s: dataclasses.replace(s, scale=times * s.scale))}))
+    assert found.name == "float32" and found.beyond
+    found = explained(CLASSES[name]()[0])
+    assert found.name == name and not found.beyond
 
 
 def test_one_factor_is_no_rounding():

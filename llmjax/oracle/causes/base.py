@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
+from llmjax.oracle.metrics import gap
 from llmjax.oracle.stages import Edit, Hook, Params, Stages, floats
 
 NORMS = ("attn_norm", "post_attn_norm", "mlp_norm", "post_mlp_norm", "attn.q_norm", "attn.k_norm", "final_norm")
@@ -166,3 +167,15 @@ def put(step: str, found: Mapping[str, Any]) -> Callable[[Params], Params]:
         return params
 
     return edit
+
+
+def begins(ours: np.ndarray, theirs: np.ndarray, axis: int = 0) -> int | None:
+    """The token, the third or a later one, from which on two arrays differ whose ``axis`` counts tokens; None where
+    those before it are not clearly nearer."""
+    if ours.shape != theirs.shape or ours.shape[axis] < 4:
+        return None
+    apart = gap(ours, theirs, axis).by_token
+    before = np.maximum.accumulate(apart)[1:-2]  # of tokens 0 to t - 1, for t from 2 on
+    times = np.minimum(apart[2:-1], apart[3:]) / np.maximum(before, 1e-6)
+    at = int(times.argmax())
+    return at + 2 if times[at] > 2 else None

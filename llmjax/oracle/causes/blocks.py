@@ -15,10 +15,10 @@ from llmjax.oracle.causes.base import (
     Cause,
     Scene,
     always,
+    begins,
     field,
 )
 from llmjax.oracle.floors import Change, in_blocks, rounded
-from llmjax.oracle.metrics import gap
 from llmjax.oracle.stages import Edit, Hook
 from llmjax.oracle.steps import OUTER
 
@@ -168,13 +168,8 @@ def _seen(probs: np.ndarray) -> set[int]:
 def _since(ours: np.ndarray, theirs: np.ndarray) -> set[int]:
     """The window of which the first token differs ``[T, ...]`` that does not see all before it; none where differences
     do not begin at a token."""
-    if len(ours) < 4 or ours.shape != theirs.shape:
-        return set()
-    apart = gap(ours, theirs).by_token
-    before = np.maximum.accumulate(apart)[1:-2]  # of tokens 0 to t - 1, for t from 2 on
-    times = np.minimum(apart[2:-1], apart[3:]) / np.maximum(before, 1e-6)
-    at = int(times.argmax())
-    return {at + 1, at + 2} if times[at] > 2 else set()
+    at = begins(ours, theirs)
+    return set() if at is None else {at - 1, at}
 
 
 def _temperature(scene: Scene) -> float | None:

@@ -10,8 +10,9 @@ import numpy as np
 
 from llmjax.models.context import Context
 from llmjax.models.rope import Rope
-from llmjax.oracle.causes.base import Cause, Scene, field
+from llmjax.oracle.causes.base import Cause, Scene, begins, field
 from llmjax.oracle.floors import rounded
+from llmjax.oracle.measure import token_axis
 from llmjax.oracle.stages import Edit
 
 # What a fit looks at: so many tokens of the first, and positions that begin so far away.
@@ -117,6 +118,15 @@ def rotation(scene: Scene) -> Iterator[Cause]:
             if (q, k) != ("as they are", "as they are"):
                 detail = f"positions are {q}" if q == k else f"positions of queries are {q}, of keys {k}"
                 yield cause("rope_positions", detail, lambda r, m=(at, other_at): _Apart(r, m))
+    start = begins(scene.ours, scene.theirs, token_axis(scene.step))
+    if start is not None:  # as of a prompt's end: what is drawn behind it has been counted otherwise
+        behind: dict[str, Callable[[jax.Array], jax.Array]] = {
+            "are one too high": lambda p: p + (p >= start), "are one too low": lambda p: p - (p >= start),
+            "begin again at 0": lambda p: p - start * (p >= start),
+        }  # fmt: skip
+        for what, move in behind.items():
+            detail = f"from token {start} on positions {what}"
+            yield cause("rope_positions", detail, lambda r, m=move: _Apart(r, (m, m)))
     yield from _fitted(scene, ropes, cause)
 
 
