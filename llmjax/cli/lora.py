@@ -26,7 +26,8 @@ def add(verbs: Verbs) -> None:
         sub = add_verb(lora_verbs, name, run, text)
         sub.add_argument("--model", required=True, help="the base checkpoint's path")
         sub.add_argument("--lora", required=True, metavar="PATH", help="a PEFT directory, or its weights alone")
-        sub.add_argument("--alpha", type=float, help="for weights without adapter_config.json: scale = alpha / rank")
+        text = "scale = A / rank, for weights without adapter_config.json"
+        sub.add_argument("--lora-alpha", "--alpha", dest="alpha", type=float, metavar="A", help=text)
         sub.add_argument("--rank", type=int, help="for the same: what is expected")
         if name == "check":
             sub.add_argument("--prompt", help="text to compare logits on (default: a few token ids)")
