@@ -111,7 +111,7 @@ class RopeSpec:
     def _yarn(self, theta: float, dims: int, turning: int) -> Rope:
         original = self._original()
         factor = self._number("factor", (self._context or original) / original)
-        self._drop("max_position_embeddings")
+        self._drop("max_position_embeddings", "finetuned")  # the latter in the paper's own models
         if self.entries.pop("attn_factor", None) is not None:
             self._problem(
                 "rope parameter attn_factor: transformers leaves it out, vLLM multiplies cosines and sines by it and "

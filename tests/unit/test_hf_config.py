@@ -171,6 +171,9 @@ class TestRopeTypes:
         explicit = read("llama", rope_scaling=scaling | {"attention_factor": 1.5, "beta_fast": None, "beta_slow": 0})
         assert explicit.rope.scaling == Yarn(4.0, 32.0, attention=1.5)
         assert read("llama", rope_scaling={"type": "yarn", "factor": 4.0}).rope.scaling.original == 2048
+        assert read("mistral", rope_scaling=scaling | {"finetuned": True}).rope.scaling == Yarn(
+            4.0, 32.0
+        )  # the paper's
         assert "mystery" in refusal("llama", rope_scaling=scaling | {"mystery": 1})
 
     @pytest.mark.parametrize(
