@@ -6,6 +6,7 @@
 """
 
 import collections
+import contextlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -55,7 +56,8 @@ def read(directory: Path) -> Tokenizer:
     if file.name == "tokenizer.json":
         backend = load_json(read_file(file), str(file))
         if (other := directory / VOCABULARIES[1]).exists():
-            _check_beside(backend, file, sentencepiece.some_pieces(read_file(other)), other)
+            with contextlib.suppress(TokenizerError):  # one that cannot be read, git-lfs's pointer say, is not needed
+                _check_beside(backend, file, sentencepiece.some_pieces(read_file(other)), other)
     else:
         vocabulary = sentencepiece.parse(read_file(file), str(file))
         wanted = config.get("add_prefix_space")

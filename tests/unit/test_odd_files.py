@@ -41,6 +41,12 @@ def test_git_lfs_pointers(copied, name):
         llmjax.load(copied)
 
 
+def test_git_lfs_pointers_that_nothing_needs(copied):
+    """A clone of which the weights and tokenizer.json alone were pulled."""
+    (copied / "tokenizer.model").write_text(POINTER)
+    assert llmjax.load(copied).tokenizer.encode("a") == [64]
+
+
 def test_git_lfs_pointers_of_other_formats(copied):
     for name in ("m.gguf", "m.bin", "pytorch_model.bin"):
         (copied / "model.safetensors").unlink(missing_ok=True)
