@@ -175,6 +175,9 @@ class TestRopeTypes:
             4.0, 32.0
         )  # the paper's
         assert "mystery" in refusal("llama", rope_scaling=scaling | {"mystery": 1})
+        assert read("llama", rope_scaling=scaling | {"mystery": None}).rope.scaling == Yarn(4.0, 32.0)
+        for value, whole in ((True, True), (False, False), (None, False)):  # as transformers takes null
+            assert read("llama", rope_scaling=scaling | {"truncate": value}).rope.scaling.truncate is whole
 
     @pytest.mark.parametrize(
         ("scaling", "context"),
