@@ -5,7 +5,8 @@ clash. The profiles are the ones a result may name; each records itself in every
 
 ================  ==================================================================================================
 ``reference``     float32 activations and products at the highest matmul precision; the formulas of the papers.
-``hf``            what transformers computes in the checkpoint's dtype, its roundings included.
+``hf``            what transformers computes in the checkpoint's dtype, its roundings included: the embedding's, as it
+                  is stored.  Where config.json says another, transformers 5 takes that one: give it as ``dtype``.
 ``fast``          bfloat16 products where weights are stored so, float32 elsewhere; sums in the order that is quickest;
                   never quantizes activations.
 ``dynamic_int8``  as ``fast``, but activations are rounded to 8 bits, row by row, where they meet a quantized weight.

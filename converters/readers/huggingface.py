@@ -37,6 +37,10 @@ class HuggingFaceSource:
       path: what the user named, for messages.
       config: what stands for ``config.json`` where there is none.
 
+    Attributes:
+      absent: tensors that the index has and no file does, by name the file that should: tools that make safetensors of
+        other files leave a head that repeats the embedding out of them, and in the index.
+
     Raises:
       CheckpointError: no or bad ``config.json``, no weights, damaged, missing or contradictory files; all at once.
     """
@@ -74,7 +78,9 @@ class HuggingFaceSource:
                     other = self._home[name].path.name
                     problems.append(f"{file.path}: tensor {named(name)} is in {other}, too")
                 self._home.setdefault(name, file)
-        problems += self._contradictions(index, [name for name, file in shards.items() if file is None])
+        read = {name for name, file in shards.items() if file is not None}
+        self.absent = {n: shard for n, shard in index.items() if n not in self._home and shard in read}
+        problems += self._contradictions(index)
         specs = {name: file.spec(name) for name, file in self._home.items()} if eights else {}
         self._eights = Float8(eights or {}, specs, directory, problems)
         if len(problems) == 1:
@@ -121,14 +127,11 @@ class HuggingFaceSource:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         return f"; found {', '.join(map(named, others[:5]))}{more}: name the file, or a pattern, to read them"
 
-    def _contradictions(self, index: dict[str, str], unread: list[str]) -> list[str]:
-        """Where the index and the shards disagree; a shard that could not be read has its own message."""
+    def _contradictions(self, index: dict[str, str]) -> list[str]:
+        """Where the index and the shards disagree of a tensor that is there."""
         problems = []
         for name, shard in index.items():
-            if name not in self._home:
-                if shard not in unread:
-                    problems.append(f"tensor {named(name)} is missing; the index says it is in {named(shard)}")
-            elif self._home[name].path.name != shard:
+            if name in self._home and self._home[name].path.name != shard:
                 found = self._home[name].path.name
                 problems.append(f"tensor {named(name)} is in {named(found)}; the index says {named(shard)}")
         if index:

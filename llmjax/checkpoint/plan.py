@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from converters.readers.huggingface import HuggingFaceSource
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.source import Source, TensorSpec
 from llmjax.checkpoint import gguf_config, gguf_names, gguf_ropes, mediapipe_config, mediapipe_names
@@ -114,6 +115,11 @@ def make_plan(source: Source, override: Override = None) -> Plan:
         layers = config.num_hidden_layers
         problems.append(f"num_hidden_layers: {layers}, but no tensor is of a layer after number {known - 2}")
 
+    absent = source.absent if isinstance(source, HuggingFaceSource) else {}
+    embedding, head = (_stem(source, sources_of(f"{end}.weight", names)[1][0]) for end in ("embed", "head"))
+    if config.tie_word_embeddings and head in stems:  # of one table under two names a file may keep either
+        stems.setdefault(embedding, stems[head])
+
     def has(name: str) -> bool:
         return name in specs or _stem(source, name) in stems
 
@@ -123,7 +129,8 @@ def make_plan(source: Source, override: Override = None) -> Plan:
         for name in files:
             name = name if name in specs else stems.get(_stem(source, name), name)
             if name not in specs:
-                problems.append(f"missing tensor {named(name)}, needed for {parameter} {list(shape)}")
+                there = f"; the index says it is in {named(absent[name])}" if name in absent else ""
+                problems.append(f"missing tensor {named(name)}, needed for {parameter} {list(shape)}{there}")
                 continue
             used.add(name)
             found.append(specs[name])
@@ -135,7 +142,6 @@ def make_plan(source: Source, override: Override = None) -> Plan:
                 problems.append(f"tensor {named(name)}: expected floats, found whole numbers ({specs[name].dtype})")
         assignments.append(Assignment(parameter, shape, tuple(found), entry.make))
     tied, dropped = [], []
-    head = _stem(source, f"{names['head']}.weight")
     for name in sorted(set(specs) - used):
         if config.tie_word_embeddings and _stem(source, name) == head:
             tied.append(specs[name])

@@ -26,7 +26,7 @@ from llmjax.quant.qtensor import QTensor
 from llmjax.quant.schemes import role_of
 
 _LOG = logging.getLogger(__name__)
-_DTYPES = ("F32", "F16", "BF16")
+_DTYPES = ("F64", "F32", "F16", "BF16")
 _MOST = 20
 # A tied head's weight.
 TABLE = "embed.weight"

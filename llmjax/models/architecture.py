@@ -9,7 +9,7 @@ from llmjax.models.config import DecoderConfig
 from llmjax.models.names import Names, stem
 
 # For ``dropped``: what older versions of transformers stored of their rotations, and a configuration says by itself.
-ROTARY_BUFFERS = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+ROTARY_BUFFERS = (r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq",)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -172,5 +172,5 @@ def names(config: Qwen3_5Config) -> Names:
 
 # What guesses several tokens at once is not needed.
 ARCHITECTURE = Architecture(
-    model_type="qwen3_5_text", config=Qwen3_5Config, hf_names=names, gguf="qwen35", dropped=(r"mtp\..*",)
+    model_type="qwen3_5_text", config=Qwen3_5Config, hf_names=names, gguf="qwen35", dropped=(r"mtp\..*", r"visual\..*")
 )

@@ -22,6 +22,6 @@ ARCHITECTURE = Architecture(
     model_type="qwen3_5",
     config=Qwen3_5MultimodalConfig,
     hf_names=qwen3_5.names,
-    dropped=(*qwen3_5.ARCHITECTURE.dropped, r"visual\..*"),
+    dropped=qwen3_5.ARCHITECTURE.dropped,
     modules="model.language_model.",
 )

@@ -58,7 +58,7 @@ class RopeSpec:
             self._problem(f"rope_type: {shown(self.kind)} is not supported, expected {' or '.join(map(repr, _KINDS))}")
             return Rope(theta, dims)
         rope: Rope = getattr(self, f"_{self.kind}")(theta, dims, turning)
-        for key in sorted(self.entries, key=str):
+        for key in sorted((key for key, value in self.entries.items() if value is not None), key=str):
             what = f"rope parameter {named(str(key))}: {shown(self.entries[key])}"
             self._problem(f"{what} is not understood for rope_type {self.kind!r}")
         return rope
@@ -111,13 +111,13 @@ class RopeSpec:
     def _yarn(self, theta: float, dims: int, turning: int) -> Rope:
         original = self._original()
         factor = self._number("factor", (self._context or original) / original)
-        self._drop("max_position_embeddings")
+        self._drop("max_position_embeddings", "finetuned")  # the latter in the paper's own models
         if self.entries.pop("attn_factor", None) is not None:
             self._problem(
                 "rope parameter attn_factor: transformers leaves it out, vLLM multiplies cosines and sines by it and "
                 "by what follows from the factor; take it out, or say their product as attention_factor"
             )
-        truncate = self.entries.pop("truncate", None)
+        truncate = self.entries.pop("truncate", True)
         if truncate is not None and not isinstance(truncate, bool):
             self._problem(f"rope parameter truncate: expected true or false, found {shown(truncate)}")
         scales = self.entries.pop("mscale", None), self.entries.pop("mscale_all_dim", None)
@@ -135,8 +135,8 @@ class RopeSpec:
             attention=None if self.entries.get("attention_factor") is None else self._number("attention_factor"),
             fast=self._number("beta_fast"),
             slow=self._number("beta_slow"),
-            # transformers looks for it beside the kinds of layers, where it is not
-            truncate=truncate is not False or self._nested,
+            # Null is false; transformers looks for it beside the kinds of layers, where it is not.
+            truncate=bool(truncate) or self._nested,
             scales=(float(scales[0]), float(scales[1])) if scales[0] and scales[1] else None,
         )
         self._drop("attention_factor")

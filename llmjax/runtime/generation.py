@@ -48,16 +48,15 @@ def sampling_defaults(config: Mapping[str, Any], context: int, where: str) -> di
 
 
 def suppressed(config: Mapping[str, Any], vocab_size: int, where: str) -> tuple[int, ...]:
-    """``suppress_tokens``: ids that are never drawn.
+    """``suppress_tokens``: ids that are never drawn; what the model has no row for never is.
 
     Raises:
-      ConfigError: they are no ids of this vocabulary.
+      ConfigError: they are no ids.
     """
     found = config.get("suppress_tokens") or []
-    ids = each(integer(0, vocab_size - 1), f"a list of token ids below {vocab_size}", kinds=(list, tuple))
-    if problem := ids.problem(found):
+    if problem := each(integer(0), "a list of token ids", kinds=(list, tuple)).problem(found):
         raise ConfigError(f"{where}: suppress_tokens: {problem}; {_WAY_OUT}")
-    return tuple(dict.fromkeys(found))
+    return tuple(i for i in dict.fromkeys(found) if i < vocab_size)
 
 
 def told(own: Mapping[str, Any], given: Mapping[str, Any], file: str) -> str:

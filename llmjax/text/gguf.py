@@ -4,6 +4,7 @@ Keys and defaults: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md and
 ``llama-vocab.cpp``.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from llmjax.text.pretokenizers import PRE_TOKENIZERS, PreTokenizer
 from llmjax.text.sentencepiece import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary
 from llmjax.text.tokenizer import Tokenizer, add_tokens, load_backend
 
+_LOG = logging.getLogger(__name__)
 _IDS = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 _END_IDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
@@ -49,7 +51,8 @@ def read(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     types = entries.numbers("token_type", len(tokens), default=NORMAL)
     defaults = _SENTENCEPIECE_IDS if model == "llama" else {}
     ids = {
-        n: entries.token_id(f"{n}_token_id", len(tokens), defaults.get(n)) for n in dict.fromkeys((*_IDS, *_END_IDS))
+        n: entries.token_id(f"{n}_token_id", len(tokens), defaults.get(n), needed=n in _SENTENCEPIECE_IDS)
+        for n in dict.fromkeys((*_IDS, *_END_IDS))
     }
     ends = _ends(tokens, metadata) | {i for n in _END_IDS if (i := ids[n]) is not None}
     types = [CONTROL if i in ends else kind for i, kind in enumerate(types)]
@@ -154,12 +157,17 @@ class _Entries:
             if not known and value is not False:
                 self._refuse(name, "a key that llmjax knows", value)
 
-    def token_id(self, key: str, size: int, default: int | None) -> int | None:
+    def token_id(self, key: str, size: int, default: int | None, needed: bool) -> int | None:
+        """A token's id; of one that is not ``needed`` it may be beyond the tokens, as padding's often is: none then,
+        as in llama.cpp."""
         value = self._get(key, -1 if default is None or default >= size else default)
         if isinstance(value, bool) or not isinstance(value, int | np.integer):
             self._refuse(key, "a token id", value)
         # Converters write the largest uint32 where there is no such token.
         if value < 0 or value == 0xFFFFFFFF:
+            return None
+        if value >= size and not needed:
+            _LOG.warning(f"{self.where}: tokenizer.ggml.{key}: {value} is none of the {size} tokens and is left out")
             return None
         return int(value) if value < size else self._refuse(key, f"an id below {size}", value)
 

@@ -6,6 +6,7 @@
 """
 
 import collections
+import contextlib
 import json
 import os
 import warnings
@@ -55,8 +56,9 @@ def read(directory: Path) -> Tokenizer:
     dummy_prefix = False
     if file.name == "tokenizer.json":
         backend = load_json(read_file(file), str(file))
-        if os.path.lexists(other := directory / VOCABULARIES[1]):
-            _check_beside(backend, file, sentencepiece.some_pieces(read_file(other)), other)
+        if (other := directory / VOCABULARIES[1]).exists():
+            with contextlib.suppress(TokenizerError):  # one that cannot be read, git-lfs's pointer say, is not needed
+                _check_beside(backend, file, sentencepiece.some_pieces(read_file(other)), other)
     else:
         vocabulary = sentencepiece.parse(read_file(file), str(file))
         wanted = config.get("add_prefix_space")

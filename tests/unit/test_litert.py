@@ -567,8 +567,11 @@ def test_suppressed_tokens_are_barred_in_every_request(model):
     for config, barred in (("auto", ((5,), (7,))), ("none", ())):
         asking = Asking(barring, 0, (), False, config, {})
         assert asking.request([1, 2], llmjax.SamplingParams(temperature=0)).bad_words == barred
-    with pytest.raises(ConfigError, match=r"suppress_tokens: expected a list of token ids below 304, found \[304\]"):
-        Asking(dataclasses.replace(model, generation_config={"suppress_tokens": [304]}), 0, (), False, "auto", {})
+    odd = dataclasses.replace(model, generation_config={"suppress_tokens": [5, 304]})  # of 304 rows: never drawn
+    asking = Asking(odd, 0, (), False, "auto", {})
+    assert asking.request([1, 2], llmjax.SamplingParams(temperature=0)).bad_words == ((5,),)
+    with pytest.raises(ConfigError, match=r"suppress_tokens: expected a list of token ids, found \[-1\]"):
+        Asking(dataclasses.replace(model, generation_config={"suppress_tokens": [-1]}), 0, (), False, "auto", {})
 
 
 def test_a_bundle_says_which_tokens_are_suppressed(tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def source(tmp_path_factory) -> Path:
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "chat_template": CHAT})
     )
-    sampling = {"do_sample": True, "top_k": 5, "top_p": 0.5, "temperature": 0.75, "suppress_tokens": [7]}
+    sampling = {"do_sample": True, "top_k": 5, "top_p": 0.5, "temperature": 0.75, "suppress_tokens": [7, 260]}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, 259, 300], **sampling}))
     return folder
 
@@ -318,7 +318,7 @@ def test_sampling_that_litert_lm_has(source, config, expected):
         {"top_p": 2},
         {"top_k": "5"},
         {"temperature": None, "top_k": -1},
-        {"suppress_tokens": [260]},
+        {"suppress_tokens": [-1]},
         {"do_sample": "true"},
     ],
 )

@@ -1,5 +1,6 @@
 """From files to a model: everything wrong with a checkpoint is reported at once; what is right is exact."""
 
+import dataclasses
 import json
 import math
 import re
@@ -69,11 +70,12 @@ def test_all_tensor_problems_in_one_error(folder):
     assert not report.supported and len(report.problems) == 4
 
 
-def test_known_leftovers_are_dropped(folder):
-    edit(folder, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(7, np.float32)}))
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"])
+def test_known_leftovers_are_dropped(folder, name):
+    edit(folder, lambda t: t.update({name: np.ones(7, np.float32)}))
     llmjax.load(folder)
     uses = {t["name"]: t["use"] for t in llmjax.inspect(folder).tensors if not t["fills"]}
-    assert uses == {"model.layers.0.self_attn.rotary_emb.inv_freq": "known, not needed"}
+    assert uses == {name: "known, not needed"}
 
 
 def test_fused_tensors_and_the_vision_tower():
@@ -106,6 +108,44 @@ def test_a_tied_head_must_repeat_the_embedding(tmp_path):
     edit(folder, lambda t: t["lm_head.weight"].__setitem__((3, 3), 9.0))
     with pytest.raises(CheckpointError, match="lm_head.weight differs from model.embed_tokens.weight"):
         llmjax.load(folder)
+
+
+@pytest.mark.parametrize("name", ["llama_biases_tied", "falcon_7b"])
+def test_a_tied_table_by_the_heads_name_alone(tmp_path, name):
+    """``safetensors.torch.save_model`` keeps the name that sorts first, and transformers reads it."""
+    folder = golden.write(name, tmp_path)
+    embedding = {"falcon_7b": "transformer.word_embeddings"}.get(name, "model.embed_tokens")
+    edit(folder, lambda t: t.update({"lm_head.weight": t.pop(f"{embedding}.weight")}))
+    ids = arrays(name)["short"].tolist()
+    np.testing.assert_array_equal(llmjax.load(folder).logits([ids])[0], golden.load(name).logits([ids])[0])
+    (table,) = (t for t in llmjax.inspect(folder).tensors if t["name"] == "lm_head.weight")
+    assert table["fills"] == ["embed.weight"]
+
+
+def test_an_index_that_names_more_than_there_is(tmp_path):
+    """Hugging Face's own conversion to safetensors leaves a tied head out of the shards, and in the index."""
+    folder = golden.write("llama_biases_tied", tmp_path)
+    (folder / "model.safetensors").rename(folder / "one.safetensors")
+    names = [*load_file(folder / "one.safetensors"), "lm_head.weight"]
+    index = {"weight_map": dict.fromkeys(names, "one.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    ids = arrays("llama_biases_tied")["short"].tolist()
+    expected = golden.load("llama_biases_tied").logits([ids])[0]
+    np.testing.assert_array_equal(llmjax.load(folder).logits([ids])[0], expected)
+    untied = (
+        r"missing tensor lm_head.weight, needed for head.weight \[160, 56\]; the index says it is in one.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=untied):
+        llmjax.load(folder, config={"tie_word_embeddings": False})
+
+
+def test_a_text_models_configuration_beside_a_whole_models_tensors():
+    """transformers' Qwen3_5ForCausalLM leaves the tensors of pictures out by name."""
+    folder = Path(__file__).parents[1] / "data" / "cases" / "qwen3_5_cond"
+    text = json.loads((folder / "config.json").read_text())["text_config"]
+    alone, whole = llmjax.load(folder, config=text), llmjax.load(folder)
+    jax.tree.map(np.testing.assert_array_equal, alone.params, whole.params)
+    assert dataclasses.asdict(alone.config) == dataclasses.asdict(whole.config)
 
 
 def test_stored_values_are_unchanged(folder):

@@ -60,6 +60,19 @@ def write_adapter(base, folder, seed=0, rank=3, alpha=5.0, projections=PROJECTIO
     return folder
 
 
+def test_factors_of_any_floats(base, tmp_path):
+    """NumPy's own are of 64 bits, and PEFT takes them."""
+
+    def widened(tensors):
+        tensors.update({name: x.astype(np.float64) for name, x in tensors.items()})
+
+    loads = (
+        llmjax.load(base, lora=write_adapter(base, tmp_path / n, change=c)) for n, c in (("a", None), ("b", widened))
+    )
+    found, expected = (model.params["layers_0"]["attn"]["q"]["weight"] for model in loads)
+    np.testing.assert_array_equal(found, expected)
+
+
 def by_hand(base, adapter, folder, scale):
     """The checkpoint the adapter stands for."""
     shutil.copytree(base, folder)

@@ -45,7 +45,7 @@ def test_git_lfs_pointers(copied, name):
 @pytest.mark.parametrize(
     "name",
     [
-        *("model.safetensors", "tokenizer.json", "tokenizer.model", "config.json", "generation_config.json"),
+        *("model.safetensors", "tokenizer.json", "config.json", "generation_config.json"),
         *("tokenizer_config.json", "chat_template.jinja"),
     ],
 )
@@ -59,6 +59,15 @@ def test_links_that_lead_nowhere(copied, name, target):
     path.symlink_to("gone")
     with pytest.raises(CheckpointError, match="m.gguf: a link to 'gone', which is not there; expected a model"):
         llmjax.load(path)
+
+
+def test_a_vocabulary_that_nothing_needs(copied):
+    """A clone, or a cache, of which the weights and tokenizer.json alone are there."""
+    (copied / "tokenizer.model").write_text(POINTER)
+    assert llmjax.load(copied).tokenizer.encode("a") == [64]
+    (copied / "tokenizer.model").unlink()
+    (copied / "tokenizer.model").symlink_to("../blobs/gone")
+    assert llmjax.load(copied).tokenizer.encode("a") == [64]
 
 
 def test_git_lfs_pointers_of_other_formats(copied):

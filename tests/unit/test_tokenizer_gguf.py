@@ -289,6 +289,13 @@ def test_metadata_that_cannot_be_used(metadata, message):
     assert "\n" not in str(caught.value)
 
 
+def test_ids_beyond_the_tokens(caplog):
+    """llama.cpp leaves such tokens out; of padding they are common, for it has no part in a text."""
+    found = read(llama(padding_token_id=265, eot_token_id=300))
+    assert "pad_token" not in found.special and found.eos_ids == read(llama()).eos_ids
+    assert "x.gguf: tokenizer.ggml.padding_token_id: 265 is none of the 265 tokens" in caplog.text
+
+
 def test_a_template_for_tools():
     """By the keys of gguf's own writer."""
     keys = gguf.Keys.Tokenizer
