@@ -272,12 +272,18 @@ def test_one_job_at_a_time(llm, folder):
     assert not (folder / "out.jsonl.lock").exists()
 
 
-def test_the_folder_must_be_there_before_the_model_is_loaded(folder):
-    def load():
-        raise AssertionError
+def test_the_folder_is_made_before_the_model_is_loaded(folder):
+    """And goes again where the model cannot be."""
 
-    with pytest.raises(RequestError, match="cannot write the output: No such file"):
-        job.run(load, str(folder / "in.jsonl"), str(folder / "no" / "out.jsonl"), PARAMS)
+    def load():
+        assert (folder / "new").is_dir()
+        raise CheckpointError("no model")
+
+    with pytest.raises(CheckpointError, match="no model"):
+        job.run(load, str(folder / "in.jsonl"), str(folder / "new" / "out.jsonl"), PARAMS)
+    assert not (folder / "new").exists()
+    with pytest.raises(RequestError, match="cannot write the output: Not a directory"):
+        job.run(load, str(folder / "in.jsonl"), str(folder / "in.jsonl" / "out.jsonl"), PARAMS)
 
 
 @pytest.mark.parametrize(
