@@ -1,12 +1,13 @@
 """``LlmMetadata``: what LiteRT-LM knows of a model beside its graph."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from converters.litert.templates import Carried
 from converters.readers.mediapipe.parameters import TOP_P, LlmMetadata
-from llmjax.errors import TokenizerError, shown
+from llmjax.errors import ConfigError, TokenizerError
 from llmjax.outside.values import COUNT, FLAG, number
+from llmjax.runtime.generation import suppressed
 from llmjax.text.thinking import KINDS
 from llmjax.text.tokenizer import Tokenizer
 
@@ -59,7 +60,8 @@ def llm_metadata(
       file: which says so.
 
     Raises:
-      TokenizerError: no token of the model ends a text, or what is said of generation cannot be.
+      TokenizerError: no token of the model ends a text.
+      ConfigError: what is said of generation cannot be.
     """
     message = LlmMetadata(max_num_tokens=context)
     if tokenizer.prefix_ids:
@@ -123,11 +125,11 @@ def _family(message: Any, tokenizer: Tokenizer, model_type: str) -> None:
 
 
 def _sampling(message: Any, config: Mapping[str, Any], vocab_size: int, file: str) -> None:
-    if barred := config.get("suppress_tokens"):
-        message.suppress_tokens.ids.extend(_ids(barred, vocab_size, file))
+    if barred := suppressed(config, vocab_size, file, "correct it"):
+        message.suppress_tokens.ids.extend(barred)
     sampled = config.get("do_sample")
     if sampled is not None and (problem := FLAG.problem(sampled)):
-        raise TokenizerError(f"{file}: do_sample: {problem}")
+        raise ConfigError(f"{file}: do_sample: {problem}")
     if not sampled:
         return
     found: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
@@ -135,16 +137,10 @@ def _sampling(message: Any, config: Mapping[str, Any], vocab_size: int, file: st
         if config.get(key) is not None:
             found[key] = config[key]
         if problem := rule.problem(found[key]):
-            raise TokenizerError(f"{file}: {key}: {problem}")
+            raise ConfigError(f"{file}: {key}: {problem}")
     if not found["top_p"] or not found["temperature"]:
         found = {"top_k": 1, "top_p": 1.0, "temperature": 1.0}  # the likeliest token
     # LiteRT-LM 0.18 has this sampler alone, and it wants a number of tokens.
     sampler = message.sampler_params
     sampler.type, sampler.k = TOP_P, min(found["top_k"] or vocab_size, vocab_size)
     sampler.p, sampler.temperature = found["top_p"], found["temperature"]
-
-
-def _ids(values: Any, vocab_size: int, file: str) -> Sequence[int]:
-    if not isinstance(values, list | tuple) or not all(map(COUNT.holds, values)):
-        raise TokenizerError(f"{file}: suppress_tokens: expected token ids, found {shown(values)}")
-    return [i for i in values if i < vocab_size]  # what has no row is never drawn

@@ -60,17 +60,18 @@ class HuggingFaceSource:
         self.metadata: dict[str, Any] = {}
         self._home: dict[str, WeightsFile] = {}
         problems: list[str] = []
-        is_alone = config is None and self.path != directory and not (directory / "config.json").exists()
-        if config is None or (directory / "config.json").exists():
-            config = self._read_config(problems)
+        of_config: list[str] = []
+        has_config = (directory / "config.json").exists()
+        if config is None or has_config:
+            config = self._read_config(of_config)
         self.config, eights = float8.settings(config)
         self.generation_config = _collect(problems, read_json, directory / "generation_config.json")
         self._index: list[Stamp] = []
         index, files = self._find_files(files, problems)
         shards = {path.name: _collect(problems, _open, path) for path in files}
         opened = [file for file in shards.values() if file is not None]
-        if is_alone and not opened:  # what is no weights file wants no config.json beside it
-            problems = problems[1:]
+        if opened or has_config or self.path == directory:  # what is no weights file wants no config.json beside it
+            problems = of_config + problems
         self.files = (*self._index, *(file.stamp for file in opened))
         for file in opened:
             for name in file.names():

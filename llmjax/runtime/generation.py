@@ -47,15 +47,21 @@ def sampling_defaults(config: Mapping[str, Any], context: int, where: str) -> di
     return found
 
 
-def suppressed(config: Mapping[str, Any], vocab_size: int, where: str) -> tuple[int, ...]:
+def suppressed(config: Mapping[str, Any], vocab_size: int, where: str, way_out: str = _WAY_OUT) -> tuple[int, ...]:
     """``suppress_tokens``: ids that are never drawn; what the model has no row for never is.
+
+    Args:
+      config: the file's keys.
+      vocab_size: rows of the model's vocabulary.
+      where: the file, for messages.
+      way_out: what there is to do about a value that cannot be.
 
     Raises:
       ConfigError: they are no ids.
     """
     found = config.get("suppress_tokens") or []
     if problem := each(integer(0), "a list of token ids", kinds=(list, tuple)).problem(found):
-        raise ConfigError(f"{where}: suppress_tokens: {problem}; {_WAY_OUT}")
+        raise ConfigError(f"{where}: suppress_tokens: {problem}; {way_out}")
     return tuple(i for i in dict.fromkeys(found) if i < vocab_size)
 
 

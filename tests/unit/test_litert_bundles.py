@@ -21,7 +21,7 @@ from converters.readers.opening import open_source
 from llmjax import writing
 from llmjax.checkpoint.parameters import Stored
 from llmjax.cli.main import main
-from llmjax.errors import CheckpointError, LlmjaxError, OutputError, RequestError, TokenizerError
+from llmjax.errors import CheckpointError, ConfigError, LlmjaxError, OutputError, RequestError, TokenizerError
 from llmjax.litert.loading import read_tokenizer
 from llmjax.text import bundle, reading
 from tests.mediapipe_files import DATA
@@ -323,7 +323,7 @@ def test_sampling_that_litert_lm_has(source, config, expected):
     ],
 )
 def test_odd_sampling(source, config):
-    with pytest.raises(TokenizerError, match="^config.json: "):
+    with pytest.raises(ConfigError, match="^config.json: "):
         tokenizer = tokenizer_of(source)
         metadata.llm_metadata(tokenizer, Carried(), "llama", 16, 260, {"do_sample": True, **config}, "config.json")
 
