@@ -75,9 +75,12 @@ def all_projections(name, tmp_path, dora=False):
     ids = np.random.RandomState(1).randint(0, 150, 40).tolist()
     with reference.float32_alibi():
         wanted = reference.logits(theirs, ids)
+    # The division by a weight's norm rounds it once more: of gemma2_window_1 peft's logits are 2.8e-5 from those in
+    # float64 themselves, ours 1.8e-5.
+    room = 2 * TOLERANCE if dora else TOLERANCE
     for mode in ("merged", "unmerged"):
         model = llmjax.load(base, lora=tmp_path / "adapter", lora_mode=mode)
-        assert error(model.logits([ids])[0], wanted) <= TOLERANCE
+        assert error(model.logits([ids])[0], wanted) <= room
     assert error(llmjax.load(base).logits([ids])[0], wanted) > 100 * TOLERANCE
 
 
