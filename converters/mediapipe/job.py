@@ -73,6 +73,7 @@ class Job:
         weights: Path | None = None,
         factors: Mapping[tuple[int, str], Factors] = MappingProxyType({}),
         report: OnParameter = lambda done, total: None,
+        new: bool = False,
     ) -> None:
         """Writes the file.
 
@@ -82,6 +83,7 @@ class Job:
           weights: a folder for raw weight files as well.
           factors: an adapter's, of which the folder gets files, too.
           report: called after each parameter.
+          new: see ``whole_file``.
 
         Raises:
           CheckpointError: something cannot be written.
@@ -98,6 +100,7 @@ class Job:
                 self.vocabulary,
                 also=folder.add if folder else lambda item, value: None,
                 report=report,
+                new=new,
             )
 
         if weights is None:

@@ -399,6 +399,14 @@ def test_weight_files_that_do_not_fit(tmp_path):
     assert (out / "model.tflite").read_bytes() == whole
 
 
+def test_another_conversion_was_quicker(tmp_path):
+    path = tmp_path / "x.bin"
+    options = {"to": "mediapipe", "backend": "gpu", "vocab": vocabulary(tmp_path)}
+    with pytest.raises(CheckpointError, match="exists; expected a new file"):
+        llmjax.convert(DATA / "GEMMA_2B", path, announce=lambda line: path.write_bytes(b"theirs"), **options)
+    assert path.read_bytes() == b"theirs" and {p.name for p in tmp_path.iterdir()} == {"x.bin", "spm.model"}
+
+
 def test_nothing_is_left_of_a_full_disk(monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.tflite").write_bytes(b"from before")
