@@ -1,5 +1,6 @@
 """The ``llmjax`` command, also as ``python -m llmjax``: what hears a Ctrl-C stands before anything else is imported."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -16,9 +17,16 @@ def main() -> int:
 
         if own:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        return run()
+        code = run()
     except KeyboardInterrupt:
-        return _told()
+        code = _told()
+    if code == 130:
+        # XLA may still be compiling what nobody waits for any more, and crashes when Python's end takes its client.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # its reader left, or it is closed
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

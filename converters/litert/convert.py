@@ -112,7 +112,7 @@ def convert_source(
         announce(_plan_text(job, export.graph, path))
         _check_room(export.graph, path, 2 if to == "task" else 1)
         write = functools.partial(export.write, report=report)
-        with whole_file(path) as place:
+        with whole_file(path, new=True) as place:
             graph_file = place.with_name(f"{place.name}.graph") if to == "task" else place
             with open(graph_file, "xb") as file:
                 if to == "litertlm":
@@ -131,7 +131,6 @@ def convert_source(
                     raise CheckpointError(f"{path}: cannot be run against the checkpoint: {error}") from None
                 announce(found.to_text())
                 proof.refuse(found, path)
-            expect_new(path)  # another conversion may have been quicker
 
 
 def _prepared(checkpoint: Checkpoint, to: str, chat_template: str | Path | None, verify: bool | None) -> _Job:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from converters.litert.container import Section, packed_json
 from converters.litert.templates import Carried
-from converters.mediapipe.vocabulary import read_vocabulary
+from converters.mediapipe.vocabulary import read_vocabulary, tell_differing
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.source import Source
 from llmjax.checkpoint.graph_source import GraphSource
@@ -22,12 +22,6 @@ from llmjax.text.mediapipe import MediapipeTokenizer, for_transformers
 from llmjax.text.tokenizer import Tokenizer
 
 _LOG = logging.getLogger(__name__)
-# Texts that vocabularies cut differently, if any.
-_SAMPLES = (
-    "The quick brown fox jumps over the lazy dog. In 1905 she wrote: 3.14 is not 22/7, but it is near.",
-    "  two  spaces,\n\ta tab; naïve façades, 東京 and 🙂.",
-    "def f(x):\n    return {'a': [x, x * 2]}  # Überprüfung\n",
-)
 
 
 def tokenizer_of(source: Source, override: Override, vocab_size: int) -> Tokenizer:
@@ -129,12 +123,7 @@ def sentencepiece(
             "does not: write a .litertlm file for that"
         )
     theirs = mediapipe.read(model, where, start_id=None, stop=(), bytes_to_unicode=spelled)
-    differing = [text for text in _SAMPLES if theirs.encode(text) != tokenizer.encode(text, add_bos=False)]
-    if differing:
-        _LOG.warning(
-            f"{where}: as a SentencePiece model it cuts {len(differing)} of {len(_SAMPLES)} sample texts into other "
-            "tokens than the checkpoint's own tokenizer does; a .litertlm file keeps that as it is"
-        )
+    tell_differing(theirs, tokenizer, "a .litertlm file keeps that as it is")
     _check_chat(theirs, tokenizer, [f"{prefix}Hi.{suffix}" for prefix, suffix in carried.affixes.values()])
     return model, spelled, where
 

@@ -14,6 +14,7 @@ place for them.  Use them for the gpu alone.
 
 import dataclasses
 import glob
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from llmjax.outside.values import FLAG, POSITIVE, Rule, one_of, settle
 from llmjax.outside.whole import expect_new, whole_file
 from llmjax.quant.schemes import parse
 
+_LOG = logging.getLogger(__name__)
 # By checkpoint format: what a directory's weights are called, the first one found, and endings.
 _FORMATS = {
     "safetensors": (("model.safetensors.index.json", "model.safetensors"), (".safetensors",)),
@@ -276,6 +278,11 @@ def _lora_factors(config: ConversionConfig, kind: ModelType, model: DecoderConfi
             )
         )
         raise LoraError(f"{adapter.path}: {problem}")
+    if scales := sorted({delta.scale for delta in adapter.deltas.values()} - {1.0}):
+        _LOG.warning(
+            f"{adapter.path}: its scale is {scales[-1]:g}, which MediaPipe's LoRA files have no place for: the runtime "
+            "adds B.A as it is; train with alpha = rank, or read the file by LoraSource(path, alpha=...)"
+        )
     factors = {wanted[name]: Factors(d.a, d.b) for name, d in adapter.deltas.items()}
     if config.lora_o_proj == "right":
         return factors
@@ -338,7 +345,7 @@ def convert_source(
             recipe = parse("int8")
         work, parameters = job.prepare(opened, kind, backend, recipe, vocabulary, where, override, check_finite)
         announce(work.to_text())
-        work.run(destination, parameters, report=report)
+        work.run(destination, parameters, report=report, new=True)
     finally:
         opened.close()
 

@@ -1,5 +1,6 @@
 """What a conversion to a ``.bin`` file will do, known from headers alone, and doing it."""
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from types import MappingProxyType
 import numpy as np
 
 from converters.mediapipe import lora, writer
+from converters.mediapipe.vocabulary import tell_differing
 from converters.mediapipe.weight_files import Folder
 from converters.mediapipe.writer import BACKENDS, Item, Parameters
 from converters.readers.llmjax_directory import LlmjaxSource
@@ -16,7 +18,7 @@ from converters.readers.mediapipe.lora import Factors
 from converters.readers.mediapipe.source import MediapipeSource
 from converters.readers.source import Source, problems_error
 from llmjax.checkpoint import mediapipe_config
-from llmjax.checkpoint.loading import check_not_quantized, fitting_plan
+from llmjax.checkpoint.loading import check_not_quantized, fitting_plan, read_tokenizer
 from llmjax.checkpoint.mediapipe_config import MODEL_TYPES, ModelType
 from llmjax.checkpoint.parameters import OnParameter, is_packed, packed_tensor, read_all
 from llmjax.checkpoint.plan import Assignment, Override, Plan, describe
@@ -71,6 +73,7 @@ class Job:
         weights: Path | None = None,
         factors: Mapping[tuple[int, str], Factors] = MappingProxyType({}),
         report: OnParameter = lambda done, total: None,
+        new: bool = False,
     ) -> None:
         """Writes the file.
 
@@ -80,6 +83,7 @@ class Job:
           weights: a folder for raw weight files as well.
           factors: an adapter's, of which the folder gets files, too.
           report: called after each parameter.
+          new: see ``whole_file``.
 
         Raises:
           CheckpointError: something cannot be written.
@@ -96,6 +100,7 @@ class Job:
                 self.vocabulary,
                 also=folder.add if folder else lambda item, value: None,
                 report=report,
+                new=new,
             )
 
         if weights is None:
@@ -186,6 +191,7 @@ def prepare(
         check_not_quantized(source)
     check_config(plan.config, kind, str(source.path))
     check_vocabulary(vocabulary, plan.config.vocab_size, kind, where)
+    _tell_of_ids(source, override, vocabulary, kind, where)
     kept = _kept(source, plan, recipe, backend)
     shapes = {a.parameter: a.shape for a in plan.assignments}
     found = writer.items(shapes, plan.config, kind, backend, kept.__getitem__)
@@ -245,6 +251,15 @@ def check_vocabulary(vocabulary: bytes, rows: int, kind: ModelType, where: str) 
         )
     eos = model.eos_id()
     mediapipe.check_tokens(pieces, eos if eos >= 0 else None, kind.start_id, [kind.stop], rows, where)
+
+
+def _tell_of_ids(source: Source, override: Override, vocabulary: bytes, kind: ModelType, where: str) -> None:
+    """The file's texts may become other ids than the checkpoint's: its tokenizer is another, or a byte-level one."""
+    with contextlib.suppress(TokenizerError):  # one that cannot be read is not what goes along
+        if own := read_tokenizer(source, override):
+            spelled = kind.bytes_to_unicode
+            written = mediapipe.read(vocabulary, where, start_id=None, stop=(), bytes_to_unicode=spelled)
+            tell_differing(written, own, "MediaPipe's runtimes compute with the file's")
 
 
 def _kept(source: Source, plan: Plan, recipe: Recipe | None, backend: str) -> dict[str, tuple[int, bool]]:

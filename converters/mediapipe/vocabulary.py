@@ -8,6 +8,7 @@ unsigned number for their scores, which gives 2^64.
 Source: ``vocab_convert_utils.cc`` of https://github.com/google-ai-edge/mediapipe.
 """
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,26 @@ from typing import Any
 from converters.readers.jsonfile import read_json
 from llmjax.errors import CheckpointError, ConfigError, TokenizerError
 from llmjax.outside.paths import checked_path
+from llmjax.text.tokenizer import Tokenizer
 
+_LOG = logging.getLogger(__name__)
 _NORMAL, _UNKNOWN, _USER_DEFINED = 1, 2, 4
+# Texts that vocabularies cut differently, if any.
+_SAMPLES = (
+    "The quick brown fox jumps over the lazy dog. In 1905 she wrote: 3.14 is not 22/7, but it is near.",
+    "  two  spaces,\n\ta tab; naïve façades, 東京 and 🙂.",
+    "def f(x):\n    return {'a': [x, x * 2]}  # Überprüfung\n",
+)
+
+
+def tell_differing(written: Tokenizer, own: Tokenizer, advice: str) -> None:
+    """Says in the log where the tokenizer that is written cuts texts otherwise than the checkpoint's own does."""
+    differing = [text for text in _SAMPLES if written.encode(text, add_bos=False) != own.encode(text, add_bos=False)]
+    if differing:
+        _LOG.warning(
+            f"{written.where}: as a SentencePiece model it cuts {len(differing)} of {len(_SAMPLES)} sample texts into "
+            f"other tokens than the checkpoint's own tokenizer does; {advice}"
+        )
 
 
 def from_huggingface(directory: Path) -> bytes:

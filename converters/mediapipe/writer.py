@@ -140,6 +140,8 @@ def write(
     vocabulary: bytes,
     also: Callable[[Item, "np.ndarray | QTensor"], None] = lambda item, value: None,
     report: OnParameter = lambda done, total: None,
+    *,
+    new: bool = False,
 ) -> None:
     """Writes the file; it appears under its name when it is whole.
 
@@ -153,6 +155,7 @@ def write(
       vocabulary: a SentencePiece model.
       also: told every item with its values.
       report: called after each parameter.
+      new: see ``whole_file``.
 
     Raises:
       CheckpointError: it cannot be written.
@@ -165,7 +168,7 @@ def write(
     uses: dict[str, list[Item]] = {}
     for item in found:
         uses.setdefault(item.parameter, []).append(item)
-    with whole_file(path) as partial:
+    with whole_file(path, new=new) as partial:
         writer = BinWriter(partial, kind.name, backend, entries(found, kind, backend), blobs, {MODEL_TYPE: kind.number})
         try:
             for done, (name, value) in enumerate(parameters, 1):

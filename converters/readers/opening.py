@@ -39,7 +39,9 @@ def open_source(path: str | Path) -> Source:
     if glob.has_magic(str(path)):
         found = "no file matches this pattern"
     wanted = "a model directory, a *.gguf file or weights files"
-    if len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists():  # a name on Hugging Face's hub?
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        wanted += "; '~' is for a shell to replace, which it does at the beginning of a word: write the folder out"
+    elif len(path.parts) == 2 and not path.is_absolute() and not path.parent.exists():  # a name on Hugging Face's hub?
         wanted += f"; llmjax downloads nothing, 'hf download {path} --local-dir FOLDER' does"
     raise CheckpointError(f"{path}: {found}; expected {wanted}")
 

@@ -200,7 +200,13 @@ def _bundle_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--start-token", required=True, metavar="TEXT", help="put before every text")
     text = "a token that ends an answer; may be repeated"
     flags.add_argument("--stop-token", required=True, action="append", dest="stop_tokens", metavar="TEXT", help=text)
-    flags.add_argument("--output", required=True, dest="output_filename", metavar="FILE", help=".task is added")
+    flags.add_argument(
+        "--output",
+        required=True,
+        dest="output_filename",
+        metavar="FILE",
+        help=".task is added; it replaces what is there",
+    )
     text = "the vocabulary's pieces are written in GPT-2's characters for bytes"
     flags.add_argument("--bytes-to-unicode", action="store_true", dest="enable_bytes_to_unicode_mapping", help=text)
     flags.add_argument("--system-prompt", metavar="TEXT", help="text before every conversation")

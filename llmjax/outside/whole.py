@@ -152,22 +152,25 @@ def _remove(space: Path) -> None:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, error: type[LlmjaxError] = CheckpointError) -> Iterator[Path]:
+def whole_file(path: Path, error: type[LlmjaxError] = CheckpointError, *, new: bool = False) -> Iterator[Path]:
     """Where to write a file that then takes the name ``path``; one that is there is replaced, and so is a link.
 
     Args:
       path: of the file.
       error: to raise.
+      new: refuse one that is there by then: another process may have been quicker.
 
     Raises:
       LlmjaxError: as ``error`` says: it cannot be written; what was at ``path`` is still there.
       OutputError: the disk is full; likewise.
     """
     with _told(path, error):
-        path = _absolute(path)
-        expect_file(path, error)
-        with _replacing(path) as place:
+        target = _absolute(path)
+        expect_file(target, error)
+        with _replacing(target) as place:
             yield place
+            if new:
+                expect_new(path)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from llmjax.model import Model
 from llmjax.models.names import stem
 from llmjax.outside.paths import checked_path
 from llmjax.outside.whole import whole_files
-from llmjax.training.adapter import Adapter, Factors, new_adapter
+from llmjax.training.adapter import Adapter, Factors, names_one, new_adapter
 
 _PREFIX = "base_model.model."
 
@@ -69,15 +69,18 @@ def read_trained(path: str | Path, model: Model) -> Adapter:
     modules = modules_of(model.architecture, model.config)
     if problems := [*file.problems, *strange_bases(file, modules, values_of(model.params))]:
         raise LoraError("\n  ".join([f"{file.path}: this adapter cannot be trained on:", *problems]))
+    ours = {part.module for parts in modules.values() for part in parts}
     if settings.target_modules is None:
         settings = dataclasses.replace(settings, target_modules=tuple(sorted(file.factors)))
+    elif isinstance(settings.target_modules, tuple):  # PEFT passes over names of other models' modules
+        known = tuple(name for name in settings.target_modules if names_one(name, ours))
+        settings = dataclasses.replace(settings, target_modules=known or settings.target_modules)
     try:
         begun = new_adapter(model, settings)
     except LoraError as error:
         raise LoraError(f"{where}: {error}") from None
     if set(file.factors) != set(begun.factors):
         odd = min(set(file.factors) ^ set(begun.factors))
-        ours = {part.module for parts in modules.values() for part in parts}
         which = "target_modules does not name it" if odd in ours else "this model has no projection of that name"
         which = which if odd in file.factors else "the file has no factors of it"
         raise LoraError(f"{file.path}: module {named(odd)}: {which}")

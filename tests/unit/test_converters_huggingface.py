@@ -124,6 +124,9 @@ def test_paths_that_are_no_checkpoint(tmp_path, model):
     ]
     (message,) = refused("google/gemma-2b")
     assert message.endswith("; llmjax downloads nothing, 'hf download google/gemma-2b --local-dir FOLDER' does")
+    (message,) = refused("~/gemma-2b")
+    assert message.endswith("weights files; '~' is for a shell to replace, which it does at the beginning of a word: "
+                            "write the folder out")  # fmt: skip
     (message,) = refused(model / "config.json")
     assert message.endswith("it is no index of weights: name the model's directory")
     assert "no file matches this pattern" in refused(tmp_path / "*.safetensors")[0]

@@ -111,3 +111,17 @@ def test_one_that_comes_before_the_command_is_loaded():
     )
     done = subprocess.run([sys.executable, "-c", code, "inspect", "x"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (130, "llmjax: interrupted\n")
+
+
+def test_one_that_comes_while_a_program_is_compiled():
+    """XLA goes on compiling in a thread of its own, while the process ends."""
+    code = (
+        "import os, signal, sys, threading\nimport jax, jax.numpy as jnp\nfrom llmjax.cli import checkpoints\n"
+        "from llmjax.__main__ import main\n"
+        "def long(x):\n    for i in range(400):\n        x = jnp.sin(x @ x + i)\n    return x\n"
+        "def compile(args):\n    print('begun')\n    lowered = jax.jit(long).lower(jnp.ones((8, 8)))\n"
+        "    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()\n    lowered.compile()\n"
+        "checkpoints._inspect = compile\nsignal.signal(signal.SIGINT, signal.default_int_handler)\nsys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "inspect", "x"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "begun\n", "llmjax: interrupted\n")

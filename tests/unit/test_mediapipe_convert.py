@@ -7,13 +7,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from sentencepiece import sentencepiece_model_pb2 as proto
 
 import llmjax
 from converters import ConversionConfig, convert_checkpoint
 from converters.mediapipe import job, weight_files, writer
 from converters.mediapipe.bin_file import BinWriter
 from converters.readers.mediapipe import layout
-from converters.readers.mediapipe.container import BinFile
+from converters.readers.mediapipe.container import VOCABULARY, BinFile
 from converters.readers.safetensors import SafetensorsFile
 from llmjax.checkpoint import mediapipe_config
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
@@ -398,6 +399,14 @@ def test_weight_files_that_do_not_fit(tmp_path):
     assert (out / "model.tflite").read_bytes() == whole
 
 
+def test_another_conversion_was_quicker(tmp_path):
+    path = tmp_path / "x.bin"
+    options = {"to": "mediapipe", "backend": "gpu", "vocab": vocabulary(tmp_path)}
+    with pytest.raises(CheckpointError, match="exists; expected a new file"):
+        llmjax.convert(DATA / "GEMMA_2B", path, announce=lambda line: path.write_bytes(b"theirs"), **options)
+    assert path.read_bytes() == b"theirs" and {p.name for p in tmp_path.iterdir()} == {"x.bin", "spm.model"}
+
+
 def test_nothing_is_left_of_a_full_disk(monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "model.tflite").write_bytes(b"from before")
@@ -452,6 +461,25 @@ def test_command_line(tmp_path, capsys):
     assert "only with --to mediapipe" in capsys.readouterr().err
     tokens = [llmjax.load(p).tokenizer.encode("the quick brown fox") for p in (path, tmp_path / "hf")]
     assert tokens[0] == tokens[1] == [2, 27, 26, 50, 59, 56, 21, 19]
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_vocabulary_that_cuts_texts_otherwise_is_told(other, tmp_path, caplog):
+    """The one that is given may be another model's."""
+    hf, path = tmp_path / "hf", tmp_path / "x.bin"
+    shutil.copytree(DATA / "GEMMA_2B", hf)
+    own = BinFile(GEMMA).blob(VOCABULARY)
+    (hf / "tokenizer.model").write_bytes(own)
+    model = proto.ModelProto.FromString(own)
+    if other:  # its letters are left
+        del model.pieces[40:]
+    (tmp_path / "given.model").write_bytes(model.SerializeToString())
+    llmjax.convert(hf, path, to="mediapipe", backend="gpu", vocab=tmp_path / "given.model")
+    told = f"{tmp_path / 'given.model'}: as a SentencePiece model it cuts 3 of 3 sample texts into other tokens than"
+    assert (told in caplog.text) == other
+    text = "The quick brown fox jumps over the lazy dog."
+    ids = [llmjax.load(p).tokenizer.encode(text) for p in (path, hf)]
+    assert (ids[0] != ids[1]) == other
 
 
 def test_model_types_are_inferred():

@@ -71,7 +71,7 @@ def test_round_trip(kind, tmp_path):
     assert np.abs(wrong.logits([IDS])[0] - expected).max() > 0.05 * np.abs(expected).max()
 
 
-def test_an_adapter_that_was_trained_here(tmp_path):
+def test_an_adapter_that_was_trained_here(tmp_path, caplog):
     """``mediapipe``, the targets that training begins with, are those such a file holds."""
     model = llmjax.load(DATA / "PHI_2")
     adapter = new_adapter(model, TrainConfig(rank=4, alpha=4.0).lora)
@@ -81,6 +81,11 @@ def test_an_adapter_that_was_trained_here(tmp_path):
     save_adapter(adapter, tmp_path / "adapter")
     path = written("PHI_2", tmp_path, lora_ckpt=str(tmp_path / "adapter"))
     source = LoraSource(path, alpha=4.0, restore_o=True)
+    assert "its scale is" not in caplog.text
+    louder = new_adapter(model, TrainConfig(rank=4, alpha=8.0).lora).replace(adapter.factors)
+    twice = save_adapter(louder, tmp_path / "twice")
+    written("PHI_2", tmp_path, lora_ckpt=str(twice))
+    assert f"{twice / 'adapter_model.safetensors'}: its scale is 2, which MediaPipe's LoRA files have" in caplog.text
     dora = new_adapter(model, TrainConfig(rank=4, alpha=4.0, dora=True).lora)
     dora = dora.replace({module: own | {"B": adapter.factors[module]["B"]} for module, own in dora.factors.items()})
     with pytest.raises(LoraError, match="with magnitudes .DoRA.: MediaPipe's LoRA files hold factors A and B alone"):

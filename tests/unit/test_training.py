@@ -594,6 +594,9 @@ def test_it_goes_on_from_an_adapter(model, whole, tmp_path):
         file.write_text(json.dumps(json.loads(text) | change))
         with pytest.raises(LoraError, match=f"adapter_config.json: {why}"):
             read_trained(plain, model)
+    several = [*json.loads(text)["target_modules"], "query_key_value"]  # peft passes over it
+    file.write_text(json.dumps(json.loads(text) | {"target_modules": several}))
+    assert read_trained(plain, model).names == read_trained(tmp_path / "again", model).names
     file.write_text(json.dumps(json.loads(text) | {"target_modules": None}))  # then the file's modules are meant
     assert set(read_trained(plain, model).factors) == set(adapter.factors)
     # Peft leaves B of MiCA as it is; and what a file says of itself comes before what its tensors look like.
