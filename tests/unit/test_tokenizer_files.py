@@ -204,6 +204,28 @@ def test_chat_templates_of_two_files(directory):
         assert from_huggingface(folder).render_chat(messages) == "c"
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": None}}}]},
+        {"content": "c", "tool_calls": None, "name": None},
+        {"content": "c", "reasoning": "r"},
+        {"content": "c", "thinking": "t", "reasoning": "r"},
+        {"content": "c", "reasoning_content": "", "reasoning": "r"},
+    ],
+    ids=str,
+)
+def test_messages_as_templates_read_them(directory, said):
+    """What is null in them is not there, and thoughts have the names that templates read."""
+    transformers = pytest.importorskip("transformers", reason="parity extra not installed")
+    keys = ("content", "tool_calls", "name", "thinking", "reasoning", "reasoning_content")
+    shown = "".join(f"{{{{ '{key}' in m }}}} {{{{ m.{key} }}}}|" for key in keys)
+    folder = directory("phi2", chat_template=f"{{% for m in messages %}}{shown}{{% endfor %}}")
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", **said}]
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert from_huggingface(folder).render_chat(messages) == theirs.apply_chat_template(messages, tokenize=False)
+
+
 @pytest.mark.parametrize("place", ["list", "files", "both", "saved"])
 def test_a_template_for_tools(directory, tmp_path_factory, place):
     """As transformers chooses it: where there are tools, were they none in number."""
