@@ -24,10 +24,10 @@ IRRELEVANT = GENERATION_KEYS | frozenset(
     _flash_attn_2_enabled _name_or_path add_cross_attention architectures attention_dropout attn_implementation
     attn_pdrop auto_map chunk_size_feed_forward classifier_dropout cross_attention_hidden_size dtype embd_pdrop
     finetuning_task gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_encoder_decoder
-    is_llama_config label2id model_type prefix pretraining_tp problem_type pruned_heads remove_invalid_values
-    resid_pdrop return_dict rope_interleaved sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder
-    tokenizer_class torch_dtype torchscript transformers.js_config transformers_version unsloth_fixed
-    unsloth_version use_bfloat16
+    is_llama_config label2id model_type num_labels prefix pretraining_tp problem_type pruned_heads
+    remove_invalid_values resid_pdrop return_dict rope_interleaved sep_token_id task_specific_params tf_legacy_loss
+    tie_encoder_decoder tokenizer_class torch_dtype torchscript transformers.js_config transformers_version
+    unsloth_fixed unsloth_version use_bfloat16
     """.split()
 )
 # rope_interleaved is written by SmolLM's training code with the value false; true is refused in Reader.finish.

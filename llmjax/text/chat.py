@@ -15,6 +15,9 @@ from llmjax.errors import RequestError, TokenizerError, shown
 from llmjax.text.dates import Date, settled
 from llmjax.text.sandbox import LimitError, Sandbox
 
+# What a message's thoughts go by, the first of which counts.
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+
 
 class _Refused(Exception):
     """A template called raise_exception."""
@@ -50,7 +53,7 @@ def render(
     names = {"tools": None, "documents": None, **variables}
     compiled = compiled_template(template, where)
     try:
-        plain, names = _plain(messages), {**_plain(names), "strftime_now": now.strftime}
+        plain, names = _as_read(_plain(messages)), {**_plain(names), "strftime_now": now.strftime}
         _join_unread(compiled, plain, names)
         with _counted(compiled):
             return compiled.render(names, messages=plain)
@@ -118,6 +121,18 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
                 )
             if not isinstance(part.get("text"), str):
                 raise RequestError(f"{where}.text: expected a string, found {part.get('text')!r:.80}")
+
+
+def _as_read(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as transformers hands them to templates: without what is null, which a template would write as "None",
+    and with thoughts under the names that templates read."""
+    found = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    for message in found:
+        thoughts = [message[key] for key in _THOUGHTS if key in message]
+        if thoughts:
+            message["reasoning_content"] = thoughts[0]
+            message.setdefault("thinking", thoughts[0])
+    return found
 
 
 class _Part(dict[str, Any]):

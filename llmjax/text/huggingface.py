@@ -188,11 +188,18 @@ def _special(directory: Path, config: Mapping[str, Any]) -> dict[str, tokenizers
     """Special tokens by name: transformers asks the older special_tokens_map.json first, and not where
     tokenizer_config.json lists the added tokens."""
     path = directory / "special_tokens_map.json"
-    said, older = (
-        {n: _token(source[n], file, n) for n in _NAMED if source.get(n) is not None}
-        for file, source in ((directory / "tokenizer_config.json", config), (path, _object(path)))
-    )
+    said, older = _names(config, directory / "tokenizer_config.json"), _names(_object(path), path)
     return said if "added_tokens_decoder" in config else said | older
+
+
+def _names(source: Mapping[str, Any], path: Path) -> dict[str, tokenizers.AddedToken]:
+    """The tokens that a file names: those of every model, and a model's own, whose names end alike or stand in
+    an object."""
+    found = {n: source[n] for n in _NAMED if source.get(n) is not None}
+    own = {n: v for n, v in source.items() if n.endswith("_token") and n not in _NAMED}
+    found |= {n: v for n, v in own.items() if isinstance(v, str) or (isinstance(v, Mapping) and "content" in v)}
+    extra = source.get("extra_special_tokens")
+    return {n: _token(v, path, n) for n, v in {**found, **(extra if isinstance(extra, Mapping) else {})}.items()}
 
 
 def _add_listed(backend: tokenizers.Tokenizer, directory: Path, config: Mapping[str, Any], config_file: Path) -> None:
@@ -239,12 +246,11 @@ def _add_named(
     listed: list[tokenizers.AddedToken] = []
     for name in ("additional_special_tokens", "extra_special_tokens"):
         value = config.get(name) or []
-        if not isinstance(value, list | tuple | Mapping):
+        if isinstance(value, Mapping):  # names, see ``_names``
+            continue
+        if not isinstance(value, list | tuple):
             raise TokenizerError(f"{config_file}: {name}: expected a list of tokens, found {value!r:.80}")
-        tokens = value.values() if isinstance(value, Mapping) else value
-        (named if isinstance(value, Mapping) else listed).extend(
-            _token(token, config_file, "special token") for token in tokens
-        )
+        listed += [_token(token, config_file, "special token") for token in value]
     known = _added(backend)
     new = [known.get(token.content, token) for token in named]
     new += [token for token in listed if token.content not in known]
@@ -310,10 +316,16 @@ def _chat_templates(directory: Path, config: Mapping[str, Any]) -> tuple[str | N
     if os.path.lexists(path):
         return _text(read_file(path), path), with_tools
     path = directory / "chat_template.json"
-    found = _object(path).get("chat_template")
+    found, other = _object(path).get("chat_template"), config.get("chat_template")
     if found is None:
-        path, found = directory / "tokenizer_config.json", config.get("chat_template")
-    named: dict[Any, Any] = {"default": found}
+        path, found = directory / "tokenizer_config.json", other
+    elif other is not None and other != found:
+        warnings.warn(
+            f"{path}: has another chat template than tokenizer_config.json beside it, and is the one that is taken, as "
+            "by transformers' processors; its tokenizers take the other",
+            stacklevel=4,
+        )
+    named: Mapping[Any, Any] = found if isinstance(found, Mapping) else {"default": found}
     if isinstance(found, list):
         named = {e.get("name"): e.get("template") for e in found if isinstance(e, Mapping)}
     templates = named.get("default"), named.get("tool_use") if with_tools is None else with_tools

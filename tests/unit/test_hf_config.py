@@ -81,6 +81,7 @@ def test_sizes_are_never_guessed(kind, key):
 def test_bookkeeping_and_training_keys_are_irrelevant(kind):
     noise = {"torch_dtype": "bfloat16", "dtype": "float16", "use_cache": True, "initializer_range": 0.02}
     noise |= {"attention_dropout": 0.1, "hidden_dropout": 0.1, "resid_pdrop": 0.1, "embd_pdrop": 0.1}
+    noise |= {"num_labels": 2, "id2label": {"0": "LABEL_0"}}
     assert read(kind, **noise) == read(kind)
 
 

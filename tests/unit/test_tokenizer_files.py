@@ -124,6 +124,24 @@ def test_spaces_beside_a_token_are_as_transformers_has_them(directory, special, 
 
 
 @pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_a_models_own_names(directory, file, listed):
+    """Of tokens that no other model has: they are special, and a template may write them."""
+    transformers = pytest.importorskip("transformers", reason="parity extra not installed")
+    template = "{{ audio_token }}|{{ image_token }}|{{ turn }}|{{ add_bos_token }}"
+    folder = directory("phi2", chat_template=template, **({} if listed else {"added_tokens_decoder": ...}))
+    tokens = {"image_token": {**TOKEN, "content": "<image>"}, "audio_token": "    ", "hop_token": None}
+    edit(folder / file, **tokens, extra_special_tokens={"turn": "<turn>"})
+    ours, theirs = from_huggingface(folder), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    messages = [{"role": "user", "content": "x"}]
+    assert ours.render_chat(messages) == theirs.apply_chat_template(messages, tokenize=False)
+    assert "<turn>" in ours.render_chat(messages) or (listed and file != "tokenizer_config.json")
+    ids = theirs("a    b<image><turn>")["input_ids"]
+    assert ours.encode("a    b<image><turn>") == ids
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("listed", [True, False])
 @pytest.mark.parametrize("said", ["<|endoftext|>", None])
 def test_names_of_two_files(directory, listed, said):
     transformers = pytest.importorskip("transformers", reason="parity extra not installed")
@@ -174,6 +192,38 @@ def test_named_chat_templates(directory):
     tokenizer = from_huggingface(directory("phi2", chat_template=templates[:1]))
     with pytest.raises(TokenizerError, match="no chat template but one for tools"):
         tokenizer.render_chat([{"role": "user", "content": "x"}])
+
+
+def test_chat_templates_of_two_files(directory):
+    folder = directory("phi2", chat_template={"default": "a", "tool_use": "b"})
+    messages = [{"role": "user", "content": "x"}]
+    assert [from_huggingface(folder).render_chat(messages, tools=tools) for tools in (None, [])] == ["a", "b"]
+    edit(folder / "tokenizer_config.json", chat_template="a")
+    (folder / "chat_template.json").write_text('{"chat_template": "c"}')
+    with pytest.warns(UserWarning, match="chat_template.json: has another chat template than tokenizer_config.json"):
+        assert from_huggingface(folder).render_chat(messages) == "c"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": None}}}]},
+        {"content": "c", "tool_calls": None, "name": None},
+        {"content": "c", "reasoning": "r"},
+        {"content": "c", "thinking": "t", "reasoning": "r"},
+        {"content": "c", "reasoning_content": "", "reasoning": "r"},
+    ],
+    ids=str,
+)
+def test_messages_as_templates_read_them(directory, said):
+    """What is null in them is not there, and thoughts have the names that templates read."""
+    transformers = pytest.importorskip("transformers", reason="parity extra not installed")
+    keys = ("content", "tool_calls", "name", "thinking", "reasoning", "reasoning_content")
+    shown = "".join(f"{{{{ '{key}' in m }}}} {{{{ m.{key} }}}}|" for key in keys)
+    folder = directory("phi2", chat_template=f"{{% for m in messages %}}{shown}{{% endfor %}}")
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", **said}]
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    assert from_huggingface(folder).render_chat(messages) == theirs.apply_chat_template(messages, tokenize=False)
 
 
 @pytest.mark.parametrize("place", ["list", "files", "both", "saved"])
