@@ -68,7 +68,8 @@ def compare(
       token_ids: what two models are compared on; a sentence by default.
       texts: of a candidate of several texts, how many to compare: the first ones; all by default.
       search: for how many seconds causes of a difference are looked for, 0 for until all are tried.  What is left
-        untried is told; the verdict does not hang on it, but for mistakes beneath the floor of few bits.
+        untried is told; the verdict does not hang on it, but for mistakes beneath the floor of few bits, or of a class
+        that nobody declared.
       progress: is told of each text of several, of memory where logits take much, before causes are looked for, and
         now and then of how far that, or measuring before it, is.
 
