@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.errors import RequestError
+from llmjax.errors import RequestError, amount
 from llmjax.oracle.clock import Pulse
 from llmjax.oracle.dump import Window
 from llmjax.oracle.floors import CLASSES, FEW, LEAST, LIKE, MARGIN, NO_FACTOR, OWN, floor
@@ -118,12 +118,22 @@ def fitted(named: Named, tap: str, shape: tuple[int, ...], near: np.ndarray | No
     found = layouts(array, shape)
     if not found:
         what = f"{named.dump.path}: {named.taps[tap].name}: shape {list(array.shape)}, expected {list(shape)} for {tap}"
-        if tap == "logits" and array.size == shape[-1]:
-            what += "; of the last token alone they are read as llama-debug writes them, X.bin beside X-tokens.bin"
-        raise MismatchError(what)
+        raise MismatchError(what + _misfit(tap, array.size, shape))
     if len(found) > 1 and near is not None:
         return min(found, key=lambda x: gap(x, near, token_axis(tap)).error)
     return found[0]
+
+
+def _misfit(tap: str, size: int, shape: tuple[int, ...]) -> str:
+    """Why so many values may not fit a tap."""
+    rows, over = divmod(size, max(1, int(np.prod(shape[1:]))))
+    if tap == "logits" and size == shape[-1]:
+        return "; of the last token alone they are read as llama-debug writes them, X.bin beside X-tokens.bin"
+    if over or token_axis(tap):
+        return ""
+    if rows == shape[0]:
+        return "; its axes are in another order, which a map tells (--names: transpose)"
+    return f"; {amount(rows, 'token')} for {shape[0]} of token_ids: give one text, all ids as they were fed, no padding"
 
 
 def compared(tap: str, ours: np.ndarray, theirs: np.ndarray, window: Window | None = None) -> Tap:

@@ -25,7 +25,7 @@ from llmjax.oracle import clock, floors, patching
 from llmjax.oracle import dump as dumps
 from llmjax.oracle.beneath import held, worth
 from llmjax.oracle.causes import base, blocks, catalogue, rotation, weights
-from llmjax.oracle.compare import _reason
+from llmjax.oracle.compare import _padding_note, _reason
 from llmjax.oracle.comparison import Comparison
 from llmjax.oracle.declared import Allowed, allowed
 from llmjax.oracle.floors import CLASSES, floor
@@ -406,6 +406,28 @@ def test_a_hostile_map(names, message):
         found = named(dumps.from_arrays("d", {"names": names}, np.arange(2), arrays), {}, None)
         found.read(next(iter(found.taps)))
     assert time.process_time() - began < 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "hint"),
+    [
+        ((1, 17, 24), "17 tokens for 12 of token_ids: give one text, all ids as they were fed, no padding"),
+        ((1, 1, 24), "1 token for 12 of token_ids"),
+        ((24, 12), "its axes are in another order, which a map tells (--names: transpose)"),
+        ((12, 23), None),
+    ],
+)
+def test_what_does_not_fit_says_why_it_may_not(model, shape, hint):
+    given = llmjax.Trace({"layers.0.resid": np.ones(shape, np.float32)}, {"token_ids": IDS})
+    report = llmjax.compare(model, given)
+    assert report.verdict == "not_comparable" and report.exit_code == 2
+    assert report.reason.endswith("for layers.0.resid" + (f"; {hint}" if hint else "")) or hint in report.reason
+
+
+def test_ids_that_end_alike_may_be_padding():
+    assert "note: token_ids begin with 3 times 0: if that" in _padding_note(np.array([0, 0, 0, 5, 7]))
+    assert "end with 2 times 9" in _padding_note(np.array([1, 5, 9, 9]))
+    assert not _padding_note(np.array([1, 5, 9])) + _padding_note(np.array([4, 4, 4])) + _padding_note(np.array([4]))
 
 
 def test_layouts():
