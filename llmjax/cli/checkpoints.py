@@ -83,8 +83,9 @@ def _inspect(args: argparse.Namespace) -> int:
             found, other = error.errors(a, b), against.differences(a, b)
         values |= {"error": error.to_dict(found), "differences": against.to_dict(other)}
         text, same = f"{text}\n\n{error.to_text(found)}\n\n{against.to_text(other)}", not other
+    args.code = 0 if report.supported and same else 1
     print(json.dumps(values, indent=2) if args.json else text)
-    return 0 if report.supported and same else 1
+    return args.code
 
 
 def _diff(args: argparse.Namespace) -> int:
@@ -110,8 +111,9 @@ def _diff(args: argparse.Namespace) -> int:
                 values["error"] = error.to_dict(found)
                 text, same = f"{text}\n\n{error.to_text(found)}", not other and not any(e.squares for e in found)
     values |= {"same": same, "differences": against.to_dict(other)}
+    args.code = 0 if same else 1  # whoever reads what follows, or does not
     print(json.dumps(values, indent=2) if args.json else text)
-    return 0 if same else 1
+    return args.code
 
 
 def _convert(args: argparse.Namespace) -> int:

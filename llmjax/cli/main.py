@@ -41,10 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     failed, code = 1, 0
+    args = argparse.Namespace(command=shlex.join(["llmjax", *words]))
     try:
         with warnings.catch_warnings(), _no_interrupt_lost():
             try:
-                args = _parser().parse_args(words, argparse.Namespace(command=shlex.join(["llmjax", *words])))
+                _parser().parse_args(words, args)
             finally:
                 sys.stdout.flush()  # of --help
             warnings.showwarning = lambda message, *_, **__: _tell(f"warning: {message}")
@@ -74,7 +75,7 @@ def _run(words: list[str]) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output left: not an error, and nothing more can be told
         _drop_stdout()
-        return code
+        return getattr(args, "code", code)
     except OSError as error:  # a full disk behind stdout, say, which has no name
         _tell(str(error) if error.filename else f"writing to stdout or a file failed: {error.strerror or error}")
         _drop_stdout()

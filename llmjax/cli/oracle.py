@@ -140,7 +140,8 @@ def _compare(args: argparse.Namespace) -> int:
         report.to_html(args.html)
     if args.junit is not None:
         write_text(args.junit, report.to_junit(), RequestError)
+    args.code = report.exit_code  # whoever reads what follows, or does not
     print(report.to_json() if args.json else report.to_text())
     if report.verdict == "not_comparable":
         print(f"llmjax: not comparable: {report.reason}", file=sys.stderr)
-    return report.exit_code
+    return args.code

@@ -68,7 +68,8 @@ def compare(
       token_ids: what two models are compared on; a sentence by default.
       texts: of a candidate of several texts, how many to compare: the first ones; all by default.
       search: for how many seconds causes of a difference are looked for, 0 for until all are tried.  What is left
-        untried is told; the verdict does not hang on it, but for mistakes beneath the floor of few bits.
+        untried is told; the verdict does not hang on it, but for mistakes beneath the floor of few bits, or of a class
+        that nobody declared.
       progress: is told of each text of several, of memory where logits take much, before causes are looked for, and
         now and then of how far that, or measuring before it, is.
 
@@ -360,7 +361,7 @@ def _reason(
     advice = f"; {advice}" if (advice := _advice(missing, found)) else ""
     sure = all(fault["causes"][0]["explains"] >= PROVEN for fault in proven)
     why = f"{caveats(permitted, theirs, bool(proven) and sure)}{of_few_bits(found, missing)}{advice}{bos}"
-    return f"no allowed arithmetic explains {', '.join(parts)}{more}{declared}{why}"
+    return f"no allowed arithmetic explains {', '.join(parts)}{more}{declared}{why}{_padding_note(theirs.token_ids)}"
 
 
 def _advice(missing: Sequence[str], found: Explained) -> str:
@@ -372,6 +373,15 @@ def _advice(missing: Sequence[str], found: Explained) -> str:
     layer = beyond.rsplit(".resid", 1)[0]
     inside = [tap for tap in missing if tap.startswith(f"{layer}.")]
     return f"dump {layer}.* next to see where in the layer" if beyond.endswith(".resid") and inside else ""
+
+
+def _padding_note(ids: np.ndarray) -> str:
+    """Of ids that end, or begin, alike: a padded row of a batch, of which a mask was fed, too."""
+    for end, from_it in (("begin", ids), ("end", ids[::-1])):
+        count = int(np.argmax(from_it != from_it[0]))  # 0 where all are the same
+        if count > 1:
+            return f"; note: token_ids {end} with {count} times {from_it[0]}: if that is padding, leave it out"
+    return ""
 
 
 def _bos_note(theirs: Dump, model: Model) -> str:

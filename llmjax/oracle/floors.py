@@ -231,9 +231,14 @@ def _of_range(bits: int) -> tuple[Edit, ...]:
     return tuple(Edit(params=weights(partial(change, size))) for size in (None, 32))
 
 
-def _tf32() -> Edit:
+def _cut(x: jax.Array) -> jax.Array:
+    """The 13 bits left away that tf32 has not, as a tensor core does with what nobody rounded before."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFE000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _tf32(change: Change) -> Edit:
     """Every product's inputs, those of attention among them, with 10 bits behind the point, summed in float32."""
-    change = partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=10)
 
     def product(module: Any, run: Any, x: Any) -> Any:
         return run(module, change(x))
@@ -269,7 +274,7 @@ CLASSES: dict[str, Callable[[], tuple[Edit, ...]]] = {
     # What meets a cache in llama.cpp is as narrow: queries, probabilities, and their sums where attention is fused.
     "cache_float16": lambda: (_cache(jnp.float16), _cache(jnp.float16, "attn.q_rot", "attn.probs", "attn.out")),
     "cache16": lambda: (_cache(jnp.float16), _cache(jnp.bfloat16)),
-    "tf32": lambda: (_tf32(),),
+    "tf32": lambda: (_tf32(partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=10)), _tf32(_cut)),
     "float16": partial(_narrow, jnp.float16),
     "bfloat16": partial(_narrow, jnp.bfloat16),
     "static_int16": lambda: (_static(16),),

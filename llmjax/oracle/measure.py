@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.errors import RequestError
+from llmjax.errors import RequestError, amount
 from llmjax.oracle.clock import Pulse
 from llmjax.oracle.dump import Window
 from llmjax.oracle.floors import CLASSES, FEW, LEAST, LIKE, MARGIN, NO_FACTOR, OWN, floor
@@ -118,12 +118,22 @@ def fitted(named: Named, tap: str, shape: tuple[int, ...], near: np.ndarray | No
     found = layouts(array, shape)
     if not found:
         what = f"{named.dump.path}: {named.taps[tap].name}: shape {list(array.shape)}, expected {list(shape)} for {tap}"
-        if tap == "logits" and array.size == shape[-1]:
-            what += "; of the last token alone they are read as llama-debug writes them, X.bin beside X-tokens.bin"
-        raise MismatchError(what)
+        raise MismatchError(what + _misfit(tap, array.size, shape))
     if len(found) > 1 and near is not None:
         return min(found, key=lambda x: gap(x, near, token_axis(tap)).error)
     return found[0]
+
+
+def _misfit(tap: str, size: int, shape: tuple[int, ...]) -> str:
+    """Why so many values may not fit a tap."""
+    rows, over = divmod(size, max(1, int(np.prod(shape[1:]))))
+    if tap == "logits" and size == shape[-1]:
+        return "; of the last token alone they are read as llama-debug writes them, X.bin beside X-tokens.bin"
+    if over or token_axis(tap):
+        return ""
+    if rows == shape[0]:
+        return "; its axes are in another order, which a map tells (--names: transpose)"
+    return f"; {amount(rows, 'token')} for {shape[0]} of token_ids: give one text, all ids as they were fed, no padding"
 
 
 def compared(tap: str, ours: np.ndarray, theirs: np.ndarray, window: Window | None = None) -> Tap:
@@ -190,8 +200,7 @@ def measure(
     patched, wanted = False, {inner(tap) for tap in named.taps}
     for stage in range(-1, stages.layers + 1):
         moved: dict[str, dict[str, list[tuple[np.ndarray, np.ndarray]]]] = {}
-        spared: dict[str, set[tuple[str, int]]] = {}
-        noise: dict[str, np.ndarray | None] = {}
+        tokens: dict[str, dict[str, list[np.ndarray | None]]] = {}
         for i, (name, edit) in enumerate(ways):
             pulse(lambda stage=stage, i=i: _where(stages, stage, i, len(ways)))  # type: ignore[misc]
             flow, values = stages.run(stage, xs[i], {}, edit, wanted)
@@ -211,13 +220,10 @@ def measure(
                 continue
             for tap in theirs:
                 step = inner(tap)
-                run, tokens = _pair(whole[step], plain[0][step], tap)
-                alone, tokens = _pair(apart[step], plain[1][step], tap) if patched else (run, tokens)
+                run, own = _pair(whole[step], plain[0][step], tap)
+                alone, own = _pair(apart[step], plain[1][step], tap) if patched else (run, own)
                 moved.setdefault(tap, {}).setdefault(name, []).append((run, alone))
-                if name == "float32":
-                    noise[tap] = None if tokens is None else np.maximum(tokens, max(alone[0], LEAST))
-                if _spares(errors[tap][1], tokens, noise[tap]):
-                    spared.setdefault(tap, set()).add((name, len(moved[tap][name]) - 1))
+                tokens.setdefault(tap, {}).setdefault(name, []).append(own)
         for tap, value in theirs.items():
             step = inner(tap)
             known = reference(step)
@@ -230,17 +236,36 @@ def measure(
                 found.ways = {name: [(np.zeros(2), np.zeros(2))] * 3 for name in classes}
             else:
                 found.local, found.own = errors[tap]
-                found.ways, found.spared = moved[tap], spared.get(tap, set())
+                found.ways, found.spared = moved[tap], _spared(found.own, tokens[tap], moved[tap])
                 found.scaled = _is_factor(plain[1][step], value)
             yield found, ours
 
 
-def _spares(own: np.ndarray | None, moved: np.ndarray | None, noise: np.ndarray | None) -> bool:
-    """Whether a token is as right as another order of sums has it, which a way moves clearly: rounding moves the first
-    token as any other, but that one attends to itself alone, and is right whatever is wrong with attention."""
-    if own is None or moved is None or noise is None:
-        return False
-    return bool(np.any((own <= _RIGHT * noise) & (moved > _CLEARLY * noise)))
+def _spared(
+    own: np.ndarray | None,
+    tokens: Mapping[str, Sequence[np.ndarray | None]],
+    ways: Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]],
+) -> set[tuple[str, int]]:
+    """The ways that clearly move a token which is as right as another order of sums has it: rounding moves the first
+    token as any other, but that one attends to itself alone, and is right whatever is wrong with attention.
+
+    Args:
+      own: the step's own error by token.
+      tokens: by class, what each of its ways does to each token.
+      ways: what they do to the whole, as ``Tap.ways``.
+    """
+    both = zip(tokens["float32"], ways["float32"], strict=True)
+    noises = [np.maximum(moved, max(alone[0], LEAST)) for moved, (_, alone) in both if moved is not None]
+    if own is None or not noises:
+        return set()
+    noise = np.max(noises, 0)
+    right = own <= _RIGHT * noise
+    return {
+        (name, way)
+        for name, several in tokens.items()
+        for way, moved in enumerate(several)
+        if moved is not None and np.any(right & (moved > _CLEARLY * noise))
+    }
 
 
 def _is_factor(ours: np.ndarray, theirs: np.ndarray) -> bool:

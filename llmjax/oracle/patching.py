@@ -15,7 +15,7 @@ import numpy as np
 
 from llmjax.oracle.beneath import TOKENS, WIDE, Held, held, worth
 from llmjax.oracle.causes.base import Cause, Scene
-from llmjax.oracle.causes.catalogue import EVERYWHERE, catalogue
+from llmjax.oracle.causes.catalogue import catalogue, everywhere
 from llmjax.oracle.clock import Clock, Pulse
 from llmjax.oracle.declared import Allowed
 from llmjax.oracle.floors import CLASSES
@@ -88,46 +88,36 @@ def judged(
     """What explains a candidate, and its faults; causes are looked for as long as there is time.
 
     A wide class that nobody declared holds nearly anything where little was dumped: where known mistakes in float32
-    take the whole error away, they are what explains it.  On that a verdict hangs, so there all are tried.  Weights of
-    few bits are wide where they are declared, too: mistakes beneath their floor are looked for for as long, shared
-    between ``texts``.
+    take the whole error away, they are what explains it.  Weights of few bits are wide where they are declared, too:
+    mistakes beneath their floor are looked for.  A verdict hangs on both, so how many were looked for is told; the time
+    is shared between ``texts``.
     """
     if found.beyond or found.classes == ("float32",):
-        return found, faults(stages, named, taps, found, seconds, pulse)
+        return found, faults(_Finder(stages, named, taps, found, Clock(seconds), pulse))
+    clock, count, of = Clock(seconds / texts), 0, 0
     if not permitted.declared:
         narrow = Explained(("float32",), tuple(tap for tap in taps if tap.excess(("float32",)) > 1))
-        if proven := faults(stages, named, taps, narrow, 0, pulse, mistakes=True):
+        finder = _Finder(stages, named, taps, narrow, clock, pulse)
+        if proven := faults(finder, mistakes=True):
             return narrow, proven
-    if WIDE.isdisjoint(found.classes):
-        return found, []
-    finder = _Finder(stages, named, taps, found, Clock(seconds / texts), pulse)
-    hidden = [one for tap in taps if (one := finder.hidden(tap)) is not None]
-    beyond = tuple(finder.taps[fault["tap"]] for fault in hidden)
-    return dataclasses.replace(found, beyond=beyond, looked=(finder.count, finder.of)), hidden
+        count, of = finder.count, finder.of
+    hidden: list[dict[str, Any]] = []
+    if not WIDE.isdisjoint(found.classes):
+        finder = _Finder(stages, named, taps, found, clock, pulse)
+        hidden = [one for tap in taps if (one := finder.hidden(tap)) is not None]
+        count, of = count + finder.count, of + finder.of
+    beyond = tuple(tap for tap in taps if tap.name in {fault["tap"] for fault in hidden})
+    return dataclasses.replace(found, beyond=beyond, looked=(count, of)), hidden
 
 
-def faults(
-    stages: Stages,
-    named: Named,
-    taps: Sequence[Tap],
-    found: Explained,
-    seconds: float,
-    pulse: Pulse,
-    mistakes: bool = False,
-) -> list[dict[str, Any]]:
+def faults(finder: "_Finder", mistakes: bool = False) -> list[dict[str, Any]]:
     """The faults of a candidate, in the order of computation.
 
     Args:
-      stages: our model.
-      named: the candidate's dump.
-      taps: as measured.
-      found: the classes of arithmetic, and the taps beyond them.
-      seconds: for how long causes are looked for, 0 for until all are tried.
-      pulse: is told of what was tried.
+      finder: looks for them, at the taps beyond the classes of arithmetic.
       mistakes: all or nothing: none where one is not a mistake for sure, but another arithmetic or unknown.
     """
-    finder = _Finder(stages, named, taps, found, Clock(seconds), pulse)
-    left = list(found.beyond)
+    left = list(finder.found.beyond)
     faults = []
     proven: list[tuple[str, str]] = []
     while left:
@@ -135,6 +125,7 @@ def faults(
         if mistakes and len(finder.places(first)) > _FEW + 1:
             return []  # of a whole model no one cause is worth a run, unless it must be
         search = finder.search(first, left, proven)
+        finder.count, finder.of = finder.count + search.count, finder.of + search.of
         if mistakes and not _surely(search.tried):
             return []
         healed = [first, *(tap for tap in left[1:] if search.best and tap in search.best.healed)]
@@ -157,7 +148,8 @@ class _Finder:
         self.bench = Bench(stages, named)
         self.taps = {tap.name: tap for tap in taps}
         self.dumped = {inner(tap) for tap in named.taps if named.window(tap) is None}
-        self.count = self.of = 0  # mistakes that were looked for beneath floors, and how many there are
+        self.count = self.of = 0  # mistakes that were looked for, and how many there are
+        self.fits: dict[str, list[float]] = {}  # see ``Scene``
 
     def segment(self, tap: str) -> list[str]:
         """The steps that may be at fault for a tap."""
@@ -191,8 +183,12 @@ class _Finder:
             self.pulse(partial(_so_far, tap, count, len(trials), beyond, self.clock))
         return _Search(_sorted(tried), count, len(trials))
 
-    def trials(self, tap: Tap, left: Sequence[Tap], ours: np.ndarray) -> list[_Trial]:
-        """The causes: in a stage of the segment alone (of many only the model's ends), or made in all of them."""
+    def trials(self, tap: Tap, left: Sequence[Tap], ours: np.ndarray, fit: bool = True) -> list[_Trial]:
+        """The causes: in a stage of the segment alone (of many only the model's ends), or made in all of them.
+
+        Numbers are fitted in one stage alone, which costs little; where an error is rounding's there is always a number
+        that fits best, so not beneath floors.
+        """
         steps, few = self.segment(tap.name), self.places(tap)
         first, last = few[0], few[-1]
         theirs = self.bench.values(last)[tap.name]
@@ -207,7 +203,8 @@ class _Finder:
             step = split(tap.name)[1] if stage == last else ""
             place = Place(first if at is None else at, last, at)
             under = partial(self.bench.under, tap.name, place)
-            scene = Scene(self.stages, stage, step, ours, theirs, under)
+            fits = self.fits if fit and at is not None and place.last - place.first < _FEW else None
+            scene = Scene(self.stages, stage, step, ours, theirs, under, fits)
             causes = catalogue(scene, mine) if at is not None else self.everywhere(scene, first, last, mine)
             for cause in causes:
                 if cause.cause != "layer_order" or self.several(tap, left, steps):
@@ -219,7 +216,7 @@ class _Finder:
         found: dict[tuple[str, str], Cause] = {}
         for stage in {first, (first + last) // 2, last}:
             for cause in catalogue(dataclasses.replace(scene, stage=stage, step=""), steps):
-                if cause.cause in EVERYWHERE:
+                if everywhere(cause):
                     found.setdefault((cause.cause, cause.detail), cause)
         return list(found.values())
 
@@ -292,7 +289,7 @@ class _Finder:
         ours, axis = self.bench.ours(last)[tap.name], token_axis(tap.name)
         if ours.shape[axis] < TOKENS:
             return None
-        trials = [trial for trial in self.trials(tap, [], ours) if worth(trial.cause)]
+        trials = [trial for trial in self.trials(tap, [], ours, fit=False) if worth(trial.cause)]
         error, proven = self.bench.values(last)[tap.name] - ours, list[tuple[Held, _Trial]]()
         ways = [edit for name in self.found.classes for edit in CLASSES[name]()]
         changes: dict[Place, list[np.ndarray]] = {}

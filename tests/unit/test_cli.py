@@ -8,6 +8,7 @@ import shlex
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -406,6 +407,21 @@ def test_closed_streams(tmp_path, words, code, out, err):
     command = f"{shlex.quote(sys.executable)} -m llmjax {words.format(shlex.quote(str(tmp_path / 'nowhere')))}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (code, out, err)
+
+
+class _Gone(io.StringIO):
+    """A pipe whose reader has left."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize(("other", "code"), [("granite", 0), ("smollm3", 1)])
+def test_a_verdict_is_the_exit_code_whoever_reads(monkeypatch, other, code):
+    """It was 2, as of what failed, where the output was longer than what a pipe takes unread."""
+    cases = Path(__file__).parents[1] / "data" / "cases"
+    monkeypatch.setattr(sys, "stdout", _Gone())
+    assert main(["diff", str(cases / "granite"), str(cases / other), "--json"]) == code
 
 
 def test_importing_llmjax_loads_no_jax():

@@ -21,11 +21,11 @@ from llmjax.errors import RequestError
 from llmjax.models import delta
 from llmjax.models.scalings import Yarn, plain_frequencies
 from llmjax.numerics import Numerics
-from llmjax.oracle import clock, patching
+from llmjax.oracle import clock, floors, patching
 from llmjax.oracle import dump as dumps
 from llmjax.oracle.beneath import held, worth
 from llmjax.oracle.causes import base, blocks, catalogue, rotation, weights
-from llmjax.oracle.compare import _reason
+from llmjax.oracle.compare import _padding_note, _reason
 from llmjax.oracle.comparison import Comparison
 from llmjax.oracle.declared import Allowed, allowed
 from llmjax.oracle.floors import CLASSES, floor
@@ -408,6 +408,28 @@ def test_a_hostile_map(names, message):
     assert time.process_time() - began < 3
 
 
+@pytest.mark.parametrize(
+    ("shape", "hint"),
+    [
+        ((1, 17, 24), "17 tokens for 12 of token_ids: give one text, all ids as they were fed, no padding"),
+        ((1, 1, 24), "1 token for 12 of token_ids"),
+        ((24, 12), "its axes are in another order, which a map tells (--names: transpose)"),
+        ((12, 23), None),
+    ],
+)
+def test_what_does_not_fit_says_why_it_may_not(model, shape, hint):
+    given = llmjax.Trace({"layers.0.resid": np.ones(shape, np.float32)}, {"token_ids": IDS})
+    report = llmjax.compare(model, given)
+    assert report.verdict == "not_comparable" and report.exit_code == 2
+    assert report.reason.endswith("for layers.0.resid" + (f"; {hint}" if hint else "")) or hint in report.reason
+
+
+def test_ids_that_end_alike_may_be_padding():
+    assert "note: token_ids begin with 3 times 0: if that" in _padding_note(np.array([0, 0, 0, 5, 7]))
+    assert "end with 2 times 9" in _padding_note(np.array([1, 5, 9, 9]))
+    assert not _padding_note(np.array([1, 5, 9])) + _padding_note(np.array([4, 4, 4])) + _padding_note(np.array([4]))
+
+
 def test_layouts():
     x = np.arange(24.0).reshape(2, 3, 4)
     assert np.array_equal(layouts(x, (3, 2, 4))[0], x.swapaxes(0, 1))
@@ -556,6 +578,38 @@ def test_inputs_of_ten_bits_are_tf32(model):
         assert (report.verdict, report.explained_by) == found, report.reason
 
 
+def test_inputs_that_are_cut_off_are_tf32_too(model):
+    """What a tensor core does with float32 that nobody rounded before."""
+    x = np.float32([1 + 2**-10 + 2**-11, -1 - 2**-11 - 2**-12, 3.0])
+    np.testing.assert_array_equal(floors._cut(x), np.float32([1 + 2**-10, -1, 3]))
+    nearest, cut = CLASSES["tf32"]()
+    stages, classes = Stages(model, np.array(IDS)), ("float32", "tf32")
+    for way in (nearest, cut):
+        found, taps = explained(stages, edited(stages, way, "*resid"), classes, declared=True)
+        assert found.name == "tf32" and not found.beyond and taps[0].excess(("float32",)) > 1
+
+
+def test_products_of_fewer_bits_are_told_where_float32_is_declared(model):
+    """As a flag of the program's has them, of which its dump knows nothing."""
+    stages = Stages(model, np.array(IDS))
+    made = {c.detail: c for c in catalogue._products()}
+    flow = stages.run(-1, None, {})[0]
+    ours, theirs = (stages.run(0, flow, {}, edit)[1] for edit in (Edit(), CLASSES["tf32"]()[1]))
+    scene = base.Scene(stages, 0, "attn.q", ours["layers.0.attn.q"], theirs["layers.0.attn.q"], lambda edit: None)
+    causes = {c.detail: c for c in catalogue.catalogue(scene, ["attn.q"])}
+    assert set(made) < set(causes)
+    cut = causes["products take their inputs in tf32, cut off"]
+    again = stages.run(0, flow, {}, cut.edit)[1]["layers.0.attn.q"]
+    assert gap(again, scene.theirs).error < 1e-7 < 1e-4 < gap(scene.ours, scene.theirs).error
+    assert catalogue.everywhere(cut) and not catalogue.everywhere(causes["the weight is rounded to float16"])
+
+
+def explained(stages: Stages, arrays: dict, classes: tuple[str, ...], declared: bool) -> tuple[Explained, list[Tap]]:
+    dump = named(dumps.in_memory("x", {"token_ids": IDS}, arrays), stages.shapes, stages.model, None, stages.twice)
+    taps = [tap for tap, _ in measure(stages, dump, lambda tap: None, classes, clock.Pulse(lambda line: None))]
+    return explain(taps, Allowed(classes, declared)), taps
+
+
 def test_a_small_cache_is_a_class_without_a_model_too():
     logits = np.random.default_rng(0).normal(size=(12, 96)).astype(np.float32)
     ours, theirs = ({"logits": x} for x in (logits, logits + np.float32(0.02) * logits[::-1]))
@@ -647,15 +701,12 @@ def test_what_spares_the_first_token_is_no_rounding(model, keep, times, name):
     itself alone has them right, which no rounding leaves it."""
     classes, stages = ("float32", name), Stages(model, np.array(IDS))
 
-    def explained(edit: Edit) -> Explained:
-        dump = dumps.in_memory("x", {"token_ids": IDS}, edited(stages, edit, keep))
-        dump = named(dump, stages.shapes, model, None, stages.twice)
-        taps = [tap for tap, _ in measure(stages, dump, lambda tap: None, classes, clock.Pulse(lambda line: None))]
-        return explain(taps, Allowed(classes, False))
+    def of(edit: Edit) -> Explained:
+        return explained(stages, edited(stages, edit, keep), classes, declared=False)[0]
 
-    found = explained(Edit({"attn": base.field(scores=lambda s: dataclasses.replace(s, scale=times * s.scale))}))
+    found = of(Edit({"attn": base.field(scores=lambda s: dataclasses.replace(s, scale=times * s.scale))}))
     assert found.name == "float32" and found.beyond
-    found = explained(CLASSES[name]()[0])
+    found = of(CLASSES[name]()[0])
     assert found.name == name and not found.beyond
 
 
@@ -841,6 +892,61 @@ def test_an_epsilon_that_nobody_else_has_is_found(model, eps):
     config = dataclasses.replace(model.config, rms_norm_eps=eps)
     found = causes_of_a_norm(model, dataclasses.replace(model, config=config), "norm_eps")
     assert f"epsilon is {eps:g}" in found
+
+
+@pytest.mark.parametrize(
+    ("word", "detail", "edit"),
+    [
+        ("norm_eps", "epsilon is 3.1e-05 in all norms", Edit(dict.fromkeys(base.NORMS, base.field(eps=3.1e-5)))),
+        (
+            "attention_scale",
+            "scores are 1.005 times too large",
+            Edit({"attn": base.field(scores=lambda s: dataclasses.replace(s, scale=s.scale * 1.005))}),
+        ),
+        (
+            "rope_theta",
+            "the base is 10100",
+            Edit({"attn": base.field(rope=lambda r: dataclasses.replace(r, theta=r.theta * 1.01))}),
+        ),
+    ],
+)
+def test_a_number_that_is_a_little_off_is_fitted_where_its_step_was_not_dumped(model, word, detail, edit):
+    """Of a rounding's error no number is told; one that was found once is tried again elsewhere."""
+    stages = Stages(model, np.array(IDS))
+    flow = stages.run(-1, None, {})[0]
+
+    def run(edit: Edit) -> np.ndarray:
+        return stages.run(0, flow, {}, edit, ["layers.0.resid"])[1]["layers.0.resid"]
+
+    steps = ["attn_norm", "mlp_norm", "attn.q_rot", "attn.k_rot", "attn.probs"]
+
+    def fitted(theirs: np.ndarray, fits: dict | None) -> list:
+        scene = base.Scene(stages, 0, "resid", run(Edit()), theirs, run, fits)
+        return [c for c in catalogue.catalogue(scene, steps) if c.cause == word]
+
+    theirs, fits = run(edit), {}
+    [cause] = [c for c in fitted(theirs, fits) if c.detail == detail]
+    assert gap(run(cause.edit), theirs).error < 0.05 * gap(run(Edit()), theirs).error
+    assert detail not in [c.detail for c in fitted(theirs, None)]
+    rounded = run(CLASSES["bfloat16"]()[0])
+    assert [c.detail for c in fitted(rounded, fits)] == [c.detail for c in fitted(theirs, fits)]
+    assert len(fitted(rounded, {})) == len(fitted(theirs, None))
+
+
+def test_a_search_that_ends_is_told_where_a_verdict_hangs_on_it(model):
+    """Beneath a class that nobody declared mistakes were looked for without end, whatever --search said."""
+    stages, classes = Stages(model, np.array(IDS)), ("float32", "float16")
+    arrays = edited(stages, CLASSES["float16"]()[0], "*resid")
+    found, taps = explained(stages, arrays, classes, declared=False)
+    assert found.classes == ("float16",) and not found.beyond
+    dump = dumps.in_memory("x", {"token_ids": IDS}, arrays)
+    known, permitted = named(dump, stages.shapes, model, None, stages.twice), Allowed(classes, False)
+    began = time.monotonic()
+    found, proven = patching.judged(stages, known, taps, found, permitted, 1e-9, 1, clock.Pulse())
+    assert time.monotonic() - began < 60 and not proven and not found.beyond
+    assert found.looked[0] == 0 < found.looked[1]
+    reason = _reason("equivalent", found, permitted, [], [], dump, model)
+    assert f"0 of {found.looked[1]} mistakes beneath that floor were looked for (--search)" in reason
 
 
 def test_log_probabilities_for_logits_are_tried_first(traced):

@@ -49,6 +49,7 @@ class Scene:
       ours: what our step makes of the candidate's input.
       theirs: what the candidate has.
       under: what our step makes of it under an edit of the stage; None where its shapes leave no room for it.
+      fits: by what was fitted, the factors found, in other stages too; None where nothing is fitted.
     """
 
     stages: Stages
@@ -57,6 +58,7 @@ class Scene:
     ours: np.ndarray
     theirs: np.ndarray
     under: Callable[[Edit], np.ndarray | None]
+    fits: dict[str, list[float]] | None = None
 
 
 def field(**changes: Any) -> Hook:
@@ -155,6 +157,37 @@ def scale_of(scene: Scene, step: str) -> float | None:
 def scales_of(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     """By what each channel of ours ``[T, out]`` comes nearest to theirs."""
     found: np.ndarray = (ours * theirs).sum(0) / np.maximum((ours**2).sum(0), 1e-300)
+    return found
+
+
+# By what a number is changed for its derivative, steps of a fit at most, and what of an error must look like it.
+_NUDGE, _STEPS, _LIKE = 0.02, 6, 0.5
+
+
+def factors(scene: Scene, what: str, edit: Callable[[float], Edit], digits: int = 5) -> list[float]:
+    """By what factors a number of the program's may be off where its own step was not dumped, in as many digits.
+
+    What a change of the number changes is looked for in the candidate's error: Gauss's and Newton's steps.  Rounding
+    has next to nothing of it, however large it is.
+    """
+    if scene.fits is None or scene.ours.shape != scene.theirs.shape:
+        return []
+    found, factor, value = scene.fits.setdefault(what, []), 1.0, scene.ours.astype(np.float64)
+    for step in range(_STEPS):
+        error, nudge = scene.theirs - value, factor * _NUDGE
+        moved = scene.under(edit(factor + nudge))
+        if moved is None or not np.isfinite(moved).all():
+            break
+        change = (moved - value) / nudge
+        ee, ed, dd = (float((x * y).sum()) for x, y in ((error, error), (error, change), (change, change)))
+        if not ee or not dd or (not step and abs(ed) < _LIKE * (ee * dd) ** 0.5):
+            break
+        last, factor = factor, float(np.clip(factor + ed / dd, factor / 3, factor * 3))
+        if abs(factor - last) < 1e-7 or (under := scene.under(edit(factor))) is None or not np.isfinite(under).all():
+            break
+        value = under.astype(np.float64)
+    if (factor := float(f"{factor:.{digits}g}")) not in (1.0, *found):
+        found.append(factor)
     return found
 
 

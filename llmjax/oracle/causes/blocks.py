@@ -16,6 +16,7 @@ from llmjax.oracle.causes.base import (
     Scene,
     always,
     begins,
+    factors,
     field,
 )
 from llmjax.oracle.floors import Change, in_blocks, rounded
@@ -139,14 +140,19 @@ def scores(scene: Scene) -> Iterator[Cause]:
     }
     for scale in sorted(scales):
         yield cause("attention_scale", f"scores are scaled by {scale:.4g}", fields(scale=scale))
+
+    def times(factor: float) -> Edit:
+        return _scored(lambda s: dataclasses.replace(s, scale=s.scale * factor))
+
     for factor in (0.5, 2.0, 0.1, 10.0, 0.9, 1.1, 2**0.5, 0.5**0.5):
-        edit = _scored(lambda s, f=factor: dataclasses.replace(s, scale=s.scale * f))  # type: ignore[misc]
-        yield cause("attention_scale", f"scores are {factor:.4g} times too large", edit)
-    if scene.step == "attn.probs":
-        factor = _temperature(scene)
-        if factor is not None:
-            edit = _scored(lambda s: dataclasses.replace(s, scale=s.scale * factor))
-            yield cause("attention_scale", f"scores are {factor:.4g} times too large", edit)
+        yield cause("attention_scale", f"scores are {factor:.4g} times too large", times(factor))
+    if scene.step != "attn.probs":
+        for factor in factors(scene, "attention_scale", times):
+            yield cause("attention_scale", f"scores are {factor:.5g} times too large", times(factor))
+    else:
+        if (temperature := _temperature(scene)) is not None:
+            detail = f"scores are {temperature:.4g} times too large"
+            yield cause("attention_scale", detail, times(temperature))
         rows = scene.theirs.sum(-1, keepdims=True)
         if (np.abs(rows - 1) > 1e-3).any():
             yield Cause(

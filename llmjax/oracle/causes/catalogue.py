@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.oracle.causes import blocks, norms, rotation, weights
-from llmjax.oracle.causes.base import Cause, Scene, modules
+from llmjax.oracle.causes.base import PROJECTIONS, Cause, Scene, modules
 from llmjax.oracle.causes.rescaled import rescaled
+from llmjax.oracle.floors import CLASSES
 from llmjax.oracle.metrics import log_softmax
 
 # Mistakes that a runtime makes in all layers alike, where they are made in the code and not in a tensor.
@@ -21,6 +22,15 @@ EVERYWHERE = (
     "rope_scaling", "attention_scale", "attention_softcap", "final_softcap", "window", "mask", "head_mapping",
     "qk_norm", "alibi", "residual", "embedding_scale", "cache_precision",
 )  # fmt: skip
+
+
+# What all products of a program are made of.
+_PRODUCTS = (*PROJECTIONS, "attn.probs", "attn.out", "experts")
+
+
+def everywhere(cause: Cause) -> bool:
+    """Whether a mistake is one that a runtime makes in all layers."""
+    return cause.cause in EVERYWHERE or cause.steps == _PRODUCTS
 
 
 def catalogue(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
@@ -36,7 +46,7 @@ def _all(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
     for norm in steps_of_norms:
         yield from norms.norm(scene, norm)
     if len(steps_of_norms) > 1:
-        yield from norms.norms(steps_of_norms)
+        yield from norms.norms(scene, steps_of_norms)
     yield from rescaled(scene)  # after norms: of two that explain as much, that less was changed is likelier
     for projection in modules(scene, norms=False):
         if projection in steps:
@@ -49,10 +59,20 @@ def _all(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
     yield from weights.embedding(scene)
     yield from weights.head(scene)
     yield from weights.layers(scene)
+    yield from _products()
     for dtype in ("bfloat16", "float16"):
         post = partial(_rounded, dtype=dtype)
         yield Cause("precision", f"the result is rounded to {dtype}", (scene.step,), post=post)
     yield from _saturated(scene)
+
+
+def _products() -> Iterator[Cause]:
+    """In fewer bits than float32, which they are in by a flag of the program's, or without one: what is computed in
+    float32 says so of itself all the same."""
+    nearest, cut = CLASSES["tf32"]()
+    ways = {"tf32": nearest, "tf32, cut off": cut} | {d: CLASSES[d]()[1] for d in ("bfloat16", "float16")}
+    for dtype, edit in ways.items():
+        yield Cause("precision", f"products take their inputs in {dtype}", _PRODUCTS, edit)
 
 
 def _softmax(x: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from llmjax.oracle.causes.base import (
     Scene,
     always,
     borrowed,
+    factors,
     field,
     leaf,
     modules,
@@ -68,7 +69,7 @@ _EPSILONS = (1e-5, 1e-6, 1e-12, 1e-8, 1e-4, 1e-3, 1e-2, 0.0)
 _KEPT = ("bfloat16", "float16")
 
 
-def norms(steps: Sequence[str]) -> Iterator[Cause]:
+def norms(scene: Scene, steps: Sequence[str]) -> Iterator[Cause]:
     """Of several norms at once, where one code makes them all."""
     mistakes: dict[tuple[str, str], Hook] = {
         ("norm_offset", "1 + w and w are confused in all norms"): _offset,
@@ -77,9 +78,28 @@ def norms(steps: Sequence[str]) -> Iterator[Cause]:
     }
     for (word, detail), hook in mistakes.items():
         yield Cause(word, detail, tuple(steps), Edit(dict.fromkeys(steps, hook)))
+    yield from _of_epsilon(scene, tuple(steps), "in all norms")
     for dtype in _KEPT:
         edit = Edit(params=partial(_kept, steps, dtype))
         yield Cause("precision", f"the weights of all norms are rounded to {dtype}", tuple(steps), edit)
+
+
+def _of_epsilon(scene: Scene, steps: tuple[str, ...], where: str = "") -> Iterator[Cause]:
+    """Another epsilon, where none of these norms was dumped."""
+    if scene.step in steps:
+        return
+    own: set[float] = set()
+
+    def times(factor: float) -> Edit:
+        def change(eps: float) -> float:
+            own.add(eps)
+            return eps * factor
+
+        return Edit(dict.fromkeys(steps, field(eps=change)))
+
+    for factor in factors(scene, f"norm_eps {', '.join(steps)}", times, 3):
+        detail = f"epsilon is {', '.join(f'{eps * factor:.3g}' for eps in sorted(own))} {where}".rstrip()
+        yield Cause("norm_eps", detail, steps, times(factor))
 
 
 def _kept(steps: Sequence[str], dtype: str, params: Params) -> Params:
@@ -102,6 +122,7 @@ def norm(scene: Scene, step: str) -> Iterator[Cause]:
     yield cause("norm_kind", "root mean square and mean-and-variance norm are confused", _other_kind)
     for eps in _EPSILONS:
         yield cause("norm_eps", f"epsilon is {eps:g}", field(eps=eps))
+    yield from _of_epsilon(scene, here)
     yield cause("bias", "the norm's bias is not added", params=leaf(step, "bias", jnp.zeros_like))
     own = weight_of(scene, step)
     if own is None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from llmjax.models.context import Context
 from llmjax.models.rope import Rope
-from llmjax.oracle.causes.base import Cause, Scene, begins, field
+from llmjax.oracle.causes.base import Cause, Scene, begins, factors, field
 from llmjax.oracle.floors import rounded
 from llmjax.oracle.measure import token_axis
 from llmjax.oracle.stages import Edit
@@ -127,6 +127,11 @@ def rotation(scene: Scene) -> Iterator[Cause]:
         for what, move in behind.items():
             detail = f"from token {start} on positions {what}"
             yield cause("rope_positions", detail, lambda r, m=move: _Apart(r, (m, m)))
+    if scene.step not in steps:
+        bases = sorted({r.theta for r in ropes})
+        for factor in factors(scene, "rope_theta", lambda f: _rope(lambda r: replace(r, theta=r.theta * f))):
+            detail = f"the base is {', '.join(f'{factor * base:.5g}' for base in bases)}"
+            yield cause("rope_theta", detail, lambda r, f=factor: replace(r, theta=r.theta * f))
     yield from _fitted(scene, ropes, cause)
 
 

@@ -18,6 +18,7 @@ from llmjax.oracle.causes.base import (
     Scene,
     always,
     borrowed,
+    factors,
     field,
     leaf,
     modules,
@@ -223,6 +224,8 @@ def embedding(scene: Scene) -> Iterator[Cause]:
         edit = Edit(params=leaf("embed", "weight", change))
         yield Cause("quantization", f"the table is rounded to {what}", steps, edit)
     if scene.step != "embed":
+        for factor in factors(scene, "embedding_scale", _table_times):
+            yield Cause("embedding_scale", f"the embedding is {factor:.5g} times as large", steps, _table_times(factor))
         yield from _other_starts(scene)
         return
     wrong = np.flatnonzero(
@@ -242,6 +245,10 @@ def embedding(scene: Scene) -> Iterator[Cause]:
     if scale is not None:
         edit = Edit(params=leaf("embed", "weight", lambda w: w * scale))
         yield Cause("weight", f"the table is scaled by {scale:.4g}", steps, edit)
+
+
+def _table_times(factor: float) -> Edit:
+    return Edit(params=leaf("embed", "weight", lambda w: w * factor))
 
 
 def _other_starts(scene: Scene) -> Iterator[Cause]:
