@@ -30,6 +30,8 @@ _NAMED = (
     "cls_token",
     "mask_token",
 )
+# A list of more special tokens, or an object of a model's own by name.
+_MORE = ("additional_special_tokens", "extra_special_tokens")
 # The files of a vocabulary; the first that is there is read.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model")
 # The documented default of these classes is to add BOS; a directory without tokenizer_config.json
@@ -198,8 +200,10 @@ def _names(source: Mapping[str, Any], path: Path) -> dict[str, tokenizers.AddedT
     found = {n: source[n] for n in _NAMED if source.get(n) is not None}
     own = {n: v for n, v in source.items() if n.endswith("_token") and n not in _NAMED}
     found |= {n: v for n, v in own.items() if isinstance(v, str) or (isinstance(v, Mapping) and "content" in v)}
-    extra = source.get("extra_special_tokens")
-    return {n: _token(v, path, n) for n, v in {**found, **(extra if isinstance(extra, Mapping) else {})}.items()}
+    for name in _MORE:
+        if isinstance(source.get(name), Mapping):
+            found |= source[name]
+    return {n: _token(v, path, n) for n, v in found.items()}
 
 
 def _add_listed(backend: tokenizers.Tokenizer, directory: Path, config: Mapping[str, Any], config_file: Path) -> None:
@@ -244,7 +248,7 @@ def _add_named(
     are listed; new ones get the next ids."""
     named = list(special.values())
     listed: list[tokenizers.AddedToken] = []
-    for name in ("additional_special_tokens", "extra_special_tokens"):
+    for name in _MORE:
         value = config.get(name) or []
         if isinstance(value, Mapping):  # names, see ``_names``
             continue

@@ -124,14 +124,21 @@ def test_spaces_beside_a_token_are_as_transformers_has_them(directory, special, 
 
 
 @pytest.mark.parametrize("listed", [True, False])
-@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
-def test_a_models_own_names(directory, file, listed):
+@pytest.mark.parametrize(
+    ("file", "more"),
+    [
+        ("tokenizer_config.json", "extra_special_tokens"),
+        ("tokenizer_config.json", "additional_special_tokens"),
+        ("special_tokens_map.json", "extra_special_tokens"),
+    ],
+)
+def test_a_models_own_names(directory, file, more, listed):
     """Of tokens that no other model has: they are special, and a template may write them."""
     transformers = pytest.importorskip("transformers", reason="parity extra not installed")
     template = "{{ audio_token }}|{{ image_token }}|{{ turn }}|{{ add_bos_token }}"
     folder = directory("phi2", chat_template=template, **({} if listed else {"added_tokens_decoder": ...}))
     tokens = {"image_token": {**TOKEN, "content": "<image>"}, "audio_token": "    ", "hop_token": None}
-    edit(folder / file, **tokens, extra_special_tokens={"turn": "<turn>"})
+    edit(folder / file, **tokens, **{more: {"turn": "<turn>"}})
     ours, theirs = from_huggingface(folder), transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     messages = [{"role": "user", "content": "x"}]
     assert ours.render_chat(messages) == theirs.apply_chat_template(messages, tokenize=False)
