@@ -151,7 +151,12 @@ class LoraConfig:
     def _names(self, names: tuple[str, ...] | str, module: str) -> bool:
         if isinstance(names, str):
             return self.matcher.match(names, module, whole=True) is not None
-        return any(module == name or module.endswith(f".{name}") for name in names)
+        return any(is_named(module, name) for name in names)
+
+
+def is_named(module: str, name: str) -> bool:
+    """Whether it is the module's name or the end of one, as in PEFT."""
+    return module == name or module.endswith(f".{name}")
 
 
 def _pattern(r: Reader, key: str, rule: Rule) -> dict[str, Any]:

@@ -6,7 +6,7 @@ the parameters cut from it share its A, and B's rows are cut as the weight's are
 
 import dataclasses
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from converters.readers.peft import MAGNITUDE
 from llmjax.errors import LoraError
 from llmjax.lora.adapter import Part, modules_of
 from llmjax.lora.apply import Lora, settled, with_loras
-from llmjax.lora.config import LoraConfig
+from llmjax.lora.config import LoraConfig, is_named
 from llmjax.model import Model
 from llmjax.models.tree import get_at, parameter_shapes, path_of
 from llmjax.quant.schemes import role_of
@@ -171,17 +171,12 @@ def _chosen(modules: Mapping[str, list[Part]], settings: LoraConfig) -> dict[str
     names = [parts[0].module for parts in modules.values()]
     endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
     for name in wanted if isinstance(wanted, tuple) else ():
-        if not names_one(name, names):
+        if not any(is_named(module, name) for module in names):
             raise LoraError(f"targets: {name!r} matches no module of this model; expected some of {endings}")
     if not chosen:
         left = f" but what exclude leaves out ({settings.exclude_modules!r})" if settings.exclude_modules else ""
         raise LoraError(f"targets: {wanted!r} matches no module of this model{left}, which has {endings}")
     return chosen
-
-
-def names_one(name: str, modules: Iterable[str]) -> bool:
-    """Whether it is a module's name or the end of one, as in PEFT."""
-    return any(module == name or module.endswith(f".{name}") for module in modules)
 
 
 def _target(parts: list[Part], settings: LoraConfig) -> Target:

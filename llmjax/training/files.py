@@ -13,12 +13,12 @@ from converters.readers.peft import CONFIG, MAGNITUDE, NAMES, WEIGHTS, AdapterFi
 from llmjax.checkpoint.safetensors_writer import SafetensorsWriter
 from llmjax.errors import CheckpointError, LoraError, OutputError, named
 from llmjax.lora.adapter import factor_values, modules_of, strange_bases, values_of
-from llmjax.lora.config import LoraConfig
+from llmjax.lora.config import LoraConfig, is_named
 from llmjax.model import Model
 from llmjax.models.names import stem
 from llmjax.outside.paths import checked_path
 from llmjax.outside.whole import whole_files
-from llmjax.training.adapter import Adapter, Factors, names_one, new_adapter
+from llmjax.training.adapter import Adapter, Factors, new_adapter
 
 _PREFIX = "base_model.model."
 
@@ -73,7 +73,7 @@ def read_trained(path: str | Path, model: Model) -> Adapter:
     if settings.target_modules is None:
         settings = dataclasses.replace(settings, target_modules=tuple(sorted(file.factors)))
     elif isinstance(settings.target_modules, tuple):  # PEFT passes over names of other models' modules
-        known = tuple(name for name in settings.target_modules if names_one(name, ours))
+        known = tuple(name for name in settings.target_modules if any(is_named(module, name) for module in ours))
         settings = dataclasses.replace(settings, target_modules=known or settings.target_modules)
     try:
         begun = new_adapter(model, settings)
