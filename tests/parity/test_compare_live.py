@@ -140,6 +140,7 @@ def test_small_mistakes_of_any_size_are_named(compared):
     }
 
 
+@pytest.mark.slow
 def test_a_cache_and_activations_of_sixteen_bits_are_one_arithmetic(compared):
     """As llama.cpp computes by default."""
     f = runpy.run_path(str(SCRIPTS / "transformers_faults.py"))

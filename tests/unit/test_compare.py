@@ -695,7 +695,7 @@ def test_weights_of_other_layers_are_tried_last():
     assert found == ["norm_eps", "layer_order", "rope_theta", "weight_swapped", "quantization"]
 
 
-@pytest.mark.parametrize(("keep", "times", "name"), [("logits", 1.003, "float16"), ("*resid", 2.0, "int4")])
+@pytest.mark.parametrize(("keep", "times", "name"), [tiny.slow("logits", 1.003, "float16"), ("*resid", 2.0, "int4")])
 def test_what_spares_the_first_token_is_no_rounding(model, keep, times, name):
     """Scores that are too large were equivalent in float32, explained by whatever is as wide: a token that attends to
     itself alone has them right, which no rounding leaves it."""
@@ -897,7 +897,9 @@ def test_an_epsilon_that_nobody_else_has_is_found(model, eps):
 @pytest.mark.parametrize(
     ("word", "detail", "edit"),
     [
-        ("norm_eps", "epsilon is 3.1e-05 in all norms", Edit(dict.fromkeys(base.NORMS, base.field(eps=3.1e-5)))),
+        tiny.slow(
+            "norm_eps", "epsilon is 3.1e-05 in all norms", Edit(dict.fromkeys(base.NORMS, base.field(eps=3.1e-5)))
+        ),
         (
             "attention_scale",
             "scores are 1.005 times too large",
@@ -1127,6 +1129,7 @@ def test_a_layer_that_is_left_out_where_layers_share_keys():
     assert told(report) == [("layers.1", "layer_order")]
 
 
+@pytest.mark.slow
 def test_yarn_of_which_half_is_there(monkeypatch):
     """Another base comes near to plain frequencies, and is not what is wrong."""
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
@@ -1160,6 +1163,7 @@ def test_a_norm_of_each_head_has_one_bias(monkeypatch):
     assert base.scale_of(scene, "attn.q_norm") == pytest.approx(2)
 
 
+@pytest.mark.slow
 def test_decays_as_differences_of_running_sums_are_float32(monkeypatch):
     """What transformers makes of them: exact where sums are small, and far off where they are large."""
     model = tiny.random_model(**QWEN35)
@@ -1180,7 +1184,7 @@ def test_decays_as_differences_of_running_sums_are_float32(monkeypatch):
     assert (report.verdict, report.explained_by) == ("equivalent", "float32"), report.reason
 
 
-@pytest.mark.parametrize("case", ["qwen3_moe", "qwen3_5_cond"])
+@pytest.mark.parametrize("case", [tiny.slow("qwen3_moe"), "qwen3_5_cond"])
 def test_a_stage_that_is_computed_again_compiles_nothing(case, caplog):
     """Hundreds of causes are tried; each program stays in memory."""
     model = llmjax.load(Path(__file__).parents[1] / "data" / "cases" / case)

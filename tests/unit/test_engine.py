@@ -61,6 +61,7 @@ def test_rows_are_the_same_in_every_bit_alone_shuffled_and_among_others(llm):
     assert {k: v for k, v in results(llm, mixed).items() if k in together} == together
 
 
+@pytest.mark.slow
 def test_what_a_process_asks_of_jax_changes_nothing(model, llm):
     request = requests(llm)[3]
     with jax.enable_x64(True), jax.disable_jit(True), jax.numpy_rank_promotion("raise"):  # as researchers have it

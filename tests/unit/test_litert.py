@@ -25,6 +25,7 @@ from llmjax.litert.kernels import KERNELS
 from llmjax.litert.model import cuts
 from llmjax.quant.qtensor import QTensor, pack
 from llmjax.runtime.asking import Asking
+from tests.tiny import slow
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data" / "litert"
@@ -365,7 +366,8 @@ def test_reference_does_not_round_activations(ops):
 
 
 @pytest.mark.parametrize(
-    ("run", "ids", "length", "prefill"), [("s0", "ids/s0", 24, 16), ("s1", "ids/s1", 19, 11), ("s2", "ids/s1", 12, 8)]
+    ("run", "ids", "length", "prefill"),
+    [slow("s0", "ids/s0", 24, 16), ("s1", "ids/s1", 19, 11), slow("s2", "ids/s1", 12, 8)],
 )
 def test_logits_behind_prefill_are_those_of_the_runtime(model, stored, run, ids, length, prefill):
     with jax.disable_jit(True), jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):  # of others

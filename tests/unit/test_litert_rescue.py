@@ -43,6 +43,7 @@ def test_a_float_graph_gives_its_checkpoint_back(tmp_path):
     assert all(e.max == 0 for e in weight_error.errors(graph, DATA / "qwen2"))
 
 
+@pytest.mark.slow
 def test_norms_behind_the_branches(tmp_path):
     """OLMo 2's, whose checkpoint computes what LiteRT's interpreter gave for its graph."""
     llmjax.convert(unpacked("olmo2_w8", tmp_path), tmp_path / "out", to="llmjax")

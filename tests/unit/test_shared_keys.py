@@ -213,6 +213,7 @@ def test_what_is_carried_takes_memory_by_the_slot(llm):
     assert shapes == ({5, store.pages.total} if carried else {store.pages.total})
 
 
+@pytest.mark.slow
 def test_a_model_may_keep_nothing_of_each_token(prompts):
     """All its layers carry a state: pages cost nothing."""
     llm = llmjax.LLM(tiny.random_model(**CONFIGS["qwen3_5"] | {"num_hidden_layers": 2}), max_batch=2, chunk=8, block=8)

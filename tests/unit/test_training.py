@@ -192,7 +192,7 @@ def test_what_is_saved_is_what_was_trained(whole, model, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("at", "gently"), [slow(1, False), (4, False), slow(5, False), (5, True)])
+@pytest.mark.parametrize(("at", "gently"), [slow(1, False), slow(4, False), slow(5, False), (5, True)])
 def test_a_run_that_was_cut_short_ends_in_the_same_bits(whole, model, tmp_path, at, gently):
     """By a kill, after which it goes on from its last state; or by Ctrl-C, before which it writes one more."""
 
@@ -288,6 +288,7 @@ def test_not_a_number_names_step_and_row(model):
         llmjax.finetune(dataclasses.replace(model, params=broken), data, config)
 
 
+@pytest.mark.slow
 def test_a_rate_beyond_all_numbers_keeps_what_was_before(model, tmp_path):
     """What fails behind a step fails again where the run goes on, and the adapter is that of before."""
     config = dataclasses.replace(CONFIG, learning_rate=1e30, steps=1, targets=("q_proj", "v_proj"))
