@@ -117,6 +117,14 @@ def as_triton(call: Callable[..., Any], args: Any) -> tuple[Any, tuple[int, ...]
     return found[0].module, tuple(found[0].grid)
 
 
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """``a @ b`` in float32, each element of it summed in one order: a library's own hangs on where in a tile it is."""
+    found = np.zeros((a.shape[0], b.shape[1]), np.float32)
+    for column, row in zip(a.T.astype(np.float32), b.astype(np.float32), strict=True):
+        found += column[:, None] * row
+    return found
+
+
 class Program:
     """One program: ``values`` by the names that they have."""
 
@@ -214,7 +222,7 @@ class Program:
         if name == "tt.dot":
             precision = number(attribute["inputPrecision"])
             assert x[0].dtype.itemsize == 2 or precision == 2, "TF32"  # 2: IEEE
-            return (x[0].astype(np.float32) @ x[1].astype(np.float32)).astype(dtype) + x[2]
+            return product(x[0], x[1]).astype(dtype) + x[2]
         if name == "tt.extern_elementwise":
             symbol = str(attribute["symbol"]).strip('"').removeprefix("__nv_")
             return FUNCTIONS[symbol[:-1] if symbol.endswith("f") and symbol != "fabs" else symbol](x[0]).astype(dtype)
