@@ -73,7 +73,7 @@ def test_the_kernel_is_the_folded_attention(profile, positions, window, cap, wid
     found = kernel(queries, keys, values, ctx)
     wanted = cached_attention(queries, keys, values, scores, ctx)
     error = np.abs(np.asarray(found - wanted, np.float64)).max()
-    assert error < (1e-6 if profile in FLOAT32 else 1e-2)  # probabilities are rounded under another maximum
+    assert error < (2e-6 if profile in FLOAT32 else 1e-2)  # probabilities are rounded under another maximum
     if profile in FLOAT32:  # neither a neighbour nor a longer table moves a bit, nor what lies behind the last token
         longer = ctx.replace(positions=ctx.positions[-1:], table=jnp.pad(ctx.table[-1:], ((0, 0), (0, 3))))
         page, place = divmod(positions[-1][-1], PAGE)
