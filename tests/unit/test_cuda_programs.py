@@ -231,7 +231,7 @@ def test_what_a_gpu_computes_is_the_product(scheme, rows):
     errors = [np.abs(y - of @ w.T).max(1) / np.abs(of @ w.T).max(1) for y, of in zip(found, given, strict=True)]
     reference, fast, dynamic, one_piece = np.max(errors, 1)
     assert reference < 2e-6
-    assert max(fast, one_piece) < (1e-6 if scheme in ("int8", "int4") or rows <= FEW else 1e-5)
+    assert max(fast, one_piece) < (2e-6 if scheme in ("int8", "int4") or rows <= FEW else 1e-5)
     assert dynamic < 1e-5
 
 

@@ -106,4 +106,4 @@ def test_what_triton_is_given_reads_and_writes_what_it_may(profile, positions, w
     options = args[-1].numerics.compiler_options("cpu")
     wanted = jax.jit(lambda *args: cached_attention(*args[:3], scores, args[3]), compiler_options=options)(*args)
     error = np.abs(np.asarray(found - wanted, np.float64)).max()
-    assert error < (2e-6 if profile in FLOAT32 else 8e-3)
+    assert error < (3e-6 if profile in FLOAT32 else 8e-3)
