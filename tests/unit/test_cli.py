@@ -401,6 +401,12 @@ def test_two_dumps_need_no_model(capsys, flags, named):
     assert (code, err) == (2, f"llmjax: {named}: about the model that --model names; give that, too\n")
 
 
+@pytest.mark.parametrize("flag", ["--ray", "--actors", "--actor-gpus"])
+def test_a_dry_run_has_no_workers(capsys, flag):
+    code, err = failing(capsys, "batch", "--model", "x", "--input", "i", "--output", "o", "--dry-run", flag, "1")
+    assert code == 2 and "leave --ray, --actors and the like out" in err
+
+
 @pytest.mark.parametrize("args", [[], ["dance"], ["generate", "--model", "x"], ["generate", "--prompt", "x"]])
 def test_wrong_usage(args):
     with pytest.raises(SystemExit) as stopped:
