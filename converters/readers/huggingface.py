@@ -167,7 +167,8 @@ class HuggingFaceSource:
 
 
 def _open(path: Path) -> WeightsFile:
-    return open_weights(path, "unknown kind of weights file; expected *.safetensors, *.bin or *.gguf")
+    kinds = "*.safetensors, *.bin, *.gguf, *.litertlm, *.task or *.tflite"
+    return open_weights(path, f"unknown kind of weights file; expected {kinds}")
 
 
 def _collect(problems: list[str], read: Callable[[Path], _T], path: Path) -> _T | None:

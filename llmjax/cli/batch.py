@@ -107,8 +107,8 @@ def _batch(args: argparse.Namespace) -> int:
 
     given, load = sampling_given(args), functools.partial(_generating, args)
     if args.dry_run:
-        if args.ray is not None:
-            raise RequestError("--dry-run: rows are checked here; leave --ray out")
+        if {args.ray, args.actors, args.actor_cpus, args.actor_gpus} != {None}:
+            raise RequestError("--dry-run: rows are checked here; leave --ray, --actors and the like out")
         shard = _shard(args)
         report = dryrun.run(load, args.input, args.output, given, shard, args.date, args.column or {})
         print(report.describe())

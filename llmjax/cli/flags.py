@@ -4,7 +4,9 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from difflib import get_close_matches
+from itertools import takewhile
+from typing import Any, NoReturn
 
 from converters.readers.jsonfile import parse_json
 from llmjax.errors import RequestError
@@ -15,12 +17,37 @@ Verbs = Any
 
 class Parser(argparse.ArgumentParser):
     """Refuses a flag of one value that is given twice, of which argparse would take the last, and a flag's beginning
-    for its name."""
+    for its name.  What is wrong is said in one line, by the verb that has the flags."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
         for name in (None, "store"):
             self.register("action", name, _Once)
+
+    # What argparse says of an unknown flag is the first parser's, and comes after what it says of one that is missing,
+    # which a slip of the keyboard made unknown.
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words, flags = sys.argv[1:] if args is None else list(args), self._option_string_actions
+        before = None  # the flag of which a word should be the value: of these argparse says what it expects
+        for word in takewhile(self._ours, words):
+            flag = word.partition("=")[0]
+            if flag.startswith("--") and " " not in word and flag not in flags and before is None:
+                near = get_close_matches(flag, flags, 1)
+                self.error(f"unrecognized arguments: {word}" + "".join(f"; did you mean {name}?" for name in near))
+            before = flags[word] if word in flags and flags[word].nargs is None else None
+        known, more = super().parse_known_args(words, namespace)
+        if more:
+            self.error(f"unrecognized arguments: {' '.join(more)}")
+        return known, more
+
+    def _ours(self, word: str) -> bool:
+        """Whether a word is no verb's, nor behind the end of flags."""
+        return word != "--" and (self._subparsers is None or word.startswith("-"))
+
+    def error(self, message: str) -> NoReturn:
+        if message.endswith("expected one argument"):
+            message += ", which if it begins with - follows a =, as in --prompt=-1"
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help)\n")
 
 
 class _Once(argparse.Action):

@@ -103,6 +103,13 @@ def _vectors(args: argparse.Namespace) -> int:
     return 0
 
 
+def _about_model(args: argparse.Namespace) -> list[str]:
+    """The flags that were given of those which say how a model is loaded."""
+    [flags] = [group for group in load_flags()._action_groups if group.title == "model"]
+    given = {*vars(args).get("_given", ()), *(name for name, value in vars(args).items() if value is True)}
+    return [flag.option_strings[0] for flag in flags._group_actions if flag.dest in given]
+
+
 def _compare(args: argparse.Namespace) -> int:
     from llmjax.checkpoint.loading import load
     from llmjax.oracle.compare import SEARCH, compare
@@ -117,6 +124,10 @@ def _compare(args: argparse.Namespace) -> int:
     for page in (args.html, args.junit):
         if page is not None and (path := checked_path("output", page, RequestError)).is_dir():
             expect_file(path, RequestError)
+    if args.html is not None and args.html == args.junit:
+        raise RequestError(f"--html, --junit: expected two files, found {args.html} for both")
+    if args.model is None and (alone := _about_model(args)):
+        raise RequestError(f"{', '.join(alone)}: about the model that --model names; give that, too")
     model = None if args.model is None else loading.load_model(args)
     candidate = dumps.pop() if args.candidate_model is None else load(args.candidate_model)
     ids = args.ids

@@ -160,7 +160,8 @@ def _strip(report: "Comparison") -> Iterator[str]:
 def _token_map(report: "Comparison") -> Iterator[str]:
     """Tokens across, layers down; the stronger, the larger the error of what leaves the layer."""
     rows = report.map
-    if not rows:
+    largest = max((max(row) for row in rows.values()), default=0.0)
+    if largest == 0:  # nothing to be seen
         return
     tokens = len(next(iter(rows.values())))
     per = math.ceil(tokens / _COLUMNS)
@@ -168,7 +169,6 @@ def _token_map(report: "Comparison") -> Iterator[str]:
     size = max(6.0, min(16.0, 960 / columns))
     tall, left = 14, 90
     cells = []
-    largest = max(max(row) for row in rows.values())
     for j, (name, row) in enumerate(rows.items()):
         cells.append(f'<text x="0" y="{j * tall + 10}">{_e(name.removesuffix(".resid"))}</text>')
         for i in range(columns):

@@ -384,8 +384,10 @@ def _so_far(tap: Tap, count: int, of: int, what: str, clock: Clock) -> str:
 
 
 def _unknown(steps: int, search: _Search) -> str:
-    some = "no known mistake" if search.count == search.of else f"none of {search.count} of {search.of} known mistakes"
-    return f"{some} explains it" + ("" if steps == 1 else f"; {steps} steps lie between the dumped taps")
+    some = "no known mistake" if search.count == search.of else f"none of the {search.count} mistakes that were tried"
+    late = search.count == 0 < search.of
+    some = "no time was left to try known mistakes" if late else f"{some} explains it"
+    return some + ("" if steps == 1 else f"; {steps} steps lie between the dumped taps")
 
 
 def _distinct(tried: Sequence[_Tried]) -> list[_Tried]:

@@ -277,6 +277,7 @@ def test_an_output_that_cannot_be_is_told_before_long_work(capsys, monkeypatch, 
         (("lora", "train", "--data", "d", "--output", f"{there}/x"), "there/x: expected a directory, found a file"),
         (("compare", "d", "--html", there), "expected a file to write to, found a directory"),
         (("compare", "d", "--junit", there), "expected a file to write to, found a directory"),
+        (("compare", "d", "--junit", "x", "--html", "x"), "--html, --junit: expected two files, found x for both"),
     ):
         code, err = failing(capsys, *words, "--model", "x")
         assert code == 2 and message in err, words
@@ -387,6 +388,23 @@ def test_full_disk(shared, capsys, tmp_path):
     code, err = failing(capsys, "batch", "--model", "x", "--input", str(source), "--output", "/dev/full")
     assert code == 1
     assert "/dev/full: writing the output failed: No space left" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [("--quantize int8 --lora-alpha 2", "--quantize, --lora-alpha"), ("--numerics hf", "--numerics"),
+     ("--check-finite --context-length 5", "--context-length, --check-finite")],
+)  # fmt: skip
+def test_two_dumps_need_no_model(capsys, flags, named):
+    """Of no model, what was asked was passed over in silence."""
+    code, err = failing(capsys, "compare", "a", "b", *flags.split())
+    assert (code, err) == (2, f"llmjax: {named}: about the model that --model names; give that, too\n")
+
+
+@pytest.mark.parametrize("flag", ["--ray", "--actors", "--actor-gpus"])
+def test_a_dry_run_has_no_workers(capsys, flag):
+    code, err = failing(capsys, "batch", "--model", "x", "--input", "i", "--output", "o", "--dry-run", flag, "1")
+    assert code == 2 and "leave --ray, --actors and the like out" in err
 
 
 @pytest.mark.parametrize("args", [[], ["dance"], ["generate", "--model", "x"], ["generate", "--prompt", "x"]])

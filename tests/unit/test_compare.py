@@ -995,6 +995,7 @@ def test_logits_alone_say_what_to_dump_next(model):
     report = llmjax.compare(model, logits, search=1e-9)
     assert report.faults[0]["tried"] == [0, of] and told(report) == [("logits", "unknown")]
     assert f"0 of {of} causes were tried" in report.reason and f"0 of {of} causes tried" in report.to_text()
+    assert "unknown: no time was left to try known mistakes" in report.to_text()
     normed = llmjax.Trace({"logits": np.array(jax.nn.log_softmax(logits.activations["logits"]))}, logits.manifest)
     assert told(llmjax.compare(bad, normed)) == [("logits", "head")]
 
@@ -1069,6 +1070,7 @@ def test_the_command(model, traced, tmp_path, capsys):
     assert main(["compare", str(tmp_path / "ref"), str(tmp_path / "ref"), *args]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["verdict"] == "identical" and found["schema"] == 1 and found["logits"]["kl_max"] == 0
+    assert "Tokens and layers" not in (tmp_path / "h.html").read_text()  # a picture of nothing
     assert main(["compare", str(tmp_path / "ref"), str(tmp_path / "bad"), *args]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["verdict"] == "different" and found["faults"] == [] and "--model" in found["coverage"]["note"]

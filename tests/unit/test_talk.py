@@ -162,7 +162,10 @@ def test_a_broken_template_is_told_before_anything_runs(llm, capsys, tmp_path):
         (["generate", "--logit-bias", "1:2,1:3"], "a token is there twice in '1:2,1:3'"),
         (["generate", "--chat-template-kwargs", "[1]"], "expected a JSON object, found '[1]'"),
         (["generate", "--chat-template-kwargs", '{"a": 1, "a": 2}'], "not valid JSON: a is there twice"),
-        (["generate", "--logprobs", "2"], "unrecognized arguments: --logprobs"),
+        (["generate", "--logprobs", "2"], "llmjax generate: error: unrecognized arguments: --logprobs"),
+        (["generate", "--max-token", "2"], "arguments: --max-token; did you mean --max-tokens? (llmjax generate"),
+        (["generate", "-x"], "llmjax generate: error: unrecognized arguments: -x (llmjax generate --help)"),
+        (["generate", "--stop", "--end"], "argument --stop: expected one argument, which if it begins with -"),
         (["score", "--max-batch", "2"], "unrecognized arguments: --max-batch"),
         (["trace", "--truncate-prompt"], "unrecognized arguments: --truncate-prompt"),
         (["generate", "--prompt", "y"], "argument --prompt: given twice, expected once"),
@@ -176,7 +179,25 @@ def test_what_is_said_twice_or_means_nothing(capsys, args, message):
     needed = needed.get(args[0], ["--input", "i", "--output", "o"])
     with pytest.raises(SystemExit) as stopped:
         main([args[0], "--model", "x", *needed, *args[1:]])
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--verison", "llmjax: error: unrecognized arguments: --verison; did you mean --version? (llmjax --help)"),
+        ("lora --model", "llmjax lora: error: unrecognized arguments: --model"),
+        ("batch --model x --inpt y --output z", "unrecognized arguments: --inpt; did you mean --input? (llmjax batch"),
+        ("inspect a b", "llmjax inspect: error: unrecognized arguments: b (llmjax inspect --help)"),
+    ],
+)
+def test_a_slip_of_the_keyboard_is_what_is_told(capsys, words, message):
+    """It was that --input is missing, and of an unknown flag the usage of no verb."""
+    with pytest.raises(SystemExit) as stopped:
+        main(words.split())
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in said and said.count("\n") == 1
 
 
 def every_verb():
