@@ -193,7 +193,7 @@ def _compare(
 ) -> Comparison:
     """One dump ``of`` several, by the classes ``tried`` before all others; faults are searched for if they are to be
     proven."""
-    permitted = allowed(theirs.manifest, arithmetic)
+    permitted = allowed(theirs.manifest, arithmetic, {array.dtype for array in theirs.arrays.values()})
     subject = _subject(ours, theirs, model)
     if ours is not None:
         _same_ids(ours.token_ids, theirs.token_ids, model)
@@ -342,7 +342,7 @@ def _reason(
 ) -> str:
     """One sentence; of logits ``alone``, whose floor is that of all steps together, with what they do not show."""
     who = "known of the program" if theirs.kind and theirs.manifest.get("numerics") else "declared"
-    declared = f" ({who}: {', '.join(permitted.singles)})" if permitted.declared else ""
+    declared = f" ({who}: {permitted.words})" if permitted.declared else ""
     if verdict == "identical":
         return "every value is the same in every bit"
     bos = _bos_note(theirs, model)
