@@ -35,6 +35,24 @@ def largest(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     return lax.top_k(x, k)
 
 
+class Choice(nn.Module):
+    """Which experts a token gets, and how much of each, from a router's scores ``[B, T, E]``: weights, float32, and
+    numbers, int32, ``[B, T, k]``, the largest first.
+
+    Attributes:
+      used: k.
+      normalised: the weights, shares of the softmax over all, add up to 1.
+    """
+
+    used: int
+    normalised: bool
+
+    @nn.compact
+    def __call__(self, scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights, chosen = largest(jax.nn.softmax(scores.astype(jnp.float32), -1), self.used)
+        return weights / jnp.sum(weights, -1, keepdims=True) if self.normalised else weights, chosen
+
+
 class _Weights(nn.Module):
     """The weights ``[E, out, in]`` of a projection of each expert."""
 

@@ -17,7 +17,7 @@ from llmjax.models.architecture import Architecture
 from llmjax.models.attention import Scores, softcap
 from llmjax.models.config import FULL, SLIDING, check_rope_types, dimensions, layer_windows
 from llmjax.models.context import Context, tap
-from llmjax.models.experts import Experts, largest
+from llmjax.models.experts import Choice, Experts
 from llmjax.models.gemma3 import LAYER_NAMES
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import (
@@ -180,8 +180,7 @@ class Router(nn.Module):
         x = rms_normalised(x, c.rms_norm_eps).astype(x.dtype) * over(scale.astype(x.dtype), x)
         x = (x.astype(jnp.float32) * c.hidden_size**-0.5).astype(x.dtype)
         scores = Projection(c.experts, name="project")(x, ctx)
-        weights, chosen = largest(jax.nn.softmax(scores.astype(jnp.float32), -1), c.experts_used)
-        weights = weights / jnp.sum(weights, -1, keepdims=True)
+        weights, chosen = Choice(c.experts_used, normalised=True, name="choice")(scores)
         return tap(self, "weights", weights * jnp.take(each.astype(jnp.float32), chosen)), chosen
 
 

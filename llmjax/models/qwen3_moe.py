@@ -5,7 +5,6 @@ from collections.abc import Hashable
 from typing import Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -13,7 +12,7 @@ from llmjax.errors import shown
 from llmjax.models.architecture import Architecture
 from llmjax.models.config import dimensions
 from llmjax.models.context import Context, tap
-from llmjax.models.experts import Experts, largest
+from llmjax.models.experts import Choice, Experts
 from llmjax.models.hf_config import Reader
 from llmjax.models.layers import ACTIVATIONS, Attention, GatedMLP, Projection, RMSNorm
 from llmjax.models.llama import HF_NAMES, LlamaConfig
@@ -103,9 +102,7 @@ class Block(nn.Module):
         activation = ACTIVATIONS[c.hidden_act]
         if self.sparse:
             scores = Projection(c.experts, name="router")(h, ctx)
-            weights, chosen = largest(jax.nn.softmax(scores.astype(jnp.float32), -1), c.experts_used)
-            if c.normalised:
-                weights = weights / jnp.sum(weights, -1, keepdims=True)
+            weights, chosen = Choice(c.experts_used, c.normalised, name="choice")(scores)
             experts = Experts(c.experts, c.expert_size, activation, name="experts")
             h = experts(h, weights.astype(h.dtype), chosen, ctx)
         else:

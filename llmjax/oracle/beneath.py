@@ -51,5 +51,5 @@ def held(error: np.ndarray, change: np.ndarray, axis: int = 0) -> Held:
 
 def worth(cause: Cause) -> bool:
     """Whether a mistake is one of a program, of a size of its own: not one of a tensor's values, or a rounding."""
-    both = cause.cause == "weight_swapped" and len(cause.steps) == 2
+    both = cause.cause == "weight_swapped" and (len(cause.steps) == 2 or cause.steps == ("experts",))
     return cause.post is None and (both or cause.cause in EVERYWHERE) and cause.cause not in _SMALL

@@ -14,7 +14,8 @@ from llmjax.checkpoint.loading import find_model, load
 from llmjax.errors import LlmjaxError, RequestError
 from llmjax.litert.model import GraphModel
 from llmjax.model import Model, check_ids
-from llmjax.oracle import pairs
+from llmjax.oracle import padding, pairs
+from llmjax.oracle.beneath import WIDE
 from llmjax.oracle.clock import Pulse
 from llmjax.oracle.comparison import Comparison, of_file
 from llmjax.oracle.declared import Allowed, allowed
@@ -192,7 +193,7 @@ def _compare(
 ) -> Comparison:
     """One dump ``of`` several, by the classes ``tried`` before all others; faults are searched for if they are to be
     proven."""
-    permitted = allowed(theirs.manifest, arithmetic)
+    permitted = allowed(theirs.manifest, arithmetic, {array.dtype for array in theirs.arrays.values()})
     subject = _subject(ours, theirs, model)
     if ours is not None:
         _same_ids(ours.token_ids, theirs.token_ids, model)
@@ -224,6 +225,13 @@ def _compare(
     proven: list[dict[str, Any]] = []
     if prove:
         found, proven = judged(stages, known, taps, found, permitted, search, of, pulse)
+        if not _sure(proven):
+
+            def holds(dump: Dump) -> bool:
+                rest = _compare(None, dump, model, note, None, arithmetic, tried, False, search, of, progress)
+                return rest.explained_by is not None and (permitted.declared or rest.explained_by not in WIDE)
+
+            proven = padding.masked(proven, known, stages, holds)
     identical = all(tap.equal for tap in taps)
     logits: dict[str, Any] | None = None
     positions: Sequence[Mapping[str, Any]] = ()
@@ -334,7 +342,7 @@ def _reason(
 ) -> str:
     """One sentence; of logits ``alone``, whose floor is that of all steps together, with what they do not show."""
     who = "known of the program" if theirs.kind and theirs.manifest.get("numerics") else "declared"
-    declared = f" ({who}: {', '.join(permitted.singles)})" if permitted.declared else ""
+    declared = f" ({who}: {permitted.words})" if permitted.declared else ""
     if verdict == "identical":
         return "every value is the same in every bit"
     bos = _bos_note(theirs, model)
@@ -359,9 +367,10 @@ def _reason(
     count, of = (sum(fault["tried"][i] for fault in proven) for i in (0, 1))
     more += f"; in the time given {count} of {of} causes were tried (--search)" if count < of else ""
     advice = f"; {advice}" if (advice := _advice(missing, found)) else ""
-    sure = all(fault["causes"][0]["explains"] >= PROVEN for fault in proven)
-    why = f"{caveats(permitted, theirs, bool(proven) and sure)}{of_few_bits(found, missing)}{advice}{bos}"
-    return f"no allowed arithmetic explains {', '.join(parts)}{more}{declared}{why}{_padding_note(theirs.token_ids)}"
+    why = f"{caveats(permitted, theirs, bool(proven) and _sure(proven))}{of_few_bits(found, missing)}{advice}{bos}"
+    told = any(fault["causes"][0]["cause"] == "padding" for fault in proven)
+    note = "" if told else padding.note(theirs.token_ids)
+    return f"no allowed arithmetic explains {', '.join(parts)}{more}{declared}{why}{note}"
 
 
 def _advice(missing: Sequence[str], found: Explained) -> str:
@@ -375,13 +384,9 @@ def _advice(missing: Sequence[str], found: Explained) -> str:
     return f"dump {layer}.* next to see where in the layer" if beyond.endswith(".resid") and inside else ""
 
 
-def _padding_note(ids: np.ndarray) -> str:
-    """Of ids that end, or begin, alike: a padded row of a batch, of which a mask was fed, too."""
-    for end, from_it in (("begin", ids), ("end", ids[::-1])):
-        count = int(np.argmax(from_it != from_it[0]))  # 0 where all are the same
-        if count > 1:
-            return f"; note: token_ids {end} with {count} times {from_it[0]}: if that is padding, leave it out"
-    return ""
+def _sure(proven: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a known mistake explains each of the faults."""
+    return all(fault["causes"][0]["explains"] >= PROVEN for fault in proven)
 
 
 def _bos_note(theirs: Dump, model: Model) -> str:

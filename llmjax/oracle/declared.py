@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from llmjax.errors import RequestError, shown
@@ -73,11 +73,18 @@ class Allowed:
       singles: each alone, from narrow to wide.
       declared: the candidate says so itself, or ``--class`` does.
       unread: what it declares and is no class of ours.
+      stored: of 16 bits, what all arrays are stored as, which rounds as that class does, whatever was computed in.
     """
 
     singles: tuple[str, ...]
     declared: bool
     unread: str | None = None
+    stored: str | None = None
+
+    @property
+    def words(self) -> str:
+        """The classes, for a reader."""
+        return ", ".join(f"{name}, as its arrays are" if name == self.stored else name for name in self.singles)
 
     @property
     def together(self) -> list[tuple[str, ...]]:
@@ -97,8 +104,10 @@ class Allowed:
         return [*first, *found, *caches, *((*some, *cache) for cache in caches for some in found)]
 
 
-def allowed(manifest: Mapping[str, Any], forced: str | None) -> Allowed:
+def allowed(manifest: Mapping[str, Any], forced: str | None, stored: Collection[str] = ()) -> Allowed:
     """The classes that a dump's manifest, or ``--class``, leaves; several, with commas between them, may go together.
+
+    The 16 bits that all arrays are ``stored`` in join declared ones: float32 that was written so is no mistake.
 
     Of llama.cpp's files, whose other arithmetic is known, a forced cache stands in the place of the usual one.
 
@@ -128,8 +137,10 @@ def allowed(manifest: Mapping[str, Any], forced: str | None) -> Allowed:
     }
     unread = [f"the {key} {shown(manifest[key])}" for key, known in read.items()
               if not known and not re.fullmatch(_PLAIN, said.get(key, "none"))]  # fmt: skip
-    singles = tuple(name for name in CLASSES if name in found | kept | {"float32"})
-    return Allowed(singles, True, " and ".join(unread) or None)
+    kinds = {*stored}
+    narrow = next(iter(kinds)) if len(kinds) == 1 and kinds <= {"float16", "bfloat16"} - found else None
+    singles = tuple(name for name in CLASSES if name in found | kept | {"float32", narrow})
+    return Allowed(singles, True, " and ".join(unread) or None, narrow)
 
 
 def _text(value: Any) -> str:

@@ -90,14 +90,14 @@ def judged(
     A wide class that nobody declared holds nearly anything where little was dumped: where known mistakes in float32
     take the whole error away, they are what explains it.  Weights of few bits are wide where they are declared, too:
     mistakes beneath their floor are looked for.  A verdict hangs on both, so how many were looked for is told; the time
-    is shared between ``texts``.
+    is shared between ``texts``, and of each between the two.
     """
     if found.beyond or found.classes == ("float32",):
         return found, faults(_Finder(stages, named, taps, found, Clock(seconds), pulse))
     clock, count, of = Clock(seconds / texts), 0, 0
     if not permitted.declared:
         narrow = Explained(("float32",), tuple(tap for tap in taps if tap.excess(("float32",)) > 1))
-        finder = _Finder(stages, named, taps, narrow, clock, pulse)
+        finder = _Finder(stages, named, taps, narrow, Clock(seconds / texts / 2), pulse)
         if proven := faults(finder, mistakes=True):
             return narrow, proven
         count, of = finder.count, finder.of

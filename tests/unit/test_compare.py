@@ -21,11 +21,11 @@ from llmjax.errors import RequestError
 from llmjax.models import delta
 from llmjax.models.scalings import Yarn, plain_frequencies
 from llmjax.numerics import Numerics
-from llmjax.oracle import clock, floors, patching
+from llmjax.oracle import clock, floors, padding, patching
 from llmjax.oracle import dump as dumps
 from llmjax.oracle.beneath import held, worth
 from llmjax.oracle.causes import base, blocks, catalogue, rotation, weights
-from llmjax.oracle.compare import _padding_note, _reason
+from llmjax.oracle.compare import _reason
 from llmjax.oracle.comparison import Comparison
 from llmjax.oracle.declared import Allowed, allowed
 from llmjax.oracle.floors import CLASSES, floor
@@ -425,9 +425,29 @@ def test_what_does_not_fit_says_why_it_may_not(model, shape, hint):
 
 
 def test_ids_that_end_alike_may_be_padding():
-    assert "note: token_ids begin with 3 times 0: if that" in _padding_note(np.array([0, 0, 0, 5, 7]))
-    assert "end with 2 times 9" in _padding_note(np.array([1, 5, 9, 9]))
-    assert not _padding_note(np.array([1, 5, 9])) + _padding_note(np.array([4, 4, 4])) + _padding_note(np.array([4]))
+    assert "note: token_ids begin with 3 times 0: if that" in padding.note(np.array([0, 0, 0, 5, 7]))
+    assert "end with 2 times 9" in padding.note(np.array([1, 5, 9, 9]))
+    assert not padding.note(np.array([1, 5, 9])) + padding.note(np.array([4, 4, 4])) + padding.note(np.array([4]))
+
+
+@pytest.mark.parametrize("side", ["begin", "end"])
+def test_masked_padding_is_told_where_the_rest_is_right(model, traced, side, monkeypatch):
+    """Rows of padding hold anything; what is wrong without them is told as before."""
+    monkeypatch.setattr(patching, "catalogue", lambda scene, steps: iter(()))
+    rng, cut = np.random.default_rng(0), (3, 0) if side == "begin" else (0, 3)
+
+    def padded(x, fill):
+        return np.concatenate([fill(cut[0], *x.shape[1:]), x, fill(cut[1], *x.shape[1:])])
+
+    ids = padded(np.array(IDS), lambda n: np.full(n, 5)).tolist()
+    keep = ("layers.0.resid", "layers.1.resid", "logits")
+    arrays = {n: padded(traced.activations[n], lambda *s: rng.standard_normal(s, np.float32)) for n in keep}
+    report = llmjax.compare(model, llmjax.Trace(arrays, {"token_ids": ids, "dtype": "float32"}))
+    assert report.verdict == "different" and [cause for _, cause in told(report)] == ["padding"], report.reason
+    assert f"token_ids {side} with 3 times 5, which were masked" in report.reason and "note" not in report.reason
+    wrong = arrays | {"layers.1.resid": arrays["layers.1.resid"] + rng.standard_normal((15, 24), np.float32)}
+    report = llmjax.compare(model, llmjax.Trace(wrong, {"token_ids": ids, "dtype": "float32"}))
+    assert "unknown" in [cause for _, cause in told(report)] and "if that is padding" in report.reason
 
 
 def test_layouts():
@@ -1020,6 +1040,20 @@ def test_few_bits_are_equivalent_unless_float32_is_declared(model):
     assert report.verdict == "different" and {cause for _, cause in told(report)} == {"norm_eps"}
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_float32_that_was_stored_in_sixteen_bits_is_no_mistake(model, traced, dtype):
+    """Where all arrays are: one of several would widen the floors of those that are not rounded."""
+    layers = {n: x.astype(dtype) for n, x in traced.activations.items() if n.endswith(".resid") or n == "logits"}
+    report = llmjax.compare(model, llmjax.Trace(layers, {"token_ids": IDS, "dtype": "float32"}))
+    assert (report.verdict, report.explained_by) == ("equivalent", dtype)
+    assert f"declared: float32, {dtype}, as its arrays are" in report.reason
+    assert allowed({"dtype": "float32"}, None, {dtype, "float32"}).singles == ("float32",)
+    assert allowed({"dtype": "float32"}, "float32", {dtype}).singles == ("float32",)
+    wrong = layers | {"layers.1.resid": layers["layers.1.resid"][:, ::-1]}
+    report = llmjax.compare(model, llmjax.Trace(wrong, {"token_ids": IDS, "dtype": "float32"}), search=1e-9)
+    assert report.verdict == "different"
+
+
 def test_a_mistake_beneath_the_floor_of_few_bits_is_found_in_the_error(model, monkeypatch):
     """Residuals alone of weights of 4 bits, a row's scale each: swapped weights of one layer are within their floor."""
     monkeypatch.setattr(patching, "worth", lambda cause: worth(cause) and cause.cause in ("weight_swapped", "mask"))
@@ -1118,6 +1152,61 @@ def test_experts_that_tie_in_sixteen_bits_are_no_fault():
     for dtype, verdict in (("bfloat16", "equivalent"), ("float32", "different")):
         said = llmjax.Trace(trace.activations, {"token_ids": IDS, "dtype": dtype})
         assert llmjax.compare(model, said).verdict == verdict
+
+
+@pytest.fixture(scope="module")
+def mixture() -> llmjax.Model:
+    return tiny.random_model(
+        model_type="qwen3_moe", vocab_size=96, hidden_size=16, intermediate_size=24, moe_intermediate_size=8,
+        head_dim=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1, num_experts=6,
+        num_experts_per_tok=3, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("detail", "changes"),
+    [
+        ("do not add up to 1", {"normalised": False}),
+        pytest.param("one expert fewer", {"experts_used": 2}, marks=pytest.mark.slow),
+        pytest.param("one expert more", {"experts_used": 4}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_mistake_of_a_router_is_found_in_float32_and_beneath_sixteen_bits(mixture, detail, changes, monkeypatch):
+    def router(scene, steps):
+        return (cause for cause in catalogue.catalogue(scene, steps) if cause.cause in ("router", "activation"))
+
+    monkeypatch.setattr(patching, "catalogue", router)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32) if x.ndim > 1 else x, mixture.params)
+    wrong = dataclasses.replace(mixture.config, **changes)
+    for params, dtype in ((mixture.params, "float32"), (rounded, None)):
+        one = dataclasses.replace(mixture, params=params, config=wrong)
+        resids = llmjax.trace(one, IDS, ["embed", "*.resid_attn", "*.resid"]).activations
+        report = llmjax.compare(mixture, llmjax.Trace(resids, {"token_ids": IDS, "dtype": dtype}))
+        assert told(report) == [("layers.0.experts", "router")], report.reason
+        assert detail in report.reason
+    right = llmjax.trace(dataclasses.replace(mixture, params=rounded), IDS, ["embed", "*.resid_attn", "*.resid"])
+    report = llmjax.compare(mixture, llmjax.Trace(right.activations, {"token_ids": IDS}))
+    assert (report.verdict, report.explained_by) == ("equivalent", "bfloat16")
+
+
+@pytest.mark.slow
+def test_what_experts_compute_has_its_causes(mixture):
+    """Each changes the experts' sum alone, and what is told is what was changed."""
+    config, gate, up = mixture.config, "layers_0/experts/gate/weight", "layers_0/experts/up/weight"
+    weights_ = {name: mixture.params["layers_0"]["experts"][name]["weight"] for name in ("gate", "up")}
+    cases = {
+        ("weight_swapped", "gate and up are swapped"): broken(
+            mixture, {gate: lambda _: weights_["up"], up: lambda _: weights_["gate"]}
+        ),
+        ("activation", "the activation is relu"): dataclasses.replace(
+            mixture, config=dataclasses.replace(config, hidden_act="relu")
+        ),
+    }
+    for (word, detail), wrong in cases.items():
+        steps = ["*.mlp_norm", "*.router", "*.experts"]
+        found = llmjax.trace(wrong, IDS, steps).activations
+        report = llmjax.compare(mixture, llmjax.Trace(found, {"token_ids": IDS, "dtype": "float32"}))
+        assert told(report) == [("layers.0.experts", word)] and detail in report.reason
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from llmjax.oracle.steps import OUTER
 
 
 def activation() -> Iterator[Cause]:
-    """Of the MLP's activation."""
+    """Of the MLP's activation, and of experts'."""
     others: dict[str, Callable[[jax.Array], jax.Array]] = {
         "gelu (tanh)": ACTIVATIONS["gelu_pytorch_tanh"],
         "gelu (erf)": ACTIVATIONS["gelu"],
@@ -37,9 +37,8 @@ def activation() -> Iterator[Cause]:
         "nothing": lambda x: x,
     }
     for name, function in others.items():
-        yield Cause(
-            "activation", f"the activation is {name}", ("mlp.act",), Edit({"mlp": field(activation=always(function))})
-        )
+        hooks = dict.fromkeys(("mlp", "experts"), field(activation=always(function)))
+        yield Cause("activation", f"the activation is {name}", ("mlp.act", "experts"), Edit(hooks))
 
 
 # Scores.

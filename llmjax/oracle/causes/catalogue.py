@@ -10,7 +10,7 @@ from functools import partial
 import jax.numpy as jnp
 import numpy as np
 
-from llmjax.oracle.causes import blocks, norms, rotation, weights
+from llmjax.oracle.causes import blocks, norms, rotation, routers, weights
 from llmjax.oracle.causes.base import PROJECTIONS, Cause, Scene, modules
 from llmjax.oracle.causes.rescaled import rescaled
 from llmjax.oracle.floors import CLASSES
@@ -20,7 +20,7 @@ from llmjax.oracle.metrics import log_softmax
 EVERYWHERE = (
     "norm_eps", "norm_offset", "norm_kind", "activation", "rope_theta", "rope_dims", "rope_pairing", "rope_positions",
     "rope_scaling", "attention_scale", "attention_softcap", "final_softcap", "window", "mask", "head_mapping",
-    "qk_norm", "alibi", "residual", "embedding_scale", "cache_precision",
+    "qk_norm", "alibi", "residual", "embedding_scale", "cache_precision", "router",
 )  # fmt: skip
 
 
@@ -52,6 +52,8 @@ def _all(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
         if projection in steps:
             yield from weights.projection(scene, projection)
     yield from weights.together(scene)
+    yield from routers.router(scene)
+    yield from routers.experts(scene)
     yield from blocks.activation()
     yield from rotation.rotation(scene)
     yield from blocks.scores(scene)
