@@ -32,7 +32,7 @@ def masked(
     """The faults of a candidate, or in their place its padding, where without that it ``holds``."""
     for words, rest in edges(stages.ids) if faults and not known.dump.windows else ():
         if holds(_without(known, stages, rest)):
-            detail = f"{words}, which were masked as padding: without them nothing differs; leave them out"
+            detail = f"{words}: without them nothing differs, as where a mask hides padding; leave it out"
             return [{**faults[0], "also": [], "causes": [{"cause": "padding", "detail": detail, "explains": 1.0}]}]
     return faults
 

@@ -444,7 +444,10 @@ def test_masked_padding_is_told_where_the_rest_is_right(model, traced, side, mon
     arrays = {n: padded(traced.activations[n], lambda *s: rng.standard_normal(s, np.float32)) for n in keep}
     report = llmjax.compare(model, llmjax.Trace(arrays, {"token_ids": ids, "dtype": "float32"}))
     assert report.verdict == "different" and [cause for _, cause in told(report)] == ["padding"], report.reason
-    assert f"token_ids {side} with 3 times 5, which were masked" in report.reason and "note" not in report.reason
+    assert (
+        f"token_ids {side} with 3 times 5: without them nothing differs" in report.reason
+        and "note" not in report.reason
+    )
     wrong = arrays | {"layers.1.resid": arrays["layers.1.resid"] + rng.standard_normal((15, 24), np.float32)}
     report = llmjax.compare(model, llmjax.Trace(wrong, {"token_ids": ids, "dtype": "float32"}))
     assert "unknown" in [cause for _, cause in told(report)] and "if that is padding" in report.reason
@@ -1154,13 +1157,16 @@ def test_experts_that_tie_in_sixteen_bits_are_no_fault():
         assert llmjax.compare(model, said).verdict == verdict
 
 
+MIXTURE = dict(
+    model_type="qwen3_moe", vocab_size=96, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, head_dim=8,
+    num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1, num_experts=6, num_experts_per_tok=3,
+    norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
+)  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def mixture() -> llmjax.Model:
-    return tiny.random_model(
-        model_type="qwen3_moe", vocab_size=96, hidden_size=16, intermediate_size=24, moe_intermediate_size=8,
-        head_dim=8, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1, num_experts=6,
-        num_experts_per_tok=3, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[],
-    )  # fmt: skip
+    return tiny.random_model(**MIXTURE)
 
 
 @pytest.mark.parametrize(
@@ -1187,6 +1193,19 @@ def test_a_mistake_of_a_router_is_found_in_float32_and_beneath_sixteen_bits(mixt
     right = llmjax.trace(dataclasses.replace(mixture, params=rounded), IDS, ["embed", "*.resid_attn", "*.resid"])
     report = llmjax.compare(mixture, llmjax.Trace(right.activations, {"token_ids": IDS}))
     assert (report.verdict, report.explained_by) == ("equivalent", "bfloat16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("there", "used"), [(3, 1), (2, 2)])
+def test_no_expert_is_none_and_there_are_no_more_than_all(there, used, monkeypatch):
+    """Where a token gets one expert, or all."""
+    config = {"num_experts": there, "num_experts_per_tok": used}
+    model = tiny.random_model(**MIXTURE | config)
+    monkeypatch.setattr(patching, "catalogue", lambda *of: (c for c in catalogue.catalogue(*of) if c.cause == "router"))
+    arrays = llmjax.trace(model, IDS, ["layers.0.mlp_norm", "layers.0.router", "layers.0.experts"]).activations
+    arrays["layers.0.experts"] = arrays["layers.0.experts"] + np.float32(0.1)
+    report = llmjax.compare(model, llmjax.Trace(arrays, {"token_ids": IDS, "dtype": "float32"}))
+    assert told(report) == [("layers.0.experts", "unknown")]
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ Chosen = tuple[jax.Array, jax.Array]
 
 def router(scene: Scene) -> Iterator[Cause]:
     """Of the choice of experts."""
-    if weight_of(scene, "experts.gate") is None:
+    gate = weight_of(scene, "experts.gate")
+    if gate is None:
         return
 
     def cause(detail: str, hook: Hook) -> Cause:
@@ -29,7 +30,7 @@ def router(scene: Scene) -> Iterator[Cause]:
         field(normalised=True),
     )
     for by, detail in ((-1, "one expert fewer"), (1, "one expert more")):
-        yield cause(f"a token gets {detail}", field(used=lambda k, by=by: k + by))
+        yield cause(f"a token gets {detail}", field(used=lambda k, by=by: min(max(k + by, 1), len(gate))))
     yield cause("a token gets one expert", field(used=1))
     yield cause("the weights are sigmoids, no softmax", _weighing(_sigmoids))
     yield cause("the weights are sigmoids that are made to add up to 1", _weighing(lambda *x: _shares(_sigmoids(*x))))
