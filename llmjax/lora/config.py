@@ -184,7 +184,8 @@ def _modules(r: Reader, key: str) -> tuple[str, ...] | str | None:
 
 def _names(r: Reader, key: str) -> tuple[str, ...]:
     found = r.get(key, [])
-    found = [found] if isinstance(found, str) else found
+    if isinstance(found, str):
+        found = [found] if found else []  # PEFT takes an empty one for none
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         r.problem(f"{key}: expected a list of names, found {shown(found)}")
         return ()

@@ -1,9 +1,10 @@
-"""Mistral 7B (Jiang et al. 2023, arXiv:2310.06825): Llama with a sliding window, the same on every layer."""
+"""Mistral 7B (Jiang et al. 2023, arXiv:2310.06825): Llama with a sliding window, on every layer but where
+``layer_types`` says otherwise."""
 
 from typing import Self
 
 from llmjax.models.architecture import ROTARY_BUFFERS, Architecture
-from llmjax.models.config import dimensions
+from llmjax.models.config import FULL, SLIDING, dimensions, layer_windows
 from llmjax.models.hf_config import Reader
 from llmjax.models.llama import HF_NAMES, LlamaConfig
 
@@ -21,7 +22,7 @@ class MistralConfig(LlamaConfig):
             rms_norm_eps=r.number("rms_norm_eps", 1e-6),
             hidden_act=r.activation("hidden_act", "silu"),
             rope=r.rope(shared["head_dim"]),
-            windows=(window,) * shared["num_hidden_layers"],
+            windows=layer_windows(r, [SLIDING if window else FULL] * shared["num_hidden_layers"], window),
         )
 
 

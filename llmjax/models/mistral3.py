@@ -21,6 +21,7 @@ class Mistral3Config(LlamaConfig):
         r.ignore("multimodal_projector_bias", "projector_hidden_act")
         tied = None if r.get("tie_word_embeddings") is None else r.flag("tie_word_embeddings", False)
         text = r.section("text_config", {})
+        text.expect("layer_types", (None,))  # transformers heeds them in a text model of its own alone
         config = _TEXT_MODELS[text.expect("model_type", tuple(_TEXT_MODELS), "mistral")].from_hf(text)
         # The outer object's word on the head wins, as in transformers; without one the text model's counts.
         return config if tied is None else dataclasses.replace(config, tie_word_embeddings=tied)

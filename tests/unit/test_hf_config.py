@@ -486,6 +486,14 @@ class TestMistral:
         assert read("mistral", sliding_window=8).windows == (8,) * 4
         assert read("mistral", sliding_window=None).windows == (None,) * 4
 
+    def test_those_that_slide_are_as_layer_types_says(self):
+        """With that key transformers makes a Ministral of it, which is a Mistral but for its windows."""
+        kinds = ["full_attention", "sliding_attention"] * 2
+        assert read("mistral", sliding_window=8, layer_types=kinds).windows == (None, 8, None, 8)
+        assert read("mistral", sliding_window=None, layer_types=["full_attention"] * 4).windows == (None,) * 4
+        with pytest.raises(ConfigError, match="sliding_window: null or switched off, but there are layers of type"):
+            read("mistral", sliding_window=None, layer_types=kinds)
+
 
 class TestQwen:
     KINDS = pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
@@ -572,6 +580,9 @@ def test_the_text_model_of_mistral3_may_be_mistral(named):
     assert read_config(config, "config.json")[1] == read("mistral", **options)
     with pytest.raises(ConfigError, match="text_config.model_type: 'llama' is not supported, expected 'mistral' or"):
         read_config(config | {"text_config": text | {"model_type": "llama"}}, "config.json")
+    kinds = ["sliding_attention", "full_attention"] * 2
+    with pytest.raises(ConfigError, match="text_config.layer_types: .* is not supported"):  # transformers: all slide
+        read_config(config | {"text_config": text | {"layer_types": kinds}}, "config.json")
 
 
 def test_keys_that_published_configs_keep_of_other_code():

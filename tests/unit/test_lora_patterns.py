@@ -30,6 +30,9 @@ def test_meanings():
     # The number is the last group, whatever groups a pattern has, and a number of any length is no layer.
     named = config(target_modules=["q_proj"], layers_to_transform=11, layers_pattern="(h|layers)")
     assert named.targets(MODULE) and not named.targets(MODULE.replace("11", "1" * 5000))
+    named = config(target_modules=["q_proj"], layers_to_transform=11, layers_pattern="")  # as none
+    assert named.targets(MODULE) and not named.targets(MODULE.replace("11", "2"))
+    assert config(target_modules=["q_proj"], layers_pattern="").targets(MODULE)
 
 
 @pytest.mark.parametrize("pattern", FOREVER)
