@@ -211,6 +211,8 @@ VARIANTS: dict[str, dict] = {
     "mistral": _MISTRAL,
     "mistral_full_mqa_tied": _MISTRAL
     | {"sliding_window": None, "head_dim": None, "num_key_value_heads": 1, "tie_word_embeddings": True},
+    "ministral": _MISTRAL
+    | {"model_type": "ministral", "layer_types": ["full_attention", "sliding_attention", "full_attention"]},
     "qwen2": _QWEN2,
     "qwen2_windows_untied": _QWEN2
     | {"use_sliding_window": True, "tie_word_embeddings": False, "num_key_value_heads": 4},

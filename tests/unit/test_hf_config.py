@@ -32,6 +32,7 @@ MINIMAL = {kind: SIZES for kind in architectures() if kind not in NESTED} | {
     "gemma3n_text": SIZES | {"num_key_value_heads": 2, "num_kv_shared_layers": 0},
     "gemma4_text": SIZES | {"vocab_size_per_layer_input": 100},
     "lfm2": SIZES | {"num_key_value_heads": 2},
+    "ministral": SIZES | {"num_key_value_heads": 2},
     "ministral3": SIZES | {"num_key_value_heads": 2},
     "qwen3_5_text": SIZES | {"num_key_value_heads": 2},
 }

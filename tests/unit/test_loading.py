@@ -299,7 +299,12 @@ def test_a_supported_architecture_with_an_unsupported_option(folder):
 
 
 # Published inside multimodal models alone; and those whose configurations are not here yet.
-NOT_PUBLISHED = {"gemma3n_text", "gemma4_text", "ministral3", "qwen3_5_text"} | {"granite", "mistral3", "olmo3"}
+NOT_PUBLISHED = {"gemma3n_text", "gemma4_text", "ministral3", "qwen3_5_text"} | {
+    "granite",
+    "ministral",
+    "mistral3",
+    "olmo3",
+}
 
 
 @pytest.mark.parametrize("name", [slow(n) if n.startswith("gemma-3n") else n for n in configs.names()])
