@@ -226,7 +226,7 @@ def assert_same_gradients(found, expected) -> None:
     for (path, f), e in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         # Adding one number to all keys of a head moves no softmax: a key bias without a norm has rounding alone.
         if f.dtype != jax.dtypes.float0 and np.abs(e).max() > 1e-6:
-            assert_close(f, e, 1e-4)
+            assert_close(f, e, 1e-4 if np.ndim(e) else 1e-3)  # a number's own is a sum over all, much of which cancels
             assert np.abs(f).max() > 0, path
 
 
