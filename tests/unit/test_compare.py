@@ -1209,6 +1209,22 @@ def test_no_expert_is_none_and_there_are_no_more_than_all(there, used, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("modules", "where"),
+    [(("mlp",), " in mlp alone"), (("experts",), " in experts alone"), (("mlp", "experts"), "")],
+)
+def test_an_mlp_beside_experts_has_an_activation_of_its_own(modules, where, monkeypatch):
+    only = ("activation", "residual")
+    monkeypatch.setattr(patching, "catalogue", lambda *of: (c for c in catalogue.catalogue(*of) if c.cause in only))
+    model = llmjax.load(Path(__file__).parents[1] / "data" / "cases" / "gemma4_moe")
+    edit = Edit(dict.fromkeys(modules, base.field(activation=base.always(jax.nn.relu))))
+    arrays = edited(Stages(model, np.array(IDS)), edit, "*resid*")
+    report = llmjax.compare(model, llmjax.Trace(arrays, {"token_ids": IDS, "dtype": "float32"}))
+    found = {(cause["cause"], cause["detail"]) for fault in report.faults for cause in fault["causes"][:1]}
+    assert found == {("activation", f"the activation is relu{where}")}
+
+
+@pytest.mark.slow
 def test_what_experts_compute_has_its_causes(mixture):
     """Each changes the experts' sum alone, and what is told is what was changed."""
     config, gate, up = mixture.config, "layers_0/experts/gate/weight", "layers_0/experts/up/weight"

@@ -18,14 +18,17 @@ from llmjax.oracle.causes.base import (
     begins,
     factors,
     field,
+    weight_of,
 )
 from llmjax.oracle.floors import Change, in_blocks, rounded
 from llmjax.oracle.stages import Edit, Hook
 from llmjax.oracle.steps import OUTER
 
 
-def activation() -> Iterator[Cause]:
-    """Of the MLP's activation, and of experts'."""
+def activation(scene: Scene) -> Iterator[Cause]:
+    """Of the MLP's activation, and of experts'; where both are, of each alone, too."""
+    steps = {"mlp": "mlp.act", "experts": "experts"}
+    alone = steps if all(weight_of(scene, f"{name}.gate") is not None for name in steps) else {}
     others: dict[str, Callable[[jax.Array], jax.Array]] = {
         "gelu (tanh)": ACTIVATIONS["gelu_pytorch_tanh"],
         "gelu (erf)": ACTIVATIONS["gelu"],
@@ -37,8 +40,10 @@ def activation() -> Iterator[Cause]:
         "nothing": lambda x: x,
     }
     for name, function in others.items():
-        hooks = dict.fromkeys(("mlp", "experts"), field(activation=always(function)))
-        yield Cause("activation", f"the activation is {name}", ("mlp.act", "experts"), Edit(hooks))
+        hook, detail = field(activation=always(function)), f"the activation is {name}"
+        yield Cause("activation", detail, tuple(steps.values()), Edit(dict.fromkeys(steps, hook)))
+        for module, step in alone.items():
+            yield Cause("activation", f"{detail} in {module} alone", (step,), Edit({module: hook}))
 
 
 # Scores.

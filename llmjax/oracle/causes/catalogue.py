@@ -54,7 +54,7 @@ def _all(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
     yield from weights.together(scene)
     yield from routers.router(scene)
     yield from routers.experts(scene)
-    yield from blocks.activation()
+    yield from blocks.activation(scene)
     yield from rotation.rotation(scene)
     yield from blocks.scores(scene)
     yield from blocks.heads(scene)
