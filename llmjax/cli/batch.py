@@ -10,6 +10,7 @@ from llmjax.cli import loading
 from llmjax.cli.flags import (
     Verbs,
     add_verb,
+    answer,
     cache_flags,
     engine_flags,
     load_flags,
@@ -111,8 +112,7 @@ def _batch(args: argparse.Namespace) -> int:
             raise RequestError("--dry-run: rows are checked here; leave --ray, --actors and the like out")
         shard = _shard(args)
         report = dryrun.run(load, args.input, args.output, given, shard, args.date, args.column or {})
-        print(report.describe())
-        return 1 if report.bad else 0
+        return answer(args, 1 if report.bad else 0, report.describe())
     about = _about(args) | {"truncate_prompt": args.truncate_prompt}
     return _ended(args, _run(args, load, given, about, Generating), "answered")
 

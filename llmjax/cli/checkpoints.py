@@ -6,7 +6,7 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from llmjax.cli.flags import Either, Verbs, add_verb, id_list, weight_flags
+from llmjax.cli.flags import Either, Verbs, add_verb, answer, id_list, weight_flags
 from llmjax.cli.loading import adapter_of
 from llmjax.cli.progress import report_tensors
 from llmjax.errors import ConfigError, RequestError
@@ -83,9 +83,7 @@ def _inspect(args: argparse.Namespace) -> int:
             found, other = error.errors(a, b), against.differences(a, b)
         values |= {"error": error.to_dict(found), "differences": against.to_dict(other)}
         text, same = f"{text}\n\n{error.to_text(found)}\n\n{against.to_text(other)}", not other
-    args.code = 0 if report.supported and same else 1
-    print(json.dumps(values, indent=2) if args.json else text)
-    return args.code
+    return answer(args, 0 if report.supported and same else 1, json.dumps(values, indent=2) if args.json else text)
 
 
 def _diff(args: argparse.Namespace) -> int:
@@ -111,9 +109,7 @@ def _diff(args: argparse.Namespace) -> int:
                 values["error"] = error.to_dict(found)
                 text, same = f"{text}\n\n{error.to_text(found)}", not other and not any(e.squares for e in found)
     values |= {"same": same, "differences": against.to_dict(other)}
-    args.code = 0 if same else 1  # whoever reads what follows, or does not
-    print(json.dumps(values, indent=2) if args.json else text)
-    return args.code
+    return answer(args, 0 if same else 1, json.dumps(values, indent=2) if args.json else text)
 
 
 def _convert(args: argparse.Namespace) -> int:

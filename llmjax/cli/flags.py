@@ -89,6 +89,13 @@ def add_verb(
     return parser
 
 
+def answer(args: argparse.Namespace, code: int, text: str) -> int:
+    """Prints what a verb found, and returns its exit code, which stays where the reader of stdout has left."""
+    args.code = code
+    print(text)
+    return code
+
+
 def weight_flags(group: Any) -> None:
     """How weights are stored, and under which configuration."""
     group.add_argument(

@@ -6,7 +6,7 @@ import sys
 from functools import partial
 
 from llmjax.cli import loading
-from llmjax.cli.flags import Verbs, add_verb, cache_flags, id_list, load_flags, prompt_text
+from llmjax.cli.flags import Verbs, add_verb, answer, cache_flags, id_list, load_flags, prompt_text
 from llmjax.errors import RequestError, amount
 from llmjax.outside.paths import checked_path
 from llmjax.outside.whole import expect_file, expect_room, write_text
@@ -151,8 +151,6 @@ def _compare(args: argparse.Namespace) -> int:
         report.to_html(args.html)
     if args.junit is not None:
         write_text(args.junit, report.to_junit(), RequestError)
-    args.code = report.exit_code  # whoever reads what follows, or does not
-    print(report.to_json() if args.json else report.to_text())
     if report.verdict == "not_comparable":
         print(f"llmjax: not comparable: {report.reason}", file=sys.stderr)
-    return args.code
+    return answer(args, report.exit_code, report.to_json() if args.json else report.to_text())

@@ -442,6 +442,15 @@ def test_a_verdict_is_the_exit_code_whoever_reads(monkeypatch, other, code):
     assert main(["diff", str(cases / "granite"), str(cases / other), "--json"]) == code
 
 
+def test_so_is_what_a_dry_run_found(monkeypatch, tmp_path):
+    """It was 0, as if every row were right."""
+    (tmp_path / "in.jsonl").write_text('{"id": "a"}\n')
+    model = str(checkpoint(tmp_path / "model"))
+    files = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    monkeypatch.setattr(sys, "stdout", _Gone())
+    assert main(["batch", "--model", model, *files, "--dry-run"]) == 1
+
+
 def test_importing_llmjax_loads_no_jax():
     code = "import sys, llmjax; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
