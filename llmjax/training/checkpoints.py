@@ -85,19 +85,23 @@ def save(folder: Path, state: State, best: Any, progress: Progress, identity: Ma
       identity: what made it, which must be the same to go on.
     """
     trees = {"state": (state.factors, state.moments)} | ({} if best is None else {"best": best})
-    leaves = {f"{name}.{i}": np.asarray(leaf) for name, tree in trees.items()
+    leaves = {f"{name}.{i}": np.asarray(leaf).reshape(-1) for name, tree in trees.items()
               for i, leaf in enumerate(jax.tree.leaves(tree))}  # fmt: skip
+    facts = {"step": state.step, "progress": dataclasses.asdict(progress), "identity": identity}
+    leaves["facts"] = np.frombuffer(json.dumps(facts, sort_keys=True).encode(), np.uint8)
     with whole_file(folder / FILE, OutputError) as place:
-        _write(place, leaves, {"step": state.step, "progress": dataclasses.asdict(progress), "identity": identity})
+        writer = SafetensorsWriter(place, len(leaves) + 1)
+        for name, leaf in (leaves | {"sha256": _sha256(leaves)}).items():
+            writer.write(name, leaf)
+        writer.close({})
 
 
-def _write(path: Path, leaves: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-    writer = SafetensorsWriter(path, len(leaves) + 1)
-    for name, leaf in leaves.items():
-        writer.write(name, leaf.reshape(-1))
-    text = json.dumps(facts, sort_keys=True).encode()
-    writer.write("facts", np.frombuffer(text, np.uint8))
-    writer.close({})
+def _sha256(leaves: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Over all that a state is, for a bit that flips in a file would be another run."""
+    sha = hashlib.sha256()
+    for name in sorted(leaves):
+        sha.update(f"{name} {leaves[name].dtype} {leaves[name].size}\n".encode() + leaves[name].tobytes())
+    return np.frombuffer(sha.digest(), np.uint8)
 
 
 def restore(folder: Path, first: State, identity: Mapping[str, Any]) -> tuple[State, Any, Progress] | None:
@@ -116,24 +120,24 @@ def restore(folder: Path, first: State, identity: Mapping[str, Any]) -> tuple[St
         return None
     try:
         file = SafetensorsFile(path)
-        facts = json.loads(file.read("facts").tobytes())
-    except (CheckpointError, KeyError, ValueError) as error:
+        leaves = {name: file.read(name) for name in file.names()}
+    except CheckpointError as error:
         raise ResumeError(f"{path}: damaged: {error}; delete it to begin anew") from None
+    if not np.array_equal(leaves.pop("sha256", np.empty(0)), _sha256(leaves)):
+        raise ResumeError(f"{path}: damaged: what it holds has another checksum; delete it to begin anew")
+    facts = json.loads(leaves["facts"].tobytes())
     if found := list(differences(facts["identity"], json.loads(json.dumps(identity)))):
         raise ResumeError(
             "\n  ".join([f"{folder}: holds another run; name another directory, or delete it to begin anew:", *found])
         )
-    names = set(file.names())
 
     def tree(name: str, like: Any) -> Any:
-        leaves, form = jax.tree.flatten(like)
-        return jax.tree.unflatten(
-            form,
-            [jnp.asarray(file.read(f"{name}.{i}").reshape(leaf.shape), leaf.dtype) for i, leaf in enumerate(leaves)],
-        )
+        shapes, form = jax.tree.flatten(like)
+        found = [jnp.asarray(leaves[f"{name}.{i}"].reshape(leaf.shape), leaf.dtype) for i, leaf in enumerate(shapes)]
+        return jax.tree.unflatten(form, found)
 
     factors, moments = tree("state", (first.factors, first.moments))
-    best = tree("best", first.factors) if "best.0" in names else None
+    best = tree("best", first.factors) if "best.0" in leaves else None
     return State(facts["step"], factors, moments), best, Progress(**facts["progress"])
 
 

@@ -225,6 +225,12 @@ def test_a_run_that_was_cut_short_ends_in_the_same_bits(whole, model, tmp_path, 
     metrics.write_bytes(b"\xff" + metrics.read_bytes()[1:])
     with pytest.raises(ResumeError, match="metrics.jsonl: damaged"):
         llmjax.finetune(model, rows(10), WHOLE, **arguments)
+    state = tmp_path / "training_state.safetensors"
+    data = bytearray(state.read_bytes())
+    data[-len(data) // 3] ^= 1  # of a factor or a moment: it went on to other bits
+    state.write_bytes(data)
+    with pytest.raises(ResumeError, match=r"state\.safetensors: damaged: what it holds has another checksum"):
+        llmjax.finetune(model, rows(10), WHOLE, **arguments)
 
 
 def test_preferences_are_learned(tmp_path, capsys):
