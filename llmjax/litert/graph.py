@@ -94,6 +94,9 @@ def _check(file: TfliteFile, number: int, name: str, problems: list[str], above:
         elif op.name not in KERNELS:
             problems.append(f"{where} is not supported")
         problems += [f"{where}: {why}" for i in op.inputs if i >= 0 for why in _unlike(op, graph.tensors[i])]
+        if op.name == "FULLY_CONNECTED" and any(graph.tensors[i].quantization for i in op.inputs[1:2]):
+            if any(i >= 0 and not file.is_constant(graph.tensors[i]) for i in op.inputs[2:]):
+                problems.append(f"{where}: a bias that the graph computes, beside quantized weights, is not supported")
         if missing := [i for i in op.inputs if i >= 0 and i not in known]:
             kind = graph.tensors[missing[0]].type
             problems.append(f"{where}: nothing gives its input, tensor {missing[0]}, {kind}")

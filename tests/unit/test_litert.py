@@ -372,6 +372,16 @@ def test_weights_that_the_runtime_reads_otherwise_are_refused(ops, name, changes
     assert any(message in problem for problem in problems_of(file, file.signatures))
 
 
+def test_a_computed_bias_beside_quantized_weights_is_refused(ops):
+    """The delegate leaves the product to a kernel that rounds activations in another way."""
+    file = altered(ops, "fc_i8")
+    (graph,) = file.subgraphs
+    product = dataclasses.replace(graph.operators[0], inputs=(*graph.operators[0].inputs[:2], graph.inputs[0]))
+    other = dataclasses.replace(file, subgraphs=(dataclasses.replace(graph, operators=(product,)),))
+    assert problems_of(file, file.signatures) == []
+    assert "a bias that the graph computes" in problems_of(other, file.signatures)[0]
+
+
 def test_what_is_empty_may_be_computed(ops):
     """It was taken for a constant, since it needs no bytes, and so given twice."""
     file = altered(ops, "gelu_erf", shape=(0, 3), dims=(0, 3))
