@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from converters.litert.graph import TYPES, Graph, Shape, Stack, Weight
+from llmjax.errors import ConfigError
 
 
 class Node:
@@ -38,6 +39,11 @@ class Builder:
             return self.graph.constant(value if whole else narrowed(value))
         if isinstance(value, Weight):
             index = self.graph.weight(value)
+            if value.form.block:
+                raise ConfigError(
+                    f"activations: {value.name}: LiteRT expands weights of blocks to zeros; quantize to int8 or int4, "
+                    "or let it round activations (dynamic-int8)"
+                )
             return index if value.form.type == "FLOAT32" else self.graph.op("DEQUANTIZE", [index], value.shape)
         tensor = self.graph.tensors[value.index]
         if whole and tensor.shape != value.shape:

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.readers.litert.options import COMPOSITE
-from converters.readers.litert.tflite import Operator, Signature, Subgraph, Tensor, TfliteFile
+from converters.readers.litert.tflite import BITS, Operator, Signature, Subgraph, Tensor, TfliteFile
 from converters.readers.source import problems_error
 from llmjax.device import platform_of, usual_programs
 from llmjax.errors import CheckpointError, ConfigError, RequestError, named
@@ -81,7 +81,9 @@ def _check(file: TfliteFile, number: int, name: str, problems: list[str], above:
         problems.append(f"{name}: its body, subgraph {number}, is missing, or within itself")
         return
     graph = file.subgraphs[number]
-    known = {*graph.inputs, *(i for i, t in enumerate(graph.tensors) if file.is_constant(t))}
+    made = {i for op in graph.operators for i in op.outputs}  # what is empty may be a constant, or given
+    constants = {i for i, t in enumerate(graph.tensors) if file.is_constant(t) and not (0 in t.shape and i in made)}
+    known = {*graph.inputs, *constants}
     for i in graph.inputs:
         if (kind := graph.tensors[i].type) not in TYPES or graph.tensors[i].quantization:
             problems.append(f"{name}: input {named(graph.tensors[i].name)}: activations of {kind} are not supported")
@@ -91,8 +93,10 @@ def _check(file: TfliteFile, number: int, name: str, problems: list[str], above:
             _check(file, op.options["body"], where, problems, (*above, number))
         elif op.name not in KERNELS:
             problems.append(f"{where} is not supported")
-        elif op.name == "FULLY_CONNECTED" and any(_is_left_over(graph.tensors[i]) for i in op.inputs[1:2]):
-            problems.append(f"{where}: INT2 weights with one scale for all channels are not supported")
+        problems += [f"{where}: {why}" for i in op.inputs if i >= 0 for why in _unlike(op, graph.tensors[i])]
+        if op.name == "FULLY_CONNECTED" and any(graph.tensors[i].quantization for i in op.inputs[1:2]):
+            if any(i >= 0 and not file.is_constant(graph.tensors[i]) for i in op.inputs[2:]):
+                problems.append(f"{where}: a bias that the graph computes, beside quantized weights, is not supported")
         if missing := [i for i in op.inputs if i >= 0 and i not in known]:
             kind = graph.tensors[missing[0]].type
             problems.append(f"{where}: nothing gives its input, tensor {missing[0]}, {kind}")
@@ -108,10 +112,21 @@ def _check(file: TfliteFile, number: int, name: str, problems: list[str], above:
         problems.append(f"{name}: nothing gives output {named(graph.tensors[min(lost)].name)}")
 
 
-def _is_left_over(weight: Tensor) -> bool:
-    """Whether the delegate leaves a product with a weight to kernels that round activations in another way."""
-    q = weight.quantization
-    return weight.type == "INT2" and q is not None and q.scales is not None and len(q.scales) == 1
+def _unlike(op: Operator, weight: Tensor) -> Iterator[str]:
+    """Why the runtime does not compute what a quantized weight says, or not as it does with others."""
+    q, width = weight.quantization, weight.shape[-1] if weight.shape else 0
+    if q is None:
+        return
+    if op.name == "DEQUANTIZE" and q.block:
+        yield "weights with a scale for each block are not supported: LiteRT makes zeros of them"
+    broken = width * BITS.get(weight.type, 0) % 8
+    if op.name == "EMBEDDING_LOOKUP" and broken:
+        yield f"{weight.type} rows of {width} are not supported: LiteRT begins each at a whole byte"
+    # The delegate leaves these products to kernels that round activations in another way.
+    if op.name == "FULLY_CONNECTED" and broken:
+        yield f"{weight.type} weights of {width} inputs, which are no whole bytes, are not supported"
+    if op.name == "FULLY_CONNECTED" and weight.type == "INT2" and q.scales is not None and len(q.scales) == 1:
+        yield "INT2 weights with one scale for all channels are not supported"
 
 
 class Graph:
@@ -228,7 +243,7 @@ class Graph:
             except CheckpointError:
                 raise
             # What a kernel raises where options, shapes and types do not fit each other.
-            except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError) as error:
+            except (ValueError, TypeError, IndexError, KeyError, AttributeError, ArithmeticError) as error:
                 text = " ".join(str(error).split())[:200]
                 self.file.fail(f"damaged, or not supported: subgraph {number}, operator {place} ({op.label}): {text}")
         for i in graph.outputs:

@@ -129,9 +129,7 @@ def _batch_matmul(op: Operator, x: list[Value], out: list[Tensor], numerics: Num
 
 
 def _embedding(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
-    ids, table = as_array(x[0]), x[1]
-    if isinstance(table, Dequantized):
-        table = table.weight
+    ids, table = as_array(x[0]), x[1].weight if isinstance(x[1], Dequantized) else x[1]
     return (take(table, ids) if isinstance(table, QTensor) else as_array(table)[ids]).astype(jnp.float32)
 
 
@@ -172,10 +170,10 @@ def _strided_slice(op: Operator, x: list[Value], out: list[Tensor], numerics: Nu
     index: list[slice | int] = []
     for i, (begin, end, step) in enumerate(zip(*(constant(v, "a bound").tolist() for v in x[1:4]), strict=True)):
         end += begin if options["offset"] else 0
+        first, last = options["begin_mask"] >> i & 1, options["end_mask"] >> i & 1
         if options["shrink_axis_mask"] >> i & 1:
-            index.append(begin)
+            index.append((0 if step > 0 else -1) if first else begin)
         else:
-            first, last = options["begin_mask"] >> i & 1, options["end_mask"] >> i & 1
             index.append(slice(None if first else begin, None if last else end, step))
     return array[tuple(index)]
 
@@ -211,7 +209,9 @@ def _select(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics)
 
 
 def _concatenation(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:
-    return activated(op, jnp.concatenate(list(map(as_array, x)), op.options["axis"]))
+    if op.options["activation"]:
+        raise ValueError("a fused activation, which LiteRT leaves out here, is not supported")
+    return jnp.concatenate(list(map(as_array, x)), op.options["axis"])
 
 
 def _split(op: Operator, x: list[Value], out: list[Tensor], numerics: Numerics) -> Any:

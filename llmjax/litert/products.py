@@ -136,6 +136,8 @@ def fully_connected(x: jax.Array, weight: Value, bias: jax.Array | None, numeric
     side.  Scales have 8 bits, so in float32 nothing of that is rounded, in whatever order, unless the scales of a row
     are many powers of two apart: of SmolLM2's 1.2 million products five differed.
     """
+    if not len(x) * weight.shape[0]:
+        return jnp.zeros((len(x), weight.shape[0]), jnp.float32)
     if isinstance(weight, QTensor) and numerics.name == "litert":
         q, zero, step = rounded(x, (-1,))
         if has_blocks(weight):

@@ -126,11 +126,14 @@ class Roles:
 
     def _unscaled(self, step: Step) -> Step:
         """The product of queries under its own name where their scale, which nothing parts from it, is in its weight:
-        then it is called as the attention that it lies in."""
-        attention = self.attentions.get(step.module)
+        then it is mostly called as the attention that it lies in."""
+        module = step.module.removesuffix(".q_proj")
+        attention = self.attentions.get(module)
         if attention is None or self.back(step.output) != attention.q_rot:
             return step
-        return dataclasses.replace(step, module=f"{step.module}.q_proj", factor=attention.width**-0.5)
+        if module != step.module and attention.scale != 1:
+            return step
+        return dataclasses.replace(step, module=f"{module}.q_proj", factor=attention.width**-0.5)
 
     def _products(self) -> list[Step]:
         """The products by module: of several modules that a name may mean, one that no other product is."""
@@ -141,6 +144,9 @@ class Roles:
                 left[place] = op, next((found for name in called if (found := leaves(name))), [])
         if self.head is not None:
             left.pop(self.head.place, None)
+        # What other products lie in is a product's name only where it has no other.
+        around = {m.rpartition(".")[0] for _, names in left.values() for m in names}
+        left = {place: (op, [m for m in names if m not in around] or names) for place, (op, names) in left.items()}
         if len(left) > _MOST_PRODUCTS:
             raise ValueError(f"expected at most {_MOST_PRODUCTS} products, found {len(left)}")
         steps = [self.head] if self.head else []

@@ -344,6 +344,69 @@ def test_what_a_weight_cannot_be_is_refused(ops):
             Graph(other, numerics_for(None))
 
 
+def altered(ops, name: str, **changes) -> tflite.TfliteFile:
+    """A file of one operator, its float tensors or, of those, its weights changed."""
+    file = tflite.read(memoryview(ops[f"{name}/model"].tobytes()), name)
+    (graph,) = file.subgraphs
+    quantized = any(t.quantization for t in graph.tensors)
+    tensors = [
+        dataclasses.replace(t, **changes) if bool(t.quantization) == quantized and t.type != "INT32" else t
+        for t in graph.tensors
+    ]
+    return dataclasses.replace(file, subgraphs=(dataclasses.replace(graph, tensors=tuple(tensors)),))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("fc_i4", {"shape": (8, 47)}, "INT4 weights of 47 inputs, which are no whole bytes"),
+        ("fc_i2", {"shape": (8, 46)}, "INT2 weights of 46 inputs, which are no whole bytes"),
+        ("emb_i2", {"shape": (8, 6)}, "INT2 rows of 6 are not supported"),
+        ("deq_fc_i4", {"quantization": tflite.Quantization(None, np.zeros(0), 0, 32, 0)}, "a scale for each block"),
+    ],
+)
+def test_weights_that_the_runtime_reads_otherwise_are_refused(ops, name, changes, message):
+    """ai-edge-litert 2.3.0: rows that are no whole bytes reach another kernel, or begin at another nibble; DEQUANTIZE
+    makes zeros of blocks.  Each was computed as others are."""
+    file = altered(ops, name, **changes)
+    assert any(message in problem for problem in problems_of(file, file.signatures))
+
+
+def test_a_computed_bias_beside_quantized_weights_is_refused(ops):
+    """The delegate leaves the product to a kernel that rounds activations in another way."""
+    file = altered(ops, "fc_i8")
+    (graph,) = file.subgraphs
+    product = dataclasses.replace(graph.operators[0], inputs=(*graph.operators[0].inputs[:2], graph.inputs[0]))
+    other = dataclasses.replace(file, subgraphs=(dataclasses.replace(graph, operators=(product,)),))
+    assert problems_of(file, file.signatures) == []
+    assert "a bias that the graph computes" in problems_of(other, file.signatures)[0]
+
+
+def test_what_is_empty_may_be_computed(ops):
+    """It was taken for a constant, since it needs no bytes, and so given twice."""
+    file = altered(ops, "gelu_erf", shape=(0, 3), dims=(0, 3))
+    graph = Graph(file, numerics_for(None))
+    (signature,) = graph.signatures
+    (name,) = graph.signatures[signature].inputs
+    assert graph.run(signature, {name: np.zeros((0, 3), np.float32)})[0]["y"].shape == (0, 3)
+    weight = QTensor(np.ones((4, 64), np.int8), np.ones((4, 1), np.float32))
+    assert products.fully_connected(np.zeros((0, 64), np.float32), weight, None, ROUNDS).shape == (0, 4)
+
+
+def test_a_single_index_may_be_left_to_the_mask():
+    """ai-edge-litert 2.3.0: x[:, 0] of a mask over -1; the index was taken as it stood."""
+    op = types.SimpleNamespace(options=dict.fromkeys("ellipsis_mask new_axis_mask end_mask offset".split(), 0))
+    op.options |= {"begin_mask": 2, "shrink_axis_mask": 3}
+    given = [np.arange(4).reshape(2, 2), *map(np.array, ([-1, -1], [0, 0], [1, 1]))]
+    assert KERNELS["STRIDED_SLICE"](op, given, [], ROUNDS) == 2
+
+
+def test_an_activation_behind_a_concatenation_which_the_runtime_leaves_out_is_refused():
+    op = types.SimpleNamespace(options={"activation": 1, "axis": 0})
+    with pytest.raises(ValueError, match="a fused activation, which LiteRT leaves out"):
+        KERNELS["CONCATENATION"](op, [np.float32([-1]), np.float32([2])], [], ROUNDS)
+
+
 @pytest.mark.parametrize("size", [0, 1, 3, 64, -2])
 def test_a_rotation_by_no_matrix_is_refused(size):
     with pytest.raises(ValueError, match=f"hadamard_size {size} is no power of two that divides 48"):

@@ -264,6 +264,7 @@ WRONG = {
     "quantize: int4-g128: LiteRT has": {"quantize": "int4-g128"},
     "quantize: int8-g32: LiteRT has": {"quantize": "int8-g32"},
     "activations: unknown 'int8'; expected one of dynamic-int8, float": {"activations": "int8"},
+    "LiteRT expands weights of blocks to zeros": {"quantize": {"attention": "int4-g32"}, "activations": "float"},
     "context: expected 1 to 200 tokens, the model's own, found 201": {"context": 201},
     "context: expected 1 to 200 tokens, the model's own, found True": {"context": True},
     "prefill_lengths: expected numbers from 1 to the context, 24, found [8, 25]": {"prefill_lengths": [8, 25]},

@@ -1,6 +1,7 @@
 """Checkpoints out of op graphs: ``qwen2.tflite`` was made of ``qwen2`` (``tests/data/litert``) by litert-torch 0.10.0,
 ``gemma2_int4.tflite`` of a Gemma 2 whose configuration is known, ``lfm2_zeros.tflite`` of an LFM2, whose large weights
-were then made zero; ``olmo2_w8.tflite`` of an OLMo 2, its weights rounded to 8 bits and no activation."""
+were then made zero, ``smollm3_zeros.tflite`` of a SmolLM3 likewise; ``olmo2_w8.tflite`` of an OLMo 2, its weights
+rounded to 8 bits and no activation."""
 
 import json
 import lzma
@@ -61,6 +62,17 @@ def test_a_convolution_has_its_bias(tmp_path):
     theirs = (0.0027776945, -0.31915283, -0.10912379, -0.26737341, -0.25403658)
     assert np.array_equal(bias[:5], np.float32(theirs))
     assert np.array_equal(kernel[1, 0], np.float32((0.26622897, 0.2891995, 0.83696878)))
+
+
+def test_queries_without_a_rope_are_known_beside_a_single_key_head(tmp_path):
+    """The exporter gives their product the name of another layer's attention, too, and the keys' product theirs; their
+    scale is in their weight."""
+    source = GraphSource(unpacked("smollm3_zeros", tmp_path))
+    shapes = {name: source.spec(f"layers.2.self_attn.{name}.weight").shape for name in ("q_proj", "k_proj", "v_proj")}
+    assert shapes == {"q_proj": (42, 42), "k_proj": (14, 42), "v_proj": (14, 42)}
+    assert "layers.0.self_attn.weight" not in source.names()
+    assert source.model.roles.steps["layers.2.self_attn.q_proj"].factor == 14**-0.5
+    assert source.config["no_rope_layers"] == [1, 1, 0]
 
 
 @pytest.fixture(scope="module")

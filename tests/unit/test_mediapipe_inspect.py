@@ -3,6 +3,7 @@
 import json
 import random
 import struct
+import zipfile
 import zlib
 
 import flatbuffers
@@ -254,6 +255,25 @@ def test_contradictions(tmp_path):
     (tmp_path / "no.task").write_bytes(b"nothing of the kind")
     with pytest.raises(CheckpointError, match="no.task: truncated or damaged"):
         inspect(tmp_path / "no.task")
+
+
+def test_entries_that_lie_are_named(tmp_path):
+    """Beyond the file's end they were "madvise start out of bounds", and one entry of two too many of 256."""
+    path = _task(tmp_path)
+    whole = path.read_bytes()
+    header, listed = whole.rfind(b"PK\3\4"), whole.rfind(b"PK\1\2")
+    for at, value, message in (
+        (header + 26, b"\xff\xff", r"METADATA ends at byte \d+, the file has \d+$"),
+        (listed + 42, (len(whole) - 10).to_bytes(4, "little"), "entry METADATA has no header at byte"),
+    ):
+        path.write_bytes(whole[:at] + value + whole[at + len(value) :])
+        with pytest.raises(CheckpointError, match=message):
+            inspect(path)
+    path.write_bytes(whole)
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("METADATA", b"")
+    with pytest.raises(CheckpointError, match="again: two entries METADATA$"):
+        inspect(path)
 
 
 @pytest.mark.parametrize("make", [_task, _litertlm])

@@ -134,6 +134,9 @@ class Package:
         ) as error:
             self._fail(f"{_DAMAGED} ({' '.join(str(error).split()) or type(error).__name__})")
         self._check_places()
+        for part in self.parts:
+            if part.kind in (SENTENCEPIECE, FACTS):
+                self.check(part)
 
     def _fail(self, problem: str) -> NoReturn:
         raise CheckpointError(f"{self.path}: {problem}") from None
@@ -151,8 +154,10 @@ class Package:
         with zipfile.ZipFile(self.path) as archive:
             entries = archive.infolist()
         names = [entry.filename for entry in entries]
-        if len(set(names)) < len(names) or len(names) > _MAX_PARTS:
-            self._fail(f"{_DAMAGED}: expected at most {_MAX_PARTS} entries of different names, found {len(names)}")
+        if len(names) > _MAX_PARTS:
+            self._fail(f"{_DAMAGED}: expected at most {_MAX_PARTS} entries, found {len(names)}")
+        if twice := [name for name in names if names.count(name) > 1]:
+            self._fail(f"{_DAMAGED}: two entries {named(twice[0])}")
         for entry in entries:
             name, at = named(entry.filename), entry.header_offset
             if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
@@ -160,15 +165,12 @@ class Package:
             if entry.file_size != entry.compress_size or at < 0:
                 self._fail(f"{_DAMAGED}: entry {name}: sizes {entry.file_size} and {entry.compress_size}")
             header = self._file.bytes[at : at + 30].tobytes()
-            mark, name_bytes, extra_bytes = struct.unpack("<4s22xHH", header)
-            if mark != b"PK\3\4":
+            if header[:4] != b"PK\3\4" or len(header) < 30:
                 self._fail(f"{_DAMAGED}: entry {name} has no header at byte {at}")
+            name_bytes, extra_bytes = struct.unpack("<26xHH", header)
             start = at + len(header) + name_bytes + extra_bytes
             kind = _TASK_KINDS.get(entry.filename, OTHER)
-            part = Part(name, kind, start, entry.file_size, checksum=entry.CRC)
-            if kind in (SENTENCEPIECE, FACTS):
-                self.check(part)
-            yield part
+            yield Part(name, kind, start, entry.file_size, checksum=entry.CRC)
 
     def _sections(self) -> Iterator[Part]:
         data = self._file.bytes.data
