@@ -54,13 +54,13 @@ class Window:
     Attributes:
       positions: int ``[R]``, of the tokens whose rows it has.
       show: makes of a tap ``[T, ...]`` what the array would show of it, ``[R, ...]``, before rounding.
-      rounding: the most by which storing may have moved each value, ``[R, ...]``; None for not at all.
+      rounding: of values ``[R, ...]``, the most by which storing may have moved each; None for not at all.
       log_probs: it shows log-probabilities of logits.
     """
 
     positions: np.ndarray
     show: Callable[[np.ndarray], np.ndarray]
-    rounding: Callable[[], np.ndarray] | None = None
+    rounding: Callable[[np.ndarray], np.ndarray] | None = None
     log_probs: bool = False
 
 

@@ -114,7 +114,8 @@ def fitted(named: Named, tap: str, shape: tuple[int, ...], near: np.ndarray | No
     """
     array = named.read(tap)
     window = named.window(tap)
-    shape = shape if window is None else (len(window.positions), *shape[1:])
+    if window is not None and not token_axis(tap):
+        shape = (len(window.positions), *shape[1:])
     found = layouts(array, shape)
     if not found:
         what = f"{named.dump.path}: {named.taps[tap].name}: shape {list(array.shape)}, expected {list(shape)} for {tap}"
@@ -143,7 +144,7 @@ def compared(tap: str, ours: np.ndarray, theirs: np.ndarray, window: Window | No
     if window is not None:
         found.gap = dataclasses.replace(found.gap, token=int(window.positions[found.gap.token]))
         if window.rounding is not None:
-            found.rounding = pair(theirs, theirs + window.rounding(), tap)
+            found.rounding = pair(theirs, theirs + window.rounding(theirs), tap)
     return found
 
 

@@ -453,6 +453,43 @@ def test_masked_padding_is_told_where_the_rest_is_right(model, traced, side, mon
     assert "unknown" in [cause for _, cause in told(report)] and "if that is padding" in report.reason
 
 
+def test_a_word_that_ends_a_text_twice_is_no_padding(model, traced, monkeypatch):
+    """What a tokenizer knows of its tokens tells padding from the last tokens' own fault."""
+    monkeypatch.setattr(patching, "catalogue", lambda scene, steps: iter(()))
+    tokenizer = types.SimpleNamespace(
+        bos_id=1,
+        eos_ids=(2,),
+        special={"pad_token": "<pad>"},
+        backend=types.SimpleNamespace(id_to_token={7: "<pad>"}.get),
+    )
+    knowing = dataclasses.replace(model, tokenizer=tokenizer)
+    for token, cause in ((7, "padding"), (2, "padding"), (5, "unknown")):
+        ids = [*IDS[:-2], token, token]
+        arrays = dict(llmjax.trace(model, ids, ["layers.0.resid", "logits"]).activations)
+        arrays["logits"] = np.concatenate([arrays["logits"][:-2], 1.5 * arrays["logits"][-2:]])
+        report = llmjax.compare(knowing, llmjax.Trace(arrays, {"token_ids": ids, "dtype": "float32"}))
+        assert report.verdict == "different" and [found for _, found in told(report)] == [cause], report.reason
+
+
+@pytest.mark.parametrize("declared", [{"dtype": "float32"}, {}])
+@pytest.mark.parametrize("tap", ["layers.0.attn.probs", "layers.0.resid", "logits"])
+def test_one_array_that_is_stored_narrowly_among_others_is_rounded_and_no_more(model, traced, declared, tap):
+    """Nothing is computed from it, so that the steps behind it are as near as they were."""
+    some = ("layers.0.attn.probs", "layers.0.resid", "layers.0.mlp.act", "layers.1.resid", "logits")
+    arrays = {name: traced.activations[name] for name in some}
+    for kind in ("float16", "bfloat16"):
+        facts = {"token_ids": IDS, **declared}
+        stored = arrays | {tap: arrays[tap].astype(kind)}
+        report = llmjax.compare(model, llmjax.Trace(stored, facts))
+        assert (report.verdict, report.explained_by) == ("equivalent", "float32"), report.reason
+        assert "and the file's own rounding" in report.reason
+        wrong = arrays | {tap: (1.02 * arrays[tap]).astype(kind)}
+        assert llmjax.compare(model, llmjax.Trace(wrong, facts), search=0.01).verdict == "different"
+    behind = stored | {"layers.1.resid": np.float32(1.0001) * arrays["layers.1.resid"]}
+    report = llmjax.compare(model, llmjax.Trace(behind, facts | {"dtype": "float32"}), search=0.01)
+    assert report.verdict == "different" and report.first_divergence["tap"] == "layers.1.resid"
+
+
 def test_layouts():
     x = np.arange(24.0).reshape(2, 3, 4)
     assert np.array_equal(layouts(x, (3, 2, 4))[0], x.swapaxes(0, 1))

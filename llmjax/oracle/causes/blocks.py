@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.models.attention import Scores
+from llmjax.models.gemma3n import above_cutoff
 from llmjax.models.layers import ACTIVATIONS
 from llmjax.oracle.causes.base import (
     Cause,
     Scene,
-    always,
     begins,
     factors,
     field,
@@ -26,9 +26,11 @@ from llmjax.oracle.steps import OUTER
 
 
 def activation(scene: Scene) -> Iterator[Cause]:
-    """Of the MLP's activation, and of experts'; where both are, of each alone, too."""
-    steps = {"mlp": "mlp.act", "experts": "experts"}
-    alone = steps if all(weight_of(scene, f"{name}.gate") is not None for name in steps) else {}
+    """Of the MLP's activation, of experts' and of a layer's own input's; where several are, of each alone, too."""
+    weights = {"mlp": "mlp.gate", "experts": "experts.gate", "per_layer": "per_layer.gate"}
+    steps = {"mlp": "mlp.act", "experts": "experts", "per_layer": "per_layer.act"}
+    there = {module: step for module, step in steps.items() if weight_of(scene, weights[module]) is not None}
+    alone = there if len(there) > 1 else {}
     others: dict[str, Callable[[jax.Array], jax.Array]] = {
         "gelu (tanh)": ACTIVATIONS["gelu_pytorch_tanh"],
         "gelu (erf)": ACTIVATIONS["gelu"],
@@ -40,10 +42,21 @@ def activation(scene: Scene) -> Iterator[Cause]:
         "nothing": lambda x: x,
     }
     for name, function in others.items():
-        hook, detail = field(activation=always(function)), f"the activation is {name}"
+        hook, detail = field(activation=partial(_behind_cutoff, function)), f"the activation is {name}"
         yield Cause("activation", detail, tuple(steps.values()), Edit(dict.fromkeys(steps, hook)))
         for module, step in alone.items():
             yield Cause("activation", f"{detail} in {module} alone", (step,), Edit({module: hook}))
+    hook = field(activation=lambda own: own.args[-1] if _cuts_off(own) else own)
+    yield Cause("activation", "no neuron is cut off (activation_sparsity_pattern)", ("mlp.act",), Edit({"mlp": hook}))
+
+
+def _cuts_off(own: Any) -> bool:
+    return isinstance(own, partial) and own.func is above_cutoff
+
+
+def _behind_cutoff(function: Callable[[jax.Array], jax.Array], own: Any) -> Callable[[jax.Array], jax.Array]:
+    """Another function for a module's own, which may be of what lies above a cutoff alone (Gemma 3n)."""
+    return partial(above_cutoff, own.args[0], function) if _cuts_off(own) else function
 
 
 # Scores.
