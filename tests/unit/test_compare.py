@@ -6,6 +6,7 @@ import json
 import re
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -168,7 +169,33 @@ def damaged(folder: Path) -> None:
     (folder / "b.npz").write_bytes(data)
 
 
+def archive(change) -> Callable[[Path], None]:
+    """An archive of two arrays, and what becomes of its bytes."""
+
+    def harm(folder: Path) -> None:
+        (folder / "a.safetensors").unlink()
+        np.savez(folder / "b.npz", embed=np.zeros((2, 3), np.float32), **GOOD)
+        (folder / "b.npz").write_bytes(change((folder / "b.npz").read_bytes()))
+
+    return harm
+
+
+def hidden(data: bytes) -> bytes:
+    """The first entry's comment is as long as the second entry, which is in none of its bytes then."""
+    first, second, end = data.index(b"PK\1\2"), data.rindex(b"PK\1\2"), data.index(b"PK\5\6")
+    return data[: first + 32] + (end - second).to_bytes(2, "little") + data[first + 34 :]
+
+
 MALFORMED = {
+    "an archive that hides an array": (archive(hidden), "b.npz: not a readable array file: its directory shows 1 of 2"),
+    "an archive of what is no array": (
+        archive(lambda data: data.replace(b"embed.npy", b"embed.npz")),
+        "b.npz: not a readable array file: 'embed.npz' is no array",
+    ),
+    "an archive called an array": (
+        lambda f: (np.savez(f / "b.npz", **GOOD), (f / "b.npz").rename(f / "embed.npy")),
+        "embed.npy: not a readable array file: it is an archive",
+    ),
     "damaged npz": (damaged, "b.npz"),
     "a map to a group that is not there": (
         lambda f: (f / "manifest.json").write_text('{"token_ids": [1, 2], "names": {"(logits)": "\\\\2"}}'),
