@@ -1288,6 +1288,45 @@ def test_an_mlp_beside_experts_has_an_activation_of_its_own(modules, where, monk
     assert found == {("activation", f"the activation is relu{where}")}
 
 
+def test_an_activation_is_another_behind_a_cutoff_and_in_a_layers_own_input():
+    """What is cut off before it stays so, and is a mistake of its own."""
+    from tests.unit.test_shared_keys import CONFIGS
+
+    model = tiny.random_model(**CONFIGS["gemma3n"])
+    stages = Stages(model, np.array(IDS))
+    flow = stages.run(-1, None, {})[0]
+    tap = "layers.0.streams"
+
+    def under(edit: Edit, **changes) -> np.ndarray:
+        other = dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
+        return (Stages(other, np.array(IDS)) if changes else stages).run(0, flow, {}, edit, [tap])[1][tap]
+
+    ours = under(Edit())
+    causes = {c.detail: c for c in blocks.activation(base.Scene(stages, 0, "streams", ours, ours, lambda edit: None))}
+    everywhere = under(causes["the activation is relu"].edit)
+    np.testing.assert_array_equal(everywhere, under(Edit(), hidden_activation="relu"))
+    dense = under(causes["no neuron is cut off (activation_sparsity_pattern)"].edit)
+    np.testing.assert_array_equal(dense, under(Edit(), sparsity=(0.0,) * 4))
+    alone = [under(causes[f"the activation is relu in {module} alone"].edit) for module in ("mlp", "per_layer")]
+    assert len({x.tobytes() for x in (ours, everywhere, dense, *alone)}) == 5
+
+
+@pytest.mark.slow
+def test_a_mistake_in_bfloat16_is_likelier_than_few_bits_that_nobody_declared(mixture, monkeypatch):
+    """A factor of what is routed in a bfloat16 run was int4."""
+    monkeypatch.setattr(patching, "catalogue", lambda *of: (c for c in catalogue.catalogue(*of) if c.cause == "router"))
+    narrow = CLASSES["bfloat16"]()[0]
+    times = {"*choice": lambda module, run, x: tuple(f * y for f, y in zip((1.4, 1), run(module, x), strict=True))}
+    stages, facts = Stages(mixture, np.array(IDS)), {"token_ids": IDS}
+    for name in ("int4", "bfloat16"):
+        right = edited(stages, CLASSES[name]()[0], "*resid*")
+        report = llmjax.compare(mixture, llmjax.Trace(right, facts))
+        assert (report.verdict, report.explained_by) == ("equivalent", name), report.reason
+    wrong = edited(stages, dataclasses.replace(narrow, hooks=times), "*resid*")
+    report = llmjax.compare(mixture, llmjax.Trace(wrong, facts))
+    assert told(report) == [("layers.0.experts", "router")] and "times too large" in report.reason, report.reason
+
+
 @pytest.mark.slow
 def test_what_experts_compute_has_its_causes(mixture):
     """Each changes the experts' sum alone, and what is told is what was changed."""
