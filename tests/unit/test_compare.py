@@ -1288,6 +1288,7 @@ def test_an_mlp_beside_experts_has_an_activation_of_its_own(modules, where, monk
     assert found == {("activation", f"the activation is relu{where}")}
 
 
+@pytest.mark.slow
 def test_an_activation_is_another_behind_a_cutoff_and_in_a_layers_own_input():
     """What is cut off before it stays so, and is a mistake of its own."""
     from tests.unit.test_shared_keys import CONFIGS
@@ -1309,6 +1310,62 @@ def test_an_activation_is_another_behind_a_cutoff_and_in_a_layers_own_input():
     np.testing.assert_array_equal(dense, under(Edit(), sparsity=(0.0,) * 4))
     alone = [under(causes[f"the activation is relu in {module} alone"].edit) for module in ("mlp", "per_layer")]
     assert len({x.tobytes() for x in (ours, everywhere, dense, *alone)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "tap", "detail", "path"),
+    [
+        ("gemma3n", "streams", "what the layer's own input gives is not added", "per_layer/project/weight"),
+        ("gemma4", "resid", "what the layer's own input gives is not added", "per_layer/project/weight"),
+        ("gemma4", "resid", "the layer's output is not scaled (layer_scalar)", "scale"),
+    ],
+)
+def test_what_a_layer_adds_beside_its_branches_may_be_missing(kind, tap, detail, path):
+    from tests.unit.test_shared_keys import CONFIGS
+
+    model = broken(tiny.random_model(**CONFIGS[kind]), {"layers_0/scale": lambda s: 0.7 * s} if path == "scale" else {})
+    wrong = broken(model, {f"layers_0/{path}": jnp.ones_like if path == "scale" else jnp.zeros_like})
+    stages, other = Stages(model, np.array(IDS)), Stages(wrong, np.array(IDS))
+    flow = stages.run(-1, None, {})[0]
+    ours, theirs = (s.run(0, flow, {})[1][f"layers.0.{tap}"] for s in (stages, other))
+    scene = base.Scene(stages, 0, tap, ours, theirs, lambda edit: None)
+    [cause] = [c for c in catalogue.catalogue(scene, [tap]) if c.detail == detail]
+    found = stages.run(0, flow, {}, cause.edit)[1][f"layers.0.{tap}"]
+    assert cause.cause == "residual" and gap(ours, theirs).error > 1e-2
+    np.testing.assert_array_equal(found, theirs)
+
+
+def test_a_cache_that_is_a_slot_late_is_a_cause(model):
+    stages = Stages(model, np.array(IDS))
+    flow = stages.run(-1, None, {})[0]
+    ours = {name.removeprefix("layers.0."): x for name, x in stages.run(0, flow, {})[1].items()}
+    scene = base.Scene(stages, 0, "resid", ours["resid"], ours["resid"], lambda edit: None)
+    causes = {c.detail: c for c in blocks.heads(scene) if c.cause == "mask"}
+    shape = (len(IDS), model.config.num_key_value_heads, -1)
+    late = np.concatenate([ours["attn.v"][:1], ours["attn.v"][:-1]]).reshape(shape)
+    expected = np.einsum("nts,snh->tnh", ours["attn.probs"], np.repeat(late, 4 // late.shape[1], 1))
+    detail = "{} are those of the token before, a slot late in the cache"
+    all_of = ("values", "keys", "keys and values")
+    under = {what: stages.run(0, flow, {}, causes[detail.format(what)].edit)[1] for what in all_of}
+    out, probs = "layers.0.attn.out", "layers.0.attn.probs"
+    np.testing.assert_allclose(under["values"][out].reshape(expected.shape), expected, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(under["keys"][probs], under["keys and values"][probs])
+    assert gap(under["keys"][probs], ours["attn.probs"], 1).error > 1e-2
+    assert gap(under["keys"][out], under["keys and values"][out]).error > 1e-2
+
+
+@pytest.mark.slow
+def test_a_class_that_nobody_declared_moves_most_tokens(model):
+    """Of a bfloat16 run a few tokens that are as far off as few bits make all are no weights of few bits."""
+    classes, stages = ("float32", "bfloat16", "int4"), Stages(model, np.array(IDS))
+    narrow, few = (edited(stages, CLASSES[name]()[0], "*resid") for name in ("bfloat16", "int4"))
+    found, _ = explained(stages, few, classes, declared=False)
+    assert found.name == "int4" and not found.beyond
+    mixed = {name: np.concatenate([x[:-3], few[name][-3:]]) for name, x in narrow.items()}
+    found, _ = explained(stages, mixed, classes, declared=False)
+    assert found.beyond
+    found, _ = explained(stages, mixed, classes, declared=True)
+    assert not found.beyond
 
 
 @pytest.mark.slow

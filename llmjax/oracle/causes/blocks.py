@@ -18,10 +18,11 @@ from llmjax.oracle.causes.base import (
     begins,
     factors,
     field,
+    nothing,
     weight_of,
 )
 from llmjax.oracle.floors import Change, in_blocks, rounded
-from llmjax.oracle.stages import Edit, Hook
+from llmjax.oracle.stages import Edit, Hook, Params
 from llmjax.oracle.steps import OUTER
 
 
@@ -242,6 +243,18 @@ def heads(scene: Scene) -> Iterator[Cause]:
         after = dict.fromkeys(("attn.k_rot", "attn.v"), change)
         detail = f"keys and values are kept in {kept}"
         yield Cause("cache_precision", detail, ("attn.probs", "attn.out"), Edit(after=after))
+    for late, by_step in (
+        ("values", {"attn.out": "attn.v"}),
+        ("keys", {"attn.probs": "attn.k_rot"}),
+        ("keys and values", {"attn.probs": "attn.k_rot", "attn.out": "attn.v"}),
+    ):
+        detail = f"{late} are those of the token before, a slot late in the cache"
+        yield Cause("mask", detail, tuple(by_step), Edit(after=dict.fromkeys(by_step.values(), _late)))
+
+
+def _late(x: jax.Array) -> jax.Array:
+    """Of tokens ``[B, T, ...]`` those before them, of the first its own."""
+    return jnp.concatenate([x[:, :1], x[:, :-1]], 1)
 
 
 def _kept(width: int) -> dict[str, Change]:
@@ -337,6 +350,22 @@ def residual(scene: Scene) -> Iterator[Cause]:
                     remembering(_mlp=lambda s, x: s["attn_norm"]))  # fmt: skip
         yield Cause("residual", "the normed input is added instead of the input", first,
                     remembering(**{attn_end: lambda s, y: y - s["in"] + s["attn_norm"]}))  # fmt: skip
+
+
+def beside(scene: Scene) -> Iterator[Cause]:
+    """Of what layers add beside attention and MLP, and of their scale (Gemma 3n and 4)."""
+    for module, weight, what, steps in (
+        ("per_layer", "gate", "what the layer's own input gives", ("streams", "resid")),
+        ("laurel", "left", "the low-rank branch's output", ("resid_attn",)),
+    ):
+        if weight_of(scene, f"{module}.{weight}") is not None:
+            yield Cause("residual", f"{what} is not added", steps, Edit({module: nothing}))
+    if "scale" in scene.stages.params(scene.stage):
+
+        def unscaled(params: Params) -> Params:
+            return params | {"scale": jnp.ones_like(params["scale"])}
+
+        yield Cause("residual", "the layer's output is not scaled (layer_scalar)", ("resid",), Edit(params=unscaled))
 
 
 def _normed_again(seen: dict[str, Any], x: Any) -> Any:
