@@ -363,7 +363,7 @@ def beside(scene: Scene) -> Iterator[Cause]:
     if "scale" in scene.stages.params(scene.stage):
 
         def unscaled(params: Params) -> Params:
-            return params | {"scale": jnp.ones_like(params["scale"])}
+            return params | {"scale": jnp.ones_like(params["scale"])} if "scale" in params else params
 
         yield Cause("residual", "the layer's output is not scaled (layer_scalar)", ("resid",), Edit(params=unscaled))
 
