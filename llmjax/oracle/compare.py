@@ -18,7 +18,7 @@ from llmjax.oracle import padding, pairs
 from llmjax.oracle.beneath import WIDE
 from llmjax.oracle.clock import Pulse
 from llmjax.oracle.comparison import Comparison, of_file
-from llmjax.oracle.declared import Allowed, allowed
+from llmjax.oracle.declared import Allowed, allowed, narrowly_stored
 from llmjax.oracle.dump import Dump, in_memory
 from llmjax.oracle.dumps.opening import each, opened, refuse_reference
 from llmjax.oracle.floors import MARGIN
@@ -200,7 +200,7 @@ def _compare(
     if model is None:
         assert ours is not None
         return two_dumps(ours, theirs, permitted, note, names, subject)
-    ids = _fed(theirs, model)
+    ids, theirs = _fed(theirs, model), narrowly_stored(theirs, permitted)
     stages = Stages(model, ids)
     known = named(theirs, stages.shapes, model, names, stages.twice)
     reference = _reference(ours, theirs, model, stages)
@@ -263,7 +263,7 @@ def _compare(
         faults=proven,
         positions=positions,
         subject=subject,
-        map={} if theirs.windows else leaving(taps),
+        map={} if theirs.kind else leaving(taps),
     )
 
 

@@ -3,9 +3,13 @@
 import dataclasses
 import re
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
+import numpy as np
+
 from llmjax.errors import RequestError, shown
+from llmjax.oracle.dump import Dump, Window
 from llmjax.oracle.floors import CLASSES, FEW, SMALL_CACHES, STATIC
 
 _CACHES = ("cache_float16", "cache16")
@@ -63,6 +67,10 @@ _UNSAID = {
 }
 # Keys of a bitsandbytes configuration that bear bits in their names and hold none.
 _KNOBS = r"llm_int8_|bnb_4bit_"
+
+
+# Of what arrays may be stored in: half of its step, as a share of a value, and at least.
+_HALF_STEP = {"float16": (2.0**-11, 2.0**-25), "bfloat16": (2.0**-8, 0.0)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +149,26 @@ def allowed(manifest: Mapping[str, Any], forced: str | None, stored: Collection[
     narrow = next(iter(kinds)) if len(kinds) == 1 and kinds <= {"float16", "bfloat16"} - found else None
     singles = tuple(name for name in CLASSES if name in found | kept | {"float32", narrow})
     return Allowed(singles, True, " and ".join(unread) or None, narrow)
+
+
+def narrowly_stored(dump: Dump, permitted: Allowed) -> Dump:
+    """A dump some of whose arrays are stored in 16 bits that are not its arithmetic's: these are rounded, and nothing
+    is computed from them.  Where nothing is declared, most arrays are what it was computed in."""
+    kinds = {name: stored.dtype for name, stored in dump.arrays.items()}
+    narrow = {name: kind for name, kind in kinds.items() if kind in _HALF_STEP}
+    if permitted.declared:
+        narrow = {name: kind for name, kind in narrow.items() if kind not in permitted.singles}
+    if not narrow or len(narrow) * (1 if permitted.declared else 2) >= len(kinds):
+        return dump
+    rows = np.arange(len(dump.token_ids))
+    windows = {name: Window(rows, lambda x: x, partial(_rounding, kind)) for name, kind in narrow.items()}
+    return dataclasses.replace(dump, windows={**windows, **dump.windows})
+
+
+def _rounding(kind: str, values: np.ndarray) -> np.ndarray:
+    """Half a step at each value."""
+    share, least = _HALF_STEP[kind]
+    return np.maximum(np.abs(values.astype(np.float32)) * share, least)
 
 
 def _text(value: Any) -> str:

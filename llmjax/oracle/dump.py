@@ -25,6 +25,8 @@ from llmjax.errors import CheckpointError, LlmjaxError, RequestError, lies_at, s
 from llmjax.outside.paths import checked_path
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
+# Where the record at the end of a zip archive begins at most, a comment behind it.
+_END = 22 + 0xFFFF
 # What readers of damaged or hostile files raise.
 _DAMAGED = (
     OSError, ValueError, TypeError, EOFError, MemoryError, OverflowError, RuntimeError, SyntaxError,
@@ -54,13 +56,13 @@ class Window:
     Attributes:
       positions: int ``[R]``, of the tokens whose rows it has.
       show: makes of a tap ``[T, ...]`` what the array would show of it, ``[R, ...]``, before rounding.
-      rounding: the most by which storing may have moved each value, ``[R, ...]``; None for not at all.
+      rounding: of values ``[R, ...]``, the most by which storing may have moved each; None for not at all.
       log_probs: it shows log-probabilities of logits.
     """
 
     positions: np.ndarray
     show: Callable[[np.ndarray], np.ndarray]
-    rounding: Callable[[], np.ndarray] | None = None
+    rounding: Callable[[np.ndarray], np.ndarray] | None = None
     log_probs: bool = False
 
 
@@ -251,14 +253,16 @@ def _safetensors(file: Path) -> Iterator[tuple[str, Stored]]:
 
 
 def _npy(file: Path) -> Iterator[tuple[str, Stored]]:
-    array = np.load(file, mmap_mode="r", allow_pickle=False)
+    with np.errstate(over="ignore"):  # of a shape that no file has
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise ValueError("it is an archive of several arrays, expected its name to end in .npz")
     yield file.stem, Stored(array.shape, _kind(array.dtype), lambda: _typed(np.array(array)))
 
 
 def _npz(file: Path) -> Iterator[tuple[str, Stored]]:
     with zipfile.ZipFile(file) as archive:
-        members = [name for name in archive.namelist() if name.endswith(".npy")]
-        for member in members:
+        for member in _members(file, archive):
             with archive.open(member) as stream:
                 version = np.lib.format.read_magic(stream)
                 header = (
@@ -271,6 +275,21 @@ def _npz(file: Path) -> Iterator[tuple[str, Stored]]:
                     return _typed(np.lib.format.read_array(stream, allow_pickle=False))
 
             yield member.removesuffix(".npy"), Stored(shape, _kind(dtype), read)
+
+
+def _members(file: Path, archive: zipfile.ZipFile) -> list[str]:
+    """The arrays of an archive.  Each of its entries is one: what a damaged directory hides would be missing in
+    silence."""
+    with open(file, "rb") as stream:
+        stream.seek(max(0, os.path.getsize(file) - _END))
+        end = stream.read()
+    count = int.from_bytes(end[end.rfind(b"PK\5\6") :][10:12], "little")
+    names = [name for name in archive.namelist() if not name.endswith("/")]
+    if count not in (len(archive.namelist()), 0xFFFF):
+        raise ValueError(f"its directory shows {len(archive.namelist())} of {count} entries")
+    if others := [name for name in names if not name.endswith(".npy")]:
+        raise ValueError(f"{shown(others[0])} is no array, expected a name that ends in .npy")
+    return names
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[str, Stored]]]] = {

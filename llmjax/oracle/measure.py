@@ -23,6 +23,8 @@ from llmjax.oracle.steps import OUTER
 # What a scale of 16 bits is not off by, the share of an error that one factor leaves where it is all there is, and
 # values that can tell it.
 _FACTOR, _PURE, _SEVERAL = 0.01, 0.02, 16
+# The share of tokens that a way of a class may move far more than the candidate's are off.
+_MANY = 0.25
 # How many times as far off as another order of sums makes it a token is that is right, and one that is clearly moved.
 _RIGHT, _CLEARLY = 2.0, 10.0
 
@@ -48,6 +50,7 @@ class Tap:
       scaled: the step's own error is one factor, which no rounding to few bits is.
       own: the step's own error by token; None where it is not known.
       spared: those ways, by class and number, that clearly move a token which is right here.
+      reach: by those ways, how many times as far as they move them three of four tokens are at least.
       like: by classes, how many times as far as their ways the same step of most layers is, and how far their narrowest
         ones are, both as ``local``; filled by ``verdict.explain`` for what has its like.
     """
@@ -62,6 +65,7 @@ class Tap:
     scaled: bool = False
     own: np.ndarray | None = None
     spared: set[tuple[str, int]] = dataclasses.field(default_factory=set)
+    reach: dict[tuple[str, int], float] = dataclasses.field(default_factory=dict)
     like: dict[tuple[str, ...], tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def margin(self, classes: Sequence[str]) -> np.ndarray:
@@ -114,7 +118,8 @@ def fitted(named: Named, tap: str, shape: tuple[int, ...], near: np.ndarray | No
     """
     array = named.read(tap)
     window = named.window(tap)
-    shape = shape if window is None else (len(window.positions), *shape[1:])
+    if window is not None and not token_axis(tap):
+        shape = (len(window.positions), *shape[1:])
     found = layouts(array, shape)
     if not found:
         what = f"{named.dump.path}: {named.taps[tap].name}: shape {list(array.shape)}, expected {list(shape)} for {tap}"
@@ -143,7 +148,7 @@ def compared(tap: str, ours: np.ndarray, theirs: np.ndarray, window: Window | No
     if window is not None:
         found.gap = dataclasses.replace(found.gap, token=int(window.positions[found.gap.token]))
         if window.rounding is not None:
-            found.rounding = pair(theirs, theirs + window.rounding(), tap)
+            found.rounding = pair(theirs, theirs + window.rounding(theirs), tap)
     return found
 
 
@@ -237,6 +242,7 @@ def measure(
             else:
                 found.local, found.own = errors[tap]
                 found.ways, found.spared = moved[tap], _spared(found.own, tokens[tap], moved[tap])
+                found.reach = _reach(found.own, tokens[tap])
                 found.scaled = _is_factor(plain[1][step], value)
             yield found, ours
 
@@ -265,6 +271,16 @@ def _spared(
         for name, several in tokens.items()
         for way, moved in enumerate(several)
         if moved is not None and np.any(right & (moved > _CLEARLY * noise))
+    }
+
+
+def _reach(own: np.ndarray | None, tokens: Mapping[str, Sequence[np.ndarray | None]]) -> dict[tuple[str, int], float]:
+    """See ``Tap.reach``; of what ``_spared`` is made of."""
+    return {
+        (name, way): float(np.quantile(own / np.maximum(moved, LEAST), _MANY))
+        for name, several in tokens.items()
+        for way, moved in enumerate(several)
+        if own is not None and moved is not None
     }
 
 

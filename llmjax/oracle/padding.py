@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from llmjax.model import Model
 from llmjax.oracle.dump import Dump, Stored
 from llmjax.oracle.measure import fitted, inner, token_axis
 from llmjax.oracle.names import Named
@@ -29,12 +30,21 @@ def note(ids: np.ndarray) -> str:
 def masked(
     faults: list[dict[str, Any]], known: Named, stages: Stages, holds: Callable[[Dump], bool]
 ) -> list[dict[str, Any]]:
-    """The faults of a candidate, or in their place its padding, where without that it ``holds``."""
+    """The faults of a candidate, or in their place its padding, where without that it ``holds``: the last tokens of a
+    text may be wrong alone, too, so they are padding only where they are a token that pads."""
     for words, rest in edges(stages.ids) if faults and not known.dump.windows else ():
-        if holds(_without(known, stages, rest)):
+        if _pads(stages.model, int(stages.ids[0 if rest.start else -1])) and holds(_without(known, stages, rest)):
             detail = f"{words}: without them nothing differs, as where a mask hides padding; leave it out"
             return [{**faults[0], "also": [], "causes": [{"cause": "padding", "detail": detail, "explains": 1.0}]}]
     return faults
+
+
+def _pads(model: Model, token: int) -> bool:
+    """Whether a token may be padding; any may where no tokenizer knows better."""
+    tokenizer = model.tokenizer
+    if tokenizer is None or token in (0, tokenizer.bos_id, *tokenizer.eos_ids):
+        return True
+    return tokenizer.backend.id_to_token(token) in tokenizer.special.values()
 
 
 def _without(known: Named, stages: Stages, rest: slice) -> Dump:

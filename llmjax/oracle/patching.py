@@ -87,22 +87,24 @@ def judged(
 ) -> tuple[Explained, list[dict[str, Any]]]:
     """What explains a candidate, and its faults; causes are looked for as long as there is time.
 
-    A wide class that nobody declared holds nearly anything where little was dumped: where known mistakes in float32
-    take the whole error away, they are what explains it.  Weights of few bits are wide where they are declared, too:
-    mistakes beneath their floor are looked for.  A verdict hangs on both, so how many were looked for is told; the time
-    is shared between ``texts``, and of each between the two.
+    A wide class that nobody declared holds nearly anything where little was dumped: where known mistakes in float32,
+    or in place of few bits in bfloat16, take the whole error away, they are what explains it.  Weights of few bits are
+    wide where they are declared, too: mistakes beneath their floor are looked for.  A verdict hangs on all of these, so
+    how many were looked for is told; the time is shared between ``texts``, and of each between the searches.
     """
     if found.beyond or found.classes == ("float32",):
         return found, faults(_Finder(stages, named, taps, found, Clock(seconds), pulse))
     clock, count, of = Clock(seconds / texts), 0, 0
-    if not permitted.declared:
-        narrow = Explained(("float32",), tuple(tap for tap in taps if tap.excess(("float32",)) > 1))
-        finder = _Finder(stages, named, taps, narrow, Clock(seconds / texts / 2), pulse)
+    wide = not WIDE.isdisjoint(found.classes)
+    narrower = ("float32", "bfloat16") if wide and "bfloat16" in taps[0].ways else ("float32",)
+    for name in () if permitted.declared else narrower:
+        narrow = Explained((name,), tuple(tap for tap in taps if tap.excess((name,)) > 1))
+        finder = _Finder(stages, named, taps, narrow, Clock(seconds / texts / (len(narrower) + 1)), pulse)
         if proven := faults(finder, mistakes=True):
             return narrow, proven
-        count, of = finder.count, finder.of
+        count, of = count + finder.count, of + finder.of
     hidden: list[dict[str, Any]] = []
-    if not WIDE.isdisjoint(found.classes):
+    if wide:
         finder = _Finder(stages, named, taps, found, clock, pulse)
         hidden = [one for tap in taps if (one := finder.hidden(tap)) is not None]
         count, of = count + finder.count, of + finder.of

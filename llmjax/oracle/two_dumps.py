@@ -93,7 +93,7 @@ def two_dumps(
         first_divergence=divergence,
         positions=positions,
         subject=subject,
-        map={} if theirs.windows else leaving(taps),
+        map={} if theirs.kind else leaving(taps),
     )
 
 

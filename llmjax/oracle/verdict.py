@@ -14,6 +14,8 @@ from llmjax.oracle.steps import split
 # The share of its steps that an undeclared class must have moved, for what is beyond it to be told: it moves all, but
 # perhaps the head; where the run was another, it would hide mistakes.
 _LIKELY = 0.75
+# How much less than on the whole a class may have moved most tokens.
+_UNEVEN = 2.0
 # Layers that have a step, for one of them to be held against the others, and the share that most of them (and of
 # tokens) are: where weights of more and of fewer bits are mixed, those of fewer are a quarter at least.
 _SEVERAL, _MOST = 3, 0.75
@@ -145,8 +147,11 @@ def _everywhere(tap: Tap) -> bool:
 
 
 def _as_far(tap: Tap, name: str, way: int) -> bool:
-    """Whether a class may have moved a step: one of more bits moves it less."""
-    return name not in FINER or bool(_own(tap)[0] * FINER[name] > tap.ways[name][way][1][0])
+    """Whether a class may have moved a step, and most of its tokens: one of more bits moves them less."""
+    if name not in FINER:
+        return True
+    far = bool(_own(tap)[0] * FINER[name] > tap.ways[name][way][1][0])
+    return far and tap.reach.get((name, way), 1.0) * _UNEVEN * FINER[name] > 1
 
 
 def _own(tap: Tap) -> np.ndarray:

@@ -6,6 +6,7 @@ import json
 import re
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -168,7 +169,33 @@ def damaged(folder: Path) -> None:
     (folder / "b.npz").write_bytes(data)
 
 
+def archive(change) -> Callable[[Path], None]:
+    """An archive of two arrays, and what becomes of its bytes."""
+
+    def harm(folder: Path) -> None:
+        (folder / "a.safetensors").unlink()
+        np.savez(folder / "b.npz", embed=np.zeros((2, 3), np.float32), **GOOD)
+        (folder / "b.npz").write_bytes(change((folder / "b.npz").read_bytes()))
+
+    return harm
+
+
+def hidden(data: bytes) -> bytes:
+    """The first entry's comment is as long as the second entry, which is in none of its bytes then."""
+    first, second, end = data.index(b"PK\1\2"), data.rindex(b"PK\1\2"), data.index(b"PK\5\6")
+    return data[: first + 32] + (end - second).to_bytes(2, "little") + data[first + 34 :]
+
+
 MALFORMED = {
+    "an archive that hides an array": (archive(hidden), "b.npz: not a readable array file: its directory shows 1 of 2"),
+    "an archive of what is no array": (
+        archive(lambda data: data.replace(b"embed.npy", b"embed.npz")),
+        "b.npz: not a readable array file: 'embed.npz' is no array",
+    ),
+    "an archive called an array": (
+        lambda f: (np.savez(f / "b.npz", **GOOD), (f / "b.npz").rename(f / "embed.npy")),
+        "embed.npy: not a readable array file: it is an archive",
+    ),
     "damaged npz": (damaged, "b.npz"),
     "a map to a group that is not there": (
         lambda f: (f / "manifest.json").write_text('{"token_ids": [1, 2], "names": {"(logits)": "\\\\2"}}'),
@@ -451,6 +478,43 @@ def test_masked_padding_is_told_where_the_rest_is_right(model, traced, side, mon
     wrong = arrays | {"layers.1.resid": arrays["layers.1.resid"] + rng.standard_normal((15, 24), np.float32)}
     report = llmjax.compare(model, llmjax.Trace(wrong, {"token_ids": ids, "dtype": "float32"}))
     assert "unknown" in [cause for _, cause in told(report)] and "if that is padding" in report.reason
+
+
+def test_a_word_that_ends_a_text_twice_is_no_padding(model, traced, monkeypatch):
+    """What a tokenizer knows of its tokens tells padding from the last tokens' own fault."""
+    monkeypatch.setattr(patching, "catalogue", lambda scene, steps: iter(()))
+    tokenizer = types.SimpleNamespace(
+        bos_id=1,
+        eos_ids=(2,),
+        special={"pad_token": "<pad>"},
+        backend=types.SimpleNamespace(id_to_token={7: "<pad>"}.get),
+    )
+    knowing = dataclasses.replace(model, tokenizer=tokenizer)
+    for token, cause in ((7, "padding"), (2, "padding"), (5, "unknown")):
+        ids = [*IDS[:-2], token, token]
+        arrays = dict(llmjax.trace(model, ids, ["layers.0.resid", "logits"]).activations)
+        arrays["logits"] = np.concatenate([arrays["logits"][:-2], 1.5 * arrays["logits"][-2:]])
+        report = llmjax.compare(knowing, llmjax.Trace(arrays, {"token_ids": ids, "dtype": "float32"}))
+        assert report.verdict == "different" and [found for _, found in told(report)] == [cause], report.reason
+
+
+@pytest.mark.parametrize("declared", [{"dtype": "float32"}, {}])
+@pytest.mark.parametrize("tap", ["layers.0.attn.probs", "layers.0.resid", "logits"])
+def test_one_array_that_is_stored_narrowly_among_others_is_rounded_and_no_more(model, traced, declared, tap):
+    """Nothing is computed from it, so that the steps behind it are as near as they were."""
+    some = ("layers.0.attn.probs", "layers.0.resid", "layers.0.mlp.act", "layers.1.resid", "logits")
+    arrays = {name: traced.activations[name] for name in some}
+    for kind in ("float16", "bfloat16"):
+        facts = {"token_ids": IDS, **declared}
+        stored = arrays | {tap: arrays[tap].astype(kind)}
+        report = llmjax.compare(model, llmjax.Trace(stored, facts))
+        assert (report.verdict, report.explained_by) == ("equivalent", "float32"), report.reason
+        assert "and the file's own rounding" in report.reason
+        wrong = arrays | {tap: (1.02 * arrays[tap]).astype(kind)}
+        assert llmjax.compare(model, llmjax.Trace(wrong, facts), search=0.01).verdict == "different"
+    behind = stored | {"layers.1.resid": np.float32(1.0001) * arrays["layers.1.resid"]}
+    report = llmjax.compare(model, llmjax.Trace(behind, facts | {"dtype": "float32"}), search=0.01)
+    assert report.verdict == "different" and report.first_divergence["tap"] == "layers.1.resid"
 
 
 def test_layouts():
@@ -1222,6 +1286,103 @@ def test_an_mlp_beside_experts_has_an_activation_of_its_own(modules, where, monk
     report = llmjax.compare(model, llmjax.Trace(arrays, {"token_ids": IDS, "dtype": "float32"}))
     found = {(cause["cause"], cause["detail"]) for fault in report.faults for cause in fault["causes"][:1]}
     assert found == {("activation", f"the activation is relu{where}")}
+
+
+@pytest.mark.slow
+def test_an_activation_is_another_behind_a_cutoff_and_in_a_layers_own_input():
+    """What is cut off before it stays so, and is a mistake of its own."""
+    from tests.unit.test_shared_keys import CONFIGS
+
+    model = tiny.random_model(**CONFIGS["gemma3n"])
+    stages = Stages(model, np.array(IDS))
+    flow = stages.run(-1, None, {})[0]
+    tap = "layers.0.streams"
+
+    def under(edit: Edit, **changes) -> np.ndarray:
+        other = dataclasses.replace(model, config=dataclasses.replace(model.config, **changes))
+        return (Stages(other, np.array(IDS)) if changes else stages).run(0, flow, {}, edit, [tap])[1][tap]
+
+    ours = under(Edit())
+    causes = {c.detail: c for c in blocks.activation(base.Scene(stages, 0, "streams", ours, ours, lambda edit: None))}
+    everywhere = under(causes["the activation is relu"].edit)
+    np.testing.assert_array_equal(everywhere, under(Edit(), hidden_activation="relu"))
+    dense = under(causes["no neuron is cut off (activation_sparsity_pattern)"].edit)
+    np.testing.assert_array_equal(dense, under(Edit(), sparsity=(0.0,) * 4))
+    alone = [under(causes[f"the activation is relu in {module} alone"].edit) for module in ("mlp", "per_layer")]
+    assert len({x.tobytes() for x in (ours, everywhere, dense, *alone)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "tap", "detail", "path"),
+    [
+        ("gemma3n", "streams", "what the layer's own input gives is not added", "per_layer/project/weight"),
+        ("gemma4", "resid", "what the layer's own input gives is not added", "per_layer/project/weight"),
+        ("gemma4", "resid", "the layer's output is not scaled (layer_scalar)", "scale"),
+    ],
+)
+def test_what_a_layer_adds_beside_its_branches_may_be_missing(kind, tap, detail, path):
+    from tests.unit.test_shared_keys import CONFIGS
+
+    model = broken(tiny.random_model(**CONFIGS[kind]), {"layers_0/scale": lambda s: 0.7 * s} if path == "scale" else {})
+    wrong = broken(model, {f"layers_0/{path}": jnp.ones_like if path == "scale" else jnp.zeros_like})
+    stages, other = Stages(model, np.array(IDS)), Stages(wrong, np.array(IDS))
+    flow = stages.run(-1, None, {})[0]
+    ours, theirs = (s.run(0, flow, {})[1][f"layers.0.{tap}"] for s in (stages, other))
+    scene = base.Scene(stages, 0, tap, ours, theirs, lambda edit: None)
+    [cause] = [c for c in catalogue.catalogue(scene, [tap]) if c.detail == detail]
+    found = stages.run(0, flow, {}, cause.edit)[1][f"layers.0.{tap}"]
+    assert cause.cause == "residual" and gap(ours, theirs).error > 1e-2
+    stages.run(-1, None, {}, cause.edit)  # as of a mistake that is made everywhere
+    np.testing.assert_array_equal(found, theirs)
+
+
+def test_a_cache_that_is_a_slot_late_is_a_cause(model):
+    stages = Stages(model, np.array(IDS))
+    flow = stages.run(-1, None, {})[0]
+    ours = {name.removeprefix("layers.0."): x for name, x in stages.run(0, flow, {})[1].items()}
+    scene = base.Scene(stages, 0, "resid", ours["resid"], ours["resid"], lambda edit: None)
+    causes = {c.detail: c for c in blocks.heads(scene) if c.cause == "mask"}
+    shape = (len(IDS), model.config.num_key_value_heads, -1)
+    late = np.concatenate([ours["attn.v"][:1], ours["attn.v"][:-1]]).reshape(shape)
+    expected = np.einsum("nts,snh->tnh", ours["attn.probs"], np.repeat(late, 4 // late.shape[1], 1))
+    detail = "{} are those of the token before, a slot late in the cache"
+    all_of = ("values", "keys", "keys and values")
+    under = {what: stages.run(0, flow, {}, causes[detail.format(what)].edit)[1] for what in all_of}
+    out, probs = "layers.0.attn.out", "layers.0.attn.probs"
+    np.testing.assert_allclose(under["values"][out].reshape(expected.shape), expected, rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(under["keys"][probs], under["keys and values"][probs])
+    assert gap(under["keys"][probs], ours["attn.probs"], 1).error > 1e-2
+    assert gap(under["keys"][out], under["keys and values"][out]).error > 1e-2
+
+
+@pytest.mark.slow
+def test_a_class_that_nobody_declared_moves_most_tokens(model):
+    """Of a bfloat16 run a few tokens that are as far off as few bits make all are no weights of few bits."""
+    classes, stages = ("float32", "bfloat16", "int4"), Stages(model, np.array(IDS))
+    narrow, few = (edited(stages, CLASSES[name]()[0], "*resid") for name in ("bfloat16", "int4"))
+    found, _ = explained(stages, few, classes, declared=False)
+    assert found.name == "int4" and not found.beyond
+    mixed = {name: np.concatenate([x[:-3], few[name][-3:]]) for name, x in narrow.items()}
+    found, _ = explained(stages, mixed, classes, declared=False)
+    assert found.beyond
+    found, _ = explained(stages, mixed, classes, declared=True)
+    assert not found.beyond
+
+
+@pytest.mark.slow
+def test_a_mistake_in_bfloat16_is_likelier_than_few_bits_that_nobody_declared(mixture, monkeypatch):
+    """A factor of what is routed in a bfloat16 run was int4."""
+    monkeypatch.setattr(patching, "catalogue", lambda *of: (c for c in catalogue.catalogue(*of) if c.cause == "router"))
+    narrow = CLASSES["bfloat16"]()[0]
+    times = {"*choice": lambda module, run, x: tuple(f * y for f, y in zip((1.4, 1), run(module, x), strict=True))}
+    stages, facts = Stages(mixture, np.array(IDS)), {"token_ids": IDS}
+    for name in ("int4", "bfloat16"):
+        right = edited(stages, CLASSES[name]()[0], "*resid*")
+        report = llmjax.compare(mixture, llmjax.Trace(right, facts))
+        assert (report.verdict, report.explained_by) == ("equivalent", name), report.reason
+    wrong = edited(stages, dataclasses.replace(narrow, hooks=times), "*resid*")
+    report = llmjax.compare(mixture, llmjax.Trace(wrong, facts))
+    assert told(report) == [("layers.0.experts", "router")] and "times too large" in report.reason, report.reason
 
 
 @pytest.mark.slow

@@ -73,6 +73,11 @@ def field(**changes: Any) -> Hook:
     return hook
 
 
+def nothing(module: nn.Module, run: Any, x: Any) -> Any:
+    """A hook: zeros in the place of what a module gives."""
+    return 0 * run(module, x)
+
+
 def leaf(step: str, name: str, change: Callable[[jax.Array], Any]) -> Callable[[Params], Params]:
     """One leaf of a module's parameters changed, if it is there; a tied head's weight is the embedding's."""
 

@@ -10,25 +10,28 @@ import jax.numpy as jnp
 import numpy as np
 
 from llmjax.models.attention import Scores
+from llmjax.models.gemma3n import above_cutoff
 from llmjax.models.layers import ACTIVATIONS
 from llmjax.oracle.causes.base import (
     Cause,
     Scene,
-    always,
     begins,
     factors,
     field,
+    nothing,
     weight_of,
 )
 from llmjax.oracle.floors import Change, in_blocks, rounded
-from llmjax.oracle.stages import Edit, Hook
+from llmjax.oracle.stages import Edit, Hook, Params
 from llmjax.oracle.steps import OUTER
 
 
 def activation(scene: Scene) -> Iterator[Cause]:
-    """Of the MLP's activation, and of experts'; where both are, of each alone, too."""
-    steps = {"mlp": "mlp.act", "experts": "experts"}
-    alone = steps if all(weight_of(scene, f"{name}.gate") is not None for name in steps) else {}
+    """Of the MLP's activation, of experts' and of a layer's own input's; where several are, of each alone, too."""
+    weights = {"mlp": "mlp.gate", "experts": "experts.gate", "per_layer": "per_layer.gate"}
+    steps = {"mlp": "mlp.act", "experts": "experts", "per_layer": "per_layer.act"}
+    there = {module: step for module, step in steps.items() if weight_of(scene, weights[module]) is not None}
+    alone = there if len(there) > 1 else {}
     others: dict[str, Callable[[jax.Array], jax.Array]] = {
         "gelu (tanh)": ACTIVATIONS["gelu_pytorch_tanh"],
         "gelu (erf)": ACTIVATIONS["gelu"],
@@ -40,10 +43,21 @@ def activation(scene: Scene) -> Iterator[Cause]:
         "nothing": lambda x: x,
     }
     for name, function in others.items():
-        hook, detail = field(activation=always(function)), f"the activation is {name}"
+        hook, detail = field(activation=partial(_behind_cutoff, function)), f"the activation is {name}"
         yield Cause("activation", detail, tuple(steps.values()), Edit(dict.fromkeys(steps, hook)))
         for module, step in alone.items():
             yield Cause("activation", f"{detail} in {module} alone", (step,), Edit({module: hook}))
+    hook = field(activation=lambda own: own.args[-1] if _cuts_off(own) else own)
+    yield Cause("activation", "no neuron is cut off (activation_sparsity_pattern)", ("mlp.act",), Edit({"mlp": hook}))
+
+
+def _cuts_off(own: Any) -> bool:
+    return isinstance(own, partial) and own.func is above_cutoff
+
+
+def _behind_cutoff(function: Callable[[jax.Array], jax.Array], own: Any) -> Callable[[jax.Array], jax.Array]:
+    """Another function for a module's own, which may be of what lies above a cutoff alone (Gemma 3n)."""
+    return partial(above_cutoff, own.args[0], function) if _cuts_off(own) else function
 
 
 # Scores.
@@ -229,6 +243,18 @@ def heads(scene: Scene) -> Iterator[Cause]:
         after = dict.fromkeys(("attn.k_rot", "attn.v"), change)
         detail = f"keys and values are kept in {kept}"
         yield Cause("cache_precision", detail, ("attn.probs", "attn.out"), Edit(after=after))
+    for late, by_step in (
+        ("values", {"attn.out": "attn.v"}),
+        ("keys", {"attn.probs": "attn.k_rot"}),
+        ("keys and values", {"attn.probs": "attn.k_rot", "attn.out": "attn.v"}),
+    ):
+        detail = f"{late} are those of the token before, a slot late in the cache"
+        yield Cause("mask", detail, tuple(by_step), Edit(after=dict.fromkeys(by_step.values(), _late)))
+
+
+def _late(x: jax.Array) -> jax.Array:
+    """Of tokens ``[B, T, ...]`` those before them, of the first its own."""
+    return jnp.concatenate([x[:, :1], x[:, :-1]], 1)
 
 
 def _kept(width: int) -> dict[str, Change]:
@@ -324,6 +350,22 @@ def residual(scene: Scene) -> Iterator[Cause]:
                     remembering(_mlp=lambda s, x: s["attn_norm"]))  # fmt: skip
         yield Cause("residual", "the normed input is added instead of the input", first,
                     remembering(**{attn_end: lambda s, y: y - s["in"] + s["attn_norm"]}))  # fmt: skip
+
+
+def beside(scene: Scene) -> Iterator[Cause]:
+    """Of what layers add beside attention and MLP, and of their scale (Gemma 3n and 4)."""
+    for module, weight, what, steps in (
+        ("per_layer", "gate", "what the layer's own input gives", ("streams", "resid")),
+        ("laurel", "left", "the low-rank branch's output", ("resid_attn",)),
+    ):
+        if weight_of(scene, f"{module}.{weight}") is not None:
+            yield Cause("residual", f"{what} is not added", steps, Edit({module: nothing}))
+    if "scale" in scene.stages.params(scene.stage):
+
+        def unscaled(params: Params) -> Params:
+            return params | {"scale": jnp.ones_like(params["scale"])} if "scale" in params else params
+
+        yield Cause("residual", "the layer's output is not scaled (layer_scalar)", ("resid",), Edit(params=unscaled))
 
 
 def _normed_again(seen: dict[str, Any], x: Any) -> Any:

@@ -41,6 +41,7 @@ def catalogue(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
 def _all(scene: Scene, steps: Collection[str]) -> Iterator[Cause]:
     for what, post in (("log-probabilities", log_softmax), ("probabilities", _softmax)):
         yield Cause("head", f"they are {what}, no logits", ("logits", "head"), post=post)
+    yield from blocks.beside(scene)
     yield from blocks.residual(scene)  # before weights: a branch left out is told so, not as a weight of zeros
     steps_of_norms = [norm for norm in modules(scene, norms=True) if norm in steps]
     for norm in steps_of_norms:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llmjax.oracle.causes.base import Cause, Scene, factors, field, leaf, put, weight_of
+from llmjax.oracle.causes.base import Cause, Scene, factors, field, leaf, nothing, put, weight_of
 from llmjax.oracle.stages import Edit, Hook
 
 # What a choice acts on.
@@ -68,7 +68,7 @@ def experts(scene: Scene) -> Iterator[Cause]:
                 Edit(params=swapped))  # fmt: skip
     for what, norm in (("MLP's output is not added beside the experts'", "post_dense_norm"),
                        ("experts' output is not added beside the MLP's", "post_experts_norm")):  # fmt: skip
-        yield Cause("residual", f"the {what}", ("post_mlp_norm",), Edit({norm: _nothing}))
+        yield Cause("residual", f"the {what}", ("post_mlp_norm",), Edit({norm: nothing}))
 
 
 def _after(change: Callable[[jax.Array, jax.Array], Chosen]) -> Hook:
@@ -92,7 +92,3 @@ def _sigmoids(scores: jax.Array, chosen: jax.Array) -> jax.Array:
 
 def _shares(weights: jax.Array) -> jax.Array:
     return weights / jnp.sum(weights, -1, keepdims=True)
-
-
-def _nothing(module: Any, run: Any, x: Any) -> Any:
-    return 0 * run(module, x)

@@ -116,7 +116,7 @@ class _Chunk:
             raise RequestError(f"{self.where}: the probabilities of row {row} make {total[row]:.4g} together, not 1")
         return found
 
-    def rounding(self) -> np.ndarray:
+    def rounding(self, _: np.ndarray) -> np.ndarray:
         """Half a step, but for what is at the least on both sides (see ``show``)."""
         return np.where(self.steps() > 0, self.scales()[0] / 2, np.float32(0))
 
