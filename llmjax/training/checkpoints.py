@@ -109,20 +109,23 @@ def restore(folder: Path, first: State, identity: Mapping[str, Any]) -> tuple[St
       identity: of the run that wants to go on.
 
     Raises:
-      ResumeError: the file is damaged, or another run's.
+      ResumeError: the file is damaged, another version's, or another run's.
     """
     path = folder / FILE
     if not path.exists():
         return None
     try:
-        file = SafetensorsFile(path)
-        facts = json.loads(file.read("facts").tobytes())
-    except (CheckpointError, KeyError, ValueError) as error:
-        raise ResumeError(f"{path}: damaged: {error}; delete it to begin anew") from None
+        return _restored(path, first, identity)
+    except (CheckpointError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ResumeError(f"{path}: damaged, or another version's: {error}; delete it to begin anew") from None
+
+
+def _restored(path: Path, first: State, identity: Mapping[str, Any]) -> tuple[State, Any, Progress]:
+    file = SafetensorsFile(path)
+    facts = json.loads(file.read("facts").tobytes())
     if found := list(differences(facts["identity"], json.loads(json.dumps(identity)))):
-        raise ResumeError(
-            "\n  ".join([f"{folder}: holds another run; name another directory, or delete it to begin anew:", *found])
-        )
+        here = f"{path.parent}: holds another run; name another directory, or delete it to begin anew:"
+        raise ResumeError("\n  ".join([here, *found]))
     names = set(file.names())
 
     def tree(name: str, like: Any) -> Any:
@@ -134,7 +137,7 @@ def restore(folder: Path, first: State, identity: Mapping[str, Any]) -> tuple[St
 
     factors, moments = tree("state", (first.factors, first.moments))
     best = tree("best", first.factors) if "best.0" in names else None
-    return State(facts["step"], factors, moments), best, Progress(**facts["progress"])
+    return State(int(facts["step"]), factors, moments), best, Progress(**facts["progress"])
 
 
 def data_sha256(examples: Any) -> str:
