@@ -24,7 +24,10 @@ def keep_compiled(args: argparse.Namespace) -> None:
         return
     import jax
 
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as in many a container
+        return
     jax.config.update("jax_compilation_cache_dir", str(base / "llmjax" / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -77,7 +77,7 @@ def _run(words: list[str]) -> int:
         _drop_stdout()
         return getattr(args, "code", code)
     except OSError as error:  # a full disk behind stdout, say, which has no name
-        _tell(str(error) if error.filename else f"writing to stdout or a file failed: {error.strerror or error}")
+        _tell(f"{error.filename or 'writing to stdout or a file failed'}: {error.strerror or error}")
         _drop_stdout()
         return failed
 

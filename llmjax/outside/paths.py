@@ -1,6 +1,7 @@
 """One way to check a path from outside, before anything is done with it."""
 
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,16 @@ from llmjax.errors import LlmjaxError, shown
 
 
 def path_problem(path: Any) -> str:
-    """Why no file can have this path, whether or not there is one; empty where one can."""
+    """Why no file can have this path, whether or not there is one, or what is there cannot be looked at; empty where
+    neither is so."""
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str) or not os.fspath(path):
         return f"expected a path, found {shown(path)}"
     try:
-        os.stat(path)
+        if stat.S_ISDIR(os.stat(path).st_mode):
+            os.stat(os.path.join(path, os.curdir))  # which wants the right to enter it, as all that lies there does
     except (FileNotFoundError, NotADirectoryError):  # told where it is opened, or made
         pass
-    except PermissionError as error:  # of a folder above; a file that may not be read can be looked at
+    except PermissionError as error:  # of a folder; a file that may not be read can be looked at
         return f"{shown(os.fspath(path))} cannot be looked at: {error.strerror}"
     except (OSError, ValueError) as error:  # too long, in a circle; ValueError: NUL, or half a surrogate pair
         reason = getattr(error, "strerror", None) or error

@@ -113,7 +113,7 @@ def restore(folder: Path, first: State, identity: Mapping[str, Any]) -> tuple[St
       identity: of the run that wants to go on.
 
     Raises:
-      ResumeError: the file is damaged, or another run's.
+      ResumeError: the file is damaged, another version's, or another run's.
     """
     path = folder / FILE
     if not path.exists():
@@ -124,7 +124,9 @@ def restore(folder: Path, first: State, identity: Mapping[str, Any]) -> tuple[St
     except CheckpointError as error:
         raise ResumeError(f"{path}: damaged: {error}; delete it to begin anew") from None
     if not np.array_equal(leaves.pop("sha256", np.empty(0)), _sha256(leaves)):
-        raise ResumeError(f"{path}: damaged: what it holds has another checksum; delete it to begin anew")
+        raise ResumeError(
+            f"{path}: damaged, or another version's: what it holds has another checksum; delete it to begin anew"
+        )
     facts = json.loads(leaves["facts"].tobytes())
     if found := list(differences(facts["identity"], json.loads(json.dumps(identity)))):
         raise ResumeError(

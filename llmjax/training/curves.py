@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llmjax.errors import printable
 from llmjax.outside.whole import write_whole
 
 PNG, HTML = "loss.png", "loss.html"
@@ -32,10 +33,10 @@ def write(folder: Path, metrics: Sequence[dict[str, Any]], title: str) -> str | 
     if not metrics:
         return None
     lines = curves(metrics)
-    write_whole(folder / HTML, [page(lines, metrics, title).encode()])
+    write_whole(folder / HTML, [page(lines, metrics, printable(title)).encode()])
     if importlib.util.find_spec("matplotlib") is None:
         return f"{folder / PNG}: not drawn: pip install 'llmjax[plots]'; {HTML} has the same curves"
-    write_whole(folder / PNG, [_png(lines, title, _what(metrics))])
+    write_whole(folder / PNG, [_png(lines, printable(title), _what(metrics))])
     return None
 
 
@@ -81,7 +82,8 @@ def _png(lines: dict[str, Line], title: str, what: str) -> bytes:
             marker="o" if name == "eval_loss" or len(line) == 1 else None,
             markersize=4,
         )
-    axes.set(xlabel="step", ylabel=f"loss, mean over {what}", title=Path(title).name)
+    axes.set(xlabel="step", ylabel=f"loss, mean over {what}")
+    axes.set_title(Path(title).name, parse_math=False)  # a dollar is one
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend()

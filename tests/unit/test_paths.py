@@ -19,6 +19,7 @@ from llmjax.oracle.comparison import Comparison
 from llmjax.oracle.dump import from_arrays
 from llmjax.oracle.names import _rules
 from llmjax.oracle.trace import Trace
+from llmjax.outside.paths import path_problem
 from llmjax.outside.whole import whole_files
 from llmjax.training.lines import read_rows
 from tests import tiny
@@ -144,6 +145,31 @@ def test_a_folder_that_may_not_be_entered(capsys, monkeypatch, tmp_path, flags):
     assert main([flag.replace("@", hidden) for flag in flags]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "Permission denied" in told and "Errno" not in told
+
+
+def test_a_folder_that_may_be_seen_and_not_entered(capsys, monkeypatch, tmp_path):
+    hidden, stat = str(tmp_path), os.stat
+
+    def denied(path, **options):
+        if isinstance(path, str | os.PathLike) and os.fspath(path).startswith(f"{hidden}/"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", denied)
+    assert path_problem(hidden) == f"'{hidden}' cannot be looked at: Permission denied"
+    assert main(["compare", hidden, hidden]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "Permission denied" in told and "Errno" not in told
+
+
+def test_a_user_without_a_home(capsys, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert main(["generate", "--model", "none", "--prompt", "x"]) == 2
+    assert capsys.readouterr().err.startswith("llmjax: none: no such file")
 
 
 def test_a_disk_without_room_for_a_trace(tmp_path):

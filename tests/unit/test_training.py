@@ -3,6 +3,7 @@
 
 import dataclasses
 import errno
+import importlib.util
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from llmjax.lora.config import LoraConfig
 from llmjax.models.recompute import recomputed
 from llmjax.models.scanned import periods
 from llmjax.models.tree import get_at, path_of
+from llmjax.training import curves
 from llmjax.training.adapter import adapted, changes, idle_excludes, new_adapter
 from llmjax.training.batches import Example, batches, bucket, from_labels, make_batch
 from llmjax.training.files import read_trained, save_adapter
@@ -229,7 +231,7 @@ def test_a_run_that_was_cut_short_ends_in_the_same_bits(whole, model, tmp_path, 
     data = bytearray(state.read_bytes())
     data[-len(data) // 3] ^= 1  # of a factor or a moment: it went on to other bits
     state.write_bytes(data)
-    with pytest.raises(ResumeError, match=r"state\.safetensors: damaged: what it holds has another checksum"):
+    with pytest.raises(ResumeError, match="another version's: what it holds has another checksum"):
         llmjax.finetune(model, rows(10), WHOLE, **arguments)
 
 
@@ -271,6 +273,14 @@ def test_preferences_are_learned(tmp_path, capsys):
     assert [m | {"seconds": 0} for m in again.metrics] == [m | {"seconds": 0} for m in metrics]
     with pytest.raises(ResumeError, match=r"config.beta: was 0.3, now 0.2"):
         llmjax.finetune(model, data, dataclasses.replace(config, beta=0.2), **arguments)
+
+
+def test_a_curve_has_the_name_of_any_model(tmp_path):
+    """A dollar is no formula's, and a name may hold bytes that are no UTF-8."""
+    metrics = [{"step": step, "loss": 3.0 / step} for step in (1, 2, 3)]
+    curves.write(tmp_path, metrics, "models/a$x_$b\udce4<i>")
+    assert r"<h1>a$x_$b\udce4&lt;i&gt;</h1>" in (tmp_path / curves.HTML).read_text("utf-8")
+    assert (tmp_path / curves.PNG).is_file() == bool(importlib.util.find_spec("matplotlib"))
 
 
 def test_it_stops_when_nothing_gets_better(model):
