@@ -227,7 +227,8 @@ def write_whole(path: Path, parts: Iterable[bytes]) -> None:
 
 
 def write_text(path: str | Path, text: str, error: type[LlmjaxError]) -> None:
-    """Writes a text to a file, which appears when it is whole, or to a device or a pipe.
+    """Writes a text to a file, which appears when it is whole, or to a device or a pipe.  Half a surrogate pair, as a
+    path has it for a byte that is no UTF-8, is written as an escape.
 
     Raises:
       LlmjaxError: as ``error`` says: it cannot be written.
@@ -236,10 +237,10 @@ def write_text(path: str | Path, text: str, error: type[LlmjaxError]) -> None:
     place = checked_path("output", path, error)
     if place.exists() and not place.is_file() and not place.is_dir():
         with _told(place, error):
-            place.write_text(text, encoding="utf-8")
+            place.write_text(text, encoding="utf-8", errors="backslashreplace")
         return
     with whole_file(place, error) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def expect_file(path: Path, error: type[LlmjaxError]) -> None:

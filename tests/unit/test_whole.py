@@ -13,7 +13,7 @@ from llmjax.batch.index import Index
 from llmjax.batch.journal import Journal
 from llmjax.errors import CheckpointError, RequestError, ResumeError
 from llmjax.oracle.trace import Trace
-from llmjax.outside.whole import locked, whole_file, whole_files, whole_folder, workspace, write_whole
+from llmjax.outside.whole import locked, whole_file, whole_files, whole_folder, workspace, write_text, write_whole
 
 # A writer that is killed in the middle: without a chance to clean up, as when a container goes.
 KILLED = """
@@ -171,3 +171,9 @@ def test_an_unfinished_gzip_is_not_written_through_a_link(tmp_path):
     with contextlib.closing(Index()) as index, pytest.raises(OSError, match="symbolic links"):
         Journal(tmp_path / "out.gz", index, lambda row: None, fresh=True)
     assert (tmp_path / "precious").read_bytes() == b"precious"
+
+
+def test_a_text_that_names_a_path_of_other_bytes_than_utf_8(tmp_path):
+    """A report of it, say."""
+    write_text(tmp_path / "page", "é dump\udce4", RequestError)
+    assert (tmp_path / "page").read_bytes() == "é dump\\udce4".encode()
