@@ -151,6 +151,7 @@ def _compare(args: argparse.Namespace) -> int:
         report.to_html(args.html)
     if args.junit is not None:
         write_text(args.junit, report.to_junit(), RequestError)
+    code = answer(args, report.exit_code, report.to_json() if args.json else report.to_text())
     if report.verdict == "not_comparable":
         print(f"llmjax: not comparable: {report.reason}", file=sys.stderr)
-    return answer(args, report.exit_code, report.to_json() if args.json else report.to_text())
+    return code

@@ -269,10 +269,10 @@ def _compare(
 
 def _batches(permitted: Allowed, tried: Sequence[str], known: bool) -> Iterator[tuple[str, ...]]:
     """Which classes to measure: declared ones at once, else float32 alone first, which holds most often, and what held
-    of the text before."""
+    of the text before, beside few bits bfloat16 (see ``judged``)."""
     base = permitted.singles if "float32" in permitted.singles else ("float32", *permitted.singles)
     if not permitted.declared or (known and base is permitted.singles):
-        yield tuple(name for name in base if name in ("float32", *tried))
+        yield tuple(n for n in base if n in ("float32", *tried) or (n == "bfloat16" and WIDE & {*tried}))
     yield base
 
 

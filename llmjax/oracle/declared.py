@@ -152,14 +152,10 @@ def allowed(manifest: Mapping[str, Any], forced: str | None, stored: Collection[
 
 
 def narrowly_stored(dump: Dump, permitted: Allowed) -> Dump:
-    """A dump some of whose arrays are stored in 16 bits that are not its arithmetic's: these are rounded, and nothing
-    is computed from them.  Where nothing is declared, most arrays are what it was computed in."""
-    kinds = {name: stored.dtype for name, stored in dump.arrays.items()}
-    narrow = {name: kind for name, kind in kinds.items() if kind in _HALF_STEP}
-    if permitted.declared:
-        narrow = {name: kind for name, kind in narrow.items() if kind not in permitted.singles}
-    if not narrow or len(narrow) * (1 if permitted.declared else 2) >= len(kinds):
-        return dump
+    """A dump some of whose arrays are stored in 16 bits that are not the arithmetic it declares: these are rounded, and
+    nothing is computed from them.  Where nothing is declared, they may be what it was computed in."""
+    kinds = {name: stored.dtype for name, stored in dump.arrays.items()} if permitted.declared else {}
+    narrow = {name: kind for name, kind in kinds.items() if kind in _HALF_STEP and kind not in permitted.singles}
     rows = np.arange(len(dump.token_ids))
     windows = {name: Window(rows, lambda x: x, partial(_rounding, kind)) for name, kind in narrow.items()}
     return dataclasses.replace(dump, windows={**windows, **dump.windows})

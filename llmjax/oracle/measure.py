@@ -238,6 +238,10 @@ def measure(
                 if np.array_equal(value, theirs[step]):
                     continue
                 found.local = pair(value, theirs[step], tap)
+                inside = named.window(step)
+                if inside is not None and inside.rounding is not None:
+                    rounded = theirs[step] + inside.rounding(theirs[step])
+                    found.rounding = np.hypot(found.rounding, pair(theirs[step], rounded, tap))
                 found.ways = {name: [(np.zeros(2), np.zeros(2))] * 3 for name in classes}
             else:
                 found.local, found.own = errors[tap]
@@ -275,12 +279,12 @@ def _spared(
 
 
 def _reach(own: np.ndarray | None, tokens: Mapping[str, Sequence[np.ndarray | None]]) -> dict[tuple[str, int], float]:
-    """See ``Tap.reach``; of what ``_spared`` is made of."""
+    """See ``Tap.reach``; of what ``_spared`` is made of, and of the tokens that a way moves at all."""
     return {
-        (name, way): float(np.quantile(own / np.maximum(moved, LEAST), _MANY))
+        (name, way): float(np.quantile(own[some] / moved[some], _MANY))
         for name, several in tokens.items()
         for way, moved in enumerate(several)
-        if own is not None and moved is not None
+        if own is not None and moved is not None and (some := moved > LEAST).any()
     }
 
 

@@ -44,7 +44,7 @@ def _pads(model: Model, token: int) -> bool:
     tokenizer = model.tokenizer
     if tokenizer is None or token in (0, tokenizer.bos_id, *tokenizer.eos_ids):
         return True
-    return tokenizer.backend.id_to_token(token) in tokenizer.special.values()
+    return not tokenizer.token_bytes(token)  # special, or none that the vocabulary has
 
 
 def _without(known: Named, stages: Stages, rest: slice) -> Dump:

@@ -1,5 +1,6 @@
 """One way to check a path from outside, before anything is done with it."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -14,8 +15,8 @@ def path_problem(path: Any) -> str:
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str) or not os.fspath(path):
         return f"expected a path, found {shown(path)}"
     try:
-        if stat.S_ISDIR(os.stat(path).st_mode):
-            os.stat(os.path.join(path, os.curdir))  # which wants the right to enter it, as all that lies there does
+        if stat.S_ISDIR(os.stat(path).st_mode) and not os.access(path, os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except (FileNotFoundError, NotADirectoryError):  # told where it is opened, or made
         pass
     except PermissionError as error:  # of a folder; a file that may not be read can be looked at

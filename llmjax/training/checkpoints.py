@@ -119,19 +119,20 @@ def restore(folder: Path, first: State, identity: Mapping[str, Any]) -> tuple[St
     if not path.exists():
         return None
     try:
-        file = SafetensorsFile(path)
-        leaves = {name: file.read(name) for name in file.names()}
-    except CheckpointError as error:
-        raise ResumeError(f"{path}: damaged: {error}; delete it to begin anew") from None
+        return _restored(path, first, identity)
+    except (CheckpointError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ResumeError(f"{path}: damaged, or another version's: {error}; delete it to begin anew") from None
+
+
+def _restored(path: Path, first: State, identity: Mapping[str, Any]) -> tuple[State, Any, Progress]:
+    file = SafetensorsFile(path)
+    leaves = {name: file.read(name) for name in file.names()}
     if not np.array_equal(leaves.pop("sha256", np.empty(0)), _sha256(leaves)):
-        raise ResumeError(
-            f"{path}: damaged, or another version's: what it holds has another checksum; delete it to begin anew"
-        )
+        raise ValueError("what it holds has another checksum")
     facts = json.loads(leaves["facts"].tobytes())
     if found := list(differences(facts["identity"], json.loads(json.dumps(identity)))):
-        raise ResumeError(
-            "\n  ".join([f"{folder}: holds another run; name another directory, or delete it to begin anew:", *found])
-        )
+        here = f"{path.parent}: holds another run; name another directory, or delete it to begin anew:"
+        raise ResumeError("\n  ".join([here, *found]))
 
     def tree(name: str, like: Any) -> Any:
         shapes, form = jax.tree.flatten(like)
@@ -140,7 +141,7 @@ def restore(folder: Path, first: State, identity: Mapping[str, Any]) -> tuple[St
 
     factors, moments = tree("state", (first.factors, first.moments))
     best = tree("best", first.factors) if "best.0" in leaves else None
-    return State(facts["step"], factors, moments), best, Progress(**facts["progress"])
+    return State(int(facts["step"]), factors, moments), best, Progress(**facts["progress"])
 
 
 def data_sha256(examples: Any) -> str:

@@ -156,6 +156,7 @@ def test_a_folder_that_may_be_seen_and_not_entered(capsys, monkeypatch, tmp_path
         return stat(path, **options)
 
     monkeypatch.setattr(os, "stat", denied)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert path_problem(hidden) == f"'{hidden}' cannot be looked at: Permission denied"
     assert main(["compare", hidden, hidden]) == 2
     told = capsys.readouterr().err

@@ -25,7 +25,7 @@ from llmjax.lora.config import LoraConfig
 from llmjax.models.recompute import recomputed
 from llmjax.models.scanned import periods
 from llmjax.models.tree import get_at, path_of
-from llmjax.training import curves
+from llmjax.training import checkpoints, curves
 from llmjax.training.adapter import adapted, changes, idle_excludes, new_adapter
 from llmjax.training.batches import Example, batches, bucket, from_labels, make_batch
 from llmjax.training.files import read_trained, save_adapter
@@ -233,6 +233,31 @@ def test_a_run_that_was_cut_short_ends_in_the_same_bits(whole, model, tmp_path, 
     state.write_bytes(data)
     with pytest.raises(ResumeError, match="another version's: what it holds has another checksum"):
         llmjax.finetune(model, rows(10), WHOLE, **arguments)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda facts: [],
+        lambda facts: {**facts, "identity": None},
+        lambda facts: {**facts, "step": None},
+        lambda facts: {**facts, "progress": {**facts["progress"], "lookahead": 3}},
+        lambda facts: {name: facts[name] for name in ("step", "progress")},
+    ],
+)
+def test_a_state_of_another_form_is_told(model, tmp_path, change):
+    """Another version's, say."""
+    adapter = new_adapter(model, TrainConfig(rank=2).lora)
+    state = first_state(adapter.factors, TrainConfig(rank=2))
+    checkpoints.save(tmp_path, state, None, checkpoints.Progress(), {"rows": "a"})
+    assert checkpoints.restore(tmp_path, state, {"rows": "a"})[0].step == 0
+    stored = load_file(tmp_path / checkpoints.FILE)
+    facts = np.frombuffer(json.dumps(change(json.loads(stored["facts"].tobytes()))).encode(), np.uint8)
+    for some in ({"state.0": stored["state.0"][:-1]}, {"facts": facts}):
+        leaves = {name: leaf for name, leaf in (stored | some).items() if name != "sha256"}
+        save_file(leaves | {"sha256": checkpoints._sha256(leaves)}, tmp_path / checkpoints.FILE)
+        with pytest.raises(ResumeError, match="damaged, or another version's: "):
+            checkpoints.restore(tmp_path, state, {"rows": "a"})
 
 
 def test_preferences_are_learned(tmp_path, capsys):
